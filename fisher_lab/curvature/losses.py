@@ -1,0 +1,420 @@
+"""From a model and a batch to the token-summed loss that every engine differentiates.
+
+What this module fixes (``docs/math.md``, section 1):
+
+- labels at masked positions become ``IGNORE_INDEX`` on a *copy* of the batch; in a causal model
+  also where the predicting position is padding (Hugging Face's own loss ignores the mask);
+- the loss is a *sum* over labelled tokens, natural logarithm, computed from the logits in their
+  own dtype but at least float32;
+- with no label at all the loss is a zero that still touches the graph.
+
+Shapes: ``B`` sequences of ``S`` positions, ``C`` classes, ``N`` labelled positions of the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the field's habit)
+from torch import Tensor, nn
+
+from .errors import BatchError, LossError
+
+IGNORE_INDEX = -100
+"""Labels with this value do not count (the value that Hugging Face uses)."""
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""``loss_fn(outputs, batch)``: a scalar, or unreduced losses (one a token) that are summed."""
+
+_ALIGNED_LOSS_TYPES = frozenset({"ForMaskedLM", "ForTokenClassification"})
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logits and targets at the labelled positions of one batch.
+
+    Attributes:
+        logits: ``[N, C]``, with graph, own dtype of the model but at least float32.
+        targets: ``[N]`` int64.
+        rows: ``[N]`` int64, index of the sequence (or example) in the batch.
+        positions: ``[N]`` int64, index of the predicting position within it (0 where the model
+            gives one prediction an example).
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+    positions: Tensor
+
+    @property
+    def n_labels(self) -> int:
+        """Number of labels that count, ``N``."""
+        return self.targets.numel()
+
+
+class CrossEntropy:
+    """Cross-entropy of the logits against ``batch["labels"]``, unreduced.
+
+    Args:
+        shift: whether position ``t`` predicts the label at ``t + 1`` (a causal language model).
+    """
+
+    def __init__(self, shift: bool = False) -> None:
+        self.shift = shift
+
+    def score(self, outputs: Any, batch: Any) -> Scored:
+        """Returns the logits and targets at the labelled positions.
+
+        Args:
+            outputs: the model's output: a tensor of logits ``[B, C]`` or ``[B, S, C]``, or an
+                object with ``.logits``.
+            batch: a mapping with ``labels`` (``[B]`` or ``[B, S]``), or a pair (inputs, labels).
+
+        Raises:
+            LossError: there are no logits or no labels.
+            BatchError: the shapes of logits and labels do not fit.
+        """
+        logits = logits_of(outputs)
+        labels = labels_of(batch)
+        if labels is None:
+            raise LossError("batch: no 'labels' in it, and the loss needs them")
+        if logits.dim() - 1 != labels.dim() or logits.shape[:-1] != labels.shape:
+            raise BatchError(
+                f"labels: shape {tuple(labels.shape)} does not fit logits of shape "
+                f"{tuple(logits.shape)}; allowed: the logits' shape without its last dimension"
+            )
+        labels = labels.to(logits.device)
+        if self.shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        keep = labels != IGNORE_INDEX
+        where = keep.nonzero()
+        rows = where[:, 0]
+        positions = where[:, 1] if where.shape[1] > 1 else torch.zeros_like(rows)
+        return Scored(at_least_float32(logits[keep]), labels[keep], rows, positions)
+
+    def __call__(self, outputs: Any, batch: Any) -> Tensor:
+        """Returns the losses ``[N]`` of the labelled positions, in nats."""
+        return token_losses(self.score(outputs, batch))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Returns the tensor itself in float32 and float64, else a float32 copy of it."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside ``torch.compile`` and data-parallel wrappers, or the model."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Returns the logits in a model's output.
+
+    Raises:
+        LossError: the output is neither a tensor nor an object or mapping with ``logits``.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    logits = getattr(outputs, "logits", None) if logits is None else logits
+    if not isinstance(logits, Tensor):
+        raise LossError(
+            f"model output: no logits in a {type(outputs).__name__}; "
+            "give loss=<function of (outputs, batch)>"
+        )
+    return logits
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """Returns the labels of a batch: its ``labels`` entry, or the second of a pair."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
+
+
+def shift_of(model: nn.Module) -> bool | None:
+    """Says how a Hugging Face model aligns labels with logits.
+
+    Returns:
+        True for a causal shift, False for labels at the predicting position itself, None where
+        it is not known (then the model's own ``outputs.loss`` has to be used).
+    """
+    model = unwrap(model)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "loss_function"):
+        return None
+    name, kind = type(model).__name__, getattr(model, "loss_type", None)
+    if kind in _ALIGNED_LOSS_TYPES:
+        return False
+    if kind == "ForConditionalGeneration":
+        return False if getattr(config, "is_encoder_decoder", False) else None
+    if kind == "ForSequenceClassification":
+        single = getattr(config, "problem_type", None) in (None, "single_label_classification")
+        return False if single and getattr(config, "num_labels", 0) > 1 else None
+    # GPT2LMHeadModel, BertLMHeadModel and their like have no loss_type and shift; XLNet does not.
+    if kind == "ForCausalLM" or (kind is None and name.endswith("LMHeadModel")):
+        return None if name.startswith("XL") else True
+    return None
+
+
+def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: bool) -> Tensor | None:
+    """Returns a copy of the labels with -100 wherever padding predicts or is predicted.
+
+    Args:
+        batch: mapping with ``labels`` and perhaps ``attention_mask`` or ``decoder_attention_mask``.
+        shift: causal shift; then labels whose predicting position is padding go as well.
+        encoder_decoder: the labels belong to the decoder, and so does their mask.
+    """
+    labels = batch.get("labels")
+    mask = batch.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    if labels is None or mask is None or labels.dim() != 2 or mask.shape != labels.shape:
+        return labels
+    active = mask.to(labels.device) != 0
+    if shift:
+        predicting = torch.ones_like(active)
+        predicting[:, 1:] = active[:, :-1]
+        active = active & predicting
+    return labels.masked_fill(~active, IGNORE_INDEX)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Returns the batch with its tensors on a device; containers are copied, never changed."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the model's first parameter (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def prepare(model: nn.Module, batch: Any) -> Any:
+    """Returns a copy of the batch, on the model's device, with the labels masked.
+
+    In an encoder-decoder model the decoder's inputs are made from the caller's labels first, as
+    the model itself would, so that masking the labels does not change what the decoder sees.
+    """
+    batch = to_device(batch, device_of(model))
+    if not isinstance(batch, dict) or batch.get("labels") is None:
+        return batch
+    inner = unwrap(model)
+    encoder_decoder = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
+    shift_right = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    if encoder_decoder and not given and shift_right is not None:
+        batch["decoder_input_ids"] = shift_right(labels=batch["labels"])
+    batch["labels"] = masked_labels(
+        batch, shift=bool(shift_of(model)), encoder_decoder=encoder_decoder
+    )
+    return batch
+
+
+def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
+    """Calls the model on a prepared batch.
+
+    Args:
+        model: any module.
+        batch: a tensor, a sequence of positional arguments, or a mapping. Of a mapping, the
+            entries that ``forward`` names are passed by keyword; where it names none, the first
+            tensor is passed by position (a bare ``nn.Linear``).
+        with_labels: whether ``labels`` is passed as well (the model's own loss is wanted).
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return _forward_mapping(model, batch, with_labels)
+    return model(batch[0]) if labels_of(batch) is not None else model(*batch)
+
+
+def _forward_mapping(model: nn.Module, batch: Mapping[str, Any], with_labels: bool) -> Any:
+    inputs = {k: v for k, v in batch.items() if with_labels or k != "labels"}
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        accepted = inputs
+    else:
+        accepted = {k: v for k, v in inputs.items() if k in parameters}
+    if not accepted:
+        tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
+        if not tensors:
+            raise BatchError(f"batch: no tensor in it; keys {sorted(map(str, batch))}")
+        return model(tensors[0])
+    if "use_cache" in parameters and "use_cache" not in accepted:
+        accepted["use_cache"] = False
+    return model(**accepted)
+
+
+def score(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> Scored:
+    """Runs the model and returns logits and targets at the labelled positions.
+
+    Args:
+        model: any module whose labelling is known (``shift_of``), or any with a ``loss_fn``.
+        batch: as for ``forward``; it is not changed.
+        loss_fn: None for a Hugging Face model; else a :class:`CrossEntropy`.
+
+    Raises:
+        LossError: the labelling is not known, or the loss is not a cross-entropy of logits.
+    """
+    batch = prepare(model, batch)
+    return scorer(model, loss_fn).score(forward(model, batch), batch)
+
+
+def scorer(model: nn.Module, loss_fn: LossFunction | None = None) -> CrossEntropy:
+    """Returns the cross-entropy that belongs to a model, or the caller's own.
+
+    Raises:
+        LossError: as :func:`score`.
+    """
+    if isinstance(loss_fn, CrossEntropy):
+        return loss_fn
+    if loss_fn is not None:
+        raise LossError(
+            f"loss: {loss_fn!r} gives no logits and targets; allowed here: "
+            "fisher_lab.curvature.losses.CrossEntropy"
+        )
+    shift = shift_of(model)
+    if shift is None:
+        raise LossError(
+            f"model: how {type(unwrap(model)).__name__} aligns labels with logits is not known; "
+            "give loss=fisher_lab.curvature.losses.CrossEntropy(shift=...)"
+        )
+    return CrossEntropy(shift)
+
+
+def token_losses(scored: Scored) -> Tensor:
+    """Returns the losses ``[N]`` of the labelled tokens, in nats, with graph."""
+    return F.cross_entropy(scored.logits, scored.targets, reduction="none")
+
+
+def summed_loss(scored: Scored) -> Tensor:
+    """Returns the token-summed loss, a scalar; with no label, a zero that touches the graph."""
+    if scored.n_labels == 0:
+        return scored.logits.sum() * 0.0
+    return F.cross_entropy(scored.logits, scored.targets, reduction="sum")
+
+
+@dataclass(frozen=True)
+class SummedLoss:
+    """A token-summed loss with its number of labels, ready for ``backward``.
+
+    Attributes:
+        loss: scalar with graph.
+        n_labels: labels that count, ``N``.
+        scored: logits and targets where the loss is a cross-entropy that we computed, else None.
+    """
+
+    loss: Tensor
+    n_labels: int
+    scored: Scored | None = None
+
+
+def compute_loss(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None = None,
+    *,
+    n_labels: int | None = None,
+    reduction: str = "mean",
+) -> SummedLoss:
+    """Runs the model on a prepared batch and returns the token-summed loss.
+
+    Args:
+        model: any module.
+        batch: a prepared batch (:func:`prepare`).
+        loss_fn: the caller's loss function; None uses the model's labelling, else its own loss.
+        n_labels: count that turns a mean into a sum; None counts the labels.
+        reduction: ``mean`` or ``sum``, of a scalar that ``loss_fn`` returns.
+
+    Raises:
+        LossError: there is neither a loss function nor a loss in the model's output, or the
+            number of labels behind a mean loss is not known.
+    """
+    if loss_fn is None and shift_of(model) is None:
+        return _own_loss(model, batch, n_labels)
+    if loss_fn is None and labels_of(batch) is None:
+        raise LossError("batch: no 'labels' in it; add them or give loss=<function or tensor>")
+    outputs = forward(model, batch)
+    if loss_fn is None or isinstance(loss_fn, CrossEntropy):
+        scored = scorer(model, loss_fn).score(outputs, batch)
+        return SummedLoss(summed_loss(scored), scored.n_labels, scored)
+    loss = loss_fn(outputs, batch)
+    if loss.dim() > 0:
+        count = n_labels if n_labels is not None else count_labels(batch)
+        return SummedLoss(loss.sum(), loss.numel() if count is None else count)
+    return sum_of(loss, batch, n_labels=n_labels, reduction=reduction, touch=loss)
+
+
+def _own_loss(model: nn.Module, batch: Any, n_labels: int | None) -> SummedLoss:
+    outputs = forward(model, batch, with_labels=True)
+    loss = getattr(outputs, "loss", None)
+    if loss is None:
+        raise LossError(
+            f"model: the output of {type(unwrap(model)).__name__} has no loss; "
+            "give loss=<function of (outputs, batch)>"
+        )
+    return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=logits_of(outputs))
+
+
+def sum_of(
+    loss: Tensor,
+    batch: Any,
+    *,
+    n_labels: int | None,
+    reduction: str,
+    touch: Tensor,
+    shift: bool = False,
+) -> SummedLoss:
+    """Turns a scalar loss that somebody else reduced into the token-summed one.
+
+    A mean is multiplied by its count *before* it is differentiated (``docs/math.md``, section 1).
+
+    Args:
+        loss: scalar, mean or sum over the labels that count.
+        batch: where the labels are counted when ``n_labels`` is None.
+        n_labels: the count, if the caller knows it.
+        reduction: ``mean`` or ``sum``.
+        touch: tensor of the graph from which the zero loss is made when there is no label.
+        shift: whether the first label of each row does not count (causal).
+
+    Raises:
+        LossError: the loss is no scalar, the reduction has another name, or the count of a mean
+            is not known.
+    """
+    if reduction not in ("mean", "sum"):
+        raise LossError(f"loss_reduction: {reduction!r}; allowed: 'mean', 'sum'")
+    if loss.dim() != 0:
+        raise LossError(f"loss: shape {tuple(loss.shape)}; allowed: a scalar")
+    count = n_labels if n_labels is not None else count_labels(batch, shift=shift)
+    if count is None:
+        raise LossError("n_labels: not given and the batch has no labels to count; give n_labels=")
+    if count < 0:
+        raise LossError(f"n_labels: {count}; allowed: 0 or more")
+    if count == 0:
+        return SummedLoss(touch.sum() * 0.0, 0)
+    return SummedLoss(loss * count if reduction == "mean" else loss, count)
+
+
+def count_labels(batch: Any, *, shift: bool = False) -> int | None:
+    """Returns how many labels of a batch count, or None where it has none to look at."""
+    labels = labels_of(batch)
+    if labels is None or labels.is_floating_point():
+        return None if labels is None else labels.shape[0]
+    if shift and labels.dim() == 2:
+        labels = labels[:, 1:]
+    return int((labels != IGNORE_INDEX).sum())
