@@ -1,0 +1,35 @@
+"""fisher_lab: Fisher information of real transformers.
+
+The public names are imported when they are first used, so that ``import fisher_lab`` and
+``python -m fisher_lab --help`` do not pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KFACNaturalGradient": "fisher_lab.api",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

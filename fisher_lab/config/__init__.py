@@ -1,0 +1,1 @@
+"""Typed configuration: the schema, its ranges, and errors of one line."""

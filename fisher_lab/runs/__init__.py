@@ -1,0 +1,1 @@
+"""The run directory: identity, provenance, atomic files, claims."""

@@ -1,0 +1,1 @@
+"""Where the numbers of a run are also sent: sinks behind one small interface."""
