@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fisher_lab.runs import atomic, claims
+
+WAIT = 60  # seconds after which a test gives a child process up
+
+
+def claim_files(directory):
+    return sorted(p.name for p in directory.iterdir() if ".claim." in p.name)
+
+
+def as_of_another_host(path, *, age):
+    """Turn a claim file into one that another host left behind ``age`` seconds ago."""
+    fields = json.loads(path.read_text())
+    fields.update(machine="elsewhere", host="elsewhere", token="t" * 16)
+    path.write_text(json.dumps(fields))
+    then = time.time() - age
+    os.utime(path, (then, then))
+
+
+def test_only_one_of_two_holds_a_claim(tmp_path):
+    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    assert first.acquire()
+    assert not second.acquire()
+    assert first.held
+    assert not second.held
+    owner = second.owner()
+    assert owner is not None
+    assert owner.pid == os.getpid()
+    assert not owner.is_dead()
+    first.release()
+    assert not first.held
+    assert second.acquire()
+    second.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="stale_after=0"):
+        claims.Claim(tmp_path / "x", stale_after=0)
+    with pytest.raises(ValueError, match="heartbeat=3"):
+        claims.Claim(tmp_path / "x", stale_after=2, heartbeat=3)
+    with pytest.raises(RuntimeError, match="acquire"), claims.Claim(tmp_path / "x"):
+        pass
+    claim = claims.Claim(tmp_path / "x")
+    with pytest.raises(RuntimeError, match="held by this object already"):
+        assert claim.acquire() and claim.acquire()
+    claim.release()
+
+
+def test_another_hosts_claim_counts_until_its_heartbeat_is_old(tmp_path):
+    left = claims.Claim(tmp_path / "x")
+    assert left.acquire()
+    taker = claims.Claim(tmp_path / "x", stale_after=10)
+    as_of_another_host(tmp_path / "x.claim.0", age=5)
+    assert not taker.acquire()
+    as_of_another_host(tmp_path / "x.claim.0", age=11)
+    assert taker.acquire()
+    assert claim_files(tmp_path) == ["x.claim.1"]
+    left.release()  # no longer its own: must not remove the taker's
+    assert taker.held
+    assert claim_files(tmp_path) == ["x.claim.1"]
+    taker.release()
+
+
+def test_a_frozen_owner_learns_that_it_lost(tmp_path):
+    frozen = claims.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    assert frozen.acquire()
+    (tmp_path / "x.claim.0").unlink()  # what a taker-over does once it has the next generation
+    assert frozen.lost.wait(WAIT)
+    assert not frozen.held
+    frozen.release()
+
+
+def test_the_heartbeat_keeps_a_claim_fresh(tmp_path):
+    holder = claims.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    assert holder.acquire()
+    file = tmp_path / "x.claim.0"
+    os.utime(file, (1, 1))
+    deadline = time.monotonic() + WAIT
+    while file.stat().st_mtime == 1 and time.monotonic() < deadline:
+        holder.lost.wait(0.01)
+    assert file.stat().st_mtime > 1
+    assert holder.held
+    holder.release()
+
+
+def test_a_rival_that_appears_between_create_and_listing_makes_us_give_way(tmp_path, monkeypatch):
+    """A third process that saw an empty directory makes generation 0 while we take over 3."""
+    stale = claims.Claim(tmp_path / "x")
+    assert stale.acquire()
+    stale._stop.set()
+    (tmp_path / "x.claim.0").rename(tmp_path / "x.claim.3")
+    as_of_another_host(tmp_path / "x.claim.3", age=1e4)
+    rival = tmp_path / "x.claim.0"
+    create = claims._create
+
+    def with_rival(candidate, path):
+        made = create(candidate, path)
+        rival.write_text(json.dumps({"token": "rival"}))
+        return made
+
+    monkeypatch.setattr(claims, "_create", with_rival)
+    ours = claims.Claim(tmp_path / "x", stale_after=60)
+    assert not ours.acquire()
+    assert rival.exists()
+    assert not (tmp_path / "x.claim.4").exists()
+
+
+def test_without_hard_links_the_create_is_still_exclusive(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    assert first.acquire()
+    assert not second.acquire()
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+def test_many_threads_one_winner_each_round(tmp_path):
+    """Every round begins with a stale claim, so all of them take over at once."""
+    for round_ in range(5):
+        path = tmp_path / f"x{round_}"
+        left = claims.Claim(path)
+        assert left.acquire()
+        left._stop.set()
+        as_of_another_host(tmp_path / f"{path.name}.claim.0", age=1e4)
+        barrier, won = threading.Barrier(8), []
+
+        def race(path=path, barrier=barrier, won=won):
+            claim = claims.Claim(path)
+            barrier.wait(WAIT)
+            if claim.acquire():
+                won.append(claim)
+
+        threads = [threading.Thread(target=race) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        assert len(won) == 1
+        assert claim_files(tmp_path) == [f"{path.name}.claim.1"]
+        won[0].release()
+
+
+def test_once_builds_when_missing_and_only_then(tmp_path):
+    calls = []
+
+    def build(path):
+        calls.append(path)
+        atomic.write_text(path, "built")
+
+    atomic.write_text(tmp_path / ".x.1-2.tmp", "a killed builder's")
+    assert claims.once(tmp_path / "x", build)
+    assert not claims.once(tmp_path / "x", build)
+    assert calls == [tmp_path / "x"]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_once_hands_the_builders_error_on_and_frees_the_claim(tmp_path):
+    def broken(path):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        claims.once(tmp_path / "x", broken)
+    with pytest.raises(RuntimeError, match="not ready although its builder returned"):
+        claims.once(tmp_path / "x", lambda path: None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_once_gives_up_after_its_timeout(tmp_path):
+    holder = claims.Claim(tmp_path / "x")
+    assert holder.acquire()
+    waits = []
+    with pytest.raises(claims.ClaimTimeout, match=f"pid={os.getpid()}"):
+        claims.once(tmp_path / "x", lambda path: None, timeout=0.05, on_wait=waits.append)
+    assert [owner.pid for owner in waits] == [os.getpid()]
+    holder.release()
+
+
+# -- real processes ----------------------------------------------------------------------------
+
+BUILDER = """
+import os, signal, sys
+from pathlib import Path
+from fisher_lab.runs import atomic, claims
+target, log, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def build(path):
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "announce":
+        print("building", flush=True)
+        sys.stdin.readline()
+    with atomic.directory(path) as temporary:
+        for i in range(20):
+            (temporary / str(i)).write_text("x" * 1000)
+print("ready", flush=True)
+sys.stdin.readline()
+print(claims.once(target, build, timeout=60), flush=True)
+"""
+
+
+def start(target, log, mode):
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(target), str(log), mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_processes_that_start_together_build_once(tmp_path):
+    target, log = tmp_path / "cache" / "x", tmp_path / "log"
+    children = [start(target, log, "build") for _ in range(4)]
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    answers = [child.communicate(timeout=WAIT)[0].strip() for child in children]
+    assert sorted(answers) == ["False", "False", "False", "True"]
+    assert len(log.read_text().splitlines()) == 1
+    assert len(os.listdir(target)) == 20
+    assert os.listdir(target.parent) == ["x"]
+
+
+def test_a_killed_builder_is_taken_over_by_exactly_one(tmp_path):
+    target, log = tmp_path / "cache" / "x", tmp_path / "log"
+    dying = start(target, log, "die")
+    dying.communicate("go\n", timeout=WAIT)
+    assert dying.returncode == -signal.SIGKILL
+    assert claim_files(target.parent) == ["x.claim.0"]
+    children = [start(target, log, "build") for _ in range(3)]
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    answers = [child.communicate(timeout=WAIT)[0].strip() for child in children]
+    assert sorted(answers) == ["False", "False", "True"]
+    assert len(log.read_text().splitlines()) == 2  # the one that died, and one more
+    assert os.listdir(target.parent) == ["x"]
+
+
+def test_a_builder_killed_while_others_wait(tmp_path):
+    target, log = tmp_path / "cache" / "x", tmp_path / "log"
+    dying = start(target, log, "announce")
+    dying.stdin.write("go\n")
+    dying.stdin.flush()
+    assert dying.stdout.readline() == "building\n"
+    waiting = threading.Event()
+    built = []
+
+    def wait_for_it():
+        built.append(
+            claims.once(
+                target,
+                lambda path: atomic.write_text(path, "second"),
+                timeout=WAIT,
+                on_wait=lambda owner: waiting.set(),
+            )
+        )
+
+    thread = threading.Thread(target=wait_for_it)
+    thread.start()
+    assert waiting.wait(WAIT)
+    dying.kill()
+    dying.communicate(timeout=WAIT)
+    thread.join(WAIT)
+    assert built == [True]
+    assert target.read_text() == "second"
