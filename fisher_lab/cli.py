@@ -1,0 +1,270 @@
+"""The doors: the Hydra application behind ``python -m fisher_lab`` and ``fisher-lab``.
+
+Bad input ends here, in one line on standard error and exit code 2, before anything is written. A
+run that fails ends in exit code 1 with one line that names its log; a signal in ``128 + signal``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fisher_lab.config import paths
+from fisher_lab.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+    from fisher_lab.config.schema import Config
+    from fisher_lab.tasks.job import Outcome
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the application.
+
+    Args:
+        argv: the arguments after the program's name.
+
+    Returns:
+        The exit code: 0, 1 where a run failed, 2 for bad input, ``128 + signal``.
+    """
+    from fisher_lab.runs.signals import Interrupted
+
+    try:
+        return _application(_parse(argv), argv)
+    except ConfigError as error:
+        print(f"fisher_lab: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except Interrupted as stop:
+        return 128 + stop.signum
+
+
+class _Parser(argparse.ArgumentParser):
+    """Hydra's parser, whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; python -m fisher_lab --help shows what is allowed")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    args = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun is not allowed: it unpickles a file; give the overrides of "
+            "the run's run.json instead"
+        )
+    modes = {
+        "--run": args.run,
+        "--multirun": args.multirun,
+        "--cfg": args.cfg is not None,
+        "--info": args.info is not None,
+        "--shell-completion": args.shell_completion,
+    }
+    given = [flag for flag, on in modes.items() if on]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} together are not allowed: give one of them")
+    if args.resolve and args.cfg is None and not args.help:
+        raise ConfigError("--resolve alone is not allowed: it goes with --cfg or --help")
+    for flag, folder in (("--config-dir", args.config_dir), ("--config-path", args.config_path)):
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{flag} {folder}: there is no such directory")
+    return args
+
+
+def _application(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    if args.help or args.hydra_help or args.shell_completion or args.cfg or args.info:
+        return _hydra_flag(args, argv)
+    from hydra.types import RunMode
+
+    from fisher_lab.config import compose
+
+    with _hydra(args) as hydra:
+        name = args.config_name or CONFIG_NAME
+        multirun = args.multirun
+        cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=multirun)
+        if cfg.hydra.mode == RunMode.MULTIRUN and not multirun:
+            multirun = True
+            cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=True)
+        return (_sweep if multirun else _run)(hydra, cfg)
+
+
+@contextmanager
+def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
+    """Hydra with our search path, as ``hydra.main`` sets it up."""
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    from fisher_lab.config import store
+
+    version.setbase(VERSION_BASE)
+    store.register()
+    path = Path(args.config_path).resolve() if args.config_path else paths.conf()
+    search_path = create_config_search_path(str(path))
+    if args.config_dir is not None:
+        search_path.prepend(
+            provider="command-line",
+            path=f"file://{Path(args.config_dir).resolve()}",
+            anchor=SearchPathQuery(provider="schema"),
+        )
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("fisher_lab", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _hydra_flag(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """``--help``, ``--cfg`` and their like: Hydra's own, after the overrides were checked."""
+    import hydra
+
+    from fisher_lab.config import compose
+
+    if args.overrides and not args.shell_completion:
+        with _hydra(args) as instance:
+            name = args.config_name or CONFIG_NAME
+            compose.load(instance.config_loader, args.overrides, name=name)
+    program = hydra.main(
+        version_base=VERSION_BASE, config_path=str(paths.conf()), config_name=CONFIG_NAME
+    )(_never)
+    before = sys.argv
+    # Hydra takes the name of the program and the arguments from here, flags before overrides.
+    sys.argv = [before[0], *_flags_first(argv)]
+    try:
+        program()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else OK
+    finally:
+        sys.argv = before
+    return OK
+
+
+def _never(cfg: DictConfig) -> None:
+    raise AssertionError("Hydra's flags do not run a task")
+
+
+def _flags_first(argv: Sequence[str]) -> list[str]:
+    """Overrides at the end: Hydra's parser wants them in one piece."""
+    return sorted(argv, key=lambda text: "=" in text and not text.startswith("-"))
+
+
+def preflight(config: Config) -> None:
+    """What can be known to fail before a directory is made or a model is built.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError.value(
+                "device", config.device, "auto or cpu on a machine without a CUDA device"
+            )
+
+
+def claim_directory(cfg: DictConfig, kind: str) -> Path:
+    """Make the directory of a run or a sweep, and write it into the configuration.
+
+    The default is named after the second: where another process took that name, ``-2``, ``-3`` and
+    so on is appended. A directory that the user named is used as it is.
+
+    Args:
+        cfg: the composed configuration; ``hydra.run.dir`` or ``hydra.sweep.dir`` is set in it.
+        kind: ``run`` or ``sweep``.
+
+    Returns:
+        The directory, which exists now.
+    """
+    key = f"hydra.{kind}.dir"
+    wanted = Path(str(cfg.hydra[kind].dir))
+    if any(text.lstrip("+").startswith(f"{key}=") for text in cfg.hydra.overrides.hydra):
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    directory = wanted
+    for number in itertools.count(2):
+        try:
+            directory.mkdir()
+            break
+        except FileExistsError:
+            directory = wanted.with_name(f"{wanted.name}-{number}")
+    cfg.hydra[kind].dir = str(directory)
+    return directory
+
+
+def _run(hydra: Hydra, cfg: DictConfig) -> int:
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext, RunMode
+
+    from fisher_lab.config.validate import validate
+
+    preflight(validate(cfg))
+    claim_directory(cfg, "run")
+    cfg.hydra.mode = RunMode.RUN
+    callbacks = Callbacks(cfg)
+    callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
+    outcomes: list[Outcome] = []
+
+    def task(task_cfg: DictConfig) -> None:
+        from fisher_lab.tasks import job
+
+        outcomes.append(job.execute(task_cfg))
+
+    result = run_job(
+        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+        task_function=task,
+        config=cfg,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
+    )
+    callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=result)
+    if not outcomes:
+        _ = result.return_value  # raises what kept the run from being recorded at all
+    return outcomes[0].report()
+
+
+def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import OmegaConf
+
+    from fisher_lab.tasks import job
+
+    cfg.hydra.mode = RunMode.MULTIRUN
+    callbacks = Callbacks(cfg)
+    callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=cfg,
+        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+        task_function=job.cell,
+    )
+    overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    returns = sweeper.sweep(arguments=overrides)
+    callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
+    return job.report_sweep(returns)

@@ -1,0 +1,209 @@
+"""Composition by Hydra, with errors of one line.
+
+Overrides are checked against the groups and the schema before Hydra composes, because Hydra's own
+messages take several lines and end in exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .errors import ConfigError
+from .validate import check_section, is_known, unknown_key, validate
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+    from .schema import Config
+
+# Hydra raises ValueError for options of a wrong type, and YAMLError comes from an edited file.
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides as Hydra does.
+
+    Raises:
+        ConfigError: an override that is not of the form ``key=value``.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException as error:
+            raise ConfigError(
+                f"{text!r} is not an override ({_reason(error)}): allowed are key=value, "
+                "group=option, +key=value and ~key"
+            ) from None
+    return parsed
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if not line.startswith(("Error", "See"))]
+    return lines[0].replace("EQUAL at '<EOF>'", "=") if lines else "it cannot be parsed"
+
+
+def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> None:
+    """Check that every override names an option of a group or a key of the schema.
+
+    Args:
+        loader: Hydra's configuration loader; knows the groups and their options.
+        overrides: as typed.
+        multirun: whether several values for a key are allowed.
+
+    Raises:
+        ConfigError: the first override that cannot be right.
+    """
+    for override in parse(overrides):
+        key = override.key_or_group
+        if not key:
+            raise ConfigError(f"{override.input_line!r} is not an override (it names no key)")
+        if override.is_sweep_override() and not multirun:
+            raise ConfigError(
+                f"{override.input_line} gives several values: add -m to sweep over them, or write "
+                f"a list as {key}=[a,b]"
+            )
+        if override.package is not None or override.is_delete():
+            continue
+        options = _options(loader, key)
+        if options:
+            _check_options(override, options)
+        elif "/" in key:
+            raise _unknown_group(loader, override)
+        elif key != "hydra" and not key.startswith("hydra."):
+            _check_key(override)
+
+
+def _check_key(override: Override) -> None:
+    key, value = override.key_or_group, override.value()
+    if not is_known(key):
+        raise unknown_key(key, (override.input_line or "").partition("=")[2])
+    if not override.is_sweep_override():
+        check_section(key, value)
+
+
+def _options(loader: ConfigLoader, group: str) -> list[str]:
+    return loader.get_group_options(group)
+
+
+def _check_options(override: Override, options: list[str]) -> None:
+    value = override.value()
+    if isinstance(value, dict):
+        check_section(override.key_or_group, value)  # keys of the section, not an option
+        return
+    if override.is_sweep_override():
+        names = list(override.sweep_string_iterator())
+    else:
+        names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name is None or isinstance(name, dict) or str(name).startswith("{"):
+            continue
+        if str(name) not in options:
+            raise ConfigError(
+                f"{override.key_or_group}={name} is not an option: {override.key_or_group} must "
+                f"be one of {', '.join(sorted(options))}{_near(str(name), options)}"
+            )
+
+
+def _unknown_group(loader: ConfigLoader, override: Override) -> ConfigError:
+    groups = list(_groups(loader, ""))
+    near = _near(override.key_or_group, groups)
+    known = "" if near else f"; groups are {', '.join(groups)}"
+    return ConfigError(
+        f"{override.input_line}: there is no group {override.key_or_group}{near}{known}"
+    )
+
+
+def _groups(loader: ConfigLoader, parent: str) -> list[str]:
+    found = []
+    for name in loader.list_groups(parent):
+        group = f"{parent}/{name}" if parent else name
+        if group == "hydra":
+            continue
+        if loader.get_group_options(group, ObjectType.CONFIG):
+            found.append(group)
+        found += _groups(loader, group)
+    return sorted(found)
+
+
+def _near(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def load(
+    loader: ConfigLoader, overrides: Sequence[str], *, name: str = "config", multirun: bool = False
+) -> DictConfig:
+    """Compose a configuration.
+
+    Args:
+        loader: Hydra's configuration loader.
+        overrides: as typed.
+        name: the primary configuration file, without its ending.
+        multirun: compose what a sweep's cells are then composed on.
+
+    Returns:
+        The composed configuration, Hydra's own node included.
+
+    Raises:
+        ConfigError: whatever keeps it from being composed, in one line.
+    """
+    check(loader, overrides, multirun=multirun)
+    mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+    try:
+        return loader.load_configuration(name, list(overrides), run_mode=mode)
+    except _COMPOSITION_ERRORS as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def load_cell(
+    loader: ConfigLoader, master: DictConfig, overrides: Sequence[str]
+) -> tuple[DictConfig, Config]:
+    """Compose and validate one cell of a sweep.
+
+    Args:
+        loader: Hydra's configuration loader.
+        master: what the sweep was started with.
+        overrides: the cell's own overrides.
+
+    Returns:
+        The composed configuration and its typed form.
+
+    Raises:
+        ConfigError: in one line that ends with the cell's overrides.
+    """
+    try:
+        check(loader, overrides, multirun=False)
+        cfg = loader.load_sweep_config(master, list(overrides))
+        return cfg, validate(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in the cell {' '.join(overrides)})") from None
+    except _COMPOSITION_ERRORS as error:
+        raise ConfigError(f"{one_line(error)} (in the cell {' '.join(overrides)})") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error of Hydra or OmegaConf on one line, without search paths and internal notes."""
+    texts = [str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
+        texts.append(str(error.__cause__))
+    kept: list[str] = []
+    for line in "\n".join(texts).splitlines():
+        line = line.strip()
+        if line.startswith("Search path"):
+            break
+        if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See ")):
+            kept.append(line)
+    return " ".join(dict.fromkeys(kept)) or type(error).__name__

@@ -1,0 +1,82 @@
+"""The identity of a run: a stable hash of everything that can change its result.
+
+Left out: where results and caches are written, the tracker, progress bars, Hydra's own node (paths,
+launcher, sweeper), and labels. The number of threads stays in: it changes the order of summation,
+and so the last bits. Data and model enter by content: their paths are left out where a content
+hash stands for them, so that a copy of a text elsewhere is the same run, and an edited text in the
+same place is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 1
+"""Raised when the same configuration comes to mean another result."""
+
+LENGTH = 16
+"""Hexadecimal digits of a ``run_id``: 64 bits, no collision to fear in a lab's lifetime."""
+
+LEFT_OUT = (
+    "cache_dir",
+    "data.name",
+    "hydra",
+    "model.name",
+    "progress",
+    "tracker",
+    "train.save_every_s",
+)
+"""Keys (with everything under them) that cannot change a result."""
+
+BY_CONTENT = {
+    "data": ("data.path", "data.pattern"),
+    "model": ("model.name_or_path",),
+}
+"""Keys that a content hash stands for, where the content under this name is known."""
+
+
+def run_id(config: Mapping[str, Any], content: Mapping[str, Any] | None = None) -> str:
+    """The identity of a run.
+
+    Args:
+        config: the resolved configuration, nested mappings of JSON-able values.
+        content: hashes of what the configuration points to, such as ``data`` and ``model``.
+
+    Returns:
+        :data:`LENGTH` hexadecimal digits, the same in every process, on every machine.
+    """
+    content = content or {}
+    out = set(LEFT_OUT)
+    for name, keys in BY_CONTENT.items():
+        if content.get(name):
+            out.update(keys)
+    identity = {"version": VERSION, "config": _without(config, out), "content": content}
+    text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def _without(config: Mapping[str, Any], out: set[str], prefix: str = "") -> dict[str, Any]:
+    kept = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if key in out:
+            continue
+        kept[name] = _without(value, out, f"{key}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def _canonical(value: Any) -> Any:
+    """Equal numbers are written alike: ``1`` and ``1.0`` are the same value of a setting."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return repr(value)
+        return int(value) if value.is_integer() else value
+    return value

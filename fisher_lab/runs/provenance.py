@@ -1,0 +1,114 @@
+"""Where a result comes from: code, versions, machine. Nothing of the environment is copied."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "fisher-lab",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "wandb",
+)
+"""Distributions whose versions are recorded, where they are installed."""
+
+_GIT_TIMEOUT_S = 10
+
+
+def collect() -> dict[str, Any]:
+    """Everything that is known before the task starts; imports no numerical library.
+
+    Returns:
+        JSON-able: ``git``, ``versions``, ``host``, ``pid``. The task adds device, threads and
+        dtypes, which it alone knows.
+    """
+    return {"git": git(), "versions": versions(), "host": host(), "pid": os.getpid()}
+
+
+def git(package: Path | None = None) -> dict[str, Any]:
+    """Commit and dirtiness of the checkout that the package is imported from.
+
+    An installed package has none, even where it lies inside somebody else's repository.
+
+    Args:
+        package: the package's directory; by default fisher_lab's own.
+
+    Returns:
+        ``commit`` (None outside a checkout) and ``dirty`` (tracked files differ from it, or None).
+    """
+    folder = package or Path(__file__).resolve().parents[1]
+    tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+    commit = _git(folder, "rev-parse", "HEAD") if tracked is not None else None
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def host() -> dict[str, Any]:
+    """Name, operating system, processor and memory of the machine."""
+    import psutil
+
+    return {
+        "name": platform.node(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _processor(),
+        "cpus": psutil.cpu_count(logical=True),
+        "cpus_allowed": _allowed_cpus(),
+        "memory_mb": psutil.virtual_memory().total // 2**20,
+    }
+
+
+def _allowed_cpus() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor()

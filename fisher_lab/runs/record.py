@@ -1,0 +1,220 @@
+"""The run directory: ``run.json``, ``metrics.json``, tables; every file whole or not there.
+
+JSON is strict: what is not a finite number is ``null``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import traceback
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import atomic
+from .identity import run_id
+from .signals import Watch
+
+SCHEMA = "fisher_lab.run/1"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+STATUSES = ("running", "completed", "failed", "preempted", "cancelled")
+
+
+class Run:
+    """The record of one run, written as it goes. Made by :meth:`start`.
+
+    Attributes:
+        directory: where everything of the run lies.
+        record: what ``run.json`` holds.
+        signals: lets a task save its state before a signal ends it (``signals.py``).
+    """
+
+    def __init__(self, directory: Path, record: dict[str, Any]) -> None:
+        self.directory = directory
+        self.record = record
+        self.signals = Watch()
+        self._metrics: dict[str, Any] = {}
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+
+    @classmethod
+    def start(
+        cls,
+        directory: Path,
+        *,
+        config: Mapping[str, Any],
+        overrides: Iterable[str] = (),
+        identity: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Begin a record with the status ``running``.
+
+        Metrics of an earlier run in the same directory are removed: a record is of one run.
+
+        Args:
+            directory: the run directory; made where it is missing.
+            config: the resolved configuration.
+            overrides: as typed.
+            identity: content hashes of data and model, part of ``run_id``.
+            provenance: from :func:`fisher_lab.runs.provenance.collect`.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / METRICS_FILE).unlink(missing_ok=True)
+        content = strict(identity or {})
+        run = cls(
+            directory,
+            {
+                "schema": SCHEMA,
+                "run_id": run_id(config, content),
+                "status": "running",
+                "reason": None,
+                "started": _now(),
+                "finished": None,
+                "config": strict(config),
+                "overrides": list(overrides),
+                "error": None,
+                "provenance": {**strict(provenance or {}), "content": content},
+            },
+        )
+        run._write()
+        return run
+
+    @property
+    def run_id(self) -> str:
+        """The identity of the run (``identity.py``)."""
+        return self.record["run_id"]
+
+    @property
+    def status(self) -> str:
+        """One of :data:`STATUSES`."""
+        return self.record["status"]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """A copy of all metrics so far."""
+        return dict(self._metrics)
+
+    @property
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of every table so far, by file name."""
+        return dict(self._tables)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """Merge numbers into ``metrics.json``.
+
+        Args:
+            values: flat name to number, such as ``kfac/total_s``; numpy and torch scalars are
+                fine, non-finite numbers become null.
+
+        Raises:
+            TypeError: a value that is not one number.
+        """
+        for name, value in values.items():
+            number = strict(value)
+            if number is not None and not isinstance(number, int | float):
+                raise TypeError(f"metric {name!r} must be one number, got {type(value).__name__}")
+            self._metrics[name] = number
+        atomic.write_json(self.directory / METRICS_FILE, self._metrics)
+
+    def table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a CSV file; columns in the order in which they first occur.
+
+        Args:
+            name: the file's name, such as ``layers.csv``.
+            rows: one mapping a row; a missing value, None and NaN are written as nothing.
+
+        Returns:
+            The file's path.
+        """
+        plain = [{key: strict(value) for key, value in row.items()} for row in rows]
+        self._tables[name] = plain
+        columns = list(dict.fromkeys(key for row in plain for key in row))
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([[_cell(row.get(column)) for column in columns] for row in plain])
+        path = self.directory / name
+        atomic.write_text(path, text.getvalue())
+        return path
+
+    def note(self, **extra: Any) -> None:
+        """Add to the provenance: device, threads, dtypes, what the workbench built."""
+        self.record["provenance"].update(strict(extra))
+        self._write()
+
+    def complete(self) -> None:
+        """End with the status ``completed``."""
+        self.end("completed")
+
+    def fail(self, error: BaseException) -> None:
+        """End with the status ``failed`` and the error in full."""
+        self.record["error"] = {
+            "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix(
+                "builtins."
+            ),
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        self.end("failed")
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """End with any status.
+
+        Args:
+            status: one of :data:`STATUSES` but ``running``.
+            reason: why, where the status alone does not say it.
+
+        Raises:
+            ValueError: an unknown status, or a run that has ended before.
+        """
+        if status not in STATUSES[1:]:
+            raise ValueError(f"status={status} is not allowed: one of {', '.join(STATUSES[1:])}")
+        if self.record["status"] != "running":
+            raise ValueError(f"{self.directory} has ended before, as {self.record['status']}")
+        self.record.update(status=status, reason=reason, finished=_now())
+        self._write()
+
+    def _write(self) -> None:
+        atomic.write_json(self.directory / RUN_FILE, self.record)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The contents of ``run.json`` in a run directory."""
+    return json.loads((Path(directory) / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def strict(value: Any) -> Any:
+    """Plain JSON values: scalars of numpy and torch become numbers, non-finite ones None."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [strict(item) for item in items]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return strict(value.item())
+    if hasattr(value, "tolist"):
+        return strict(value.tolist())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | dict):
+        return json.dumps(value, allow_nan=False)
+    return "" if value is None else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,176 @@
+"""One run from its configuration to its record: what the doors and every launcher call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from fisher_lab.config.validate import validate
+from fisher_lab.runs import provenance, record
+from fisher_lab.runs.record import Run
+from fisher_lab.runs.signals import Interrupted
+from fisher_lab.tasks import screen
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+    from fisher_lab.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+TASKS = {
+    "analyze": "fisher_lab.tasks.analyze",
+    "plan": "fisher_lab.tasks.plan",
+    "train": "fisher_lab.tasks.train",
+}
+"""Task -> the module whose ``run(config, run)`` does it."""
+
+
+class RunFailed(RuntimeError):
+    """A run failed; its record and its log say how. The text is the line for the screen."""
+
+
+LOG_FILE = "fisher_lab.log"
+"""Named after ``hydra.job.name``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    directory: Path
+    status: str
+    message: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The line for the screen where the run failed."""
+        return f"failed: {self.message}; the log is {self.directory / LOG_FILE}"
+
+    def report(self) -> int:
+        """Print what has to be said; returns the exit code."""
+        if self.status == "completed":
+            return 0
+        print(f"fisher_lab: {self.line}", file=sys.stderr)
+        return 1
+
+
+def execute(cfg: DictConfig) -> Outcome:
+    """Run the task of a composed configuration in Hydra's output directory.
+
+    An error of the task is recorded and logged in full, and not raised.
+
+    Raises:
+        Interrupted: a signal ended the run; its record says so.
+    """
+    hydra = HydraConfig.get()
+    config = validate(cfg)
+    directory = Path(hydra.runtime.output_dir)
+    logging.captureWarnings(True)
+    content, problem = _content(config)
+    run = Run.start(
+        directory,
+        config=dataclasses.asdict(config),
+        overrides=list(hydra.overrides.task),
+        identity=content,
+        provenance=provenance.collect(),
+    )
+    log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
+    try:
+        with run.signals:
+            if problem is not None:
+                raise problem
+            _prepare(config, run)
+            import_module(TASKS[config.task.name]).run(config, run)
+    except Interrupted as stop:
+        run.end(stop.status, stop.signum.name)
+        log.warning("%s; the run directory is %s", stop, directory)
+        raise
+    except Exception as error:
+        run.fail(error)
+        _log_in_full(error)
+        return Outcome(directory, "failed", _first_line(error))
+    run.complete()
+    log.info("completed")
+    screen.show(run)
+    return Outcome(directory, "completed")
+
+
+def cell(cfg: DictConfig) -> str:
+    """One cell of a sweep.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RunFailed: so that the launcher sees the failure; the record holds all of it.
+    """
+    outcome = execute(cfg)
+    if outcome.status != "completed":
+        raise RunFailed(outcome.line)
+    return str(outcome.directory)
+
+
+def report_sweep(returns: Sequence[JobReturn]) -> int:
+    """Name the cells of a sweep that failed; returns the exit code."""
+    from hydra.core.utils import JobStatus
+
+    failed = [one for one in returns if one.status != JobStatus.COMPLETED]
+    print(f"{len(returns) - len(failed)} of {len(returns)} cells completed")
+    for one in failed:
+        hydra: Any = one.hydra_cfg
+        directory = Path(hydra.hydra.runtime.output_dir)
+        overrides = " ".join(one.overrides or [])
+        print(f"fisher_lab: {overrides}: {_why(directory)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _why(directory: Path) -> str:
+    try:
+        error = record.read(directory)["error"]
+    except (OSError, ValueError, KeyError):
+        return f"failed without a record; its directory is {directory}"
+    return Outcome(directory, "failed", _brief(error["type"], error["message"])).line
+
+
+def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:
+    """Hashes of data and model; an error is kept, so that there is a record that can hold it."""
+    try:
+        from fisher_lab.workbench import content_identity
+
+        return content_identity(config), None
+    except Exception as error:
+        return {}, error
+
+
+def _prepare(config: Config, run: Run) -> None:
+    from fisher_lab.tasks import machine
+
+    run.note(**machine.prepare(config))
+
+
+def _log_in_full(error: Exception) -> None:
+    """Into the log file alone: the screen gets one line."""
+    details = (type(error), error, error.__traceback__)
+    entry = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run failed", (), details)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(entry)
+
+
+def _first_line(error: Exception) -> str:
+    return _brief(type(error).__name__, str(error))
+
+
+def _brief(kind: str, message: str) -> str:
+    lines = message.strip().splitlines()
+    return f"{kind.rpartition('.')[2]}: {lines[0] if lines else '(no message)'}"

@@ -1,0 +1,185 @@
+"""What a finished run shows: one readable table of the numbers that matter, and where the rest is.
+
+Generic over tasks: it shows which of the known numbers a run has, in a fixed order, then what the
+run's tables sum up to. Eighty columns suffice, on a terminal and in a pipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fisher_lab.runs.record import Run
+
+PIPE_WIDTH = 80
+"""Columns where standard output is no terminal that says its own width."""
+
+MAX_ROWS = 40
+"""Rows of a table of layers that are shown; the file has all of them."""
+
+NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
+    "Data and loss": {
+        "tokens": ("tokens", "d"),
+        "loss": ("loss, nats a token", ".4f"),
+        "loss/heldout": ("held-out loss", ".4f"),
+        "loss/baseline": ("held-out loss of the trivial baseline", ".4f"),
+        "train/steps": ("steps", "d"),
+        "train/loss": ("training loss", ".4f"),
+    },
+    "Natural gradient": {
+        "ng/norm": ("norm of the natural gradient", "g"),
+        "grad/norm": ("norm of the gradient", "g"),
+        "ng/cosine": ("cosine between the two", ".4f"),
+        "ng/decrement": ("decrement <dW, natural gradient>", "g"),
+        "ng/heldout_loss_decrease": ("held-out loss decrease of one step", "+.4f"),
+        "ng/heldout_loss_decrease_best": ("the same at the best of seven steps", "+.4f"),
+    },
+    "K-FAC": {
+        "kfac/woodbury_layers": ("layers by the Woodbury identity", "d"),
+        "kfac/eig_layers": ("layers by eigendecomposition", "d"),
+        "kfac/kappa_A_max": ("largest condition number of A", "g"),
+        "kfac/kappa_G_max": ("largest condition number of G", "g"),
+        "kfac/clipped_frac_A": ("eigenvalues of A raised to the floor", ".2%"),
+        "kfac/clipped_frac_G": ("eigenvalues of G raised to the floor", ".2%"),
+    },
+    "Cost": {
+        "kfac/forward_backward_s": ("forward and backward alone, s", ".3f"),
+        "kfac/collect_s": ("collect (with its own passes), s", ".3f"),
+        "kfac/factor_s": ("factor, s", ".3f"),
+        "kfac/apply_s": ("apply, s", ".3f"),
+        "kfac/total_s": ("total, s", ".3f"),
+        "kfac/peak_mb": ("peak memory growth, MiB", ".1f"),
+        "train/seconds": ("training, s", ".1f"),
+    },
+}
+"""Section -> metric -> its words and its format."""
+
+LAYER_COLUMNS: dict[str, tuple[str, str]] = {
+    "name": ("layer", "s"),
+    "type": ("type", "s"),
+    "in": ("in", "d"),
+    "out": ("out", "d"),
+    "tokens": ("tokens", "d"),
+    "method": ("method", "s"),
+    "kappa_A": ("kappa A", ".1e"),
+    "kappa_G": ("kappa G", ".1e"),
+    "bytes": ("MiB", "mib"),
+    "seconds": ("s", ".3f"),
+}
+"""Column of ``layers.csv`` -> its heading and its format."""
+
+
+def show(run: Run, *, console: Console | None = None) -> None:
+    """Print the numbers of a finished run and the path of its directory."""
+    out = console or _console()
+    out.print(render(run.record, run.values, run.tables, run.directory))
+
+
+def render(
+    record: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    tables: Mapping[str, list[dict[str, Any]]],
+    directory: Path,
+) -> RenderableType:
+    """The table as something that rich can print.
+
+    Args:
+        record: the contents of ``run.json``.
+        metrics: the contents of ``metrics.json``.
+        tables: rows by file name; ``layers.csv`` is shown if it is there.
+        directory: the run directory.
+    """
+    parts: list[RenderableType] = [Text(_title(record), style="bold")]
+    layers = tables.get("layers.csv")
+    if layers:
+        parts += [_layer_table(layers), Text(_sum_up(layers)), Text()]
+    parts += [_number_table(metrics), Text(), _where(directory, record)]
+    return Group(*parts)
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    config = record.get("config", {})
+    names = [config.get("task", {}).get("name")]
+    names += [config.get(part, {}).get("name") for part in ("model", "data")]
+    text = " · ".join(name for name in names if name)
+    return f"{text} · run {record['run_id']}"
+
+
+def _number_table(metrics: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", style="dim", no_wrap=True)
+    first = True
+    for title, numbers in NUMBERS.items():
+        present = [name for name in numbers if metrics.get(name) is not None]
+        if not present:
+            continue
+        if not first:
+            table.add_row()
+        first = False
+        table.add_row(Text(title, style="bold"))
+        for name in present:
+            words, form = numbers[name]
+            table.add_row(f"  {words}", number(metrics[name], form), name)
+    return table
+
+
+def _layer_table(rows: list[dict[str, Any]]) -> Table:
+    columns = [name for name in LAYER_COLUMNS if any(row.get(name) is not None for row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in columns:
+        heading, form = LAYER_COLUMNS[name]
+        if name == "name":
+            table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=1, min_width=12)
+        else:
+            justify = "left" if form == "s" else "right"
+            table.add_column(heading, justify=justify, no_wrap=True)
+    for row in rows[:MAX_ROWS]:
+        table.add_row(*(number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns))
+    if len(rows) > MAX_ROWS:
+        table.add_row(f"... {len(rows) - MAX_ROWS} more")
+    return table
+
+
+def _sum_up(rows: Iterable[Mapping[str, Any]]) -> str:
+    methods = Counter(str(row["method"]) for row in rows if row.get("method"))
+    counts = ", ".join(f"{count} {method}" for method, count in methods.most_common())
+    return f"{sum(methods.values())} layers: {counts}" if counts else ""
+
+
+def _where(directory: Path, record: Mapping[str, Any]) -> Text:
+    text = Text("run directory  ", style="bold")
+    # Never wrapped: the path is there to be copied.
+    text.append(str(directory), style="cyan")
+    text.no_wrap, text.overflow = True, "ignore"
+    return text
+
+
+def number(value: Any, form: str) -> str:
+    """A value as it stands in a table: ``g`` is four digits, ``mib`` bytes in MiB."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if form == "mib":
+        return f"{value / 2**20:.2f}"
+    if form == "d":
+        return f"{round(value):,}"
+    if form == "s":
+        return str(value)
+    return f"{value:.4g}" if form == "g" else format(value, form)
+
+
+def _console() -> Console:
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=PIPE_WIDTH)
+    return console

@@ -1,0 +1,31 @@
+"""Brings the schema's defaults and the sweeps of fisher_lab to Hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+
+class FisherLabSearchPath(SearchPathPlugin):
+    """Registers them where fisher_lab's own ``conf/`` is in use, and in no other application."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra once for each search path that it makes."""
+        from fisher_lab.config import paths
+
+        ours = paths.conf()
+        for element in search_path.get_path():
+            if element.provider == "main" and _local(element.path) == ours:
+                from fisher_lab.config import store
+
+                store.register()
+                return
+
+
+def _local(path: str) -> Path | None:
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return Path(path).resolve()
+    return Path(rest).resolve() if scheme == "file" else None
