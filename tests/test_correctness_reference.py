@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -91,9 +93,7 @@ def test_a_token_gradient_is_the_finite_difference():
 def linear_tokens(rows, widths, seed=0):
     """Tokens of a chain of linear layers under squared error, one residual column each."""
     generator = torch.Generator().manual_seed(seed)
-    layers = [
-        nn.Linear(i, o, bias=False, dtype=DOUBLE) for i, o in zip(widths, widths[1:], strict=False)
-    ]
+    layers = [nn.Linear(i, o, bias=False, dtype=DOUBLE) for i, o in pairwise(widths)]
     model = nn.Sequential(*layers)
     x = torch.randn(rows, widths[0], generator=generator, dtype=DOUBLE)
     return model, x

@@ -1,0 +1,448 @@
+"""What the public face promises: names, errors, refreshes, and nothing left over or invented."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fisher_lab import KFACNaturalGradient
+from fisher_lab.curvature.errors import CurvatureError
+from tests import models, reference
+from tests.capturing import POLICIES, Calls, engine, random_like, shared_capture
+from tests.reference import Damping, Truth
+
+DOUBLE = torch.float64
+
+
+def cross_entropy(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch["labels"])
+
+
+def rows(n=6, width=7, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(n, width, generator=generator, dtype=DOUBLE),
+        "labels": torch.randint(0, classes, (n,), generator=generator),
+    }
+
+
+def mlp(bias=True):
+    return models.seeded(lambda: models.MLP(bias=bias), DOUBLE)
+
+
+def collected(model=None, batch=None, **settings):
+    model = mlp() if model is None else model
+    kfac = engine(**settings)
+    kfac.collect_kfac_factors(model, rows() if batch is None else batch, loss=cross_entropy)
+    return kfac, model
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.name)
+def test_names_shapes_and_dtypes_are_the_models(case):
+    """What is given comes back, once, under its `named_parameters()` name; the rest as it was."""
+    model = case.model(torch.float32)
+    kfac = engine()
+    truth, _ = shared_capture(kfac, model, case.batch("few"))
+    gradients = random_like(dict(model.named_parameters()))
+    before = {n: g.clone() for n, g in gradients.items()}
+    result = kfac.compute_natural_gradient(gradients, model)
+    assert set(result) == set(dict(model.named_parameters()))
+    assert set(kfac.uncovered) == set(gradients) - truth.covered()
+    for name, value in result.items():
+        assert value.shape == gradients[name].shape
+        assert value.dtype == gradients[name].dtype
+        assert torch.isfinite(value).all()
+        assert torch.equal(gradients[name], before[name])
+        assert torch.equal(value, gradients[name]) == (name in kfac.uncovered), name
+
+
+def test_a_subset_of_gradients_gives_that_subset():
+    kfac, model = collected()
+    full = random_like(dict(model.named_parameters()))
+    result = kfac.compute_natural_gradient({"second.weight": full["second.weight"]}, model)
+    assert set(result) == {"second.weight"}
+
+
+def test_factor_entries_say_what_they_are():
+    model = models.seeded(models.gpt2, DOUBLE)
+    for policy, expected in (("all", "woodbury"), ("small_only", "eig")):
+        kfac = engine(policy)
+        kfac.collect_kfac_factors(model, models.language_batch(models.FEW))
+        entry = kfac.kfac_factors["transformer.h.0.attn.c_attn"]
+        assert entry["G_type"] == expected
+        assert entry["A_bias_augmented"] is True
+        assert entry["tokens"] == 13
+        assert kfac.kfac_factors["lm_head"]["A_bias_augmented"] is False
+
+
+def test_no_woodbury_means_the_dense_path():
+    model = models.seeded(models.gpt2, DOUBLE)
+    kfac = KFACNaturalGradient(kfac_use_woodbury=False)
+    kfac.collect_kfac_factors(model, models.language_batch(models.FEW))
+    assert kfac.kfac_factors["transformer.h.0.attn.c_attn"]["G_type"] == "eig"
+    assert kfac.kfac_factors["lm_head"]["G_type"] == "eig"
+
+
+# ------------------------------------------------------------------ forward passes and losses
+
+
+def test_a_captured_loss_calls_the_model_no_second_time():
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    calls = Calls(model)
+    shared_capture(engine(), model, batch)
+    assert calls.count == 1
+
+
+def test_without_a_loss_the_model_is_called_once_per_batch():
+    model = models.seeded(models.gpt2, DOUBLE)
+    calls = Calls(model)
+    engine().collect_kfac_factors(model, models.language_batch(models.FEW))
+    assert calls.count == 1
+    engine().collect_kfac_factors(
+        model, [models.language_batch(models.FEW, seed=s) for s in (1, 2)]
+    )
+    assert calls.count == 3
+
+
+def test_a_loss_without_a_capture_is_an_error_that_says_so():
+    model, batch = mlp(), rows()
+    calls = Calls(model)
+    loss = cross_entropy(model(batch["x"]), batch)
+    with pytest.raises(CurvatureError, match="capture"):
+        engine().collect_kfac_factors(model, batch, loss=loss)
+    assert calls.count == 1
+
+
+def test_a_capture_serves_one_collection_only():
+    """A second loss after the same capture must not meet the old activations."""
+    model, batch = mlp(), rows()
+    kfac = engine()
+    with kfac.capture(model):
+        loss = cross_entropy(model(batch["x"]), batch)
+    kfac.collect_kfac_factors(model, batch, loss=loss)
+    other = cross_entropy(model(batch["x"]), batch)
+    with pytest.raises(CurvatureError, match="capture"):
+        kfac.collect_kfac_factors(model, batch, loss=other)
+
+
+def test_no_hook_stays_on_the_model():
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+
+    def hooks():
+        return sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        )
+
+    before = hooks()
+    engine().collect_kfac_factors(model, batch)
+    shared_capture(engine(), model, batch)
+    with pytest.raises(ZeroDivisionError), engine().capture(model):
+        raise ZeroDivisionError
+    assert hooks() == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_and_train_mode_both_work_and_are_left_alone(training):
+    model = models.seeded(models.gpt2, DOUBLE).train(training)
+    kfac = engine("all", Damping(1e-3, 1e-3, None))
+    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW))
+    assert model.training is training
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    expected = truth.natural_gradient(own, Damping(1e-3, 1e-3, None))
+    reference.assert_close(result, expected, 1e-9)
+
+
+def test_caller_state_is_untouched():
+    """No `.grad`, no parameter, no entry of the batch changes; `requires_grad` stays."""
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.transformer.h[0].mlp.c_fc.weight.grad = torch.ones(16, 64, dtype=DOUBLE)
+    copied = copy.deepcopy(batch)
+    labels = batch["labels"]
+    engine().collect_kfac_factors(model, batch)
+    assert set(batch) == set(copied)
+    assert batch["labels"] is labels
+    for key in batch:
+        assert torch.equal(batch[key], copied[key]), key
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, kept[name])
+        assert parameter.requires_grad
+        touched = name == "transformer.h.0.mlp.c_fc.weight"
+        assert (parameter.grad is not None) == touched, name
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight.grad, torch.ones(16, 64).double())
+
+
+def test_collecting_under_no_grad_still_works():
+    model, batch = mlp(), rows()
+    with torch.no_grad():
+        kfac, _ = collected(model, batch)
+    outside, _ = collected(model, batch)
+    vectors = random_like(dict(model.named_parameters()))
+    inside = kfac.compute_natural_gradient(vectors, model)
+    expected = outside.compute_natural_gradient(vectors, model)
+    reference.assert_close(inside, {n: v.double() for n, v in expected.items()}, 1e-12)
+    assert not any(v.requires_grad for v in inside.values())
+
+
+def test_callers_loss_function_on_a_model_without_a_loss():
+    model, batch, damping = mlp(), rows(), Damping(1e-3, 1e-3, 1e6)
+    results = []
+    for loss_fn, more in (
+        (cross_entropy, {}),
+        (lambda o, b: 6 * cross_entropy(o, b), {"loss_reduction": "sum"}),
+        (lambda o, b: cross_entropy(o, b), {"n_labels": 6}),
+        (lambda o, b: nn.functional.cross_entropy(o, b["labels"], reduction="none"), {}),
+    ):
+        kfac = engine("all", damping)
+        with reference.record(model) as rec:
+            kfac.collect_kfac_factors(model, batch, loss=loss_fn, **more)
+        truth = Truth(model, rec, [batch], labels=6)
+        own = truth.own_gradient(6)
+        results.append(kfac.compute_natural_gradient(own, model))
+        reference.assert_close(results[-1], truth.natural_gradient(own, damping), 1e-9)
+    for other in results[1:]:
+        reference.assert_close(other, {n: v.double() for n, v in results[0].items()}, 1e-9)
+
+
+def test_squared_error_of_a_plain_model():
+    """A loss without integer labels: `n_labels` says what the mean was over."""
+    model, batch = mlp(), rows()
+    batch["labels"] = torch.randn(6, 4, dtype=DOUBLE)
+    damping = Damping(1e-3, 1e-3, None)
+
+    def loss_fn(outputs, batch):
+        return (outputs - batch["labels"]).square().sum(1).mean()
+
+    kfac = engine("all", damping)
+    with reference.record(model) as rec:
+        kfac.collect_kfac_factors(model, batch, loss=loss_fn, n_labels=6)
+    truth = Truth(model, rec, [batch], labels=6)
+    residual = 2 * (model(batch["x"]) - batch["labels"]).detach()
+    assert reference.relative(truth.tokens["second"].g[0], residual) < 1e-12
+    own = truth.own_gradient(6)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+
+
+def test_no_loss_at_all_is_a_clear_error():
+    with pytest.raises(CurvatureError, match="loss"):
+        engine().collect_kfac_factors(mlp(), rows())
+
+
+def test_misspelt_reduction_is_an_error():
+    with pytest.raises(ValueError, match=r"loss_reduction.*avg"):
+        engine().collect_kfac_factors(mlp(), rows(), loss=cross_entropy, loss_reduction="avg")
+
+
+# ------------------------------------------------------------------ layers and batches
+
+
+def test_no_supported_layer_is_an_error():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, dtype=DOUBLE))
+
+        def forward(self, x):
+            return x[:, :4] * self.scale
+
+    with pytest.raises(CurvatureError, match=r"(?i)no .*layer"):
+        engine().collect_kfac_factors(Scale(), rows(), loss=cross_entropy)
+
+
+def test_excluding_everything_is_an_error_too():
+    with pytest.raises(CurvatureError, match=r"(?i)no .*layer"):
+        collected(exclude=["*"])
+
+
+def test_frozen_layers_are_skipped():
+    model = mlp()
+    for parameter in model.first.parameters():
+        parameter.requires_grad_(False)
+    kfac, _ = collected(model)
+    assert list(kfac.kfac_factors) == ["second"]
+    vectors = random_like(dict(model.named_parameters()))
+    result = kfac.compute_natural_gradient(vectors, model)
+    assert torch.equal(result["first.weight"], vectors["first.weight"])
+    assert set(kfac.uncovered) == {"first.weight", "first.bias"}
+
+
+def test_a_batch_without_active_tokens_is_an_error_and_leaves_the_engine_usable():
+    model, good = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    kfac = engine()
+    kfac.collect_kfac_factors(model, good)
+    vectors = random_like(dict(model.named_parameters()))
+    before = kfac.compute_natural_gradient(vectors, model)
+    empty = dict(good, attention_mask=torch.zeros_like(good["attention_mask"]))
+    unlabelled = dict(good, labels=torch.full_like(good["labels"], -100))
+    with pytest.raises(CurvatureError, match=r"token|label"):
+        kfac.collect_kfac_factors(model, empty)
+    with pytest.raises(CurvatureError, match="label"):
+        kfac.collect_kfac_factors(model, unlabelled)
+    after = kfac.compute_natural_gradient(vectors, model)
+    for name, value in before.items():
+        assert torch.equal(after[name], value)
+    kfac.collect_kfac_factors(model, good)
+
+
+def test_an_empty_iterable_of_batches_is_an_error():
+    with pytest.raises(CurvatureError, match="batch"):
+        engine().collect_kfac_factors(mlp(), [], loss=cross_entropy)
+
+
+@pytest.mark.parametrize("side", ["activations", "gradients"])
+def test_non_finite_values_name_the_layer(side):
+    model, batch = mlp(), rows()
+    if side == "activations":
+        batch["x"][2, 3] = float("nan")
+        loss_fn = cross_entropy
+    else:
+
+        def loss_fn(outputs, batch):
+            return (outputs.sum() - outputs.sum().detach()).abs().sqrt()
+
+    with pytest.raises(CurvatureError, match=r"first|second"):
+        engine().collect_kfac_factors(model, batch, loss=loss_fn, n_labels=6)
+
+
+def test_no_damping_from_tiny_to_one_gives_anything_non_finite():
+    model, batch = models.seeded(models.gpt2, torch.float32), models.language_batch(models.FEW)
+    for policy in POLICIES:
+        for lam in (1e-10, 1e-8, 1e-4, 1.0):
+            kfac = engine(policy, Damping(lam, lam, None))
+            truth, labels = shared_capture(kfac, model, batch)
+            own = truth.own_gradient(labels)
+            result = kfac.compute_natural_gradient(own, model)
+            assert all(bool(torch.isfinite(value).all()) for value in result.values())
+
+
+# ------------------------------------------------------------------ matching model and factors
+
+
+def test_applying_before_collecting_is_an_error():
+    model = mlp()
+    with pytest.raises(CurvatureError, match="collect"):
+        engine().compute_natural_gradient(random_like(dict(model.named_parameters())), model)
+
+
+@pytest.mark.parametrize("policy", ["all", "small_only"])
+def test_factors_of_another_model_name_the_layer_and_both_sides(policy):
+    kfac, _ = collected(policy=policy)
+    wider = models.seeded(lambda: models.MLP(sizes=(7, 11, 4)), DOUBLE)
+    with pytest.raises(CurvatureError, match=r"first.*(9.*11|11.*9)"):
+        kfac.compute_natural_gradient(random_like(dict(wider.named_parameters())), wider)
+    without_bias = mlp(bias=False)
+    gradients = random_like(dict(without_bias.named_parameters()))
+    with pytest.raises(CurvatureError, match=r"first.*bias"):
+        kfac.compute_natural_gradient(gradients, without_bias)
+
+
+def test_gradients_of_another_shape_or_name_are_errors():
+    kfac, model = collected()
+    gradients = random_like(dict(model.named_parameters()))
+    wrong = dict(gradients, **{"first.weight": gradients["first.weight"].T.contiguous()})
+    with pytest.raises(CurvatureError, match=r"first"):
+        kfac.compute_natural_gradient(wrong, model)
+    with pytest.raises(CurvatureError, match="nowhere"):
+        kfac.compute_natural_gradient({"nowhere.weight": torch.ones(2, 2)}, model)
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("damping", -1.0),
+        ("damping", float("nan")),
+        ("damping_A", -1e-3),
+        ("max_condition_number", 0.5),
+        ("kfac_policy", "some"),
+        ("woodbury_dtype", "fp8"),
+        ("woodbury_store_device", "tpu"),
+        ("update_freq", 0),
+        ("ema_decay", 1.5),
+        ("kfac_distributed_reduce", "sum"),
+        ("fisher", "guess"),
+        ("tied", "both"),
+        ("core_dtype", "float16"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting, value):
+    with pytest.raises(ValueError, match=f"{setting}.*{str(value).replace('+', '.')}"):
+        KFACNaturalGradient(**{setting: value})
+
+
+def test_misspelt_settings_are_errors():
+    with pytest.raises(TypeError, match="dampign"):
+        KFACNaturalGradient(dampign=1e-3)
+
+
+def test_negative_power_without_damping_is_an_error():
+    kfac, model = collected(damping=Damping(0.0, 0.0, None))
+    vectors = random_like(dict(model.named_parameters()))
+    with pytest.raises(ValueError, match="damping"):
+        kfac.compute_natural_gradient(vectors, model)
+    assert kfac.compute_powered_natural_gradient(vectors, model, 1.0)
+
+
+def test_raw_damped_eigenvalues_where_the_correction_is_off():
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    for policy in POLICIES:
+        kfac = engine(policy, Damping(1e-3, 1e-3, 5.0), use_eigenvalue_correction=False)
+        truth, labels = shared_capture(kfac, model, batch)
+        own = truth.own_gradient(labels)
+        result = kfac.compute_natural_gradient(own, model)
+        raw = truth.natural_gradient(own, Damping(1e-3, 1e-3, None))
+        reference.assert_close(result, raw, 1e-9, policy)
+
+
+def test_step_refreshes_every_update_freq():
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    kfac, calls = engine(update_freq=3), Calls(model)
+    seen = []
+    for _ in range(7):
+        kfac.step(model, batch)
+        seen.append(calls.count)
+    assert seen == [1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("policy", ["all", "small_only"])
+def test_ema_decay_touches_the_diagonal_and_nothing_else(policy):
+    model = models.seeded(models.gpt2, DOUBLE)
+    vectors = random_like(dict(model.named_parameters()))
+    results, diagonals = [], []
+    for decay in (0.0, 0.9):
+        kfac = engine(policy, ema_decay=decay)
+        for seed in (1, 2):
+            kfac.collect_kfac_factors(model, models.language_batch(models.FEW, seed=seed))
+        results.append(kfac.compute_natural_gradient(vectors, model))
+        diagonals.append(kfac.diagonal_fisher)
+    fresh = engine(policy)
+    fresh.collect_kfac_factors(model, models.language_batch(models.FEW, seed=2))
+    results.append(fresh.compute_natural_gradient(vectors, model))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert reference.relative(other[name], value.double()) < 1e-12, name
+    assert diagonals[0]
+    assert set(diagonals[0]) <= set(dict(model.named_parameters()))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert diagonals[0][name].shape == (16, 64)
+    assert bool((diagonals[0][name] >= 0).all())
+    assert reference.relative(diagonals[1][name], diagonals[0][name].double()) > 0.05
+    blend = 0.9 * first_diagonal(model, policy)[name] + 0.1 * diagonals[0][name]
+    assert reference.relative(diagonals[1][name], blend.double()) < 1e-6
+
+
+def first_diagonal(model, policy):
+    kfac = engine(policy, ema_decay=0.0)
+    kfac.collect_kfac_factors(model, models.language_batch(models.FEW, seed=1))
+    return kfac.diagonal_fisher

@@ -1,0 +1,342 @@
+"""What goes into the factors: tokens, padding, batches, scales; read through products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fisher_lab import KFACNaturalGradient
+from tests import models, reference
+from tests.capturing import POLICIES, engine, inputs_of, own_collect, random_like, shared_capture
+from tests.reference import Damping, Truth
+
+DOUBLE = torch.float64
+CASES = {case.name: case for case in models.CASES}
+PADDED = {
+    "gpt2_right": (models.gpt2, lambda: models.language_batch(models.FEW)),
+    "gpt2_left": (models.gpt2, lambda: models.language_batch(models.FEW, "left")),
+    "llama_left": (models.llama, lambda: models.language_batch((5, 8, 3), "left")),
+    "bert_right": (models.bert, lambda: models.language_batch(models.FEW)),
+    "bert_left": (models.bert, lambda: models.language_batch(models.FEW, "left")),
+    "t5_lengths": (models.t5, lambda: models.t5_batch((8, 5), (4, 7))),
+    "t5_masks": (models.t5, lambda: models.t5_batch((8, 5), (3, 8))),
+}
+
+
+def label_count(model, batch):
+    return int((reference.counting_labels(model, batch) != -100).sum())
+
+
+@pytest.mark.parametrize("policy", ["all", "small_only"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_changes_nothing(name, policy):
+    """A padded batch, and its sequences one by one without padding: the same factors.
+
+    LLaMA and T5 norms compute in float32 whatever the model, so other batch shapes may round
+    differently there; they do not for these sizes on CPU (the bound would show it).
+    """
+    build, make = PADDED[name]
+    batch, model = make(), models.seeded(build, DOUBLE)
+    vectors = random_like(dict(model.named_parameters()))
+    together, apart = engine(policy), engine(policy)
+    together.collect_kfac_factors(model, batch)
+    apart.collect_kfac_factors(model, models.one_by_one(batch))
+    assert set(together.kfac_factors) == set(apart.kfac_factors)
+    for layer, factors in together.kfac_factors.items():
+        assert factors["tokens"] == apart.kfac_factors[layer]["tokens"], layer
+    for first, second in (
+        (
+            together.compute_fisher_vector_product(vectors, model),
+            apart.compute_fisher_vector_product(vectors, model),
+        ),
+        (
+            together.compute_powered_natural_gradient(vectors, model, 1.0),
+            apart.compute_powered_natural_gradient(vectors, model, 1.0),
+        ),
+    ):
+        assert set(first) == set(second)
+        reference.assert_close(first, {n: v.double() for n, v in second.items()}, 1e-10, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_own_forward_pass_uses_every_tokens_own_loss(name):
+    """Without `loss=`: labels under the padding do not count, logits keep their dtype.
+
+    The head's token gradients must be `softmax - onehot` of the labels that count, in float64;
+    Hugging Face's own loss would round the logits to float32 and count padding.
+    """
+    case = CASES[name]
+    model, batch = case.model(DOUBLE), case.batch("few")
+    labels = reference.counting_labels(model, batch)
+    kfac = engine("all", Damping(1e-3, 1e-3, None))
+    truth = own_collect(kfac, model, [batch], labels=int((labels != -100).sum()))
+    head = next(t for n, t in truth.tokens.items() if n in ("lm_head", "cls.predictions.decoder"))
+    decoder_mask = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+    with torch.no_grad():
+        p = torch.softmax(model(**inputs_of(batch)).logits, -1)
+    counted = labels != -100
+    p[counted] -= nn.functional.one_hot(labels[counted], models.VOCAB)
+    p[~counted] = 0
+    assert reference.relative(head.g[0], p[decoder_mask]) < 1e-12
+    own = truth.own_gradient(truth.labels)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, Damping(1e-3, 1e-3, None)), 1e-9)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_several_batches_are_one_set_of_tokens(policy):
+    """Batches of unequal size and label share: tokens weigh alike, not batches."""
+    model = models.seeded(models.gpt2, DOUBLE)
+    batches = [
+        models.language_batch((4, 9), seed=2),
+        models.language_batch((17,), share=0.2, seed=3),
+        models.language_batch((3, 3, 5), "left", seed=4),
+    ]
+    n = sum(label_count(model, batch) for batch in batches)
+    damping = Damping(1e-3, 1e-3, 1e4)
+    kfac = engine(policy, damping)
+    truth = own_collect(kfac, model, batches, labels=n)
+    assert kfac.kfac_factors["transformer.h.0.mlp.c_fc"]["tokens"] == 41
+    own = truth.own_gradient(n)
+    for gradients in (own, random_like(own)):
+        result = kfac.compute_natural_gradient(gradients, model)
+        reference.assert_close(result, truth.natural_gradient(gradients, damping), 1e-9)
+        product = kfac.compute_fisher_vector_product(gradients, model)
+        reference.assert_close(product, truth.fisher_vector_product(gradients), 1e-9)
+
+
+def test_an_iterator_of_batches_is_consumed_once():
+    model = models.seeded(models.gpt2, DOUBLE)
+    batches = [models.language_batch((4, 9), seed=2), models.language_batch((7,), seed=3)]
+    kfac = engine()
+    kfac.collect_kfac_factors(model, iter(batches))
+    assert kfac.kfac_factors["transformer.h.0.mlp.c_fc"]["tokens"] == 20
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("name", ["gpt2_untied", "bert_left", "t5_lengths"])
+def test_fisher_vector_product(name, tokens, policy):
+    """`(T / N) G V A`: undamped, unclipped, whatever the engine's damping and kappa are."""
+    case = CASES[name]
+    model = case.model(DOUBLE)
+    kfac = engine(policy, Damping(0.3, 0.2, 5.0))
+    truth, labels = shared_capture(kfac, model, case.batch(tokens))
+    assert labels < min(t.count for t in truth.tokens.values())  # so that T / N is seen
+    own = truth.own_gradient(labels)
+    for vectors in (own, random_like(own)):
+        product = kfac.compute_fisher_vector_product(vectors, model)
+        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-10)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("p", [-1.0, -0.5, 0.5, 1.0, 2.0])
+def test_powers(p, policy):
+    """`G^p dW A^p` with the used eigenvalues; the floor binds."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-2, 100.0)
+    for tokens in ("few", "many"):
+        model = case.model(DOUBLE)
+        kfac = engine(policy, damping)
+        truth, labels = shared_capture(kfac, model, case.batch(tokens))
+        own = truth.own_gradient(labels)
+        for vectors in (own, random_like(own)):
+            result = kfac.compute_powered_natural_gradient(vectors, model, p)
+            reference.assert_close(result, truth.powered(vectors, p, damping), 1e-9)
+
+
+def test_power_minus_one_is_the_natural_gradient():
+    case = CASES["llama"]
+    model = case.model(DOUBLE)
+    kfac = engine("all", Damping(1e-3, 1e-3, 1e6))
+    truth, labels = shared_capture(kfac, model, case.batch("few"))
+    own = truth.own_gradient(labels)
+    powered = kfac.compute_powered_natural_gradient(own, model, -1)
+    natural = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(powered, {n: natural[n].double() for n in truth.covered()}, 1e-10)
+
+
+def test_mean_and_sum_of_the_loss_give_the_same_factors():
+    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e6)
+    results = {}
+    for reduction in ("mean", "sum"):
+        model = case.model(DOUBLE)
+        kfac = engine("all", damping)
+        truth, labels = shared_capture(kfac, model, case.batch("few"), reduction=reduction)
+        own = random_like(truth.own_gradient(labels))
+        results[reduction] = kfac.compute_natural_gradient(own, model)
+    expected = {n: v.double() for n, v in results["sum"].items()}
+    reference.assert_close(results["mean"], expected, 1e-12)
+
+
+def test_one_datum_kfac_is_the_fisher_matrix():
+    """With one token `G (x) A` is `dW dW^T` itself: the product is `<dW, V> dW`."""
+    torch.manual_seed(0)
+    model = models.MLP().double().eval()
+    batch = {"x": torch.randn(1, 7, dtype=DOUBLE), "labels": torch.tensor([2])}
+
+    def loss_fn(outputs, batch):
+        return nn.functional.cross_entropy(outputs, batch["labels"])
+
+    kfac = engine("all")
+    kfac.collect_kfac_factors(model, batch, loss=loss_fn)
+    loss_fn(model(batch["x"]), batch).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    vectors = random_like(gradients)
+    product = kfac.compute_fisher_vector_product(vectors, model)
+    for layer in ("first", "second"):
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        inner = sum((gradients[n] * vectors[n]).sum() for n in names)
+        expected = {n: inner * gradients[n] for n in names}
+        reference.assert_close(product, expected, 1e-12)
+
+
+def plain(model, x, labels, policy="all", damping=None, **settings):
+    """Shared capture of a model that gives logits and no loss; mean cross-entropy."""
+    batch = {"x": x, "labels": labels}
+    kfac = engine(policy, damping, **settings)
+    with reference.record(model) as rec, kfac.capture(model):
+        loss = nn.functional.cross_entropy(model(x), labels)
+    kfac.collect_kfac_factors(model, batch, loss=loss)
+    return kfac, Truth(model, rec, [batch], labels=len(labels))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rows", [3, 23])
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_mlp(bias, rows, policy):
+    torch.manual_seed(1)
+    model = models.MLP(bias=bias).double().train()
+    x, labels = torch.randn(rows, 7, dtype=DOUBLE), torch.randint(0, 4, (rows,))
+    damping = Damping(1e-3, 1e-3, 1e3)
+    kfac, truth = plain(model, x, labels, policy, damping)
+    own = truth.own_gradient(rows)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+    assert [f["A_bias_augmented"] for f in kfac.kfac_factors.values()] == [bias, bias]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_module_called_twice(policy):
+    torch.manual_seed(2)
+    model = models.Twice().double().eval()
+    x, labels = torch.randn(5, 6, dtype=DOUBLE), torch.randint(0, 4, (5,))
+    damping = Damping(1e-3, 1e-3, 1e3)
+    kfac, truth = plain(model, x, labels, policy, damping)
+    assert kfac.kfac_factors["shared"]["tokens"] == 10
+    own = truth.own_gradient(5)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bare_linear(bias):
+    torch.manual_seed(3)
+    model = nn.Linear(5, 3, bias=bias, dtype=DOUBLE)
+    x, labels = torch.randn(7, 5, dtype=DOUBLE), torch.randint(0, 3, (7,))
+    damping = Damping(1e-3, 1e-3, None)
+    kfac, truth = plain(model, x, labels, damping=damping)
+    assert list(kfac.kfac_factors) == [""]
+    own = truth.own_gradient(7)
+    result = kfac.compute_natural_gradient(own, model)
+    assert set(result) == set(own) == ({"weight", "bias"} if bias else {"weight"})
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooled_layers_have_one_token_per_example(side):
+    """BERT's pooler and classifier see `[batch, features]`: the mask is not theirs."""
+    model = models.seeded(models.bert_classifier, DOUBLE)
+    batch = models.classifier_batch((5, 8, 8, 3, 8), side)  # sequences of width 8
+    damping = Damping(1e-3, 1e-3, 1e6)
+    kfac = engine("all", damping)
+    truth, labels = shared_capture(kfac, model, batch)
+    assert labels == 5
+    assert kfac.kfac_factors["classifier"]["tokens"] == 5
+    assert kfac.kfac_factors["bert.pooler.dense"]["tokens"] == 5
+    assert kfac.kfac_factors["bert.encoder.layer.0.output.dense"]["tokens"] == 32
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+
+
+@pytest.mark.parametrize("lengths", [(8,), (3, 5, 5, 4, 2)], ids=["one_row", "rows_as_wide"])
+@pytest.mark.parametrize("build", [models.gpt2, models.bert, models.t5], ids=lambda b: b.__name__)
+def test_position_embeddings_are_never_layers(build, lengths):
+    """Also where a batch of one, or one as high as wide, makes them look like token embeddings."""
+    model = models.seeded(build, DOUBLE)
+    if build is models.t5:
+        batch = models.t5_batch(lengths, lengths)
+    else:
+        batch = models.language_batch(lengths)
+    damping = Damping(1e-3, 1e-3, 1e6)
+    kfac = engine("all", damping)
+    truth, _ = shared_capture(kfac, model, batch)
+    everything = random_like(dict(model.named_parameters()))
+    result = kfac.compute_natural_gradient(everything, model)
+    positions = {n for n in everything if any(p in n for p in reference.POSITIONS)}
+    assert positions
+    assert positions == set(kfac.uncovered)
+    for name in positions:
+        assert torch.equal(result[name], everything[name])
+    assert not [n for n in kfac.kfac_factors if any(p in n for p in reference.POSITIONS)]
+    expected = truth.natural_gradient(everything, damping)
+    reference.assert_close(result, expected, 1e-9)
+
+
+@pytest.mark.parametrize("include_positions", [True, False])
+def test_position_ids_from_the_caller_make_no_layer(include_positions):
+    model = models.seeded(models.gpt2, DOUBLE)
+    batch = models.language_batch(models.FEW, "left")
+    if not include_positions:
+        del batch["position_ids"]
+    kfac = engine()
+    kfac.collect_kfac_factors(model, batch)
+    assert "transformer.wpe" not in kfac.kfac_factors
+
+
+def test_decoder_inputs_made_from_labels_are_not_changed_by_the_mask():
+    """T5 makes its decoder inputs from the labels; masking labels must not alter those."""
+    model = models.seeded(models.t5, DOUBLE)
+    batch = models.t5_batch((8, 5), (4, 7), share=1.0)
+    explicit = dict(batch, decoder_input_ids=model._shift_right(batch["labels"]))
+    implicit = {k: v for k, v in batch.items() if k != "decoder_input_ids"}
+    # A hole in the middle: the label under it is dropped, the input made from it stays.
+    for given in (explicit, implicit):
+        given["decoder_attention_mask"] = batch["decoder_attention_mask"].clone()
+        given["decoder_attention_mask"][1, 2] = 0
+    results = []
+    vectors = random_like(dict(model.named_parameters()))
+    for given in (explicit, implicit):
+        kfac = engine()
+        kfac.collect_kfac_factors(model, given)
+        results.append(kfac.compute_fisher_vector_product(vectors, model))
+    expected = {n: v.double() for n, v in results[0].items()}
+    reference.assert_close(results[1], expected, 1e-12)
+
+
+def test_include_and_exclude_choose_layers():
+    model = models.seeded(models.llama, DOUBLE)
+    batch = models.language_batch(models.FEW)
+    kfac = engine(include=["*mlp*"])
+    kfac.collect_kfac_factors(model, batch)
+    mlp = {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")}
+    assert set(kfac.kfac_factors) == mlp
+    kfac = engine(exclude=["lm_head"])
+    kfac.collect_kfac_factors(model, batch)
+    assert "lm_head" not in kfac.kfac_factors
+    assert mlp < set(kfac.kfac_factors)
+
+
+def test_default_settings_are_the_documented_ones():
+    """Both dampings default to `damping`; `all`, kappa 1e6."""
+    case = CASES["gpt2_untied"]
+    model = case.model(DOUBLE)
+    kfac = KFACNaturalGradient(damping=3e-3)
+    truth, labels = shared_capture(kfac, model, case.batch("few"))
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    expected = truth.natural_gradient(own, Damping(3e-3, 3e-3, 1e6))
+    reference.assert_close(result, expected, 1e-9)
+    types = {n: f["G_type"] for n, f in kfac.kfac_factors.items()}
+    assert types["lm_head"] == types["transformer.h.1.attn.c_attn"] == "woodbury"

@@ -1,0 +1,324 @@
+"""Fisher kinds, the true-Fisher head, EKFAC, tied weights, embeddings and norms, held to dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fisher_lab.curvature.losses import CrossEntropy
+from tests import models, reference
+from tests.capturing import POLICIES, engine, inputs_of, own_collect, random_like, shared_capture
+from tests.reference import Damping, Truth
+
+DOUBLE = torch.float64
+CASES = {case.name: case for case in models.CASES}
+BOTH = ["all", "small_only"]
+
+
+def cross_entropy(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch["labels"])
+
+
+def mlp_batch(rows=6, classes=4, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(rows, 7, generator=generator, dtype=DOUBLE),
+        "labels": torch.randint(0, classes, (rows,), generator=generator),
+    }
+
+
+def causal_batch(lengths=(3, 5), share=0.7, seed=3):
+    return models.language_batch(lengths, share=share, seed=seed)
+
+
+# ------------------------------------------------------------------ fisher = true
+
+
+def expected_moments(model, batch) -> dict[str, tuple[torch.Tensor, int]]:
+    """G of every layer over the model's own distribution, by enumeration of every label.
+
+    Labels of different positions are drawn independently and scores have mean zero, so
+    `E[g_t g_t^T] = sum over labelled s, classes c of p_sc h h^T` with `h` the gradient, at token
+    t, of `-log p_sc` *alone*. One backward pass a pair (s, c).
+    """
+    with reference.record(model) as rec:
+        logits = model(**inputs_of(batch)).logits
+        rows = reference.counting_labels(model, batch) != -100
+        log_p = torch.log_softmax(logits[rows], -1)
+        for nats in log_p.flatten():
+            model.zero_grad()
+            (-nats.detach().exp().sqrt() * nats).backward(retain_graph=True)
+    truth = Truth(model, rec, [batch])
+    return {
+        name: (sum(reference.moment(g) for g in tokens.g), tokens.count)
+        for name, tokens in truth.tokens.items()
+    }
+
+
+def true_truth(model, batch) -> Truth:
+    """Empirical tokens for A, with every G replaced by its expectation."""
+    with reference.record(model) as rec:
+        outputs = model(**inputs_of(batch))
+        loss, labels = reference.summed_loss(model, outputs.logits, batch)
+        loss.backward()
+    model.zero_grad()
+    truth = Truth(model, rec, [batch], labels=labels, norms=False)
+    truth.G_override = {name: G for name, (G, _) in expected_moments(model, batch).items()}
+    return truth
+
+
+@pytest.mark.parametrize("build", [lambda: models.gpt2(tied=False), models.bert])
+def test_true_fisher_of_inner_layers_and_head(build):
+    """Exact where the classes are few enough, also where attention mixes the tokens."""
+    model, batch = models.seeded(build, DOUBLE), causal_batch()
+    truth = true_truth(model, batch)
+    damping = Damping(1e-3, 1e-3, None)
+    kfac = engine("small_only", damping, fisher="true", norm_layers=False)
+    kfac.collect_kfac_factors(model, batch)
+    vectors = random_like({n: p for n, p in model.named_parameters() if n in truth.covered()})
+    product = kfac.compute_fisher_vector_product(vectors, model)
+    reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-9)
+
+
+def test_the_enumeration_agrees_with_section_5():
+    model, batch = models.seeded(lambda: models.gpt2(tied=False), DOUBLE), causal_batch()
+    rows = reference.counting_labels(model, batch) != -100
+    with torch.no_grad():
+        logits = model(**inputs_of(batch)).logits[rows]
+    G, tokens = expected_moments(model, batch)["lm_head"]
+    assert reference.relative(G, reference.true_fisher_of_softmax(logits, tokens)) < 1e-12
+
+
+# ------------------------------------------------------------------ fisher = mc
+
+
+def head_moment(kfac, model, truth) -> torch.Tensor:
+    """The engine's G of the bias-free head `second`, read off Fisher-vector products."""
+    A = reference.factors_of(truth.tokens["second"]).A
+    scale = truth.tokens["second"].count / truth.labels * A[0, 0]
+    columns = []
+    for i in range(4):
+        probe = torch.zeros(4, 9, dtype=DOUBLE)
+        probe[i, 0] = 1.0
+        answer = kfac.compute_fisher_vector_product({"second.weight": probe}, model)
+        columns.append(answer["second.weight"][:, 0] / scale)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("policy", BOTH)
+def test_sampled_fisher_is_right_in_expectation(policy):
+    """Every entry of the sampled G within 5 standard deviations of the enumerated one."""
+    torch.manual_seed(0)
+    model, batch, n_samples = models.MLP(bias=False).double().eval(), mlp_batch(), 300
+    with reference.record(model) as rec:
+        cross_entropy(model(batch["x"]), batch).backward()
+    truth = Truth(model, rec, [batch], labels=6)
+    kfac = engine(policy, fisher="mc", n_samples=n_samples)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy())
+    found = head_moment(kfac, model, truth)
+    p = torch.softmax(model(batch["x"]).detach(), 1)
+    scores = p[:, None, :] - torch.eye(4, dtype=DOUBLE)[None]  # [T, class, 4]
+    outer = scores[..., :, None] * scores[..., None, :]
+    mean = (p[..., None, None] * outer).sum(1)
+    variance = (p[..., None, None] * outer**2).sum(1) - mean**2
+    deviation = (variance.sum(0) / (6**2 * n_samples)).sqrt()
+    assert bool(((found - mean.mean(0)).abs() <= 5 * deviation + 1e-12).all())
+    # The test has power: the data's labels would be many deviations off.
+    empirical = reference.factors_of(truth.tokens["second"]).G * 36
+    assert bool(((empirical - mean.mean(0)).abs() > 20 * deviation).any())
+
+
+@pytest.mark.parametrize("policy", BOTH)
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_sampled_fisher_on_its_own_draws(n_samples, policy):
+    """`n` draws are `T n` columns of weight `1 / (T n)`; held to the recorded backward passes."""
+    model, batch = models.seeded(lambda: models.gpt2(tied=False), DOUBLE), causal_batch()
+    labels = int((reference.counting_labels(model, batch) != -100).sum())
+    damping = Damping(1e-2, 1e-2, None)
+    kfac = engine(policy, damping, fisher="mc", n_samples=n_samples, norm_layers=False)
+    truth = own_collect(kfac, model, [batch], labels=labels, norms=False)
+    for tokens in truth.tokens.values():
+        assert len(tokens.g) == n_samples
+    vectors = random_like({n: p for n, p in model.named_parameters() if n in truth.covered()})
+    product = kfac.compute_fisher_vector_product(vectors, model)
+    reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-10)
+    result = kfac.compute_natural_gradient(vectors, model)
+    reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-9)
+
+
+def test_sampling_is_seeded_and_draws_differ():
+    model, batch = models.seeded(lambda: models.gpt2(tied=False), DOUBLE), causal_batch()
+    vectors = random_like(dict(model.named_parameters()))
+    products = []
+    for n_samples in (1, 1, 2):
+        torch.manual_seed(11)
+        kfac = engine(fisher="mc", n_samples=n_samples)
+        kfac.collect_kfac_factors(model, batch)
+        product = kfac.compute_fisher_vector_product(vectors, model)
+        products.append(product["transformer.h.0.mlp.c_fc.weight"])
+    assert torch.equal(products[0], products[1])
+    assert reference.relative(products[2], products[0]) > 1e-3
+
+
+# ------------------------------------------------------------------ the true-Fisher head
+
+
+@pytest.mark.parametrize("policy", BOTH)
+@pytest.mark.parametrize("tokens", ["few", "many"])
+def test_true_fisher_head(tokens, policy):
+    """The head over the model's own distribution, the other layers empirical; no floor there."""
+    case = CASES["gpt2_untied"]
+    for damping in (Damping(1e-3, 1e-3, None), Damping(1e-3, 1e-4, 20.0)):
+        model, batch = case.model(DOUBLE), case.batch(tokens)
+        kfac = engine(policy, damping, kfac_true_fisher_head=True)
+        truth, labels = shared_capture(kfac, model, batch)
+        rows = reference.counting_labels(model, batch) != -100
+        with torch.no_grad():
+            logits = model(**inputs_of(batch)).logits[rows]
+        T = truth.tokens["lm_head"].count
+        truth.G_override["lm_head"] = reference.true_fisher_of_softmax(logits, T)
+        own = truth.own_gradient(labels)
+        for vectors in (own, random_like(own)):
+            result = kfac.compute_natural_gradient(vectors, model)
+            expected = truth.true_head_natural_gradient(vectors, damping, "lm_head")
+            reference.assert_close(result, expected, 1e-9)
+        product = kfac.compute_fisher_vector_product(own, model)
+        reference.assert_close(product, truth.fisher_vector_product(own), 1e-10)
+
+
+def test_true_fisher_head_has_powers_one_and_minus_one_only():
+    case = CASES["gpt2_untied"]
+    model = case.model(DOUBLE)
+    kfac = engine("all", kfac_true_fisher_head=True)
+    truth, labels = shared_capture(kfac, model, case.batch("few"))
+    own = truth.own_gradient(labels)
+    kfac.compute_powered_natural_gradient(own, model, 1)
+    with pytest.raises(ValueError, match=r"lm_head|power"):
+        kfac.compute_powered_natural_gradient(own, model, -0.5)
+
+
+# ------------------------------------------------------------------ EKFAC
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("name", ["gpt2_untied", "bert_right"])
+def test_ekfac(name, tokens, policy):
+    """Section 6 on every policy: moments in the Kronecker basis, damped and floored as there."""
+    case = CASES[name]
+    for damping in (Damping(1e-3, 1e-3, None), Damping(1e-2, 1e-3, 30.0)):
+        model = case.model(DOUBLE)
+        kfac = engine(policy, damping, ekfac=True)
+        truth, labels = shared_capture(kfac, model, case.batch(tokens))
+        own = truth.own_gradient(labels)
+        for vectors in (own, random_like(own)):
+            result = kfac.compute_natural_gradient(vectors, model)
+            reference.assert_close(result, truth.ekfac(vectors, damping), 1e-8, policy)
+        plain = truth.natural_gradient(own, damping)
+        assert max(reference.errors(plain, truth.ekfac(own, damping)).values()) > 0.1
+
+
+# ------------------------------------------------------------------ tied weights and embeddings
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tied", ["head", "embedding", "sum"])
+@pytest.mark.parametrize("build", [models.gpt2, models.t5, lambda: models.llama(tied=True)])
+def test_tied_weights(build, tied, policy):
+    """One entry, under the name in `named_parameters()`, with the factors that were asked for."""
+    model = models.seeded(build, DOUBLE)
+    is_t5 = "T5" in type(model).__name__
+    batch = models.t5_batch((8, 5), (4, 7)) if is_t5 else models.language_batch(models.FEW)
+    damping = Damping(1e-3, 1e-3, 1e3)
+    kfac = engine(policy, damping, tied=tied)
+    truth, labels = shared_capture(kfac, model, batch, tied=tied)
+    name = truth.name_of(model.get_output_embeddings().weight)
+    assert name == truth.name_of(model.get_input_embeddings().weight)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    own = truth.own_gradient(labels)
+    for vectors in (own, random_like(own)):
+        result = kfac.compute_natural_gradient(vectors, model)
+        assert set(result) == set(vectors)
+        expected = truth.natural_gradient(vectors, damping)
+        reference.assert_close(result, expected, 1e-8, f"tied={tied}")
+    others = Truth.__new__(Truth)
+    others.__dict__.update(truth.__dict__, tied="embedding" if tied == "head" else "head")
+    assert reference.relative(others.natural_gradient(own, damping)[name], expected[name]) > 0.1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("kappa", [None, 5.0])
+def test_embedding(kappa, tokens, policy):
+    """`A = diag(counts) / T` over the whole vocabulary, absent words (a zero) included."""
+    case, damping = CASES["llama"], Damping(1e-3, 1e-2, kappa)
+    model = case.model(DOUBLE)
+    kfac = engine(policy, damping)
+    truth, labels = shared_capture(kfac, model, case.batch(tokens))
+    name = "model.embed_tokens.weight"
+    for vectors in (truth.own_gradient(labels), random_like(dict(model.named_parameters()))):
+        vectors = {name: vectors[name].detach()}
+        result = kfac.compute_natural_gradient(vectors, model)
+        reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-10)
+        product = kfac.compute_fisher_vector_product(vectors, model)
+        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-10)
+
+
+# ------------------------------------------------------------------ norms and what is uncovered
+
+
+@pytest.mark.parametrize("name", ["gpt2_untied", "llama", "t5_lengths"])
+def test_norm_layers(name):
+    """The dense block `(1/T) sum v v^T`, `v = [g xhat; g]`, damped by `damping_G`."""
+    case, damping = CASES[name], Damping(1e-4, 1e-2, 10.0)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping)
+    truth, labels = shared_capture(kfac, model, case.batch("few"))
+    norms = {n for n in truth.own_gradient(labels) if "norm" in n or ".ln_" in n}
+    assert len(norms) >= 3
+    for vectors in (truth.own_gradient(labels), random_like(truth.own_gradient(labels))):
+        vectors = {n: vectors[n] for n in norms}
+        result = kfac.compute_natural_gradient(vectors, model)
+        reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-9)
+        product = kfac.compute_fisher_vector_product(vectors, model)
+        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-9)
+
+
+def test_norm_layers_can_be_left_out():
+    model = models.seeded(models.gpt2, DOUBLE)
+    kfac = engine(norm_layers=False)
+    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW), norms=False)
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    uncovered = set(own) - truth.covered()
+    assert uncovered <= set(kfac.uncovered)
+    assert "transformer.ln_f.weight" in uncovered
+    for name in uncovered:
+        assert torch.equal(result[name], own[name])
+
+
+def test_exact_fisher_scale_divides_by_tokens_over_labels():
+    """The inverse of `(T / N) G (x) A`; leaving `T / N` out is the default."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e6)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping, fisher_scale="exact", norm_layers=False)
+    truth, labels = shared_capture(kfac, model, case.batch("few"), norms=False)
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    T = truth.tokens["lm_head"].count
+    assert labels != T
+    expected = {n: v * labels / T for n, v in truth.natural_gradient(own, damping).items()}
+    reference.assert_close(result, expected, 1e-9)
+
+
+def test_column_reduction_is_lossless_where_the_output_is_narrow():
+    """More tokens than `max_columns`: layers within `max_dense_dim` go through `out x out`."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e4)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping, max_columns=70)  # 89 tokens, at most 64 outputs
+    truth, labels = shared_capture(kfac, model, case.batch("many"))
+    own = truth.own_gradient(labels)
+    for vectors in (own, random_like(own)):
+        result = kfac.compute_natural_gradient(vectors, model)
+        reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-9)
