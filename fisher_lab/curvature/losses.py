@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's habit)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import BatchError, LossError
@@ -317,11 +317,13 @@ class SummedLoss:
         loss: scalar with graph.
         n_labels: labels that count, ``N``.
         scored: logits and targets where the loss is a cross-entropy that we computed, else None.
+        logits: the model's own output of logits behind ``scored``.
     """
 
     loss: Tensor
     n_labels: int
     scored: Scored | None = None
+    logits: Tensor | None = None
 
 
 def compute_loss(
@@ -352,7 +354,7 @@ def compute_loss(
     outputs = forward(model, batch)
     if loss_fn is None or isinstance(loss_fn, CrossEntropy):
         scored = scorer(model, loss_fn).score(outputs, batch)
-        return SummedLoss(summed_loss(scored), scored.n_labels, scored)
+        return SummedLoss(summed_loss(scored), scored.n_labels, scored, logits_of(outputs))
     loss = loss_fn(outputs, batch)
     if loss.dim() > 0:
         count = n_labels if n_labels is not None else count_labels(batch)

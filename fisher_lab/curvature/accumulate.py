@@ -1,0 +1,266 @@
+"""Sums over tokens, batches and draws from which the factors are made.
+
+One accumulator a side of a layer. They take tokens as they come, ``[T, features]`` in the
+model's own dtype, and keep sums in the core dtype (so float32 tokens give a float64 factor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError
+from .factors import Columns, DenseFactor, DiagonalFactor, GramFactor
+from .linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
+from .policy import wants_woodbury
+from .settings import Numerics, Policy, Storage
+from .storage import storage_dtype, store_columns
+
+
+@dataclass(frozen=True)
+class Where:
+    """Names a piece of data in an error message.
+
+    Attributes:
+        layer: name of the layer.
+        batch: index of the batch.
+        side: ``activations`` or ``gradients``.
+    """
+
+    layer: str
+    batch: int
+    side: str
+
+    def check(self, x: Tensor) -> None:
+        """Checks that data are finite.
+
+        Raises:
+            NonFiniteError: they are not; names layer, batch and side.
+        """
+        if not all_finite(x):
+            bad = int((~torch.isfinite(x)).sum())
+            raise NonFiniteError(
+                f"layer {self.layer or '(the model)'}, batch {self.batch}: {bad} of {x.numel()} "
+                f"{self.side} are not finite"
+            )
+
+
+class MomentAccumulator:
+    """``sum a a^T`` with the bias column, for the A side.
+
+    Args:
+        n: features, without the bias column.
+        augmented: whether a constant 1 is appended to each token.
+        dtype: core dtype.
+        device: where the sum lives.
+    """
+
+    def __init__(self, n: int, augmented: bool, dtype: torch.dtype, device: torch.device) -> None:
+        size = n + int(augmented)
+        self.n, self.augmented, self.tokens = n, augmented, 0
+        self.total = torch.zeros(size, size, dtype=dtype, device=device)
+
+    def add(self, a: Tensor) -> None:
+        """Adds tokens ``[T, n]``."""
+        n = self.n
+        add_second_moment(self.total[:n, :n], a)
+        if self.augmented:
+            self.total[n, :n] += a.sum(dim=0, dtype=self.total.dtype)
+            self.total[n, n] += a.shape[0]
+        self.tokens += a.shape[0]
+
+    def copy(self) -> MomentAccumulator:
+        """Returns an accumulator with the same sum that goes its own way from here."""
+        other = MomentAccumulator(self.n, self.augmented, self.total.dtype, self.total.device)
+        other.total.copy_(self.total)
+        other.tokens = self.tokens
+        return other
+
+    def factor(self) -> DenseFactor:
+        """Returns ``A = (1/T) sum a a^T``."""
+        return DenseFactor(mirror(self.total) / self.tokens)
+
+
+class CountAccumulator:
+    """Token counts, for the A side of an embedding."""
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(n, dtype=dtype, device=device)
+
+    def add(self, indices: Tensor) -> None:
+        """Adds token indices ``[T]``."""
+        self.total += torch.bincount(indices, minlength=self.total.numel())
+        self.tokens += indices.numel()
+
+    def factor(self) -> DiagonalFactor:
+        """Returns ``A = diag(counts) / T``."""
+        return DiagonalFactor(self.total / self.tokens)
+
+
+class GradientAccumulator:
+    """Token gradients of the G side: columns as long as the policy says so, else a matrix.
+
+    ``auto`` compares the number of columns that have come so far, so that the whole of T decides
+    although the batches are seen one by one: what begins as columns becomes a matrix when there
+    are too many. Past ``max_columns`` the columns are reduced (``docs/math.md``, section 3).
+
+    Args:
+        name: of the layer.
+        out: outputs of the layer.
+        policy: the policy.
+        numerics: core dtype.
+        storage: where and how columns are kept.
+        seed: of the subsampling.
+    """
+
+    def __init__(
+        self, name: str, out: int, policy: Policy, numerics: Numerics, storage: Storage, seed: int
+    ) -> None:
+        self.name, self.out, self.policy, self.numerics = name, out, policy, numerics
+        self.storage = storage
+        self.parts: list[Tensor] = []
+        self.total: Tensor | None = None
+        self.seen = 0
+        self.kept = 0
+        self.discarded = 0.0
+        self.reduction = ""
+        self._keys: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def dense_allowed(self) -> bool:
+        """Whether an ``out x out`` matrix may be formed."""
+        return self.out <= self.policy.max_dense_dim
+
+    def add(self, g: Tensor) -> None:
+        """Adds token gradients ``[T, out]`` of one draw."""
+        self.seen += g.shape[0]
+        if self.total is not None:
+            add_second_moment(self.total, g)
+            return
+        self.parts.append(g)
+        self.kept += g.shape[0]
+        if self.dense_allowed and not wants_woodbury(self.policy, self.out, self.seen):
+            self._to_matrix()
+        elif self.kept > self.policy.max_columns:
+            self._reduce()
+
+    def _to_matrix(self) -> None:
+        dtype, device = self.numerics.core_dtype, self.parts[0].device
+        self.total = torch.zeros(self.out, self.out, dtype=dtype, device=device)
+        for part in self.parts:
+            add_second_moment(self.total, part)
+        self.parts.clear()
+
+    def _reduce(self) -> None:
+        if self.dense_allowed:
+            self.reduction = "lossless"
+            self._to_matrix()
+        elif self.policy.column_reduction == "subsample":
+            self.reduction = "subsample"
+            self._subsample()
+        else:
+            self.reduction = "lowrank"
+            self._truncate()
+
+    def _subsample(self) -> None:
+        """Keeps the columns with the smallest keys: uniform over all that have come so far."""
+        fresh = self.kept - (0 if self._keys is None else self._keys.numel())
+        keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
+        keys = keys if self._keys is None else torch.cat([self._keys, keys])
+        chosen = keys.topk(self.policy.max_columns, largest=False).indices.sort().values
+        self._keys = keys[chosen]
+        joined = torch.cat(self.parts)
+        self.parts = [joined[chosen.to(joined.device)]]
+        self.kept = self.policy.max_columns
+        self.discarded = 1.0 - self.kept / self.seen
+
+    def _truncate(self) -> None:
+        """Keeps the leading directions; the trace that goes is added up."""
+        joined = torch.cat(self.parts)
+        values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
+        self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.policy.max_columns].sum())
+        kept = vectors[:, -self.policy.max_columns :]
+        self.parts = [kept.to(joined).T @ joined]
+        self.kept = self.policy.max_columns
+        total = self._lost + float(values[-self.policy.max_columns :].sum())
+        self.discarded = self._lost / total if total > 0 else 0.0
+
+    def tokens_in_order(self) -> bool:
+        """Says whether the columns are the tokens as they came (push-through needs that)."""
+        return self.total is None and not self.reduction
+
+    def factor(self, weight: float) -> DenseFactor | GramFactor:
+        """Returns ``G = weight * sum g g^T``, with columns stored as the settings say."""
+        if self.total is not None and self.reduction != "lossless":
+            return DenseFactor(mirror(self.total) * weight)
+        if self.total is not None:
+            values, vectors = symmetric_eigen(mirror(self.total))
+            keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
+            columns = (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
+            return self._gram(columns, weight)
+        columns = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        if self.reduction == "subsample":
+            weight = weight * self.seen / self.kept
+        return self._gram(columns, weight)
+
+    def _gram(self, columns: Tensor, weight: float) -> GramFactor:
+        stored = store_columns(columns, self.storage, self.numerics.core_dtype, self.name)
+        return GramFactor(
+            stored,
+            weight,
+            self.numerics.core_dtype,
+            discarded=self.discarded,
+            reduction=self.reduction,
+        )
+
+    def exact_factor(self, weight: float) -> GramFactor | None:
+        """Returns the same factor with unrounded columns, where the stored ones are rounded."""
+        if self.total is not None or not self.parts:
+            return None
+        columns = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        if storage_dtype(self.storage, columns.dtype) == columns.dtype:
+            return None
+        if self.reduction == "subsample":
+            weight = weight * self.seen / self.kept
+        return GramFactor(Columns(columns, 1.0, columns.device), weight, self.numerics.core_dtype)
+
+
+def normalised(x: Tensor, subtract_mean: bool, eps: float) -> Tensor:
+    """Returns the input of a norm layer, normalised, in at least float32."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if subtract_mean:
+        x = x - x.mean(dim=-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+class NormAccumulator:
+    """``sum v v^T`` with ``v = [g * xhat; g]``, the per-token gradient of scale and shift.
+
+    Args:
+        dim: entries of ``v``: features, twice that with a shift.
+        dense: whether the matrix is kept, else its diagonal.
+        dtype: core dtype.
+        device: where the sum lives.
+    """
+
+    def __init__(self, dim: int, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.dense, self.tokens = dense, 0
+        shape = (dim, dim) if dense else (dim,)
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, v: Tensor) -> None:
+        """Adds per-token gradients ``[T, dim]``."""
+        if self.dense:
+            add_second_moment(self.total, v)
+        else:
+            self.total += v.to(self.total.dtype).square().sum(dim=0)
+
+    def factor(self, weight: float) -> DenseFactor | DiagonalFactor:
+        """Returns ``weight * sum v v^T``, or its diagonal."""
+        if self.dense:
+            return DenseFactor(mirror(self.total) * weight)
+        return DiagonalFactor(self.total * weight)

@@ -1,0 +1,372 @@
+"""One forward pass and its gradients, recorded layer by layer.
+
+The only module that knows hooks. A :class:`Capture` keeps *references* to the inputs of the
+layers and the graph edges of their outputs; the gradients ``g_t = dL/ds_t`` come from one
+``torch.autograd.grad`` with respect to those edges, so no weight gradient is computed and
+``.grad`` is never touched. Which positions are tokens is decided by the tensor's *origin*
+(``docs/math.md``, section 1), not by its length.
+
+Shapes: ``B`` sequences of ``S`` positions; a layer's tokens come out as ``[T, features]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from .errors import BatchError, LayerError
+from .layers import Kind, Layer, Layers, every_module
+from .losses import unwrap
+
+
+class Origin(StrEnum):
+    """Where the positions of a tensor come from."""
+
+    TARGET = "target"  # the only sequence of a model, or the decoder's
+    SOURCE = "source"  # the encoder's, in an encoder-decoder model
+
+
+@dataclass
+class Call:
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        a: its input (a reference; for an embedding the indices).
+        origin: where its positions come from.
+        edge: graph edge of its output; None where the output carries no gradient.
+        output: shape of the output.
+        storage: address of the output's storage (recognises the logits).
+        grad: gradient of the output, where a re-computing backward pass has delivered it.
+    """
+
+    a: Tensor
+    origin: Origin
+    edge: GradientEdge | None
+    output: torch.Size
+    storage: int
+    version: int
+    grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which positions of a batch are tokens.
+
+    Attributes:
+        masks: origin -> ``[B, S]`` bool, or None where every position is a token.
+        tensors: the batch's own integer tensors (an embedding of one of them is a token layer).
+        full: origins whose every position is a token (asked once a batch: it waits for a device).
+    """
+
+    masks: Mapping[Origin, Tensor | None]
+    full: frozenset[Origin] = frozenset(Origin)
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Any) -> TokenMasks:
+        """Reads the masks of a prepared batch.
+
+        Raises:
+            BatchError: no position of the batch is active.
+        """
+        if not isinstance(batch, Mapping):
+            values = batch if isinstance(batch, list | tuple) else [batch]
+            ids = tuple(v for v in values if isinstance(v, Tensor) and not v.is_floating_point())
+            return cls(dict.fromkeys(Origin), tensors=ids)
+        masks: dict[Origin, Tensor | None] = {}
+        double = is_encoder_decoder(model)
+        names = {Origin.TARGET: "decoder_attention_mask" if double else "attention_mask"}
+        names[Origin.SOURCE] = "attention_mask"
+        for origin, name in names.items():
+            mask = batch.get(name)
+            masks[origin] = None
+            if mask is None or mask.dim() != 2:
+                continue
+            masks[origin] = active = mask != 0
+            if not bool(active.any()):
+                raise BatchError(f"{name}: no active token in a batch of {tuple(mask.shape)}")
+        ids = tuple(
+            value
+            for key, value in batch.items()
+            if isinstance(value, Tensor)
+            and not value.is_floating_point()
+            and key not in ("labels", "position_ids", "attention_mask", "decoder_attention_mask")
+        )
+        full = frozenset(o for o, m in masks.items() if m is None or bool(m.all()))
+        return cls(masks, full, ids)
+
+    def select(self, x: Tensor, origin: Origin, name: str, *, trailing: int = 1) -> Tensor:
+        """Returns the rows of ``x`` that are tokens, ``[T, features]`` (``[T]`` for indices).
+
+        Args:
+            x: ``[B, S, ..., features]``, ``[B, features]`` (a token an example) or, with
+                ``trailing=0``, the same without features.
+            origin: whose mask counts.
+            name: of the layer, for the error.
+            trailing: 1 for vectors, 0 for indices.
+
+        Raises:
+            LayerError: the leading dimensions do not fit the mask.
+        """
+        shape, mask = x.shape[: x.dim() - trailing], self.masks[origin]
+        features = x.shape[x.dim() - trailing :]
+        if mask is None or len(shape) == 0:
+            return x.reshape(-1, *features)
+        if len(shape) == 1:
+            if shape[0] == mask.numel() and shape[0] != mask.shape[0]:
+                return x[mask.reshape(-1)]
+            return x
+        if shape[:2] != mask.shape:
+            raise LayerError(
+                f"layer {name or '(the model)'}: positions {tuple(shape)} do not fit the "
+                f"{origin} mask {tuple(mask.shape)}; exclude the layer if it sees no tokens"
+            )
+        if origin in self.full:
+            return x.reshape(-1, *features)
+        return x[mask].reshape(-1, *features)
+
+    def is_own(self, indices: Tensor) -> bool:
+        """Says whether indices are one of the batch's own tensors."""
+        return any(
+            indices.shape == t.shape
+            and (indices.data_ptr() == t.data_ptr() or torch.equal(indices.to(t.device), t))
+            for t in self.tensors
+        )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Says whether a model has an encoder whose positions are not the decoder's."""
+    inner = unwrap(model)
+    flag = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    return bool(flag) and hasattr(inner, "get_encoder")
+
+
+class Capture:
+    """Records the calls of a model's K-FAC layers during a forward pass.
+
+    Used as a context manager around the forward pass; then :meth:`gradients` runs the backward
+    pass. Gradient checkpointing is counted once: without re-entry the first pass carries the
+    graph; with re-entry it has none, and the calls are recorded as they are re-computed.
+
+    Args:
+        model: the model whose forward pass is about to run.
+        layers: its K-FAC layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self.model = unwrap(model)
+        self.layers = layers
+        self.calls: dict[str, list[Call]] = {
+            layer.name: [] for layer, _ in every_module(layers.layers.values())
+        }
+        self.n_forward = 0
+        self._handles: list[RemovableHandle] = []
+        self._pending: dict[nn.Module, list[tuple[Tensor | None, Origin]]] = {}
+        self._in_encoder = False
+        self._encoded: Tensor | None = None
+        self._replaying = False
+
+    def __enter__(self) -> Capture:
+        for layer, module in every_module(self.layers.layers.values()):
+            self._handles.append(
+                module.register_forward_hook(self._hook_for(layer.name), with_kwargs=True)
+            )
+        self._handles.append(self.model.register_forward_hook(self._count))
+        if is_encoder_decoder(self.model):
+            encoder = self.model.get_encoder()  # type: ignore[operator]
+            self._handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
+            self._handles.append(encoder.register_forward_hook(self._leave_encoder))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._pending or exc[0] is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Removes the hooks; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _count(self, *_: object) -> None:
+        self.n_forward += 1
+
+    def _enter_encoder(self, *_: object) -> None:
+        self._in_encoder = True
+
+    def _leave_encoder(self, _module: nn.Module, _args: object, output: Any) -> None:
+        self._in_encoder = False
+        first = output if isinstance(output, Tensor) else output[0]
+        if not self._replaying:
+            self._encoded = first
+
+    def _origin(self, a: Tensor) -> Origin:
+        if self._in_encoder:
+            return Origin.SOURCE
+        encoded = self._encoded
+        if encoded is not None and a.is_floating_point():
+            same = a.untyped_storage().data_ptr() == encoded.untyped_storage().data_ptr()
+            return Origin.SOURCE if same else Origin.TARGET
+        return Origin.TARGET
+
+    def _hook_for(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            a = args[0] if args else next(iter(kwargs.values()))
+            if self._replaying:
+                self._replay(name, module, a, output)
+                return
+            origin = self._origin(a)
+            if not torch.is_grad_enabled():  # a re-entrant checkpoint: its replay has the graph
+                self._pending.setdefault(module, []).append((None, origin))
+                return
+            self.calls[name].append(_call(a, origin, output))
+
+        return hook
+
+    def _replay(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
+        waiting = self._pending.get(module)
+        if not waiting or not torch.is_grad_enabled() or not output.requires_grad:
+            return
+        _, origin = waiting.pop()
+        call = _call(a, origin, output)
+        self.calls[name].append(call)
+        output.register_hook(lambda grad: setattr(call, "grad", grad))
+
+    def gradients(
+        self,
+        output: Tensor,
+        grad_output: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        parameters: Sequence[Tensor] = (),
+    ) -> tuple[dict[str, list[Tensor | None]], list[Tensor | None]]:
+        """Runs the backward pass and returns the gradient of each call's output.
+
+        Args:
+            output: the token-summed loss, or the logits with ``grad_output``.
+            grad_output: gradient to start from where ``output`` is no scalar.
+            retain_graph: keep the graph for another draw.
+            parameters: parameters whose gradients are wanted as well.
+
+        Returns:
+            Layer name -> gradients in the order of ``calls``, and the gradients of
+            ``parameters``; None where there is none.
+
+        Raises:
+            LayerError: an input was changed in place after the layer had read it.
+        """
+        self._check_versions()
+        if self._pending:
+            return self._gradients_by_replay(output, grad_output, retain_graph, parameters)
+        edges = [c.edge for calls in self.calls.values() for c in calls if c.edge is not None]
+        if not (edges or parameters) or not output.requires_grad:
+            none = {name: [None] * len(calls) for name, calls in self.calls.items()}
+            return none, [None] * len(parameters)  # type: ignore[return-value]
+        wanted: list[Any] = [*edges, *parameters]
+        grads = torch.autograd.grad(
+            output,
+            wanted,
+            grad_output,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        given: Iterator[Tensor | None] = iter(grads)
+        of_calls = {
+            name: [None if c.edge is None else next(given) for c in calls]
+            for name, calls in self.calls.items()
+        }
+        return of_calls, list(given)
+
+    def _check_versions(self) -> None:
+        for name, calls in self.calls.items():
+            if any(c.a._version != c.version for c in calls):
+                raise LayerError(
+                    f"layer {name or '(the model)'}: its input was changed in place after the "
+                    "layer had read it; make that operation out of place"
+                )
+
+    def _gradients_by_replay(
+        self,
+        output: Tensor,
+        grad_output: Tensor | None,
+        retain_graph: bool,
+        parameters: Sequence[Tensor],
+    ) -> tuple[dict[str, list[Tensor | None]], list[Tensor | None]]:
+        """Re-entrant checkpoints want a plain ``backward``; ``.grad`` is put back afterwards."""
+        if retain_graph:
+            raise LayerError(
+                "gradient checkpointing with use_reentrant=True gives one backward pass only; "
+                "use use_reentrant=False for this Fisher kind"
+            )
+        kept = {p: p.grad for p in self.model.parameters()}
+        for calls in self.calls.values():
+            for call in calls:
+                if call.edge is not None:
+                    call.edge.node.register_prehook(_receiver(call))
+        self._replaying = True
+        try:
+            for parameter in kept:
+                parameter.grad = None
+            output.backward(grad_output)
+            wanted = [p.grad for p in parameters]
+        finally:
+            self._replaying = False
+            for parameter, grad in kept.items():
+                parameter.grad = grad
+            self.close()
+        return {name: [c.grad for c in calls] for name, calls in self.calls.items()}, wanted
+
+
+def _receiver(call: Call) -> Any:
+    def receive(grads: tuple[Tensor | None, ...]) -> None:
+        call.grad = grads[call.edge.output_nr]  # type: ignore[union-attr]
+
+    return receive
+
+
+def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
+    # The edge is taken now: an in-place operation on the output later on would move the tensor
+    # to another node of the graph, and with it the gradient.
+    edge = get_gradient_edge(output) if output.requires_grad else None
+    detached = a.detach()
+    return Call(
+        a=detached,
+        origin=origin,
+        edge=edge,
+        output=output.shape,
+        storage=output.untyped_storage().data_ptr(),
+        version=detached._version,
+    )
+
+
+def share_key(call: Call, augmented: bool) -> tuple:
+    """Returns what two calls have in common exactly when they read the very same tensor."""
+    a = call.a
+    return (
+        a.untyped_storage().data_ptr(),
+        a.storage_offset(),
+        tuple(a.shape),
+        a.stride(),
+        a.dtype,
+        call.origin,
+        augmented,
+    )
+
+
+def is_token_call(layer: Layer, call: Call, masks: TokenMasks, confirmed: bool) -> bool:
+    """Says whether an embedding's call looks up tokens, not positions or buckets.
+
+    Args:
+        layer: the layer; only embeddings can be otherwise.
+        call: its call.
+        masks: of the batch.
+        confirmed: the layer is the model's input embedding.
+    """
+    return layer.kind is not Kind.EMBEDDING or confirmed or masks.is_own(call.a)

@@ -1,0 +1,177 @@
+"""A dense symmetric factor: the A side, and the G side on the eigendecomposition path."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg import (
+    Cholesky,
+    Clipped,
+    clip,
+    largest_eigenvalue,
+    robust_cholesky,
+    symmetric_eigen,
+    upper_bound,
+)
+from ..settings import Numerics, SettingError
+from .base import Damped, Factor, FactorReport, clipped_logdet
+
+
+class DenseFactor(Factor):
+    """``M`` as a matrix.
+
+    Args:
+        matrix: ``[dim, dim]`` in the core dtype.
+    """
+
+    structure = "dense"
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.dim = matrix.shape[0]
+        self._eigen: tuple[Tensor, Tensor] | None = None
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """See :meth:`Factor.multiply`."""
+        return self.matrix.to(y) @ y
+
+    def trace(self) -> float:
+        """See :meth:`Factor.trace`."""
+        return float(self.matrix.diagonal().double().sum())
+
+    def eigen(self, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues ``[dim]`` and eigenvectors ``[dim, dim]``, computed once."""
+        if self._eigen is None:
+            self._eigen = symmetric_eigen(self.matrix, on_host=on_host)
+        return self._eigen
+
+    def basis(self, numerics: Numerics) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues and eigenvectors: the whole space, nothing is left out."""
+        return self.eigen(on_host=numerics.on_host)
+
+    def spectrum(self) -> tuple[Tensor, int]:
+        """See :meth:`Factor.spectrum`."""
+        return self.eigen()[0], 0
+
+    def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedDense:
+        """See :meth:`Factor.damped`."""
+        return DampedDense(self, lam, kappa_max, numerics)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`Factor.tensors`."""
+        return {"matrix": self.matrix}
+
+
+def floor_cannot_bind(matrix: Tensor, lam: float, kappa_max: float | None) -> bool:
+    """Says whether the floor lies at or under the damping, so that nothing can be clipped.
+
+    The largest eigenvalue decides: first by a bound that costs nothing, then by Lanczos.
+    """
+    if kappa_max is None:
+        return True
+    if (upper_bound(matrix) + lam) / kappa_max <= lam:
+        return True
+    value, residual = largest_eigenvalue(lambda v: matrix @ v, matrix, matrix.shape[0])
+    return (value + residual + lam) / kappa_max <= lam
+
+
+class DampedDense(Damped):
+    """A damped and clipped dense factor.
+
+    The inverse goes by Cholesky factorisation where nothing can be clipped (exact, and cheaper),
+    everything else by eigendecomposition.
+    """
+
+    def __init__(
+        self, factor: DenseFactor, lam: float, kappa_max: float | None, numerics: Numerics
+    ) -> None:
+        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+        self._applied: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def cholesky(self) -> Cholesky | None:
+        """The factorisation, or None where the spectrum has to be clipped."""
+        if self.factor._eigen is not None or self.lam <= 0:
+            return None
+        if not floor_cannot_bind(self.factor.matrix, self.lam, self.kappa_max):
+            return None
+        return robust_cholesky(
+            self.factor.matrix, self.lam, self.numerics.eps, on_host=self.numerics.on_host
+        )
+
+    @cached_property
+    def lower(self) -> Tensor | None:
+        """The Cholesky factor in the apply dtype."""
+        found = self.cholesky
+        lower = None if found is None else found.lower
+        return None if lower is None else lower.to(self.numerics.apply_dtype)
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """The spectrum in use."""
+        values, _ = self.factor.eigen(on_host=self.numerics.on_host)
+        return clip(values, 0, self.lam, self.kappa_max)
+
+    def prepare(self) -> None:
+        """Does the decomposition that an inverse needs, now."""
+        if self.lower is None:
+            _ = self.clipped
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """See :meth:`Damped.power`."""
+        check_power(p, self.lam)
+        if p == -1 and self.lower is not None:
+            return torch.cholesky_solve(y, self.lower)
+        if p == 1 and self.kappa_max is None:
+            return self.factor.multiply(y) + self.lam * y
+        if self._applied is None:
+            vectors = self.factor.eigen(on_host=self.numerics.on_host)[1]
+            self._applied = (self.clipped.used.to(y), vectors.to(y))
+        used, vectors = self._applied
+        return vectors @ (used.pow(p)[:, None] * (vectors.T @ y))
+
+    def report(self) -> FactorReport:
+        """See :meth:`Damped.report`."""
+        found = self.cholesky
+        if found is None or found.lower is None:
+            c = self.clipped
+            fallback = "" if found is None else "eigh"
+            return FactorReport(
+                self.factor.dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, "eigh",
+                fallback=fallback,
+            )  # fmt: skip
+        kappa = _kappa_from_cholesky(self.factor.matrix, found.lower, self.lam)
+        return FactorReport(
+            self.factor.dim, self.lam, 0, kappa, kappa, "cholesky", found.jitter, found.eps
+        )
+
+    def logdet(self) -> float:
+        """See :meth:`Damped.logdet`."""
+        found = self.cholesky
+        if found is not None and found.lower is not None:
+            return 2.0 * float(found.lower.diagonal().double().log().sum())
+        return clipped_logdet(self.clipped, 0)
+
+
+def check_power(p: float, lam: float) -> None:
+    """Checks that a power can be taken.
+
+    Raises:
+        SettingError: a negative power without damping.
+    """
+    if p < 0 and lam <= 0:
+        raise SettingError(f"damping: {lam:g} with power {p:g}; allowed: above 0 for powers < 0")
+
+
+def _kappa_from_cholesky(matrix: Tensor, lower: Tensor, lam: float) -> float:
+    """Condition number of ``M + lam I`` from its Cholesky factor, both ends by Lanczos."""
+    n = matrix.shape[0]
+    top, _ = largest_eigenvalue(lambda v: matrix @ v, matrix, n)
+    inverse, _ = largest_eigenvalue(
+        lambda v: torch.cholesky_solve(v[:, None], lower)[:, 0], matrix, n
+    )
+    # The damping bounds the smallest eigenvalue from below; rounding must not go under it.
+    return (top + lam) * min(inverse, 1.0 / lam)

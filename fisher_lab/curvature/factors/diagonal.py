@@ -1,0 +1,219 @@
+"""Diagonal factors, and diagonal ones with a low-rank part.
+
+The A of an embedding is ``diag(token counts) / T``; the true-Fisher G of a softmax head is
+``Dbar - P P^T`` (``docs/math.md``, section 5); a tied weight whose two uses are pooled has
+``diag + U U^T``. Nothing ``dim x dim`` is formed.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg import Clipped, clip, robust_cholesky
+from ..settings import Numerics, SettingError
+from .base import Damped, Factor, FactorReport, clipped_logdet
+from .dense import check_power
+from .gram import Columns
+
+
+class DiagonalFactor(Factor):
+    """``M = diag(d)``.
+
+    Args:
+        diagonal: ``[dim]`` in the core dtype, >= 0.
+    """
+
+    structure = "diagonal"
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self.diagonal = diagonal
+        self.dim = diagonal.numel()
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """See :meth:`Factor.multiply`."""
+        return self.diagonal.to(y)[:, None] * y
+
+    def trace(self) -> float:
+        """See :meth:`Factor.trace`."""
+        return float(self.diagonal.double().sum())
+
+    def spectrum(self) -> tuple[Tensor, int]:
+        """See :meth:`Factor.spectrum`."""
+        return self.diagonal, 0
+
+    def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedDiagonal:
+        """See :meth:`Factor.damped`."""
+        return DampedDiagonal(self, lam, kappa_max)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`Factor.tensors`."""
+        return {"diagonal": self.diagonal}
+
+
+class DampedDiagonal(Damped):
+    """A damped and clipped diagonal factor."""
+
+    def __init__(self, factor: DiagonalFactor, lam: float, kappa_max: float | None) -> None:
+        self.factor, self.lam, self.kappa_max = factor, lam, kappa_max
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """The spectrum in use."""
+        return clip(self.factor.diagonal, 0, self.lam, self.kappa_max)
+
+    def prepare(self) -> None:
+        """Nothing to decompose."""
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """See :meth:`Damped.power`."""
+        check_power(p, self.lam)
+        return self.clipped.used.to(y).pow(p)[:, None] * y
+
+    def report(self) -> FactorReport:
+        """See :meth:`Damped.report`."""
+        c = self.clipped
+        return FactorReport(
+            self.factor.dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, "diagonal"
+        )
+
+    def logdet(self) -> float:
+        """See :meth:`Damped.logdet`."""
+        return clipped_logdet(self.clipped, 0)
+
+
+class DiagonalLowRankFactor(Factor):
+    """``M = diag(d) + sign * w P^T P`` with ``P`` of shape ``[N, dim]``.
+
+    With ``sign = -1`` it is the true Fisher of a softmax head, positive semi-definite as long as
+    ``d`` comes from the same rows as ``P``. No floor can be applied, and only the powers -1 and
+    1 exist; both are recorded (``docs/math.md``, section 5).
+
+    Args:
+        diagonal: ``[dim]`` in the core dtype.
+        columns: the rows ``P``.
+        weight: ``w``.
+        sign: -1 or 1.
+        core_dtype: dtype of the ``N x N`` core.
+    """
+
+    structure = "diagonal_low_rank"
+
+    def __init__(
+        self, diagonal: Tensor, columns: Columns, weight: float, sign: int, core_dtype: torch.dtype
+    ) -> None:
+        self.diagonal, self.columns, self.weight = diagonal, columns, weight
+        self.sign, self.core_dtype = sign, core_dtype
+        self.dim = diagonal.numel()
+
+    @property
+    def n_columns(self) -> int:
+        """Number of rows of ``P``."""
+        return self.columns.shape[0]
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """See :meth:`Factor.multiply`."""
+        low = self.columns.transposed_times(self.columns.times(y)).mul_(self.weight * self.sign)
+        return low.add_(self.diagonal.to(y)[:, None] * y)
+
+    def trace(self) -> float:
+        """See :meth:`Factor.trace`."""
+        low = self.weight * self.columns.squared_norm()
+        return float(self.diagonal.double().sum()) + self.sign * low
+
+    def spectrum(self) -> tuple[Tensor, int]:
+        """See :meth:`Factor.spectrum`; here by Lanczos products would be needed.
+
+        Raises:
+            SettingError: the spectrum of this structure is not at hand.
+        """
+        raise SettingError(
+            f"spectrum: not at hand for the structure {self.structure}; allowed: trace, products"
+        )
+
+    def damped(
+        self, lam: float, kappa_max: float | None, numerics: Numerics
+    ) -> DampedDiagonalLowRank:
+        """See :meth:`Factor.damped`."""
+        return DampedDiagonalLowRank(self, lam, kappa_max, numerics)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`Factor.tensors`."""
+        return {"diagonal": self.diagonal, "columns": self.columns.data}
+
+
+class DampedDiagonalLowRank(Damped):
+    """Damped, not clipped; inverse by Woodbury around the diagonal."""
+
+    def __init__(
+        self,
+        factor: DiagonalLowRankFactor,
+        lam: float,
+        kappa_max: float | None,
+        numerics: Numerics,
+    ) -> None:
+        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+        self._core: tuple[Tensor, float, float] | None = None
+
+    def _lower(self) -> tuple[Tensor, float, float]:
+        """Cholesky factor of ``S = I + sign w P D^-1 P^T`` with its jitter."""
+        if self._core is None:
+            f = self.factor
+            inverse = (f.diagonal + self.lam).reciprocal()
+            core = torch.zeros(
+                f.n_columns, f.n_columns, dtype=f.core_dtype, device=f.diagonal.device
+            )
+            for part in f.columns._blocks(f.core_dtype):
+                p = f.columns._block(part, f.core_dtype)
+                core.addmm_(p * inverse[part], p.T)
+            core.mul_(f.weight * f.sign)
+            found = robust_cholesky(core, 1.0, self.numerics.eps, on_host=self.numerics.on_host)
+            if found.lower is None:
+                raise SettingError(
+                    f"damping: {self.lam:g} leaves the core of the true-Fisher head indefinite "
+                    f"in {f.core_dtype}; allowed: a larger damping or core_dtype=float64"
+                )
+            self._core = (found.lower.to(self.numerics.apply_dtype), found.jitter, found.eps)
+        return self._core
+
+    def prepare(self) -> None:
+        """Factorises the core, now."""
+        self._lower()
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """See :meth:`Damped.power`.
+
+        Raises:
+            SettingError: a power other than -1 and 1.
+        """
+        check_power(p, self.lam)
+        f = self.factor
+        if p == 1:
+            return f.multiply(y) + self.lam * y
+        if p != -1:
+            raise SettingError(f"power: {p:g} on the structure {f.structure}; allowed: -1, 1")
+        inverse = (f.diagonal.to(y) + self.lam).reciprocal()[:, None]
+        scaled = inverse * y
+        inner = torch.cholesky_solve(f.columns.times(scaled), self._lower()[0])
+        low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
+        return scaled - inverse * low
+
+    def report(self) -> FactorReport:
+        """See :meth:`Damped.report`; the condition number is bounded by the diagonal's."""
+        d = self.factor.diagonal + self.lam
+        low = self.lam if self.factor.sign < 0 else float(d.min())
+        kappa = float(d.max()) / low if low > 0 else float("inf")
+        _, jitter, eps = self._lower()
+        return FactorReport(
+            self.factor.dim, self.lam, 0, kappa, kappa, "cholesky", jitter, eps,
+            floor_applied=self.kappa_max is None,
+        )  # fmt: skip
+
+    def logdet(self) -> float:
+        """See :meth:`Damped.logdet`: ``log det D + log det S``."""
+        lower = self._lower()[0].double().diagonal()
+        return float((self.factor.diagonal.double() + self.lam).log().sum()) + 2.0 * float(
+            lower.log().sum()
+        )

@@ -1,0 +1,300 @@
+"""A factor kept as its token columns: ``M = w g^T g`` by Woodbury, never ``out x out``.
+
+``g`` is ``[T, out]``, one token gradient a row: the transpose of the ``U`` of ``docs/math.md``,
+section 3, without its ``1/sqrt(T)``, which goes in as the weight ``w`` within the core (rounding
+``g / sqrt(T)`` to float32 costs 2e-3 at damping 1e-8).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import (
+    Cholesky,
+    Clipped,
+    blocks,
+    clip,
+    gram,
+    largest_eigenvalue,
+    power_of_two_scale,
+    robust_cholesky,
+    symmetric_eigen,
+)
+from ..settings import Numerics
+from .base import Damped, Factor, FactorReport, clipped_logdet
+from .dense import check_power, floor_cannot_bind
+
+
+class Columns:
+    """Token columns ``g`` as stored: any dtype, host or device, scaled by a power of two.
+
+    Args:
+        data: ``[T, out]`` stored values, ``g / scale`` rounded to their dtype.
+        scale: power of two by which they are multiplied on use.
+        device: where products are formed; the data are moved there in blocks when elsewhere.
+    """
+
+    def __init__(self, data: Tensor, scale: float, device: torch.device) -> None:
+        self.data, self.scale, self.device = data, scale, device
+
+    @classmethod
+    def store(cls, g: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Columns:
+        """Rounds and places token gradients.
+
+        Args:
+            g: ``[T, out]`` as captured, finite.
+            dtype: storage dtype; None keeps their own.
+            device: storage device; None keeps their own. The host side is pinned where it can be.
+        """
+        dtype = dtype or g.dtype
+        up = power_of_two_scale(g, dtype)
+        data = g if up == 1.0 else g * up
+        data = data.to(dtype)
+        if device is not None and device != g.device:
+            data = data.to(device)
+            if device.type == "cpu" and g.device.type == "cuda":
+                data = data.pin_memory()
+        return cls(data, 1.0 / up, g.device)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[T, out]``."""
+        return self.data.shape
+
+    def _block(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        part = self.data[:, columns].to(device=self.device, dtype=dtype, non_blocking=True)
+        return part if self.scale == 1.0 else part * self.scale
+
+    def _direct(self, dtype: torch.dtype) -> bool:
+        return self.data.dtype == dtype and self.data.device == self.device and self.scale == 1.0
+
+    def _blocks(self, dtype: torch.dtype) -> Any:
+        size = torch.empty(0, dtype=dtype).element_size()
+        return blocks(self.shape[1], self.shape[0] * size)
+
+    def times(self, y: Tensor) -> Tensor:
+        """Returns ``g y`` (``[T, m]``) for ``y`` of shape ``[out, m]``, in its dtype."""
+        if self._direct(y.dtype):
+            return self.data @ y
+        result = y.new_zeros(self.shape[0], y.shape[1])
+        for columns in self._blocks(y.dtype):
+            result.addmm_(self._block(columns, y.dtype), y[columns])
+        return result
+
+    def transposed_times(self, z: Tensor) -> Tensor:
+        """Returns ``g^T z`` (``[out, m]``) for ``z`` of shape ``[T, m]``, in its dtype."""
+        if self._direct(z.dtype):
+            return self.data.T @ z
+        result = z.new_empty(self.shape[1], z.shape[1])
+        for columns in self._blocks(z.dtype):
+            torch.mm(self._block(columns, z.dtype).T, z, out=result[columns])
+        return result
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """Returns ``g g^T`` (``[T, T]``) in ``dtype``."""
+        if self.data.device == self.device:
+            product = gram(self.data, dtype)
+            return product if self.scale == 1.0 else product.mul_(self.scale**2)
+        result = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=self.device)
+        for columns in self._blocks(dtype):
+            part = self._block(columns, dtype)
+            result.addmm_(part, part.T)
+        return result
+
+    def squared_norm(self) -> float:
+        """Returns the sum of all squares, in float64."""
+        total = 0.0
+        for rows in blocks(self.shape[0], self.shape[1] * 8):
+            total += float(self.data[rows].double().square().sum())
+        return total * self.scale**2
+
+
+class GramFactor(Factor):
+    """``M = w g^T g`` from its columns.
+
+    Args:
+        columns: the token gradients.
+        weight: ``w``, ``1/T`` (``1/(T n)`` for ``n`` draws; larger after subsampling).
+        core_dtype: dtype of ``K = w g g^T``.
+        discarded: share of the trace that a column reduction left out.
+        reduction: which reduction that was, or "".
+    """
+
+    structure = "woodbury"
+
+    def __init__(
+        self,
+        columns: Columns,
+        weight: float,
+        core_dtype: torch.dtype,
+        *,
+        discarded: float = 0.0,
+        reduction: str = "",
+    ) -> None:
+        self.columns, self.weight, self.core_dtype = columns, weight, core_dtype
+        self.discarded, self.reduction = discarded, reduction
+        self.dim = columns.shape[1]
+        self._kernel: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns, ``T`` where nothing was reduced."""
+        return self.columns.shape[0]
+
+    @property
+    def kernel(self) -> Tensor:
+        """``K = w g g^T``, ``[T, T]`` in the core dtype, computed once."""
+        if self._kernel is None:
+            self._kernel = self.columns.gram(self.core_dtype).mul_(self.weight)
+        return self._kernel
+
+    def eigen(self, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns ``s`` (``[T]``) and ``Q`` (``[T, T]``) of ``K``, computed once."""
+        if self._eigen is None:
+            self._eigen = symmetric_eigen(self.kernel, on_host=on_host)
+        return self._eigen
+
+    def nonzero(self) -> tuple[Tensor, Tensor]:
+        """Returns the nonzero ``s`` and their ``Q``: at most ``min(T, out)``, above rounding."""
+        s, q = self.eigen()
+        if s.numel() == 0:
+            return s, q
+        cut = s.numel() * torch.finfo(s.dtype).eps * float(s.max())
+        keep = (s > cut).nonzero()[:, 0][-self.dim :]
+        return s[keep], q[:, keep]
+
+    def basis(self, numerics: Numerics) -> tuple[Tensor, Tensor]:
+        """Returns the nonzero eigenvalues ``[r]`` and eigenvectors ``[out, r]`` of ``M``."""
+        s, q = self.nonzero()
+        vectors = self.columns.transposed_times(q * (self.weight / s).sqrt())
+        return s, vectors
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """See :meth:`Factor.multiply`."""
+        return self.columns.transposed_times(self.columns.times(y)).mul_(self.weight)
+
+    def trace(self) -> float:
+        """See :meth:`Factor.trace`."""
+        return self.weight * self.columns.squared_norm()
+
+    def spectrum(self) -> tuple[Tensor, int]:
+        """See :meth:`Factor.spectrum`: ``min(out, T)`` values of ``s``, the rest zeros."""
+        values = self.eigen()[0]
+        keep = min(self.dim, values.numel())
+        # eigh sorts ascending: where T > out, the first T - out are the false zeros of K.
+        return values[values.numel() - keep :], self.dim - keep
+
+    def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedGram:
+        """See :meth:`Factor.damped`."""
+        return DampedGram(self, lam, kappa_max, numerics)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`Factor.tensors`."""
+        return {"columns": self.columns.data}
+
+
+class DampedGram(Damped):
+    """A damped and clipped Gram factor (``docs/math.md``, section 3)."""
+
+    def __init__(
+        self, factor: GramFactor, lam: float, kappa_max: float | None, numerics: Numerics
+    ) -> None:
+        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+
+    @cached_property
+    def cholesky(self) -> Cholesky | None:
+        """The factorisation of ``K + lam I``, or None where the spectrum has to be clipped."""
+        if self.factor._eigen is not None or self.lam <= 0:
+            return None
+        if not floor_cannot_bind(self.factor.kernel, self.lam, self.kappa_max):
+            return None
+        return robust_cholesky(
+            self.factor.kernel, self.lam, self.numerics.eps, on_host=self.numerics.on_host
+        )
+
+    @cached_property
+    def lower(self) -> Tensor | None:
+        """The Cholesky factor in the apply dtype."""
+        found = self.cholesky
+        lower = None if found is None else found.lower
+        return None if lower is None else lower.to(self.numerics.apply_dtype)
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """The spectrum in use."""
+        self.factor.eigen(on_host=self.numerics.on_host)
+        values, n_zero = self.factor.spectrum()
+        return clip(values, n_zero, self.lam, self.kappa_max)
+
+    def prepare(self) -> None:
+        """Does the decomposition that an inverse needs, now."""
+        if self.lower is None:
+            _ = self.clipped
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """See :meth:`Damped.power`; the general formula, for any ``y``."""
+        check_power(p, self.lam)
+        columns, w = self.factor.columns, self.factor.weight
+        if p == -1 and self.lower is not None:
+            inner = torch.cholesky_solve(columns.times(y), self.lower)
+            return (y - columns.transposed_times(inner).mul_(w)).div_(self.lam)
+        base = self.clipped.base
+        s, q = self.factor.nonzero()
+        used = clip_used(s, self.lam, self.kappa_max, self.clipped)
+        share = ((used.pow(p) - base**p) / s * w).to(y)
+        q = q.to(y)
+        inner = q @ (share[:, None] * (q.T @ columns.times(y)))
+        return y * base**p + columns.transposed_times(inner)
+
+    def push_through(self, b: Tensor, p: float) -> Tensor:
+        """Returns ``M_used^p g^T b``: no cancellation, for the factor's own gradient only.
+
+        Args:
+            b: ``[T, m]`` in the apply dtype.
+            p: the power.
+        """
+        check_power(p, self.lam)
+        if p == -1 and self.lower is not None:
+            inner = torch.cholesky_solve(b, self.lower)
+        else:
+            s, q = self.factor.eigen(on_host=self.numerics.on_host)
+            used, q = clip_used(s, self.lam, self.kappa_max, self.clipped).to(b), q.to(b)
+            inner = q @ (used.pow(p)[:, None] * (q.T @ b))
+        return self.factor.columns.transposed_times(inner)
+
+    def report(self) -> FactorReport:
+        """See :meth:`Damped.report`."""
+        dim, found = self.factor.dim, self.cholesky
+        if found is not None and found.lower is not None and self.factor.n_columns < dim:
+            kernel = self.factor.kernel
+            top, _ = largest_eigenvalue(lambda v: kernel @ v, kernel, kernel.shape[0])
+            kappa = (top + self.lam) / self.lam
+            return FactorReport(dim, self.lam, 0, kappa, kappa, "cholesky", found.jitter, found.eps)
+        c = self.clipped
+        if found is not None and found.lower is not None:
+            return FactorReport(
+                dim, self.lam, 0, c.kappa_before, c.kappa_before, "cholesky",
+                found.jitter, found.eps,
+            )  # fmt: skip
+        fallback = "" if found is None else "eigh"
+        return FactorReport(
+            dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, "eigh", fallback=fallback
+        )
+
+    def logdet(self) -> float:
+        """See :meth:`Damped.logdet`."""
+        _, n_zero = self.factor.spectrum()
+        return clipped_logdet(self.clipped, n_zero)
+
+
+def clip_used(s: Tensor, lam: float, kappa_max: float | None, clipped: Clipped) -> Tensor:
+    """Returns ``max(s + lam, floor)`` with the floor of the whole spectrum."""
+    if kappa_max is None:
+        return s + lam
+    top = float(clipped.used.max()) if clipped.used.numel() else lam
+    return (s + lam).clamp(min=top / kappa_max)

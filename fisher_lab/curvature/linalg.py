@@ -1,0 +1,250 @@
+"""Pure functions on symmetric positive semi-definite matrices: no layers, no networks.
+
+Conventions: ``x`` is ``[T, n]`` with one sample a row; a factor is ``M = w x^T x`` with the
+weight ``w`` (``1/T``). Damping and clipping follow ``docs/math.md``, section 2; the robust
+Cholesky factorisation section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 * 2**20
+"""Upper size of a temporary copy in another precision."""
+
+SYMMETRIC_LEAF = 384
+"""Below this width a symmetric product is done as one general product."""
+
+
+def blocks(length: int, bytes_each: int) -> Iterator[slice]:
+    """Yields slices of ``range(length)`` whose copies stay under ``BLOCK_BYTES``."""
+    step = max(1, BLOCK_BYTES // max(1, bytes_each))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def add_second_moment(total: Tensor, x: Tensor) -> None:
+    """Adds ``x^T x`` to ``total`` in place, in the precision of ``total``.
+
+    Args:
+        total: ``[n, n]``; only its lower triangle is filled where ``n`` is large, see
+            :func:`mirror`.
+        x: ``[T, n]``, any floating dtype; converted in blocks of rows.
+    """
+    if x.dtype == total.dtype:
+        _add_lower(total, x)
+        return
+    for rows in blocks(x.shape[0], x.shape[1] * total.element_size()):
+        _add_lower(total, x[rows].to(total.dtype))
+
+
+def _add_lower(total: Tensor, x: Tensor) -> None:
+    """Lower triangle by halves: a symmetric product needs half the work of a general one."""
+    n = total.shape[0]
+    if n <= SYMMETRIC_LEAF:
+        total.addmm_(x.T, x)
+        return
+    half = n // 2
+    _add_lower(total[:half, :half], x[:, :half])
+    _add_lower(total[half:, half:], x[:, half:])
+    total[half:, :half].addmm_(x[:, half:].T, x[:, :half])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copies the lower triangle of a square matrix to its upper one, in place."""
+    n = total.shape[0]
+    for rows in blocks(n, n * total.element_size()):
+        total[rows, rows.start :] = _upper_from(total, rows)
+    return total
+
+
+def _upper_from(total: Tensor, rows: slice) -> Tensor:
+    """The block row of the full symmetric matrix, from its lower triangle."""
+    square = total[rows, rows].tril()
+    square = square + square.tril(-1).T
+    return torch.cat([square, total[rows.stop :, rows].T], dim=1)
+
+
+def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``x x^T`` (``[T, T]``) in ``dtype``, converting ``x`` in blocks of columns."""
+    result = torch.zeros(x.shape[0], x.shape[0], dtype=dtype, device=x.device)
+    if x.dtype == dtype:
+        _add_lower(result, x.T)
+        return mirror(result)
+    for columns in blocks(x.shape[1], x.shape[0] * result.element_size()):
+        _add_lower(result, x[:, columns].to(dtype).T)
+    return mirror(result)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A damped and clipped spectrum (``docs/math.md``, section 2).
+
+    Attributes:
+        used: ``[r]`` the eigenvalues in use, of the part of the spectrum that is at hand.
+        base: the value in use for every zero eigenvalue that is not at hand.
+        clipped: how many the floor raised, over the full dimension.
+        kappa_before: condition number of the damped spectrum.
+        kappa_after: condition number of the spectrum in use.
+    """
+
+    used: Tensor
+    base: float
+    clipped: int
+    kappa_before: float
+    kappa_after: float
+
+
+def clip(values: Tensor, n_zero: int, lam: float, kappa_max: float | None) -> Clipped:
+    """Damps a spectrum and floors it.
+
+    Args:
+        values: ``[r]`` eigenvalues at hand, >= 0.
+        n_zero: further eigenvalues that are exactly zero.
+        lam: Tikhonov damping.
+        kappa_max: largest condition number, or None for no floor.
+    """
+    damped = values + lam
+    top = float(damped.max()) if damped.numel() else lam
+    floor = 0.0 if kappa_max is None else top / kappa_max
+    used = damped.clamp(min=floor)
+    base = max(lam, floor)
+    clipped = int((damped < floor).sum()) + (n_zero if lam < floor else 0)
+    lows = [float(damped.min())] if damped.numel() else []
+    low = min([*lows, lam]) if n_zero else min(lows, default=lam)
+    return Clipped(used, base, clipped, _ratio(top, low), _ratio(top, max(low, floor)))
+
+
+def _ratio(top: float, low: float) -> float:
+    return top / low if low > 0 else float("inf")
+
+
+def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of a positive semi-definite matrix: (values >= 0, vectors).
+
+    A device's solver that fails to converge is followed by the host's in float64.
+
+    Args:
+        matrix: ``[n, n]`` symmetric.
+        on_host: decompose on the host; results come back to the matrix's device.
+    """
+    work = matrix.cpu() if on_host else matrix
+    try:
+        values, vectors = torch.linalg.eigh(work)
+    except torch._C._LinAlgError:
+        values, vectors = torch.linalg.eigh(matrix.cpu().double())
+    values, vectors = values.to(matrix), vectors.to(matrix)
+    return values.clamp(min=0.0), vectors
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """A Cholesky factorisation of ``M + lam I`` with what it took to get it.
+
+    Attributes:
+        lower: ``[n, n]`` lower triangular, or None where an eigendecomposition has to step in.
+        jitter: absolute jitter that was added to the diagonal.
+        eps: the same relative to the mean diagonal.
+    """
+
+    lower: Tensor | None
+    jitter: float
+    eps: float
+
+
+def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = False) -> Cholesky:
+    """Factorises ``matrix + lam I``; jitter 0, eps, 10 eps relative to the mean diagonal.
+
+    A jitter over 1 % of ``lam`` would silently re-damp: then, and after three tries, ``lower``
+    is None (``docs/math.md``, section 3).
+
+    Args:
+        matrix: ``[n, n]`` symmetric positive semi-definite.
+        lam: damping.
+        eps: first relative jitter.
+        on_host: factorise on the host.
+    """
+    work = matrix.cpu() if on_host else matrix
+    mean = float(work.diagonal().mean()) + lam
+    for relative in (0.0, eps, 10 * eps):
+        jitter = relative * mean
+        if jitter > 0.01 * lam:
+            break
+        shifted = work.clone()
+        shifted.diagonal().add_(lam + jitter)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return Cholesky(lower.to(matrix), jitter, relative)
+    return Cholesky(None, 0.0, 0.0)
+
+
+def largest_eigenvalue(
+    multiply: Callable[[Tensor], Tensor], like: Tensor, n: int, *, steps: int = 40
+) -> tuple[float, float]:
+    """Largest eigenvalue of a positive semi-definite operator by Lanczos, and its residual.
+
+    Deterministic start; full reorthogonalisation. The largest eigenvalue lies within the
+    residual of the value (Parlett 1998, theorem 4.5.1).
+
+    Args:
+        multiply: ``[n] -> [n]``.
+        like: tensor whose dtype and device the vectors take.
+        n: dimension.
+        steps: most products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(n, generator=generator, dtype=torch.float64).to(like)
+    basis = [q / q.norm()]
+    alphas: list[float] = []
+    betas: list[float] = []
+    value = residual = 0.0
+    for _ in range(min(steps, n)):
+        w = multiply(basis[-1])
+        alphas.append(float(w @ basis[-1]))
+        stacked = torch.stack(basis)
+        for _ in range(2):
+            w = w - stacked.T @ (stacked @ w)
+        beta = float(w.norm())
+        small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        if betas:
+            off = torch.tensor(betas, dtype=torch.float64)
+            small = small + torch.diag(off, 1) + torch.diag(off, -1)
+        values, vectors = torch.linalg.eigh(small)
+        value, residual = float(values[-1]), abs(beta * float(vectors[-1, -1]))
+        if residual <= 1e-9 * max(value, 1e-300) or beta <= 1e-14 * max(value, 1e-300):
+            break
+        betas.append(beta)
+        basis.append(w / beta)
+    return value, residual
+
+
+def upper_bound(matrix: Tensor) -> float:
+    """A cheap upper bound of a positive semi-definite matrix's largest eigenvalue."""
+    row_sums = float(torch.linalg.matrix_norm(matrix, ord=float("inf")))
+    return min(float(matrix.diagonal().sum()), row_sums)
+
+
+def power_of_two_scale(x: Tensor, dtype: torch.dtype) -> float:
+    """A power of two that brings ``x`` to the middle of a 16-bit range; 1 for wider dtypes.
+
+    Token gradients of 1e-8 underflow float16 (``docs/math.md``, section 3): the largest
+    magnitude is brought to 2^12 (float16 ends at 65504), so that values 2^26 below it are still
+    normal numbers.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return 1.0
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if largest == 0.0:
+        return 1.0
+    return float(2.0 ** (12 - torch.tensor(largest, dtype=torch.float64).log2().ceil()))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Says whether a tensor holds neither NaN nor infinity, in one pass over it."""
+    # A NaN or an infinity cannot be summed away; float64 keeps large finite values from
+    # overflowing into a false alarm.
+    return bool(torch.isfinite(x.sum(dtype=torch.float64))) if x.numel() else True

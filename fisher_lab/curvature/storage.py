@@ -1,0 +1,79 @@
+"""Where token columns live and in what precision (``docs/math.md``, section 3)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .factors.gram import Columns
+from .settings import STORAGE_DTYPES, SettingError, Storage
+
+log = logging.getLogger(__name__)
+
+MB = 1e6
+
+
+def storage_dtype(storage: Storage, own: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which columns of dtype ``own`` are kept."""
+    return own if storage.dtype == "auto" else STORAGE_DTYPES[storage.dtype]
+
+
+def place(n_bytes: int, storage: Storage, compute: torch.device) -> torch.device:
+    """Decides where a layer's columns and core are kept.
+
+    Args:
+        n_bytes: what columns and core take together.
+        storage: the setting.
+        compute: device of the model.
+
+    Returns:
+        ``compute`` for ``cuda``, and for ``auto`` while ``n_bytes`` is under the limit; else the
+        host.
+    """
+    if compute.type == "cpu" or storage.device == "cpu":
+        return torch.device("cpu")
+    if storage.device == "cuda" or n_bytes < storage.limit_mb * MB:
+        return compute
+    return torch.device("cpu")
+
+
+def bytes_of(columns: int, out: int, dtype: torch.dtype, core: torch.dtype) -> int:
+    """Returns the bytes of ``[columns, out]`` in ``dtype`` plus a square core."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    core_size = torch.empty(0, dtype=core).element_size()
+    return columns * out * size + columns * columns * core_size
+
+
+def check_device_supports(storage: Storage, device: torch.device) -> None:
+    """Checks that the device can compute in the storage dtype.
+
+    Raises:
+        SettingError: bfloat16 on a CUDA device without it.
+    """
+    if storage.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise SettingError("woodbury_dtype: 'bf16', but the device has no bfloat16; allowed: fp16")
+
+
+def store_columns(g: Tensor, storage: Storage, core: torch.dtype, name: str) -> Columns:
+    """Rounds and places token gradients; out of device memory, and only then, on the host.
+
+    Args:
+        g: ``[T, out]`` as captured.
+        storage: the setting.
+        core: core dtype (its square core counts for the placement).
+        name: of the layer, for the log.
+    """
+    dtype = storage_dtype(storage, g.dtype)
+    device = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, g.device)
+    try:
+        return Columns.store(g, dtype, device)
+    except torch.OutOfMemoryError:
+        if g.device.type == "cpu":
+            raise
+        log.warning(
+            "layer %s: G side (out=%d, columns=%d) does not fit on %s; kept on the host",
+            name, g.shape[1], g.shape[0], g.device,
+        )  # fmt: skip
+        return Columns.store(g, dtype, torch.device("cpu"))
