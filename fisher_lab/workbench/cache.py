@@ -1,0 +1,37 @@
+"""Where tokenizers and checkpoints are kept between runs, and how their names are made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+VARIABLE = "FISHER_LAB_CACHE"
+
+
+def directory(cache_dir: str | None) -> Path:
+    """The cache: ``cache_dir`` if given, else ``$FISHER_LAB_CACHE``, else the user's cache."""
+    chosen = cache_dir or os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    return Path(platformdirs.user_cache_dir("fisher_lab"))
+
+
+def key_of(content: dict[str, Any]) -> str:
+    """A stable name, 16 hexadecimal digits, for what is made from ``content`` (JSON-able)."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
+
+
+def sha256_of(*files: Path) -> str:
+    """Hash of the files' names and contents, read in blocks."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

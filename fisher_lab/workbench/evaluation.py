@@ -1,0 +1,72 @@
+"""Held-out loss, and the loss of the trivial model that a trained one has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.curvature import losses
+
+from .tasks import TextTask
+
+BASELINE_BATCHES = 64
+"""Train batches whose labels the trivial model counts."""
+SEED = 0
+"""Evaluation is the same for every run: its seed is fixed."""
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module, task: TextTask, *, batch_size: int, seq_len: int, limit: int | None = None
+) -> float:
+    """Mean loss a label over the held-out text, in nats; the model's mode is left as it was.
+
+    Args:
+        model: The model.
+        task: Where the batches come from.
+        batch_size: Sequences a batch.
+        seq_len: Tokens a sequence.
+        limit: Batches at most; None takes every held-out window.
+    """
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for index in range(_batches(task, batch_size, seq_len, limit)):
+            batch = task.batch(
+                "heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len
+            )
+            summed = losses.compute_loss(model, losses.prepare(model, batch), task.loss_fn)
+            total += float(summed.loss)
+            count += summed.n_labels
+    finally:
+        model.train(training)
+    return total / max(count, 1)
+
+
+def baseline_loss(
+    task: TextTask, *, batch_size: int, seq_len: int, limit: int | None = None
+) -> float:
+    """Mean held-out loss, in nats, of label frequencies counted on train batches (plus one each).
+
+    Args:
+        task: Where the labels come from.
+        batch_size: Sequences a batch.
+        seq_len: Tokens a sequence.
+        limit: Held-out batches at most, as in `heldout_loss`.
+    """
+    counts = torch.ones(task.classes, dtype=torch.float64)
+    for index in range(BASELINE_BATCHES):
+        batch = task.batch("train", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
+        counts += torch.bincount(task.targets(batch), minlength=task.classes)
+    nats = -(counts / counts.sum()).log()
+    seen: list[Tensor] = []
+    for index in range(_batches(task, batch_size, seq_len, limit)):
+        batch = task.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
+        seen.append(nats[task.targets(batch)])
+    return float(torch.cat(seen).mean())
+
+
+def _batches(task: TextTask, batch_size: int, seq_len: int, limit: int | None) -> int:
+    count = task.heldout_batches(batch_size, seq_len)
+    return count if limit is None else min(count, limit)

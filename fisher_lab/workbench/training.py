@@ -1,0 +1,286 @@
+"""The training loop: ``task=train`` and the cached checkpoints both go through it.
+
+It can be stopped at any moment and goes on exactly where it was. What a step depends on is saved
+in one file (`snapshot`): weights, optimiser, random numbers, and the number of steps done, which is
+also the position in the data, since a batch is a function of its number (`corpus`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisher_lab.config.workbench_schema import OptimizerConfig
+from fisher_lab.curvature import losses
+from fisher_lab.runs import atomic
+from fisher_lab.runs.signals import Pending, Watch
+
+from . import cache, evaluation, optimizers, snapshot
+from .snapshot import SnapshotError
+from .tasks import TextTask
+
+STATE_FILE = "state.safetensors"
+CURVE_FILE = "curve.csv"
+CURVE_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "heldout_loss", "seconds")
+EVALUATION_BATCHES = 8
+"""Held-out batches behind a point of the curve; the last one has all of them."""
+
+Track = Callable[[Iterable[int], str, int], Iterable[int]]
+"""Hands on the items of an iterable and shows how far it is: ``track(items, label, total)``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides what comes out of a training beside model, text and initial weights.
+
+    Attributes:
+        steps: How many.
+        batch_size: Sequences a step.
+        seq_len: Tokens a sequence.
+        lr: Peak learning rate.
+        seed: Of batches and dropout.
+        optimizer: What is done with the gradient.
+        eval_every: Steps between two held-out evaluations.
+        origin: What the initial weights and the text are; part of the fingerprint.
+    """
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    seed: int
+    optimizer: OptimizerConfig
+    eval_every: int
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """A saved state of another fingerprint is not gone on with."""
+        return cache.key_of(asdict(self))
+
+
+@dataclass
+class Curve:
+    """The learning curve, a row a step; everything but ``seconds`` is the same in every repeat."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write it as CSV, atomically; numbers in full precision."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic.write_text(path, text.getvalue())
+
+    @property
+    def columns(self) -> list[str]:
+        """The usual columns, then what the updater adds."""
+        return list(dict.fromkeys((*CURVE_COLUMNS, *(key for row in self.rows for key in row))))
+
+    @classmethod
+    def read(cls, path: Path, steps: int) -> Curve:
+        """Read the first ``steps`` rows of a curve.
+
+        Raises:
+            SnapshotError: The file does not have them.
+        """
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = [
+                    {key: _number(key, value) for key, value in row.items() if value != ""}
+                    for row in csv.DictReader(file)
+                ][:steps]
+        except (OSError, ValueError) as error:
+            raise SnapshotError(f"{path} cannot be read as a learning curve: {error}") from error
+        if [row.get("step") for row in rows] != list(range(1, steps + 1)):
+            raise SnapshotError(f"{path} does not have the steps 1 to {steps}")
+        return cls(rows)
+
+
+def _number(column: str, text: str) -> float | int:
+    return int(text) if column in ("step", "tokens") else float(text)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gave.
+
+    Attributes:
+        curve: A row a step.
+        heldout_loss: At the end, over all of the held-out text, in nats a label.
+        best_heldout_loss: The lowest on the way (over fewer batches) or at the end.
+        baseline_loss: The trivial model's, on the same held-out labels.
+        seconds: Spent in steps and evaluations, all attempts together.
+        resumed_at: The step that this attempt began with.
+    """
+
+    curve: Curve
+    heldout_loss: float
+    best_heldout_loss: float
+    baseline_loss: float
+    seconds: float
+    resumed_at: int
+
+
+def no_track(items: Iterable[int], label: str, total: int) -> Iterable[int]:
+    """Show nothing."""
+    return items
+
+
+def train(
+    model: nn.Module,
+    task: TextTask,
+    job: Job,
+    directory: Path,
+    *,
+    label: str = "training",
+    save_every_s: float = 5.0,
+    track: Track = no_track,
+    signals: Watch | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Train a model, or go on with it where ``directory`` has the state of this very training.
+
+    Args:
+        model: With its initial weights; changed in place, and left in evaluation mode.
+        task: Where the batches come from.
+        job: What is done.
+        directory: Gets ``state.safetensors`` and ``curve.csv``.
+        label: For the progress bar.
+        save_every_s: Seconds between two saves.
+        track: Shows progress.
+        signals: Where given, SIGTERM and SIGUSR2 end the loop between two steps, state saved.
+        after_step: Called with the number of steps done, after each (and after its save).
+
+    Raises:
+        SnapshotError: ``directory`` has the state of another training, or an unreadable one.
+        fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
+    """
+    loop = _Loop(model, task, job, directory)
+    start = loop.restore()
+    deferred: AbstractContextManager[Pending | None] = (
+        nullcontext() if signals is None else signals.deferred()
+    )
+    with deferred as pending:
+        loop.saved_at = time.monotonic()
+        for step in track(range(start, job.steps), label, job.steps - start):
+            loop.step(step)
+            asked = pending is not None and pending() != 0
+            if asked or time.monotonic() - loop.saved_at >= save_every_s:
+                loop.save(step + 1)
+            if asked:
+                assert pending is not None
+                pending.stop()
+            if after_step is not None:
+                after_step(step + 1)
+        loop.save(job.steps)
+    return loop.result(start)
+
+
+class _Loop:
+    """The state of a running training, and the steps that change it."""
+
+    def __init__(self, model: nn.Module, task: TextTask, job: Job, directory: Path) -> None:
+        self.model = model
+        self.task = task
+        self.job = job
+        self.directory = directory
+        self.updater = optimizers.make(model, task.loss_fn, job.optimizer)
+        self.curve = Curve()
+        self.seconds = 0.0
+        self.saved_at = time.monotonic()
+
+    def step(self, step: int) -> None:
+        """Step number ``step``, from 0, and its row of the curve."""
+        job, began = self.job, time.perf_counter()
+        batch = self.task.batch(
+            "train", step, seed=job.seed, batch_size=job.batch_size, seq_len=job.seq_len
+        )
+        self.model.train()
+        rate = optimizers.rate(step, job.steps, job.lr, job.optimizer)
+        row: dict[str, Any] = {
+            "step": step + 1,
+            "tokens": (step + 1) * job.batch_size * job.seq_len,
+            "lr": rate,
+            **self.updater.step(losses.prepare(self.model, batch), rate),
+        }
+        if (step + 1) % job.eval_every == 0 and step + 1 < job.steps:
+            row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
+        self.seconds += time.perf_counter() - began
+        row["seconds"] = self.seconds
+        self.curve.rows.append(row)
+
+    def heldout_loss(self, limit: int | None) -> float:
+        return evaluation.heldout_loss(
+            self.model,
+            self.task,
+            batch_size=self.job.batch_size,
+            seq_len=self.job.seq_len,
+            limit=limit,
+        )
+
+    def save(self, steps: int) -> None:
+        """Write curve and state; the curve first, so that it has all that the state speaks of."""
+        self.curve.write(self.directory / CURVE_FILE)
+        snapshot.save(
+            self.directory / STATE_FILE,
+            {
+                "fingerprint": self.job.fingerprint,
+                "steps": steps,
+                "seconds": self.seconds,
+                "model": dict(_weights(self.model)),
+                "updater": self.updater.state_dict(),
+                "random": snapshot.random_state(),
+            },
+        )
+        self.saved_at = time.monotonic()
+
+    def restore(self) -> int:
+        """Take up the saved state, if there is one; returns the number of steps done."""
+        path = self.directory / STATE_FILE
+        atomic.remove_leftovers(path)
+        atomic.remove_leftovers(self.directory / CURVE_FILE)
+        if not path.exists():
+            torch.manual_seed(self.job.seed)
+            return 0
+        state = snapshot.load(path)
+        if state["fingerprint"] != self.job.fingerprint:
+            raise SnapshotError(
+                f"{path} is the state of another training; choose another directory or remove it"
+            )
+        with torch.no_grad():
+            for name, tensor in _weights(self.model):
+                tensor.copy_(state["model"][name])
+        self.updater.load_state_dict(state["updater"])
+        self.curve = Curve.read(self.directory / CURVE_FILE, state["steps"])
+        self.seconds = state["seconds"]
+        snapshot.restore_random_state(state["random"])
+        return state["steps"]
+
+    def result(self, start: int) -> Result:
+        """Evaluate at the end, and put that into the curve's last row."""
+        final = self.heldout_loss(None)
+        self.model.eval()
+        self.curve.rows[-1]["heldout_loss"] = final
+        self.curve.write(self.directory / CURVE_FILE)
+        seen = [row["heldout_loss"] for row in self.curve.rows if "heldout_loss" in row]
+        baseline = evaluation.baseline_loss(
+            self.task, batch_size=self.job.batch_size, seq_len=self.job.seq_len
+        )
+        return Result(self.curve, final, min(seen), baseline, self.seconds, start)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, shared ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
