@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.object_type import ObjectType
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Hydra raises ValueError for options of a wrong type, and YAMLError comes from an edited file.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
+
+_OPTIONS: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDictionary()
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -95,7 +98,10 @@ def _check_key(override: Override) -> None:
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:
-    return loader.get_group_options(group)
+    known = _OPTIONS.setdefault(loader, {})
+    if group not in known:  # about 20 ms each, and a sweep asks again for every cell
+        known[group] = loader.get_group_options(group)
+    return known[group]
 
 
 def _check_options(override: Override, options: list[str]) -> None:

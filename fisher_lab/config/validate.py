@@ -1,6 +1,6 @@
 """From a composed configuration to typed objects, or to one line that says what is wrong.
 
-OmegaConf lets ``+kfac.dampign=1`` pass: here the resolved configuration is merged into the schema
+OmegaConf lets ``+kfac.dampign=1`` pass: here the resolved configuration goes through the schema
 once more, so that no key is accepted that nothing reads.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,13 +43,7 @@ def validate(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """
     given = _resolved(cfg)
     _check_keys(given)
-    merged = OmegaConf.structured(Config)
-    for key, value in _leaves(given, Config):
-        try:
-            OmegaConf.update(merged, key, value, merge=False)
-        except OmegaConfBaseException:
-            raise ConfigError.value(key, value, allowed_text(key)) from None
-    typed = typing.cast(Config, OmegaConf.to_object(merged))
+    typed = _build(Config, given)
     for key, value, allowed in problems(typed):
         raise ConfigError.value(key, _at(given, key, value), allowed)
     return typed
@@ -68,6 +63,66 @@ def _resolved(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", plain)
 
 
+Section = TypeVar("Section")
+
+
+def _build(section: type[Section], given: Mapping[str, Any], prefix: str = "") -> Section:
+    """An instance of a section from plain values; what is not given keeps its default."""
+    values = {}
+    for name, value in given.items():
+        annotation = _hints(section)[name]
+        inner = section_type(annotation)
+        if inner is not None:
+            values[name] = _build(inner, value, f"{prefix}{name}.")
+            continue
+        try:
+            values[name] = _convert(annotation, value)
+        except (TypeError, ValueError):
+            key = f"{prefix}{name}"
+            raise ConfigError.value(key, value, allowed_text(key)) from None
+    return section(**values)
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    """A value as the type of its field; text that comes from an environment variable is parsed.
+
+    Raises:
+        TypeError: a value that is not of the type, nor safely made one (7 is not true).
+        ValueError: text that is no number.
+    """
+    if _is_union(annotation):
+        optional, (inner,) = _optional(annotation)
+        return None if value is None and optional else _convert(inner, value)
+    if typing.get_origin(annotation) is list:
+        if not isinstance(value, list):
+            raise TypeError
+        (inner,) = typing.get_args(annotation)
+        return [_convert(inner, item) for item in value]
+    if annotation is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if value is None or isinstance(value, bool | list | dict):
+        raise TypeError
+    if annotation is int and isinstance(value, float):
+        raise TypeError
+    if annotation is str:
+        return show(value)
+    return annotation(value)
+
+
+def _is_union(annotation: Any) -> bool:
+    return isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+
+
+def _optional(annotation: Any) -> tuple[bool, list[Any]]:
+    parts = typing.get_args(annotation)
+    return type(None) in parts, [part for part in parts if part is not type(None)]
+
+
 def section_type(annotation: Any) -> type | None:
     """The dataclass that a type annotation stands for, or None for a plain value."""
     if dataclasses.is_dataclass(annotation):
@@ -75,6 +130,7 @@ def section_type(annotation: Any) -> type | None:
     return None
 
 
+@functools.cache
 def _hints(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
@@ -113,16 +169,6 @@ def _not_a_section(key: str, value: Any, inner: type) -> ConfigError:
     return ConfigError.value(key, value, f"a section such as {{{names[0]}:...,{names[-1]}:...}}")
 
 
-def _leaves(given: Mapping[str, Any], section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = _hints(section)
-    for name, value in given.items():
-        inner = section_type(hints[name])
-        if inner is None:
-            yield f"{prefix}{name}", value
-        else:
-            yield from _leaves(value, inner, f"{prefix}{name}.")
-
-
 def _at(given: Mapping[str, Any], key: str, default: Any) -> Any:
     """The value as it was given (``-1``, where the typed value is ``-1.0``)."""
     node: Any = given
@@ -143,6 +189,7 @@ def all_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
             yield from all_keys(inner, f"{prefix}{name}.")
 
 
+@functools.cache
 def _find(key: str) -> tuple[Any, Allowed | None] | None:
     """Type annotation and :class:`Allowed` of a key, or None where the schema has no such key."""
     section: type = Config
@@ -174,7 +221,7 @@ def allowed_text(key: str) -> str:
 
 def type_text(annotation: Any) -> str:
     """A type annotation in words: ``float | None`` is ``a number or null``."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+    if _is_union(annotation):
         return " or ".join(type_text(part) for part in typing.get_args(annotation))
     if annotation is type(None):
         return "null"

@@ -50,7 +50,7 @@ def run_id(config: Mapping[str, Any], content: Mapping[str, Any] | None = None) 
         :data:`LENGTH` hexadecimal digits, the same in every process, on every machine.
     """
     content = content or {}
-    out = set(LEFT_OUT)
+    out: set[str] = set(LEFT_OUT)
     for name, keys in BY_CONTENT.items():
         if content.get(name):
             out.update(keys)

@@ -51,6 +51,7 @@ class Pending:
         self._signum = 0
 
     def __call__(self) -> int:
+        """The number of the first signal that came, or 0."""
         return self._signum
 
     def stop(self) -> NoReturn:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -79,14 +78,15 @@ LAYER_COLUMNS: dict[str, tuple[str, str]] = {
 def show(run: Run, *, console: Console | None = None) -> None:
     """Print the numbers of a finished run and the path of its directory."""
     out = console or _console()
-    out.print(render(run.record, run.values, run.tables, run.directory))
+    out.print(render(run.record, run.values, run.tables))
+    # Never wrapped or cut: the path is there to be copied.
+    out.print(Text("run directory  ", style="bold") + Text(str(run.directory)), soft_wrap=True)
 
 
 def render(
     record: Mapping[str, Any],
     metrics: Mapping[str, Any],
     tables: Mapping[str, list[dict[str, Any]]],
-    directory: Path,
 ) -> RenderableType:
     """The table as something that rich can print.
 
@@ -94,13 +94,12 @@ def render(
         record: the contents of ``run.json``.
         metrics: the contents of ``metrics.json``.
         tables: rows by file name; ``layers.csv`` is shown if it is there.
-        directory: the run directory.
     """
     parts: list[RenderableType] = [Text(_title(record), style="bold")]
     layers = tables.get("layers.csv")
     if layers:
         parts += [_layer_table(layers), Text(_sum_up(layers)), Text()]
-    parts += [_number_table(metrics), Text(), _where(directory, record)]
+    parts += [_number_table(metrics), Text()]
     return Group(*parts)
 
 
@@ -153,14 +152,6 @@ def _sum_up(rows: Iterable[Mapping[str, Any]]) -> str:
     methods = Counter(str(row["method"]) for row in rows if row.get("method"))
     counts = ", ".join(f"{count} {method}" for method, count in methods.most_common())
     return f"{sum(methods.values())} layers: {counts}" if counts else ""
-
-
-def _where(directory: Path, record: Mapping[str, Any]) -> Text:
-    text = Text("run directory  ", style="bold")
-    # Never wrapped: the path is there to be copied.
-    text.append(str(directory), style="cyan")
-    text.no_wrap, text.overflow = True, "ignore"
-    return text
 
 
 def number(value: Any, form: str) -> str:

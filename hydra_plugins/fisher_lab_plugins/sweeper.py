@@ -32,9 +32,9 @@ class ValidatingSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Called by Hydra before :meth:`sweep`."""
-        self.hydra_context = hydra_context
-        self.config = config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._loader = hydra_context.config_loader
+        self._master = config
+        self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -52,13 +52,13 @@ class ValidatingSweeper(Sweeper):
         from fisher_lab.runs import atomic
 
         batch = sweep.cells(self.params, arguments)
-        for config in sweep.validated(self.hydra_context.config_loader, self.config, batch):
+        for config in sweep.validated(self._loader, self._master, batch):
             preflight(config)
-        directory = claim_directory(self.config, "sweep")
-        atomic.write_text(directory / "multirun.yaml", OmegaConf.to_yaml(self.config))
+        directory = claim_directory(self._master, "sweep")
+        atomic.write_text(directory / "multirun.yaml", OmegaConf.to_yaml(self._master))
         returns: list[JobReturn] = []
         size = self.max_batch_size or len(batch)
         for start in range(0, len(batch), size):
             cells = batch[start : start + size]
-            returns += self.launcher.launch(cells, initial_job_idx=start)
+            returns += self._launcher.launch(cells, initial_job_idx=start)
         return returns

@@ -1,0 +1,72 @@
+"""A small task in the place of a real one, and a way through the front door."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fisher_lab import cli
+from fisher_lab.tasks import job
+
+
+@dataclass
+class Answer:
+    """What came out of the door."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.err.strip().splitlines()
+
+
+@pytest.fixture
+def door(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Call the application in this process, as ``fisher-lab ARGUMENTS`` does."""
+
+    def call(*arguments: str) -> Answer:
+        capfd.readouterr()
+        code = cli.main(list(arguments))
+        return Answer(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configurations that a task was run with. The task raises for ``seed=13``."""
+    configs: list[Any] = []
+
+    def run(config: Any, run: Any) -> None:
+        configs.append(config)
+        if config.seed == 13:
+            raise RuntimeError("thirteen is\nnot a seed")
+        run.metrics({"loss": 1.5, "tokens": 512, "kfac/total_s": 0.25})
+        run.table("layers.csv", [{"name": "h.0.attn", "method": "woodbury", "in": 128, "out": 384}])
+
+    module = types.ModuleType("fake_task")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_task", module)
+    monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "fake_task"))
+    monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
+    return configs
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Callable[[], list[tuple[Path, dict[str, Any]]]]:
+    """All run directories under the working directory, with their records, by name."""
+
+    def find() -> list[tuple[Path, dict[str, Any]]]:
+        files = sorted(tmp_path.rglob("run.json"))
+        return [(file.parent, json.loads(file.read_text())) for file in files]
+
+    return find

@@ -1,0 +1,84 @@
+"""What every test gets: one thread, no network, a directory and a cache of its own.
+
+The cache is shared by the tests of one session (and its workers), so that a checkpoint is trained
+once; it is never the user's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, and for every process that a test starts.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="offline",
+    COLUMNS="80",
+)
+for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FISHER_LAB_CACHE", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loopback and local sockets only; anything else fails at once and says so."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guard(self: socket.socket, address: object) -> None:
+        local = self.family == getattr(socket, "AF_UNIX", None)
+        host = address[0] if isinstance(address, tuple) else address
+        if not local and host not in LOOPBACK:
+            raise RuntimeError(f"a test tried to reach {host}: tests have no network")
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        guard(self, address)
+        return connect(self, address)  # type: ignore[arg-type]
+
+    def guarded_connect_ex(self: socket.socket, address: object) -> int:
+        guard(self, address)
+        return connect_ex(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Hydra configures logging anew for every run; what it set up does not outlive the test."""
+    root = logging.getLogger()
+    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
+    yield
+    logging.captureWarnings(False)
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    warnings.showwarning = show
