@@ -1,0 +1,65 @@
+"""Leaves the caller's model and random state as they were found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Iterator[None]:
+    """Evaluates a model without leaving a trace in it.
+
+    Within: every module is in ``eval()`` mode (no dropout; BatchNorm uses its running statistics
+    and does not update them), autograd is on, the generators are seeded, and scaled dot-product
+    attention uses its plain formula (the fused kernels have neither a batching rule nor a
+    forward-mode or second derivative on CPU; ``docs/math.md``, section 8). On leaving, each
+    module's mode, the generators and the global switches are what they were.
+
+    Args:
+        model: any module.
+        seed: seeds torch's generators within.
+        deterministic: turns on ``torch.use_deterministic_algorithms`` and sets
+            ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if deterministic:
+            stack.enter_context(deterministic_algorithms())
+        stack.callback(_restore, modes)
+        model.eval()
+        torch.manual_seed(seed)
+        yield
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Turns on deterministic algorithms, cuBLAS's workspace included, for a while."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -1,0 +1,211 @@
+"""Which gradients are the rows of ``J``: labelled tokens or sequences, and a stable subsample.
+
+A row belongs to a *labelled* token: a position whose label is masked, padded or -100 has no loss
+of its own. A sequence without any label is no sample either. Samples are ordered by batch,
+sequence and position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..errors import BatchError, CurvatureError
+
+SAMPLE_UNITS = ("token", "sequence")
+
+
+@dataclass(frozen=True)
+class SequenceSamples:
+    """One sequence of a prepared batch and which of its samples are wanted.
+
+    Attributes:
+        batch: the prepared batch, cut down to this sequence (leading dimension 1).
+        n_labels: labels of the sequence that count.
+        chosen: indices of the wanted labelled tokens, ascending, in ``Scored`` order; all of them
+            for the unit ``sequence``, where they are summed.
+        first_row: row of ``J`` at which the samples of the sequence start.
+        n_rows: number of those rows.
+        group: index of the batch that the sequence came from.
+    """
+
+    batch: Any
+    n_labels: int
+    chosen: tuple[int, ...]
+    first_row: int
+    n_rows: int
+    group: int
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of a call, in the order of the rows of ``J``.
+
+    Attributes:
+        unit: ``token`` or ``sequence``.
+        sequences: the sequences that hold at least one chosen sample.
+        keys: ``[N]`` SHA-1 of each chosen sample's content (with a count where it repeats).
+        n_candidates: samples before subsampling.
+        data_hash: SHA-1 over all candidates.
+        subsample_hash: SHA-1 over the chosen ones.
+    """
+
+    unit: str
+    sequences: tuple[SequenceSamples, ...]
+    keys: tuple[str, ...]
+    n_candidates: int
+    data_hash: str
+    subsample_hash: str
+
+    @property
+    def n(self) -> int:
+        """Number of samples, ``N``."""
+        return len(self.keys)
+
+
+def as_batches(batch: Any) -> list[Any]:
+    """Returns one batch, or an iterable of batches, as a list of batches."""
+    if isinstance(batch, Tensor | Mapping) or losses.labels_of(batch) is not None:
+        return [batch]
+    return list(batch)
+
+
+def draw_samples(
+    model: nn.Module,
+    batch: Any,
+    *,
+    unit: str,
+    n_samples: int | None,
+    seed: int,
+    loss_fn: losses.LossFunction | None = None,
+) -> SampleSet:
+    """Lists the samples of a batch and keeps ``n_samples`` of them.
+
+    The subsample is the ``n_samples`` smallest SHA-1 digests of (seed, sample content): the same
+    in every process, whatever the order of the batch and ``PYTHONHASHSEED``.
+
+    Args:
+        model: any module whose labelling is known, or any with a ``loss_fn``.
+        batch: one batch or an iterable of batches; they are not changed.
+        unit: ``token`` or ``sequence``.
+        n_samples: how many to keep; None keeps all.
+        seed: enters the digests.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+
+    Raises:
+        CurvatureError: the unit has another name or ``n_samples`` is below 1.
+        BatchError: a batch has no labels.
+    """
+    if unit not in SAMPLE_UNITS:
+        raise CurvatureError(f"sample_unit: {unit!r}; allowed: {', '.join(SAMPLE_UNITS)}")
+    if n_samples is not None and n_samples < 1:
+        raise CurvatureError(f"n_samples: {n_samples}; allowed: 1 or more, or None for all")
+    shift = losses.scorer(model, loss_fn).shift
+    found: list[tuple[int, Any, int]] = []
+    contents: list[tuple[int, int, str]] = []
+    repeats: Counter[str] = Counter()
+    for group, one in enumerate(as_batches(batch)):
+        prepared = losses.prepare(model, one)
+        counts, positions = _labelled(prepared, shift)
+        for row, count in enumerate(counts):
+            content = _digest(_slice(one, row, len(counts)))
+            repeats[content] += 1
+            content = f"{content}:{repeats[content]}"
+            found.append((group, _slice(prepared, row, len(counts)), count))
+            where = positions[row] if unit == "token" else [-1] * min(count, 1)
+            contents += [
+                (len(found) - 1, i, f"{content}:{position}") for i, position in enumerate(where)
+            ]
+    keys = [hashlib.sha1(c.encode(), usedforsecurity=False).hexdigest() for _, _, c in contents]
+    kept = _subsample(keys, n_samples, seed)
+    return SampleSet(
+        unit=unit,
+        sequences=_group(found, contents, kept, unit),
+        keys=tuple(keys[i] for i in kept),
+        n_candidates=len(keys),
+        data_hash=_join(keys),
+        subsample_hash=_join([keys[i] for i in kept]),
+    )
+
+
+def _labelled(prepared: Any, shift: bool) -> tuple[list[int], list[list[int]]]:
+    labels = losses.labels_of(prepared)
+    if labels is None:
+        raise BatchError("batch: no 'labels' in it, and per-sample losses need them")
+    if shift and labels.dim() == 2:
+        labels = labels[:, 1:]
+    keep = labels != losses.IGNORE_INDEX
+    if keep.dim() == 1:
+        keep = keep[:, None]
+    positions = [row.nonzero()[:, 0].tolist() for row in keep]
+    return [len(p) for p in positions], positions
+
+
+def _subsample(keys: list[str], n_samples: int | None, seed: int) -> list[int]:
+    if n_samples is None or n_samples >= len(keys):
+        return list(range(len(keys)))
+    ranks = [
+        (hashlib.sha1(f"{seed}:{key}".encode(), usedforsecurity=False).digest(), i)
+        for i, key in enumerate(keys)
+    ]
+    return sorted(i for _, i in sorted(ranks)[:n_samples])
+
+
+def _group(
+    found: list[tuple[int, Any, int]],
+    contents: list[tuple[int, int, str]],
+    kept: list[int],
+    unit: str,
+) -> tuple[SequenceSamples, ...]:
+    chosen: dict[int, list[int]] = {}
+    for i in kept:
+        sequence, index, _ = contents[i]
+        chosen.setdefault(sequence, []).append(index)
+    result, row = [], 0
+    for sequence, indices in sorted(chosen.items()):
+        group, batch, count = found[sequence]
+        wanted = tuple(sorted(indices)) if unit == "token" else tuple(range(count))
+        n_rows = len(wanted) if unit == "token" else 1
+        result.append(SequenceSamples(batch, count, wanted, row, n_rows, group))
+        row += n_rows
+    return tuple(result)
+
+
+def _slice(batch: Any, row: int, size: int) -> Any:
+    """Cuts one example out of a batch; entries without the batch dimension stay whole."""
+    if isinstance(batch, Tensor):
+        return batch[row : row + 1] if batch.dim() > 0 and batch.shape[0] == size else batch
+    if isinstance(batch, Mapping):
+        return {key: _slice(value, row, size) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_slice(value, row, size) for value in batch)
+    return batch
+
+
+def _digest(sample: Any) -> str:
+    sha = hashlib.sha1(usedforsecurity=False)
+    items: Sequence[tuple[str, Any]]
+    if isinstance(sample, Mapping):
+        items = sorted((str(key), value) for key, value in sample.items())
+    else:
+        items = [(str(i), value) for i, value in enumerate(sample)]
+    for key, value in items:
+        sha.update(key.encode())
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            sha.update(raw.numpy().tobytes())
+        else:
+            sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def _join(keys: list[str]) -> str:
+    return hashlib.sha1("\n".join(keys).encode(), usedforsecurity=False).hexdigest()

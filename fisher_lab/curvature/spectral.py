@@ -1,0 +1,417 @@
+"""Spectra of the block-diagonal empirical Fisher matrix (``docs/math.md``, section 8)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .errors import CurvatureError
+from .spectra import records
+from .spectra.blocks import architecture_of, parameter_blocks
+from .spectra.cache import GradientCache, cached_chunks
+from .spectra.gradients import Chunk, PerSampleGradients, choose_factored, factored_of
+from .spectra.isolation import isolated
+from .spectra.matrices import BlockMatrix, CovarianceMatrix, GramMatrix, RowMatrix
+from .spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
+from .spectra.stores import Bytes, FileBytes, MemoryBytes
+
+logger = logging.getLogger(__name__)
+
+STORAGE_MODES = ("full", "chunked", "streaming", "sketch")
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)``: called after every chunk with counts of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralConfig:
+    """How a Fisher spectrum is computed.
+
+    Attributes:
+        seed: of the subsample and the sketch.
+        use_deterministic: ``torch.use_deterministic_algorithms`` and a fixed cuBLAS workspace
+            during the call. Bit-identical from run to run; slower (``docs/spectra.md`` has what
+            was measured), and an operation without a deterministic form is an error.
+        sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
+            token-summed loss).
+        eigensolve_device: ``cpu``, ``cuda``, or ``auto`` (the host, but the model's GPU from
+            ``N = 2048`` on).
+        regularization: added to the diagonal, times the mean diagonal, only after the eigensolver
+            failed; the record says what was added.
+        dtype_eigensolve: ``torch.float64`` or ``torch.float32``.
+        storage_mode: ``chunked`` (Gram matrix from chunks; spilled to disk past
+            ``memory_budget_mb``), ``streaming`` (``P x P`` where ``P < N``, else as ``chunked``),
+            ``full`` (``N x P`` in memory): all exact; ``sketch`` is approximate, with an error
+            estimate.
+        chunk_size: rows of one backward pass.
+        top_k: eigenvalues kept in a record, at most ``min(N, P)``; None keeps all.
+        linear_gram: ``auto`` (without per-sample gradients where that is cheaper, see
+            :mod:`fisher_lab.curvature.spectra.cost`) or ``never``.
+        memory_budget_mb: MiB of gradients that may wait in memory.
+        sketch_rank: eigenvalues of a sketch where ``top_k`` is None.
+    """
+
+    seed: int = 42
+    use_deterministic: bool = False
+    sample_unit: str = "token"
+    eigensolve_device: str = "auto"
+    regularization: float = 1e-10
+    dtype_eigensolve: torch.dtype = torch.float64
+    storage_mode: str = "chunked"
+    chunk_size: int = 32
+    top_k: int | None = None
+    linear_gram: Literal["auto", "never"] = "auto"
+    memory_budget_mb: float = 512.0
+    sketch_rank: int = 32
+
+    def __post_init__(self) -> None:
+        """Checks every range.
+
+        Raises:
+            CurvatureError: a field is out of range; the message names it.
+        """
+        _one_of("sample_unit", self.sample_unit, SAMPLE_UNITS)
+        _one_of("storage_mode", self.storage_mode, STORAGE_MODES)
+        _one_of("eigensolve_device", self.eigensolve_device, ("auto", "cpu", "cuda"))
+        _one_of("linear_gram", self.linear_gram, ("auto", "never"))
+        _one_of("dtype_eigensolve", self.dtype_eigensolve, (torch.float64, torch.float32))
+        for name, least in (("chunk_size", 1), ("sketch_rank", 1), ("regularization", 0)):
+            if not getattr(self, name) >= least:
+                raise CurvatureError(f"{name}: {getattr(self, name)}; allowed: {least} or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise CurvatureError(f"top_k: {self.top_k}; allowed: 1 or more, or None for all")
+        if not self.memory_budget_mb >= 0:
+            raise CurvatureError(f"memory_budget_mb: {self.memory_budget_mb}; allowed: 0 or more")
+
+
+class FisherSpectral:
+    """Eigenvalues of ``F = (1/N) J^T J`` for every block of a model.
+
+    The model is evaluated in ``eval()`` mode (BatchNorm uses its running statistics and keeps
+    them); its modes and the random state are restored afterwards. The caller's batch is not
+    changed.
+
+    Args:
+        config: how; the defaults where it is None.
+        gradient_cache: anything with ``per_sample_gradients`` (which may be missing or None), as
+            :meth:`collect_gradients` returns it. Where it holds what a call needs, no backward
+            pass is made.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        spill: makes room on disk for one array; an unnamed temporary file where it is None.
+        progress: called after every chunk.
+    """
+
+    def __init__(
+        self,
+        config: SpectralConfig | None = None,
+        gradient_cache: Any = None,
+        *,
+        loss_fn: losses.LossFunction | None = None,
+        spill: Callable[[], Bytes] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config or SpectralConfig()
+        self.gradient_cache = gradient_cache
+        self._loss_fn = loss_fn
+        self._spill = spill or FileBytes
+        self._progress = progress
+
+    def compute_fisher_spectrum(
+        self,
+        model: nn.Module,
+        batch: Any,
+        n_samples: int | None = None,
+        block_structure: str = "layer",
+        center_gradients: bool = False,
+    ) -> dict[str, Any]:
+        """Computes the spectrum of every block.
+
+        Args:
+            model: any module whose labelling is known, or any with a ``loss_fn``.
+            batch: one batch or an iterable of batches.
+            n_samples: size of the subsample; None takes all.
+            block_structure: ``layer``, ``module``, ``parameter`` or ``full``.
+            center_gradients: subtract the mean row (gradient covariance instead of Fisher).
+
+        Returns:
+            ``metadata``; ``per_block`` by block name; ``global``, the union of the blocks. A
+            block without a spectrum has ``status: degenerate``, a ``reason`` and no number, and
+            is left out of ``global``.
+
+        Raises:
+            CurvatureError: the block structure has another name.
+            BatchError: a batch has no labels.
+        """
+        blocks = parameter_blocks(model, block_structure)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with self._isolated(model):
+            samples = self._draw(model, batch, n_samples)
+            cached = cached_chunks(self.gradient_cache, samples, parameters)
+            chunks = self._chunks(model, samples, parameters) if cached is None else cached
+            factored = factored_of(chunks)
+            collectors = self._collectors(model, samples, blocks, factored, center_gradients)
+            try:
+                self._collect(chunks, samples, collectors)
+                solved, per_block = self._solve_all(
+                    model, samples, blocks, collectors, center_gradients
+                )
+            finally:
+                for collector in collectors.values():
+                    collector.close()
+        n_degenerate = len(blocks) - len(solved)
+        source = "backward" if cached is None else "cache"
+        return {
+            "metadata": self._metadata(
+                model, samples, block_structure, center_gradients, source, factored, per_block
+            ),
+            "per_block": per_block,
+            "global": records.union(
+                solved.values(),
+                n=samples.n,
+                p=sum(per_block[name]["n_params"] for name in solved),
+                top_k=self.config.top_k,
+                n_degenerate=n_degenerate,
+            ),
+        }
+
+    def collect_gradients(
+        self, model: nn.Module, batch: Any, n_samples: int | None = None
+    ) -> GradientCache:
+        """Collects what :meth:`compute_fisher_spectrum` would, and keeps it in memory.
+
+        Args:
+            model: as there.
+            batch: as there.
+            n_samples: as there.
+
+        Returns:
+            The cache, ``N x P`` numbers (fewer where products are kept instead of gradients).
+        """
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with self._isolated(model):
+            samples = self._draw(model, batch, n_samples)
+            return GradientCache.from_chunks(self._chunks(model, samples, parameters), samples)
+
+    def _isolated(self, model: nn.Module) -> Any:
+        return isolated(
+            model, seed=self.config.seed, deterministic=self.config.use_deterministic
+        )
+
+    def _draw(self, model: nn.Module, batch: Any, n_samples: int | None) -> SampleSet:
+        return draw_samples(
+            model,
+            batch,
+            unit=self.config.sample_unit,
+            n_samples=n_samples,
+            seed=self.config.seed,
+            loss_fn=self._loss_fn,
+        )
+
+    def _choose_factored(
+        self, model: nn.Module, samples: SampleSet, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, nn.Module]:
+        """Products serve the Gram matrix alone: the modes that need rows take none."""
+        config = self.config
+        if config.linear_gram == "never" or config.storage_mode in ("full", "sketch"):
+            return {}
+        chosen = choose_factored(model, samples, parameters)
+        if config.storage_mode == "streaming":
+            # A P x P matrix needs rows; a weight as large as N stays with the Gram matrix.
+            chosen = {n: m for n, m in chosen.items() if parameters[n].numel() >= samples.n}
+        return chosen
+
+    def _collectors(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        blocks: Mapping[str, list[str]],
+        factored: set[str],
+        center: bool,
+    ) -> dict[str, BlockMatrix]:
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        space = self._space(model, samples, blocks, factored)
+        device = losses.device_of(model)
+        result: dict[str, BlockMatrix] = {}
+        for block, names in blocks.items():
+            every = {name: sizes[name] for name in names}
+            p, n = sum(every.values()), samples.n
+            if n == 0 or p == 0:
+                continue
+            if self.config.storage_mode in ("full", "sketch"):
+                result[block] = RowMatrix(n, every)
+            elif self.config.storage_mode == "streaming" and p < n:
+                result[block] = CovarianceMatrix(every, center)
+            else:
+                dense = {name: size for name, size in every.items() if name not in factored}
+                weights = [name for name in names if name in factored]
+                result[block] = GramMatrix(n, dense, weights, space, device)
+        return result
+
+    def _space(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        blocks: Mapping[str, list[str]],
+        factored: set[str],
+    ) -> Callable[[], Bytes]:
+        """Chooses memory or disk for the whole call, from an upper bound of what has to wait."""
+        wanted = {name for names in blocks.values() for name in names}
+        waiting = samples.n * sum(
+            p.numel() * p.element_size() for name, p in model.named_parameters() if name in wanted
+        )
+        fits = waiting <= self.config.memory_budget_mb * 2**20
+        if not fits and self.config.storage_mode in ("chunked", "streaming"):
+            logger.info(
+                "per-sample gradients: up to %.0f MiB past memory_budget_mb=%g: spilled to disk",
+                waiting / 2**20,
+                self.config.memory_budget_mb,
+            )
+        return MemoryBytes if fits else self._spill
+
+    def _collect(
+        self,
+        chunks: Iterable[Chunk],
+        samples: SampleSet,
+        collectors: Mapping[str, BlockMatrix],
+    ) -> None:
+        for chunk in chunks:
+            for collector in collectors.values():
+                collector.add(chunk)
+            if self._progress is not None:
+                self._progress(chunk.first + chunk.n, samples.n)
+
+    def _chunks(
+        self, model: nn.Module, samples: SampleSet, parameters: Mapping[str, nn.Parameter]
+    ) -> PerSampleGradients:
+        return PerSampleGradients(
+            model,
+            samples,
+            parameters,
+            factored=self._choose_factored(model, samples, parameters),
+            chunk_size=self.config.chunk_size,
+            loss_fn=self._loss_fn,
+        )
+
+    def _solve_all(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        blocks: Mapping[str, list[str]],
+        collectors: Mapping[str, BlockMatrix],
+        center: bool,
+    ) -> tuple[dict[str, records.Solved], dict[str, dict[str, Any]]]:
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        solved: dict[str, records.Solved] = {}
+        per_block: dict[str, dict[str, Any]] = {}
+        for block, names in blocks.items():
+            p = sum(sizes[name] for name in names)
+            record = self._solve(block, collectors.get(block), samples.n, p, center, solved)
+            per_block[block] = {**record, "method": self._method(collectors.get(block))}
+        return solved, per_block
+
+    def _solve(
+        self,
+        block: str,
+        collector: BlockMatrix | None,
+        n: int,
+        p: int,
+        center: bool,
+        solved: dict[str, records.Solved],
+    ) -> dict[str, Any]:
+        if n == 0:
+            return records.degenerate("no sample: no label counts", n=n, p=p)
+        if collector is None or not collector.touched:
+            return records.degenerate("no gradient", n=n, p=p)
+        if n == p == 1:
+            return records.degenerate("N = P = 1", n=n, p=p)
+        try:
+            found = self._eigenvalues(collector, n, p, center)
+        except records.SolveError as error:
+            logger.warning("block %s: %s", block, error)
+            return records.degenerate(str(error), n=n, p=p)
+        record = records.describe(found, n=n, p=p, top_k=self.config.top_k)
+        if record["status"] == "ok":
+            solved[block] = found
+        return record
+
+    def _eigenvalues(
+        self, collector: BlockMatrix, n: int, p: int, center: bool
+    ) -> records.Solved:
+        config = self.config
+        if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
+            rows = collector.rows(center=center)
+            if not bool(torch.isfinite(rows).all()):
+                raise records.SolveError("non-finite gradients")
+            # Each block starts from the seed, so that blocks do not depend on one another.
+            torch.manual_seed(config.seed)
+            return records.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
+        matrix = collector.matrix(center=center)
+        if not bool(torch.isfinite(matrix).all()):
+            raise records.SolveError("non-finite gradients")
+        return records.solve(
+            matrix,
+            min(n, p),
+            dtype=config.dtype_eigensolve,
+            device=self._device(matrix),
+            regularization=config.regularization,
+        )
+
+    def _device(self, matrix: Tensor) -> torch.device:
+        match self.config.eigensolve_device:
+            case "auto":
+                return matrix.device if len(matrix) >= 2048 else torch.device("cpu")
+            case name:
+                return torch.device(name)
+
+    def _method(self, collector: BlockMatrix | None) -> str | None:
+        if collector is None:
+            return None
+        return "sketch" if self.config.storage_mode == "sketch" else collector.method
+
+    def _metadata(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        structure: str,
+        center: bool,
+        source: str,
+        factored: set[str],
+        per_block: Mapping[str, dict[str, Any]],
+    ) -> dict[str, Any]:
+        config = asdict(self.config)
+        config["dtype_eigensolve"] = str(self.config.dtype_eigensolve).removeprefix("torch.")
+        return {
+            **config,
+            "normalization": "(1/N) * G^T G",
+            "row": "gradient of a labelled token's own loss"
+            if samples.unit == "token"
+            else "gradient of a sequence's token-summed loss",
+            "n_samples": samples.n,
+            "n_candidates": samples.n_candidates,
+            "data_hash": samples.data_hash,
+            "subsample_hash": samples.subsample_hash,
+            "block_structure": structure,
+            "center_gradients": center,
+            "architecture": architecture_of(model),
+            "nonzero_threshold": "max(N, P) * eps(float64) * largest eigenvalue",
+            "gradient_source": source,
+            "factored_weights": sorted(factored),
+            "regularization_used": max(
+                (record["regularization_used"] for record in per_block.values()), default=0.0
+            ),
+        }
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        options = ", ".join(str(option) for option in allowed)
+        raise CurvatureError(f"{name}: {value!r}; allowed: {options}")
+
+
+__all__ = ["STORAGE_MODES", "FisherSpectral", "GradientCache", "SpectralConfig"]
