@@ -175,8 +175,12 @@ def preflight(config: Config) -> None:
     """What can be known to fail before a directory is made or a model is built.
 
     Raises:
-        ConfigError: a device that this machine does not have.
+        ConfigError: a device that this machine does not have; a text or a model that does not
+            exist.
     """
+    from fisher_lab.workbench import content_identity
+
+    content_identity(config)
     if config.device == "cuda":
         import torch
 

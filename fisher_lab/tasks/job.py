@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from fisher_lab import tracking
 from fisher_lab.config.validate import validate
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
+    from fisher_lab.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +87,13 @@ def execute(cfg: DictConfig) -> Outcome:
         provenance=provenance.collect(),
     )
     log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
+    tracker = tracking.make(config.tracker)
+    tracker.start(run.run_id, run.record["config"], directory)
     try:
         with run.signals:
             if problem is not None:
                 raise problem
-            _prepare(config, run)
+            run.note(**_prepare(config))
             import_module(TASKS[config.task.name]).run(config, run)
     except Interrupted as stop:
         run.end(stop.status, stop.signum.name)
@@ -99,8 +103,11 @@ def execute(cfg: DictConfig) -> Outcome:
         run.fail(error)
         _log_in_full(error)
         return Outcome(directory, "failed", _first_line(error))
-    run.complete()
-    log.info("completed")
+    else:
+        run.complete()
+        log.info("completed")
+    finally:
+        _send(run, tracker)
     screen.show(run)
     return Outcome(directory, "completed")
 
@@ -152,10 +159,18 @@ def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:
         return {}, error
 
 
-def _prepare(config: Config, run: Run) -> None:
-    from fisher_lab.tasks import machine
+def _prepare(config: Config) -> dict[str, Any]:
+    from fisher_lab.tasks import machine  # torch, which the record is not to wait for
 
-    run.note(**machine.prepare(config))
+    return machine.prepare(config)
+
+
+def _send(run: Run, tracker: Tracker) -> None:
+    """What the run came to, whole or not."""
+    tracker.summary(run.values)
+    for name, rows in run.tables.items():
+        tracker.table(name, rows)
+    tracker.finish(run.status)
 
 
 def _log_in_full(error: Exception) -> None:
