@@ -153,7 +153,7 @@ def shift_of(model: nn.Module) -> bool | None:
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "loss_function"):
+    if config is None or not hasattr(type(model), "loss_function"):
         return None
     name, kind = type(model).__name__, getattr(model, "loss_type", None)
     if kind in _ALIGNED_LOSS_TYPES:
