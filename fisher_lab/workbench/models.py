@@ -87,13 +87,22 @@ def build(
     return built.float().train()
 
 
+def _transformers() -> Any:
+    """The library, without its own progress bars: ours stand for the whole."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return transformers
+
+
 def positions(model: ModelConfig) -> int:
     """The longest sequence of a built model with learned positions."""
     return model.positions or model.recipe.seq_len
 
 
 def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    import transformers as hf
+    hf = _transformers()
 
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -213,7 +222,7 @@ def _options(model: ModelConfig) -> dict[str, Any]:
 
 
 def _auto_class(task: str) -> Any:
-    import transformers as hf
+    hf = _transformers()
 
     return {
         "causal": hf.AutoModelForCausalLM,
@@ -255,7 +264,7 @@ def load_pretrained(
     Raises:
         ConfigError: One of them cannot be loaded.
     """
-    import transformers as hf
+    hf = _transformers()
 
     where = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     name = _local_or_name(model)
@@ -270,7 +279,7 @@ def load_pretrained(
 
 
 def _pretrained_config(model: ModelConfig) -> Any:
-    import transformers as hf
+    hf = _transformers()
 
     try:
         return hf.AutoConfig.from_pretrained(
