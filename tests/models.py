@@ -62,21 +62,23 @@ def gpt2(tied: bool = True) -> GPT2LMHeadModel:
 
 
 def llama(tied: bool = False) -> LlamaForCausalLM:
-    """LLaMA: no biases, RMSNorm, a gated MLP whose gate and up share an input."""
-    return LlamaForCausalLM(
-        _eager(
-            LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=WIDTH,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=40,
-                tie_word_embeddings=tied,
-            )
-        )
+    """LLaMA: no biases, RMSNorm, a gated MLP whose gate and up share an input.
+
+    Its eager attention takes the softmax in float32, where a float64 mask overflows and a row of
+    padding (left) turns into nan; the fused one stays in the model's dtype.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        tie_word_embeddings=tied,
     )
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM(config)
 
 
 def _bert_config(**more) -> BertConfig:

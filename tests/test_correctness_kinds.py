@@ -136,7 +136,14 @@ def test_sampled_fisher_on_its_own_draws(n_samples, policy):
     model, batch = models.seeded(lambda: models.gpt2(tied=False), DOUBLE), causal_batch()
     labels = int((reference.counting_labels(model, batch) != -100).sum())
     damping = Damping(1e-2, 1e-2, None)
-    kfac = engine(policy, damping, fisher="mc", n_samples=n_samples, norm_layers=False)
+    kfac = engine(
+        policy,
+        damping,
+        fisher="mc",
+        n_samples=n_samples,
+        norm_layers=False,
+        track_diagonal=False,  # it costs a pass over the labels of the data
+    )
     truth = own_collect(kfac, model, [batch], labels=labels, norms=False)
     for tokens in truth.tokens.values():
         assert len(tokens.g) == n_samples
@@ -172,8 +179,9 @@ def test_true_fisher_head(tokens, policy):
     for damping in (Damping(1e-3, 1e-3, None), Damping(1e-3, 1e-4, 20.0)):
         model, batch = case.model(DOUBLE), case.batch(tokens)
         kfac = engine(policy, damping, kfac_true_fisher_head=True)
-        truth, labels = shared_capture(kfac, model, batch)
         rows = reference.counting_labels(model, batch) != -100
+        labels = int(rows.sum())
+        truth = own_collect(kfac, model, [batch], labels=labels)
         with torch.no_grad():
             logits = model(**inputs_of(batch)).logits[rows]
         T = truth.tokens["lm_head"].count
@@ -191,8 +199,8 @@ def test_true_fisher_head_has_powers_one_and_minus_one_only():
     case = CASES["gpt2_untied"]
     model = case.model(DOUBLE)
     kfac = engine("all", kfac_true_fisher_head=True)
-    truth, labels = shared_capture(kfac, model, case.batch("few"))
-    own = truth.own_gradient(labels)
+    kfac.collect_kfac_factors(model, case.batch("few"))
+    own = random_like(dict(model.named_parameters()))
     kfac.compute_powered_natural_gradient(own, model, 1)
     with pytest.raises(ValueError, match=r"lm_head|power"):
         kfac.compute_powered_natural_gradient(own, model, -0.5)
