@@ -84,6 +84,8 @@ class KFACNaturalGradient:
         tied: whose factors precondition a tied weight: ``head``, ``embedding`` or ``sum``.
         norm_layers: cover LayerNorm and RMSNorm.
         uncovered: ``passthrough`` or ``diagonal``, for the parameters that remain.
+        track_diagonal: keep ``diagonal_fisher``; it costs the weight gradients of a refresh, and
+            is kept for ``fisher="empirical"`` only (others would need one more backward pass).
         progress: shows loops; used by the command line.
 
     Raises:
@@ -93,8 +95,9 @@ class KFACNaturalGradient:
         kfac_factors: layer name -> factors, of the last refresh.
         uncovered: parameters that the last product returned unchanged.
         skipped: supported layers without factors -> why.
-        diagonal_fisher: parameter name -> moving average of the squared gradients that
-            :meth:`compute_natural_gradient` was given.
+        diagonal_fisher: parameter name -> moving average over the refreshes of the squared mean
+            gradient, of the covered parameters (the legacy diagonal: a batch's gradient squared
+            is not the diagonal of the Fisher matrix, see ``docs/math.md``, section 9).
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class KFACNaturalGradient:
         tied: TiedName = "head",
         norm_layers: bool = True,
         uncovered: UncoveredName = "passthrough",
+        track_diagonal: bool = True,
         progress: Progress | None = None,
     ) -> None:
         in_range("damping", damping, 0.0)
@@ -145,6 +149,7 @@ class KFACNaturalGradient:
         for name, value in (("core_dtype", core_dtype), ("apply_dtype", apply_dtype)):
             one_of(name, value, ("auto", *COMPUTE_DTYPES))
         self.update_freq, self.ema_decay = update_freq, ema_decay
+        self.track_diagonal = track_diagonal and fisher == "empirical"
         self.diagonal_fisher: dict[str, Tensor] = {}
         self._steps = 0
         settings = KFACSettings(
@@ -255,9 +260,13 @@ class KFACNaturalGradient:
             loss,
             n_labels=n_labels,
             reduction=loss_reduction,
-            keep_gradient=keep_gradient,
+            keep_gradient=keep_gradient or self.track_diagonal,
             total=total,
         )
+        if self.track_diagonal:
+            self._update_diagonal(self.engine.own_gradients(model))
+            if not keep_gradient:
+                self.engine.drop_own_gradients()
 
     def step(self, model: nn.Module, batch: Any, **collect: Any) -> bool:
         """Counts a step and refreshes the factors on the first and every ``update_freq``-th.
@@ -293,10 +302,7 @@ class KFACNaturalGradient:
             LayerError: factors, gradients and model do not match.
             CurvatureError: no factors yet.
         """
-        result = self.engine.natural_gradient(gradients, model)
-        if gradients is not None:
-            self._update_diagonal(gradients)
-        return result
+        return self.engine.natural_gradient(gradients, model)
 
     def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
@@ -312,7 +318,7 @@ class KFACNaturalGradient:
 
     def _update_diagonal(self, gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
-            square = gradient.detach().square()
+            square = gradient.square()
             old = self.diagonal_fisher.get(name)
             if old is None or old.shape != square.shape:
                 self.diagonal_fisher[name] = square

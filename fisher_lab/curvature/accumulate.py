@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import NonFiniteError
 from .factors import Columns, DenseFactor, DiagonalFactor, GramFactor
@@ -229,12 +230,21 @@ class GradientAccumulator:
         return GramFactor(Columns(columns, 1.0, columns.device), weight, self.numerics.core_dtype)
 
 
-def normalised(x: Tensor, subtract_mean: bool, eps: float) -> Tensor:
-    """Returns the input of a norm layer, normalised, in at least float32."""
-    x = x if x.dtype == torch.float64 else x.float()
-    if subtract_mean:
-        x = x - x.mean(dim=-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns the normalised input of a norm layer exactly as the layer itself computes it.
+
+    The output is linear in scale and shift, so this is the output at scale 1 and shift 0 less
+    that at scale 0: each architecture keeps its own precision, and those that scale by ``1 + w``
+    come out right too.
+
+    Args:
+        module: the norm layer.
+        x: its input, ``[T, features]``.
+    """
+    values = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
+    with torch.no_grad():
+        at_zero = functional_call(module, values, (x,))
+        return functional_call(module, {**values, "weight": values["weight"] + 1}, (x,)) - at_zero
 
 
 class NormAccumulator:

@@ -32,8 +32,8 @@ from .factors import (
     GramFactor,
 )
 from .fisher import Draw, draws, n_draws, resolve, scored_of
-from .layers import Kind, Layer, Layers, every_module, norm_eps
-from .losses import SummedLoss, device_of, token_losses, unwrap
+from .layers import Kind, Layer, Layers, every_module
+from .losses import SummedLoss, at_least_float32, device_of, token_losses, unwrap
 from .settings import KFACSettings
 from .storage import store_columns
 
@@ -628,8 +628,6 @@ class FactorBuilder:
 
 def _norm_tokens(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
     """Per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``."""
-    found = norm_eps(layer.modules[0])
-    assert found is not None
-    xhat = normalised(x, *found)
+    xhat = at_least_float32(normalised(layer.modules[0], x))
     g = g.to(xhat.dtype)
     return g * xhat if layer.bias is None else torch.cat([g * xhat, g], dim=1)

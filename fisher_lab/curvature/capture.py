@@ -26,6 +26,10 @@ from .layers import Kind, Layer, Layers, every_module
 from .losses import unwrap
 
 
+_OF_POSITIONS = ("position", "relative", "wpe")
+"""Parts of the names of embeddings that look up positions or distances."""
+
+
 class Origin(StrEnum):
     """Where the positions of a tensor come from."""
 
@@ -132,13 +136,21 @@ class TokenMasks:
             return x.reshape(-1, *features)
         return x[mask].reshape(-1, *features)
 
-    def is_own(self, indices: Tensor) -> bool:
-        """Says whether indices are one of the batch's own tensors."""
-        return any(
-            indices.shape == t.shape
-            and (indices.data_ptr() == t.data_ptr() or torch.equal(indices.to(t.device), t))
-            for t in self.tensors
-        )
+    def looks_up_tokens(self, indices: Tensor, name: str) -> bool:
+        """Says whether an embedding looks up something of each token, not of each position.
+
+        Indices that are one of the batch's own tensors do. So do others with one index a token
+        (token types that the model fills in itself), unless the layer's name says position:
+        in a batch of one sequence the shapes are alike.
+        """
+        for t in self.tensors:
+            same = indices.shape == t.shape
+            if same and (indices.data_ptr() == t.data_ptr() or torch.equal(indices, t)):
+                return True
+        if any(word in name.lower() for word in _OF_POSITIONS):
+            return False
+        known = [t.shape for t in self.tensors if t.dim() == 2]
+        return indices.dim() == 2 and indices.shape in known
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -166,7 +178,7 @@ class Capture:
         self.calls: dict[str, list[Call]] = {
             layer.name: [] for layer, _ in every_module(layers.layers.values())
         }
-        self.n_forward = 0
+        self.outputs: list[Any] = []
         self._handles: list[RemovableHandle] = []
         self._pending: dict[nn.Module, list[tuple[Tensor | None, Origin]]] = {}
         self._in_encoder = False
@@ -178,7 +190,7 @@ class Capture:
             self._handles.append(
                 module.register_forward_hook(self._hook_for(layer.name), with_kwargs=True)
             )
-        self._handles.append(self.model.register_forward_hook(self._count))
+        self._handles.append(self.model.register_forward_hook(self._keep_output))
         if is_encoder_decoder(self.model):
             encoder = self.model.get_encoder()  # type: ignore[operator]
             self._handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
@@ -195,8 +207,8 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _count(self, *_: object) -> None:
-        self.n_forward += 1
+    def _keep_output(self, _module: nn.Module, _args: object, output: Any) -> None:
+        self.outputs.append(output)
 
     def _enter_encoder(self, *_: object) -> None:
         self._in_encoder = True
@@ -369,4 +381,6 @@ def is_token_call(layer: Layer, call: Call, masks: TokenMasks, confirmed: bool) 
         masks: of the batch.
         confirmed: the layer is the model's input embedding.
     """
-    return layer.kind is not Kind.EMBEDDING or confirmed or masks.is_own(call.a)
+    if layer.kind is not Kind.EMBEDDING or confirmed:
+        return True
+    return masks.looks_up_tokens(call.a, layer.name)

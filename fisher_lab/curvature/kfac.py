@@ -28,7 +28,10 @@ from .losses import (
     SummedLoss,
     compute_loss,
     device_of,
+    labels_of,
+    logits_of,
     prepare,
+    scorer,
     shift_of,
     sum_of,
     unwrap,
@@ -161,7 +164,8 @@ class KFACEngine:
                     raise LossError("loss: one tensor for several batches; allowed: one batch")
                 assert isinstance(loss, Tensor)
                 assert captured is not None
-                summed = _summed(model, loss, batch, n_labels, reduction)
+                summed = _summed(model, captured, loss, batch, n_labels, reduction)
+                summed = _with_logits(summed, model, captured, prepared)
                 builder.add(captured, prepared, summed)
                 continue
             function = None if loss is None or isinstance(loss, Tensor) else loss
@@ -330,6 +334,12 @@ class KFACEngine:
             self._put(result, factors.layer, factors.own, None)
         return result
 
+    def drop_own_gradients(self) -> None:
+        """Frees the own gradients; the factors stay."""
+        self.own_uncovered = {}
+        for factors in self.factors.values():
+            factors.own = None
+
     def _apply_own(self, model: nn.Module, power: float) -> dict[str, Tensor]:
         own = self.own_gradients(model)
         result = {n: self._uncovered(n, g, power) for n, g in self.own_uncovered.items()}
@@ -371,6 +381,13 @@ class KFACEngine:
         power: float | None,
     ) -> dict[str, Tensor]:
         self.check_model(model)
+        known = dict(unwrap(model).named_parameters())
+        for name in vectors:
+            if name not in known:
+                raise LayerError(
+                    f"gradient {name}: the model has no such parameter; allowed: the names in "
+                    "named_parameters()"
+                )
         dtype = self.settings.numerics.apply_dtype
         result: dict[str, Tensor] = {}
         for name, factors in self.factors.items():
@@ -550,9 +567,19 @@ def _stored_shape(layer: Layer) -> tuple[int, ...]:
 
 
 def _summed(
-    model: nn.Module, loss: Tensor, batch: Any, n_labels: int | None, reduction: str
+    model: nn.Module,
+    captured: Capture,
+    loss: Tensor,
+    batch: Any,
+    n_labels: int | None,
+    reduction: str,
 ) -> SummedLoss:
     """The token-summed loss behind a tensor that the caller computed from the batch's labels."""
+    if len(captured.outputs) != 1:
+        raise LossError(
+            f"capture: {len(captured.outputs)} forward passes of the model in the 'with' block; "
+            "allowed: one"
+        )
     return sum_of(
         loss,
         batch,
@@ -561,3 +588,11 @@ def _summed(
         touch=loss,
         shift=bool(shift_of(model)),
     )
+
+
+def _with_logits(summed: SummedLoss, model: nn.Module, captured: Capture, batch: Any) -> SummedLoss:
+    """Adds the logits of the captured pass, where the model's labelling is known."""
+    if shift_of(model) is None or labels_of(batch) is None:
+        return summed
+    output = captured.outputs[0]
+    return replace(summed, scored=scorer(model).score(output, batch), logits=logits_of(output))

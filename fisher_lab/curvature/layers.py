@@ -96,22 +96,17 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
-def norm_eps(module: nn.Module) -> tuple[bool, float] | None:
-    """Says whether a module is a norm layer: (subtracts the mean, eps), or None.
+def is_norm(module: nn.Module) -> bool:
+    """Says whether a module is a norm layer with a scale for each feature.
 
-    Known are ``nn.LayerNorm`` over the last dimension and the RMS norms, ours by class name
+    Known are ``nn.LayerNorm`` over the last dimension and the RMS norms, those by class name
     (``LlamaRMSNorm``, ``T5LayerNorm``, ``nn.RMSNorm``): each architecture has its own class.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return None
-    if isinstance(module, nn.LayerNorm):
-        return True, module.eps
+        return False
     name = type(module).__name__
-    if name.endswith("RMSNorm") or name == "T5LayerNorm":
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        return False, torch.finfo(weight.dtype).eps if eps is None else float(eps)
-    return None
+    return isinstance(module, nn.LayerNorm) or name.endswith("RMSNorm") or name == "T5LayerNorm"
 
 
 def _kind_of(module: nn.Module) -> Kind | None:
@@ -121,7 +116,7 @@ def _kind_of(module: nn.Module) -> Kind | None:
         return Kind.CONV1D
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING
-    return Kind.NORM if norm_eps(module) is not None else None
+    return Kind.NORM if is_norm(module) else None
 
 
 def _sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:

@@ -135,7 +135,7 @@ def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, T
     work = matrix.cpu() if on_host else matrix
     try:
         values, vectors = torch.linalg.eigh(work)
-    except torch._C._LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         values, vectors = torch.linalg.eigh(matrix.cpu().double())
     values, vectors = values.to(matrix), vectors.to(matrix)
     return values.clamp(min=0.0), vectors
