@@ -132,6 +132,9 @@ class TaskConfig:
     """What the run does."""
 
     name: str = setting("analyze", "The task.", one_of(*TASKS))
+    heldout_batches: int = setting(
+        4, "Held-out batches on which a step along the natural gradient is judged.", whole(1)
+    )
 
 
 @dataclass

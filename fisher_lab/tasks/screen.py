@@ -20,6 +20,9 @@ from fisher_lab.runs.record import Run
 PIPE_WIDTH = 80
 """Columns where standard output is no terminal that says its own width."""
 
+MIN_NAME = 12
+"""Columns that a layer's name gets at least."""
+
 MAX_ROWS = 40
 """Rows of a table of layers that are shown; the file has all of them."""
 
@@ -27,10 +30,10 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     "Data and loss": {
         "tokens": ("tokens", "d"),
         "loss": ("loss, nats a token", ".4f"),
-        "loss/heldout": ("held-out loss", ".4f"),
-        "loss/baseline": ("held-out loss of the trivial baseline", ".4f"),
-        "train/steps": ("steps", "d"),
-        "train/loss": ("training loss", ".4f"),
+        "heldout_loss": ("held-out loss", ".4f"),
+        "heldout_loss_best": ("best held-out loss", ".4f"),
+        "baseline_loss": ("held-out loss of the trivial model", ".4f"),
+        "train/steps": ("training steps", "d"),
     },
     "Natural gradient": {
         "ng/norm": ("norm of the natural gradient", "g"),
@@ -56,9 +59,13 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "kfac/total_s": ("total, s", ".3f"),
         "kfac/peak_mb": ("peak memory growth, MiB", ".1f"),
         "train/seconds": ("training, s", ".1f"),
+        "train/tokens_per_s": ("training, tokens a second", "d"),
     },
 }
 """Section -> metric -> its words and its format."""
+
+MAX_OTHERS = 20
+"""Numbers without words of their own that are shown; metrics.json has all of them."""
 
 LAYER_COLUMNS: dict[str, tuple[str, str]] = {
     "name": ("layer", "s"),
@@ -78,7 +85,7 @@ LAYER_COLUMNS: dict[str, tuple[str, str]] = {
 def show(run: Run, *, console: Console | None = None) -> None:
     """Print the numbers of a finished run and the path of its directory."""
     out = console or _console()
-    out.print(render(run.record, run.values, run.tables))
+    out.print(render(run.record, run.values, run.tables, out.width))
     # Never wrapped or cut: the path is there to be copied.
     out.print(Text("run directory  ", style="bold") + Text(str(run.directory)), soft_wrap=True)
 
@@ -87,6 +94,7 @@ def render(
     record: Mapping[str, Any],
     metrics: Mapping[str, Any],
     tables: Mapping[str, list[dict[str, Any]]],
+    width: int = PIPE_WIDTH,
 ) -> RenderableType:
     """The table as something that rich can print.
 
@@ -94,11 +102,12 @@ def render(
         record: the contents of ``run.json``.
         metrics: the contents of ``metrics.json``.
         tables: rows by file name; ``layers.csv`` is shown if it is there.
+        width: columns that there are.
     """
     parts: list[RenderableType] = [Text(_title(record), style="bold")]
     layers = tables.get("layers.csv")
     if layers:
-        parts += [_layer_table(layers), Text(_sum_up(layers)), Text()]
+        parts += [_layer_table(layers, width), Text(_sum_up(layers)), Text()]
     parts += [_number_table(metrics), Text()]
     return Group(*parts)
 
@@ -116,36 +125,63 @@ def _number_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", style="dim", no_wrap=True)
-    first = True
-    for title, numbers in NUMBERS.items():
-        present = [name for name in numbers if metrics.get(name) is not None]
-        if not present:
-            continue
-        if not first:
+    for title, rows in _number_sections(metrics).items():
+        if table.row_count:
             table.add_row()
-        first = False
         table.add_row(Text(title, style="bold"))
-        for name in present:
-            words, form = numbers[name]
-            table.add_row(f"  {words}", number(metrics[name], form), name)
+        for words, text, name in rows:
+            table.add_row(f"  {words}", text, name)
     return table
 
 
-def _layer_table(rows: list[dict[str, Any]]) -> Table:
-    columns = [name for name in LAYER_COLUMNS if any(row.get(name) is not None for row in rows)]
+def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """Section -> (words, value, name) of every number that the run has."""
+    sections = {
+        title: [
+            (words, number(metrics[name], form), name)
+            for name, (words, form) in numbers.items()
+            if metrics.get(name) is not None
+        ]
+        for title, numbers in NUMBERS.items()
+    }
+    known = {name for numbers in NUMBERS.values() for name in numbers}
+    others = [name for name in metrics if name not in known and metrics[name] is not None]
+    sections["Others"] = [(name, number(metrics[name], "g"), "") for name in others[:MAX_OTHERS]]
+    if len(others) > MAX_OTHERS:
+        sections["Others"].append((f"... {len(others) - MAX_OTHERS} more", "", ""))
+    return {title: rows for title, rows in sections.items() if rows}
+
+
+def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
+    columns = [name for name in LAYER_COLUMNS if _says_something(name, rows)]
+    cells = [[number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns] for row in rows]
+    headings = [LAYER_COLUMNS[name][0] for name in columns]
+    if "name" in columns:
+        # The end of a layer's name tells it from its neighbours: cut at the front, by hand.
+        widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+        place = columns.index("name")
+        room = max(width - (sum(widths) - widths[place]) - len(columns), MIN_NAME)
+        for row in cells:
+            row[place] = _shorten(row[place], room)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name in columns:
-        heading, form = LAYER_COLUMNS[name]
-        if name == "name":
-            table.add_column(heading, overflow="ellipsis", no_wrap=True, ratio=1, min_width=12)
-        else:
-            justify = "left" if form == "s" else "right"
-            table.add_column(heading, justify=justify, no_wrap=True)
-    for row in rows[:MAX_ROWS]:
-        table.add_row(*(number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns))
+    for name, heading in zip(columns, headings, strict=True):
+        justify = "left" if LAYER_COLUMNS[name][1] == "s" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for row in cells[:MAX_ROWS]:
+        table.add_row(*row)
     if len(rows) > MAX_ROWS:
         table.add_row(f"... {len(rows) - MAX_ROWS} more")
     return table
+
+
+def _says_something(column: str, rows: list[dict[str, Any]]) -> bool:
+    """A number of tokens that all layers share stands among the numbers of the run."""
+    values = {row.get(column) for row in rows}
+    return values != {None} and not (column == "tokens" and len(values) == 1)
+
+
+def _shorten(name: str, room: int) -> str:
+    return name if len(name) <= room else "…" + name[len(name) - room + 1 :]
 
 
 def _sum_up(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -1,0 +1,146 @@
+"""The wheel: only our two packages land, and the console script works from anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fisher_lab.config import paths
+
+pytestmark = [pytest.mark.wheel, pytest.mark.xdist_group("wheel")]
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by pip from the checkout, with the build tools that are installed: no network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    done = run(
+        *PIP,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(paths.root()),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty environment with nothing but the wheel in it; what it needs comes by a path."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    made = run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
+    assert made.returncode == 0, made.stderr
+    python = folder / "bin" / "python"
+    done = run(
+        *PIP,
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        str(wheel),
+        cwd=folder.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def test_nothing_else_lands(site):
+    names = {entry.name for entry in site.iterdir() if not entry.name.endswith(".dist-info")}
+    assert names == {"fisher_lab", "hydra_plugins"}
+    assert not (site / "hydra_plugins" / "__init__.py").exists()  # shared with other plugins
+
+
+def test_configuration_and_sweeps_travel_inside(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, source in (("conf", paths.conf()), ("sweeps", paths.sweeps())):
+        for file in source.rglob("*.yaml"):
+            assert f"fisher_lab/{folder}/{file.relative_to(source).as_posix()}" in names
+    assert not [name for name in names if name.startswith(("tests", "docs", "conf", "benchmarks"))]
+
+
+def borrowed(tmp_path: Path) -> dict[str, str]:
+    """The installed dependencies, but not the checkout: links to all but our own packages."""
+    folder = tmp_path / "dependencies"
+    folder.mkdir()
+    ours = ("fisher_lab", "_editable_impl_fisher_lab", "__editable__")
+    for entry in Path(yaml.__file__).parents[1].iterdir():
+        if not entry.name.startswith(ours) and entry.name != "hydra_plugins":
+            (folder / entry.name).symlink_to(entry)
+    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def test_the_console_script_works_from_another_directory(environment, site, elsewhere, tmp_path):
+    script = str(environment / "bin" / "fisher-lab")
+    needs = borrowed(tmp_path)
+    shown = run(script, "--cfg", "job", "kfac/policy=hybrid", cwd=elsewhere, **needs)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["kfac"]["policy"] == "hybrid"
+    python = str(environment / "bin" / "python")
+    where = run(
+        python, "-c", "import fisher_lab; print(fisher_lab.__file__)", cwd=elsewhere, **needs
+    )
+    assert Path(where.stdout.strip()) == site / "fisher_lab" / "__init__.py"
+    helped = run(script, "--help", cwd=elsewhere, **needs)
+    assert "sweeps: damping" in helped.stdout
+    bad = run(script, "kfac.damping=-1", cwd=elsewhere, **needs)
+    assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_run_by_the_console_script(environment, elsewhere, tmp_path):
+    """A training of two steps: through workbench, record and screen."""
+    done = run(
+        str(environment / "bin" / "fisher-lab"),
+        "task=train",
+        "train.steps=2",
+        "model.layers=1",
+        "model.width=16",
+        "model.heads=2",
+        "data.seq_len=16",
+        "train.seq_len=16",
+        "train.batch_size=2",
+        "hydra.run.dir=here",
+        cwd=elsewhere,
+        **borrowed(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "here" / "run.json").is_file()
+    assert "run directory" in done.stdout

@@ -1,0 +1,101 @@
+"""What changes a run's identity, and what does not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fisher_lab.config.schema import Config
+from fisher_lab.config.validate import all_keys
+from fisher_lab.runs import identity
+from fisher_lab.runs.identity import run_id
+
+CONTENT = {"data": {"sha256": "d"}, "model": {"checkpoint": "m"}}
+
+
+def config(**changes: object) -> dict:
+    plain = dataclasses.asdict(Config())
+    for key, value in changes.items():
+        set_key(plain, key.replace("__", "."), value)
+    return plain
+
+
+def set_key(plain: dict, key: str, value: object) -> None:
+    *above, last = key.split(".")
+    for part in above:
+        plain = plain[part]
+    assert last in plain
+    plain[last] = value
+
+
+NEUTRAL = (
+    "progress",
+    "cache_dir",
+    "tracker.type",
+    "model.name",
+    "data.name",
+    "data.path",
+    "data.pattern",
+    "model.name_or_path",
+    "train.save_every_s",
+)
+
+
+@pytest.mark.parametrize("key", sorted(all_keys()))
+def test_every_key_counts_unless_it_cannot_change_a_result(key):
+    plain = dataclasses.asdict(Config())
+    changed = copy.deepcopy(plain)
+    set_key(changed, key, "something else")
+    same = run_id(plain, CONTENT) == run_id(changed, CONTENT)
+    assert same == (key in NEUTRAL)
+
+
+def test_content_counts_and_paths_count_only_without_it():
+    plain = config()
+    assert run_id(plain, CONTENT) != run_id(plain, {**CONTENT, "data": {"sha256": "e"}})
+    moved = config(data__path="elsewhere.txt")
+    assert run_id(plain, CONTENT) == run_id(moved, CONTENT)
+    assert run_id(plain, {}) != run_id(moved, {})
+
+
+def test_hydras_own_node_does_not_count():
+    plain = config()
+    with_hydra = {**plain, "hydra": {"run": {"dir": "x"}, "launcher": "slurm"}}
+    assert run_id(plain, CONTENT) == run_id(with_hydra, CONTENT)
+
+
+def test_numbers_are_compared_as_numbers_and_order_does_not_matter():
+    plain = config(kfac__damping=1.0)
+    turned = dict(reversed(config(kfac__damping=1).items()))
+    assert run_id(plain, CONTENT) == run_id(turned, CONTENT)
+
+
+def test_non_finite_numbers_have_an_identity_too():
+    assert run_id(config(kfac__damping=float("inf"))) != run_id(config(kfac__damping=1.0))
+
+
+def test_the_same_in_every_process():
+    script = (
+        "import json,sys; from fisher_lab.runs.identity import run_id; "
+        "print(run_id(*json.load(sys.stdin)))"
+    )
+    given = json.dumps([config(), CONTENT])
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert found == {run_id(config(), CONTENT)}
+    assert len(found.pop()) == identity.LENGTH

@@ -1,0 +1,72 @@
+"""Where a result comes from, and nothing that is secret."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.runs import provenance
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    package = tmp_path / "repository" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    git(package.parent, "init", "-q")
+    git(package.parent, "add", "package")
+    git(package.parent, "commit", "-q", "-m", "first")
+    return package
+
+
+def test_commit_and_dirtiness(checkout):
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert provenance.git(checkout) == {"commit": commit, "dirty": False}
+    (checkout / "new.py").write_text("")  # untracked: nothing imports it
+    assert provenance.git(checkout)["dirty"] is False
+    (checkout / "__init__.py").write_text("x = 1\n")
+    assert provenance.git(checkout) == {"commit": commit, "dirty": True}
+
+
+def test_a_package_installed_inside_another_repository_has_no_commit(checkout):
+    installed = checkout.parent / "venv" / "package"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert provenance.git(installed) == {"commit": None, "dirty": None}
+
+
+def test_without_git_there_is_no_commit(checkout, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert provenance.git(checkout) == {"commit": None, "dirty": None}
+
+
+def test_versions_and_host():
+    found = provenance.collect()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["hydra-core"].startswith("1.3.")
+    assert found["host"]["cpus"] >= found["host"]["cpus_allowed"] >= 1
+    assert found["host"]["memory_mb"] > 100
+
+
+def test_the_environment_is_not_copied(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-very-secret-key")
+    text = json.dumps(provenance.collect())
+    assert "a-very-secret-key" not in text
+    assert "WANDB_API_KEY" not in text

@@ -1,0 +1,156 @@
+"""The run directory: strict JSON, whole files, one ending."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fisher_lab.runs import atomic, record
+from fisher_lab.runs.record import Run, strict
+
+
+def start(directory: Path, **more) -> Run:
+    return Run.start(directory, config={"seed": 0}, overrides=["seed=0"], **more)
+
+
+def on_disk(run: Run, name: str = "run.json") -> dict:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads((run.directory / name).read_text(), parse_constant=no_constant)
+
+
+def test_the_life_of_a_run(tmp_path):
+    run = start(tmp_path / "a" / "b", identity={"data": "x"}, provenance={"host": {"name": "h"}})
+    assert on_disk(run)["status"] == run.status == "running"
+    assert on_disk(run)["finished"] is None
+    run.note(device="cpu", dtypes={"core": "float64"})
+    run.complete()
+    final = record.read(run.directory)
+    assert final["schema"] == "fisher_lab.run/1"
+    assert final["status"] == "completed"
+    assert final["finished"] >= final["started"]
+    assert final["run_id"] == run.run_id
+    assert final["provenance"] == {
+        "host": {"name": "h"},
+        "content": {"data": "x"},
+        "device": "cpu",
+        "dtypes": {"core": "float64"},
+    }
+
+
+def test_a_failure_keeps_type_message_and_traceback(tmp_path):
+    run = start(tmp_path)
+    try:
+        raise KeyError("no such layer")
+    except KeyError as error:
+        run.fail(error)
+    final = on_disk(run)
+    assert final["status"] == "failed"
+    assert final["error"]["type"] == "KeyError"
+    assert final["error"]["message"] == "'no such layer'"
+    assert "test_a_failure_keeps" in final["error"]["traceback"]
+
+
+def test_a_run_ends_once(tmp_path):
+    run = start(tmp_path)
+    run.end("preempted", "SIGUSR2")
+    assert on_disk(run)["reason"] == "SIGUSR2"
+    with pytest.raises(ValueError, match="has ended before, as preempted"):
+        run.complete()
+    assert on_disk(run)["status"] == "preempted"
+
+
+def test_an_unknown_status_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of completed, failed, preempted, cancelled"):
+        start(tmp_path).end("done")
+
+
+def test_metrics_merge_and_are_strict(tmp_path):
+    run = start(tmp_path)
+    run.metrics({"loss": np.float32(1.5), "tokens": np.int64(512)})
+    run.metrics({"loss": 1.25, "kappa": float("inf"), "cosine": float("nan"), "none": None})
+    assert on_disk(run, "metrics.json") == {
+        "loss": 1.25,
+        "tokens": 512,
+        "kappa": None,
+        "cosine": None,
+        "none": None,
+    }
+
+
+def test_torch_scalars_are_numbers(tmp_path):
+    import torch
+
+    run = start(tmp_path)
+    run.metrics({"loss": torch.tensor(2.0, dtype=torch.float64)})
+    assert on_disk(run, "metrics.json") == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("value", ["1.0", [1.0], {"a": 1}, np.zeros(2)])
+def test_a_metric_is_one_number(tmp_path, value):
+    with pytest.raises(TypeError, match="metric 'loss' must be one number"):
+        start(tmp_path).metrics({"loss": value})
+
+
+def test_metrics_of_an_earlier_run_do_not_stay(tmp_path):
+    first = start(tmp_path)
+    first.metrics({"loss": 1.0})
+    first.complete()
+    second = start(tmp_path)
+    second.complete()
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_tables(tmp_path):
+    run = start(tmp_path)
+    rows = [
+        {"name": "a,b", "tied": True, "kappa": 1e6, "fallback": None},
+        {"name": 'c"d', "tied": False, "kappa": float("nan"), "clipped": 3},
+    ]
+    path = run.table("layers.csv", rows)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read == [
+        {"name": "a,b", "tied": "true", "kappa": "1000000.0", "fallback": "", "clipped": ""},
+        {"name": 'c"d', "tied": "false", "kappa": "", "fallback": "", "clipped": "3"},
+    ]
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+    run = start(tmp_path)
+    run.metrics({"loss": 1.0})
+
+    def power_cut(*_: object) -> None:
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "replace", power_cut)
+        with pytest.raises(OSError, match="power cut"):
+            run.metrics({"loss": 2.0})
+    assert on_disk(run, "metrics.json") == {"loss": 1.0}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (float("-inf"), None),
+        (Path("a/b"), "a/b"),
+        ((1, 2), [1, 2]),
+        ({"b", "a"}, ["a", "b"]),
+        ({1: np.arange(2)}, {"1": [0, 1]}),
+        (np.bool_(True), True),
+    ],
+)
+def test_strict(value, plain):
+    assert strict(value) == plain
+
+
+def test_what_is_no_json_is_an_error():
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        strict(object())

@@ -1,0 +1,150 @@
+"""Signals end a run with the right status, at once or when its task has saved its state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.runs.signals import STATUS, Interrupted, Watch
+
+
+@pytest.mark.parametrize(("signum", "status"), STATUS.items())
+def test_a_signal_is_raised_at_once(signum, status):
+    with pytest.raises(Interrupted) as caught, Watch():
+        os.kill(os.getpid(), signum)
+    assert (caught.value.signum, caught.value.status) == (signum, status)
+
+
+def test_no_except_exception_swallows_it():
+    assert not issubclass(Interrupted, Exception)
+
+
+def test_the_handlers_of_before_come_back():
+    before = {signum: signal.getsignal(signum) for signum in STATUS}
+    with Watch():
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    assert {signum: signal.getsignal(signum) for signum in STATUS} == before
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_deferred_signal_waits_for_the_task(opened):
+    watch, steps = Watch(), []
+    before = signal.getsignal(signal.SIGUSR2)
+
+    def task() -> None:
+        with watch.deferred() as pending:
+            for step in range(5):
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                steps.append(step)
+                if pending():
+                    steps.append("saved")
+                    pending.stop()
+
+    with pytest.raises(Interrupted) as caught:
+        if opened:
+            with watch:
+                task()
+        else:
+            task()
+    assert steps == [0, 1, 2, "saved"]
+    assert caught.value.status == "preempted"
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_signal_that_the_task_did_not_look_at_is_raised_at_the_end():
+    with pytest.raises(Interrupted, match="cancelled by SIGTERM"), Watch() as watch:
+        with watch.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+
+def test_the_first_signal_counts():
+    watch = Watch()
+    with pytest.raises(Interrupted, match="preempted by SIGUSR2"), watch, watch.deferred():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_block_within_a_block_leaves_it_to_the_outer_one():
+    watch, order = Watch(), []
+    with pytest.raises(Interrupted), watch, watch.deferred():
+        with watch.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        order.append("still here")
+    assert order == ["still here"]
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    before, inside = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with Watch():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(timeout=10)
+    assert inside == [before]
+
+
+SCRIPT = """
+import sys, types, signal
+from fisher_lab import cli
+from fisher_lab.tasks import job
+module = types.ModuleType("waiting")
+def run(config, run):
+    print("ready", flush=True)
+    signal.pause()
+module.run = run
+sys.modules["waiting"] = module
+job.TASKS["plan"] = "waiting"
+job._prepare = lambda config: {}  # without torch, which is not what is tested
+sys.exit(cli.main(["task=plan", "hydra.run.dir=here", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [
+        (signal.SIGTERM, "cancelled"),
+        (signal.SIGUSR2, "preempted"),
+        (signal.SIGINT, "cancelled"),
+        (signal.SIGKILL, "running"),
+    ],
+)
+def test_a_run_that_is_signalled(tmp_path: Path, signum, status):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    finally:
+        watchdog.cancel()
+        process.kill()
+    record = json.loads((tmp_path / "here" / "run.json").read_text())
+    assert record["status"] == status
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+        assert record["finished"] is None
+    else:
+        assert process.returncode == 128 + signum
+        assert record["reason"] == signum.name
+        assert "Traceback" not in err
+        assert len(err.splitlines()) == 1

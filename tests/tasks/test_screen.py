@@ -1,0 +1,107 @@
+"""The table at the end of a run, at eighty columns."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks import screen
+
+METRICS = {
+    "loss": 4.3812345,
+    "tokens": 512,
+    "ng/norm": 12345.678,
+    "ng/heldout_loss_decrease": -0.01234,
+    "kfac/clipped_frac_A": 0.12345,
+    "kfac/kappa_G_max": 1e6,
+    "kfac/total_s": 1.23456,
+    "kfac/peak_mb": None,
+    "some/other": 3.25,
+}
+
+
+def shown(metrics, rows=(), width=80, directory="/somewhere/" + 100 * "x", tmp_path=None) -> str:
+    run = Run.start(tmp_path / directory.strip("/"), config={"task": {"name": "analyze"}})
+    run.metrics(metrics)
+    if rows:
+        run.table("layers.csv", rows)
+    out = io.StringIO()
+    screen.show(run, console=Console(file=out, width=width, highlight=False))
+    return out.getvalue()
+
+
+def layers(count: int) -> list[dict]:
+    return [
+        {
+            "name": f"transformer.h.{index}.a.very.long.name.of.a.layer.c_attn",
+            "type": "Conv1D",
+            "in": 128,
+            "out": 384,
+            "tokens": 512,
+            "method": "woodbury" if index % 2 else "eig",
+            "kappa_A": 1e6,
+            "kappa_G": None,
+            "bytes": 3 * 2**20,
+            "seconds": 0.01,
+        }
+        for index in range(count)
+    ]
+
+
+def test_numbers_have_words_and_names(tmp_path):
+    text = shown(METRICS, tmp_path=tmp_path)
+    lines = text.splitlines()
+    assert any("loss, nats a token" in line and "4.3812" in line for line in lines)
+    assert any("-0.0123" in line and "ng/heldout_loss_decrease" in line for line in lines)
+    assert any("12.35%" in line and "kfac/clipped_frac_A" in line for line in lines)
+    assert any("some/other" in line and "3.25" in line for line in lines)
+    assert "kfac/peak_mb" not in text
+
+
+def test_nothing_is_wider_than_eighty_columns_but_the_path(tmp_path):
+    *lines, last = shown(METRICS, layers(3), tmp_path=tmp_path).splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert last.startswith("run directory")
+    assert last.endswith(100 * "x")
+
+
+def test_layers_are_listed_and_summed_up(tmp_path):
+    text = shown(METRICS, layers(3), tmp_path=tmp_path)
+    assert text.count("Conv1D") == 3
+    assert "3 layers: 2 eig, 1 woodbury" in text
+    assert "3.00" in text
+
+
+def test_many_layers_are_cut_and_said(tmp_path):
+    text = shown(METRICS, layers(screen.MAX_ROWS + 5), tmp_path=tmp_path)
+    assert text.count("Conv1D") == screen.MAX_ROWS
+    assert "... 5 more" in text
+
+
+def test_many_other_numbers_are_cut_and_said(tmp_path):
+    text = shown({f"x/{n}": n for n in range(screen.MAX_OTHERS + 3)}, tmp_path=tmp_path)
+    assert "... 3 more" in text
+
+
+def test_a_run_without_numbers_still_says_where_it_is(tmp_path):
+    assert "run directory" in shown({}, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (None, "d", "-"),
+        ("", ".1e", "-"),
+        (1234567, "d", "1,234,567"),
+        (0.00012345, "g", "0.0001234"),
+        (2**20, "mib", "1.00"),
+        (0.5, ".2%", "50.00%"),
+        (True, "d", "True"),
+        (1e6, ".1e", "1.0e+06"),
+    ],
+)
+def test_number(value, form, text):
+    assert screen.number(value, form) == text
