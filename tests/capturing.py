@@ -41,6 +41,7 @@ def shared_capture(
     batch: Mapping[str, Tensor],
     *,
     reduction: str = "mean",
+    keep_gradient: bool = False,
     **truth_settings,
 ) -> tuple[Truth, int]:
     """Run the model once, hand its loss to the engine, and return the truth of the same pass."""
@@ -48,7 +49,14 @@ def shared_capture(
         outputs = model(**inputs_of(batch))
         loss, labels = reference.summed_loss(model, outputs.logits, batch)
     loss = loss / labels if reduction == "mean" else loss
-    kfac.collect_kfac_factors(model, batch, loss=loss, n_labels=labels, loss_reduction=reduction)
+    kfac.collect_kfac_factors(
+        model,
+        batch,
+        loss=loss,
+        n_labels=labels,
+        loss_reduction=reduction,
+        keep_gradient=keep_gradient,
+    )
     return Truth(model, rec, [batch], labels=labels, **truth_settings), labels
 
 

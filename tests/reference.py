@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import mpmath
 import torch
 from torch import Tensor, nn
 
@@ -382,10 +383,11 @@ class Truth:
 
     # ---- the batch's own gradient
 
-    def own_gradient(self, labels: int) -> dict[str, Tensor]:
+    def own_gradient(self, labels: int, *, unrounded: bool = False) -> dict[str, Tensor]:
         """Gradient of the mean loss, `sum_t g_t a_t^T / N`, every use of a weight added up.
 
-        Each in its parameter's shape and dtype, as autograd would leave it in `.grad`.
+        Each in its parameter's shape and dtype, as autograd would leave it in `.grad`;
+        `unrounded` keeps float64, so that it stays in the span of the token gradients.
         """
         gradient: dict[str, Tensor] = {}
 
@@ -406,6 +408,8 @@ class Truth:
                 add(tokens.module.weight, product.T if tokens.kind == "conv1d" else product)
             if tokens.bias is not None:
                 add(tokens.bias, g.sum(0))
+        if unrounded:
+            return gradient
         dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         return {name: value.to(dtypes[name]) for name, value in gradient.items()}
 
@@ -524,6 +528,39 @@ class Truth:
             )
             for factors, tokens in self.weight_factors().values()
         }
+
+
+# --------------------------------------------------------------------------- many digits
+
+
+def many_digits_own(tokens: Tokens, damping: Damping, labels: int, digits: int = 50) -> Tensor:
+    """`G^-1 dW A^-1` of a layer's own gradient, without clipping, in `digits` decimal digits.
+
+    In the span of the tokens dense float64 itself is wrong by about `eps` times the product of
+    both condition numbers: 3e-3 at damping 1e-8 for 13 tokens (measured against this).
+    """
+    with mpmath.workdps(digits):
+        a = mpmath.matrix(tokens.augmented.tolist())
+        g = mpmath.matrix(tokens.g[0].tolist())
+        A = a.T * a / tokens.count + mpmath.mpf(damping.A) * mpmath.eye(a.cols)
+        G = g.T * g / tokens.count + mpmath.mpf(damping.G) * mpmath.eye(g.cols)
+        left = _many_digits_solve(G, g.T * a / labels)
+        answer = _many_digits_solve(A, left.T).T
+        rows = [[float(answer[i, j]) for j in range(answer.cols)] for i in range(answer.rows)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _many_digits_solve(M: mpmath.matrix, Y: mpmath.matrix) -> mpmath.matrix:
+    """Solve a positive definite system with many right-hand sides by Cholesky."""
+    n, L = M.rows, mpmath.cholesky(M)
+    X = Y.copy()
+    for j in range(Y.cols):
+        for i in range(n):
+            X[i, j] = (X[i, j] - mpmath.fdot((L[i, k], X[k, j]) for k in range(i))) / L[i, i]
+        for i in reversed(range(n)):
+            rest = mpmath.fdot((L[k, i], X[k, j]) for k in range(i + 1, n))
+            X[i, j] = (X[i, j] - rest) / L[i, i]
+    return X
 
 
 # --------------------------------------------------------------------------- comparing

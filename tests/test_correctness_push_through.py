@@ -1,0 +1,175 @@
+"""The factors' own gradient (`gradients=None`), storage dtypes, and odd ways to run a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import models, reference
+from tests.capturing import POLICIES, engine, own_collect, random_like, shared_capture
+from tests.reference import Damping
+
+DOUBLE = torch.float64
+CASES = {case.name: case for case in models.CASES}
+
+
+def own_result(kfac, model, batch):
+    """The engine's own natural gradient, and truth on the unrounded own gradient."""
+    truth, labels = shared_capture(kfac, model, batch, keep_gradient=True)
+    own = truth.own_gradient(labels, unrounded=True)
+    return kfac.compute_natural_gradient(None, model), own, truth
+
+
+@pytest.mark.parametrize("push_through", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("name", ["gpt2_untied", "gpt2_tied", "bert_left", "t5_masks"])
+def test_own_gradient_is_the_batches_own(name, tokens, policy, push_through):
+    """Tied weights too, where the identity does not hold and the general formula steps in."""
+    case, damping = CASES[name], Damping(1e-5, 1e-5, 1e4)
+    model = case.model(DOUBLE)
+    kfac = engine(policy, damping, push_through=push_through)
+    result, own, truth = own_result(kfac, model, case.batch(tokens))
+    expected = truth.natural_gradient(own, damping)
+    reference.assert_close(result, expected, 1e-7)
+    positions = {n for n in result if any(p in n for p in reference.POSITIONS)}
+    assert set(result) == set(expected) | positions
+
+
+@pytest.mark.parametrize("p", [-0.5, 1.0])
+def test_own_gradient_with_other_powers(p):
+    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, 100.0)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping)
+    truth, labels = shared_capture(kfac, model, case.batch("few"), keep_gradient=True)
+    own = truth.own_gradient(labels, unrounded=True)
+    result = kfac.compute_powered_natural_gradient(None, model, p)
+    reference.assert_close(result, truth.powered(own, p, damping), 1e-9)
+
+
+def test_own_gradient_of_several_batches_weighs_labels():
+    """`sum g a^T / N` over all batches, and not the mean of the batches' means."""
+    model, damping = models.seeded(models.gpt2, DOUBLE), Damping(1e-3, 1e-3, None)
+    batches = [
+        models.language_batch((4, 9), seed=2),
+        models.language_batch((17,), share=0.2, seed=3),
+    ]
+    counts = [int((reference.counting_labels(model, b) != -100).sum()) for b in batches]
+    kfac = engine("all", damping)
+    with reference.record(model) as rec:
+        kfac.collect_kfac_factors(model, batches, keep_gradient=True)
+    truth = reference.Truth(model, rec, batches, labels=sum(counts))
+    own = truth.own_gradient(sum(counts), unrounded=True)
+    result = kfac.compute_natural_gradient(None, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+    assert counts[0] != counts[1]
+
+
+@pytest.mark.parametrize("lam", [1e-5, 1e-8])
+@pytest.mark.parametrize("policy", ["all", "auto"])
+def test_own_gradient_at_small_damping_against_many_digits(policy, lam):
+    """float32 model and storage: what is stored is `g` itself, and push-through cancels nothing.
+
+    Against 50 decimal digits, since dense float64 is the less accurate of the two here.
+    """
+    case, damping = CASES["gpt2_untied"], Damping(lam, lam, None)
+    model = case.model(torch.float32)
+    kfac = engine(policy, damping, woodbury_dtype="fp32", norm_layers=False)
+    result, own, truth = own_result(kfac, model, case.batch("few"))
+    truth.norms = False
+    dense = truth.natural_gradient(own, damping)
+    for layer in ("transformer.h.1.mlp.c_proj", "lm_head"):
+        tokens = truth.tokens[layer]
+        exact = reference.many_digits_own(tokens, damping, truth.labels)
+        weight = exact[:, : tokens.a.shape[1]]
+        name = f"{layer}.weight"
+        expected = {name: weight.T if tokens.kind == "conv1d" else weight}
+        if tokens.bias is not None:
+            expected[f"{layer}.bias"] = exact[:, -1]
+        reference.assert_close(result, expected, 1e-6)
+        if lam == 1e-8:
+            assert reference.relative(dense[name], expected[name]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("storage", "bound"), [("fp64", 1e-9), ("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 4e-2)]
+)
+def test_push_through_with_rounded_columns(storage, bound):
+    """Rounding the columns costs little in the own gradient; far more in the general formula."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, None)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping, woodbury_dtype=storage, norm_layers=False)
+    result, own, truth = own_result(kfac, model, case.batch("few"))
+    truth.norms = False
+    expected = truth.natural_gradient(own, damping)
+    # Embeddings go by the general formula: their inputs are no matrix to push through.
+    own = {n: v for n, v in own.items() if "wte" not in n}
+    expected = {n: expected[n] for n in own if n in expected}
+    reference.assert_close(result, expected, bound, storage)
+    general = kfac.compute_natural_gradient(own, model)
+    worst = max(reference.errors(result, expected).values())
+    if storage in ("fp16", "bf16"):
+        assert max(reference.errors(general, expected).values()) > 3 * worst
+
+
+def test_tiny_gradients_do_not_underflow_in_16_bits():
+    """Columns are scaled by a power of two before they are rounded."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-18, None)
+    model, batch = case.model(DOUBLE), case.batch("few")
+    kfac = engine("all", damping, woodbury_dtype="fp16", norm_layers=False)
+    scale = 1e-8
+    with reference.record(model) as rec, kfac.capture(model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss, labels = reference.summed_loss(model, logits, batch)
+    kfac.collect_kfac_factors(
+        model, batch, loss=scale * loss, n_labels=labels, loss_reduction="sum"
+    )
+    truth = reference.Truth(model, rec, [batch], labels=labels, norms=False)
+    own = truth.own_gradient(labels)
+    product = kfac.compute_fisher_vector_product(own, model)
+    reference.assert_close(product, truth.fisher_vector_product(own), 2e-3)
+
+
+def test_gradient_checkpointing_counts_tokens_once():
+    model = models.seeded(models.gpt2, DOUBLE).train()
+    batch, vectors = models.language_batch(models.FEW), random_like(dict(model.named_parameters()))
+    products, counts = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        kfac = engine()
+        kfac.collect_kfac_factors(model, batch)
+        products.append(kfac.compute_fisher_vector_product(vectors, model))
+        counts.append({n: f["tokens"] for n, f in kfac.kfac_factors.items()})
+    assert counts[0] == counts[1]
+    expected = {n: v.double() for n, v in products[0].items()}
+    reference.assert_close(products[1], expected, 1e-12)
+
+
+@pytest.mark.parametrize("policy", ["all", "small_only"])
+def test_bfloat16_model_accumulates_wider(policy):
+    """Factors from the 16-bit captures in float64; only the result is rounded to the model's."""
+    damping = Damping(1e-2, 1e-2, None)
+    model = models.seeded(lambda: models.gpt2(tied=False), torch.bfloat16)
+    kfac = engine(policy, damping, norm_layers=False)
+    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW), norms=False)
+    own = truth.own_gradient(labels)
+    result = kfac.compute_natural_gradient(own, model)
+    assert {v.dtype for v in result.values()} == {torch.bfloat16}
+    expected = truth.natural_gradient(own, damping)
+    reference.assert_close(result, expected, 2**-8)
+
+
+def test_a_second_engine_sees_the_same_model():
+    """Two engines on one model do not meet each other's hooks or factors."""
+    model = models.seeded(models.gpt2, DOUBLE)
+    first, second = engine("all"), engine("small_only")
+    batches = [models.language_batch(models.FEW, seed=s) for s in (1, 2)]
+    truths = [
+        own_collect(kfac, model, [batch], labels=1)
+        for kfac, batch in zip((first, second), batches, strict=True)
+    ]
+    vectors = random_like(dict(model.named_parameters()))
+    for kfac, truth in zip((first, second), truths, strict=True):
+        result = kfac.compute_natural_gradient(vectors, model)
+        reference.assert_close(result, truth.natural_gradient(vectors, Damping()), 1e-8)
