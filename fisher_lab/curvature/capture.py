@@ -25,7 +25,6 @@ from .errors import BatchError, LayerError
 from .layers import Kind, Layer, Layers, every_module
 from .losses import unwrap
 
-
 _OF_POSITIONS = ("position", "relative", "wpe")
 """Parts of the names of embeddings that look up positions or distances."""
 
@@ -384,3 +383,24 @@ def is_token_call(layer: Layer, call: Call, masks: TokenMasks, confirmed: bool) 
     if layer.kind is not Kind.EMBEDDING or confirmed:
         return True
     return masks.looks_up_tokens(call.a, layer.name)
+
+
+def count_tokens(model: nn.Module, capture: Capture, batch: Any) -> dict[str, int]:
+    """Returns the tokens that each layer saw in a captured forward pass.
+
+    Args:
+        model: the model.
+        capture: of the pass.
+        batch: the prepared batch.
+    """
+    masks = TokenMasks.of(unwrap(model), batch)
+    counts: dict[str, int] = {}
+    for layer in capture.layers.layers.values():
+        confirmed = layer.name not in capture.layers.candidates
+        trailing = 0 if layer.kind is Kind.EMBEDDING else 1
+        counts[layer.name] = sum(
+            masks.select(call.a, call.origin, layer.name, trailing=trailing).shape[0]
+            for call in capture.calls[layer.name]
+            if is_token_call(layer, call, masks, confirmed)
+        )
+    return counts

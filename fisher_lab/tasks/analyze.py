@@ -1,0 +1,316 @@
+"""``task=analyze``: K-FAC factors of a model, its natural gradient, and what both are worth."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.config.schema import Config
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.factors import FactorReport
+from fisher_lab.curvature.kfac import LayerReport
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks.engine import kfac_engine
+from fisher_lab.tasks.memory import PeakMemory
+from fisher_lab.tasks.progress import Progress
+from fisher_lab.workbench import build
+from fisher_lab.workbench.bench import Bench
+
+log = logging.getLogger(__name__)
+
+LAYERS_FILE = "layers.csv"
+
+MODEL_DECREASE = 0.01
+"""The step along the natural gradient is the one for which the quadratic model promises this."""
+
+STEP_POWERS = range(-3, 4)
+"""``eta * 2^k`` for these ``k`` are tried."""
+
+
+def run(config: Config, run: Run) -> None:
+    """Analyse a model: loss, K-FAC, the natural gradient and the step that it gives.
+
+    Args:
+        config: the validated configuration.
+        run: the run's record; gets ``metrics.json`` and ``layers.csv``.
+
+    Raises:
+        ConfigError: text or model cannot be had as configured.
+        fisher_lab.curvature.errors.CurvatureError: the factors cannot be formed or applied.
+    """
+    progress = Progress(config.progress)
+    bench = build(config, progress, run.signals)
+    run.note(workbench=bench.record)
+    batches = bench.batches("train", config.kfac.n_batches, config.seed)
+    heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
+    _record_loss(bench, batches, run)
+    engine = kfac_engine(config, progress)
+    _time_plain_pass(bench, batches, run)
+    gradient, natural = _precondition(engine, bench, batches, run)
+    run.table(LAYERS_FILE, layer_rows(engine.engine.reports()))
+    run.metrics(layer_metrics(engine.engine.reports()))
+    run.metrics(curvature_metrics(engine))
+    run.note(kfac=_about(engine))
+    metrics = gradient_metrics(gradient, natural)
+    run.metrics(metrics)
+    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress))
+
+
+# ---- loss and time -------------------------------------------------------------------------------
+
+
+def mean_loss(bench: Bench, batches: Iterable[Any]) -> float:
+    """Returns the mean loss over all labels of some batches, in nats."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            scored = losses.score(bench.model, batch, bench.loss_fn)
+            total += float(losses.summed_loss(scored))
+            count += scored.n_labels
+    return total / max(count, 1)
+
+
+def _record_loss(bench: Bench, batches: list[Any], run: Run) -> None:
+    about = bench.record.get("model", {})
+    run.metrics({"loss": mean_loss(bench, batches)})
+    known = {"loss/heldout": "heldout_loss", "loss/baseline": "baseline_loss"}
+    run.metrics({name: about[key] for name, key in known.items() if about.get(key) is not None})
+
+
+def _time_plain_pass(bench: Bench, batches: list[Any], run: Run) -> None:
+    """A plain forward and backward pass over the same batches, the second of two."""
+    seconds = 0.0
+    for _ in range(2):
+        _wait(bench)
+        start = perf_counter()
+        for batch in batches:
+            summed = losses.summed_loss(losses.score(bench.model, batch, bench.loss_fn))
+            summed.backward()
+        _wait(bench)
+        seconds = perf_counter() - start
+        bench.model.zero_grad(set_to_none=True)
+    run.metrics({"kfac/forward_backward_s": seconds})
+
+
+def _wait(bench: Bench) -> None:
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize(bench.device)
+
+
+# ---- K-FAC ---------------------------------------------------------------------------------------
+
+
+def _precondition(
+    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Collects, factors and applies, timed apart; returns gradient and natural gradient.
+
+    Both are over the covered parameters alone: uncovered ones come back unchanged and would
+    swamp them (``docs/math.md``, section 1).
+    """
+    marks = []
+
+    def mark() -> None:
+        _wait(bench)
+        marks.append(perf_counter())
+
+    with PeakMemory(bench.device) as memory:
+        mark()
+        engine.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn, keep_gradient=True)
+        mark()
+        engine.engine.prepare_inverses()
+        mark()
+        natural = engine.compute_natural_gradient(None, bench.model)
+        mark()
+    collect, factor, apply = (b - a for a, b in pairwise(marks))
+    run.metrics(
+        {
+            "tokens": max(f.tokens for f in engine.kfac_factors.values()),
+            "labels": max(f.n_labels for f in engine.kfac_factors.values()),
+            "kfac/collect_s": collect,
+            "kfac/factor_s": factor,
+            "kfac/apply_s": apply,
+            "kfac/total_s": collect + factor + apply,
+            "kfac/peak_mb": memory.growth_mib,
+        }
+    )
+    gradient = engine.engine.own_gradients(bench.model)
+    covered = [name for name in gradient if name not in engine.uncovered]
+    return {n: gradient[n] for n in covered}, {n: natural[n] for n in covered}
+
+
+def gradient_metrics(
+    gradient: Mapping[str, Tensor], natural: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Returns the norms of both, their cosine, and the decrement ``<dW, natural gradient>``.
+
+    Args:
+        gradient: name -> gradient of the mean loss, covered parameters.
+        natural: the same names -> natural gradient.
+    """
+
+    def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+        return sum(float((left[n].double() * right[n].double()).sum()) for n in left)
+
+    grad_norm = math.sqrt(inner(gradient, gradient))
+    norm = math.sqrt(inner(natural, natural))
+    decrement = inner(gradient, natural)
+    scale = grad_norm * norm
+    return {
+        "grad/norm": grad_norm,
+        "ng/norm": norm,
+        "ng/decrement": decrement,
+        "ng/cosine": decrement / scale if scale > 0 else math.nan,
+    }
+
+
+def layer_rows(reports: Iterable[LayerReport]) -> list[dict[str, Any]]:
+    """Returns a row of ``layers.csv`` for each layer."""
+    return [_layer_row(report) for report in reports]
+
+
+def _layer_row(report: LayerReport) -> dict[str, Any]:
+    f, layer = report.factors, report.factors.layer
+    row: dict[str, Any] = {
+        "name": layer.name,
+        "type": str(layer.kind),
+        "in": layer.n_in,
+        "out": layer.n_out,
+        "tokens": f.tokens,
+        "method": f.method,
+        "fisher": f.fisher,
+        "bias_augmented": layer.augmented,
+        "tied": layer.tied,
+        "columns": f["columns"],
+        "reduction": f["reduction"],
+        "discarded": f["discarded"],
+    }
+    row |= _side_columns("A", report.A) | _side_columns("G", report.G)
+    row |= {"storage_error": f.storage_error, "bytes": f.nbytes(), "seconds": report.seconds}
+    return row
+
+
+def _side_columns(side: str, report: FactorReport | None) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "damping": None, "dim": None, "kappa_before": None, "kappa": None, "clipped": None,
+        "route": None, "jitter": None, "eps": None, "fallback": None, "floor_applied": None,
+    }  # fmt: skip
+    if report is not None:
+        values = {
+            "damping": report.damping,
+            "dim": report.dim,
+            "kappa_before": report.kappa_before,
+            "kappa": report.kappa_after,
+            "clipped": report.clipped,
+            "route": report.route,
+            "jitter": report.jitter,
+            "eps": report.eps,
+            "fallback": report.fallback,
+            "floor_applied": report.floor_applied,
+        }
+    return {_column(name, side): value for name, value in values.items()}
+
+
+def _column(name: str, side: str) -> str:
+    return f"kappa_{side}_before" if name == "kappa_before" else f"{name}_{side}"
+
+
+def layer_metrics(reports: Iterable[LayerReport]) -> dict[str, float]:
+    """Returns what the layers sum up to: methods, clipped shares, condition numbers, events."""
+    reports = list(reports)
+    metrics: dict[str, float] = {}
+    methods = [r.factors.method for r in reports]
+    for method in ("woodbury", "eig", "norm", "true_head"):
+        metrics[f"kfac/{method}_layers"] = methods.count(method)
+    sides = {"A": [r.A for r in reports if r.A is not None], "G": [r.G for r in reports]}
+    for side, found in sides.items():
+        dims = sum(r.dim for r in found)
+        metrics[f"kfac/clipped_frac_{side}"] = sum(r.clipped for r in found) / max(dims, 1)
+        metrics[f"kfac/kappa_{side}_max"] = max((r.kappa_after for r in found), default=math.nan)
+    both = [*sides["A"], *sides["G"]]
+    metrics["kfac/jitter_events"] = sum(r.jitter > 0 for r in both)
+    metrics["kfac/fallbacks"] = sum(bool(r.fallback) for r in both)
+    metrics["kfac/factor_bytes"] = sum(r.factors.nbytes() for r in reports)
+    errors = [r.factors.storage_error for r in reports if r.factors.storage_error is not None]
+    if errors:
+        metrics["kfac/storage_error_max"] = max(errors)
+    return metrics
+
+
+def curvature_metrics(engine: KFACNaturalGradient) -> dict[str, float]:
+    """Returns trace and largest eigenvalue of the block-diagonal approximation."""
+    tops = engine.engine.top_eigenvalues(1).values()
+    return {
+        "kfac/trace": sum(engine.engine.trace().values()),
+        "kfac/top_eigenvalue": max((float(t[0]) for t in tops), default=math.nan),
+    }
+
+
+def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
+    s = engine.settings
+    return {
+        "fisher": engine.engine.fisher,
+        "core_dtype": str(s.numerics.core_dtype).removeprefix("torch."),
+        "apply_dtype": str(s.numerics.apply_dtype).removeprefix("torch."),
+        "skipped": engine.skipped,
+        "uncovered": engine.uncovered,
+    }
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def _steps(
+    bench: Bench,
+    heldout: list[Any],
+    natural: Mapping[str, Tensor],
+    decrement: float,
+    progress: Progress,
+) -> dict[str, float]:
+    """Held-out loss before less after a step along the natural gradient, at several lengths."""
+    if not decrement > 0:
+        log.warning("decrement %g is not positive: no step is tried", decrement)
+        return {"ng/heldout_loss_decrease": math.nan, "ng/heldout_loss_decrease_best": math.nan}
+    eta = math.sqrt(2.0 * MODEL_DECREASE / decrement)
+    before = mean_loss(bench, heldout)
+    decreases = {}
+    for k in progress.track(STEP_POWERS, "held-out steps", len(STEP_POWERS)):
+        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k)
+    best = max(decreases, key=lambda k: decreases[k])
+    return {
+        "ng/eta": eta,
+        "ng/heldout_loss": before,
+        "ng/heldout_loss_decrease": decreases[0],
+        "ng/heldout_loss_decrease_best": decreases[best],
+        "ng/eta_best": eta * 2.0**best,
+    }
+
+
+def loss_after(
+    bench: Bench, batches: list[Any], direction: Mapping[str, Tensor], eta: float
+) -> float:
+    """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
+    parameters = dict(bench.model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in direction}
+    try:
+        with torch.no_grad():
+            for name, value in direction.items():
+                moved = kept[name].double() - eta * value.double()
+                parameters[name].copy_(moved.to(kept[name].dtype))
+        return mean_loss(bench, batches)
+    finally:
+        _put_back(parameters, kept)
+
+
+def _put_back(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in kept.items():
+            parameters[name].copy_(value)

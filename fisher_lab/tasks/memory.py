@@ -1,0 +1,104 @@
+"""Growth of the peak memory during a phase: resident set on the CPU, allocator's peak on CUDA."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+
+import torch
+
+MIB = 2**20
+_SAMPLE_S = 0.005
+
+
+class PeakMemory:
+    """Context manager that measures how far a phase raises the peak (``docs/math.md``, section 1).
+
+    On Linux the kernel's own high-water mark is reset and read (``/proc/self``); where that is
+    not allowed, a thread samples the resident set. Memory that the process had taken and given
+    back to its allocator before the phase is not growth.
+
+    Args:
+        device: where the phase computes.
+
+    Attributes:
+        growth_mib: after the phase, growth of the peak over the level at its start, MiB.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.growth_mib = 0.0
+        self._start = 0
+        self._sampler: _Sampler | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return self
+        if not _reset_high_water_mark():
+            self._sampler = _Sampler()
+        self._start = resident_bytes()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+        elif self._sampler is not None:
+            peak = self._sampler.stop()
+        else:
+            peak = _status_bytes("VmHWM")
+        self.growth_mib = max(0, peak - self._start) / MIB
+
+
+class _Sampler:
+    """Samples the resident set until it is stopped."""
+
+    def __init__(self) -> None:
+        self._peak = resident_bytes()
+        self._stop = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            self._peak = max(self._peak, resident_bytes())
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return max(self._peak, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Returns the resident set of this process, bytes."""
+    if Path("/proc/self/status").exists():
+        return _status_bytes("VmRSS")
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,158 @@
+"""``task=plan``: what each policy would choose and what it would cost, before anything is spent.
+
+One forward pass over the batches counts the tokens of each layer; there is no backward pass, and
+a model that would have to be trained first is taken as initialised (its sizes are the same).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fisher_lab.config.schema import POLICIES, Config
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.capture import Capture, count_tokens
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.layers import Kind, Layer, Layers, discover
+from fisher_lab.curvature.policy import Cost, check, cost_a, cost_g, cost_norm, method
+from fisher_lab.curvature.settings import KFACSettings
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks.engine import kfac_engine
+from fisher_lab.tasks.progress import Progress
+from fisher_lab.workbench import build
+from fisher_lab.workbench.bench import Bench
+
+PLAN_FILE = "layers.csv"
+
+
+def run(config: Config, run: Run) -> None:
+    """Print and record the plan.
+
+    Args:
+        config: the validated configuration.
+        run: the run's record; gets ``layers.csv`` and totals in ``metrics.json``.
+
+    Raises:
+        ConfigError: text or model cannot be had as configured.
+        LayerError: no supported layer.
+    """
+    untrained = dataclasses.replace(config.model, init="random")
+    bench = build(dataclasses.replace(config, model=untrained), Progress(config.progress))
+    run.note(workbench=bench.record)
+    settings = kfac_engine(config).settings
+    layers = discover(bench.model, settings.coverage)
+    tokens = _tokens(bench, layers, config)
+    rows = [
+        _row(layers.layers[name], count, settings, config)
+        for name, count in tokens.items()
+        if count
+    ]
+    run.table(PLAN_FILE, rows)
+    total = _total(rows)
+    run.metrics({"tokens": max(tokens.values()), **total})
+    _show(rows, total, config.kfac.policy)
+
+
+def _tokens(bench: Bench, layers: Layers, config: Config) -> dict[str, int]:
+    """Tokens of each layer over the batches that the factors would be built from."""
+    totals = dict.fromkeys(layers.layers, 0)
+    for batch in bench.batches("train", config.kfac.n_batches, config.seed):
+        prepared = losses.prepare(bench.model, batch)
+        with torch.enable_grad(), Capture(bench.model, layers) as recording:
+            losses.forward(bench.model, prepared)
+        recording.close()
+        for name, count in count_tokens(bench.model, recording, prepared).items():
+            totals[name] += count
+    return totals
+
+
+def _row(layer: Layer, tokens: int, settings: KFACSettings, config: Config) -> dict[str, Any]:
+    columns = tokens * (config.kfac.n_samples if config.kfac.fisher == "mc" else 1)
+    row: dict[str, Any] = {
+        "name": layer.name,
+        "type": str(layer.kind),
+        "in": layer.n_in,
+        "out": layer.n_out,
+        "tokens": tokens,
+        "tied": layer.tied,
+        "method": _method(settings, settings.policy.name, layer, columns),
+    }
+    row |= {name: _method(settings, name, layer, columns) for name in POLICIES}
+    a, g = _costs(layer, row["method"], tokens, columns, settings)
+    for side, cost in (("A", a), ("G", g)):
+        row |= {
+            f"bytes_{side}": cost.bytes,
+            f"flops_factor_{side}": cost.flops_factor,
+            f"flops_apply_{side}": cost.flops_apply,
+        }
+    return row
+
+
+def _method(settings: KFACSettings, name: Any, layer: Layer, columns: int) -> str:
+    policy = dataclasses.replace(settings.policy, name=name)
+    try:
+        check(policy, layer)
+    except LayerError:
+        return "error"
+    return method(policy, layer, columns)
+
+
+def _costs(
+    layer: Layer, chosen: str, tokens: int, columns: int, settings: KFACSettings
+) -> tuple[Cost, Cost]:
+    core = torch.empty(0, dtype=settings.numerics.core_dtype).element_size()
+    if layer.kind is Kind.NORM:
+        dense = layer.n_out <= settings.coverage.norm_max_dim
+        return Cost(0, 0.0, 0.0), cost_norm(layer, tokens, dense=dense, core_itemsize=core)
+    stored = {"fp64": 8, "bf16": 2, "fp16": 2}.get(settings.storage.dtype, 4)
+    kept = min(columns, settings.policy.max_columns) if chosen == "woodbury" else columns
+    return cost_a(layer, tokens, core_itemsize=core), cost_g(
+        layer, chosen, kept, itemsize=stored, core_itemsize=core
+    )
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
+    def add(kind: str) -> float:
+        return sum(row[f"{kind}_A"] + row[f"{kind}_G"] for row in rows)
+
+    return {
+        "plan/bytes": add("bytes"),
+        "plan/flops_factor": add("flops_factor"),
+        "plan/flops_apply": add("flops_apply"),
+        "plan/layers": len(rows),
+    }
+
+
+def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:
+    """Prints the table; ``e`` is eig, ``W`` Woodbury, ``n`` norm, ``!`` an error."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=100)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("layer", overflow="ellipsis", no_wrap=True, ratio=1, min_width=12)
+    for heading in ("in", "out", "T"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in POLICIES:
+        table.add_column(name, no_wrap=True)
+    for heading in ("A MiB", "G MiB", "A GF", "G GF"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            *(f"{row[key]:,}" for key in ("in", "out", "tokens")),
+            *(row[name] for name in POLICIES),
+            *(f"{row[f'bytes_{side}'] / 2**20:.2f}" for side in "AG"),
+            *(f"{(row[f'flops_factor_{s}'] + row[f'flops_apply_{s}']) / 1e9:.2f}" for s in "AG"),
+        )
+    console.print(table)
+    console.print(
+        f"policy {policy}: {total['plan/bytes'] / 2**20:.1f} MiB of factors and decompositions, "
+        f"{total['plan/flops_factor'] / 1e9:.2f} GFLOP to factor, "
+        f"{total['plan/flops_apply'] / 1e9:.2f} GFLOP to apply once "
+        "(GF: both, in 1e9 operations)"
+    )
