@@ -1,0 +1,1 @@
+"""Parts of group Fisher: running moments, and how parameters fall into groups."""

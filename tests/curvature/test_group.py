@@ -1,0 +1,391 @@
+"""Group Fisher against sums over explicit gradients (docs/math.md, section 9)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fisher_lab.api_group import FisherCollector
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.errors import BatchError, CurvatureError, FactorFileError, NonFiniteError
+from fisher_lab.curvature.group import GroupFisher, active_tokens
+from tests.curvature.spectra_support import (
+    ARCHITECTURES,
+    batch_of,
+    labelled,
+    reference_rows,
+    tiny,
+)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request):
+    model, batch = tiny(request.param), batch_of(request.param)
+    rows = {u: reference_rows(model, batch, request.param, u)[1] for u in ("token", "sequence")}
+    scale = max(float(r.square().max()) for r in rows["sequence"].values())
+    # LLaMA and T5 normalise in float32, whatever the model's dtype: 1e-7 is theirs.
+    rtol = 1e-9 if request.param in ("gpt2", "bert") else 1e-5
+    return SimpleNamespace(
+        architecture=request.param, model=model, batch=batch, rows=rows, scale=scale, rtol=rtol
+    )
+
+
+def close(found, wanted, rtol=1e-12, scale=1e-300):
+    """Entries of size eps next to ``scale`` (a key's bias: zero but for rounding) are let be."""
+    torch.testing.assert_close(
+        found.flatten(), wanted.flatten(), rtol=rtol, atol=1e-3 * rtol * scale
+    )
+
+
+# --- Welford ---------------------------------------------------------------------------------
+
+
+def plain_moments(gradients, weights):
+    """Weighted mean and sum of squares by numpy in extended precision."""
+    x = np.asarray(gradients, dtype=np.longdouble) ** 2
+    w = np.asarray(weights, dtype=np.longdouble)
+    mean = (w[:, None] * x).sum(0) / w.sum()
+    return mean, (w[:, None] * (x - mean) ** 2).sum(0), w.sum(), (w**2).sum()
+
+
+@given(
+    n=st.integers(1, 25), scale=st.sampled_from([1e-6, 1.0, 1e4]), offset=st.floats(0, 100),
+    cuts=st.lists(st.integers(0, 25), max_size=4), seed=st.integers(0, 10**6),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_any_split_and_merge_gives_the_moments(n, scale, offset, cuts, seed):
+    generator = np.random.default_rng(seed)
+    gradients = (generator.standard_normal((n, 3)) + offset) * scale
+    weights = generator.integers(1, 200, n).astype(float)
+    bounds = [0, *sorted(min(cut, n) for cut in cuts), n]
+    whole = GroupFisher()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        part = GroupFisher()
+        for i in range(start, stop):
+            part.update_fisher_welford("t", {"w": torch.tensor(gradients[i])}, weights[i])
+        whole.merge(part)
+    mean, m2, w, w2 = plain_moments(gradients, weights)
+    assert whole.token_total["t"] == w
+    assert whole.fisher_mean["t"]["w"].dtype == torch.float64
+    np.testing.assert_allclose(whole.fisher_mean["t"]["w"].numpy(), mean.astype(float), rtol=1e-12)
+    # The spread of nearly equal numbers is known to eps times their size squared.
+    slack = 1e-14 * float(w) * float(mean.max()) ** 2
+    variance = (m2 / max(w - 1, 1)).astype(float)
+    np.testing.assert_allclose(
+        whole.fisher_variance["t"]["w"].numpy(), variance, rtol=1e-12, atol=slack / max(w - 1, 1)
+    )
+    if n > 1:
+        general = (m2 / (w - w2 / w)).astype(float)
+        np.testing.assert_allclose(
+            whole.variance("t", "general")["w"].numpy(),
+            general, rtol=1e-12, atol=slack / float(w - w2 / w),
+        )  # fmt: skip
+
+
+def test_weights_are_frequencies():
+    repeated, weighted = GroupFisher(), GroupFisher()
+    for value, times in ((1.0, 3), (2.0, 1), (0.5, 4)):
+        gradient = {"w": torch.tensor([value, -value])}
+        weighted.update_fisher_welford("t", gradient, times)
+        for _ in range(times):
+            repeated.update_fisher_welford("t", gradient, 1)
+    close(weighted.fisher_mean["t"]["w"], repeated.fisher_mean["t"]["w"])
+    close(weighted.fisher_variance["t"]["w"], repeated.fisher_variance["t"]["w"])
+    assert weighted.token_total == repeated.token_total == {"t": 8.0}
+
+
+def test_float32_gradients_are_accumulated_in_float64():
+    collector = GroupFisher()
+    for _ in range(1000):
+        collector.update_fisher_welford("t", {"w": torch.tensor([0.1])}, 1)
+    square = float(torch.tensor(0.1).double()) ** 2
+    assert float(collector.fisher_mean["t"]["w"]) == pytest.approx(square, rel=1e-13)
+
+
+def test_a_refused_update_changes_nothing():
+    collector = GroupFisher()
+    collector.update_fisher_welford("t", {"a": torch.ones(2), "b": torch.ones(2)}, 2)
+    before = json.dumps(collector.state()[1])
+    for gradients, weight, error in (
+        ({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 1, NonFiniteError),
+        ({"a": torch.ones(2), "b": torch.ones(3)}, 1, CurvatureError),
+        ({"a": torch.ones(2)}, 0, CurvatureError),
+        ({"a": torch.ones(2)}, -1, CurvatureError),
+        ({"a": torch.ones(2)}, float("inf"), CurvatureError),
+    ):
+        with pytest.raises(error):
+            collector.update_fisher_welford("t", gradients, weight)
+    assert json.dumps(collector.state()[1]) == before
+    assert collector.fisher_mean["t"]["a"].tolist() == [1.0, 1.0]
+
+
+# --- units -----------------------------------------------------------------------------------
+
+
+def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
+    collector = GroupFisher("token", chunk_size=3)
+    collector.collect(case.model, case.batch, "t")
+    for name, rows in case.rows["token"].items():
+        close(collector.fisher_mean["t"][name], rows.square().mean(0), case.rtol, case.scale)
+        close(collector.fisher_variance["t"][name], rows.square().var(0), 10 * case.rtol, case.scale**2)
+    assert collector.token_total["t"] == len(labelled(case.architecture, case.batch))
+
+
+@pytest.mark.parametrize("weight", ["tokens", "one"])
+def test_sequence_unit_weighs_sequences(case, weight):
+    collector = GroupFisher("sequence", sequence_weight=weight)
+    collector.collect(case.model, case.batch, "t")
+    lengths = {"t5": [2.0, 2.0, 3.0]}.get(case.architecture, [3.0, 3.0, 5.0])
+    w = torch.tensor(lengths if weight == "tokens" else [1.0] * 3, dtype=torch.float64)
+    assert len(case.rows["sequence"][next(iter(case.rows["sequence"]))]) == 3
+    for name, rows in case.rows["sequence"].items():
+        wanted = (w[:, None] * rows.square()).sum(0) / w.sum()
+        close(collector.fisher_mean["t"][name], wanted, case.rtol, case.scale)
+    assert collector.token_total["t"] == float(w.sum())
+
+
+def test_batch_unit_is_the_squared_mean_gradient(case):
+    collector = GroupFisher("batch")
+    batches = [case.batch, {key: value[:2] for key, value in case.batch.items()}]
+    collector.collect(case.model, batches, "t")
+    where = labelled(case.architecture, case.batch)
+    short = sum(1 for row, _, _ in where if row < 2)
+    weights = [float(active_tokens(case.model, b)) for b in batches]
+    for name, rows in case.rows["token"].items():
+        values = [rows.mean(0).square(), rows[:short].mean(0).square()]
+        wanted = (weights[0] * values[0] + weights[1] * values[1]) / sum(weights)
+        close(collector.fisher_mean["t"][name], wanted, case.rtol, case.scale)
+    assert collector.export("t")["unit"] == "batch"
+
+
+def test_active_tokens_are_the_mask_of_the_side_with_the_loss():
+    assert active_tokens(tiny("gpt2"), batch_of("gpt2")) == 11
+    assert active_tokens(tiny("bert"), batch_of("bert")) == 11
+    assert active_tokens(tiny("t5"), batch_of("t5")) == 7
+    without = {key: value for key, value in batch_of("gpt2").items() if key != "attention_mask"}
+    assert active_tokens(tiny("gpt2"), without) == 15
+
+
+def test_model_and_batch_are_left_alone(case):
+    model = copy.deepcopy(case.model).train()
+    before = {key: value.clone() for key, value in case.batch.items()}
+    for unit in ("batch", "sequence", "token"):
+        GroupFisher(unit).collect(model, case.batch)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(case.batch[key], before[key]) for key in before)
+
+
+def test_no_label_is_an_error():
+    batch = batch_of("gpt2")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for unit in ("batch", "sequence", "token"):
+        with pytest.raises(BatchError, match="no label"):
+            GroupFisher(unit).collect(tiny("gpt2"), batch)
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def collected(case):
+    collector = GroupFisher("token")
+    collector.collect(case.model, case.batch, "t")
+    return collector
+
+
+def test_groups_add_up_to_the_whole(case, collected):
+    means = collected.fisher_mean["t"]
+    total = sum(float(m.sum()) for m in means.values())
+    for group in ("layer", "parameter"):
+        scores = collected.importance("t", group, reduce="sum")
+        assert sum(scores.values()) == pytest.approx(total, rel=1e-12)
+    linear = {
+        id(m.weight): (m.weight, m.bias)
+        for m in case.model.modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
+    owned = {id(p) for pair in linear.values() for p in pair if p is not None}
+    wanted = sum(
+        float(means[name].sum()) for name, p in case.model.named_parameters() if id(p) in owned
+    )
+    neurons = collected.importance("t", "neuron", reduce="sum")
+    assert sum(neurons.values()) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_heads_are_the_slices_that_the_attention_uses(case, collected):
+    means = collected.fisher_mean["t"]
+    scores = collected.importance("t", "head", reduce="sum")
+    mean_scores = collected.importance("t", "head", reduce="mean")
+    if case.architecture == "gpt2":
+        site, width, heads = "transformer.h.1.attn", 6, 2
+        weight, bias = means[f"{site}.c_attn.weight"], means[f"{site}.c_attn.bias"]
+        out = means[f"{site}.c_proj.weight"]
+        for h in range(heads):
+            own, count = 0.0, 0
+            for column in range(3 * width):
+                if (column % width) // (width // heads) == h:
+                    own += float(weight[:, column].sum() + bias[column])
+                    count += width + 1
+            for row in range(width):
+                if row // (width // heads) == h:
+                    own += float(out[row].sum())
+                    count += width
+            assert scores[f"{site}.head.{h}"] == pytest.approx(own, rel=1e-12)
+            assert mean_scores[f"{site}.head.{h}"] == pytest.approx(own / count, rel=1e-12)
+    elif case.architecture == "llama":
+        site = "model.layers.0.self_attn"
+        q, o = means[f"{site}.q_proj.weight"], means[f"{site}.o_proj.weight"]
+        for h in range(2):
+            own = float(q[4 * h : 4 * h + 4].sum() + o[:, 4 * h : 4 * h + 4].sum())
+            assert scores[f"{site}.head.{h}"] == pytest.approx(own, rel=1e-12)
+        both = float(means[f"{site}.k_proj.weight"].sum() + means[f"{site}.v_proj.weight"].sum())
+        assert scores[f"{site}.kv_head.0"] == pytest.approx(both, rel=1e-12)
+    elif case.architecture == "bert":
+        site = "bert.encoder.layer.1.attention"
+        own = sum(
+            float(means[f"{site}.self.{part}.{kind}"][3:].sum())
+            for part in ("query", "key", "value")
+            for kind in ("weight", "bias")
+        ) + float(means[f"{site}.output.dense.weight"][:, 3:].sum())
+        assert scores[f"{site}.head.1"] == pytest.approx(own, rel=1e-12)
+    else:
+        site = "decoder.block.1.layer.1.EncDecAttention"
+        own = sum(float(means[f"{site}.{part}.weight"][:3].sum()) for part in "qkv") + float(
+            means[f"{site}.o.weight"][:, :3].sum()
+        )
+        assert scores[f"{site}.head.0"] == pytest.approx(own, rel=1e-12)
+        assert len({key.rpartition(".head")[0] for key in scores}) == 6
+
+
+def test_a_neuron_is_a_row_and_its_bias():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False)).double()
+    collector = GroupFisher()
+    gradients = {n: torch.arange(p.numel()).view(p.shape) + 1.0 for n, p in model.named_parameters()}
+    collector.update_fisher_welford("t", gradients, 1)
+    with pytest.raises(CurvatureError, match="describe"):
+        collector.importance("t", "neuron")
+    collector.describe(model)
+    scores = collector.importance("t", "neuron", reduce="sum")
+    assert scores["0.neuron.0"] == 1 + 4 + 9 + 1
+    assert scores["0.neuron.1"] == 16 + 25 + 36 + 4
+    assert scores["1.neuron.1"] == 9 + 16
+    assert collector.importance("t", "neuron")["0.neuron.1"] == 81 / 4
+    assert collector.top_k("t", 2, "neuron") == [("0.neuron.1", 20.25), ("1.neuron.1", 12.5)]
+    with pytest.raises(CurvatureError, match="none that is known"):
+        collector.importance("t", "head")
+
+
+# --- overlap ---------------------------------------------------------------------------------
+
+
+@given(
+    values=st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=30),
+    share=st.floats(0.01, 1.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_overlap_with_itself_is_one(values, share):
+    collector = GroupFisher()
+    for task in ("a", "b"):
+        collector.update_fisher_welford(task, {"w": torch.tensor(values)}, 1)
+    found = collector.overlap("a", "b", share=share)
+    if max(values) ** 2 == 0:
+        assert found == {"cosine": None, "jaccard": None}
+    else:
+        assert found["cosine"] == pytest.approx(1.0, abs=1e-12)
+        assert found["jaccard"] == 1.0
+
+
+@given(left=st.integers(1, 9), share=st.floats(0.01, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_overlap_of_disjoint_supports_is_zero(left, share):
+    collector = GroupFisher()
+    first, second = torch.zeros(10), torch.zeros(10)
+    first[:left], second[left:] = 2.0, 3.0
+    collector.update_fisher_welford("a", {"w": first}, 1)
+    collector.update_fisher_welford("b", {"w": second}, 1)
+    assert collector.overlap("a", "b", share=share) == {"cosine": 0.0, "jaccard": 0.0}
+
+
+def test_overlap_in_between_and_by_group():
+    collector = GroupFisher()
+    collector.update_fisher_welford("a", {"v": torch.tensor([2.0, 1, 0]), "w": torch.ones(1)}, 1)
+    collector.update_fisher_welford("b", {"v": torch.tensor([2.0, 0, 1]), "w": torch.ones(1)}, 1)
+    found = collector.overlap("a", "b", share=0.5)
+    assert found["cosine"] == pytest.approx(17 / 18)
+    assert found["jaccard"] == pytest.approx(1 / 3)
+    assert collector.overlap("a", "b", group="parameter")["cosine"] == pytest.approx(1.0)
+    with pytest.raises(CurvatureError, match="share: 0"):
+        collector.overlap("a", "b", share=0)
+    with pytest.raises(CurvatureError, match="task: 'c'; there are: a, b"):
+        collector.overlap("a", "c")
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_save_load_and_resume_end_where_one_run_ends(case, tmp_path):
+    batches = [{key: value[i : i + 1] for key, value in case.batch.items()} for i in range(3)]
+    straight = FisherCollector("batch")
+    straight.collect(case.model, batches, "t")
+    stopped = FisherCollector("batch")
+    stopped.collect(case.model, batches[:1], "t")
+    stopped.save(tmp_path / "state")
+    resumed = FisherCollector.load(tmp_path / "state")
+    resumed.collect(case.model, batches[1:], "t")
+    resumed.save(tmp_path / "state")
+    again = FisherCollector.load(tmp_path / "state")
+    for name, mean in straight.fisher_mean["t"].items():
+        assert torch.equal(again.fisher_mean["t"][name], mean)
+        assert torch.equal(again.fisher_variance["t"][name], straight.fisher_variance["t"][name])
+    assert again.token_total == straight.token_total
+    assert again.importance("t", "layer") == straight.importance("t", "layer")
+    assert len(list((tmp_path / "state").iterdir())) == 2
+
+
+def test_damaged_files_are_found_out(tmp_path):
+    collector = FisherCollector()
+    collector.update_fisher_welford("t", {"w": torch.ones(4)}, 1)
+    collector.save(tmp_path)
+    tensors = next(tmp_path.glob("*.safetensors"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-3])
+    with pytest.raises(FactorFileError, match="not the file that"):
+        FisherCollector.load(tmp_path)
+    tensors.unlink()
+    with pytest.raises(FactorFileError, match="no saved group Fisher"):
+        FisherCollector.load(tmp_path)
+    (tmp_path / "group_fisher.json").write_text("{")
+    with pytest.raises(FactorFileError, match="no saved group Fisher"):
+        FisherCollector.load(tmp_path)
+
+
+def test_export_narrows_and_says_its_unit(case, collected):
+    exported = collected.export("t", torch.float16)
+    assert exported["unit"] == "token"
+    assert {m.dtype for m in exported["mean"].values()} == {torch.float16}
+    assert {m.dtype for m in collected.fisher_mean["t"].values()} == {torch.float64}
+    assert collected.export("t")["variance"].keys() == collected.fisher_mean["t"].keys()
+
+
+def test_states_of_other_units_do_not_merge():
+    with pytest.raises(CurvatureError, match="unit: 'token' cannot be merged"):
+        GroupFisher("batch").merge(GroupFisher("token"))
+    with pytest.raises(CurvatureError, match="unit: 'word'"):
+        GroupFisher("word")
+
+
+def test_a_pair_as_batch():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    collector = GroupFisher("token", loss_fn=losses.CrossEntropy())
+    collector.collect(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, -100, 0])))
+    assert collector.token_total["default"] == 4.0
