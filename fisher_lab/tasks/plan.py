@@ -27,7 +27,9 @@ from fisher_lab.tasks.progress import Progress
 from fisher_lab.workbench import build
 from fisher_lab.workbench.bench import Bench
 
-PLAN_FILE = "layers.csv"
+PLAN_FILE = "plan.csv"
+
+_SHORT = {"woodbury": "W", "error": "!"}
 
 
 def run(config: Config, run: Run) -> None:
@@ -35,7 +37,7 @@ def run(config: Config, run: Run) -> None:
 
     Args:
         config: the validated configuration.
-        run: the run's record; gets ``layers.csv`` and totals in ``metrics.json``.
+        run: the run's record; gets ``plan.csv`` and totals in ``metrics.json``.
 
     Raises:
         ConfigError: text or model cannot be had as configured.
@@ -129,7 +131,7 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:
-    """Prints the table; ``e`` is eig, ``W`` Woodbury, ``n`` norm, ``!`` an error."""
+    """Prints the table: Woodbury as ``W``, a layer that a policy refuses as ``!``."""
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=100)
@@ -138,14 +140,14 @@ def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> N
     for heading in ("in", "out", "T"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in POLICIES:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name.removesuffix("_only"), no_wrap=True)
     for heading in ("A MiB", "G MiB", "A GF", "G GF"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             *(f"{row[key]:,}" for key in ("in", "out", "tokens")),
-            *(row[name] for name in POLICIES),
+            *(_SHORT.get(row[name], row[name]) for name in POLICIES),
             *(f"{row[f'bytes_{side}'] / 2**20:.2f}" for side in "AG"),
             *(f"{(row[f'flops_factor_{s}'] + row[f'flops_apply_{s}']) / 1e9:.2f}" for s in "AG"),
         )
@@ -154,5 +156,5 @@ def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> N
         f"policy {policy}: {total['plan/bytes'] / 2**20:.1f} MiB of factors and decompositions, "
         f"{total['plan/flops_factor'] / 1e9:.2f} GFLOP to factor, "
         f"{total['plan/flops_apply'] / 1e9:.2f} GFLOP to apply once "
-        "(GF: both, in 1e9 operations)"
+        "(W: Woodbury, !: refused, GF: both in 1e9 operations)"
     )
