@@ -180,7 +180,7 @@ def seeded(build: Callable[[], nn.Module], dtype: torch.dtype, seed: int = 0) ->
                 is_scale = "bias" not in name
                 parameter.copy_((1.0 if is_scale else 0.0) + 0.2 * noise)
             else:
-                parameter.copy_(0.25 * noise)
+                parameter.copy_(0.2 * noise)
     return model
 
 

@@ -340,3 +340,91 @@ def test_default_settings_are_the_documented_ones():
     reference.assert_close(result, expected, 1e-9)
     types = {n: f["G_type"] for n, f in kfac.kfac_factors.items()}
     assert types["lm_head"] == types["transformer.h.1.attn.c_attn"] == "woodbury"
+
+
+@pytest.mark.parametrize("name", ["gpt2_untied", "llama", "bert_right", "t5_lengths"])
+def test_the_models_own_mean_loss_has_the_right_scale(name):
+    """The documented lines: `loss = model(**batch).loss` in a capture, then collect with it.
+
+    The head's token gradients must be `softmax - onehot`: no `1/N` left, no `N` too many.
+    """
+    case = CASES[name]
+    model, batch = case.model(torch.float32), case.batch("few")
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    # Hugging Face wants the labels that must not count as -100: it looks at no mask.
+    labels = reference.counting_labels(model, batch)
+    batch["labels"] = labels.clone()
+    if reference.is_causal(model):
+        batch["labels"][:, 1:] = labels[:, :-1]
+    damping = Damping(1e-3, 1e-3, 1e6)
+    kfac = engine("all", damping)
+    with reference.record(model) as rec, kfac.capture(model):
+        outputs = model(**batch)
+    kfac.collect_kfac_factors(model, batch, loss=outputs.loss)
+    truth = Truth(model, rec, [batch], labels=int((labels != -100).sum()))
+    head = next(t for n, t in truth.tokens.items() if n in ("lm_head", "cls.predictions.decoder"))
+    counted = labels != -100
+    p = torch.softmax(outputs.logits.detach().double(), -1)
+    p[counted] -= nn.functional.one_hot(labels[counted], models.VOCAB)
+    p[~counted] = 0
+    assert reference.relative(head.g[0], p[mask.bool()]) < 1e-5
+    own = truth.own_gradient(truth.labels)
+    result = kfac.compute_natural_gradient(own, model)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-5)
+    product = kfac.compute_fisher_vector_product(own, model)
+    reference.assert_close(product, truth.fisher_vector_product(own), 1e-5)
+
+
+def test_token_ids_that_count_up_do_not_make_positions_a_layer():
+    """Ids `0, 1, 2, ...` in a batch of one equal the position ids, value for value."""
+    model = models.seeded(models.gpt2, DOUBLE)
+    ids = torch.arange(8)[None]
+    kfac = engine()
+    kfac.collect_kfac_factors(model, {"input_ids": ids, "labels": ids})
+    assert "transformer.wpe" not in kfac.kfac_factors
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_modules_with_one_weight_are_one_layer(policy):
+    """Keyed by parameter identity: both modules' tokens are pooled under one entry."""
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.right.weight, self.right.bias = self.left.weight, self.left.bias
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.right(torch.tanh(self.left(x)))))
+
+    model = models.seeded(Siamese, DOUBLE)
+    torch.manual_seed(4)
+    x, labels = torch.randn(7, 6, dtype=DOUBLE), torch.randint(0, 4, (7,))
+    damping = Damping(1e-3, 1e-3, 1e3)
+    kfac, truth = plain(model, x, labels, policy, damping)
+    own = truth.own_gradient(7)
+    assert set(own) == {"left.weight", "left.bias", "head.weight", "head.bias"}
+    result = kfac.compute_natural_gradient(own, model)
+    assert set(result) == set(own)
+    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+
+
+def test_encoder_outputs_from_the_caller():
+    """T5 given its encoder's output: the cross-attention still sees encoder positions."""
+    model = models.seeded(models.t5, DOUBLE)
+    batch = models.t5_batch((8, 5), (3, 8))
+    with torch.no_grad():
+        encoded = model.encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    short = {k: v for k, v in batch.items() if k != "input_ids"}
+    short["encoder_outputs"] = (encoded,)
+    whole, part = engine(norm_layers=False), engine(norm_layers=False, exclude=["encoder.*"])
+    whole.collect_kfac_factors(model, batch)
+    part.collect_kfac_factors(model, short)
+    prefix = "decoder.block.0.layer.1.EncDecAttention."
+    names = {prefix + n for n in "qkvo"}
+    vectors = random_like({n: p for n, p in model.named_parameters() if n[:-7] in names})
+    assert len(vectors) == 4
+    expected = whole.compute_fisher_vector_product(vectors, model)
+    result = part.compute_fisher_vector_product(vectors, model)
+    reference.assert_close(result, expected, 1e-12)
