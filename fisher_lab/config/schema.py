@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .fields import above, at_least, fraction, null, one_of, section, setting, whole
+from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig
 from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 POLICIES = ("all", "auto", "hybrid", "small_only")
@@ -169,6 +170,9 @@ class Config:
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     kfac: KfacConfig = section(KfacConfig)
+    spectral: SpectralConfig = section(SpectralConfig)
+    lanczos: LanczosConfig = section(LanczosConfig)
+    group_fisher: GroupFisherConfig = section(GroupFisherConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
     tracker: TrackerConfig = section(TrackerConfig)

@@ -21,6 +21,7 @@ from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
+from fisher_lab.tasks.spectra import run_engines
 from fisher_lab.workbench import build
 from fisher_lab.workbench.bench import Bench
 
@@ -62,6 +63,7 @@ def run(config: Config, run: Run) -> None:
     metrics = gradient_metrics(gradient, natural)
     run.metrics(metrics)
     run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress))
+    run_engines(config, bench, run, progress)
 
 
 # ---- loss and time -------------------------------------------------------------------------------

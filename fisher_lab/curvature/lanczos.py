@@ -1,0 +1,423 @@
+"""Top eigenpairs, spectral density, trace and effective dimension without a stored matrix.
+
+Definitions in ``docs/math.md``, section 8; the parts in :mod:`fisher_lab.curvature.spectra`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .errors import CurvatureError
+from .spectra.blocks import select_parameters
+from .spectra.isolation import isolated
+from .spectra.krylov import (
+    LanczosResult,
+    MatVec,
+    default_vectors,
+    lanczos_algorithm,
+)
+from .spectra.operators import OPERATORS, PRODUCTS, CurvatureOperator
+from .spectra.quadrature import Estimate, deflated_trace, hutch_plus_plus, quadrature
+
+logger = logging.getLogger(__name__)
+
+
+class FisherLanczos:
+    """Spectral quantities of the Fisher matrix or the Hessian by matrix-free products.
+
+    The model is evaluated in ``eval()`` mode and left as it was found.
+
+    Args:
+        k: eigenpairs wanted.
+        max_vectors: basis vectors ``m`` of Lanczos; None: ``min(n, max(2k + 10, 20))``. The basis
+            takes ``m n_params itemsize`` bytes, which is said, and checked against what is free,
+            before it is allocated.
+        operator: ``empirical`` (Fisher over the labels), ``true`` (over the model's own
+            distribution; the generalised Gauss-Newton matrix) or ``hessian``.
+        tol: a pair has converged when its residual is at most ``tol`` times the largest
+            eigenvalue's magnitude.
+        seed: of the first vector and of all probes.
+        reorthogonalize: full reorthogonalisation; False keeps to the three-term recurrence.
+        vector_device: where the basis lives: ``cpu``, ``cuda``, or ``auto`` (with the model if it
+            fits there, else on the host).
+        max_products: gives up after so many products; None: ``max(20 m, 300)``.
+        which: ``largest``, ``smallest`` or ``magnitude`` (for an indefinite Hessian).
+        products: ``auto``, ``forward`` or ``double_backward``
+            (:class:`fisher_lab.curvature.spectra.operators.CurvatureOperator`).
+        vector_dtype: of the basis; None takes the parameters' own.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        say: gets the line about memory; the module's logger where it is None.
+
+    Raises:
+        CurvatureError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        max_vectors: int | None = None,
+        operator: str = "empirical",
+        tol: float = 1e-6,
+        seed: int = 42,
+        reorthogonalize: bool = True,
+        vector_device: str = "auto",
+        *,
+        max_products: int | None = None,
+        which: str = "largest",
+        products: str = "auto",
+        vector_dtype: torch.dtype | None = None,
+        loss_fn: losses.LossFunction | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("operator", operator, OPERATORS),
+            ("vector_device", vector_device, ("auto", "cpu", "cuda")),
+            ("products", products, PRODUCTS),
+        ):
+            if value not in allowed:
+                raise CurvatureError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
+        if k < 1:
+            raise CurvatureError(f"k: {k}; allowed: 1 or more")
+        self.k, self.max_vectors, self.operator, self.tol = k, max_vectors, operator, tol
+        self.seed, self.reorthogonalize = seed, reorthogonalize
+        self.vector_device, self.vector_dtype = vector_device, vector_dtype
+        self.max_products, self.which, self.products = max_products, which, products
+        self._loss_fn = loss_fn
+        self._say = say or logger.info
+
+    def top_eigenpairs(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None = None,
+        *,
+        eigenvectors: bool = False,
+    ) -> dict[str, Any]:
+        """Finds the top ``k`` eigenpairs of the whole model or of a block.
+
+        Args:
+            model: any module whose labelling is known, or any with a ``loss_fn``.
+            batch: one batch or an iterable of batches.
+            block: name of a block in any structure (``transformer.h.0``, a module, a parameter);
+                None for the whole model.
+            eigenvectors: whether to return them.
+
+        Returns:
+            ``eigenvalues`` (descending), ``residuals`` and ``converged`` by pair, ``n_products``,
+            ``n_restarts``, ``n_vectors``, ``memory_bytes``, ``n_params``, ``n_samples`` (labelled
+            tokens), ``operator``, ``block``, ``products`` (the way the products were made); with
+            ``eigenvectors``, also these as name to ``[k, *shape]``.
+
+        Raises:
+            CurvatureError: no such block, or the basis does not fit into memory.
+            BatchError: no label counts.
+        """
+        with self._opened(model, batch, block) as matrix:
+            found = self._run(matrix, matrix.n, self.k, eigenvectors, matrix.dtype, matrix.device)
+            return {
+                "eigenvalues": found.eigenvalues.tolist(),
+                "residuals": found.residuals.tolist(),
+                "converged": list(found.converged),
+                "n_products": found.n_products,
+                "n_restarts": found.n_restarts,
+                "n_vectors": found.n_vectors,
+                "memory_bytes": found.memory_bytes,
+                "tolerance": self.tol,
+                "seed": self.seed,
+                **self._about(matrix, block),
+                **(
+                    {"eigenvectors": matrix.unflatten(found.eigenvectors)}
+                    if found.eigenvectors is not None
+                    else {}
+                ),
+            }
+
+    def lanczos_algorithm(
+        self, matvec: MatVec, n: int, k: int | None = None, *, eigenvectors: bool = True
+    ) -> LanczosResult:
+        """Finds extreme eigenpairs of any symmetric operator on float64 vectors ``[n]``.
+
+        Args:
+            matvec: product with a vector.
+            n: size of the operator.
+            k: pairs wanted; None takes this object's.
+            eigenvectors: whether to return them.
+
+        Raises:
+            CurvatureError: an argument is out of range, or the basis does not fit into memory.
+        """
+        device = torch.device("cuda" if self.vector_device == "cuda" else "cpu")
+        dtype = self.vector_dtype or torch.float64
+        return self._run(matvec, n, k or self.k, eigenvectors, dtype, device)
+
+    def spectral_density(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None = None,
+        *,
+        n_probes: int = 8,
+        steps: int = 40,
+        n_grid: int = 256,
+        sigma: float | None = None,
+        log: bool = False,
+    ) -> dict[str, Any]:
+        """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
+
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as there.
+            block: as there.
+            n_probes: random vectors.
+            steps: Lanczos steps a probe, full reorthogonalisation.
+            n_grid: points of the grid.
+            sigma: width of the Gaussians in the grid's unit; None takes 1 % of its span.
+            log: over the decimal logarithm of the eigenvalue; what is zero or negative but for
+                rounding is left out, and its share returned as ``mass_left_out``.
+
+        Returns:
+            ``grid``, ``density``, ``standard_error`` (lists), ``mass_at_zero`` (share of the
+            eigenvalues that are zero but for rounding), ``nodes`` and ``weights`` by probe, and
+            ``trace`` with its standard error from the same products.
+
+        Raises:
+            CurvatureError: no such block, or the basis does not fit into memory.
+        """
+        with self._opened(model, batch, block) as matrix:
+            dtype, device = self._place(matrix, min(steps, matrix.n))
+            rule = quadrature(
+                matrix,
+                matrix.n,
+                n_probes=n_probes,
+                steps=steps,
+                seed=self.seed,
+                dtype=dtype,
+                device=device,
+            )
+            largest = max(float(nodes.abs().max()) for nodes in rule.nodes)
+            floor = matrix.n * torch.finfo(dtype).eps * largest
+            zero = rule.trace_of(lambda x: (x.abs() <= floor).double())
+            left_out = rule.trace_of(lambda x: (x <= floor).double())
+            grid, width = _grid(rule.nodes, floor, n_grid, sigma, log)
+            clean = replace(rule, nodes=tuple(_drop(x, floor) for x in rule.nodes)) if log else rule
+            density, error = clean.density(grid, width, log=log)
+            return {
+                "grid": grid.tolist(),
+                "scale": "log10" if log else "linear",
+                "density": density.tolist(),
+                "standard_error": error.tolist(),
+                "sigma": width,
+                "mass_at_zero": zero.value / matrix.n,
+                "mass_left_out": left_out.value / matrix.n if log else 0.0,
+                "nodes": [nodes.tolist() for nodes in rule.nodes],
+                "weights": [weights.tolist() for weights in rule.weights],
+                "trace": asdict(rule.trace_of(lambda x: x)),
+                **self._about(matrix, block),
+            }
+
+    def trace(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None = None,
+        *,
+        method: str = "hutch++",
+        n_products: int = 60,
+        steps: int = 1,
+    ) -> Estimate:
+        """Estimates the trace.
+
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as there.
+            block: as there.
+            method: ``hutch++`` or ``slq`` (stochastic Lanczos quadrature).
+            n_products: products in all.
+            steps: Lanczos steps a probe of ``slq`` (one is exact for the trace).
+
+        Raises:
+            CurvatureError: the method has another name, or an argument is out of range.
+        """
+        if method not in ("hutch++", "slq"):
+            raise CurvatureError(f"method: {method!r}; allowed: hutch++, slq")
+        with self._opened(model, batch, block) as matrix:
+            if method == "hutch++":
+                dtype, device = self._place(matrix, max(n_products // 3, 1))
+                return hutch_plus_plus(
+                    matrix,
+                    matrix.n,
+                    n_products=n_products,
+                    seed=self.seed,
+                    dtype=dtype,
+                    device=device,
+                )
+            dtype, device = self._place(matrix, steps)
+            return quadrature(
+                matrix,
+                matrix.n,
+                n_probes=max(n_products // steps, 1),
+                steps=steps,
+                seed=self.seed,
+                dtype=dtype,
+                device=device,
+            ).trace_of(lambda x: x)
+
+    def effective_dimension(
+        self,
+        model: nn.Module,
+        batch: Any,
+        lam: float,
+        block: str | None = None,
+        *,
+        n_probes: int = 8,
+        steps: int = 40,
+    ) -> Estimate:
+        """Estimates ``tr(F (F + lam I)^-1)``.
+
+        The top ``k`` eigenpairs enter exactly, their complement by quadrature.
+
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as there.
+            lam: damping, above 0.
+            block: as for :meth:`top_eigenpairs`.
+            n_probes: random vectors.
+            steps: Lanczos steps a probe.
+
+        Raises:
+            CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
+        """
+        if not lam > 0:
+            raise CurvatureError(f"lam: {lam}; allowed: above 0")
+        if self.operator == "hessian":
+            raise CurvatureError("operator: 'hessian' may be indefinite; allowed: empirical, true")
+        with self._opened(model, batch, block) as matrix:
+            found = self._run(matrix, matrix.n, self.k, True, matrix.dtype, matrix.device)
+            assert found.eigenvectors is not None
+            rest = deflated_trace(
+                matrix,
+                matrix.n,
+                lambda x: x.clamp(min=0) / (x.clamp(min=0) + lam),
+                found.eigenvalues,
+                found.eigenvectors,
+                n_probes=n_probes,
+                steps=steps,
+                seed=self.seed + 1,
+            )
+            return replace(rest, n_products=rest.n_products + found.n_products)
+
+    @contextmanager
+    def _opened(
+        self, model: nn.Module, batch: Any, block: str | None
+    ) -> Iterator[CurvatureOperator]:
+        with isolated(model, seed=self.seed):
+            yield CurvatureOperator(
+                self.operator,
+                model,
+                batch,
+                select_parameters(model, block),
+                loss_fn=self._loss_fn,
+                products=self.products,
+            )
+
+    def _run(
+        self,
+        matvec: MatVec,
+        n: int,
+        k: int,
+        eigenvectors: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LanczosResult:
+        m = default_vectors(n, min(k, n)) if self.max_vectors is None else min(self.max_vectors, n)
+        dtype = self.vector_dtype or dtype
+        device = self._reserve(m, n, dtype, device)
+        return lanczos_algorithm(
+            matvec,
+            n,
+            k,
+            max_vectors=m,
+            max_products=self.max_products,
+            tol=self.tol,
+            seed=self.seed,
+            which=self.which,
+            reorthogonalize=self.reorthogonalize,
+            dtype=dtype,
+            device=device,
+            eigenvectors=eigenvectors,
+        )
+
+    def _place(self, matrix: CurvatureOperator, m: int) -> tuple[torch.dtype, torch.device]:
+        dtype = self.vector_dtype or matrix.dtype
+        return dtype, self._reserve(m, matrix.n, dtype, matrix.device)
+
+    def _reserve(
+        self, m: int, n: int, dtype: torch.dtype, model_device: torch.device
+    ) -> torch.device:
+        """Says what the basis will take, and chooses where it fits."""
+        wanted = m * n * torch.empty(0, dtype=dtype).element_size()
+        device = model_device if self.vector_device == "auto" else torch.device(self.vector_device)
+        free = free_memory(device)
+        if wanted > free and self.vector_device == "auto" and device.type != "cpu":
+            device = torch.device("cpu")
+            free = free_memory(device)
+        self._say(
+            f"Lanczos basis: {m} vectors x {n} parameters x {dtype} = "
+            f"{wanted / 2**20:.1f} MiB on {device} ({free / 2**20:.0f} MiB free)"
+        )
+        if wanted > free:
+            raise CurvatureError(
+                f"max_vectors: {m} vectors of {n} parameters take {wanted / 2**20:.0f} MiB, and "
+                f"{free / 2**20:.0f} MiB are free on {device}; allowed: {free * m // max(wanted, 1)}"
+                " or fewer, or a smaller block"
+            )
+        return device
+
+    def _about(self, matrix: CurvatureOperator, block: str | None) -> dict[str, Any]:
+        return {
+            "operator": self.operator,
+            "block": block,
+            "products": "double_backward" if self.operator == "hessian" else matrix.used,
+            "n_params": matrix.n,
+            "n_samples": matrix.n_labels,
+        }
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a device (available memory on the host)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _grid(
+    nodes: tuple[Tensor, ...], floor: float, n_grid: int, sigma: float | None, log: bool
+) -> tuple[Tensor, float]:
+    every = torch.cat(nodes)
+    if log:
+        every = every[every > floor].log10()
+    low, high = (float(every.min()), float(every.max())) if len(every) else (-1.0, 0.0)
+    span = max(high - low, 1e-3 * max(abs(high), 1e-30))
+    width = 0.01 * span if sigma is None else sigma
+    return torch.linspace(low - 4 * width, high + 4 * width, n_grid, dtype=torch.float64), width
+
+
+def _drop(nodes: Tensor, floor: float) -> Tensor:
+    return torch.where(nodes > floor, nodes, torch.zeros_like(nodes))
+
+
+__all__ = [
+    "Estimate",
+    "FisherLanczos",
+    "LanczosResult",
+    "lanczos_algorithm",
+]

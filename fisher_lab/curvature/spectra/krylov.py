@@ -1,0 +1,287 @@
+"""Lanczos with full reorthogonalisation and thick restarts, for any symmetric operator.
+
+Sources: Wu and Simon 2000 (thick restarts); Giraud et al. 2005 ("twice is enough"). Vectors are the
+rows of a basis ``[m, n]``; the projected matrix ``V A V^T`` is kept in float64 with all of its
+entries, so that a restart is nothing but a change of basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError, NonFiniteError
+
+MatVec = Callable[[Tensor], Tensor]
+WHICH = ("largest", "smallest", "magnitude")
+_COLUMNS = 1 << 16  # columns of the basis that a restart rewrites at once
+
+
+@dataclass(frozen=True)
+class LanczosResult:
+    """Ritz pairs of a symmetric operator.
+
+    Attributes:
+        eigenvalues: ``[k]`` float64, most wanted first.
+        residuals: ``[k]``, ``|A x - theta x|`` as the last Lanczos vector gives it.
+        converged: ``[k]``, residual at most ``tol`` times the largest eigenvalue's magnitude.
+        eigenvectors: ``[k, n]``, orthonormal rows, or None.
+        n_products: products that were made.
+        n_restarts: thick restarts.
+        n_vectors: basis vectors, ``m``.
+        memory_bytes: bytes of the basis, ``m n itemsize``.
+    """
+
+    eigenvalues: Tensor
+    residuals: Tensor
+    converged: tuple[bool, ...]
+    eigenvectors: Tensor | None
+    n_products: int
+    n_restarts: int
+    n_vectors: int
+    memory_bytes: int
+
+
+class KrylovBasis:
+    """An orthonormal basis that grows by one product at a time.
+
+    Args:
+        matvec: the operator.
+        n: its size.
+        m: the most vectors.
+        dtype: of the vectors.
+        device: of the vectors.
+        generator: draws a new direction when an invariant subspace is found.
+        reorthogonalize: False keeps to the three-term recurrence (cheaper by ``m`` dot products a
+            step; copies of converged eigenvalues appear as orthogonality is lost).
+    """
+
+    def __init__(
+        self,
+        matvec: MatVec,
+        n: int,
+        m: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+        reorthogonalize: bool = True,
+    ) -> None:
+        self._matvec, self._generator = matvec, generator
+        self._reorthogonalize = reorthogonalize
+        self.vectors = torch.empty(m, n, dtype=dtype, device=device)
+        self.projected = torch.zeros(m, m, dtype=torch.float64)
+        self.size = 0
+        self.beta = 0.0
+        self.n_products = 0
+        self.exhausted = False
+        self._scale = 0.0
+        self._was_fresh = False
+        self._next: Tensor | None = None
+
+    def start(self, vector: Tensor) -> None:
+        """Begins with a vector, normalised."""
+        self.size, self._next = 0, vector.to(self.vectors) / vector.norm()
+
+    def grow(self) -> None:
+        """Adds the next vector and its product.
+
+        Raises:
+            NonFiniteError: the product holds NaN or infinity.
+        """
+        assert self._next is not None
+        j = self.size
+        self.vectors[j] = self._next
+        work = self._matvec(self.vectors[j].clone()).to(self.vectors)
+        self.n_products += 1
+        if not bool(torch.isfinite(work).all()):
+            raise NonFiniteError(f"Lanczos: product {self.n_products} holds NaN or infinity")
+        self._scale = max(self._scale, float(work.norm()))
+        coefficients = self._orthogonalise(work, j)
+        self.projected[: j + 1, j] = coefficients
+        self.projected[j, : j + 1] = coefficients
+        self.size = j + 1
+        self.beta = float(work.norm())
+        # Below rounding the subspace is invariant: what is left of the product is noise.
+        if self.beta <= 10 * torch.finfo(work.dtype).eps * self._scale:
+            # A fresh random direction that is invariant by itself: what is left of the operator
+            # is a multiple of the identity, and there is nothing more to find.
+            self.exhausted = self._was_fresh or self.size == self.vectors.shape[1]
+            self.beta, self._was_fresh = 0.0, True
+            self._next = self._fresh() if self.size < self.vectors.shape[1] else None
+        else:
+            self._next, self._was_fresh = work / self.beta, False
+
+    def _orthogonalise(self, work: Tensor, j: int) -> Tensor:
+        """Removes the basis from ``work`` in place; returns what was removed."""
+        if not self._reorthogonalize:
+            return self._three_terms(work, j)
+        basis = self.vectors[: j + 1]
+        total = torch.zeros(j + 1, dtype=torch.float64)
+        for _ in range(2):
+            coefficients = basis @ work
+            work -= coefficients @ basis
+            total += coefficients.double().cpu()
+        return total
+
+    def _three_terms(self, work: Tensor, j: int) -> Tensor:
+        coefficients = torch.zeros(j + 1, dtype=torch.float64)
+        if j > 0:
+            work -= self.beta * self.vectors[j - 1]
+            coefficients[j - 1] = self.beta
+        alpha = self.vectors[j] @ work
+        work -= alpha * self.vectors[j]
+        coefficients[j] = float(alpha)
+        return coefficients
+
+    def _fresh(self) -> Tensor:
+        vector = random_vector(self.vectors.shape[1], self._generator).to(self.vectors)
+        for _ in range(2):
+            basis = self.vectors[: self.size]
+            vector -= (basis @ vector) @ basis
+        return vector / vector.norm()
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Returns (values ascending ``[j]``, coordinates ``[j, j]``) of the projected matrix."""
+        return torch.linalg.eigh(self.projected[: self.size, : self.size])
+
+    def restart(self, coordinates: Tensor) -> None:
+        """Keeps only the directions with these coordinates ``[j, l]`` (orthonormal columns)."""
+        keep = coordinates.shape[1]
+        values = coordinates.T @ self.projected[: self.size, : self.size] @ coordinates
+        turn = coordinates.T.to(self.vectors)
+        for start in range(0, self.vectors.shape[1], _COLUMNS):
+            stop = start + _COLUMNS
+            self.vectors[:keep, start:stop] = turn @ self.vectors[: self.size, start:stop]
+        self.projected.zero_()
+        self.projected[:keep, :keep] = torch.diag(values.diagonal())
+        self.size = keep
+
+
+def random_vector(n: int, generator: torch.Generator) -> Tensor:
+    """Returns a standard normal vector ``[n]`` in float64, drawn on the host."""
+    return torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def default_vectors(n: int, k: int) -> int:
+    """Returns the default number of basis vectors: ``min(n, max(2k + 10, 20))``."""
+    return min(n, max(2 * k + 10, 20))
+
+
+def lanczos_algorithm(
+    matvec: MatVec,
+    n: int,
+    k: int,
+    *,
+    max_vectors: int | None = None,
+    max_products: int | None = None,
+    tol: float = 1e-6,
+    seed: int = 42,
+    which: str = "largest",
+    reorthogonalize: bool = True,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    eigenvectors: bool = False,
+) -> LanczosResult:
+    """Finds ``k`` extreme eigenpairs of a symmetric operator.
+
+    An eigenvalue of multiplicity above one shows once, unless the Krylov space becomes invariant
+    before ``k`` pairs have converged.
+
+    Args:
+        matvec: product with a vector ``[n]``.
+        n: size of the operator.
+        k: pairs wanted, cut down to ``n``.
+        max_vectors: basis vectors ``m`` (``m n`` numbers are allocated); at least ``k + 2`` where
+            ``n`` allows. None: :func:`default_vectors`.
+        max_products: gives up after so many products; None: ``max(20 m, 300)``.
+        tol: a pair has converged when its residual is at most ``tol`` times the largest
+            eigenvalue's magnitude.
+        seed: of the first vector.
+        which: ``largest``, ``smallest`` (algebraically) or ``magnitude``.
+        reorthogonalize: False for the plain three-term recurrence, which never restarts.
+        dtype: of the vectors.
+        device: of the vectors.
+        eigenvectors: whether to return them.
+
+    Raises:
+        CurvatureError: an argument is out of range.
+        NonFiniteError: a product holds NaN or infinity.
+    """
+    m, limit = _sizes(n, k, max_vectors, max_products)
+    if which not in WHICH:
+        raise CurvatureError(f"which: {which!r}; allowed: {', '.join(WHICH)}")
+    if not tol > 0:
+        raise CurvatureError(f"tol: {tol}; allowed: above 0")
+    k = min(k, n)
+    generator = torch.Generator().manual_seed(seed)
+    basis = KrylovBasis(
+        matvec,
+        n,
+        m,
+        dtype=dtype,
+        device=torch.device(device),
+        generator=generator,
+        reorthogonalize=reorthogonalize,
+    )
+    basis.start(random_vector(n, generator))
+    restarts = 0
+    while True:
+        basis.grow()
+        if basis.size < k:
+            continue
+        values, coordinates = basis.ritz()
+        order = _order(values, which)
+        residuals = basis.beta * coordinates[-1].abs()
+        done = residuals[order[:k]] <= tol * float(values.abs().max())
+        # An invariant subspace says nothing of the eigenvalues outside of it: look there first.
+        complete = bool(done.all()) and (basis.beta > 0 or basis.exhausted)
+        if complete or basis.n_products >= limit or (basis.size == m and not reorthogonalize):
+            break
+        if basis.size == m:
+            # Half of the rest next to the wanted ones: restarts then lose little convergence.
+            keep = min(k + max((m - k) // 2, 1), m - 1)
+            basis.restart(coordinates[:, order[:keep]])
+            restarts += 1
+    chosen = order[:k]
+    found = None
+    if eigenvectors:
+        found = coordinates[:, chosen].T.to(basis.vectors) @ basis.vectors[: basis.size]
+    return LanczosResult(
+        eigenvalues=values[chosen],
+        residuals=residuals[chosen],
+        converged=tuple(bool(d) for d in done),
+        eigenvectors=found,
+        n_products=basis.n_products,
+        n_restarts=restarts,
+        n_vectors=m,
+        memory_bytes=basis.vectors.numel() * basis.vectors.element_size(),
+    )
+
+
+def _sizes(
+    n: int, k: int, max_vectors: int | None, max_products: int | None
+) -> tuple[int, int]:
+    if n < 1 or k < 1:
+        raise CurvatureError(f"k: {k} of an operator of size {n}; allowed: both 1 or more")
+    least = min(n, k + 2)
+    m = default_vectors(n, k) if max_vectors is None else min(max_vectors, n)
+    if m < least:
+        raise CurvatureError(f"max_vectors: {max_vectors}; allowed: {least} or more for k={k}")
+    limit = max(20 * m, 300) if max_products is None else max_products
+    if limit < m and limit < k:
+        raise CurvatureError(f"max_products: {max_products}; allowed: {k} or more")
+    return m, limit
+
+
+def _order(values: Tensor, which: str) -> Tensor:
+    match which:
+        case "largest":
+            return values.argsort(descending=True)
+        case "smallest":
+            return values.argsort()
+        case _:
+            return values.abs().argsort(descending=True)

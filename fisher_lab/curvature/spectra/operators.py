@@ -1,0 +1,232 @@
+"""Matrix-free products with the empirical Fisher, the true Fisher and the Hessian.
+
+All three belong to the *mean* loss over the ``N`` labelled tokens of the batches:
+
+- ``empirical``: ``F v = (1/N) J^T J v``, ``J`` the labelled tokens' own gradients;
+- ``true``: ``(1/N) sum_n Z_n^T (diag(p_n) - p_n p_n^T) Z_n v``, ``Z_n`` the Jacobian of the token's
+  logits (for a softmax the true Fisher is the generalised Gauss-Newton matrix);
+- ``hessian``: the second derivative itself.
+
+The forward pass is made once and its graph kept; a product is a Jacobian-vector pass without graph
+and a vector-Jacobian pass (Fisher), or one second backward pass (Hessian). Vectors are flat,
+``[n]``, the parameters' elements in the order of ``named_parameters()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .. import losses
+from ..errors import BatchError, CurvatureError
+from .samples import as_batches
+
+OperatorName = Literal["empirical", "true", "hessian"]
+OPERATORS: tuple[str, ...] = get_args(OperatorName)
+PRODUCTS = ("auto", "forward", "double_backward")
+
+
+class _OnBatch(nn.Module):
+    """A model as a function of a whole batch, for ``functional_call``."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch: Any) -> Any:
+        return losses.forward(self.inner, batch)
+
+
+class CurvatureOperator:
+    """A symmetric matrix that is known by its products.
+
+    Args:
+        name: ``empirical``, ``true`` or ``hessian``.
+        model: any module whose labelling is known, or any with a ``loss_fn``; in the mode it is to
+            be evaluated in, with attention that has the derivatives needed
+            (:func:`fisher_lab.curvature.spectra.isolation.isolated`).
+        batch: one batch or an iterable of batches.
+        parameters: the block, by name.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        products: ``forward`` (forward-mode Jacobian-vector pass), ``double_backward``, or ``auto``:
+            forward mode, and double backward where an operation has no forward derivative.
+
+    Attributes:
+        n: number of elements, ``n``.
+        n_labels: ``N``.
+        n_products: products made so far.
+        products: the way asked for.
+        used: the way in use.
+
+    Raises:
+        CurvatureError: the operator or the way has another name.
+        BatchError: no label counts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        batch: Any,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        loss_fn: losses.LossFunction | None = None,
+        products: str = "auto",
+    ) -> None:
+        for key, value, allowed in (("operator", name, OPERATORS), ("products", products, PRODUCTS)):
+            if value not in allowed:
+                raise CurvatureError(f"{key}: {value!r}; allowed: {', '.join(allowed)}")
+        self.name, self.products = name, products
+        self.used = "double_backward" if products == "double_backward" else "forward"
+        self._model, self._wrapped = model, _OnBatch(model)
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        self._sizes = [p.numel() for p in self._parameters]
+        self.n = sum(self._sizes)
+        self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
+        self._scorer = losses.scorer(model, loss_fn)
+        self._parts = [
+            part
+            for one in as_batches(batch)
+            if (part := _Part(self, losses.prepare(model, one))).n_labels > 0
+        ]
+        self.n_labels = sum(part.n_labels for part in self._parts)
+        self.n_products = 0
+        if self.n_labels == 0:
+            raise BatchError("batch: no label counts; a product needs at least one")
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Returns the product with a flat vector, on the vector's device and in its dtype."""
+        self.n_products += 1
+        tangents = self._split(vector.to(device=self.device, dtype=self.dtype))
+        total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        for part in self._parts:
+            total += part.product(tangents)
+        return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
+
+    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Cuts ``[..., n]`` into parameters, ``[..., *shape]``."""
+        parts = vectors.split(self._sizes, dim=-1)
+        return {
+            name: part.reshape(*vectors.shape[:-1], *parameter.shape)
+            for name, part, parameter in zip(self._names, parts, self._parameters, strict=True)
+        }
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split(self._sizes)
+        return [
+            part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)
+        ]
+
+    def _flatten(self, grads: tuple[Tensor | None, ...]) -> Tensor:
+        return torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for g, p in zip(grads, self._parameters, strict=True)
+            ]
+        )
+
+
+class _Part:
+    """One batch's share of an operator, not yet divided by ``N``."""
+
+    def __init__(self, operator: CurvatureOperator, batch: Any) -> None:
+        self._operator, self._batch = operator, batch
+        scored = self._score(operator._model)
+        self.n_labels = scored.n_labels
+        self._cotangent: Tensor | None = None
+        self._pulled: tuple[Tensor | None, ...] = ()
+        if self.n_labels == 0:
+            return
+        self._probabilities = torch.softmax(scored.logits.detach(), dim=-1)
+        match operator.name:
+            case "true":
+                self._output = scored.logits
+            case "empirical":
+                self._output = losses.token_losses(scored)
+            case _:
+                self._output = losses.token_losses(scored).sum()
+                self._pulled = self._pull(self._output, None, create_graph=True)
+
+    def _score(self, model: nn.Module) -> losses.Scored:
+        return self._operator._scorer.score(losses.forward(model, self._batch), self._batch)
+
+    def _pull(
+        self, output: Tensor, cotangent: Tensor | None, *, create_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            output,
+            self._operator._parameters,
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+
+    def product(self, tangents: list[Tensor]) -> Tensor:
+        operator = self._operator
+        if operator.name == "hessian":
+            return operator._flatten(self._second(self._pulled, operator._parameters, tangents))
+        pushed = self._push(tangents)
+        if operator.name == "true":
+            p = self._probabilities
+            pushed = p * pushed - p * (p * pushed).sum(-1, keepdim=True)
+        return operator._flatten(self._pull(self._output, pushed))
+
+    def _push(self, tangents: list[Tensor]) -> Tensor:
+        operator = self._operator
+        if operator.used == "forward":
+            try:
+                return self._push_forward(tangents)
+            except (RuntimeError, NotImplementedError) as error:
+                if operator.products == "forward" or "forward" not in str(error).lower():
+                    raise
+                operator.used = "double_backward"
+        return self._push_double_backward(tangents)
+
+    def _push_forward(self, tangents: list[Tensor]) -> Tensor:
+        """``J v`` by forward-mode differentiation, without a graph."""
+        operator = self._operator
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {
+                f"inner.{name}": forward_ad.make_dual(p.detach(), t)
+                for name, p, t in zip(
+                    operator._names, operator._parameters, tangents, strict=True
+                )
+            }
+            outputs = functional_call(operator._wrapped, duals, (self._batch,))
+            scored = operator._scorer.score(outputs, self._batch)
+            found = scored.logits if operator.name == "true" else losses.token_losses(scored)
+            tangent = forward_ad.unpack_dual(found).tangent
+        return torch.zeros_like(self._output) if tangent is None else tangent.detach()
+
+    def _push_double_backward(self, tangents: list[Tensor]) -> Tensor:
+        """``J v`` as the derivative of ``u -> <J^T u, v>``, whose graph is kept."""
+        if self._cotangent is None:
+            self._cotangent = torch.zeros_like(self._output, requires_grad=True)
+            self._pulled = self._pull(self._output, self._cotangent, create_graph=True)
+        (pushed,) = self._second(self._pulled, [self._cotangent], tangents)
+        return torch.zeros_like(self._output) if pushed is None else pushed
+
+    @staticmethod
+    def _second(
+        pulled: tuple[Tensor | None, ...], inputs: list[Any], tangents: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        pairs = [
+            (g, t)
+            for g, t in zip(pulled, tangents, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(inputs)
+        return torch.autograd.grad(
+            [g for g, _ in pairs],
+            inputs,
+            [t for _, t in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )

@@ -1,0 +1,247 @@
+"""Stochastic Lanczos quadrature, Hutch++ and effective dimension, with standard errors.
+
+Sources: Ubaru, Chen and Saad 2017 (quadrature); Ghorbani et al. 2019 and Papyan 2019 (spectral
+densities of networks); Meyer et al. 2021 (Hutch++).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from .krylov import KrylovBasis, MatVec
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stochastic estimate.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of the mean over the probes; 0 where nothing was left to chance.
+        n_probes: random vectors.
+        n_products: operator products.
+        seed: of the probes.
+    """
+
+    value: float
+    standard_error: float
+    n_probes: int
+    n_products: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """Nodes and weights of every probe; a probe's weights sum to one.
+
+    Attributes:
+        nodes: one ``[steps]`` tensor a probe, float64.
+        weights: the same shapes.
+        n: size of the operator.
+        n_products: operator products.
+        seed: of the probes.
+    """
+
+    nodes: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    n: int
+    n_products: int
+    seed: int
+
+    def trace_of(self, function: Function) -> Estimate:
+        """Estimates ``tr f(A)``."""
+        values = [
+            self.n * float((w * function(x)).sum())
+            for x, w in zip(self.nodes, self.weights, strict=True)
+        ]
+        return _estimate(values, self.n_products, self.seed)
+
+    def density(self, grid: Tensor, sigma: float, *, log: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluates the spectral density, smoothed by Gaussians, on a grid.
+
+        Args:
+            grid: ``[g]``: eigenvalues, or their decimal logarithms where ``log``.
+            sigma: width of the Gaussians in the grid's unit.
+            log: smooth in the decimal logarithm; nodes at or below zero are left out.
+
+        Returns:
+            Density ``[g]`` (it integrates to one over the grid's unit, less what was left out)
+            and its standard error over the probes ``[g]``.
+        """
+        curves = []
+        for nodes, weights in zip(self.nodes, self.weights, strict=True):
+            where = nodes
+            if log:
+                keep = nodes > 0
+                where, weights = nodes[keep].log10(), weights[keep]
+            bump = torch.exp(-((grid[:, None] - where) ** 2) / (2 * sigma**2))
+            curves.append(bump @ weights / (sigma * math.sqrt(2 * math.pi)))
+        stacked = torch.stack(curves)
+        error = stacked.std(0) / math.sqrt(len(curves)) if len(curves) > 1 else stacked[0] * math.nan
+        return stacked.mean(0), error
+
+
+def rademacher(n: int, generator: torch.Generator) -> Tensor:
+    """Returns a vector of signs ``[n]`` in float64, drawn on the host."""
+    signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8)
+    return signs.double().mul_(2).sub_(1)
+
+
+def quadrature(
+    matvec: MatVec,
+    n: int,
+    *,
+    n_probes: int,
+    steps: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    deflate: Tensor | None = None,
+) -> Quadrature:
+    """Runs Lanczos from random signs.
+
+    Args:
+        matvec: the operator.
+        n: its size.
+        n_probes: random vectors.
+        steps: Lanczos steps a probe, ``m``: ``m n`` numbers are allocated.
+        seed: of the probes.
+        dtype: of the vectors.
+        device: of the vectors.
+        deflate: ``[l, n]`` orthonormal rows, removed from every probe; the weights of a probe then
+            sum to its remaining squared length over ``n``.
+
+    Raises:
+        CurvatureError: fewer than one probe or step.
+    """
+    if n_probes < 1 or steps < 1:
+        raise CurvatureError(f"n_probes, steps: {n_probes}, {steps}; allowed: 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    steps, products, nodes, weights = min(steps, n), 0, [], []
+    for _ in range(n_probes):
+        probe = rademacher(n, generator).to(device=device, dtype=dtype)
+        if deflate is not None:
+            probe -= (deflate @ probe) @ deflate
+        length = float(probe.double().square().sum())
+        if length <= 1e-12 * n:
+            nodes.append(torch.zeros(1, dtype=torch.float64))
+            weights.append(torch.zeros(1, dtype=torch.float64))
+            continue
+        basis = KrylovBasis(
+            matvec, n, steps, dtype=dtype, device=device, generator=generator
+        )
+        basis.start(probe)
+        while basis.size < steps:
+            basis.grow()
+            if basis.beta == 0.0:
+                break
+        values, coordinates = basis.ritz()
+        products += basis.n_products
+        nodes.append(values)
+        weights.append(coordinates[0].square() * (length / n))
+    return Quadrature(tuple(nodes), tuple(weights), n, products, seed)
+
+
+def hutch_plus_plus(
+    matvec: MatVec,
+    n: int,
+    *,
+    n_products: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Estimate:
+    """Estimates the trace: exactly on a random range of the operator, by probes on the rest.
+
+    A third of the products finds the range, a third evaluates it, a third probes the rest; the
+    standard error is that of the probes.
+
+    Args:
+        matvec: the operator.
+        n: its size.
+        n_products: products in all, 6 or more (so that the standard error has two probes).
+        seed: of the random vectors.
+        dtype: of the vectors; ``n_products / 3`` of them are allocated.
+        device: of the vectors.
+
+    Raises:
+        CurvatureError: fewer than 6 products.
+    """
+    if n_products < 6:
+        raise CurvatureError(f"n_products: {n_products}; allowed: 6 or more")
+    generator = torch.Generator().manual_seed(seed)
+    third = n_products // 3
+    size = min(third, n)
+    span = torch.stack([matvec(_signs(n, generator, dtype, device)) for _ in range(size)])
+    basis = torch.linalg.qr(span.T).Q.T.contiguous()
+    known = sum(float(row.double() @ matvec(row.clone()).double()) for row in basis)
+    if len(basis) == n:
+        return Estimate(known, 0.0, 0, 2 * size, seed)
+    rest = []
+    for _ in range(third):
+        probe = _signs(n, generator, dtype, device)
+        probe -= (basis @ probe) @ basis
+        rest.append(float(probe.double() @ matvec(probe).double()))
+    found = _estimate(rest, 2 * size + third, seed)
+    return Estimate(known + found.value, found.standard_error, third, found.n_products, seed)
+
+
+def deflated_trace(
+    matvec: MatVec,
+    n: int,
+    function: Function,
+    values: Tensor,
+    vectors: Tensor,
+    *,
+    n_probes: int,
+    steps: int,
+    seed: int,
+) -> Estimate:
+    """Estimates ``tr f(A)``: exactly on known eigenpairs, by quadrature on their complement.
+
+    What Hutch++ is to the trace this is to a function of the operator: the largest terms carry no
+    variance.
+
+    Args:
+        matvec: the operator.
+        n: its size.
+        function: ``f``, elementwise, with ``f(0) = 0`` for a meaningful result at low rank.
+        values: ``[l]`` known eigenvalues.
+        vectors: ``[l, n]`` their eigenvectors, orthonormal rows.
+        n_probes: random vectors.
+        steps: Lanczos steps a probe.
+        seed: of the probes.
+    """
+    rest = quadrature(
+        matvec,
+        n,
+        n_probes=n_probes,
+        steps=steps,
+        seed=seed,
+        dtype=vectors.dtype,
+        device=vectors.device,
+        deflate=vectors,
+    )
+    found = rest.trace_of(function)
+    known = float(function(values.double().cpu()).sum())
+    return Estimate(known + found.value, found.standard_error, n_probes, found.n_products, seed)
+
+
+def _signs(
+    n: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return rademacher(n, generator).to(device=device, dtype=dtype)
+
+
+def _estimate(values: list[float], products: int, seed: int) -> Estimate:
+    found = torch.tensor(values, dtype=torch.float64)
+    error = float(found.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return Estimate(float(found.mean()), error, len(values), products, seed)

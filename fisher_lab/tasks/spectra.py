@@ -1,0 +1,341 @@
+"""Steps of ``task=analyze`` for the spectral engines: compute, write, draw, summarise.
+
+Each step writes its files into the run directory and returns flat metrics. Files: ``spectral.json``
+and ``spectral.csv``; ``lanczos.json`` and ``density.csv``; ``group_fisher.json``,
+``group_fisher/`` (the state) and ``group_fisher.csv``; a PDF and a PNG for every figure.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from fisher_lab.api_group import FisherCollector
+from fisher_lab.config.schema import Config
+from fisher_lab.config.spectra_schema import GroupFisherConfig, LanczosConfig
+from fisher_lab.curvature.lanczos import FisherLanczos
+from fisher_lab.curvature.losses import CrossEntropy
+from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.runs import atomic
+from fisher_lab.runs.record import Run, strict
+from fisher_lab.tasks import spectra_figures as figures
+from fisher_lab.tasks.progress import Progress
+from fisher_lab.workbench.bench import Bench
+
+log = logging.getLogger(__name__)
+
+GROUP_KINDS = ("layer", "head", "neuron", "parameter")
+
+Report = Callable[[int, int], None]
+
+
+def run_engines(config: Config, bench: Bench, run: Run, progress: Progress) -> dict[str, Any]:
+    """Runs the engines that are switched on, one after another, and records their metrics.
+
+    Args:
+        config: the validated configuration.
+        bench: model and batches.
+        run: the run's record.
+        progress: shows which engine is at work.
+
+    Returns:
+        All their metrics.
+    """
+    steps = (
+        (config.spectral.enabled, "Fisher spectrum", run_spectral),
+        (config.lanczos.enabled, "Lanczos", run_lanczos),
+        (config.group_fisher.enabled, "group Fisher", run_group_fisher),
+    )
+    metrics: dict[str, Any] = {}
+    for enabled, label, step in steps:
+        if enabled:
+            with progress.step(label):
+                found = step(config, bench, run)
+            run.metrics(found)
+            metrics |= found
+    return metrics
+
+
+# ---- spectrum ------------------------------------------------------------------------------------
+
+
+def run_spectral(
+    config: Config, bench: Bench, run: Run, *, report: Report | None = None
+) -> dict[str, Any]:
+    """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay.
+
+    Args:
+        config: the validated configuration.
+        bench: model and batches.
+        run: the run's record.
+        report: gets (done, total) samples.
+
+    Returns:
+        Flat metrics under ``spectral/``.
+    """
+    chosen = config.spectral
+    start = perf_counter()
+    engine = FisherSpectral(
+        SpectralConfig(
+            seed=chosen.seed,
+            use_deterministic=config.deterministic,
+            sample_unit=chosen.sample_unit,
+            eigensolve_device=chosen.eigensolve_device,
+            regularization=chosen.regularization,
+            storage_mode=chosen.storage_mode,
+            chunk_size=chosen.chunk_size,
+            top_k=chosen.top_k,
+            linear_gram=chosen.linear_gram,  # type: ignore[arg-type]
+            memory_budget_mb=chosen.memory_budget_mb,
+        ),
+        loss_fn=_loss(bench),
+        progress=report,
+    )
+    result = engine.compute_fisher_spectrum(
+        bench.model,
+        _batches(config, bench),
+        chosen.n_samples,
+        chosen.block_structure,
+        chosen.center_gradients,
+    )
+    atomic.write_json(run.directory / "spectral.json", strict(result))
+    skipped = {"eigenvalues", "residuals"}
+    run.table(
+        "spectral.csv",
+        [
+            {"block": name, **{k: v for k, v in record.items() if k not in skipped}}
+            for name, record in result["per_block"].items()
+        ],
+    )
+    figures.decay(run.directory / "spectral_decay", result)
+    whole = result["global"]
+    metrics = {
+        f"spectral/{key}": whole[key]
+        for key in (
+            "largest_eigenvalue", "condition_number", "effective_rank", "spectral_gap", "trace",
+            "n_nonzero", "n_blocks", "n_degenerate",
+        )
+        if whole.get(key) is not None
+    }  # fmt: skip
+    metrics["spectral/n_samples"] = result["metadata"]["n_samples"]
+    metrics["spectral/seconds"] = perf_counter() - start
+    return metrics
+
+
+# ---- Lanczos -------------------------------------------------------------------------------------
+
+
+def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
+    """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``.
+
+    Args:
+        config: the validated configuration.
+        bench: model and batches.
+        run: the run's record.
+
+    Returns:
+        Flat metrics under ``lanczos/``.
+    """
+    chosen = config.lanczos
+    start = perf_counter()
+    batches = _batches(config, bench)
+    engine = _lanczos(chosen, bench)
+    pairs = engine.top_eigenpairs(bench.model, batches, chosen.block)
+    pairs_s = perf_counter() - start
+    result: dict[str, Any] = {"top": pairs}
+    metrics: dict[str, Any] = {
+        f"lanczos/eigenvalue_{i}": value for i, value in enumerate(pairs["eigenvalues"])
+    }
+    metrics |= {
+        "lanczos/converged": sum(pairs["converged"]),
+        "lanczos/residual_max": max(pairs["residuals"]),
+        "lanczos/n_products": pairs["n_products"],
+        "lanczos/memory_mb": pairs["memory_bytes"] / 2**20,
+        "lanczos/product_s": pairs_s / pairs["n_products"],
+    }
+    metrics |= _stochastic(chosen, engine, bench, batches, result, run)
+    atomic.write_json(run.directory / "lanczos.json", strict(result))
+    figures.eigenvalues(run.directory / "lanczos_eigenvalues", pairs)
+    metrics["lanczos/seconds"] = perf_counter() - start
+    return metrics
+
+
+def _lanczos(chosen: LanczosConfig, bench: Bench) -> FisherLanczos:
+    return FisherLanczos(
+        k=chosen.k,
+        max_vectors=chosen.max_vectors,
+        operator=chosen.operator,
+        tol=chosen.tol,
+        seed=chosen.seed,
+        reorthogonalize=chosen.reorthogonalize,
+        vector_device=chosen.vector_device,
+        max_products=chosen.max_products,
+        which=chosen.which,
+        products=chosen.products,
+        loss_fn=_loss(bench),
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    """A line for the screen as well as for the log: what is about to be allocated."""
+    log.info(line)
+    print(line, flush=True)  # noqa: T201
+
+
+def _stochastic(
+    chosen: LanczosConfig,
+    engine: FisherLanczos,
+    bench: Bench,
+    batches: list[Any],
+    result: dict[str, Any],
+    run: Run,
+) -> dict[str, Any]:
+    """Density, trace and effective dimension, each with its standard error."""
+    metrics: dict[str, Any] = {}
+    if chosen.density_probes > 0:
+        density = engine.spectral_density(
+            bench.model,
+            batches,
+            chosen.block,
+            n_probes=chosen.density_probes,
+            steps=chosen.density_steps,
+            log=chosen.operator != "hessian",
+        )
+        result["density"] = density
+        columns = ("grid", "density", "standard_error")
+        run.table(
+            "density.csv",
+            [
+                dict(zip(columns, row, strict=True))
+                for row in zip(*(density[name] for name in columns), strict=True)
+            ],
+        )
+        figures.density(run.directory / "lanczos_density", density)
+        metrics["lanczos/mass_at_zero"] = density["mass_at_zero"]
+        metrics |= _estimate("lanczos/trace_slq", density["trace"])
+    if chosen.trace_products > 0:
+        found = asdict(
+            engine.trace(bench.model, batches, chosen.block, n_products=chosen.trace_products)
+        )
+        result["trace"] = found
+        metrics |= _estimate("lanczos/trace", found)
+    if chosen.dimension_damping is not None and chosen.operator != "hessian":
+        found = asdict(
+            engine.effective_dimension(
+                bench.model,
+                batches,
+                chosen.dimension_damping,
+                chosen.block,
+                n_probes=max(chosen.density_probes, 2),
+                steps=chosen.density_steps,
+            )
+        )
+        result["effective_dimension"] = {**found, "lam": chosen.dimension_damping}
+        metrics |= _estimate("lanczos/effective_dimension", found)
+    return metrics
+
+
+def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {name: found["value"]}
+    if not math.isnan(found["standard_error"]):
+        metrics[f"{name}_se"] = found["standard_error"]
+    return metrics
+
+
+# ---- group Fisher --------------------------------------------------------------------------------
+
+
+def run_group_fisher(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
+    """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
+
+    Training and held-out text are two tasks, so that their overlap says how stable what matters is.
+
+    Args:
+        config: the validated configuration.
+        bench: model and batches.
+        run: the run's record.
+
+    Returns:
+        Flat metrics under ``group_fisher/``.
+    """
+    chosen = config.group_fisher
+    start = perf_counter()
+    collector = FisherCollector(
+        chosen.unit,
+        sequence_weight=chosen.sequence_weight,
+        chunk_size=chosen.chunk_size,
+        loss_fn=_loss(bench),
+    )
+    n = config.kfac.n_batches
+    for split in ("train", "heldout"):
+        collector.collect(bench.model, bench.batches(split, n, config.seed), split)
+    rows, summary = _scores(collector, chosen)
+    overlap = collector.overlap("train", "heldout", share=chosen.share)
+    summary |= {"overlap": overlap, "unit": chosen.unit, "token_total": collector.token_total}
+    atomic.write_json(run.directory / "group_fisher.json", strict(summary))
+    run.table("group_fisher.csv", rows)
+    if chosen.save_state:
+        collector.save(run.directory / "group_fisher")
+    _export(collector, chosen, run)
+    figures.importance(run.directory / "group_fisher_layers", summary["importance"]["layer"])
+    metrics: dict[str, Any] = {
+        f"group_fisher/overlap_{key}": value for key, value in overlap.items() if value is not None
+    }
+    metrics["group_fisher/token_total"] = collector.token_total["train"]
+    metrics["group_fisher/trace"] = sum(
+        float(mean.sum()) for mean in collector.fisher_mean["train"].values()
+    )
+    metrics["group_fisher/seconds"] = perf_counter() - start
+    return metrics
+
+
+def _scores(
+    collector: FisherCollector, chosen: GroupFisherConfig
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows, importance, top = [], {}, {}
+    for kind in GROUP_KINDS:
+        try:
+            scores = collector.importance("train", kind)
+        except ValueError as error:
+            log.info("group Fisher: %s", error)
+            continue
+        except RuntimeError as error:  # the model has no group of this kind
+            log.info("group Fisher: %s", error)
+            continue
+        rows += [{"kind": kind, "group": name, "importance": v} for name, v in scores.items()]
+        top[kind] = collector.top_k("train", chosen.top_k, kind)
+        if kind != "neuron":
+            importance[kind] = scores
+    return rows, {"importance": importance, "top": top}
+
+
+def _export(collector: FisherCollector, chosen: GroupFisherConfig, run: Run) -> None:
+    exported = collector.export("train", getattr(torch, chosen.export_dtype))
+    tensors = {
+        f"{kind}/{name}": tensor.cpu().contiguous()
+        for kind in ("mean", "variance")
+        for name, tensor in exported[kind].items()
+    }
+    about = {"unit": exported["unit"], "token_total": str(exported["token_total"])}
+    atomic.write_bytes(
+        run.directory / "group_fisher_export.safetensors", safetensors.torch.save(tensors, about)
+    )
+
+
+# ---- shared --------------------------------------------------------------------------------------
+
+
+def _batches(config: Config, bench: Bench) -> list[Any]:
+    return bench.batches("train", config.kfac.n_batches, config.seed)
+
+
+def _loss(bench: Bench) -> CrossEntropy | None:
+    return bench.loss_fn  # type: ignore[return-value]
