@@ -1,4 +1,4 @@
-"""What is worked on: the sections ``model``, ``data``, ``optimizer`` and ``train`` of a configuration.
+"""What is worked on: the sections ``model``, ``data``, ``optimizer`` and ``train``.
 
 Four sections of the root: ``model: ModelConfig``, ``data: DataConfig``, ``optimizer:
 OptimizerConfig`` and ``train: TrainConfig`` (read by ``task=train`` alone). Nothing here imports
@@ -53,7 +53,9 @@ class ModelConfig:
         "`trained`: by the recipe, cached; `random`: as initialised from `model.train_seed`.",
         one_of("trained", "random"),
     )
-    layers: int = setting(4, "Transformer blocks (of encoder and decoder each), hidden layers.", whole(1))
+    layers: int = setting(
+        4, "Transformer blocks (of encoder and decoder each), hidden layers.", whole(1)
+    )
     width: int = setting(128, "Width of the residual stream.", whole(2))
     heads: int = setting(4, "Attention heads; they divide the width.", whole(1))
     kv_heads: int | None = setting(
@@ -71,7 +73,9 @@ class ModelConfig:
     dropout: float = setting(0.0, "Dropout everywhere the model has one.", fraction())
     recipe: RecipeConfig = section(RecipeConfig, "How the checkpoint is trained.")
     train_seed: int = setting(
-        0, "Seed of the checkpoint: initial weights and batches of its training.", whole(0, 2**32 - 1)
+        0,
+        "Seed of the checkpoint: initial weights and batches of its training.",
+        whole(0, 2**32 - 1),
     )
     name_or_path: str | None = setting(
         None, "`pretrained` only: a name on the hub or a local directory."
@@ -112,6 +116,8 @@ class ModelConfig:
             )
         if self.type != "mlp" and self.width % self.heads:
             yield "heads", self.heads, f"a divisor of model.width={self.width}"
+        if self.type == "t5" and not self.tied:
+            yield "tied", self.tied, "true with model.type=t5 (the library always ties it)"
         if self.kv_heads is not None and self.heads % self.kv_heads:
             yield "kv_heads", self.kv_heads, f"a divisor of model.heads={self.heads}"
         if self.type == "llama" and self.width // self.heads % 2:

@@ -134,7 +134,7 @@ def _temporary_name(target: Path) -> Path:
 
 
 def _rename_directory(source: Path, target: Path) -> bool:
-    """Rename ``source`` to ``target``; false where the target exists (also as an empty directory)."""
+    """Rename ``source`` to ``target``; false where the target exists, even as an empty one."""
     if target.exists():
         return False
     try:

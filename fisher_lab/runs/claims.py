@@ -271,7 +271,9 @@ def once(
             told = True
             on_wait(owner)
         if timeout is not None and time.monotonic() - started > timeout:
-            raise ClaimTimeout(f"{target} was not ready after {timeout:g} s; held by {claim.owner()}")
+            raise ClaimTimeout(
+                f"{target} was not ready after {timeout:g} s; held by {claim.owner()}"
+            )
         time.sleep(pause * random.uniform(0.5, 1.0))  # so that those who wait do not move as one
         pause = min(2 * pause, _POLL_LAST)
     with claim:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["build", "content_identity"]
 
 
-def build(
-    cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None
-) -> Bench:
+def build(cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None) -> Bench:
     """Build model, tokenizer and batches; see `fisher_lab.workbench.bench.build`."""
     from . import bench
 

@@ -107,9 +107,7 @@ class Materials:
 
     def untrained(self, seed: int) -> nn.Module:
         """A new model with weights drawn from ``seed``."""
-        return models.build(
-            self.cfg.model, self.tokenizer, classes=self.task.classes, seed=seed
-        )
+        return models.build(self.cfg.model, self.tokenizer, classes=self.task.classes, seed=seed)
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -119,9 +117,7 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(cfg.device)
 
 
-def build(
-    cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None
-) -> Bench:
+def build(cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None) -> Bench:
     """Build model, tokenizer and batches; the first time, this trains the checkpoint.
 
     Args:
@@ -242,8 +238,8 @@ def make_task(
         case "masked":
             special = MaskTokens(
                 _needed(made.mask_token_id, "a mask token"),
-                made.cls_token_id,
-                made.sep_token_id,
+                _single(made.cls_token_id),
+                _single(made.sep_token_id),
             )
             return Masked(tokens, classes, special)
         case "spans":
@@ -252,6 +248,10 @@ def make_task(
         case "topics":
             return topics.Topics(tokens, classes, topics.find(tokens, window))
     raise ConfigError.value("model.task", kind, "one of causal, masked, spans")
+
+
+def _single(token: Any) -> int | None:
+    return token if isinstance(token, int) else None
 
 
 def _needed(token: Any, what: str) -> int:

@@ -118,8 +118,6 @@ def windows(
         rng = generator(side, seed, index)
         starts = rng.integers(0, len(stream) - length + 1, size=count)
     else:
-        order = np.random.default_rng([seed, _SIDE_NUMBER[side]]).permutation(
-            len(stream) // length
-        )
+        order = np.random.default_rng([seed, _SIDE_NUMBER[side]]).permutation(len(stream) // length)
         starts = order[np.arange(index * count, (index + 1) * count) % len(order)] * length
     return stream.ids[starts[:, None] + np.arange(length)]

@@ -33,9 +33,7 @@ def heldout_loss(
     total, count = 0.0, 0
     try:
         for index in range(_batches(task, batch_size, seq_len, limit)):
-            batch = task.batch(
-                "heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len
-            )
+            batch = task.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
             summed = losses.compute_loss(model, losses.prepare(model, batch), task.loss_fn)
             total += float(summed.loss)
             count += summed.n_labels

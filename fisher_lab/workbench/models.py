@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ TASK_OF = {"gpt2": "causal", "llama": "causal", "bert": "masked", "t5": "spans",
 
 LEARNED_POSITIONS = ("gpt2", "bert")
 """Built models that cannot take a sequence longer than ``positions``."""
+
+BASE_WIDTH, BASE_DEVIATION = 768, 0.02
+"""Width and spread of the initial weights of the published GPT-2 and BERT."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -55,9 +59,7 @@ class TopicMLP(nn.Module):
             "dropout": dropout,
         }
         inner = [vocabulary, *[width] * layers]
-        self.hidden = nn.ModuleList(
-            nn.Linear(a, b) for a, b in itertools.pairwise(inner)
-        )
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(inner))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
@@ -112,6 +114,8 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.M
         "tie_word_embeddings": model.tied,
     }
     inner = model.mlp_width or 4 * model.width
+    # 0.02 is too little for a narrow model: the spread goes with the root of the width.
+    deviation = BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
     match model.type:
         case "gpt2":
             return hf.GPT2LMHeadModel(
@@ -124,6 +128,9 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.M
                     resid_pdrop=model.dropout,
                     embd_pdrop=model.dropout,
                     attn_pdrop=model.dropout,
+                    # The same function as gelu_new, in one kernel.
+                    activation_function="gelu_pytorch_tanh",
+                    initializer_range=deviation,
                     **common,
                 )
             )
@@ -137,6 +144,7 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.M
                     num_key_value_heads=model.kv_heads or model.heads,
                     max_position_embeddings=model.positions or 2048,
                     attention_dropout=model.dropout,
+                    initializer_range=deviation,
                     **common,
                 )
             )
@@ -150,6 +158,7 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.M
                     max_position_embeddings=positions(model),
                     hidden_dropout_prob=model.dropout,
                     attention_probs_dropout_prob=model.dropout,
+                    initializer_range=deviation,
                     **common,
                 )
             )
@@ -256,9 +265,7 @@ def pretrained_task(model: ModelConfig) -> str:
     )
 
 
-def load_pretrained(
-    model: ModelConfig, task: str
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_pretrained(model: ModelConfig, task: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a pretrained model and its tokenizer by the library's Auto classes.
 
     Raises:
@@ -275,6 +282,8 @@ def load_pretrained(
         if model.attn_implementation is not None and "attention" in str(error).lower():
             raise _bad_attention(model.attn_implementation, error) from error
         raise _not_loaded(model, error) from error
+    if len(tokenizer) < 2:  # what the library makes of a directory without tokenizer files
+        raise ConfigError(f"model.name_or_path={model.name_or_path} comes without a tokenizer")
     return loaded, tokenizer
 
 

@@ -96,19 +96,18 @@ def _adamw(
         [group for group in groups if group["params"]],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=True,
     )
     return GradientUpdater(model, loss_fn, optimizer, config.clip_norm)
 
 
-UPDATERS: dict[
-    str, Callable[[nn.Module, losses.LossFunction | None, OptimizerConfig], Updater]
-] = {"adamw": _adamw}
+UPDATERS: dict[str, Callable[[nn.Module, losses.LossFunction | None, OptimizerConfig], Updater]] = {
+    "adamw": _adamw
+}
 """``optimizer.name`` -> what makes the updater. Other optimisers add themselves here."""
 
 
-def make(
-    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig
-) -> Updater:
+def make(model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig) -> Updater:
     """The updater that a configuration names.
 
     Raises:

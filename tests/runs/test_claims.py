@@ -54,7 +54,8 @@ def test_bad_arguments(tmp_path):
         pass
     claim = claims.Claim(tmp_path / "x")
     with pytest.raises(RuntimeError, match="held by this object already"):
-        assert claim.acquire() and claim.acquire()
+        assert claim.acquire()
+        assert claim.acquire()
     claim.release()
 
 

@@ -40,9 +40,7 @@ def test_windows_are_unbroken_and_from_their_side():
 
 def test_heldout_windows_show_all_of_the_side_once_and_then_begin_again():
     tokens = numbered(heldout=205)
-    first = [
-        corpus.windows(tokens, "heldout", i, seed=1, count=2, length=20) for i in range(5)
-    ]
+    first = [corpus.windows(tokens, "heldout", i, seed=1, count=2, length=20) for i in range(5)]
     assert sorted(np.concatenate(first).ravel()) == list(range(10_000, 10_200))
     again = corpus.windows(tokens, "heldout", 5, seed=1, count=2, length=20)
     np.testing.assert_array_equal(again, first[0])
@@ -212,7 +210,10 @@ def test_span_batches_have_two_lengths_and_no_padding(materials):
     drawn = corpus.windows(task.corpus, "train", 0, seed=3, count=2, length=shape.text)
     for row in range(2):
         text = put_back(
-            batch["input_ids"][row].tolist(), batch["labels"][row].tolist(), task.sentinels, task.end
+            batch["input_ids"][row].tolist(),
+            batch["labels"][row].tolist(),
+            task.sentinels,
+            task.end,
         )
         assert text == drawn[row].tolist()
 

@@ -19,7 +19,12 @@ def test_any_text_comes_back_as_it_was(text_directory, tmp_path):
     path = tokenizer.cached(passages(text_directory), 400, tmp_path)
     loaded = AutoTokenizer.from_pretrained(str(path))
     assert len(loaded) == 400
-    for sample in ("def f(x):\n\treturn x ** 2  # ok", "żółć 漢字 🙂\r\n", "  two  spaces ", "\x00"):
+    for sample in (
+        "def f(x):\n\treturn x ** 2  # ok",
+        "żółć 漢字 🙂\r\n",
+        "  two  spaces ",
+        "\x00",
+    ):
         ids = loaded(sample, add_special_tokens=False)["input_ids"]
         assert loaded.decode(ids) == sample
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -74,9 +75,7 @@ def undisturbed(materials, tmp_path_factory):
 
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
-def test_an_interrupted_training_ends_bit_identical(
-    materials, undisturbed, tmp_path, save_every_s
-):
+def test_an_interrupted_training_ends_bit_identical(materials, undisturbed, tmp_path, save_every_s):
     """With a save at every step, and with none but the one at the start of it all."""
     for deaths in (3, 7):
         model, task = fresh(materials)
@@ -222,7 +221,7 @@ def test_rates_rise_and_fall():
     rates = [optimizers.rate(step, 100, 2.0, config) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[9] == max(rates) == 2.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] == pytest.approx(0.2, rel=0.01)
     straight = OptimizerConfig(warmup=0.0, schedule="linear", final_lr=0.0)
     assert [optimizers.rate(i, 4, 1.0, straight) for i in range(4)] == [1, 0.75, 0.5, 0.25]

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fisher_lab import workbench
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import Config
+from fisher_lab.config.workbench_schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    TrainConfig,
+)
+from fisher_lab.runs.record import Run
+from fisher_lab.runs.signals import Interrupted
+from fisher_lab.tasks import train
+from fisher_lab.workbench import training
+from fisher_lab.workbench.snapshot import SnapshotError
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(1500))
+    )
+
+    def make(kind="gpt2", **changes):
+        return Config(
+            **{
+                "device": "cpu",
+                "progress": False,
+                "cache_dir": str(tmp_path / "cache"),
+                "model": ModelConfig(
+                    name=kind,
+                    type=kind,
+                    layers=1,
+                    width=16,
+                    heads=2,
+                    recipe=RecipeConfig(steps=4, batch_size=2, seq_len=32, lr=1e-2),
+                ),
+                "data": DataConfig(
+                    type="text_file",
+                    path=str(tmp_path / "text.txt"),
+                    vocab_size=300,
+                    heldout_fraction=0.2,
+                    batch_size=2,
+                    seq_len=32,
+                ),
+                "train": TrainConfig(eval_every=2, save_every_s=0.0),
+                **changes,
+            }
+        )
+
+    return make
+
+
+def start(cfg, directory):
+    run = Run.start(
+        directory,
+        config=dataclasses.asdict(cfg),
+        overrides=[],
+        identity=workbench.content_identity(cfg),
+        provenance={},
+    )
+    train.run(cfg, run)
+    return run
+
+
+def test_a_run_leaves_curve_metrics_and_a_model(config, tmp_path):
+    run = start(config(), tmp_path / "run")
+    curve = training.Curve.read(run.directory / "curve.csv", 4)
+    metrics = json.loads((run.directory / "metrics.json").read_text())
+    assert metrics["heldout_loss"] == curve.rows[-1]["heldout_loss"]
+    assert metrics["loss"] == curve.rows[-1]["loss"]
+    assert metrics["tokens"] == 4 * 2 * 32
+    assert metrics["train/steps"] == 4
+    assert metrics["baseline_loss"] > 0
+    cfg = config(model=ModelConfig(type="pretrained", name_or_path=str(run.directory / "model")))
+    loaded = workbench.build(cfg)
+    assert loaded.record["model"]["heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=0.2)
+    provenance = json.loads((run.directory / "run.json").read_text())["provenance"]
+    assert len(provenance["weights_sha256"]) == 64
+    assert provenance["workbench"]["task"] == "causal"
+
+
+def test_the_checkpoint_is_what_this_task_trains(config, tmp_path):
+    """One loop, two doors: with nothing else said the weights are the checkpoint's, to the bit."""
+    run = start(config(), tmp_path / "run")
+    trained = load_file(run.directory / "model" / "model.safetensors")
+    model = workbench.build(config()).model
+    assert trained
+    for name, tensor in trained.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_what_is_configured_is_what_is_done(config, tmp_path):
+    cfg = config(
+        seed=3,
+        train=TrainConfig(steps=3, batch_size=1, seq_len=16, eval_every=1),
+        optimizer=OptimizerConfig(lr=0.5, schedule="constant", warmup=0.0),
+    )
+    run = start(cfg, tmp_path / "run")
+    rows = training.Curve.read(run.directory / "curve.csv", 3).rows
+    assert [row["tokens"] for row in rows] == [16, 32, 48]
+    assert {row["lr"] for row in rows} == {0.5}
+    assert all("heldout_loss" in row for row in rows)
+    other = start(dataclasses.replace(cfg, seed=4), tmp_path / "other")
+    assert (
+        run.record["provenance"]["weights_sha256"] != other.record["provenance"]["weights_sha256"]
+    )
+
+
+def test_from_the_checkpoint(config, tmp_path):
+    cfg = config(train=TrainConfig(steps=1, from_checkpoint=True, eval_every=1))
+    cfg.model.recipe.steps = 40
+    checkpoint = workbench.build(cfg).record["model"]
+    run = start(cfg, tmp_path / "run")
+    rows = training.Curve.read(run.directory / "curve.csv", 1).rows
+    assert rows[0]["loss"] < checkpoint["baseline_loss"]
+    initial = run.record["provenance"]["workbench"]["initial"]
+    assert initial["checkpoint_sha256"] == checkpoint["checkpoint_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, "cancelled"), (signal.SIGUSR2, "preempted")]
+)
+def test_stopped_and_started_again_in_the_same_directory(
+    config, tmp_path, monkeypatch, signum, status
+):
+    whole = start(config(), tmp_path / "whole")
+    cfg = config()
+    run = Run.start(tmp_path / "run", config=dataclasses.asdict(cfg), overrides=[], identity={})
+    loop = training.train
+
+    def with_signal(*arguments, **more):
+        def after_step(done):
+            if done == 2:
+                os.kill(os.getpid(), signum)
+
+        return loop(*arguments, **more, after_step=after_step)
+
+    with monkeypatch.context() as patch, run.signals:
+        patch.setattr(training, "train", with_signal)
+        with pytest.raises(Interrupted) as stop:
+            train.run(cfg, run)
+    run.end(stop.value.status, stop.value.signum.name)
+    assert run.status == status
+    assert not (run.directory / "model").exists()
+    again = start(config(), tmp_path / "run")
+    assert again.record["provenance"]["resumed_at"] == 3
+    for file in ("model/model.safetensors",):
+        assert (again.directory / file).read_bytes() == (whole.directory / file).read_bytes()
+    metrics = [json.loads((r.directory / "metrics.json").read_text()) for r in (whole, again)]
+    assert metrics[0]["heldout_loss"] == metrics[1]["heldout_loss"]
+
+
+def test_a_directory_with_another_training_is_refused(config, tmp_path):
+    start(config(), tmp_path / "run")
+    with pytest.raises(SnapshotError, match="the state of another training"):
+        start(config(seed=1), tmp_path / "run")
+
+
+def test_bad_lengths_are_refused_before_anything_is_trained(config, tmp_path):
+    cfg = config(train=TrainConfig(seq_len=64))
+    with pytest.raises(ConfigError, match=r"train\.seq_len=64 .* at most 32"):
+        start(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
