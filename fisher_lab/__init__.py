@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
+    from fisher_lab.api_group import FisherCollector as FisherCollector
+    from fisher_lab.curvature.lanczos import FisherLanczos as FisherLanczos
+    from fisher_lab.curvature.spectral import FisherSpectral as FisherSpectral
+    from fisher_lab.curvature.spectral import SpectralConfig as SpectralConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "KFACNaturalGradient": "fisher_lab.api",
+    "FisherSpectral": "fisher_lab.curvature.spectral",
+    "SpectralConfig": "fisher_lab.curvature.spectral",
+    "FisherLanczos": "fisher_lab.curvature.lanczos",
+    "FisherCollector": "fisher_lab.api_group",
 }
 """Public name -> the module that defines it."""
 
