@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from .curvature.build import LayerFactors
 from .curvature.capture import Capture
-from .curvature.errors import CurvatureError
+from .curvature.errors import CurvatureError, FactorFileError
 from .curvature.kfac import KFACEngine, Progress, no_progress
 from .curvature.losses import LossFunction
 from .curvature.settings import (
@@ -36,6 +38,9 @@ from .curvature.settings import (
     in_range,
     one_of,
 )
+from .runs import atomic
+
+_HEADER = "fisher_lab.factors"
 
 
 class KFACNaturalGradient:
@@ -316,6 +321,52 @@ class KFACNaturalGradient:
         """Returns ``G^p dW A^p`` with damping and clipping; ``p = -1`` is the natural gradient."""
         return self.engine.powered(gradients, model, power)
 
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Returns factors, header and counters; tensors and plain values only."""
+        tensors, header = self.engine.export(model)
+        return {
+            "tensors": tensors,
+            "header": header,
+            "steps": self._steps,
+            "diagonal_fisher": dict(self.diagonal_fisher),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Takes what :meth:`state_dict` gave; the model is not changed.
+
+        Raises:
+            FactorFileError: another version, or incomplete.
+            LayerError: factors of another model; names the layer and both sides.
+        """
+        self.engine.restore(state["tensors"], state["header"], model)
+        self._steps = int(state["steps"])
+        self.diagonal_fisher = dict(state["diagonal_fisher"])
+
+    def save(self, path: str | Path, model: nn.Module) -> None:
+        """Writes the factors to a safetensors file: under a temporary name, then renamed.
+
+        Args:
+            path: of the file.
+            model: the model that the factors belong to; its fingerprint goes into the header.
+        """
+        from safetensors.torch import save
+
+        tensors, header = self.engine.export(model)
+        atomic.write_bytes(Path(path), save(tensors, metadata={_HEADER: json.dumps(header)}))
+
+    def load(self, path: str | Path, model: nn.Module) -> None:
+        """Reads factors from a file of :meth:`save`; neither model nor factors change on error.
+
+        Args:
+            path: of the file.
+            model: the model that they are wanted for.
+
+        Raises:
+            FactorFileError: no factor file, cut short, or of another version.
+            LayerError: factors of another model; names the layer and both sides.
+        """
+        self.engine.restore(*_read(Path(path)), model)
+
     def _update_diagonal(self, gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
             square = gradient.square()
@@ -324,6 +375,19 @@ class KFACNaturalGradient:
                 self.diagonal_fisher[name] = square
             else:
                 self.diagonal_fisher[name] = old.lerp(square, 1.0 - self.ema_decay)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FactorFileError(f"factor file {path}: does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise FactorFileError(f"factor file {path}: cut short or not one ({error})") from error
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -216,16 +216,17 @@ class FactorBuilder:
                 f"batch {self.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
         masks = TokenMasks.of(self.model, batch)
-        live = self._live_calls(capture, masks)
         self._calls = capture.calls
-        self._find_head(loss)
         if loss.scored is not None:
             self.fisher_kind = resolve(self.settings.fisher, loss.scored.logits.shape[1])
         want_own = self.keep_gradient and self.fisher_kind != "empirical"
-        first = True
+        first, live = True, {}
         for draw in draws(loss, self.settings.fisher, self.generator):
             keep = not draw.last or want_own or self._wants_diagonal()
             grads, others = self._backward(capture, draw, keep, own=draw.grad_output is None)
+            if first:  # a re-entrant checkpoint's calls are there only now
+                live = self._live_calls(capture, masks)
+                self._find_head(loss)
             self._add_draw(live, grads, masks, first=first, own=draw.grad_output is None)
             self._add_uncovered(others)
             first = False

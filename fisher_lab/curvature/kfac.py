@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ekfac
+from . import ekfac, state
 from .build import Built, FactorBuilder, LayerFactors
 from .capture import Capture
 from .errors import CurvatureError, LayerError, LossError
@@ -200,14 +200,38 @@ class KFACEngine:
                     "(or, in a compiled model, capture the uncompiled one)"
                 )
         self._ever_called |= built.called
-        self.factors = built.factors
         self.skipped = {**layers.skipped, **built.skipped}
         self.own_uncovered, self.diagonal = built.gradients, built.diagonal
         self.fisher = built.fisher
-        self._damped, self._bases, self._seconds = {}, {}, {}
-        self.refreshes += 1
+        self._replace(built.factors)
         for factors in self.factors.values():
             self._measure_storage(factors)
+
+    def _replace(self, factors: dict[str, LayerFactors]) -> None:
+        """New factors: every inverse of the old ones goes, whichever path it came from."""
+        self.factors = factors
+        self._damped, self._bases, self._seconds = {}, {}, {}
+        self.refreshes += 1
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def export(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the factors as tensors and a JSON-able header; see :mod:`.state`."""
+        self.check_model(model)
+        return state.export(self.factors, state.fingerprint(model))
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module
+    ) -> None:
+        """Takes factors that :meth:`export` gave; nothing changes where they do not match.
+
+        Raises:
+            FactorFileError: another version, or incomplete.
+            LayerError: factors of another model.
+        """
+        self._replace(state.restore(tensors, header, model, self.layers_of(model)))
+        self._ever_called |= set(self.factors)
+        self.own_uncovered, self.diagonal = {}, {}
 
     def _measure_storage(self, factors: LayerFactors) -> None:
         """Relative error of ``G^-1 dW`` on the factors' own gradient that rounding costs."""

@@ -1,0 +1,127 @@
+"""Hooks in the situations that usually break them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fisher_lab import KFACNaturalGradient
+from fisher_lab.curvature.errors import LayerError
+
+
+def squared(outputs, batch):
+    return outputs.square().sum(dim=-1) / 2
+
+
+class Net(nn.Module):
+    def __init__(self, inplace: bool = False, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.act, self.reentrant = nn.ReLU(inplace=inplace), reentrant
+
+    def body(self, x):
+        return self.second(self.act(self.first(x)))
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.body(x)
+        return checkpoint(self.body, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def build(**settings) -> Net:
+    torch.manual_seed(0)
+    return Net(**settings).double()
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def products(model: nn.Module) -> dict[str, torch.Tensor]:
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch(), loss=squared, n_labels=7)
+    assert {f.tokens for f in kfac.kfac_factors.values()} == {7}
+    vectors = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    return kfac.compute_fisher_vector_product(vectors, model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"inplace": True}, {"reentrant": False}, {"reentrant": True}],
+    ids=["in-place activation", "checkpoint", "re-entrant checkpoint"],
+)
+def test_the_same_factors_as_the_plain_model(settings):
+    plain, other = products(build()), products(build(**settings))
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_reentrant_checkpoint_leaves_the_gradients_of_the_caller():
+    model = build(reentrant=True)
+    marks = {n: torch.full_like(p, 3.0) for n, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = marks[name]
+    products(model)
+    assert all(p.grad is marks[n] for n, p in model.named_parameters())
+
+
+def test_an_input_changed_in_place_afterwards_is_an_error():
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden = x * 2
+            out = self.linear(hidden.detach())
+            return out + hidden.detach().add_(1.0)
+
+    with pytest.raises(LayerError, match=r"linear.*in place"):
+        products(Changing().double())
+
+
+def test_a_layer_that_is_never_called_is_an_error_that_names_it():
+    model = build()
+    model.unused = nn.Linear(2, 2).double()
+    with pytest.raises(LayerError, match=r"unused.*never called"):
+        products(model)
+    kfac = KFACNaturalGradient(exclude=["unused"])
+    kfac.collect_kfac_factors(model, batch(), loss=squared, n_labels=7)
+    assert set(kfac.kfac_factors) == {"first", "second"}
+    assert kfac.skipped["unused"] == "in exclude"
+
+
+def test_autocast_accumulates_in_the_core_dtype():
+    model = build().float()
+    x = batch().float()
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kfac.collect_kfac_factors(model, x, loss=squared, n_labels=7)
+    factors = kfac.kfac_factors["first"]
+    assert factors.G.columns.data.dtype == torch.bfloat16
+    augmented = torch.cat([x, torch.ones(7, 1)], dim=1).double()
+    torch.testing.assert_close(factors.A.matrix, augmented.T @ augmented / 7)
+
+
+def test_layers_that_read_the_very_same_tensor_share_one_factor():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 3, bias=False), nn.Linear(4, 2, bias=False)
+            self.v = nn.Linear(4, 2)
+            self.other = nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            parts = [self.q(x), self.k(x), self.v(x), self.other(x * 1.0)]
+            return torch.cat(parts, dim=1)
+
+    model = Branches().double()
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, [batch(), batch()], loss=squared, n_labels=7)
+    a = {name: f.A for name, f in kfac.kfac_factors.items()}
+    assert a["q"] is a["k"]
+    assert a["v"] is not a["q"]
+    assert a["other"] is not a["q"]
+    torch.testing.assert_close(a["other"].matrix, a["q"].matrix)
