@@ -195,6 +195,17 @@ def test_true_fisher_head(tokens, policy):
         reference.assert_close(product, truth.fisher_vector_product(own), 1e-10)
 
 
+def test_the_head_is_found_and_nothing_else_is_taken_for_it():
+    """Many refreshes: memory of an early layer's output may be used again for the logits."""
+    case = CASES["gpt2_untied"]
+    for _ in range(20):
+        model = case.model(DOUBLE)
+        kfac = engine("small_only", kfac_true_fisher_head=True)
+        kfac.collect_kfac_factors(model, case.batch("many"))
+        heads = [n for n, f in kfac.kfac_factors.items() if f["G_type"] == "true_head"]
+        assert heads == ["lm_head"]
+
+
 def test_true_fisher_head_has_powers_one_and_minus_one_only():
     case = CASES["gpt2_untied"]
     model = case.model(DOUBLE)
