@@ -73,12 +73,11 @@ class LanczosConfig:
         "auto", "How J v is formed.", one_of("auto", "forward", "double_backward")
     )
     density_probes: int = setting(
-        4, "Random vectors of the spectral density; 0: no density.", whole(0)
+        4,
+        "Random vectors behind density, trace and effective dimension; 0: eigenpairs alone.",
+        whole(0),
     )
-    density_steps: int = setting(30, "Lanczos steps a random vector.", whole(2))
-    trace_products: int = setting(
-        30, "Products of the Hutch++ trace, 6 or more; 0: no trace.", whole(0)
-    )
+    density_steps: int = setting(20, "Lanczos steps a random vector.", whole(2))
     dimension_damping: float | None = setting(
         1e-4, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
     )
@@ -86,8 +85,6 @@ class LanczosConfig:
 
     def check(self):
         """Yields what concerns more than one key."""
-        if 0 < self.trace_products < 6:
-            yield "trace_products", self.trace_products, "0, or a whole number of at least 6"
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
             yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -146,10 +145,15 @@ def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
     chosen = config.lanczos
     start = perf_counter()
     batches = _batches(config, bench)
-    engine = _lanczos(chosen, bench)
-    pairs = engine.top_eigenpairs(bench.model, batches, chosen.block)
-    pairs_s = perf_counter() - start
-    result: dict[str, Any] = {"top": pairs}
+    result = _lanczos(chosen, bench).analyze(
+        bench.model,
+        batches,
+        chosen.block,
+        lam=None if chosen.operator == "hessian" else chosen.dimension_damping,
+        n_probes=chosen.density_probes,
+        steps=chosen.density_steps,
+    )
+    pairs = result["top"]
     metrics: dict[str, Any] = {
         f"lanczos/eigenvalue_{i}": value for i, value in enumerate(pairs["eigenvalues"])
     }
@@ -158,13 +162,24 @@ def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
         "lanczos/residual_max": max(pairs["residuals"]),
         "lanczos/n_products": pairs["n_products"],
         "lanczos/memory_mb": pairs["memory_bytes"] / 2**20,
-        "lanczos/product_s": pairs_s / pairs["n_products"],
     }
-    metrics |= _stochastic(chosen, engine, bench, batches, result, run)
+    for name in ("trace", "effective_dimension"):
+        if name in result:
+            metrics |= _estimate(f"lanczos/{name}", result[name])
     atomic.write_json(run.directory / "lanczos.json", strict(result))
     figures.eigenvalues(run.directory / "lanczos_eigenvalues", pairs)
+    if "density" in result:
+        metrics["lanczos/mass_at_zero"] = result["density"]["mass_at_zero"]
+        _write_density(result["density"], run)
     metrics["lanczos/seconds"] = perf_counter() - start
     return metrics
+
+
+def _write_density(density: Mapping[str, Any], run: Run) -> None:
+    columns = ("grid", "density", "standard_error")
+    rows = zip(*(density[name] for name in columns), strict=True)
+    run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])
+    figures.density(run.directory / "lanczos_density", density)
 
 
 def _lanczos(chosen: LanczosConfig, bench: Bench) -> FisherLanczos:
@@ -187,60 +202,7 @@ def _lanczos(chosen: LanczosConfig, bench: Bench) -> FisherLanczos:
 def _say(line: str) -> None:
     """A line for the screen as well as for the log: what is about to be allocated."""
     log.info(line)
-    print(line, flush=True)  # noqa: T201
-
-
-def _stochastic(
-    chosen: LanczosConfig,
-    engine: FisherLanczos,
-    bench: Bench,
-    batches: list[Any],
-    result: dict[str, Any],
-    run: Run,
-) -> dict[str, Any]:
-    """Density, trace and effective dimension, each with its standard error."""
-    metrics: dict[str, Any] = {}
-    if chosen.density_probes > 0:
-        density = engine.spectral_density(
-            bench.model,
-            batches,
-            chosen.block,
-            n_probes=chosen.density_probes,
-            steps=chosen.density_steps,
-            log=chosen.operator != "hessian",
-        )
-        result["density"] = density
-        columns = ("grid", "density", "standard_error")
-        run.table(
-            "density.csv",
-            [
-                dict(zip(columns, row, strict=True))
-                for row in zip(*(density[name] for name in columns), strict=True)
-            ],
-        )
-        figures.density(run.directory / "lanczos_density", density)
-        metrics["lanczos/mass_at_zero"] = density["mass_at_zero"]
-        metrics |= _estimate("lanczos/trace_slq", density["trace"])
-    if chosen.trace_products > 0:
-        found = asdict(
-            engine.trace(bench.model, batches, chosen.block, n_products=chosen.trace_products)
-        )
-        result["trace"] = found
-        metrics |= _estimate("lanczos/trace", found)
-    if chosen.dimension_damping is not None and chosen.operator != "hessian":
-        found = asdict(
-            engine.effective_dimension(
-                bench.model,
-                batches,
-                chosen.dimension_damping,
-                chosen.block,
-                n_probes=max(chosen.density_probes, 2),
-                steps=chosen.density_steps,
-            )
-        )
-        result["effective_dimension"] = {**found, "lam": chosen.dimension_damping}
-        metrics |= _estimate("lanczos/effective_dimension", found)
-    return metrics
+    print(line, flush=True)
 
 
 def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:

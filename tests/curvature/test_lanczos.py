@@ -22,7 +22,6 @@ from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.isolation import isolated
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.quadrature import (
-    deflated_trace,
     hutch_plus_plus,
     quadrature,
 )
@@ -273,6 +272,30 @@ def test_density_integrates_to_one_and_says_what_is_zero(case):
     assert abs(trace["value"] - exact) <= 4 * trace["standard_error"]
 
 
+def test_one_analysis_gives_all_of_it(case):
+    engine = FisherLanczos(k=4, operator="true")
+    matrix = case.matrices["true"]
+    values = torch.linalg.eigvalsh(matrix).clamp(min=0).flip(0)
+    lam = 1e-2 * float(values[0])
+    found = engine.analyze(case.model, case.batch, lam=lam, n_probes=4, steps=24)
+    assert found["top"]["eigenvalues"] == pytest.approx(
+        values[:4].tolist(), abs=1e-6 * float(values[0])
+    )
+    for key, exact in (
+        ("trace", float(values.sum())),
+        ("effective_dimension", float((values / (values + lam)).sum())),
+    ):
+        assert abs(found[key]["value"] - exact) <= 4 * found[key]["standard_error"] + 1e-3 * exact
+        # The part that is known exactly carries no variance.
+        assert found[key]["standard_error"] < 0.5 * exact
+    density = found["density"]
+    mass = torch.trapezoid(
+        torch.tensor(density["density"]).double(), torch.tensor(density["grid"]).double()
+    )
+    assert float(mass) == pytest.approx(1.0 - density["mass_left_out"], abs=0.02)
+    assert engine.analyze(case.model, case.batch, n_probes=0).keys() == {"top"}
+
+
 def test_model_generator_and_batch_are_left_alone(case):
     model = copy.deepcopy(case.model).train()
     before = {key: value.clone() for key, value in case.batch.items()}
@@ -395,10 +418,9 @@ def test_standard_errors_are_honest():
         ),
         (lambda s: hutch_plus_plus(product, 40, n_products=24, seed=s, **CPU), exact),
         (
-            lambda s: deflated_trace(
-                product, 40, lambda x: x / (x + lam), values[:5], vectors,
-                n_probes=8, steps=15, seed=s,
-            ),
+            lambda s: quadrature(
+                product, 40, n_probes=8, steps=15, seed=s, deflate=vectors, **CPU
+            ).with_known(values[:5]).trace_of(lambda x: x / (x + lam)),
             dimension,
         ),
     ]  # fmt: skip

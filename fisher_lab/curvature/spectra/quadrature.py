@@ -64,6 +64,25 @@ class Quadrature:
         ]
         return _estimate(values, self.n_products, self.seed)
 
+    def with_known(self, values: Tensor) -> Quadrature:
+        """Adds eigenvalues that are known exactly, each with weight ``1/n``, to every probe.
+
+        For probes that were deflated by their eigenvectors: what is known then carries no variance
+        (what Hutch++ does for the trace, for any function and for the density).
+
+        Args:
+            values: ``[l]`` eigenvalues.
+        """
+        known = values.double().cpu()
+        weight = torch.full_like(known, 1.0 / self.n)
+        return Quadrature(
+            tuple(torch.cat([known, nodes]) for nodes in self.nodes),
+            tuple(torch.cat([weight, weights]) for weights in self.weights),
+            self.n,
+            self.n_products,
+            self.seed,
+        )
+
     def density(self, grid: Tensor, sigma: float, *, log: bool = False) -> tuple[Tensor, Tensor]:
         """Evaluates the spectral density, smoothed by Gaussians, on a grid.
 
@@ -192,47 +211,6 @@ def hutch_plus_plus(
         rest.append(float(probe.double() @ matvec(probe).double()))
     found = _estimate(rest, 2 * size + third, seed)
     return Estimate(known + found.value, found.standard_error, third, found.n_products, seed)
-
-
-def deflated_trace(
-    matvec: MatVec,
-    n: int,
-    function: Function,
-    values: Tensor,
-    vectors: Tensor,
-    *,
-    n_probes: int,
-    steps: int,
-    seed: int,
-) -> Estimate:
-    """Estimates ``tr f(A)``: exactly on known eigenpairs, by quadrature on their complement.
-
-    What Hutch++ is to the trace this is to a function of the operator: the largest terms carry no
-    variance.
-
-    Args:
-        matvec: the operator.
-        n: its size.
-        function: ``f``, elementwise, with ``f(0) = 0`` for a meaningful result at low rank.
-        values: ``[l]`` known eigenvalues.
-        vectors: ``[l, n]`` their eigenvectors, orthonormal rows.
-        n_probes: random vectors.
-        steps: Lanczos steps a probe.
-        seed: of the probes.
-    """
-    rest = quadrature(
-        matvec,
-        n,
-        n_probes=n_probes,
-        steps=steps,
-        seed=seed,
-        dtype=vectors.dtype,
-        device=vectors.device,
-        deflate=vectors,
-    )
-    found = rest.trace_of(function)
-    known = float(function(values.double().cpu()).sum())
-    return Estimate(known + found.value, found.standard_error, n_probes, found.n_products, seed)
 
 
 def _signs(
