@@ -9,8 +9,8 @@ from fisher_lab.curvature import losses
 
 from .tasks import TextTask
 
-BASELINE_BATCHES = 64
-"""Train batches whose labels the trivial model counts."""
+BASELINE_LABELS = 60_000
+"""The trivial model counts at least so many labels of the train side."""
 SEED = 0
 """Evaluation is the same for every run: its seed is fixed."""
 
@@ -54,9 +54,11 @@ def baseline_loss(
         limit: Held-out batches at most, as in `heldout_loss`.
     """
     counts = torch.ones(task.classes, dtype=torch.float64)
-    for index in range(BASELINE_BATCHES):
+    index = 0
+    while counts.sum() < BASELINE_LABELS + task.classes:
         batch = task.batch("train", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
         counts += torch.bincount(task.targets(batch), minlength=task.classes)
+        index += 1
     nats = -(counts / counts.sum()).log()
     seen: list[Tensor] = []
     for index in range(_batches(task, batch_size, seq_len, limit)):
