@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .accumulate import (
     CountAccumulator,
@@ -33,7 +34,7 @@ from .factors import (
 )
 from .fisher import Draw, draws, n_draws, resolve, scored_of
 from .layers import Kind, Layer, Layers, every_module
-from .losses import SummedLoss, at_least_float32, device_of, token_losses, unwrap
+from .losses import SummedLoss, device_of, token_losses, unwrap
 from .settings import KFACSettings
 from .storage import store_columns
 
@@ -347,7 +348,7 @@ class FactorBuilder:
 
     def _add_g(self, side: _Side, a: Tensor, g: Tensor, first: bool) -> None:
         if isinstance(side.g, NormAccumulator):
-            side.g.add(_norm_tokens(side.layer, a, g))
+            side.g.add(self._norm_tokens(side.layer, a, g))
             return
         if side.layer.name == self.head_name:
             return
@@ -359,6 +360,12 @@ class FactorBuilder:
         else:
             side.inputs.clear()
 
+    def _norm_tokens(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+        """Per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``."""
+        dtype = self.settings.numerics.core_dtype
+        xhat, g = normalised(layer.modules[0], x).to(dtype), g.to(dtype)
+        return g * xhat if layer.bias is None else torch.cat([g * xhat, g], dim=1)
+
     def _own(self, side: _Side, a: Tensor, g: Tensor) -> None:
         """Adds ``sum_t g_t a_t^T`` (with the bias column) in the core dtype."""
         dtype = self.settings.numerics.core_dtype
@@ -366,7 +373,7 @@ class FactorBuilder:
         if layer.tied:
             return
         if layer.kind is Kind.NORM:
-            part = _norm_tokens(layer, a, g).to(dtype).sum(dim=0)[:, None]
+            part = self._norm_tokens(layer, a, g).sum(dim=0)[:, None]
         elif layer.kind is Kind.EMBEDDING:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T
@@ -464,10 +471,11 @@ class FactorBuilder:
         if not (fisher.true_head or fisher.kind == "true") or self.head_name is not None:
             return
         scored_of(loss, "true")
-        storage = None if loss.logits is None else loss.logits.untyped_storage().data_ptr()
+        # By the graph's edge: an address may have been another tensor's before.
+        wanted = None if loss.logits is None else get_gradient_edge(loss.logits)
         for layer in self.layers.layers.values():
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
-            if linear and any(c.storage == storage for c in self._calls[layer.name]):
+            if linear and any(c.edge == wanted for c in self._calls[layer.name]):
                 self.head_name = layer.name
                 return
         raise LayerError(
@@ -625,10 +633,3 @@ class FactorBuilder:
             head.G = DenseFactor(dense)
         head.push, head.exact = False, None
         return head
-
-
-def _norm_tokens(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-    """Per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``."""
-    xhat = at_least_float32(normalised(layer.modules[0], x))
-    g = g.to(xhat.dtype)
-    return g * xhat if layer.bias is None else torch.cat([g * xhat, g], dim=1)

@@ -45,7 +45,6 @@ class Call:
         origin: where its positions come from.
         edge: graph edge of its output; None where the output carries no gradient.
         output: shape of the output.
-        storage: address of the output's storage (recognises the logits).
         grad: gradient of the output, where a re-computing backward pass has delivered it.
     """
 
@@ -53,7 +52,6 @@ class Call:
     origin: Origin
     edge: GradientEdge | None
     output: torch.Size
-    storage: int
     version: int
     grad: Tensor | None = None
 
@@ -142,12 +140,12 @@ class TokenMasks:
         (token types that the model fills in itself), unless the layer's name says position:
         in a batch of one sequence the shapes are alike.
         """
-        for t in self.tensors:
-            same = indices.shape == t.shape
-            if same and (indices.data_ptr() == t.data_ptr() or torch.equal(indices, t)):
-                return True
+        if any(indices.data_ptr() == t.data_ptr() for t in self.tensors):
+            return True
         if any(word in name.lower() for word in _OF_POSITIONS):
             return False
+        if any(indices.shape == t.shape and torch.equal(indices, t) for t in self.tensors):
+            return True
         known = [t.shape for t in self.tensors if t.dim() == 2]
         return indices.dim() == 2 and indices.shape in known
 
@@ -190,6 +188,9 @@ class Capture:
                 module.register_forward_hook(self._hook_for(layer.name), with_kwargs=True)
             )
         self._handles.append(self.model.register_forward_hook(self._keep_output))
+        self._handles.append(
+            self.model.register_forward_pre_hook(self._take_encoded, with_kwargs=True)
+        )
         if is_encoder_decoder(self.model):
             encoder = self.model.get_encoder()  # type: ignore[operator]
             self._handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
@@ -208,6 +209,12 @@ class Capture:
 
     def _keep_output(self, _module: nn.Module, _args: object, output: Any) -> None:
         self.outputs.append(output)
+
+    def _take_encoded(self, _module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
+        """Encoder outputs that the caller brings: the encoder itself will not be called."""
+        given = kwargs.get("encoder_outputs")
+        if given is not None:
+            self._encoded = given if isinstance(given, Tensor) else given[0]
 
     def _enter_encoder(self, *_: object) -> None:
         self._in_encoder = True
@@ -352,7 +359,6 @@ def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
         origin=origin,
         edge=edge,
         output=output.shape,
-        storage=output.untyped_storage().data_ptr(),
         version=detached._version,
     )
 

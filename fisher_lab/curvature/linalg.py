@@ -185,10 +185,11 @@ def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = F
 def largest_eigenvalue(
     multiply: Callable[[Tensor], Tensor], like: Tensor, n: int, *, steps: int = 40
 ) -> tuple[float, float]:
-    """Largest eigenvalue of a positive semi-definite operator by Lanczos, and its residual.
+    """Largest Ritz value of a positive semi-definite operator by Lanczos, and its residual.
 
-    Deterministic start; full reorthogonalisation. The largest eigenvalue lies within the
-    residual of the value (Parlett 1998, theorem 4.5.1).
+    Deterministic start; full reorthogonalisation. Some eigenvalue lies within the residual of the
+    value (Parlett 1998, theorem 4.5.1); that it is the largest is what Lanczos converges to from
+    a start that is not orthogonal to it.
 
     Args:
         multiply: ``[n] -> [n]``.

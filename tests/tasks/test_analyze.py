@@ -1,0 +1,153 @@
+"""`task=analyze` and `task=plan` on a tiny model: what the run directory says is what was computed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from fisher_lab.config import paths, store
+from fisher_lab.config.validate import validate
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks import analyze, plan
+from fisher_lab.tasks.engine import kfac_engine
+from fisher_lab.tasks.memory import MIB, PeakMemory
+from fisher_lab.workbench import build
+
+TINY = [
+    "model.init=random",
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.recipe.seq_len=32",
+    "data.vocab_size=300",
+    "data.batch_size=2",
+    "data.seq_len=32",
+    "kfac.big_threshold=100",
+    "progress=false",
+]
+
+REQUIRED = (
+    "loss tokens kfac/collect_s kfac/factor_s kfac/apply_s kfac/total_s kfac/forward_backward_s "
+    "kfac/peak_mb kfac/clipped_frac_A kfac/clipped_frac_G kfac/kappa_A_max kfac/kappa_G_max "
+    "kfac/woodbury_layers kfac/eig_layers ng/norm ng/cosine ng/decrement "
+    "ng/heldout_loss_decrease ng/heldout_loss_decrease_best grad/norm"
+).split()
+
+
+def config(*overrides: str):
+    store.register()
+    with initialize_config_dir(config_dir=str(paths.conf()), version_base="1.3"):
+        return validate(compose("config", overrides=[*TINY, *overrides]))
+
+
+def analysed(directory: Path, *overrides: str) -> tuple[dict, list[dict], dict]:
+    cfg = config(*overrides)
+    run = Run.start(directory, config={})
+    analyze.run(cfg, run)
+    run.complete()
+    with (directory / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    metrics = json.loads((directory / "metrics.json").read_text())
+    return metrics, rows, json.loads((directory / "run.json").read_text())
+
+
+def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path):
+    metrics, rows, record = analysed(tmp_path, "kfac.damping=0.1", "kfac/policy=auto")
+    assert [name for name in REQUIRED if metrics.get(name) is None] == []
+    assert metrics["tokens"] == 64
+    assert metrics["kfac/total_s"] == pytest.approx(
+        sum(metrics[f"kfac/{part}_s"] for part in ("collect", "factor", "apply"))
+    )
+    bench = build(config())
+    batches = bench.batches("train", 1, 0)
+    outputs = bench.model(**batches[0])
+    assert metrics["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
+    outputs.loss.backward()
+    parameters = dict(bench.model.named_parameters())
+    kfac = kfac_engine(config("kfac.damping=0.1"))
+    kfac.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn)
+    gradient = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    natural = kfac.compute_natural_gradient(gradient, bench.model)
+    covered = [n for n in gradient if n not in kfac.uncovered]
+    inner = sum(float((gradient[n] * natural[n]).sum()) for n in covered)
+    norm = sum(float(natural[n].square().sum()) for n in covered) ** 0.5
+    assert metrics["ng/decrement"] == pytest.approx(inner, rel=1e-4)
+    assert metrics["ng/norm"] == pytest.approx(norm, rel=1e-4)
+    assert record["provenance"]["kfac"]["uncovered"] == ["transformer.wpe.weight"]
+    assert {row["name"] for row in rows} == set(kfac.kfac_factors)
+
+
+def test_policies_differ_in_method_and_in_nothing_that_matters(tmp_path):
+    found = {
+        policy: analysed(tmp_path / policy, f"kfac/policy={policy}", "kfac.damping=0.01")
+        for policy in ("all", "auto", "hybrid", "small_only")
+    }
+    methods = {p: tuple(row["method"] for row in rows) for p, (_, rows, _) in found.items()}
+    assert len(set(methods.values())) == 4
+    for name in ("ng/norm", "ng/decrement", "ng/heldout_loss_decrease", "kfac/kappa_A_max"):
+        values = [metrics[name] for metrics, _, _ in found.values()]
+        assert values == pytest.approx([values[0]] * 4, rel=1e-6), name
+
+
+def test_the_step_is_judged_and_taken_back(tmp_path):
+    cfg = config()
+    bench = build(cfg)
+    before = {n: p.detach().clone() for n, p in bench.model.named_parameters()}
+    heldout = bench.batches("heldout", 2, 0)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    # Not a constant: the input of the layer sums to zero after its LayerNorm.
+    direction = {name: torch.randn(before[name].shape, generator=torch.Generator().manual_seed(0))}
+    start = analyze.mean_loss(bench, heldout)
+    moved = analyze.loss_after(bench, heldout, direction, 0.5)
+    with torch.no_grad():
+        dict(bench.model.named_parameters())[name].sub_(0.5 * direction[name])
+    assert moved == pytest.approx(analyze.mean_loss(bench, heldout), rel=1e-12)
+    assert moved != pytest.approx(start, rel=1e-6)
+    with torch.no_grad():
+        dict(bench.model.named_parameters())[name].copy_(before[name])
+    analyze.loss_after(bench, heldout, direction, 0.5)
+    assert all(torch.equal(p, before[n]) for n, p in bench.model.named_parameters())
+
+
+def test_plan_says_what_analyze_then_does(tmp_path, monkeypatch, capsys):
+    def no_backward(*_args, **_kwargs):
+        raise AssertionError("a plan must not run a backward pass")
+
+    monkeypatch.setattr(torch.autograd, "grad", no_backward)
+    monkeypatch.setattr(torch.Tensor, "backward", no_backward)
+    run = Run.start(tmp_path / "plan", config={})
+    plan.run(config("kfac/policy=hybrid"), run)
+    monkeypatch.undo()
+    with (tmp_path / "plan" / "plan.csv").open() as file:
+        planned = {row["name"]: row for row in csv.DictReader(file)}
+    _, rows, _ = analysed(tmp_path / "run", "kfac/policy=hybrid")
+    assert {n: (r["method"], r["tokens"]) for n, r in planned.items()} == {
+        row["name"]: (row["method"], row["tokens"]) for row in rows
+    }
+    assert planned["lm_head"]["small_only"] == "eig"
+    total = sum(float(r["bytes_A"]) + float(r["bytes_G"]) for r in planned.values())
+    assert run.values["plan/bytes"] == total
+    assert "policy hybrid" in capsys.readouterr().out
+
+
+def test_plan_marks_what_a_policy_refuses(tmp_path):
+    run = Run.start(tmp_path, config={})
+    plan.run(config("kfac/policy=auto", "kfac.max_dense_dim=200"), run)
+    rows = {row["name"]: row for row in run.tables["plan.csv"]}
+    assert rows["lm_head"]["small_only"] == "error"
+    assert rows["lm_head"]["hybrid"] == "woodbury"
+
+
+def test_peak_memory_sees_what_a_phase_takes():
+    with PeakMemory(torch.device("cpu")) as memory:
+        block = torch.ones(64 * MIB // 4)
+        del block
+    assert 60 < memory.growth_mib < 200
+    with PeakMemory(torch.device("cpu")) as memory:
+        pass
+    assert memory.growth_mib < 10
