@@ -93,7 +93,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _application(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    if args.help or args.hydra_help or args.shell_completion or args.cfg or args.info:
+    if args.help:
+        return _help(args)
+    if args.hydra_help or args.shell_completion or args.cfg or args.info:
         return _hydra_flag(args, argv)
     from hydra.types import RunMode
 
@@ -137,8 +139,19 @@ def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
+def _help(args: argparse.Namespace) -> int:
+    from fisher_lab.config import compose
+    from fisher_lab.config import help as page
+
+    with _hydra(args) as hydra:
+        name = args.config_name or CONFIG_NAME
+        cfg = compose.load(hydra.config_loader, args.overrides, name=name)
+    print(page.text(cfg, resolve=args.resolve))
+    return OK
+
+
 def _hydra_flag(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """``--help``, ``--cfg`` and their like: Hydra's own, after the overrides were checked."""
+    """``--cfg``, ``--info`` and their like: Hydra's own, once the overrides were checked."""
     import hydra
 
     from fisher_lab.config import compose

@@ -33,6 +33,8 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "heldout_loss": ("held-out loss", ".4f"),
         "heldout_loss_best": ("best held-out loss", ".4f"),
         "baseline_loss": ("held-out loss of the trivial model", ".4f"),
+        "loss/heldout": ("held-out loss", ".4f"),
+        "loss/baseline": ("held-out loss of the trivial model", ".4f"),
         "train/steps": ("training steps", "d"),
     },
     "Natural gradient": {
@@ -40,8 +42,8 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "grad/norm": ("norm of the gradient", "g"),
         "ng/cosine": ("cosine between the two", ".4f"),
         "ng/decrement": ("decrement <dW, natural gradient>", "g"),
-        "ng/heldout_loss_decrease": ("held-out loss decrease of one step", "+.4f"),
-        "ng/heldout_loss_decrease_best": ("the same at the best of seven steps", "+.4f"),
+        "ng/heldout_loss_decrease": ("held-out loss decrease, one step", "+.4f"),
+        "ng/heldout_loss_decrease_best": ("the same, best of seven steps", "+.4f"),
     },
     "K-FAC": {
         "kfac/woodbury_layers": ("layers by the Woodbury identity", "d"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,27 @@ def test_help_lists_groups_and_keys(door, tmp_path):
         assert f"\n{group}: " in answer.out
     assert "max_condition_number: 1000000.0" in answer.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_takes_overrides_and_resolves(door):
+    answer = door("--help", "--resolve", "seed=7", "threads=${seed}")
+    assert answer.code == 0
+    assert "\nthreads: 7\n" in answer.out
+
+
+def test_help_of_what_is_misspelt(door):
+    answer = door("--help", "model=gtp2")
+    assert (answer.code, len(answer.lines)) == (2, 1)
+
+
+def test_help_takes_less_than_two_seconds(tmp_path):
+    """Of processor time, which other work on the machine does not stretch as it does the clock."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "fisher_lab", "--help"]
+    done = subprocess.run(command, capture_output=True, timeout=60, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 @pytest.mark.parametrize("flag", [["--cfg", "job"], ["-c", "job"]])
