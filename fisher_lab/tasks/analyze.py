@@ -56,8 +56,11 @@ def run(config: Config, run: Run) -> None:
     engine = kfac_engine(config, progress)
     _time_plain_pass(bench, batches, run)
     gradient, natural = _precondition(engine, bench, batches, run)
-    run.table(LAYERS_FILE, layer_rows(engine.engine.reports()))
-    run.metrics(layer_metrics(engine.engine.reports()))
+    reports = engine.engine.reports()
+    run.table(LAYERS_FILE, layer_rows(reports))
+    run.metrics(layer_metrics(reports))
+    for report in reports:
+        log.info("%s", layer_line(report))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
     metrics = gradient_metrics(gradient, natural)
@@ -172,6 +175,21 @@ def gradient_metrics(
         "ng/decrement": decrement,
         "ng/cosine": decrement / scale if scale > 0 else math.nan,
     }
+
+
+def layer_line(report: LayerReport) -> str:
+    """Returns what was done to a layer in one line, for the log."""
+    f = report.factors
+    sides = [("A", report.A), ("G", report.G)]
+    told = [
+        f"{side}: lambda {r.damping:g}, clipped {r.clipped}/{r.dim}, kappa "
+        f"{r.kappa_before:.2e} -> {r.kappa_after:.2e}, {r.route}"
+        + (f", jitter {r.jitter:.1e}" if r.jitter else "")
+        + (f", fallback {r.fallback}" if r.fallback else "")
+        for side, r in sides
+        if r is not None
+    ]
+    return f"layer {f.layer.name}: T={f.tokens} {f.method} ({f.fisher}); " + "; ".join(told)
 
 
 def layer_rows(reports: Iterable[LayerReport]) -> list[dict[str, Any]]:

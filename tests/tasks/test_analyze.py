@@ -1,4 +1,4 @@
-"""`task=analyze` and `task=plan` on a tiny model: what the run directory says is what was computed."""
+"""`task=analyze` and `task=plan` on a tiny model: the run directory says what was computed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,28 @@ TINY = [
     "progress=false",
 ]
 
-REQUIRED = (
-    "loss tokens kfac/collect_s kfac/factor_s kfac/apply_s kfac/total_s kfac/forward_backward_s "
-    "kfac/peak_mb kfac/clipped_frac_A kfac/clipped_frac_G kfac/kappa_A_max kfac/kappa_G_max "
-    "kfac/woodbury_layers kfac/eig_layers ng/norm ng/cosine ng/decrement "
-    "ng/heldout_loss_decrease ng/heldout_loss_decrease_best grad/norm"
-).split()
+REQUIRED = [
+    "loss",
+    "tokens",
+    "kfac/collect_s",
+    "kfac/factor_s",
+    "kfac/apply_s",
+    "kfac/total_s",
+    "kfac/forward_backward_s",
+    "kfac/peak_mb",
+    "kfac/clipped_frac_A",
+    "kfac/clipped_frac_G",
+    "kfac/kappa_A_max",
+    "kfac/kappa_G_max",
+    "kfac/woodbury_layers",
+    "kfac/eig_layers",
+    "ng/norm",
+    "ng/cosine",
+    "ng/decrement",
+    "ng/heldout_loss_decrease",
+    "ng/heldout_loss_decrease_best",
+    "grad/norm",
+]
 
 
 def config(*overrides: str):

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg import Clipped, clip, robust_cholesky
+from ..linalg import Cholesky, Clipped, clip, robust_cholesky, symmetric_eigen
 from ..settings import Numerics, SettingError
 from .base import Damped, Factor, FactorReport, clipped_logdet
 from .dense import check_power
@@ -155,32 +155,41 @@ class DampedDiagonalLowRank(Damped):
         numerics: Numerics,
     ) -> None:
         self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
-        self._core: tuple[Tensor, float, float] | None = None
 
-    def _lower(self) -> tuple[Tensor, float, float]:
-        """Cholesky factor of ``S = I + sign w P D^-1 P^T`` with its jitter."""
-        if self._core is None:
-            f = self.factor
-            inverse = (f.diagonal + self.lam).reciprocal()
-            core = torch.zeros(
-                f.n_columns, f.n_columns, dtype=f.core_dtype, device=f.diagonal.device
-            )
-            for part in f.columns._blocks(f.core_dtype):
-                p = f.columns._block(part, f.core_dtype)
-                core.addmm_(p * inverse[part], p.T)
-            core.mul_(f.weight * f.sign)
-            found = robust_cholesky(core, 1.0, self.numerics.eps, on_host=self.numerics.on_host)
-            if found.lower is None:
-                raise SettingError(
-                    f"damping: {self.lam:g} leaves the core of the true-Fisher head indefinite "
-                    f"in {f.core_dtype}; allowed: a larger damping or core_dtype=float64"
-                )
-            self._core = (found.lower.to(self.numerics.apply_dtype), found.jitter, found.eps)
-        return self._core
+    @cached_property
+    def core(self) -> Tensor:
+        """``S - I = sign w P D^-1 P^T``, ``[N, N]`` in the core dtype."""
+        f = self.factor
+        inverse = (f.diagonal + self.lam).reciprocal()
+        core = torch.zeros(f.n_columns, f.n_columns, dtype=f.core_dtype, device=f.diagonal.device)
+        for part, p in f.columns.converted(f.core_dtype):
+            core.addmm_(p * inverse[part], p.T)
+        return core.mul_(f.weight * f.sign)
+
+    @cached_property
+    def cholesky(self) -> Cholesky:
+        """The factorisation of ``S``."""
+        return robust_cholesky(self.core, 1.0, self.numerics.eps, on_host=self.numerics.on_host)
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, above rounding, and eigenvectors of ``S``: where Cholesky fails."""
+        identity = torch.eye(len(self.core), dtype=self.core.dtype, device=self.core.device)
+        values, vectors = symmetric_eigen(self.core + identity, on_host=self.numerics.on_host)
+        least = len(values) * torch.finfo(values.dtype).eps * float(values.max())
+        return values.clamp(min=least), vectors
 
     def prepare(self) -> None:
         """Factorises the core, now."""
-        self._lower()
+        if self.cholesky.lower is None:
+            _ = self.eigen
+
+    def _solve(self, y: Tensor) -> Tensor:
+        """Returns ``S^-1 y``."""
+        if self.cholesky.lower is not None:
+            return torch.cholesky_solve(y, self.cholesky.lower.to(y))
+        values, vectors = (t.to(y) for t in self.eigen)
+        return vectors @ ((vectors.T @ y) / values[:, None])
 
     def power(self, y: Tensor, p: float) -> Tensor:
         """See :meth:`Damped.power`.
@@ -196,7 +205,7 @@ class DampedDiagonalLowRank(Damped):
             raise SettingError(f"power: {p:g} on the structure {f.structure}; allowed: -1, 1")
         inverse = (f.diagonal.to(y) + self.lam).reciprocal()[:, None]
         scaled = inverse * y
-        inner = torch.cholesky_solve(f.columns.times(scaled), self._lower()[0])
+        inner = self._solve(f.columns.times(scaled))
         low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
         return scaled - inverse * low
 
@@ -205,15 +214,16 @@ class DampedDiagonalLowRank(Damped):
         d = self.factor.diagonal + self.lam
         low = self.lam if self.factor.sign < 0 else float(d.min())
         kappa = float(d.max()) / low if low > 0 else float("inf")
-        _, jitter, eps = self._lower()
+        found = self.cholesky
+        failed = found.lower is None
         return FactorReport(
-            self.factor.dim, self.lam, 0, kappa, kappa, "cholesky", jitter, eps,
-            floor_applied=self.kappa_max is None,
+            self.factor.dim, self.lam, 0, kappa, kappa, "eigh" if failed else "cholesky",
+            found.jitter, found.eps, "eigh" if failed else "", self.kappa_max is None,
         )  # fmt: skip
 
     def logdet(self) -> float:
         """See :meth:`Damped.logdet`: ``log det D + log det S``."""
-        lower = self._lower()[0].double().diagonal()
-        return float((self.factor.diagonal.double() + self.lam).log().sum()) + 2.0 * float(
-            lower.log().sum()
-        )
+        outer = float((self.factor.diagonal.double() + self.lam).log().sum())
+        if self.cholesky.lower is not None:
+            return outer + 2.0 * float(self.cholesky.lower.double().diagonal().log().sum())
+        return outer + float(self.eigen[0].double().log().sum())

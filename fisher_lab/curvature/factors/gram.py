@@ -7,8 +7,8 @@ section 3, without its ``1/sqrt(T)``, which goes in as the weight ``w`` within t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,17 +72,22 @@ class Columns:
     def _direct(self, dtype: torch.dtype) -> bool:
         return self.data.dtype == dtype and self.data.device == self.device and self.scale == 1.0
 
-    def _blocks(self, dtype: torch.dtype) -> Any:
+    def _blocks(self, dtype: torch.dtype) -> Iterator[slice]:
         size = torch.empty(0, dtype=dtype).element_size()
         return blocks(self.shape[1], self.shape[0] * size)
+
+    def converted(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the columns in ``dtype``, a slice of outputs at a time."""
+        for columns in self._blocks(dtype):
+            yield columns, self._block(columns, dtype)
 
     def times(self, y: Tensor) -> Tensor:
         """Returns ``g y`` (``[T, m]``) for ``y`` of shape ``[out, m]``, in its dtype."""
         if self._direct(y.dtype):
             return self.data @ y
         result = y.new_zeros(self.shape[0], y.shape[1])
-        for columns in self._blocks(y.dtype):
-            result.addmm_(self._block(columns, y.dtype), y[columns])
+        for columns, part in self.converted(y.dtype):
+            result.addmm_(part, y[columns])
         return result
 
     def transposed_times(self, z: Tensor) -> Tensor:
@@ -90,8 +95,8 @@ class Columns:
         if self._direct(z.dtype):
             return self.data.T @ z
         result = z.new_empty(self.shape[1], z.shape[1])
-        for columns in self._blocks(z.dtype):
-            torch.mm(self._block(columns, z.dtype).T, z, out=result[columns])
+        for columns, part in self.converted(z.dtype):
+            torch.mm(part.T, z, out=result[columns])
         return result
 
     def gram(self, dtype: torch.dtype) -> Tensor:
@@ -100,8 +105,7 @@ class Columns:
             product = gram(self.data, dtype)
             return product if self.scale == 1.0 else product.mul_(self.scale**2)
         result = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=self.device)
-        for columns in self._blocks(dtype):
-            part = self._block(columns, dtype)
+        for _, part in self.converted(dtype):
             result.addmm_(part, part.T)
         return result
 
