@@ -67,7 +67,9 @@ class FisherCollector(GroupFisher):
             name = Path(str(plain["tensors"])).name
             data = (directory / name).read_bytes()
             if plain["digest"] != _digest(data):
-                raise FactorFileError(f"{directory / name}: not the file that {RECORD} was written with")
+                raise FactorFileError(
+                    f"{directory / name}: not the file that {RECORD} was written with"
+                )
             tensors = safetensors.torch.load(data)
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             if isinstance(error, FactorFileError):

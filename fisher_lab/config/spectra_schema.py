@@ -21,7 +21,9 @@ class SpectralConfig:
     enabled: bool = setting(False, "Whether `task=analyze` computes them.")
     block_structure: str = setting("layer", "What a block is.", one_of(*STRUCTURES))
     sample_unit: str = setting(
-        "token", "A row of J: a labelled token's or a sequence's gradient.", one_of("token", "sequence")
+        "token",
+        "A row of J: a labelled token's or a sequence's gradient.",
+        one_of("token", "sequence"),
     )
     n_samples: int | None = setting(None, "Samples, by a stable hash; null: all.", whole(1) | null)
     center_gradients: bool = setting(False, "Gradient covariance instead of the Fisher matrix.")
@@ -55,14 +57,14 @@ class LanczosConfig:
 
     enabled: bool = setting(False, "Whether `task=analyze` runs it.")
     k: int = setting(10, "Eigenpairs.", whole(1))
-    operator: str = setting(
-        "empirical", "Which matrix.", one_of("empirical", "true", "hessian")
-    )
+    operator: str = setting("empirical", "Which matrix.", one_of("empirical", "true", "hessian"))
     block: str | None = setting(None, "A block's name; null: the whole model.")
     max_vectors: int | None = setting(
         None, "Basis vectors; null: max(2k + 10, 20).", whole(3) | null
     )
-    max_products: int | None = setting(None, "Products at most; null: 20 a vector.", whole(1) | null)
+    max_products: int | None = setting(
+        None, "Products at most; null: 20 a vector.", whole(1) | null
+    )
     tol: float = setting(1e-6, "Residual over the largest eigenvalue at convergence.", above(0))
     which: str = setting(
         "largest", "Which end of the spectrum.", one_of("largest", "smallest", "magnitude")
@@ -81,7 +83,9 @@ class LanczosConfig:
     dimension_damping: float | None = setting(
         1e-4, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
     )
-    seed: int = setting(42, "Seed of the first vector and of the random vectors.", whole(0, MAX_SEED))
+    seed: int = setting(
+        42, "Seed of the first vector and of the random vectors.", whole(0, MAX_SEED)
+    )
 
     def check(self):
         """Yields what concerns more than one key."""
@@ -107,7 +111,9 @@ class GroupFisherConfig:
     share: float = setting(0.1, "Share of the entries that the overlap calls the top.", above(0))
     save_state: bool = setting(True, "Save the state, to be taken up or merged later.")
     export_dtype: str = setting(
-        "float32", "Dtype of exported tensors; the state is float64.", one_of("float64", "float32", "float16")
+        "float32",
+        "Dtype of exported tensors; the state is float64.",
+        one_of("float64", "float32", "float16"),
     )
 
     def check(self):

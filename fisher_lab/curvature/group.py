@@ -14,7 +14,7 @@ as many active tokens, or with ``sequence_weight="one"``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from . import losses
 from .errors import BatchError, CurvatureError, NonFiniteError
 from .groups.layout import GROUPS, Slot, from_json, group_scores, layout_of, to_json
 from .groups.welford import Moments
-from .spectra.gradients import PerSampleGradients
+from .spectra.gradients import Chunk, PerSampleGradients
 from .spectra.isolation import isolated
-from .spectra.samples import as_batches, draw_samples
+from .spectra.samples import SampleSet, as_batches, draw_samples
 
 UNITS = ("batch", "sequence", "token")
 SCHEMA = 1
@@ -159,25 +159,57 @@ class GroupFisher:
     def _collect_samples(
         self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
     ) -> None:
+        samples = self._draw(model, batch, task)
+        rows = PerSampleGradients(
+            model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
+        )
+        self._take(model, samples, rows, parameters, task)
+
+    def update_from(
+        self, model: nn.Module, batch: Any, chunks: Iterable[Chunk], task: str = "default"
+    ) -> None:
+        """Takes in per-sample gradients that are there already; no backward pass is made.
+
+        Args:
+            model: the model that they belong to.
+            batch: the batch or batches that they were collected on, without subsampling.
+            chunks: all rows, as ``GradientCache.chunks`` keeps them.
+            task: any name.
+
+        Raises:
+            CurvatureError: the unit is ``batch``.
+            BatchError: no label counts.
+        """
+        if self.unit == "batch":
+            raise CurvatureError("unit: 'batch'; per-sample gradients need 'sequence' or 'token'")
+        self._layout = layout_of(model)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._take(model, self._draw(model, batch, task), chunks, parameters, task)
+
+    def _draw(self, model: nn.Module, batch: Any, task: str) -> SampleSet:
         samples = draw_samples(
             model, batch, unit=self.unit, n_samples=None, seed=0, loss_fn=self._loss_fn
         )
         if samples.n == 0:
             raise BatchError(f"task {task}: no label of the batch counts")
-        rows = PerSampleGradients(
-            model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
-        )
-        for chunk in rows:
+        return samples
+
+    def _take(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        chunks: Iterable[Chunk],
+        parameters: Mapping[str, nn.Parameter],
+        task: str,
+    ) -> None:
+        for chunk in chunks:
             weights = torch.ones(chunk.n, dtype=torch.float64)
             if self.unit == "sequence" and self.sequence_weight == "tokens":
                 weights *= active_tokens(model, samples.sequences[chunk.sequence].batch)
-            full = {
-                name: chunk.dense[name].view(-1, *p.shape)
-                if name in chunk.dense
-                else torch.zeros(chunk.n, *p.shape, dtype=p.dtype, device=p.device)
-                for name, p in parameters.items()
+            rows = {
+                name: _rows(chunk, name, p).view(-1, *p.shape) for name, p in parameters.items()
             }
-            self.update_rows(task, full, weights)
+            self.update_rows(task, rows, weights)
 
     def merge(self, other: GroupFisher) -> None:
         """Takes in another collector's state, of other data; exact.
@@ -194,7 +226,7 @@ class GroupFisher:
             mine = self._moments.setdefault(task, {})
             for name, moments in theirs.items():
                 if name in mine and mine[name].mean.shape != moments.mean.shape:
-                    raise CurvatureError(f"task {task}: {name} has another shape in the other state")
+                    raise CurvatureError(f"task {task}: {name} has another shape in the other")
                 if name in mine:
                     mine[name].merge(moments)
                 else:
@@ -411,6 +443,15 @@ class GroupFisher:
         self.token_total = {t["name"]: float(t["token_total"]) for t in plain["tasks"]}
         self.n_updates = {t["name"]: int(t["n_updates"]) for t in plain["tasks"]}
         self._layout = None if plain["layout"] is None else from_json(plain["layout"])
+
+
+def _rows(chunk: Chunk, name: str, parameter: nn.Parameter) -> Tensor:
+    """Returns a parameter's rows ``[c, numel]``; zeros where the loss does not reach it."""
+    if name in chunk.dense:
+        return chunk.dense[name]
+    if name in chunk.factored:
+        return chunk.factored[name].dense()
+    return parameter.new_zeros(chunk.n, parameter.numel()).detach()
 
 
 def active_tokens(model: nn.Module, batch: Any) -> int:

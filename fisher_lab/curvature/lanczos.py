@@ -431,8 +431,8 @@ class FisherLanczos:
         if wanted > free:
             raise CurvatureError(
                 f"max_vectors: {m} vectors of {n} parameters take {wanted / 2**20:.0f} MiB, and "
-                f"{free / 2**20:.0f} MiB are free on {device}; allowed: {free * m // max(wanted, 1)}"
-                " or fewer, or a smaller block"
+                f"{free / 2**20:.0f} MiB are free on {device}; "
+                f"allowed: {free * m // max(wanted, 1)} or fewer, or a smaller block"
             )
         return device
 

@@ -199,9 +199,7 @@ class FisherSpectral:
             return GradientCache.from_chunks(self._chunks(model, samples, parameters), samples)
 
     def _isolated(self, model: nn.Module) -> Any:
-        return isolated(
-            model, seed=self.config.seed, deterministic=self.config.use_deterministic
-        )
+        return isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic)
 
     def _draw(self, model: nn.Module, batch: Any, n_samples: int | None) -> SampleSet:
         return draw_samples(
@@ -340,9 +338,7 @@ class FisherSpectral:
             solved[block] = found
         return record
 
-    def _eigenvalues(
-        self, collector: BlockMatrix, n: int, p: int, center: bool
-    ) -> records.Solved:
+    def _eigenvalues(self, collector: BlockMatrix, n: int, p: int, center: bool) -> records.Solved:
         config = self.config
         if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
             rows = collector.rows(center=center)

@@ -140,7 +140,9 @@ def reference_fisher(rows: dict[str, Tensor], names: list[str], *, center: bool 
     return matrix.T @ matrix / len(matrix)
 
 
-def reference_spectrum(rows: dict[str, Tensor], names: list[str], *, center: bool = False) -> Tensor:
+def reference_spectrum(
+    rows: dict[str, Tensor], names: list[str], *, center: bool = False
+) -> Tensor:
     """Eigenvalues of the Fisher matrix, descending, from the singular values of ``J/sqrt(N)``."""
     matrix = torch.cat([rows[name] for name in names], dim=1)
     if center:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_any_split_and_merge_gives_the_moments(n, scale, offset, cuts, seed):
     weights = generator.integers(1, 200, n).astype(float)
     bounds = [0, *sorted(min(cut, n) for cut in cuts), n]
     whole = GroupFisher()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         part = GroupFisher()
         for i in range(start, stop):
             part.update_fisher_welford("t", {"w": torch.tensor(gradients[i])}, weights[i])
@@ -135,7 +136,12 @@ def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
     collector.collect(case.model, case.batch, "t")
     for name, rows in case.rows["token"].items():
         close(collector.fisher_mean["t"][name], rows.square().mean(0), case.rtol, case.scale)
-        close(collector.fisher_variance["t"][name], rows.square().var(0), 10 * case.rtol, case.scale**2)
+        close(
+            collector.fisher_variance["t"][name],
+            rows.square().var(0),
+            10 * case.rtol,
+            case.scale**2,
+        )
     assert collector.token_total["t"] == len(labelled(case.architecture, case.batch))
 
 
@@ -269,7 +275,9 @@ def test_heads_are_the_slices_that_the_attention_uses(case, collected):
 def test_a_neuron_is_a_row_and_its_bias():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False)).double()
     collector = GroupFisher()
-    gradients = {n: torch.arange(p.numel()).view(p.shape) + 1.0 for n, p in model.named_parameters()}
+    gradients = {
+        n: torch.arange(p.numel()).view(p.shape) + 1.0 for n, p in model.named_parameters()
+    }
     collector.update_fisher_welford("t", gradients, 1)
     with pytest.raises(CurvatureError, match="describe"):
         collector.importance("t", "neuron")

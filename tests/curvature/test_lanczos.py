@@ -39,7 +39,7 @@ CPU = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
 def true_fisher(model, batch, architecture):
-    """(1/N) sum_n E_{y ~ p_n} [grad log p_n(y) grad log p_n(y)^T], one backward a token and class."""
+    """(1/N) sum_n E_{y ~ p_n} [g g^T], g = grad log p_n(y): one backward a token and class."""
     where = labelled(architecture, batch)
     parameters = list(model.parameters())
     n = sum(p.numel() for p in parameters)
@@ -48,9 +48,7 @@ def true_fisher(model, batch, architecture):
     for b, t, _ in where:
         logp = torch.log_softmax(logits[b, t], -1)
         for y in range(len(logp)):
-            grads = torch.autograd.grad(
-                logp[y], parameters, retain_graph=True, allow_unused=True
-            )
+            grads = torch.autograd.grad(logp[y], parameters, retain_graph=True, allow_unused=True)
             flat = torch.cat(
                 [
                     (torch.zeros_like(p) if g is None else g).flatten()
@@ -465,7 +463,7 @@ def test_memory_is_said_before_it_is_allocated_and_checked(monkeypatch):
     allocated = []
     monkeypatch.setattr(module, "free_memory", lambda device: 7 * n * 8 - 1)
     monkeypatch.setattr(module, "lanczos_algorithm", lambda *a, **k: allocated.append(a))
-    with pytest.raises(CurvatureError, match="max_vectors: 7 vectors .* allowed: 6 or fewer"):
+    with pytest.raises(CurvatureError, match=r"max_vectors: 7 vectors .* allowed: 6 or fewer"):
         FisherLanczos(k=2, max_vectors=7, say=said.append).top_eigenpairs(model, batch)
     assert len(said) == 2
     assert allocated == []
@@ -511,7 +509,7 @@ def test_errors_name_what_is_wrong():
         FisherLanczos(operator="fisher")
     with pytest.raises(CurvatureError, match="k: 0"):
         FisherLanczos(k=0)
-    with pytest.raises(CurvatureError, match="block: .*'transformer.h.7'"):
+    with pytest.raises(CurvatureError, match=r"block: .*'transformer\.h\.7'"):
         FisherLanczos().top_eigenpairs(model, batch, "transformer.h.7")
     with pytest.raises(CurvatureError, match="max_vectors: 5"):
         lanczos_algorithm(lambda v: v, 50, 5, max_vectors=5)

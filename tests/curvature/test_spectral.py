@@ -270,9 +270,7 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
     result = engine.compute_fisher_spectrum(model, (inputs, labels), block_structure="full")
     rows = []
     for x, y in zip(inputs.flatten(0, 1), labels.flatten(), strict=True):
-        grads = torch.autograd.grad(
-            -torch.log_softmax(model(x), -1)[y], list(model.parameters())
-        )
+        grads = torch.autograd.grad(-torch.log_softmax(model(x), -1)[y], list(model.parameters()))
         rows.append(torch.cat([g.flatten() for g in grads]))
     wanted = torch.linalg.svdvals(torch.stack(rows) / 6**0.5).square()
     assert_same_spectrum(result["global"]["eigenvalues"], wanted)
@@ -285,7 +283,9 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
 def backward_calls(monkeypatch):
     calls = []
     run = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append("grad") or run(*a, **k))
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: calls.append("grad") or run(*a, **k)
+    )
     back = torch.Tensor.backward
     monkeypatch.setattr(
         torch.Tensor, "backward", lambda *a, **k: calls.append("backward") or back(*a, **k)
@@ -431,7 +431,9 @@ def test_an_empty_batch_is_degenerate():
 
 
 def test_unused_and_frozen_parameters_are_degenerate_and_left_out():
-    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2), "ice": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2), "ice": nn.Linear(2, 2)}
+    )
     model["ice"].requires_grad_(False)
     model.forward = lambda x: model["ice"](model["used"](x))
     batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))

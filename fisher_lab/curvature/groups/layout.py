@@ -44,9 +44,7 @@ def layout_of(model: nn.Module) -> dict[str, list[Slot]]:
     """Returns the slots of every kind of group for a model's trainable parameters."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     layers = {
-        name: block
-        for block, names in parameter_blocks(model, "layer").items()
-        for name in names
+        name: block for block, names in parameter_blocks(model, "layer").items() for name in names
     }
     return {
         "layer": [Slot(n, layers[n], s) for n, s in shapes.items()],
@@ -57,7 +55,7 @@ def layout_of(model: nn.Module) -> dict[str, list[Slot]]:
 
 
 def _neurons(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
-    """A linear layer's output unit: its weights and its bias (a tied head's are the embedding's)."""
+    """A linear layer's output unit: weights and bias (a tied head's are the embedding's)."""
     names = {id(p): n for n, p in model.named_parameters()}
     slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
@@ -66,7 +64,7 @@ def _neurons(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Sl
         prefix = f"{path}." if path else ""
         axis = 1 if is_conv1d(module) else 0
         for parameter, at in ((module.weight, axis), (module.bias, 0)):
-            name = names.get(id(parameter))
+            name = names.get(id(parameter), "")
             if name in shapes and name not in slots:
                 slots[name] = Slot(name, f"{prefix}neuron", shapes[name], at)
     return list(slots.values())
@@ -162,9 +160,7 @@ def from_json(plain: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Slot]
     """
     try:
         return {
-            kind: [
-                Slot(s["parameter"], s["group"], tuple(s["view"]), s["axis"]) for s in slots
-            ]
+            kind: [Slot(s["parameter"], s["group"], tuple(s["view"]), s["axis"]) for s in slots]
             for kind, slots in plain.items()
         }
     except (KeyError, TypeError) as error:

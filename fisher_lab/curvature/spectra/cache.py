@@ -48,7 +48,9 @@ class GradientCache:
     def __len__(self) -> int:
         if self.keys:
             return len(self.keys)
-        return len(next(iter(self.per_sample_gradients.values()))) if self.per_sample_gradients else 0
+        return (
+            len(next(iter(self.per_sample_gradients.values()))) if self.per_sample_gradients else 0
+        )
 
 
 class _LazyRows(Mapping[str, Tensor]):
@@ -98,7 +100,9 @@ def cached_chunks(
         return None
     unit = getattr(cache, "sample_unit", samples.unit)
     if unit != samples.unit:
-        raise CurvatureError(f"gradient_cache: sample_unit {unit!r}; allowed here: {samples.unit!r}")
+        raise CurvatureError(
+            f"gradient_cache: sample_unit {unit!r}; allowed here: {samples.unit!r}"
+        )
     keys = tuple(getattr(cache, "keys", ()))
     chunks = getattr(cache, "chunks", ())
     if chunks and keys == samples.keys:
@@ -117,7 +121,7 @@ def _whole(
     for name, rows in gradients.items():
         if len(rows) != samples.n:
             raise CurvatureError(
-                f"gradient_cache: {len(rows)} rows of {name}; allowed here: {samples.n}, the samples"
+                f"gradient_cache: {len(rows)} rows of {name}; there are {samples.n} samples"
             )
     return _rows(gradients, parameters, list(range(samples.n)))
 

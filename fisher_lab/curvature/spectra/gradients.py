@@ -197,10 +197,7 @@ class PerSampleGradients:
         calls: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for name, module in self._factored.items():
-                hook = module.register_forward_hook(
-                    lambda _m, args, out, name=name: calls.__setitem__(name, (args[0], out))
-                )
-                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(_recorder(calls, name)).remove)
             outputs = losses.forward(self._model, sequence.batch)
         values = losses.token_losses(self._scorer.score(outputs, sequence.batch))
         if self._samples.unit == "sequence":
@@ -239,9 +236,7 @@ def _rows(
 ) -> list[Tensor | None]:
     """Differentiates ``values[start:stop]`` one by one, in a batched backward pass where it can."""
     if stop - start == 1:
-        grads = torch.autograd.grad(
-            values[start], targets, retain_graph=retain, allow_unused=True
-        )
+        grads = torch.autograd.grad(values[start], targets, retain_graph=retain, allow_unused=True)
         return [None if g is None else g[None] for g in grads]
     cotangents = torch.eye(len(values), dtype=values.dtype, device=values.device)[start:stop]
     try:

@@ -262,9 +262,7 @@ def lanczos_algorithm(
     )
 
 
-def _sizes(
-    n: int, k: int, max_vectors: int | None, max_products: int | None
-) -> tuple[int, int]:
+def _sizes(n: int, k: int, max_vectors: int | None, max_products: int | None) -> tuple[int, int]:
     if n < 1 or k < 1:
         raise CurvatureError(f"k: {k} of an operator of size {n}; allowed: both 1 or more")
     least = min(n, k + 2)

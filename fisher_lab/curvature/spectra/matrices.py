@@ -86,13 +86,14 @@ def factored_gram(pieces: FactoredRows, n: int, device: torch.device) -> Tensor:
     """
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
     for i in range(len(pieces)):
-        first, inputs, outputs = (x if isinstance(x, int) else x.to(device) for x in pieces.piece(i))
+        first, inputs, outputs = pieces.piece(i)
+        inputs, outputs = inputs.to(device), outputs.to(device)
         for j in range(i + 1):
-            other = pieces.piece(j)
-            mix = inputs @ other[1].to(device).T
-            mixed = torch.matmul(mix, other[2].to(device))
+            start, other_inputs, other_outputs = pieces.piece(j)
+            mix = inputs @ other_inputs.to(device).T
+            mixed = torch.matmul(mix, other_outputs.to(device))
             block = outputs.flatten(1) @ mixed.flatten(1).T
-            gram[first : first + len(outputs), other[0] : other[0] + len(mixed)] = block
+            gram[first : first + len(outputs), start : start + len(mixed)] = block
     return mirror(gram)
 
 

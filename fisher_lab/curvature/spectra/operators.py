@@ -78,7 +78,10 @@ class CurvatureOperator:
         loss_fn: losses.LossFunction | None = None,
         products: str = "auto",
     ) -> None:
-        for key, value, allowed in (("operator", name, OPERATORS), ("products", products, PRODUCTS)):
+        for key, value, allowed in (
+            ("operator", name, OPERATORS),
+            ("products", products, PRODUCTS),
+        ):
             if value not in allowed:
                 raise CurvatureError(f"{key}: {value!r}; allowed: {', '.join(allowed)}")
         self.name, self.products = name, products
@@ -118,9 +121,7 @@ class CurvatureOperator:
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         parts = vector.split(self._sizes)
-        return [
-            part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)
-        ]
+        return [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
 
     def _flatten(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         return torch.cat(
@@ -194,9 +195,7 @@ class _Part:
         with torch.no_grad(), forward_ad.dual_level():
             duals = {
                 f"inner.{name}": forward_ad.make_dual(p.detach(), t)
-                for name, p, t in zip(
-                    operator._names, operator._parameters, tangents, strict=True
-                )
+                for name, p, t in zip(operator._names, operator._parameters, tangents, strict=True)
             }
             outputs = functional_call(operator._wrapped, duals, (self._batch,))
             scored = operator._scorer.score(outputs, self._batch)

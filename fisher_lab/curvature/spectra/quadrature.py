@@ -104,7 +104,9 @@ class Quadrature:
             bump = torch.exp(-((grid[:, None] - where) ** 2) / (2 * sigma**2))
             curves.append(bump @ weights / (sigma * math.sqrt(2 * math.pi)))
         stacked = torch.stack(curves)
-        error = stacked.std(0) / math.sqrt(len(curves)) if len(curves) > 1 else stacked[0] * math.nan
+        error = (
+            stacked.std(0) / math.sqrt(len(curves)) if len(curves) > 1 else stacked[0] * math.nan
+        )
         return stacked.mean(0), error
 
 
@@ -154,9 +156,7 @@ def quadrature(
             nodes.append(torch.zeros(1, dtype=torch.float64))
             weights.append(torch.zeros(1, dtype=torch.float64))
             continue
-        basis = KrylovBasis(
-            matvec, n, steps, dtype=dtype, device=device, generator=generator
-        )
+        basis = KrylovBasis(matvec, n, steps, dtype=dtype, device=device, generator=generator)
         basis.start(probe)
         while basis.size < steps:
             basis.grow()
@@ -213,9 +213,7 @@ def hutch_plus_plus(
     return Estimate(known + found.value, found.standard_error, third, found.n_products, seed)
 
 
-def _signs(
-    n: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _signs(n: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
     return rademacher(n, generator).to(device=device, dtype=dtype)
 
 

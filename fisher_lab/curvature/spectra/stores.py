@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class MemoryBytes:
         self._kept.clear()
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous tensor on the host; works for every dtype."""
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
 class FileBytes:
     """Keeps the bytes in an unnamed temporary file.
 
@@ -73,16 +79,15 @@ class FileBytes:
 
     def write(self, offset: int, tensor: Tensor) -> None:
         """Writes the tensor's bytes at an offset."""
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._file.seek(offset)
-        view = memoryview(raw)
+        view = _bytes_of(tensor.detach().cpu().contiguous())
         while view:
             view = view[self._file.write(view) :]
 
     def read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Reads a tensor back."""
         out = torch.empty(shape, dtype=dtype)
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = _bytes_of(out)
         self._file.seek(offset)
         while view:
             count = self._file.readinto(view)

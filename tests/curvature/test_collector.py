@@ -1,0 +1,212 @@
+"""One collector over the engines, and the unified analysis on a saved model directory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from fisher_lab.analyzer import UnifiedConfig, UnifiedModelAnalyzer
+from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.api_collector import AdvancedFisherCollector
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.group import GroupFisher
+from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from tests.curvature.spectra_support import ARCHITECTURES, batch_of, reference_rows, tiny
+
+
+class CountingForward(nn.Module):
+    """Counts calls of a model's forward pass without getting between it and its type."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.calls = 0
+        model.register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_forward_pass_feeds_kfac_and_group_fisher(architecture):
+    model, batch = tiny(architecture), batch_of(architecture)
+    before = {key: value.clone() for key, value in batch.items()}
+    counter = CountingForward(model)
+    collector = AdvancedFisherCollector(damping=1e-3)
+    summary = collector.collect(model, batch, "t")
+    assert counter.calls == 1
+    assert summary["kfac_enabled"]
+    assert summary["n_refreshes"] == 1
+    # The same numbers as each engine by itself.
+    alone = KFACNaturalGradient(damping=1e-3)
+    model.eval()
+    alone.collect_kfac_factors(model, batch)
+    assert set(collector.kfac_factors) == set(alone.kfac_factors)
+    _, rows = reference_rows(model, batch, architecture)
+    parameters = dict(model.named_parameters())
+    mean = {name: rows[name].mean(0).view(parameters[name].shape) for name in rows}
+    scale = max(float(value.abs().max()) for value in mean.values())
+    for name, gradient in collector.gradients.items():
+        torch.testing.assert_close(gradient, mean[name], rtol=1e-5, atol=1e-7 * scale)
+    wanted = alone.compute_natural_gradient(collector.gradients, model)
+    found = collector.natural_gradient(model)
+    for name in wanted:
+        error = float((found[name] - wanted[name]).norm())
+        assert error <= 1e-4 * float(wanted[name].norm()) + 1e-9
+    group = GroupFisher("batch")
+    group.collect(model, batch, "t")
+    for name, value in group.fisher_mean["t"].items():
+        torch.testing.assert_close(
+            collector.group.fisher_mean["t"][name], value, rtol=1e-5, atol=1e-10 * scale**2
+        )
+    assert all(torch.equal(batch[key], before[key]) for key in before)
+    json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_the_cache_feeds_group_fisher_and_the_spectrum(unit, monkeypatch):
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    collector = AdvancedFisherCollector(use_kfac=False, group_unit=unit, cache_gradients=True)
+    summary = collector.collect(model, batch, "t")
+    assert not summary["kfac_enabled"]
+    assert summary["kfac_factors"] == {}
+    assert summary["cached_samples"] == {"token": 7, "sequence": 3}[unit]
+    alone = GroupFisher(unit)
+    alone.collect(model, batch, "t")
+    for name, value in alone.fisher_mean["t"].items():
+        torch.testing.assert_close(
+            collector.group.fisher_mean["t"][name], value, rtol=1e-12, atol=1e-18
+        )
+    config = SpectralConfig(sample_unit=unit, linear_gram="never")
+    fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
+    calls = []
+    run = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or run(*a, **k))
+    again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
+    assert again.compute_fisher_spectrum(model, batch)["per_block"] == fresh["per_block"]
+    assert calls == []
+
+
+def test_without_a_cache_the_spectrum_goes_on_by_itself():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    collector = AdvancedFisherCollector()
+    collector.collect(model, batch)
+    assert collector.gradient_cache.per_sample_gradients is None
+    engine = FisherSpectral(gradient_cache=collector.gradient_cache)
+    result = engine.compute_fisher_spectrum(model, batch)
+    assert result["metadata"]["gradient_source"] == "backward"
+
+
+def test_factors_are_refreshed_as_often_as_asked():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    collector = AdvancedFisherCollector(kfac_update_freq=2)
+    summary = collector.collect(model, [batch] * 5)
+    assert (summary["n_batches"], summary["n_refreshes"]) == (5, 3)
+
+
+def test_arguments_reach_kfac():
+    collector = AdvancedFisherCollector(
+        True, damping=1e-3, ema_decay=0.5, use_gpu_eigh=False, kfac_policy="small_only"
+    )
+    handler = collector.kfac_handler
+    assert handler.ema_decay == 0.5
+    assert handler.settings.numerics.on_host
+    assert handler.settings.damping.A == 1e-3
+    assert handler.settings.policy.name == "small_only"
+    assert handler.settings.fisher.kind == "true"
+
+
+def test_true_fisher_and_a_callers_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    batch = (torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0]))
+    collector = AdvancedFisherCollector(True, loss_fn=losses.CrossEntropy())
+    summary = collector.collect(model, batch)
+    assert set(summary["kfac_factors"]) == {"0", "2"}
+    alone = KFACNaturalGradient(fisher="true")
+    alone.collect_kfac_factors(model, batch, loss=losses.CrossEntropy())
+    wanted = alone.compute_natural_gradient(collector.gradients, model)
+    found = collector.natural_gradient(model)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_done_says_why():
+    with pytest.raises(CurvatureError, match="kfac_update_freq: 0"):
+        AdvancedFisherCollector(kfac_update_freq=0)
+    with pytest.raises(CurvatureError, match="use_kfac: False"):
+        AdvancedFisherCollector(use_kfac=False).natural_gradient(tiny("gpt2"))
+    with pytest.raises(CurvatureError, match="nothing has been collected"):
+        AdvancedFisherCollector().natural_gradient(tiny("gpt2"))
+
+
+# --- the unified analysis --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_gpt2(tmp_path_factory):
+    """A small GPT-2 with its tokenizer, saved as any model on the hub is."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    words = {"<unk>": 0, "the": 1, "a": 2, "of": 3, "is": 4, "in": 5, "to": 6, "and": 7, ".": 8}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="."
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(words), n_embd=8, n_layer=2, n_head=2, n_positions=16,
+        bos_token_id=0, eos_token_id=8,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def test_integration_test_of_the_notes(saved_gpt2):
+    config = UnifiedConfig(
+        model_paths=[str(saved_gpt2)], compute_advanced_fisher_metrics=True, batch_size=32,
+        seq_len=16,
+    )  # fmt: skip
+    analyzer = UnifiedModelAnalyzer(config)
+    results = analyzer.analyze_models([{"path": str(saved_gpt2)}])
+    assert "advanced_fisher" in results
+    assert results["advanced_fisher"]["kfac_enabled"]
+    assert len(results["advanced_fisher"]["kfac_factors"]) > 0
+    for name, factors in results["advanced_fisher"]["kfac_factors"].items():
+        assert factors["G_type"] in ("woodbury", "norm"), name
+        assert factors["tokens"] == 32 * 16
+    assert results["spectral"]["metadata"]["n_samples"] == 32
+    assert results["group_fisher"]["default"]["token_total"] == 32 * 16
+    assert all(results["lanczos"]["top"]["converged"])
+    assert results["models"][str(saved_gpt2)]["loss"] == results["loss"]
+    json.dumps(results["comparison"], allow_nan=False)
+
+
+def test_several_models_are_compared():
+    batch = batch_of("gpt2")
+    analyzer = UnifiedModelAnalyzer(UnifiedConfig(batches=[batch], lanczos_k=2))
+    results = analyzer.analyze_models(
+        [{"name": str(seed), "model": tiny("gpt2", seed=seed)} for seed in (0, 1)]
+    )
+    assert [row["model"] for row in results["comparison"]] == ["0", "1"]
+    first, second = results["comparison"]
+    assert first["spectral_largest_eigenvalue"] != second["spectral_largest_eigenvalue"]
+    assert first["kfac_layers"] == len(results["models"]["0"]["advanced_fisher"]["kfac_factors"])
+    with pytest.raises(ValueError, match="a name of its own"):
+        analyzer.analyze_models([{"name": "x"}, {"name": "x"}])
+    with pytest.raises(ValueError, match="none given"):
+        analyzer.analyze_models([])
+
+
+def test_switched_off_methods_are_left_out():
+    config = UnifiedConfig(
+        batches=[batch_of("gpt2")], compute_spectrum=False, compute_lanczos=False,
+        compute_advanced_fisher_metrics=False,
+    )  # fmt: skip
+    result = UnifiedModelAnalyzer(config).analyze_models([{"name": "m", "model": tiny("gpt2")}])
+    assert not {"advanced_fisher", "group_fisher", "spectral", "lanczos"} & set(result)
