@@ -36,7 +36,7 @@ SPECIAL_TOKENS = 37
 class RecipeConfig:
     """How the checkpoint of a built model is trained; all of it enters the checkpoint's hash."""
 
-    steps: int = setting(350, "Steps; a fixed number, with no early stop.", whole(1))
+    steps: int = setting(400, "Steps; a fixed number, with no early stop.", whole(1))
     batch_size: int = setting(8, "Sequences a step.", whole(1))
     seq_len: int = setting(128, "Tokens a sequence.", whole(8))
     lr: float = setting(3e-3, "Peak learning rate.", above(0))
