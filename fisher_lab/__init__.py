@@ -10,7 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisher_lab.analyzer import UnifiedConfig as UnifiedConfig
+    from fisher_lab.analyzer import UnifiedModelAnalyzer as UnifiedModelAnalyzer
     from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
+    from fisher_lab.api_collector import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.api_group import FisherCollector as FisherCollector
     from fisher_lab.curvature.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectral import FisherSpectral as FisherSpectral
@@ -24,6 +27,9 @@ _HOMES = {
     "SpectralConfig": "fisher_lab.curvature.spectral",
     "FisherLanczos": "fisher_lab.curvature.lanczos",
     "FisherCollector": "fisher_lab.api_group",
+    "AdvancedFisherCollector": "fisher_lab.api_collector",
+    "UnifiedConfig": "fisher_lab.analyzer",
+    "UnifiedModelAnalyzer": "fisher_lab.analyzer",
 }
 """Public name -> the module that defines it."""
 
