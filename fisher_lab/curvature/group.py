@@ -220,7 +220,8 @@ class GroupFisher:
         for name in ("unit", "sequence_weight"):
             if getattr(self, name) != getattr(other, name):
                 raise CurvatureError(
-                    f"{name}: {getattr(other, name)!r} cannot be merged into {getattr(self, name)!r}"
+                    f"{name}: {getattr(other, name)!r} cannot be merged into "
+                    f"{getattr(self, name)!r}"
                 )
         for task, theirs in other._moments.items():
             mine = self._moments.setdefault(task, {})

@@ -7,7 +7,7 @@ pass gives a chunk of its rows. A linear layer whose Gram matrix is cheaper with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,6 +229,15 @@ class PerSampleGradients:
         for name, grad in zip(self._dense, grads[len(calls) :], strict=True):
             if grad is not None:
                 chunk.dense[name] = grad.reshape(n, -1)
+
+
+def _recorder(
+    calls: dict[str, tuple[Tensor, Tensor]], name: str
+) -> Callable[[nn.Module, Any, Any], None]:
+    def record(_module: nn.Module, args: Any, output: Any) -> None:
+        calls[name] = (args[0], output)
+
+    return record
 
 
 def _rows(

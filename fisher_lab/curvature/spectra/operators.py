@@ -53,8 +53,10 @@ class CurvatureOperator:
         batch: one batch or an iterable of batches.
         parameters: the block, by name.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
-        products: ``forward`` (forward-mode Jacobian-vector pass), ``double_backward``, or ``auto``:
-            forward mode, and double backward where an operation has no forward derivative.
+        products: how ``J v`` is formed. ``double_backward`` keeps the graph of the backward pass
+            as well and is the fastest; ``forward`` (forward mode, without a graph) makes the
+            forward pass again each time and keeps less; ``auto`` is ``double_backward``, and
+            ``forward`` where an operation has no second derivative.
 
     Attributes:
         n: number of elements, ``n``.
@@ -85,7 +87,7 @@ class CurvatureOperator:
             if value not in allowed:
                 raise CurvatureError(f"{key}: {value!r}; allowed: {', '.join(allowed)}")
         self.name, self.products = name, products
-        self.used = "double_backward" if products == "double_backward" else "forward"
+        self.used = "forward" if products == "forward" else "double_backward"
         self._model, self._wrapped = model, _OnBatch(model)
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._sizes = [p.numel() for p in self._parameters]
@@ -141,6 +143,7 @@ class _Part:
         self.n_labels = scored.n_labels
         self._cotangent: Tensor | None = None
         self._pulled: tuple[Tensor | None, ...] = ()
+        self._adjoint = False
         if self.n_labels == 0:
             return
         self._probabilities = torch.softmax(scored.logits.detach(), dim=-1)
@@ -173,21 +176,43 @@ class _Part:
         if operator.name == "hessian":
             return operator._flatten(self._second(self._pulled, operator._parameters, tangents))
         pushed = self._push(tangents)
-        if operator.name == "true":
-            p = self._probabilities
-            pushed = p * pushed - p * (p * pushed).sum(-1, keepdim=True)
-        return operator._flatten(self._pull(self._output, pushed))
+        weighted = self._weigh(pushed)
+        grads = self._pull(self._output, weighted)
+        if operator.used == "double_backward" and not self._adjoint:
+            # <J^T w, v> = <w, J v>. An operation that can be differentiated only once drops out of
+            # the second pass without a word; here it shows.
+            self._adjoint = _agree(grads, tangents, weighted, pushed)
+            if not self._adjoint:
+                self._give_up("J v and J^T u do not belong together")
+                return self.product(tangents)
+        return operator._flatten(grads)
+
+    def _weigh(self, pushed: Tensor) -> Tensor:
+        if self._operator.name != "true":
+            return pushed
+        p = self._probabilities
+        return p * pushed - p * (p * pushed).sum(-1, keepdim=True)
 
     def _push(self, tangents: list[Tensor]) -> Tensor:
-        operator = self._operator
-        if operator.used == "forward":
+        if self._operator.used == "double_backward":
             try:
-                return self._push_forward(tangents)
+                return self._push_double_backward(tangents)
             except (RuntimeError, NotImplementedError) as error:
-                if operator.products == "forward" or "forward" not in str(error).lower():
+                # "derivative for ... is not implemented", "trying to differentiate twice ...".
+                if not any(k in str(error) for k in ("not implemented", "differentiate twice")):
                     raise
-                operator.used = "double_backward"
-        return self._push_double_backward(tangents)
+                self._give_up(str(error).splitlines()[0])
+        return self._push_forward(tangents)
+
+    def _give_up(self, reason: str) -> None:
+        """Leaves double backward for forward mode, where that is allowed.
+
+        Raises:
+            CurvatureError: double backward was asked for by name.
+        """
+        if self._operator.products != "auto":
+            raise CurvatureError(f"products: 'double_backward' does not work here: {reason}")
+        self._operator.used = "forward"
 
     def _push_forward(self, tangents: list[Tensor]) -> Tensor:
         """``J v`` by forward-mode differentiation, without a graph."""
@@ -229,3 +254,13 @@ class _Part:
             retain_graph=True,
             allow_unused=True,
         )
+
+
+def _agree(
+    grads: tuple[Tensor | None, ...], tangents: list[Tensor], weighted: Tensor, pushed: Tensor
+) -> bool:
+    left = sum(float((g * t).sum()) for g, t in zip(grads, tangents, strict=True) if g is not None)
+    right = float((weighted * pushed).sum())
+    bound = 1e-3 if pushed.dtype in (torch.float32, torch.float64) else 5e-2
+    scale = float(weighted.norm() * pushed.norm())
+    return abs(left - right) <= bound * scale
