@@ -1,0 +1,228 @@
+"""Time and memory of the spectral engines against the straightforward way, in one run.
+
+    python benchmarks/spectra.py [--samples 512] [--json FILE]
+
+A 4-layer GPT-2 (width 128, 2048 tokens tied, random weights), sequences of 128 tokens, float32.
+Every way runs in a process of its own, so that peak resident memory is its own; times are wall
+clock, and CPU seconds stand beside them for machines that are shared. `curvlinops` is measured
+where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LENGTH = 128
+
+
+def make(samples: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=2048, n_embd=128, n_layer=4, n_head=4, n_positions=LENGTH + 1,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    # One more token than labels that are wanted: the first of a sequence is not predicted.
+    ids = torch.randint(0, 2048, (math.ceil(samples / LENGTH), LENGTH + 1))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def straightforward(samples: int) -> dict[str, Any]:
+    """One backward pass a token over the whole batch, N x P kept, a Gram matrix a block."""
+    from fisher_lab.curvature import losses
+    from fisher_lab.curvature.spectra.blocks import parameter_blocks
+
+    model, batch = make(samples)
+    named = dict(model.named_parameters())
+    values = losses.token_losses(losses.score(model, batch))
+    rows = {name: torch.empty(len(values), p.numel()) for name, p in named.items()}
+    for i in range(len(values)):
+        grads = torch.autograd.grad(
+            values[i], list(named.values()), retain_graph=True, allow_unused=True
+        )
+        for (name, p), grad in zip(named.items(), grads, strict=True):
+            rows[name][i] = torch.zeros_like(p).flatten() if grad is None else grad.flatten()
+    largest = {}
+    for block, names in parameter_blocks(model, "layer").items():
+        gram = torch.zeros(len(values), len(values), dtype=torch.float64)
+        for name in names:
+            matrix = rows[name].double()
+            gram += matrix @ matrix.T
+        largest[block] = float(torch.linalg.eigvalsh(gram / len(values))[-1])
+    return {"largest": largest}
+
+
+def spectrum(samples: int, **config: Any) -> dict[str, Any]:
+    from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+
+    model, batch = make(samples)
+    result = FisherSpectral(SpectralConfig(**config)).compute_fisher_spectrum(model, batch)
+    return {"largest": {k: v["largest_eigenvalue"] for k, v in result["per_block"].items()}}
+
+
+def best(run: Callable[[], Any], repeats: int = 5) -> float:
+    """CPU seconds of the fastest of several calls: the one that was disturbed least."""
+    run()
+    found = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def products(samples: int) -> dict[str, Any]:
+    """A product of each operator against one plain forward and backward pass."""
+    from fisher_lab.curvature import losses
+    from fisher_lab.curvature.spectra.blocks import select_parameters
+    from fisher_lab.curvature.spectra.isolation import isolated
+    from fisher_lab.curvature.spectra.operators import CurvatureOperator
+
+    model, batch = make(samples)
+
+    def plain() -> None:
+        losses.summed_loss(losses.score(model, batch)).backward()
+        model.zero_grad()
+
+    seconds = {"forward+backward": best(plain)}
+    with isolated(model, seed=0):
+        for name in ("empirical", "true", "hessian"):
+            for way in ("double_backward", "forward"):
+                if (name, way) == ("hessian", "forward"):
+                    continue
+                matrix = CurvatureOperator(
+                    name, model, batch, select_parameters(model, None), products=way
+                )
+                vector = torch.randn(matrix.n)
+                seconds[f"{name}, {way}"] = best(lambda m=matrix, v=vector: m(v))
+    unit = seconds["forward+backward"]
+    return {"seconds": seconds, "ratio": {k: v / unit for k, v in seconds.items()}}
+
+
+def lanczos(samples: int) -> dict[str, Any]:
+    from fisher_lab.curvature.lanczos import FisherLanczos
+
+    model, batch = make(samples)
+    found = FisherLanczos(k=10, operator="true").top_eigenpairs(model, batch)
+    return {"eigenvalues": found["eigenvalues"], "products": found["n_products"]}
+
+
+def peer(samples: int) -> dict[str, Any]:
+    """scipy's eigsh over curvlinops' generalised Gauss-Newton operator, the same tolerance."""
+    from curvlinops import GGNLinearOperator
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    model, batch = make(samples)
+    model.set_attn_implementation("eager")
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.inner(input_ids=ids, use_cache=False).logits[:, :-1].mT
+
+    wrapped = Logits()
+    # ".mT" puts the classes second, where cross_entropy looks for them.
+    data = [(batch["input_ids"], batch["labels"][:, 1:])]
+    parameters = dict(wrapped.named_parameters())
+    matrix = GGNLinearOperator(wrapped, torch.nn.CrossEntropyLoss(), parameters, data)
+    counted = {"products": 0}
+    scipy_matrix = matrix.to_scipy()
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        counted["products"] += 1
+        return scipy_matrix @ vector.astype(np.float32)
+
+    n = sum(p.numel() for p in parameters.values())
+    operator = LinearOperator((n, n), matvec=product, dtype=np.float32)
+    values = eigsh(operator, k=10, which="LA", tol=1e-6, return_eigenvectors=False)
+    return {"eigenvalues": sorted(values.tolist(), reverse=True), **counted}
+
+
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "straightforward": straightforward,
+    "chunked": spectrum,
+    "chunked, no products": lambda n: spectrum(n, linear_gram="never"),
+    "chunked, deterministic": lambda n: spectrum(n, use_deterministic=True),
+    "chunked, 64 MiB": lambda n: spectrum(n, memory_budget_mb=64),
+    "full": lambda n: spectrum(n, storage_mode="full"),
+    "products": products,
+    "lanczos": lanczos,
+    "curvlinops + eigsh": peer,
+}
+
+
+def child(name: str, samples: int) -> None:
+    make(LENGTH)  # imports and the model are no part of what is measured
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = CASES[name](samples)
+    result |= {
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+        "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
+    print(json.dumps(result))
+
+
+def measure(name: str, samples: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", name, "--samples", str(samples)],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        env=os.environ,
+        check=False,
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--child")
+    parser.add_argument("--only", action="append", help="measure these cases alone")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.samples)
+        return
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "samples": options.samples}
+    plan = [(name, options.samples) for name in CASES]
+    # Peak memory against N: past the Gram matrices it should not grow.
+    plan += [("chunked, 64 MiB", n) for n in (128, 256, 1024)]
+    for name, samples in plan:
+        if options.only and name not in options.only:
+            continue
+        found = measure(name, samples)
+        results[f"{name}, N={samples}"] = found
+        shown = {k: round(v, 3) for k, v in found.items() if isinstance(v, float)}
+        print(f"{name}, N={samples}: {shown or found}", flush=True)
+        if "ratio" in found:
+            for key, value in found["ratio"].items():
+                print(f"    {key}: {value:.2f} x forward+backward")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
