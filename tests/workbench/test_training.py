@@ -221,7 +221,7 @@ def test_rates_rise_and_fall():
     rates = [optimizers.rate(step, 100, 2.0, config) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[9] == max(rates) == 2.0
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.2, rel=0.01)
     straight = OptimizerConfig(warmup=0.0, schedule="linear", final_lr=0.0)
     assert [optimizers.rate(i, 4, 1.0, straight) for i in range(4)] == [1, 0.75, 0.5, 0.25]
