@@ -123,7 +123,7 @@ def lanczos(samples: int) -> dict[str, Any]:
 
 
 def peer(samples: int) -> dict[str, Any]:
-    """scipy's eigsh over curvlinops' generalised Gauss-Newton operator, the same tolerance."""
+    """The eigsh of scipy over curvlinops' Gauss-Newton operator, with the same tolerance."""
     from curvlinops import GGNLinearOperator
     from scipy.sparse.linalg import LinearOperator, eigsh
 

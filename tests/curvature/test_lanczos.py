@@ -170,6 +170,7 @@ def test_a_block_is_the_matrix_restricted_to_it(case, operator):
     assert result["eigenvalues"] == pytest.approx(wanted.tolist(), abs=1e-6 * float(wanted[0]))
 
 
+@pytest.mark.parametrize("case", ["gpt2", "t5"], indirect=True)
 def test_batches_add_up_to_the_mean_over_labels(case):
     parts = [{key: value[i : i + 1] for key, value in case.batch.items()} for i in range(3)]
     engine = FisherLanczos(k=4)
@@ -179,6 +180,7 @@ def test_batches_add_up_to_the_mean_over_labels(case):
     assert split["eigenvalues"] == pytest.approx(whole["eigenvalues"], rel=1e-6)
 
 
+@pytest.mark.parametrize("case", ["gpt2", "llama"], indirect=True)
 def test_indefinite_hessians_by_magnitude_and_from_below(case):
     values, block = torch.linalg.eigvalsh(case.hessian), BLOCKS[case.architecture]
     scale = float(values.abs().max())
@@ -193,14 +195,14 @@ def test_indefinite_hessians_by_magnitude_and_from_below(case):
     )
 
 
+# Not T5: its ReLU has kinks within any step.
+@pytest.mark.parametrize("case", ["gpt2", "bert", "llama"], indirect=True)
 def test_hessian_product_against_finite_differences(case):
     """Another principle than any automatic second derivative."""
-    if case.architecture == "t5":
-        pytest.skip("T5's ReLU has kinks within any step")
     parameters = list(case.model.parameters())
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-    step, grads = 1e-4 if case.architecture in ("llama", "t5") else 1e-6, []
+    step, grads = 1e-4 if case.architecture == "llama" else 1e-6, []
     where = labelled(case.architecture, case.batch)
     for sign in (1, -2):
         with torch.no_grad():
@@ -240,6 +242,7 @@ def test_traces_lie_within_their_stated_errors(case):
         assert found.standard_error < 0.5 * exact
 
 
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_effective_dimension_within_its_stated_error(case):
     values = torch.linalg.eigvalsh(case.matrices["true"]).clamp(min=0)
     for share in (1e-2,):
@@ -251,6 +254,7 @@ def test_effective_dimension_within_its_stated_error(case):
         assert abs(found.value - exact) <= 4 * found.standard_error + 1e-3 * exact
 
 
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_density_integrates_to_one_and_says_what_is_zero(case):
     engine = FisherLanczos(operator="empirical")
     values = torch.linalg.eigvalsh(case.matrices["empirical"])
@@ -270,6 +274,7 @@ def test_density_integrates_to_one_and_says_what_is_zero(case):
     assert abs(trace["value"] - exact) <= 4 * trace["standard_error"]
 
 
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
 def test_one_analysis_gives_all_of_it(case):
     engine = FisherLanczos(k=4, operator="true")
     matrix = case.matrices["true"]
@@ -294,6 +299,7 @@ def test_one_analysis_gives_all_of_it(case):
     assert engine.analyze(case.model, case.batch, n_probes=0).keys() == {"top"}
 
 
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_model_generator_and_batch_are_left_alone(case):
     model = copy.deepcopy(case.model).train()
     before = {key: value.clone() for key, value in case.batch.items()}

@@ -1,0 +1,103 @@
+"""The steps of task=analyze that run the spectral engines: files, figures, metrics."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from fisher_lab.api_group import FisherCollector
+from fisher_lab.config import schema
+from fisher_lab.config.fields import problems
+from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks.progress import Progress
+from fisher_lab.tasks.spectra import run_engines
+from tests.curvature.spectra_support import batch_of, tiny
+
+
+@pytest.fixture
+def bench():
+    def batches(split, n, seed):
+        return [batch_of("gpt2", seed=seed + (1 if split == "train" else 100))][:n]
+
+    return SimpleNamespace(model=tiny("gpt2").eval(), loss_fn=None, batches=batches)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.start(tmp_path / "run", config={}, overrides=[], identity={}, provenance={})
+
+
+def configured(**engines):
+    config = schema.Config()
+    config.lanczos.k, config.lanczos.density_probes, config.lanczos.density_steps = 3, 2, 8
+    for name in engines:
+        getattr(config, name).enabled = True
+    return config
+
+
+def test_all_engines_leave_their_files_and_numbers(bench, run):
+    config = configured(spectral=1, lanczos=1, group_fisher=1)
+    metrics = run_engines(config, bench, run, Progress(False))
+    files = {path.name for path in run.directory.iterdir()}
+    assert {
+        "spectral.json", "spectral.csv", "lanczos.json", "density.csv", "group_fisher.json",
+        "group_fisher.csv", "group_fisher", "group_fisher_export.safetensors",
+    } <= files  # fmt: skip
+    for figure in (
+        "spectral_decay", "lanczos_eigenvalues", "lanczos_density", "group_fisher_layers"
+    ):  # fmt: skip
+        assert (run.directory / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (run.directory / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    recorded = json.loads((run.directory / "metrics.json").read_text())
+    assert recorded == metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    wanted = FisherSpectral(SpectralConfig()).compute_fisher_spectrum(
+        bench.model, bench.batches("train", 1, 0)
+    )
+    assert metrics["spectral/largest_eigenvalue"] == wanted["global"]["largest_eigenvalue"]
+    with (run.directory / "spectral.csv").open() as file:
+        rows = {row["block"]: row for row in csv.DictReader(file)}
+    for block, record in wanted["per_block"].items():
+        assert float(rows[block]["trace"]) == pytest.approx(record["trace"])
+    # The same matrix seen two ways: its trace is that of the blocks together.
+    error = metrics["lanczos/trace_se"]
+    assert abs(metrics["lanczos/trace"] - metrics["spectral/trace"]) <= 6 * error + 1e-9
+    saved = FisherCollector.load(run.directory / "group_fisher")
+    assert saved.token_total == {"train": 11.0, "heldout": 11.0}
+    assert metrics["group_fisher/token_total"] == 11
+
+
+def test_engines_that_are_off_do_nothing(bench, run):
+    before = {path.name for path in run.directory.iterdir()}
+    assert run_engines(schema.Config(), bench, run, Progress(False)) == {}
+    assert {path.name for path in run.directory.iterdir()} == before
+
+
+def test_figures_of_the_same_numbers_have_the_same_bytes(bench, tmp_path):
+    found = []
+    for name in ("a", "b"):
+        run = Run.start(tmp_path / name, config={}, overrides=[], identity={}, provenance={})
+        run_engines(configured(spectral=1), bench, run, Progress(False))
+        found.append((run.directory / "spectral_decay.pdf").read_bytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("spectral", "storage_mode", "disk"), ("spectral", "chunk_size", 0),
+        ("spectral", "memory_budget_mb", -1.0), ("lanczos", "k", 0), ("lanczos", "tol", 0.0),
+        ("lanczos", "max_vectors", 5), ("lanczos", "operator", "fisher"),
+        ("group_fisher", "unit", "word"), ("group_fisher", "share", 1.5),
+    ],
+)  # fmt: skip
+def test_configuration_out_of_range_names_the_key(section, key, value):
+    config = schema.Config()
+    assert list(problems(config)) == []
+    setattr(getattr(config, section), key, value)
+    assert [problem[:2] for problem in problems(config)] == [(f"{section}.{key}", value)]
