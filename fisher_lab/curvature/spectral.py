@@ -36,8 +36,9 @@ class SpectralConfig:
     Attributes:
         seed: of the subsample and the sketch.
         use_deterministic: ``torch.use_deterministic_algorithms`` and a fixed cuBLAS workspace
-            during the call. Bit-identical from run to run; slower (``docs/spectra.md`` has what
-            was measured), and an operation without a deterministic form is an error.
+            during the call. Bit-identical from run to run; it can be slower, above all on a GPU
+            (``benchmarks/spectra.py`` measures by how much), and an operation without a
+            deterministic form is an error.
         sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
             token-summed loss).
         eigensolve_device: ``cpu``, ``cuda``, or ``auto`` (the host, but the model's GPU from
