@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 bench: $(BENCH_STAMP)
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) benchmarks/spectra.py $(ARGS)
 
 install: $(STAMP)
 
