@@ -11,7 +11,9 @@ ARGS ?=
 PIP_FLAGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fisher-lab-installed
-BENCH_STAMP := $(VENV)/.fisher-lab-bench-installed
+BENCH_VENV ?= .venv-bench
+BENCH_PY := $(BENCH_VENV)/bin/python
+BENCH_STAMP := $(BENCH_VENV)/.fisher-lab-installed
 # Two workers with a thread each: the tests are many and small.
 WORKERS ?= 2
 
@@ -29,8 +31,10 @@ lint: $(STAMP)
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
+#   make bench BENCH=benchmarks/kfac/peers.py ARGS="--workload llama"
+BENCH ?= benchmarks/spectra.py
 bench: $(BENCH_STAMP)
-	$(PY) benchmarks/spectra.py $(ARGS)
+	$(BENCH_PY) $(BENCH) $(ARGS)
 
 install: $(STAMP)
 
@@ -40,8 +44,13 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
-$(BENCH_STAMP): $(STAMP)
-	$(PY) -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev,bench]"
+# The libraries that the benchmarks compare with live in an environment of their own: one of them
+# brings a top-level package named "tests", another asks for torchvision, which nothing here uses
+# and which does not load beside a CPU build of torch.
+$(BENCH_STAMP): pyproject.toml constraints.txt | $(PY)
+	@$(PYTHON) -m venv --without-pip $(BENCH_VENV)
+	$(PY) -m pip --python $(BENCH_PY) install $(PIP_FLAGS) -c constraints.txt -e ".[bench]"
+	$(PY) -m pip --python $(BENCH_PY) uninstall -y torchvision
 	@touch $@
 
 # Debian's python3 comes without ensurepip: there the environment is made bare and pip is put into

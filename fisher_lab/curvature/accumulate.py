@@ -61,27 +61,36 @@ class MomentAccumulator:
     def __init__(self, n: int, augmented: bool, dtype: torch.dtype, device: torch.device) -> None:
         size = n + int(augmented)
         self.n, self.augmented, self.tokens = n, augmented, 0
-        self.total = torch.zeros(size, size, dtype=dtype, device=device)
+        self.total = torch.empty(size, size, dtype=dtype, device=device)
+        self._sums = torch.zeros(n, dtype=dtype, device=device) if augmented else None
+        self._fresh = True
 
     def add(self, a: Tensor) -> None:
         """Adds tokens ``[T, n]``."""
         n = self.n
-        add_second_moment(self.total[:n, :n], a)
-        if self.augmented:
-            self.total[n, :n] += a.sum(dim=0, dtype=self.total.dtype)
-            self.total[n, n] += a.shape[0]
+        add_second_moment(self.total[:n, :n], a, fresh=self._fresh)
+        if self._sums is not None:
+            self._sums += a.sum(dim=0, dtype=self.total.dtype)
         self.tokens += a.shape[0]
+        self._fresh = False
 
     def copy(self) -> MomentAccumulator:
         """Returns an accumulator with the same sum that goes its own way from here."""
         other = MomentAccumulator(self.n, self.augmented, self.total.dtype, self.total.device)
         other.total.copy_(self.total)
-        other.tokens = self.tokens
+        if self._sums is not None and other._sums is not None:
+            other._sums.copy_(self._sums)
+        other.tokens, other._fresh = self.tokens, self._fresh
         return other
 
     def factor(self) -> DenseFactor:
-        """Returns ``A = (1/T) sum a a^T``."""
-        return DenseFactor(mirror(self.total) / self.tokens)
+        """Returns ``A = (1/T) sum a a^T``; takes the sum along, nothing can be added after it."""
+        n, total = self.n, self.total
+        mirror(total[:n, :n])
+        if self._sums is not None:
+            total[n, :n] = total[:n, n] = self._sums
+            total[n, n] = self.tokens
+        return DenseFactor(total.div_(self.tokens))
 
 
 class CountAccumulator:
@@ -151,9 +160,9 @@ class GradientAccumulator:
 
     def _to_matrix(self) -> None:
         dtype, device = self.numerics.core_dtype, self.parts[0].device
-        self.total = torch.zeros(self.out, self.out, dtype=dtype, device=device)
-        for part in self.parts:
-            add_second_moment(self.total, part)
+        self.total = torch.empty(self.out, self.out, dtype=dtype, device=device)
+        for index, part in enumerate(self.parts):
+            add_second_moment(self.total, part, fresh=index == 0)
         self.parts.clear()
 
     def _reduce(self) -> None:
@@ -195,9 +204,12 @@ class GradientAccumulator:
         return self.total is None and not self.reduction
 
     def factor(self, weight: float) -> DenseFactor | GramFactor:
-        """Returns ``G = weight * sum g g^T``, with columns stored as the settings say."""
+        """Returns ``G = weight * sum g g^T``, with columns stored as the settings say.
+
+        Takes the sum along: nothing can be added after it.
+        """
         if self.total is not None and self.reduction != "lossless":
-            return DenseFactor(mirror(self.total) * weight)
+            return DenseFactor(mirror(self.total).mul_(weight))
         if self.total is not None:
             values, vectors = symmetric_eigen(mirror(self.total))
             keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
@@ -272,5 +284,5 @@ class NormAccumulator:
     def factor(self, weight: float) -> DenseFactor | DiagonalFactor:
         """Returns ``weight * sum v v^T``, or its diagonal."""
         if self.dense:
-            return DenseFactor(mirror(self.total) * weight)
+            return DenseFactor(mirror(self.total).mul_(weight))
         return DiagonalFactor(self.total * weight)

@@ -23,6 +23,7 @@ from .capture import Capture
 from .errors import CurvatureError, LayerError, LossError
 from .factors import Damped, Factor, FactorReport, GramFactor
 from .layers import Kind, Layer, Layers, discover
+from .linalg import all_finite
 from .losses import (
     LossFunction,
     SummedLoss,
@@ -449,7 +450,7 @@ class KFACEngine:
         return factors.ratio**power if self.settings.fisher.scale == "exact" else 1.0
 
     def _finite(self, name: str, y: Tensor) -> None:
-        if not bool(torch.isfinite(y).all()):
+        if not all_finite(y):
             raise CurvatureError(
                 f"layer {name}: the result is not finite at damping "
                 f"A {self.settings.damping.A:g}, G {self.settings.damping.G:g}; allowed: finite "

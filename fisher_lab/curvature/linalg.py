@@ -27,56 +27,57 @@ def blocks(length: int, bytes_each: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def add_second_moment(total: Tensor, x: Tensor) -> None:
+def add_second_moment(total: Tensor, x: Tensor, *, fresh: bool = False) -> None:
     """Adds ``x^T x`` to ``total`` in place, in the precision of ``total``.
 
     Args:
         total: ``[n, n]``; only its lower triangle is filled where ``n`` is large, see
             :func:`mirror`.
         x: ``[T, n]``, any floating dtype; converted in blocks of rows.
+        fresh: ``total`` holds nothing yet, not even zeros.
     """
-    if x.dtype == total.dtype:
-        _add_lower(total, x)
+    beta = 0.0 if fresh else 1.0
+    if x.dtype == total.dtype or x.shape[0] == 0:
+        _add_lower(total, x.to(total.dtype), beta)
         return
     for rows in blocks(x.shape[0], x.shape[1] * total.element_size()):
-        _add_lower(total, x[rows].to(total.dtype))
+        _add_lower(total, x[rows].to(total.dtype), beta)
+        beta = 1.0
 
 
-def _add_lower(total: Tensor, x: Tensor) -> None:
+def _add_lower(total: Tensor, x: Tensor, beta: float) -> None:
     """Lower triangle by halves: a symmetric product needs half the work of a general one."""
     n = total.shape[0]
     if n <= SYMMETRIC_LEAF:
-        total.addmm_(x.T, x)
+        total.addmm_(x.T, x, beta=beta)
         return
     half = n // 2
-    _add_lower(total[:half, :half], x[:, :half])
-    _add_lower(total[half:, half:], x[:, half:])
-    total[half:, :half].addmm_(x[:, half:].T, x[:, :half])
+    _add_lower(total[:half, :half], x[:, :half], beta)
+    _add_lower(total[half:, half:], x[:, half:], beta)
+    total[half:, :half].addmm_(x[:, half:].T, x[:, :half], beta=beta)
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Copies the lower triangle of a square matrix to its upper one, in place."""
+    """Copies what :func:`add_second_moment` left out to the upper triangle, in place."""
     n = total.shape[0]
-    for rows in blocks(n, n * total.element_size()):
-        total[rows, rows.start :] = _upper_from(total, rows)
+    if n > SYMMETRIC_LEAF:
+        half = n // 2
+        mirror(total[:half, :half])
+        mirror(total[half:, half:])
+        total[:half, half:] = total[half:, :half].T
     return total
-
-
-def _upper_from(total: Tensor, rows: slice) -> Tensor:
-    """The block row of the full symmetric matrix, from its lower triangle."""
-    square = total[rows, rows].tril()
-    square = square + square.tril(-1).T
-    return torch.cat([square, total[rows.stop :, rows].T], dim=1)
 
 
 def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``x x^T`` (``[T, T]``) in ``dtype``, converting ``x`` in blocks of columns."""
-    result = torch.zeros(x.shape[0], x.shape[0], dtype=dtype, device=x.device)
-    if x.dtype == dtype:
-        _add_lower(result, x.T)
+    result = torch.empty(x.shape[0], x.shape[0], dtype=dtype, device=x.device)
+    if x.dtype == dtype or x.shape[1] == 0:
+        _add_lower(result, x.to(dtype).T, 0.0)
         return mirror(result)
+    beta = 0.0
     for columns in blocks(x.shape[1], x.shape[0] * result.element_size()):
-        _add_lower(result, x[:, columns].to(dtype).T)
+        _add_lower(result, x[:, columns].to(dtype).T, beta)
+        beta = 1.0
     return mirror(result)
 
 
@@ -156,6 +157,23 @@ class Cholesky:
     eps: float
 
 
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``cholesky_ex``, for widths of a power of two in a frame that is a little wider.
+
+    On the host the triangle is cut out along columns whose addresses then collide in the cache:
+    that took twice as long as the factorisation itself at the widths that transformers have.
+    """
+    n = matrix.shape[0]
+    if matrix.device.type != "cpu" or n < 1024 or n % 256:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower, info
+    frame = matrix.new_zeros(n + 16, n + 16)
+    frame[:n, :n] = matrix
+    frame[n:, n:].diagonal().fill_(1.0)
+    lower, info = torch.linalg.cholesky_ex(frame)
+    return lower[:n, :n], info
+
+
 def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = False) -> Cholesky:
     """Factorises ``matrix + lam I``; jitter 0, eps, 10 eps relative to the mean diagonal.
 
@@ -170,16 +188,22 @@ def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = F
     """
     work = matrix.cpu() if on_host else matrix
     mean = float(work.diagonal().mean()) + lam
-    for relative in (0.0, eps, 10 * eps):
-        jitter = relative * mean
-        if jitter > 0.01 * lam:
-            break
-        shifted = work.clone()
-        shifted.diagonal().add_(lam + jitter)
-        lower, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return Cholesky(lower.to(matrix), jitter, relative)
-    return Cholesky(None, 0.0, 0.0)
+    # The diagonal is shifted in place and put back: a copy would cost as much as the factorisation
+    # of a small matrix.
+    diagonal = work.diagonal()
+    kept = diagonal.clone()
+    try:
+        for relative in (0.0, eps, 10 * eps):
+            jitter = relative * mean
+            if jitter > 0.01 * lam:
+                break
+            diagonal.copy_(kept + (lam + jitter))
+            lower, info = _cholesky(work)
+            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                return Cholesky(lower.to(matrix), jitter, relative)
+        return Cholesky(None, 0.0, 0.0)
+    finally:
+        diagonal.copy_(kept)
 
 
 def largest_eigenvalue(
@@ -246,6 +270,8 @@ def power_of_two_scale(x: Tensor, dtype: torch.dtype) -> float:
 
 def all_finite(x: Tensor) -> bool:
     """Says whether a tensor holds neither NaN nor infinity, in one pass over it."""
-    # A NaN or an infinity cannot be summed away; float64 keeps large finite values from
-    # overflowing into a false alarm.
-    return bool(torch.isfinite(x.sum(dtype=torch.float64))) if x.numel() else True
+    # A NaN or an infinity cannot be summed away. Large finite values can overflow into a false
+    # alarm: then, and only then, float64 decides.
+    if x.numel() == 0 or bool(torch.isfinite(x.sum())):
+        return True
+    return bool(torch.isfinite(x.sum(dtype=torch.float64)))

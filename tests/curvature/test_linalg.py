@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,6 +75,47 @@ def test_jitter_is_relative_and_recorded():
 def test_a_jitter_that_would_damp_again_gives_up_instead():
     matrix = torch.diag(torch.tensor([1e8, 1e8, -1.0], dtype=torch.float64))
     assert linalg.robust_cholesky(matrix, 1e-4, 1e-6).lower is None
+
+
+def test_wide_factorisations_go_through_a_frame_and_leave_the_matrix_alone():
+    # 1024 is a width at which the frame is taken; no jitter, and nothing of the frame comes back.
+    matrix = random_matrix(1024, 700, 3)
+    before = matrix.clone()
+    found = linalg.robust_cholesky(matrix, 1e-3, 1e-6)
+    assert found.lower is not None
+    assert found.lower.shape == (1024, 1024)
+    damped = before.numpy() + 1e-3 * np.eye(1024)
+    np.testing.assert_allclose(found.lower.numpy(), np.linalg.cholesky(damped), atol=1e-12)
+    assert torch.equal(matrix, before)
+
+
+def test_a_failed_factorisation_leaves_the_matrix_alone():
+    matrix = torch.diag(torch.tensor([1e8, 1e8, -1.0], dtype=torch.float64))
+    before = matrix.clone()
+    linalg.robust_cholesky(matrix, 1e-4, 1e-6)
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("n", [3, 385, 1000])
+def test_the_first_sum_ignores_what_the_memory_held(n):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(7, n, generator=generator)
+    for dtype in (torch.float32, torch.float64):
+        total = torch.full((n, n), float("nan"), dtype=dtype)
+        linalg.add_second_moment(total, x, fresh=True)
+        linalg.add_second_moment(total, x)
+        expected = 2 * x.double().T @ x.double()
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(
+            linalg.mirror(total).double(), expected, rtol=tolerance, atol=10 * tolerance
+        )
+
+
+def test_large_finite_values_are_finite():
+    x = torch.full((4,), 3e38)
+    assert linalg.all_finite(x)
+    assert not linalg.all_finite(torch.tensor([3e38, float("inf")]))
+    assert not linalg.all_finite(torch.tensor([float("nan"), 1.0]))
 
 
 @settings(max_examples=25, deadline=None)

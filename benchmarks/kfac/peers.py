@@ -1,0 +1,277 @@
+"""K-FAC beside other libraries: seconds, memory and error, in one run.
+
+    python benchmarks/kfac/peers.py [--workload llama] [--repeats 5] [--out DIRECTORY]
+
+Each library runs in a process of its own, one after the other, round after round, with the same
+number of threads; a round's figures are compared within the round, and the table shows medians.
+``beyond`` is factors (with their forward and backward pass) + inversion + one application, less
+the forward and backward pass alone. ``error`` is the relative error of the natural gradient of
+the batch's own gradient against dense float64 with that library's own meaning of damping, the
+worst layer, at damping 1e-3 and 1e-5; measured where the dense matrices fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from libraries import LIBRARIES, dampings, mean_gradient
+from safetensors.torch import load_file, save_file
+from workloads import WORKLOADS, Workload, describe
+
+DAMPING = 1e-3
+ERROR_DAMPINGS = (1e-3, 1e-5)
+DENSE_LIMIT = 5000
+"""Widest side for which the dense float64 comparison is made."""
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def floor(workload: Workload, repeats: int = 3) -> float:
+    """Seconds of a forward and backward pass for all the weights, the median of some."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        workload.model.zero_grad()
+        workload.loss().backward()
+        times.append(time.perf_counter() - start)
+    workload.model.zero_grad()
+    return median(times)
+
+
+def child(name: str, workload_name: str, save: str | None, damping: float) -> dict[str, Any]:
+    """One library on one workload, in this process: the second of two passes counts."""
+    workload = WORKLOADS[workload_name]()
+    base = floor(workload)
+    before = peak_mib()
+    library = LIBRARIES[name](workload, damping)
+    seconds: dict[str, list[float]] = {"factors": [], "invert": [], "apply": []}
+    result: dict[str, torch.Tensor] = {}
+    # A first pass pays for what is set up once; a workload of minutes does not notice it.
+    for _ in range(2):
+        for step in seconds:
+            start = time.perf_counter()
+            found = getattr(library, step)()
+            seconds[step].append(time.perf_counter() - start)
+            result = found or result
+            del found
+        if sum(values[-1] for values in seconds.values()) > 30:
+            break
+    if save:
+        save_file({n: t.contiguous() for n, t in result.items()}, save)
+    best = {step: values[-1] for step, values in seconds.items()}
+    return {
+        **best,
+        "floor": base,
+        "beyond": sum(best.values()) - base,
+        "total": sum(best.values()),
+        "peak_mib": peak_mib(),
+        "start_mib": before,
+        "convention": library.convention,
+        **describe(workload),
+    }
+
+
+def dense(workload_name: str, conventions: list[str], directory: Path, damping: float) -> None:
+    """The natural gradient by dense float64 matrices, from docs/math.md, sections 1 and 2."""
+    workload = WORKLOADS[workload_name]()
+    workload.model.double()
+    if workload.inputs.is_floating_point():
+        workload.inputs = workload.inputs.double()
+    modules = dict(workload.model.named_modules())
+    inputs: dict[str, torch.Tensor] = {}
+    grads: dict[str, torch.Tensor] = {}
+    for name in workload.layers:
+        modules[name].register_forward_hook(_keep(name, inputs, grads))
+    gradient = mean_gradient(workload)
+    tokens = workload.labels.numel()
+    answers: dict[str, dict[str, torch.Tensor]] = {c: {} for c in conventions}
+    for name, dw in gradient.items():
+        a, g = inputs[name].reshape(tokens, -1), grads[name].reshape(tokens, -1)
+        # The hook saw the gradient of the mean; the factors want that of the sum.
+        a, g = a.T @ a / tokens, g.T @ g * (tokens**2 / tokens)
+        for convention in conventions:
+            answers[convention][name] = _solve(convention, a, g, dw, damping)
+    for convention, result in answers.items():
+        save_file(result, directory / f"dense-{convention}-{damping:g}.safetensors")
+
+
+def _keep(name: str, inputs: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> Any:
+    def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        inputs[name] = args[0].detach()
+        output.register_hook(lambda grad: grads.__setitem__(name, grad.detach()))
+
+    return hook
+
+
+def _solve(convention: str, a: Any, g: Any, dw: Any, damping: float) -> torch.Tensor:
+    if convention == "product":
+        (sa, qa), (sg, qg) = torch.linalg.eigh(a), torch.linalg.eigh(g)
+        inner = (qg.T @ dw @ qa) / (torch.outer(sg, sa) + damping**2)
+        return qg @ inner @ qa.T
+    lam_a, lam_g = dampings(convention, a, g, damping)
+    a, g = a.clone(), g.clone()
+    a.diagonal().add_(lam_a)
+    g.diagonal().add_(lam_g)
+    return torch.linalg.solve(a, torch.linalg.solve(g, dw).T).T.contiguous()
+
+
+def errors(workload_name: str, names: list[str], timeout: float) -> dict[str, dict[str, float]]:
+    """Worst relative error over the layers, by library and damping."""
+    result: dict[str, dict[str, float]] = {name: {} for name in names}
+    workload = WORKLOADS[workload_name]()
+    modules = dict(workload.model.named_modules())
+    widest = max(max(modules[name].weight.shape) for name in workload.layers)  # type: ignore[union-attr]
+    del workload, modules
+    if widest > DENSE_LIMIT:
+        return result
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        for damping in ERROR_DAMPINGS:
+            conventions = {}
+            for index, name in enumerate(names):
+                path = directory / f"{index}.safetensors"
+                found = run(name, workload_name, timeout, save=str(path), damping=damping)
+                if "failed" not in found:
+                    conventions[name] = found["convention"]
+            dense(workload_name, sorted(set(conventions.values())), directory, damping)
+            for index, name in enumerate(names):
+                if name not in conventions:
+                    continue
+                truth = load_file(directory / f"dense-{conventions[name]}-{damping:g}.safetensors")
+                given = load_file(directory / f"{index}.safetensors")
+                result[name][f"error_{damping:g}"] = max(
+                    float((given[n].double() - t).norm() / t.norm()) for n, t in truth.items()
+                )
+    return result
+
+
+def run(
+    name: str, workload: str, timeout: float, *, save: str | None = None, damping: float = DAMPING
+) -> dict[str, Any]:
+    """Runs one library in a process of its own; a failure comes back as its reason."""
+    command = [sys.executable, __file__, "--child", name, "--workload", workload]
+    command += ["--damping", repr(damping), *(["--save", save] if save else [])]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=os.environ, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": lines[-1][:160]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """Describes the machine, without its name."""
+    model = "unknown"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
+        "system": platform.system(), "python": platform.python_version(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+COLUMNS = (
+    "factors", "invert", "apply", "floor", "beyond", "total", "peak_mib",
+)  # fmt: skip
+
+
+def table(results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]) -> str:
+    """A Markdown table of medians; ratios are medians of the rounds' own ratios."""
+    names = [*COLUMNS, *(f"error_{d:g}" for d in ERROR_DAMPINGS)]
+    head = [*names, "beyond / fastest peer", "total / floor"]
+    lines = ["| library | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+    peers = [n for n in results if not n.startswith("fisher_lab")]
+    for name, rounds in results.items():
+        good = [r for r in rounds if "failed" not in r]
+        if not good:
+            lines.append(f"| {name} | {rounds[0]['failed'].replace('|', '/')} |")
+            continue
+        cells = [f"{median(r[c] for r in good):.{0 if c == 'peak_mib' else 3}f}" for c in COLUMNS]
+        cells += [
+            f"{found[name][n]:.1e}" if n in found[name] else "" for n in names[len(COLUMNS) :]
+        ]
+        ratios = []
+        for index, r in enumerate(rounds):
+            others = [results[p][index] for p in peers]
+            others = [o["beyond"] for o in others if "failed" not in o]
+            if others and "failed" not in r:
+                ratios.append(r["beyond"] / min(others))
+        cells.append(f"{median(ratios):.2f}" if ratios else "")
+        cells.append(f"{median(r['total'] / r['floor'] for r in good):.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=WORKLOADS, default=None)
+    parser.add_argument("--library", action="append", choices=LIBRARIES, default=None)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a process may take")
+    parser.add_argument("--memory-gib", type=float, default=20.0, help="limit of a process")
+    parser.add_argument("--no-errors", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for results.json and table.md")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--save", help=argparse.SUPPRESS)
+    parser.add_argument("--damping", type=float, default=DAMPING, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        print(json.dumps(child(options.child, options.workload[0], options.save, options.damping)))
+        return
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    torch.set_num_threads(options.threads)
+    # A library that wants more fails by itself, instead of taking the machine down.
+    limit = int(options.memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    everything: dict[str, Any] = {"machine": machine(), "workloads": {}}
+    text = []
+    for workload in options.workload or ["llama", "llama+head"]:
+        names = options.library or list(LIBRARIES)
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for index in range(options.repeats):
+            for name in names:
+                # What failed once fails again, and takes its time-out each time.
+                if index and "failed" in results[name][0]:
+                    results[name].append(results[name][0])
+                    continue
+                results[name].append(run(name, workload, options.timeout))
+                print(f"{workload}, round {index}: {name}: {results[name][-1]}", flush=True)
+        working = [n for n in names if "failed" not in results[n][0]]
+        found = {n: {} for n in names}
+        if not options.no_errors:
+            found |= errors(workload, working, options.timeout)
+        everything["workloads"][workload] = {"rounds": results, "errors": found}
+        text.append(f"## {workload}\n\n{table(results, found)}\n")
+        print(text[-1], flush=True)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "results.json").write_text(json.dumps(everything, indent=1))
+        (options.out / "table.md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
