@@ -66,8 +66,7 @@ class Columns:
         return self.data.shape
 
     def _block(self, columns: slice, dtype: torch.dtype) -> Tensor:
-        part = self.data[:, columns].to(device=self.device, dtype=dtype, non_blocking=True)
-        return part if self.scale == 1.0 else part * self.scale
+        return self.data[:, columns].to(device=self.device, dtype=dtype, non_blocking=True)
 
     def _direct(self, dtype: torch.dtype) -> bool:
         return self.data.dtype == dtype and self.data.device == self.device and self.scale == 1.0
@@ -79,24 +78,27 @@ class Columns:
     def converted(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yields the columns in ``dtype``, a slice of outputs at a time."""
         for columns in self._blocks(dtype):
-            yield columns, self._block(columns, dtype)
+            part = self._block(columns, dtype)
+            yield columns, part if self.scale == 1.0 else part * self.scale
 
     def times(self, y: Tensor) -> Tensor:
         """Returns ``g y`` (``[T, m]``) for ``y`` of shape ``[out, m]``, in its dtype."""
         if self._direct(y.dtype):
             return self.data @ y
         result = y.new_zeros(self.shape[0], y.shape[1])
-        for columns, part in self.converted(y.dtype):
-            result.addmm_(part, y[columns])
-        return result
+        # The scale goes onto the small side: it is a power of two, so nothing is rounded.
+        for columns in self._blocks(y.dtype):
+            result.addmm_(self._block(columns, y.dtype), y[columns])
+        return result.mul_(self.scale)
 
     def transposed_times(self, z: Tensor) -> Tensor:
         """Returns ``g^T z`` (``[out, m]``) for ``z`` of shape ``[T, m]``, in its dtype."""
         if self._direct(z.dtype):
             return self.data.T @ z
         result = z.new_empty(self.shape[1], z.shape[1])
-        for columns, part in self.converted(z.dtype):
-            torch.mm(part.T, z, out=result[columns])
+        z = z * self.scale
+        for columns in self._blocks(z.dtype):
+            torch.mm(self._block(columns, z.dtype).T, z, out=result[columns])
         return result
 
     def gram(self, dtype: torch.dtype) -> Tensor:
@@ -105,9 +107,10 @@ class Columns:
             product = gram(self.data, dtype)
             return product if self.scale == 1.0 else product.mul_(self.scale**2)
         result = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=self.device)
-        for _, part in self.converted(dtype):
+        for columns in self._blocks(dtype):
+            part = self._block(columns, dtype)
             result.addmm_(part, part.T)
-        return result
+        return result.mul_(self.scale**2)
 
     def squared_norm(self) -> float:
         """Returns the sum of all squares, in float64."""
