@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,8 +30,8 @@ META = (
     "sweep", "directory", "run_id", "status", "reason", "started", "finished", "seconds",
     "overrides", "not_finite",
 )  # fmt: skip
-"""Columns that every frame has. ``seconds`` is the wall time of the run, ``not_finite`` the names
-of metrics that came out as NaN or infinite, separated by blanks."""
+"""Columns that every frame has. ``seconds`` is the wall time of the run, ``overrides`` are as typed
+into a shell, ``not_finite`` names the metrics that came out as NaN or infinite."""
 
 CORRUPT = "corrupt"
 """The status of a run that says it is completed and whose metrics cannot be read."""
@@ -129,7 +130,7 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
         "started": record.get("started"),
         "finished": record.get("finished"),
         "seconds": _seconds(record.get("started"), record.get("finished")),
-        "overrides": " ".join(map(str, record.get("overrides") or [])),
+        "overrides": shlex.join(map(str, record.get("overrides") or [])),
     }
     try:
         numbers = _metrics(directory / METRICS_FILE)
