@@ -32,7 +32,7 @@ SPECIAL = {
     "%": r"\%",
     "_": r"\_",
     "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
+    "~": r"$\sim$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
@@ -179,7 +179,7 @@ def _cell(cell: Shown, siunitx: bool) -> str:
         return rf"\emph{{{escape(cell.state or NONE)}}}"
     text = _number(cell, siunitx)
     if cell.mark == BEST:
-        text = rf"\textbf{{{text}}}$^{{*}}$" if siunitx else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
+        text = rf"{text}$^{{*}}$" if siunitx else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
     elif cell.mark == TIE:
         text += r"$^{\sim}$"
     return text + (rf" \emph{{({escape(cell.state)})}}" if cell.state else "")
@@ -196,7 +196,7 @@ def _number(cell: Shown, siunitx: bool) -> str:
             scale = f"\\num{{{power}}}" if power else ""
             return f"\\num{{{number.value}}} {ends}{scale}"
         spread = rf" \pm {number.spread}" if number.spread else ""
-        return rf"\num{{{number.value}{spread}{power}}}"
+        return rf"\num[separate-uncertainty]{{{number.value}{spread}{power}}}"
     power = rf" \times 10^{{{number.exponent}}}" if number.exponent else ""
     if cell.quartiles:
         low, high = cell.quartiles

@@ -270,28 +270,32 @@ def _reaches(critical: float, df: int, noncentrality: float) -> float:
     return found if math.isfinite(found) else float(noncentrality > critical)
 
 
-def seeds_for(d: Equivalence, lower: float, upper: float, alpha: float) -> int | None:
+def seeds_for(
+    d: Equivalence, lower: float, upper: float, alpha: float, many: int = 1
+) -> int | None:
     """How many pairs would decide, if mean and spread are what was observed.
 
     Decide: power :data:`POWER` for whichever side the observed mean lies on.
+
+    Args:
+        d: what was observed.
+        lower: bound, may be infinite.
+        upper: bound, may be infinite.
+        alpha: level.
+        many: comparisons that the level is shared between where the difference lies outside.
 
     Returns:
         The number, None where more than :data:`MAX_SEEDS` would be needed.
     """
     if not (d.n > 1 and d.std > 0):
         return None
-    inside = lower < d.mean < upper
-    level = alpha if inside else alpha / max(sum(map(math.isfinite, (lower, upper))), 1)
-
-    def power(n: int) -> float:
-        if inside:
-            return power_inside(n, d.mean, d.std, lower, upper, level)
-        far = max(lower - d.mean, d.mean - upper)
-        return _reaches(
-            float(stats.t.ppf(1 - level, n - 1)), n - 1, far / (d.std / math.sqrt(n))
-        )
-
-    return first(power)
+    if lower < d.mean < upper:
+        return first(lambda n: power_inside(n, d.mean, d.std, lower, upper, alpha))
+    level = alpha / many / max(sum(map(math.isfinite, (lower, upper))), 1)
+    far = max(lower - d.mean, d.mean - upper) / d.std
+    return first(
+        lambda n: _reaches(float(stats.t.ppf(1 - level, n - 1)), n - 1, far * math.sqrt(n))
+    )
 
 
 def first(power: Callable[[int], float], start: int = 2) -> int | None:
