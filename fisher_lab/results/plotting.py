@@ -1,0 +1,136 @@
+"""How figures look and are saved: column width, colours that colour-blind readers tell apart.
+
+Colours: Okabe and Ito 2008; every series also differs in its mark and its dashes, so that a print
+in grey can be read. Matplotlib is used without its global state.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from fisher_lab.runs import atomic
+
+from .values import label, meaning
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+WIDTH, HEIGHT = 3.35, 2.5
+"""Inches of a figure in one column of a paper."""
+
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "axes.linewidth": 0.6,
+    # Text in a PDF stays text; metric names are not mathematics.
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+DPI = 200
+
+
+def new_figure(
+    width: float = WIDTH, height: float = HEIGHT, panels: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure with panels side by side, in inches."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour, mark and dashes of the i-th series."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKS[i % len(MARKS)],
+        "linestyle": DASHES[(i // len(COLOURS)) % len(DASHES)],
+    }
+
+
+def save(figure: Figure, target: Path) -> list[Path]:
+    """Write a figure as PDF and PNG; without dates, so that the same numbers give the same bytes.
+
+    Args:
+        figure: with its content.
+        target: path without suffix.
+    """
+    files = []
+    for suffix, about in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        file = target.with_name(f"{target.name}.{suffix}")
+        with rc_context(STYLE), atomic.writing(file) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=DPI, metadata=about)
+        files.append(file)
+    return files
+
+
+def file_name(text: str) -> str:
+    """A file's name made of a metric's or a setting's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_.") or "figure"
+
+
+def positions(values: Sequence[Any]) -> tuple[list[float], bool]:
+    """Where the values of a setting stand on an axis.
+
+    Numbers stand at themselves, on a logarithmic axis where they span a decade or more; null stands
+    one step further, and anything else at 0, 1, 2, ...
+
+    Args:
+        values: in order.
+
+    Returns:
+        The places, and whether the axis is logarithmic.
+    """
+    known = [meaning(v) for v in values]
+    numbers = [v for v in known if isinstance(v, float)]
+    rest = [v for v in known if not isinstance(v, float)]
+    if len(numbers) < 2 or any(v is not None for v in rest):
+        return [float(i) for i in range(len(values))], False
+    log = min(numbers) > 0 and max(numbers) / min(numbers) >= 10
+    last = max(numbers)
+    if log:
+        step = (last / min(numbers)) ** (1 / (len(numbers) - 1))
+        beyond = last * max(step, 2.0)
+    else:
+        beyond = last + (last - min(numbers)) / (len(numbers) - 1)
+    return [v if isinstance(v, float) else beyond for v in known], log
+
+
+def set_ticks(axes: Axes, values: Sequence[Any], places: Sequence[float], log: bool) -> None:
+    """Ticks at the swept values, and nowhere else."""
+    if log:
+        axes.set_xscale("log")
+    words = [label(v) for v in values]
+    long = sum(map(len, words)) > 34 or len(words) > 7
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(
+        list(places), words, rotation=40 if long else 0, ha="right" if long else "center"
+    )
+    if not log and len(places) > 1:
+        axes.margins(x=0.1)
+
+
+def spans_decades(values: Sequence[float], decades: float = 2.0) -> bool:
+    """Whether positive numbers are better shown on a logarithmic axis."""
+    finite = [v for v in values if math.isfinite(v)]
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) >= 10**decades
