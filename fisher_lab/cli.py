@@ -300,4 +300,7 @@ def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     returns = sweeper.sweep(arguments=overrides)
     callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
+    from fisher_lab.results import finishing
+
+    finishing.at_end(str(cfg.hydra.sweep.dir))
     return job.report_sweep(returns)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .axes import Axes, find_axes
     from .claims import evaluate
     from .compare import diff
-    from .finishing import finish
+    from .finishing import at_end, finish
     from .loading import load, load_layers, load_table
     from .report import write_report
     from .table import Table, tabulate
@@ -33,6 +33,7 @@ __all__ = [
     "tabulate",
     "evaluate",
     "finish",
+    "at_end",
     "write_report",
     "diff",
 ]
@@ -47,6 +48,7 @@ _HOMES = {
     "tabulate": "table",
     "evaluate": "claims",
     "finish": "finishing",
+    "at_end": "finishing",
     "write_report": "report",
     "diff": "compare",
 }

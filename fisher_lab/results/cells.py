@@ -11,8 +11,12 @@ import pandas as pd
 
 from .stats import CONFIDENCE, Summary, summarise
 
-UNFINISHED = ("running", "preempted")
+MISSING = "missing"
+UNFINISHED = ("running", "preempted", MISSING)
 """Statuses of runs that may still come to a number."""
+
+CORRUPT = "corrupt"
+"""The status of a run whose record, or whose metrics though it is completed, cannot be read."""
 
 NOT_FINITE = "diverged"
 """A completed run whose metric is NaN or infinite."""
@@ -91,7 +95,7 @@ def make_cell(
     for key, status, reason, not_finite, value in columns:
         if status != "completed":
             lost[status] += 1
-            if isinstance(reason, str) and reason:
+            if isinstance(reason, str) and reason and status != MISSING:
                 reasons.append(reason)
         elif metric in (not_finite or "").split():
             lost[NOT_FINITE] += 1
@@ -101,8 +105,8 @@ def make_cell(
             values[key] = float(value)
     return Cell(
         pd.Series(values, dtype=float),
-        dict(lost),
-        max(expected - len(runs), 0),
+        {what: count for what, count in lost.items() if what != MISSING},
+        max(expected - len(runs), 0) + lost[MISSING],
         tuple(dict.fromkeys(reasons)),
         confidence,
         method,

@@ -22,9 +22,6 @@ from fisher_lab.runs.record import strict
 from .errors import ResultsError
 
 OK, BAD_INPUT = 0, 2
-PIPE_WIDTH = 120
-"""Columns where standard output is no terminal."""
-
 FORMATS = ("terminal", "csv", "md", "tex", "html")
 
 
@@ -61,6 +58,8 @@ def _parser(name: str, what: str) -> _Parser:
 
 
 def _console() -> Console:
+    from .finishing import PIPE_WIDTH
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
 
@@ -154,6 +153,7 @@ def _table(argv: Sequence[str]) -> int:
 
 def _print_table(table: Any, args: argparse.Namespace) -> None:
     from . import latex, render
+    from .finishing import PIPE_WIDTH
 
     suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
     form = args.format or (suffix if suffix in FORMATS else "terminal")
@@ -228,11 +228,16 @@ def read_claims(path: Path) -> list[Any]:
 def _report(argv: Sequence[str]) -> int:
     parser = _parser("report", "One self-contained HTML file, and the methods paragraph.")
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
+    parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
     args = parser.parse_args(list(argv))
     from .report import write_report
 
     frame = _loaded(args.paths)
     files = write_report(frame, Path(args.output))
+    if args.appendix:
+        from .appendix import write_appendix
+
+        files.append(write_appendix(frame, Path(args.appendix))[-1])
     for file in files:
         _console().print(Text(str(file)), soft_wrap=True)
     return OK

@@ -48,7 +48,7 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
         directory: for the files; made where it is missing.
     """
     drawn = Drawn()
-    for name, make in _plans(table, frame).items():
+    for name, make in plans(table, frame).items():
         try:
             figure = make()
         except (ResultsError, OSError, ValueError, KeyError) as error:
@@ -59,7 +59,7 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
     return drawn
 
 
-def _plans(table: Table, frame: pd.DataFrame) -> dict[str, Callable[[], Figure | None]]:
+def plans(table: Table, frame: pd.DataFrame) -> dict[str, Callable[[], Figure | None]]:
     """Name of a file -> what draws it (None where there is nothing to draw)."""
     plans: dict[str, Callable[[], Figure | None]] = {}
     for axis in (*table.row_names, *table.col_names):
@@ -104,6 +104,7 @@ def _short(name: str, value: str) -> str:
 # ---- a metric against a swept setting ------------------------------------------------------------
 
 
+@plotting.styled
 def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
     """A metric against one setting, a line for each combination of the others, with intervals.
 
@@ -113,7 +114,8 @@ def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
         axis: the setting.
 
     Returns:
-        The figure; None where fewer than two values of the setting have numbers.
+        The figure; None where fewer than two values of the setting have numbers, or all numbers
+        are the same.
     """
     names = [*table.row_names, *table.col_names]
     place = names.index(axis)
@@ -127,7 +129,8 @@ def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
         if math.isfinite(y):
             other = key[:place] + key[place + 1 :]
             series.setdefault(other, []).append((where[label(key[place])], y, low, high))
-    if len({x for points in series.values() for x, *_ in points}) < 2:
+    drawn = [point for points in series.values() for point in points]
+    if len({x for x, *_ in drawn}) < 2 or len({y for _, y, *_ in drawn}) < 2:
         return None
     figure, (axes,) = plotting.new_figure()
     others = names[:place] + names[place + 1 :]
@@ -140,6 +143,7 @@ def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
         axes.set_yscale("log")
     axes.set(xlabel=axis, ylabel=metric)
     _explain(axes, table, metric, len(series))
+    plotting.legend(figure, axes, min(len(series), MOST_SERIES))
     return figure
 
 
@@ -147,9 +151,12 @@ def _plot_series(
     axes: Axes, points: list[tuple[float, float, float, float]], words: str, i: int, connect: bool
 ) -> None:
     x, y, low, high = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    style = plotting.look(i)
+    # Lines that lie on one another are all seen: the first ones are the widest.
+    thinner = {"markersize": max(6.5 - 0.7 * i, 3.0), "linewidth": max(2.6 - 0.4 * i, 0.9)}
+    style = plotting.look(i) | thinner
     if not connect:
         style["linestyle"] = "none"
+        x = x + 0.07 * i  # categories have room beside them
     # A cell of one run has no interval, and its bar no length.
     spread = np.nan_to_num(np.vstack([y - low, high - y]), nan=0.0).clip(min=0)
     axes.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, label=words, **style)
@@ -170,10 +177,9 @@ def _explain(axes: Axes, table: Table, metric: str, count: int) -> None:
     if count > MOST_SERIES:
         notes.append(f"{MOST_SERIES} of {count} lines")
     axes.set_title("; ".join(notes), fontsize=6.5, color="#444444")
-    if count > 1:
-        axes.legend(frameon=False, ncols=1 if count < 5 else 2)
 
 
+@plotting.styled
 def trade_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
     """Time against memory growth, a point a cell: quartiles of time, interval of memory.
 
@@ -202,7 +208,7 @@ def trade_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
             label=words, **style,
         )  # fmt: skip
     axes.set(xlabel=TIME, ylabel=f"{MEMORY} (MiB)")
-    axes.legend(frameon=False, ncols=1 if len(keys) < 5 else 2)
+    plotting.legend(figure, axes, len(keys))
     return figure
 
 
@@ -243,12 +249,14 @@ def layer_values(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> d
             index="name", columns="cell", values="value", aggfunc="mean", sort=False
         )
         order = [name for name in dict.fromkeys(layers["name"]) if name in wide.index]
+        order.sort(key=lambda name: "head" in str(name).rpartition(".")[2])  # the head comes last
         columns = [c for c in dict.fromkeys(cells.values()) if c in wide.columns]
         if order and columns:
             found[side] = wide.loc[order, columns]
     return found
 
 
+@plotting.styled
 def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
     """A heat map over depth for each side: layers by cells. None where there are no numbers."""
     sides = layer_values(layers, cells, what)
@@ -295,6 +303,7 @@ def line_values(
     return found
 
 
+@plotting.styled
 def line_figure(
     rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str, log_y: bool = False
 ) -> Figure | None:
@@ -315,11 +324,11 @@ def line_figure(
     axes.set(xlabel=x, ylabel=y)
     more = f"; {MOST_SERIES} of {len(curves)} cells" if len(curves) > MOST_SERIES else ""
     axes.set_title(f"mean and range over runs{more}", fontsize=6.5, color="#444444")
-    if len(curves) > 1:
-        axes.legend(frameon=False, ncols=1 if len(curves) < 5 else 2)
+    plotting.legend(figure, axes, min(len(curves), MOST_SERIES))
     return figure
 
 
+@plotting.styled
 def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
     """A number of every block of the spectra, a line a cell over depth."""
     if rows.empty or not {"block", what} <= set(rows.columns):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,8 @@ STAMP_FILE = ".finished.json"
 """Says which state of the runs the files were made of."""
 
 MOST_LEFT_OUT = 5
+PIPE_WIDTH = 120
+"""Columns where standard output is no terminal."""
 
 
 @dataclass
@@ -88,6 +91,21 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
         _write(done)
         atomic.write_json(root / STAMP_FILE, {"runs": stamp})
     return done
+
+
+def at_end(directory: str | os.PathLike[str]) -> None:
+    """Finish a sweep and print its table; whatever goes wrong is one line and no error.
+
+    Args:
+        directory: of the sweep whose last cell has ended.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    try:
+        finish(directory, console=console)
+    except Exception as error:  # a table that fails must not fail a sweep that is done
+        print(f"fisher_lab: no table of {directory}: {error}", file=sys.stderr)
 
 
 def finish_if_due(directory: Path) -> Finished | None:

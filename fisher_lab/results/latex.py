@@ -14,9 +14,9 @@ from .render import (
     NONE,
     TIE,
     Shown,
+    blocks,
     difference_words,
     differences,
-    heading_row,
     shown,
 )
 from .table import Table
@@ -60,6 +60,10 @@ PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
 \usepackage{longtable}
 \usepackage{array}
 """
+
+
+PAGE_WIDTH = 120
+"""Characters of a table beside which further columns go into one of their own."""
 
 
 def escape(text: str) -> str:
@@ -108,14 +112,19 @@ def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: st
     """
     words = caption or f"{table.title}. " + " ".join(_sentence(note) for note in table.notes)
     label_name = name or "".join(c if c.isalnum() else "-" for c in table.title)
-    rows = [
-        [*(escape(label(v)) for v in row)]
-        + [_cell(shown(table, (row, m, c)), siunitx) for m, c in table.columns]
-        for row in table.rows
-    ]
-    columns = "l" * len(table.row_names) + "r" * len(table.columns)
-    head = [_heading(text) for text in heading_row(table)]
-    parts = [_environment(columns, head, rows, escape(words), label_name)]
+    parts = []
+    for number, columns in enumerate(blocks(table, PAGE_WIDTH), 1):
+        rows = [
+            [*(escape(label(v)) for v in row)]
+            + [_cell(shown(table, (row, m, c)), siunitx) for m, c in columns]
+            for row in table.rows
+        ]
+        layout = "l" * len(table.row_names) + "r" * len(columns)
+        names = [*table.row_names, *(table.heading(m, c) for m, c in columns)]
+        text = escape(words) if number == 1 else escape(f"{table.title}, continued.")
+        ending = "" if number == 1 else f"-{number}"
+        head = [_heading(name) for name in names]
+        parts.append(_environment(layout, head, rows, text, f"{label_name}{ending}"))
     if table.comparisons:
         parts.append(_differences(table, label_name))
     needs = "booktabs, graphicx" + (", siunitx" if siunitx else "")

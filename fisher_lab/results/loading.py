@@ -19,7 +19,8 @@ import pandas as pd
 
 from fisher_lab.runs.record import METRICS_FILE, RUN_FILE, STATUSES
 
-from . import cache
+from . import cache, planned
+from .cells import CORRUPT
 from .discover import Found, LeftOut, Sweep, describe, find
 from .errors import ResultsError
 
@@ -32,9 +33,6 @@ META = (
 )  # fmt: skip
 """Columns that every frame has. ``seconds`` is the wall time of the run, ``overrides`` are as typed
 into a shell, ``not_finite`` names the metrics that came out as NaN or infinite."""
-
-CORRUPT = "corrupt"
-"""The status of a run that says it is completed and whose metrics cannot be read."""
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -49,7 +47,8 @@ def load(paths: Paths, *, use_cache: bool = True) -> pd.DataFrame:
 
     Returns:
         Columns: :data:`META`; the resolved configuration, ``kfac.damping``; metrics, ``ng/norm``
-        (with ``metric/`` before a name that is taken); ``provenance.*``. Its ``attrs`` hold the
+        (with ``metric/`` before a name that is taken); ``provenance.*``. A cell that a sweep file
+        asks for and that was never run is a row with the status ``missing``. Its ``attrs`` hold the
         names of these: ``config``, ``metrics``; ``sweeps``: directory to
         :class:`~fisher_lab.results.discover.Sweep`; ``left_out``: a list of
         :class:`~fisher_lab.results.discover.LeftOut`.
@@ -62,6 +61,7 @@ def load(paths: Paths, *, use_cache: bool = True) -> pd.DataFrame:
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
     rows, unread = cache.rows(found, read_run) if use_cache else _read_all(found)
     left += unread
+    rows = planned.complete(rows, sweeps)
     frame = _frame(rows, sweeps)
     frame.attrs.update(left_out=left, sweeps=sweeps)
     return frame

@@ -6,11 +6,12 @@ in grey can be read. Matplotlib is used without its global state.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -21,6 +22,8 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from fisher_lab.runs import atomic
 
 from .values import label, meaning
+
+T = TypeVar("T")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -51,11 +54,34 @@ def new_figure(
     width: float = WIDTH, height: float = HEIGHT, panels: int = 1
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with panels side by side, in inches."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     return figure, list(axes)
+
+
+def legend(figure: Figure, axes: Axes, count: int) -> None:
+    """What the series are, below the axes, where no point can hide behind it."""
+    if count > 1:
+        handles, words = axes.get_legend_handles_labels()
+        width = max(map(len, words), default=0)
+        columns = 1 if width > 36 else 2 if width > 20 else 3
+        figure.legend(
+            handles, words, loc="outside lower center", frameon=False, ncols=min(columns, count)
+        )
+        extra = math.ceil(count / columns) * 0.13
+        figure.set_figheight(figure.get_figheight() + extra)
+
+
+def styled(make: Callable[..., T]) -> Callable[..., T]:
+    """Draw in our style: matplotlib looks it up while things are made."""
+
+    @functools.wraps(make)
+    def in_style(*args: Any, **kwargs: Any) -> T:
+        with rc_context(STYLE):
+            return make(*args, **kwargs)
+
+    return in_style
 
 
 def look(i: int) -> dict[str, Any]:

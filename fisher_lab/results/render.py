@@ -130,7 +130,7 @@ def to_terminal(table: Table, width: int = 100) -> RenderableType:
         width: characters that there are.
     """
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
-    for columns in _blocks(table, width):
+    for columns in blocks(table, width):
         parts += [_rich(table, columns), Text()]
     if table.comparisons:
         parts += [_rich_differences(table), Text()]
@@ -138,7 +138,8 @@ def to_terminal(table: Table, width: int = 100) -> RenderableType:
     return Group(*parts)
 
 
-def _blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
+def blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
+    """The columns in groups that fit beside the rows' names into so many characters."""
     left = sum(
         2 + max(len(name), *(len(label(row[i])) for row in table.rows))
         for i, name in enumerate(table.row_names)

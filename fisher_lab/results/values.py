@@ -118,8 +118,10 @@ class Rounded:
         last = (
             math.floor(math.log10(spread)) - 1
             if known and spread is not None
-            else min(top - digits + 1, 0)
+            else top - digits + 1
         )
+        if not known and not self.exponent:
+            last = min(last, 0)  # all digits of a whole number
         # A spread far below the precision of the number itself adds no digits.
         last = max(last, top - 14) - self.exponent
         self.value = _places(value, self.exponent, last)
