@@ -209,7 +209,10 @@ def _broken(finding: Finding) -> Finding:
 
 
 def _range(claim: Claim, values: Sequence[Any]) -> list[Any]:
+    """The values of an axis that a claim is about: all, or the numbers between two ends."""
     low, high = claim.get("from", -math.inf), claim.get("to", math.inf)
+    if (low, high) == (-math.inf, math.inf):
+        return list(values)
     slack = 1 + 1e-12
     numbers = [v for v in values if isinstance(meaning(v), float)]
     return [v for v in numbers if low / slack <= meaning(v) <= high * slack]
