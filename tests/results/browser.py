@@ -7,6 +7,7 @@ The protocol: JSON messages ended by a zero byte, read from file descriptor 3 an
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -26,24 +27,31 @@ def executable() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
+def _high(descriptor: int) -> int:
+    """The same file under a number that 3 and 4 do not collide with."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
+
+
 class Browser:
     """One page in a fresh profile; everything that it does is bounded in time."""
 
     def __init__(self, profile: Path) -> None:
         program = executable()
         assert program is not None
-        from_us, self._out = os.pipe()
-        self._in, to_us = os.pipe()
+        from_us, self._out = map(_high, os.pipe())
+        self._in, to_us = map(_high, os.pipe())
         self._buffer = b""
         self._count = 0
         self.events: list[dict[str, Any]] = []
-        # The shell puts our pipes where Chromium looks for them.
+        # The shell puts our pipes where Chromium looks for them (a plain sh knows one digit only).
         flags = (
             f"--headless=new --no-sandbox --disable-gpu --no-first-run --hide-scrollbars "
             f"--remote-debugging-pipe --user-data-dir={profile} about:blank"
         )
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" {flags} 3<&{from_us} 4>&{to_us}', program],
+            ["bash", "-c", f'exec "$0" {flags} 3<&{from_us} 4>&{to_us}', program],
             pass_fds=(from_us, to_us),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
