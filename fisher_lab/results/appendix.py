@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from fisher_lab.runs import atomic
 
 from . import claims, figures, latex, methods, render
 from .errors import ResultsError
 from .finishing import claimed_metrics
+from .frames import Frame
 from .plotting import file_name
 from .report.page import only
 from .table import tabulate
@@ -19,7 +18,7 @@ from .table import tabulate
 DOCUMENT = "appendix.tex"
 
 
-def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = False) -> list[Path]:
+def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> list[Path]:
     """Write ``appendix.tex``, which compiles in its directory, and everything that it shows.
 
     Args:
@@ -47,9 +46,7 @@ def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = Fals
     return [*files, target]
 
 
-def _sweep(
-    frame: pd.DataFrame, name: str, directory: Path, body: list[str], siunitx: bool
-) -> list[Path]:
+def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: bool) -> list[Path]:
     folder = file_name(name)
     body += ["\\clearpage", f"\\section{{{latex.escape(name)}}}"]
     try:

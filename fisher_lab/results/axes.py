@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from .errors import ResultsError
+from .frames import Column, Frame
 from .values import levels, meaning, same
 
 SEED = "seed"
@@ -44,7 +45,7 @@ class Axes:
         return [name for name in self.values if name != SEED]
 
 
-def find_axes(frame: pd.DataFrame) -> Axes:
+def find_axes(frame: Frame) -> Axes:
     """The axes of a frame of runs.
 
     Args:
@@ -75,7 +76,7 @@ def find_axes(frame: pd.DataFrame) -> Axes:
     return Axes({c: levels(frame[c]) for c in chosen}, followers)
 
 
-def resolve(frame: pd.DataFrame, name: str) -> str:
+def resolve(frame: Frame, name: str) -> str:
     """The column that a name on the command line or in a claim stands for.
 
     Args:
@@ -94,7 +95,7 @@ def resolve(frame: pd.DataFrame, name: str) -> str:
     raise ResultsError(f"{name}: the runs have no such setting{hint}")
 
 
-def select(frame: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+def select(frame: Frame, where: Mapping[str, Any]) -> Frame:
     """The runs whose settings have the given values.
 
     Args:
@@ -120,7 +121,7 @@ def _candidates(name: str) -> list[str]:
     return [name, *named, dotted, f"{dotted}.name", f"{dotted}.enabled"]
 
 
-def _asked(frame: pd.DataFrame) -> list[str]:
+def _asked(frame: Frame) -> list[str]:
     """Columns that the sweep files name as axes, and those of overrides that differ."""
     known = set(_settings(frame))
     names: list[str] = []
@@ -135,9 +136,7 @@ def _asked(frame: pd.DataFrame) -> list[str]:
 def _overridden(texts: Iterable[str | None]) -> list[str]:
     """Keys that are not overridden alike in all runs."""
     values: dict[str, set[str]] = {}
-    count = 0
     for text in texts:
-        count += 1
         for word in shlex.split(text or ""):
             key, sign, value = word.partition("=")
             if sign:
@@ -145,7 +144,7 @@ def _overridden(texts: Iterable[str | None]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _settings(frame: pd.DataFrame) -> list[str]:
+def _settings(frame: Frame) -> list[str]:
     names: Sequence[str] = frame.attrs.get("config", [])
     return [n for n in names if n in frame and n.partition(".")[0] not in UNINTERESTING]
 
@@ -158,11 +157,10 @@ def _rank(column: str, asked: Sequence[str]) -> tuple[int, int]:
     return (2, 0) if column.endswith(".name") else (3, 0)
 
 
-def _codes(column: pd.Series) -> list[int]:
+def _codes(column: Column) -> list[int]:
     """A number for each distinct value, in order of occurrence."""
     seen: dict[Any, int] = {}
-    found = [seen.setdefault(_key(value), len(seen)) for value in column]
-    return found
+    return [seen.setdefault(_key(value), len(seen)) for value in column]
 
 
 def _key(value: Any) -> Any:

@@ -31,9 +31,7 @@ Row = tuple[Found, Run]
 State = list[Any]
 
 
-def rows(
-    found: Sequence[Found], read: Callable[[Path], Run]
-) -> tuple[list[Row], list[LeftOut]]:
+def rows(found: Sequence[Found], read: Callable[[Path], Run]) -> tuple[list[Row], list[LeftOut]]:
     """Read runs, from the caches of their sweeps where those are up to date.
 
     Args:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import pandas as pd
 
+from .frames import Column, Frame
 from .stats import CONFIDENCE, Summary, summarise
 
 MISSING = "missing"
@@ -35,7 +36,7 @@ class Cell:
         method: of the interval, ``t`` or ``bootstrap``.
     """
 
-    values: pd.Series
+    values: Column
     lost: dict[str, int] = field(default_factory=dict)
     missing: int = 0
     reasons: tuple[str, ...] = ()
@@ -71,7 +72,7 @@ class Cell:
 
 
 def make_cell(
-    runs: pd.DataFrame,
+    runs: Frame,
     metric: str,
     keys: Sequence[Hashable],
     expected: int,
@@ -91,7 +92,9 @@ def make_cell(
     lost: Counter[str] = Counter()
     reasons: list[str] = []
     values: dict[Hashable, float] = {}
-    columns = zip(keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True)
+    columns = zip(
+        keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True
+    )
     for key, status, reason, not_finite, value in columns:
         if status != "completed":
             lost[status] += 1

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
@@ -24,6 +23,7 @@ from . import stats
 from .axes import select
 from .claim_spec import Claim, check, parse
 from .errors import ResultsError
+from .frames import Frame
 from .verdicts import FAILS, HOLDS, OPEN, TEST, Finding, findings
 
 __all__ = ["INVALID", "Verdict", "check", "evaluate", "evaluate_one", "to_rich"]
@@ -87,7 +87,7 @@ class Verdict:
         return strict(about)
 
 
-def evaluate(frame: pd.DataFrame) -> list[Verdict]:
+def evaluate(frame: Frame) -> list[Verdict]:
     """Answer the claims of every sweep in a frame by its own runs.
 
     Args:
@@ -106,14 +106,14 @@ def evaluate(frame: pd.DataFrame) -> list[Verdict]:
     return verdicts
 
 
-def _of_sweep(frame: pd.DataFrame, name: str, directory: str) -> pd.DataFrame:
+def _of_sweep(frame: Frame, name: str, directory: str) -> Frame:
     inside = frame["directory"].str.startswith(directory.rstrip("/") + "/")
     runs = frame[(frame["sweep"] == name) & inside]
     runs.attrs = {**frame.attrs, "sweeps": {directory: frame.attrs["sweeps"][directory]}}
     return runs
 
 
-def evaluate_one(stated: Any, runs: pd.DataFrame, *, sweep: str = "", number: int = 1) -> Verdict:
+def evaluate_one(stated: Any, runs: Frame, *, sweep: str = "", number: int = 1) -> Verdict:
     """Answer one claim.
 
     Args:

@@ -51,9 +51,7 @@ def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
 def _parser(name: str, what: str) -> _Parser:
     parser = _Parser(prog=f"fisher-lab {name}", description=what)
     if name != "diff":
-        parser.add_argument(
-            "paths", nargs="+", help="sweeps, runs, or directories that hold them"
-        )
+        parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
     return parser
 
 
@@ -175,7 +173,9 @@ def _print_table(table: Any, args: argparse.Namespace) -> None:
 
 def _claims(argv: Sequence[str]) -> int:
     parser = _parser("claims", "What the sweep files claim, against their runs.")
-    parser.add_argument("--claims", metavar="FILE", help="claims from this JSON or YAML file instead")
+    parser.add_argument(
+        "--claims", metavar="FILE", help="claims from this JSON or YAML file instead"
+    )
     parser.add_argument("--json", action="store_true", help="all numbers, as claims.json has them")
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))

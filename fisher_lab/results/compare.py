@@ -17,6 +17,7 @@ from fisher_lab.runs.record import RUN_FILE
 
 from .errors import ResultsError
 from .loading import load_layers, read_run
+from .render import NONE
 from .values import label, same
 
 ALWAYS_DIFFERENT = ("provenance.pid",)
@@ -165,4 +166,4 @@ def _part(name: str, differences: list[Difference]) -> RichTable:
 
 
 def _word(value: Any) -> str:
-    return "–" if value is None else label(value)
+    return NONE if value is None else label(value)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from . import plotting
 from .errors import ResultsError
+from .frames import Frame
 from .loading import load_layers, load_table
 from .metrics import known
 from .table import Key, Table, tabulate
@@ -39,7 +40,7 @@ class Drawn:
     problems: list[str] = field(default_factory=list)
 
 
-def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
+def draw(table: Table, frame: Frame, directory: Path) -> Drawn:
     """Draw everything that the runs have numbers for, as PDF and PNG.
 
     Args:
@@ -59,14 +60,16 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
     return drawn
 
 
-def plans(table: Table, frame: pd.DataFrame) -> dict[str, Callable[[], Figure | None]]:
+def plans(table: Table, frame: Frame) -> dict[str, Callable[[], Figure | None]]:
     """Name of a file -> what draws it (None where there is nothing to draw)."""
     plans: dict[str, Callable[[], Figure | None]] = {}
     for axis in (*table.row_names, *table.col_names):
         for metric in table.metrics:
             name = plotting.file_name(f"{metric}-by-{axis}")
             plans[name] = lambda metric=metric, axis=axis: metric_figure(table, metric, axis)
-    paths = [d for d, s in zip(frame["directory"], frame["status"], strict=True) if s == "completed"]
+    paths = [
+        d for d, s in zip(frame["directory"], frame["status"], strict=True) if s == "completed"
+    ]
     cells = cell_names(table, frame)
     plans["time-and-memory"] = lambda: trade_figure(table, frame)
     plans["layers-clipped"] = lambda: layer_figure(load_layers(paths), cells, "clipped")
@@ -83,7 +86,7 @@ def plans(table: Table, frame: pd.DataFrame) -> dict[str, Callable[[], Figure | 
     return plans
 
 
-def cell_names(table: Table, frame: pd.DataFrame) -> dict[str, str]:
+def cell_names(table: Table, frame: Frame) -> dict[str, str]:
     """Run directory -> the words for its cell, in the order of the table."""
     names = [*table.row_names, *table.col_names]
     order = [(*row, *col) for row in table.rows for col in table.cols]
@@ -180,7 +183,7 @@ def _explain(axes: Axes, table: Table, metric: str, count: int) -> None:
 
 
 @plotting.styled
-def trade_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
+def trade_figure(table: Table, frame: Frame) -> Figure | None:
     """Time against memory growth, a point a cell: quartiles of time, interval of memory.
 
     Args:
@@ -220,7 +223,7 @@ def _ends(point: tuple[float, float, float]) -> np.ndarray:
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def layer_values(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> dict[str, pd.DataFrame]:
+def layer_values(layers: Frame, cells: Mapping[str, str], what: str) -> dict[str, Frame]:
     """Means over the completed runs of a cell, layer by cell, for each side.
 
     Args:
@@ -232,7 +235,7 @@ def layer_values(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> d
         ``A`` and ``G`` -> frame of layers (in order of depth) by cells; sides without numbers left
         out.
     """
-    found: dict[str, pd.DataFrame] = {}
+    found: dict[str, Frame] = {}
     if layers.empty or "name" not in layers:
         return found
     layers = layers.assign(cell=layers["directory"].map(cells))
@@ -257,7 +260,7 @@ def layer_values(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> d
 
 
 @plotting.styled
-def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
+def layer_figure(layers: Frame, cells: Mapping[str, str], what: str) -> Figure | None:
     """A heat map over depth for each side: layers by cells. None where there are no numbers."""
     sides = layer_values(layers, cells, what)
     if not sides:
@@ -288,9 +291,7 @@ def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> F
 # ---- lines and blocks ----------------------------------------------------------------------------
 
 
-def line_values(
-    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str
-) -> dict[str, pd.DataFrame]:
+def line_values(rows: Frame, cells: Mapping[str, str], x: str, y: str) -> dict[str, Frame]:
     """Cell -> mean, least and largest of ``y`` over its completed runs, by ``x``."""
     if rows.empty or not {x, y} <= set(rows.columns):
         return {}
@@ -305,7 +306,7 @@ def line_values(
 
 @plotting.styled
 def line_figure(
-    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str, log_y: bool = False
+    rows: Frame, cells: Mapping[str, str], x: str, y: str, log_y: bool = False
 ) -> Figure | None:
     """Mean curves of the cells with the range over their runs. None where there are none."""
     curves = line_values(rows, cells, x, y)
@@ -329,7 +330,7 @@ def line_figure(
 
 
 @plotting.styled
-def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
+def block_figure(rows: Frame, cells: Mapping[str, str], what: str) -> Figure | None:
     """A number of every block of the spectra, a line a cell over depth."""
     if rows.empty or not {"block", what} <= set(rows.columns):
         return None

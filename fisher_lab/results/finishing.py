@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from .cells import UNFINISHED
 from .discover import MULTIRUN_FILE, SWEEP_FILE
 from .errors import ResultsError
 from .figures import draw
+from .frames import Frame
 from .loading import load
 from .table import Table, tabulate
 
@@ -56,7 +56,7 @@ class Finished:
     table: Table | None
     verdicts: list[claims.Verdict]
     files: list[Path]
-    frame: pd.DataFrame
+    frame: Frame
     problems: list[str] = field(default_factory=list)
 
 
@@ -135,14 +135,14 @@ def show(done: Finished, console: Console) -> None:
     console.print(Text(f"table, claims and figures in {done.directory}"), soft_wrap=True)
 
 
-def claimed_metrics(frame: pd.DataFrame) -> list[str]:
+def claimed_metrics(frame: Frame) -> list[str]:
     """The metrics that the claims of some sweeps are about: a table shows these first."""
     stated = [c for sweep in frame.attrs.get("sweeps", {}).values() for c in sweep.claims]
     names = [c.get("metric") for c in stated if isinstance(c, dict)]
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
-def left_out_lines(frame: pd.DataFrame) -> list[str]:
+def left_out_lines(frame: Frame) -> list[str]:
     """What could not be read and why, a line each, the first few of them."""
     left = frame.attrs.get("left_out", [])
     lines = [f"left out {one.directory}: {one.reason}" for one in left[:MOST_LEFT_OUT]]
@@ -168,7 +168,7 @@ def _write(done: Finished) -> None:
         done.problems += drawn.problems
 
 
-def _stamp(frame: pd.DataFrame) -> str:
+def _stamp(frame: Frame) -> str:
     """Changes with any run's end, metrics or status, and with the claims."""
     columns = ["directory", "run_id", "status", "finished", "not_finite"]
     runs = frame[[*columns, *frame.attrs.get("metrics", [])]].to_csv()

@@ -23,6 +23,7 @@ from . import cache, planned
 from .cells import CORRUPT
 from .discover import Found, LeftOut, Sweep, describe, find
 from .errors import ResultsError
+from .frames import Column
 
 LAYERS_FILE = "layers.csv"
 SCHEMAS = ("fisher_lab.run/1",)
@@ -204,7 +205,9 @@ def _csv(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(lines[0]):
             raise ValueError(f"line {number} has {len(line)} fields, the first {len(lines[0])}")
-    return [{"row": i, **dict(zip(lines[0], line, strict=True))} for i, line in enumerate(lines[1:])]
+    return [
+        {"row": i, **dict(zip(lines[0], line, strict=True))} for i, line in enumerate(lines[1:])
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,7 +260,9 @@ def _frame(rows: Sequence[cache.Row], sweeps: Mapping[str, Sweep]) -> pd.DataFra
             for name in run[part]:
                 if name not in known:
                     # A metric may be called as a key of the configuration is.
-                    known[name] = f"metric/{name}" if part == "metrics" and name in columns else name
+                    known[name] = (
+                        f"metric/{name}" if part == "metrics" and name in columns else name
+                    )
                     columns[known[name]] = [None] * len(rows)
     for i, (one, run) in enumerate(rows):
         columns["sweep"][i] = sweeps[str(one.sweep)].name
@@ -285,7 +290,7 @@ def _renamed(names: str | None, known: Mapping[str, str]) -> str:
     return " ".join(known[name] for name in (names or "").split())
 
 
-def _column(values: list[Any]) -> pd.Series:
+def _column(values: list[Any]) -> Column:
     """Numbers as numbers; a setting that is null here and a number there keeps its null."""
     kinds = set(map(type, values))
     if kinds and kinds <= {int, float}:
@@ -295,7 +300,7 @@ def _column(values: list[Any]) -> pd.Series:
     return pd.Series(values, dtype=object)
 
 
-def _numbers(column: pd.Series) -> pd.Series:
+def _numbers(column: Column) -> Column:
     """A column of texts as numbers, where all of them are (an empty one is missing)."""
     if column.dtype.kind in "fiub":
         return column

@@ -1,13 +1,14 @@
-"""The methods paragraph of a paper, filled from the records of the runs: nothing that they do not
-say. A setting that differs between runs is given with all its values."""
+"""The methods paragraph of a paper, filled from the records of the runs.
+
+It says nothing that they do not say. A setting that differs between runs is given with all values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-
+from .frames import Frame
 from .latex import breakable
 from .values import label, levels
 
@@ -18,7 +19,7 @@ WORDS = {
 }
 
 
-def sentences(frame: pd.DataFrame) -> list[str]:
+def sentences(frame: Frame) -> list[str]:
     """What was done in the completed runs, a sentence each.
 
     Args:
@@ -36,26 +37,26 @@ def sentences(frame: pd.DataFrame) -> list[str]:
     return [part for part in parts if part]
 
 
-def markdown(frame: pd.DataFrame) -> str:
+def markdown(frame: Frame) -> str:
     """The paragraph for ``methods.md``."""
     escaped = [text.replace("_", "\\_").replace("*", "\\*") for text in sentences(frame)]
     return " ".join(escaped) + "\n"
 
 
-def latex(frame: pd.DataFrame) -> str:
-    """The paragraph for ``methods.tex``, to be had by ``\\input``."""
+def latex(frame: Frame) -> str:
+    """The paragraph for ``methods.tex``, a fragment."""
     return " ".join(breakable(text) for text in sentences(frame)) + "\n"
 
 
-def _has(runs: pd.DataFrame, *names: str) -> bool:
+def _has(runs: Frame, *names: str) -> bool:
     return all(name in runs and runs[name].notna().any() for name in names)
 
 
-def _values(runs: pd.DataFrame, name: str) -> list[Any]:
+def _values(runs: Frame, name: str) -> list[Any]:
     return levels(runs[name]) if name in runs else []
 
 
-def _list(runs: pd.DataFrame, name: str, null: str = "none") -> str:
+def _list(runs: Frame, name: str, null: str = "none") -> str:
     """All values of a setting: ``1e-5``, ``1e-5, 1e-4 and 1e-3``."""
     words = [null if label(v) == "null" else label(v) for v in _values(runs, name)]
     return join(words)
@@ -66,13 +67,13 @@ def join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _range(runs: pd.DataFrame, name: str, form: str = ".3g") -> str:
+def _range(runs: Frame, name: str, form: str = ".3g") -> str:
     numbers = runs[name].dropna().astype(float)
     low, high = numbers.min(), numbers.max()
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
 
 
-def _models(runs: pd.DataFrame) -> list[str]:
+def _models(runs: Frame) -> list[str]:
     parts = []
     if _has(runs, "model.name"):
         size = "provenance.workbench.model.parameters"
@@ -81,8 +82,8 @@ def _models(runs: pd.DataFrame) -> list[str]:
     if _has(runs, "tokens", "data.seq_len"):
         parts.append(
             f"Factors were built from {_range(runs, 'tokens', ',.0f')} tokens "
-            f"({_list(runs, 'kfac.n_batches')} batches of {_list(runs, 'data.batch_size')} sequences "
-            f"of {_list(runs, 'data.seq_len')} tokens)."
+            f"({_list(runs, 'kfac.n_batches')} batches of {_list(runs, 'data.batch_size')} "
+            f"sequences of {_list(runs, 'data.seq_len')} tokens)."
         )
     if _has(runs, "seed"):
         n = len(_values(runs, "seed"))
@@ -90,7 +91,7 @@ def _models(runs: pd.DataFrame) -> list[str]:
     return parts
 
 
-def _kfac(runs: pd.DataFrame) -> list[str]:
+def _kfac(runs: Frame) -> list[str]:
     if not _has(runs, "kfac.damping"):
         return []
     kinds = [WORDS.get(str(k), str(k)) for k in _values(runs, "kfac.fisher")]
@@ -105,9 +106,7 @@ def _kfac(runs: pd.DataFrame) -> list[str]:
         f"side was decided by the policy {_list(runs, 'kfac.policy')}.",
         f"Tikhonov damping was {_list(runs, 'kfac.damping')} on each factor{more}, with damped "
         f"eigenvalues raised to the largest over kappa = "
-        f"{_list(runs, 'kfac.max_condition_number', 'none (no floor)')}"
-        + _clipped(runs)
-        + ".",
+        f"{_list(runs, 'kfac.max_condition_number', 'none (no floor)')}" + _clipped(runs) + ".",
     ]
     about = [f"Factors are refreshed every {_list(runs, 'kfac.update_freq')} steps"]
     if _has(runs, "kfac.reduce"):
@@ -117,7 +116,7 @@ def _kfac(runs: pd.DataFrame) -> list[str]:
     return [*parts, "; ".join(about) + "."]
 
 
-def _clipped(runs: pd.DataFrame) -> str:
+def _clipped(runs: Frame) -> str:
     shares = [
         f"{_range(runs, f'kfac/clipped_frac_{side}', '.2%')} of {side}"
         for side in ("A", "G")
@@ -126,7 +125,7 @@ def _clipped(runs: pd.DataFrame) -> str:
     return f", which clipped {join(shares)}" if shares else ""
 
 
-def _numerics(runs: pd.DataFrame) -> list[str]:
+def _numerics(runs: Frame) -> list[str]:
     if not _has(runs, "kfac.core_dtype"):
         return []
     text = (
@@ -146,18 +145,18 @@ def _numerics(runs: pd.DataFrame) -> list[str]:
     return parts
 
 
-def _spectra(runs: pd.DataFrame) -> list[str]:
+def _spectra(runs: Frame) -> list[str]:
     if "spectral.enabled" not in runs or not runs["spectral.enabled"].astype(bool).any():
         return []
     on = runs[runs["spectral.enabled"].astype(bool)]
     return [
         f"Spectra are of the block-diagonal empirical Fisher matrix by "
-        f"{_list(on, 'spectral.block_structure')}, one sample a {_list(on, 'spectral.sample_unit')}, "
-        f"by the {_list(on, 'spectral.storage_mode')} method."
+        f"{_list(on, 'spectral.block_structure')}, one sample a "
+        f"{_list(on, 'spectral.sample_unit')}, by the {_list(on, 'spectral.storage_mode')} method."
     ]
 
 
-def _machine(runs: pd.DataFrame) -> list[str]:
+def _machine(runs: Frame) -> list[str]:
     names = {
         "fisher_lab": "provenance.versions.fisher-lab",
         "Python": "provenance.versions.python",

@@ -1,12 +1,12 @@
-"""What is known of a metric by its name: which way is better, whether it is a time, which matter."""
+"""What a metric's name says: which way is better, whether it is a time, whether it matters."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
-import pandas as pd
-
 from .errors import ResultsError
+from .frames import Frame
 
 LESS = ("_s", "seconds", "_mb", "_bytes", "bytes", "error", "fallbacks", "jitter_events", "_max")
 MORE = ("decrease", "decrease_best", "cosine", "per_s", "speedup", "efficiency")
@@ -41,12 +41,12 @@ def better(name: str) -> str | None:
     return None
 
 
-def known(frame: pd.DataFrame) -> list[str]:
+def known(frame: Frame) -> list[str]:
     """The metrics of a frame, with or without a finite number."""
     return [m for m in frame.attrs.get("metrics", []) if m in frame]
 
 
-def choose(frame: pd.DataFrame, wanted: Sequence[str] | None, first: Iterable[str] = ()) -> list[str]:
+def choose(frame: Frame, wanted: Sequence[str] | None, first: Iterable[str] = ()) -> list[str]:
     """The metrics of a table.
 
     Args:
@@ -68,8 +68,6 @@ def choose(frame: pd.DataFrame, wanted: Sequence[str] | None, first: Iterable[st
 
 
 def _unknown(name: str, there: Sequence[str]) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name, there, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     some = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")

@@ -1,8 +1,8 @@
 """Cells that a sweep file asks for and that have left no record, or one without a configuration.
 
-``sweep.json`` lists the cells of a sweep by their axes. A cell that was never run becomes a row with
-the status ``missing``, so that no table passes over it. What its settings would be is taken from
-the runs that share its values; nothing is composed here.
+``sweep.json`` lists the cells of a sweep by their axes. A cell that was never run becomes a row
+with the status ``missing``, so that no table passes over it. What its settings would be is taken
+from the runs that share its values; nothing is composed here.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def complete(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
 
 
 def _is_cell(cell: Any) -> bool:
-    return (
-        isinstance(cell, dict) and "run_id" in cell and isinstance(cell.get("axes"), dict)
-    )
+    return isinstance(cell, dict) and "run_id" in cell and isinstance(cell.get("axes"), dict)
 
 
 def _stand_in(found: Found, config: dict[str, Any]) -> Run:

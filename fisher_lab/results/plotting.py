@@ -31,7 +31,7 @@ DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.35, 2.5
 """Inches of a figure in one column of a paper."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

@@ -23,7 +23,7 @@ from .table import Comparison, Key, Table
 from .values import Rounded, label
 
 BEST, TIE = "*", "~"
-NONE = "–"
+NONE = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def to_text(table: Table, width: int = 100) -> str:
 # ---- CSV -----------------------------------------------------------------------------------------
 
 NUMBERS = (
-    "n", "expected", "mean", "std", "low", "high", "median", "q1", "q3", "statistic", "state", "best"
+    "n", "expected", "mean", "std", "low", "high", "median", "q1", "q3", "statistic", "state",
+    "best",
 )  # fmt: skip
 COMPARED = ("difference", "difference_low", "difference_high", "p", "p_holm", "effect", "pairs")
 

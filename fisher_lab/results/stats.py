@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
+
+from .frames import Column
 
 Floats = NDArray[np.float64]
 
@@ -199,7 +200,9 @@ class Equivalence:
     exact: bool
 
 
-def equivalence(d: ArrayLike, lower: float, upper: float, alpha: float, scale: float) -> Equivalence:
+def equivalence(
+    d: ArrayLike, lower: float, upper: float, alpha: float, scale: float
+) -> Equivalence:
     """Two one-sided paired t tests (Schuirmann 1987), and the same for the opposite.
 
     Args:
@@ -239,7 +242,9 @@ def _one_sided(about: DescrStatsW, bound: float, alternative: str) -> float:
     return float(about.ttest_mean(bound, alternative=alternative)[1])
 
 
-def power_inside(n: int, mean: float, std: float, lower: float, upper: float, alpha: float) -> float:
+def power_inside(
+    n: int, mean: float, std: float, lower: float, upper: float, alpha: float
+) -> float:
     """Power of the two one-sided tests by the noncentral t distribution (Phillips 1990).
 
     Args:
@@ -321,7 +326,7 @@ def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def overlap(values: pd.Series, others: pd.Series, confidence: float = CONFIDENCE) -> bool:
+def overlap(values: Column, others: Column, confidence: float = CONFIDENCE) -> bool:
     """Whether two cells cannot be told apart.
 
     Args:

@@ -13,12 +13,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
-
 from . import stats
 from .axes import SEED, find_axes, resolve, select
 from .cells import Cell, make_cell
 from .errors import ResultsError
+from .frames import Frame
 from .metrics import better, choose, is_time
 from .values import label, levels, meaning, same
 
@@ -99,7 +98,7 @@ class Table:
 
 
 def tabulate(
-    frame: pd.DataFrame,
+    frame: Frame,
     *,
     rows: Sequence[str] | None = None,
     cols: Sequence[str] = (),
@@ -188,7 +187,7 @@ class _Plan:
 
 
 def _plan(
-    runs: pd.DataFrame,
+    runs: Frame,
     rows: Sequence[str] | None,
     cols: Sequence[str],
     over: Sequence[str] | None,
@@ -216,14 +215,14 @@ def _plan(
     return _Plan([*named, *rest], taken, across, notes)
 
 
-def _seed(runs: pd.DataFrame) -> list[str]:
+def _seed(runs: Frame) -> list[str]:
     return [SEED] if SEED in runs.attrs.get("config", []) else []
 
 
 # ---- cells ---------------------------------------------------------------------------------------
 
 
-def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
+def _fill(table: Table, runs: Frame, interval: str) -> None:
     groups: dict[tuple[Key, Key], dict[Hashable, int]] = {}
     spelled: dict[str, dict[Any, Any]] = {}
     repeated = 0
@@ -251,7 +250,7 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
 
 def _place(
     table: Table,
-    runs: pd.DataFrame,
+    runs: Frame,
     groups: Mapping[tuple[Key, Key], Mapping[Hashable, int]],
     interval: str,
 ) -> None:
@@ -267,7 +266,7 @@ def _place(
             )
 
 
-def _keys(runs: pd.DataFrame, names: Sequence[str], spelled: dict[str, dict[Any, Any]]) -> list[Key]:
+def _keys(runs: Frame, names: Sequence[str], spelled: dict[str, dict[Any, Any]]) -> list[Key]:
     """The values of some settings for each run; one spelling for values that mean the same."""
     columns = []
     for name in names:
@@ -286,7 +285,7 @@ def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
-def _done(runs: pd.DataFrame, i: int) -> bool:
+def _done(runs: Frame, i: int) -> bool:
     return bool(runs["status"].iloc[i] == "completed")
 
 
@@ -346,7 +345,11 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
     found: dict[tuple[Key, str, Key], Comparison] = {}
     for key in table.cells:
         row, metric, col = key
-        other = (_moved(row, table.row_names, baseline), metric, _moved(col, table.col_names, baseline))
+        other = (
+            _moved(row, table.row_names, baseline),
+            metric,
+            _moved(col, table.col_names, baseline),
+        )
         if other == key:
             found[key] = Comparison(None, is_baseline=True)
             continue

@@ -116,9 +116,7 @@ class Rounded:
         top = math.floor(math.log10(size)) if size > 0 else 0
         self.exponent = top if not -3 <= top < 5 else 0
         last = (
-            math.floor(math.log10(spread)) - 1
-            if known and spread is not None
-            else top - digits + 1
+            math.floor(math.log10(spread)) - 1 if known and spread is not None else top - digits + 1
         )
         if not known and not self.exponent:
             last = min(last, 0)  # all digits of a whole number

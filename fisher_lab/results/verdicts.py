@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from . import stats
 from .axes import find_axes, resolve, select
 from .cells import UNFINISHED, Cell, make_cell
 from .claim_spec import Claim
+from .frames import Frame
 from .values import label, levels, meaning
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
@@ -71,7 +71,7 @@ TEST = {
 """Type -> what is done, in words."""
 
 
-def findings(claim: Claim, runs: pd.DataFrame) -> list[Finding]:
+def findings(claim: Claim, runs: Frame) -> list[Finding]:
     """All comparisons of a claim.
 
     Args:
@@ -105,7 +105,7 @@ class _Stratum:
     """Runs that differ only in what the claim compares, and in seeds."""
 
     name: str
-    runs: pd.DataFrame
+    runs: Frame
     over: list[str]
     expected: int
     compared: set[str]
@@ -121,16 +121,16 @@ class _Stratum:
         return ", ".join(part for part in (words, self.name) if part)
 
 
-def _age(runs: pd.DataFrame, i: int) -> tuple[bool, str]:
+def _age(runs: Frame, i: int) -> tuple[bool, str]:
     row = runs.iloc[i]
     return (row["status"] == "completed", row["finished"] or "")
 
 
-def _over_keys(runs: pd.DataFrame, over: Sequence[str]) -> list[Any]:
+def _over_keys(runs: Frame, over: Sequence[str]) -> list[Any]:
     return [tuple(meaning(v) for v in row) for row in runs[list(over)].itertuples(index=False)]
 
 
-def _strata(claim: Claim, runs: pd.DataFrame) -> list[_Stratum]:
+def _strata(claim: Claim, runs: Frame) -> list[_Stratum]:
     over = [resolve(runs, name) for name in claim.get("over", ["seed"])]
     compared = {resolve(runs, name) for name in _compared(claim)}
     axes = find_axes(runs)
@@ -279,7 +279,9 @@ def _tested(
     if e.exact:
         verdict = HOLDS if e.p_inside < alpha else FAILS
         worst = float(np.abs(d).max())
-        says = f"exact to {worst:.2g}" if verdict == HOLDS else f"{name} {values['mean']:.6g}, exact"
+        says = (
+            f"exact to {worst:.2g}" if verdict == HOLDS else f"{name} {values['mean']:.6g}, exact"
+        )
         if as_ratio and verdict == HOLDS and worst > 1e-9:
             says = f"ratio {values['mean']:.6g}, exact"
         return Finding(about, verdict, e.n, says, values=values, lost=lost)
@@ -289,9 +291,7 @@ def _tested(
     def seeds_at(many: int) -> int | None:
         return stats.seeds_for(e, low, high, alpha, many)
 
-    return Finding(
-        about, verdict, e.n, says, e.p_inside, e.p_outside, None, values, lost, seeds_at
-    )
+    return Finding(about, verdict, e.n, says, e.p_inside, e.p_outside, None, values, lost, seeds_at)
 
 
 def _faster(claim: Claim, stratum: _Stratum) -> list[Finding]:
@@ -316,7 +316,10 @@ def _matches(claim: Claim, stratum: _Stratum) -> list[Finding]:
         y = np.full_like(x, claim.get("value"))
         about = stratum.about(f"against {claim.get('value'):g}")
     else:
-        a, b = stratum.cell(claim.get("a"), claim.metric), stratum.cell(claim.get("b"), claim.metric)
+        a, b = (
+            stratum.cell(claim.get("a"), claim.metric),
+            stratum.cell(claim.get("b"), claim.metric),
+        )
         x, y = _pairs(a, b)
         lost = _lost(a, b)
         about = stratum.about(f"{_words(claim.get('a'))} against {_words(claim.get('b'))}")

@@ -57,7 +57,7 @@ def test_names_are_resolved_and_unknown_ones_get_a_hint(tmp_path):
     assert resolve(frame, "kfac/policy") == "kfac.policy"
     assert resolve(frame, "kfac/kappa") == "kfac.max_condition_number"
     assert resolve(frame, "model") == "model.name"
-    with pytest.raises(ResultsError, match="kfac.dampign: .* did you mean kfac.damping"):
+    with pytest.raises(ResultsError, match=r"kfac.dampign: .* did you mean kfac.damping"):
         resolve(frame, "kfac.dampign")
 
 

@@ -20,7 +20,8 @@ CLAIM = {"type": "equivalent", "text": "policies agree", "metric": "m", "margin"
 
 @pytest.fixture
 def sweep(tmp_path):
-    cells = [({"kfac.policy": p, "seed": s}, {"m": s + 0.01 * (p == "auto") * s, "kfac/total_s": 1.0 + s})
+    cells = [({"kfac.policy": p, "seed": s},
+              {"m": s * (1.01 if p == "auto" else 1.0), "kfac/total_s": 1.0 + s})
              for p in ("all", "auto") for s in range(3)]  # fmt: skip
     layers = [{"name": "h.0", "dim_A": 4, "clipped_A": 1, "kappa_A": 10.0}]
     make_run(tmp_path / "results" / "p" / "x", {"kfac.policy": "all", "seed": 9}, {"m": 9.0},
@@ -39,7 +40,9 @@ def door(capsys):
 
 
 def test_table(door, sweep):
-    code, out, err = door("table", sweep, "--metrics", "m,kfac/total_s", "--baseline", "kfac/policy=all")
+    code, out, err = door(
+        "table", sweep, "--metrics", "m,kfac/total_s", "--baseline", "kfac/policy=all"
+    )
     assert (code, err) == (0, "")
     assert "kfac.policy" in out
     assert "p (Holm)" in out

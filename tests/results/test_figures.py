@@ -68,7 +68,9 @@ def test_cells_without_a_number_have_no_point_and_are_counted(tmp_path):
     root = tmp_path / "s"
     for i, d in enumerate(DAMPINGS):
         error = RuntimeError("x") if i == 0 else None
-        make_run(root / str(i), {"kfac.damping": d, "seed": 0}, {"ng/cosine": float(i)}, error=error)
+        make_run(
+            root / str(i), {"kfac.damping": d, "seed": 0}, {"ng/cosine": float(i)}, error=error
+        )
     table = tabulate(load(root), metrics=["ng/cosine"])
     figure = figures.metric_figure(table, "ng/cosine", "kfac.damping")
     assert list(plotted(figure, 0)[0]) == DAMPINGS[1:]
@@ -150,7 +152,9 @@ def test_names_that_are_no_names_for_files():
 
 def test_dollars_in_names_are_no_mathematics(tmp_path):
     name = "a$b_{$%"
-    cells = [({"kfac.damping": d, "seed": s}, {name: d * s + s}) for d in DAMPINGS for s in range(3)]
+    cells = [
+        ({"kfac.damping": d, "seed": s}, {name: d * s + s}) for d in DAMPINGS for s in range(3)
+    ]
     frame = load(make_sweep(tmp_path / "s", cells))
     drawn = figures.draw(tabulate(frame), frame, tmp_path / "out")
     assert drawn.problems == []

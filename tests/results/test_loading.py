@@ -62,7 +62,9 @@ def test_a_metric_that_is_called_as_a_setting_is_gets_a_prefix(tmp_path):
 
 
 def test_what_is_not_finite_is_named_and_what_was_not_measured_is_not(tmp_path):
-    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": math.inf, "b": 1.0}), ({"seed": 1}, {"b": 2.0})])
+    make_sweep(
+        tmp_path / "s", [({"seed": 0}, {"a": math.inf, "b": 1.0}), ({"seed": 1}, {"b": 2.0})]
+    )
     frame = load(tmp_path / "s")
     assert frame["a"].isna().all()
     assert frame["not_finite"].tolist() == ["a", ""]

@@ -121,11 +121,9 @@ def test_the_report_in_a_real_browser(results, tmp_path):
 
 def check_sorting(page: Browser) -> None:
     """The numbers of a column go up, then down; cells without one stay at the end."""
-    column = (
-        "(() => { const t = document.querySelector('#sweep-0 ~ .scroll table');"
-        "return [...t.tBodies[0].rows].map(r => r.cells[2].dataset.sort ?? null) })()"
-    )
-    click = "document.querySelector('#sweep-0 ~ .scroll table thead').rows[0].cells[2].querySelector('button').click()"  # noqa: E501
+    table = "document.querySelector('#sweep-0 ~ .scroll table')"
+    column = f"[...{table}.tBodies[0].rows].map(r => r.cells[2].dataset.sort ?? null)"
+    click = f"{table}.tHead.rows[0].cells[2].querySelector('button').click()"
     page.ask(click)
     up = page.ask(column)
     page.ask(click)
@@ -141,8 +139,14 @@ def check_sorting(page: Browser) -> None:
 def latex():
     for name in ("tectonic", "pdflatex", "lualatex"):
         if shutil.which(name):
-            return [name] if name == "tectonic" else [name, "-interaction=nonstopmode", "-halt-on-error"]
-    pytest.skip("no LaTeX here: apt-get install texlive-latex-recommended texlive-science, or tectonic")
+            return (
+                [name]
+                if name == "tectonic"
+                else [name, "-interaction=nonstopmode", "-halt-on-error"]
+            )
+    pytest.skip(
+        "no LaTeX here: apt-get install texlive-latex-recommended texlive-science, or tectonic"
+    )
 
 
 @pytest.mark.parametrize("siunitx", [False, True])
@@ -150,7 +154,11 @@ def test_the_appendix_compiles(results, tmp_path, siunitx):
     command = latex()
     files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
     done = subprocess.run(
-        [*command, "appendix.tex"], cwd=files[-1].parent, capture_output=True, text=True, timeout=200
+        [*command, "appendix.tex"],
+        cwd=files[-1].parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000

@@ -56,7 +56,9 @@ def test_axes_are_found_and_cells_are_over_seeds(sweep):
 
 
 def test_rows_and_columns_as_asked(sweep):
-    table = tabulate(load(sweep), rows=["kfac/damping"], cols=["kfac/policy"], metrics=["ng/cosine"])
+    table = tabulate(
+        load(sweep), rows=["kfac/damping"], cols=["kfac/policy"], metrics=["ng/cosine"]
+    )
     assert table.rows == [(1e-5,), (1e-4,)]
     assert table.cols == [("all",), ("auto",)]
     assert render.heading_row(table) == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
@@ -88,9 +90,12 @@ def test_best_and_ties_are_marked(sweep):
     assert table.ties == set()
     least = tabulate(load(sweep), metrics=["ng/cosine"], directions={"ng/cosine": "min"})
     (best,), (tie,) = least.best, least.ties
-    assert {best[0][least.row_names.index("kfac.policy")], tie[0][least.row_names.index("kfac.policy")]} == {"all", "auto"}  # fmt: skip
+    place = least.row_names.index("kfac.policy")
+    assert {best[0][place], tie[0][place]} == {"all", "auto"}
     assert len(key) == 4
-    assert tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"]).best == set()
+    assert (
+        tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"]).best == set()
+    )
 
 
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
@@ -201,7 +206,9 @@ NASTY = "<script>alert(1)</script> a_b 50% $x$ {y} \\z & #1 ~ ^ |"
 def nasty(tmp_path):
     cells = [({"model.name": name, "seed": s}, {"a_b/100%": s + i / 7.0})
              for i, name in enumerate((NASTY, "=1+1", "mlp")) for s in range(3)]  # fmt: skip
-    return tabulate(load(make_sweep(tmp_path / NASTY.replace("/", ""), cells)), metrics=["a_b/100%"])
+    return tabulate(
+        load(make_sweep(tmp_path / NASTY.replace("/", ""), cells)), metrics=["a_b/100%"]
+    )
 
 
 def test_csv_holds_all_numbers_in_full(sweep):

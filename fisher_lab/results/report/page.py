@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -25,6 +24,7 @@ from .. import claims, figures, methods, plotting, render
 from ..axes import find_axes
 from ..errors import ResultsError
 from ..finishing import claimed_metrics
+from ..frames import Frame
 from ..table import Table, tabulate
 from ..values import label
 
@@ -34,7 +34,7 @@ MOST_FIGURES = 24
 SCREEN_DPI = 170
 
 
-def write_report(frame: pd.DataFrame, output: Path) -> list[Path]:
+def write_report(frame: Frame, output: Path) -> list[Path]:
     """Write the report and, beside it, ``methods.md`` and ``methods.tex``.
 
     Args:
@@ -54,7 +54,7 @@ def write_report(frame: pd.DataFrame, output: Path) -> list[Path]:
     return list(texts)
 
 
-def page(frame: pd.DataFrame) -> str:
+def page(frame: Frame) -> str:
     """The report as text."""
     sweeps = list(dict.fromkeys(frame["sweep"]))
     verdicts = claims.evaluate(frame)
@@ -68,7 +68,7 @@ def page(frame: pd.DataFrame) -> str:
     return "\n".join([*parts, f"<script>{script}</script>", "</body>", "</html>", ""])
 
 
-def only(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
+def only(frame: Frame, sweep: str) -> Frame:
     """The runs of one sweep, with the metrics that any of them has."""
     runs = frame[frame["sweep"] == sweep]
     sweeps = {d: s for d, s in frame.attrs.get("sweeps", {}).items() if s.name == sweep}
@@ -77,13 +77,13 @@ def only(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
     return runs
 
 
-def _measured(runs: pd.DataFrame, metric: str) -> bool:
+def _measured(runs: Frame, metric: str) -> bool:
     lost = " ".join(runs["not_finite"].fillna("")).split()
     return bool(runs[metric].notna().any()) or metric in lost
 
 
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files("fisher_lab.results.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
@@ -113,9 +113,7 @@ def _head(sweeps: Sequence[str]) -> str:
 <h1>{title}</h1>"""
 
 
-def _summary(
-    frame: pd.DataFrame, sweeps: Sequence[str], verdicts: Sequence[claims.Verdict]
-) -> str:
+def _summary(frame: Frame, sweeps: Sequence[str], verdicts: Sequence[claims.Verdict]) -> str:
     statuses = frame["status"].value_counts()
     counts = [(f"{status} runs", count, status) for status, count in statuses.items()]
     for verdict in claims.STYLES:
@@ -170,10 +168,13 @@ def _html_table(heads: Sequence[str], rows: Iterable[Sequence[tuple[str, str]]])
 # ---- one sweep -----------------------------------------------------------------------------------
 
 
-def _sweep(frame: pd.DataFrame, name: str, number: int) -> str:
+def _sweep(frame: Frame, name: str, number: int) -> str:
     titles = [str(s.about.get("title") or "") for s in frame.attrs["sweeps"].values()]
     words = html.escape("; ".join(t for t in titles if t))
-    parts = [f'<h2 id="sweep-{number}">{html.escape(name)}</h2>', f"<p>{words}</p>" if words else ""]
+    parts = [
+        f'<h2 id="sweep-{number}">{html.escape(name)}</h2>',
+        f"<p>{words}</p>" if words else "",
+    ]
     try:
         table = tabulate(frame, first=claimed_metrics(frame), title=name)
     except ResultsError as error:
@@ -184,7 +185,7 @@ def _sweep(frame: pd.DataFrame, name: str, number: int) -> str:
     return "\n".join(parts)
 
 
-def _figures(table: Table, frame: pd.DataFrame) -> str:
+def _figures(table: Table, frame: Frame) -> str:
     drawn, left = [], 0
     for name, make in figures.plans(table, frame).items():
         try:
@@ -214,7 +215,7 @@ def _figure(figure: Figure, name: str) -> str:
     )
 
 
-def _commands(table: Table, frame: pd.DataFrame) -> str:
+def _commands(table: Table, frame: Frame) -> str:
     """A line a cell: its overrides with all seeds."""
     names = figures.cell_names(table, frame)
     lines: dict[str, list[str]] = {}
@@ -233,14 +234,16 @@ def _commands(table: Table, frame: pd.DataFrame) -> str:
 # ---- all runs ------------------------------------------------------------------------------------
 
 
-def _failures(frame: pd.DataFrame) -> str:
+def _failures(frame: Frame) -> str:
     lost = frame[(frame["status"] != "completed") | (frame["not_finite"].fillna("") != "")]
     if lost.empty:
-        return '<h2 id="failures">Failures</h2><p>None: every run completed with finite numbers.</p>'
+        return (
+            '<h2 id="failures">Failures</h2><p>None: every run completed with finite numbers.</p>'
+        )
     rows = []
-    for run in lost[["sweep", "status", "reason", "not_finite", "overrides", "directory"]].itertuples(
-        index=False
-    ):
+    for run in lost[
+        ["sweep", "status", "reason", "not_finite", "overrides", "directory"]
+    ].itertuples(index=False):
         words = [run.reason or "", f"not finite: {run.not_finite}" if run.not_finite else ""]
         rows.append(
             [
@@ -253,7 +256,7 @@ def _failures(frame: pd.DataFrame) -> str:
     return f'<h2 id="failures">Failures</h2>{_html_table(heads, rows)}'
 
 
-def _runs(frame: pd.DataFrame) -> str:
+def _runs(frame: Frame) -> str:
     axes = [name for name in find_axes(frame).values if name in frame]
     rows = []
     for values in frame[["sweep", "run_id", "status", "seconds", *axes]].itertuples(index=False):
@@ -274,11 +277,11 @@ def _runs(frame: pd.DataFrame) -> str:
     )
 
 
-def _shared(frame: pd.DataFrame, columns: Iterable[str]) -> Mapping[str, Any]:
+def _shared(frame: Frame, columns: Iterable[str]) -> Mapping[str, Any]:
     return {c: frame[c].iloc[0] for c in columns if frame[c].nunique(dropna=False) == 1}
 
 
-def _provenance(frame: pd.DataFrame) -> str:
+def _provenance(frame: Frame) -> str:
     rows = []
     for column in frame.columns:
         if not str(column).startswith("provenance."):
@@ -296,7 +299,7 @@ def _provenance(frame: pd.DataFrame) -> str:
     )
 
 
-def _methods(frame: pd.DataFrame) -> str:
+def _methods(frame: Frame) -> str:
     text = html.escape(" ".join(methods.sentences(frame)))
     source = html.escape(methods.latex(frame))
     return (
