@@ -12,7 +12,7 @@ from typing import Any
 
 from fisher_lab.runs.record import RUN_FILE
 
-from .axes import GROUP_KEYS
+from .axes import GROUP_KEYS, SEED
 from .cache import Row, Run
 from .cells import CORRUPT, MISSING
 from .discover import Found, Sweep
@@ -77,7 +77,8 @@ def _config(axes: Mapping[str, Any], known: Known) -> dict[str, Any]:
             decided = _decided_by(axis, known)
             config |= {k: same_value[0].get(k) for k in decided}
         key = GROUP_KEYS.get(axis, axis.replace("/", "."))
-        if not known or key in known[0][1]:
+        plain = axis == SEED or "." in axis or "/" in axis  # and not a section with several keys
+        if plain and (not known or key in known[0][1]):
             config[key] = same_value[0].get(key) if same_value else _typed(value)
     return config
 
