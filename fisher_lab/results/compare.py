@@ -16,6 +16,7 @@ from rich.text import Text
 from fisher_lab.runs.record import RUN_FILE
 
 from .errors import ResultsError
+from .frames import Frame
 from .loading import load_layers, read_run
 from .render import NONE
 from .values import label, same
@@ -122,7 +123,7 @@ def _equal(a: Any, b: Any, tolerance: float) -> bool:
 def _layers(a: Path, b: Path, tolerance: float) -> list[Difference]:
     tables = []
     for path in (a, b):
-        frame = load_layers(path)
+        frame = _frame(path)
         names = frame["name"] if "name" in frame else frame.get("row", [])
         skip = {"sweep", "directory", "run_id", "status", "row", "name"}
         kept = frame[[c for c in frame.columns if c not in skip]]
@@ -134,6 +135,10 @@ def _layers(a: Path, b: Path, tolerance: float) -> list[Difference]:
             }
         )
     return _differ(tables[0], tables[1], tolerance)
+
+
+def _frame(path: Path) -> Frame:
+    return load_layers(path)
 
 
 def to_rich(found: Differences) -> RenderableType:

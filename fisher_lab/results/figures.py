@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from . import plotting
 from .errors import ResultsError
-from .frames import Frame
+from .frames import Column, Frame
 from .loading import load_layers, load_table
 from .metrics import known
 from .table import Key, Table, tabulate
@@ -156,7 +156,7 @@ def _plot_series(
     x, y, low, high = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     # Lines that lie on one another are all seen: the first ones are the widest.
     thinner = {"markersize": max(6.5 - 0.7 * i, 3.0), "linewidth": max(2.6 - 0.4 * i, 0.9)}
-    style = plotting.look(i) | thinner
+    style: dict[str, Any] = {**plotting.look(i), **thinner}
     if not connect:
         style["linestyle"] = "none"
         x = x + 0.07 * i  # categories have room beside them
@@ -205,7 +205,7 @@ def trade_figure(table: Table, frame: Frame) -> Figure | None:
         if not (math.isfinite(x[0]) and math.isfinite(y[0])):
             continue
         words = ", ".join(_short(n, label(v)) for n, v in zip(names, (*row, *col), strict=True))
-        style = plotting.look(i) | {"linestyle": "none"}
+        style: dict[str, Any] = {**plotting.look(i), "linestyle": "none"}
         axes.errorbar(
             [x[0]], [y[0]], xerr=_ends(x), yerr=_ends(y), capsize=2, elinewidth=0.8,
             label=words, **style,
@@ -243,9 +243,9 @@ def layer_values(layers: Frame, cells: Mapping[str, str], what: str) -> dict[str
     for side in ("A", "G"):
         if f"{what}_{side}" not in layers or f"dim_{side}" not in layers:
             continue
-        numbers = pd.to_numeric(layers[f"{what}_{side}"], errors="coerce").astype(float)
+        numbers = _numbers(layers[f"{what}_{side}"])
         if what == "clipped":
-            numbers = numbers / pd.to_numeric(layers[f"dim_{side}"], errors="coerce")
+            numbers = numbers / _numbers(layers[f"dim_{side}"])
         else:
             numbers = np.log10(numbers.where(numbers > 0))
         wide = layers.assign(value=numbers).pivot_table(
@@ -257,6 +257,10 @@ def layer_values(layers: Frame, cells: Mapping[str, str], what: str) -> dict[str
         if order and columns:
             found[side] = wide.loc[order, columns]
     return found
+
+
+def _numbers(column: Column) -> Column:
+    return column.map(lambda value: pd.to_numeric(value, errors="coerce")).astype(float)
 
 
 @plotting.styled
@@ -314,7 +318,7 @@ def line_figure(
         return None
     figure, (axes,) = plotting.new_figure()
     for i, (cell, values) in enumerate(itertools.islice(curves.items(), MOST_SERIES)):
-        style = plotting.look(i) | {"marker": ""}
+        style: dict[str, Any] = {**plotting.look(i), "marker": ""}
         at = values.index.to_numpy(dtype=float)
         axes.plot(at, values["mean"].to_numpy(), label=cell, **style)
         low, high = values["min"].to_numpy(), values["max"].to_numpy()

@@ -118,7 +118,7 @@ def finish_if_due(directory: Path) -> Finished | None:
         return None
     with contextlib.suppress(ResultsError, OSError):
         frame = load(directory)
-        if not frame.empty and not frame["status"].isin(UNFINISHED).any():
+        if set(frame["status"]) and not set(frame["status"]) & set(UNFINISHED):
             return finish(directory)
     return None
 

@@ -7,6 +7,7 @@ in grey can be read. Matplotlib is used without its global state.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -48,6 +49,9 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 DPI = 200
+
+# It tells every table of every font that it cuts down.
+logging.getLogger("fontTools").setLevel(logging.WARNING)
 
 
 def new_figure(

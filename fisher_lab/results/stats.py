@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,11 +84,16 @@ def summarise(
         return Summary(1, mean, math.nan, math.nan, math.nan, median, q1, q3)
     if constant(x):
         return Summary(x.size, mean, 0.0, mean, mean, median, q1, q3)
-    about = DescrStatsW(x, ddof=1)
+    about = _describe(x)
     low, high = about.tconfint_mean(alpha=1 - confidence)
     if method == "bootstrap":
         low, high = _bootstrap(x, confidence, seed)
     return Summary(x.size, mean, float(about.std), float(low), float(high), median, q1, q3)
+
+
+def _describe(x: Floats) -> Any:
+    """By statsmodels; its cached attributes carry no types."""
+    return DescrStatsW(x, ddof=1)
 
 
 def _bootstrap(x: Floats, confidence: float, seed: int) -> tuple[float, float]:
@@ -220,7 +226,7 @@ def equivalence(
         inside = bool((x >= lower).all() and (x <= upper).all())
         p = (0.0, 1.0) if inside else (1.0, 0.0)
         return Equivalence(x.size, mean, 0.0, mean, mean, *p, exact=True)
-    about = DescrStatsW(x, ddof=1)
+    about = _describe(x)
     low, high = about.tconfint_mean(alpha=2 * alpha)
     below = _one_sided(about, upper, "smaller")
     above = _one_sided(about, lower, "larger")
@@ -236,7 +242,7 @@ def equivalence(
     )
 
 
-def _one_sided(about: DescrStatsW, bound: float, alternative: str) -> float:
+def _one_sided(about: Any, bound: float, alternative: str) -> float:
     if not math.isfinite(bound):
         return 0.0
     return float(about.ttest_mean(bound, alternative=alternative)[1])
@@ -256,7 +262,7 @@ def power_inside(
         alpha: level.
     """
     df = n - 1
-    critical = stats.t.ppf(1 - alpha, df)
+    critical = float(stats.t.ppf(1 - alpha, df))
     scale = std / math.sqrt(n)
     above = _reaches(critical, df, (mean - lower) / scale)
     below = _reaches(critical, df, (upper - mean) / scale)
@@ -322,8 +328,8 @@ def first(power: Callable[[int], float], start: int = 2) -> int | None:
 
 def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
     """The interval of a share by Clopper and Pearson, each side at level ``alpha``."""
-    low, high = proportion_confint(count, n, alpha=2 * alpha, method="beta")
-    return float(low), float(high)
+    ends = np.asarray(proportion_confint(count, n, alpha=2 * alpha, method="beta"), dtype=float)
+    return float(ends[0]), float(ends[1])
 
 
 def overlap(values: Column, others: Column, confidence: float = CONFIDENCE) -> bool:

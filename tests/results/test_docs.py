@@ -16,7 +16,13 @@ def test_the_claims_of_the_page_are_claims():
     blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
     claims = [claim for block in blocks for claim in check(block["claims"])]
     assert len(blocks) >= 8
-    assert {claim.type for claim in claims} >= {"equivalent", "stable", "faster", "matches", "share"}
+    assert {claim.type for claim in claims} >= {
+        "equivalent",
+        "stable",
+        "faster",
+        "matches",
+        "share",
+    }
     assert all(claim.text.endswith(".") for claim in claims)
 
 
