@@ -281,9 +281,15 @@ def layer_figure(layers: Frame, cells: Mapping[str, str], what: str) -> Figure |
             values.to_numpy(), aspect="auto", cmap="cividis",
             vmin=0 if share else None, vmax=max(float(values.max().max()), 1e-3) if share else None,
         )  # fmt: skip
-        axes.set_xticks(range(len(values.columns)), list(values.columns), rotation=60, ha="right")
+        axes.set_xticks(
+            range(len(values.columns)),
+            list(values.columns),
+            rotation=60,
+            ha="right",
+            parse_math=False,
+        )
         names = [str(name)[-28:] for name in values.index]
-        axes.set_yticks(range(len(values)), names)
+        axes.set_yticks(range(len(values)), names, parse_math=False)
         axes.tick_params(labelsize=5.5)
         words = "share of eigenvalues clipped" if share else "log10 condition number"
         axes.set_title(f"{side}: {words}", fontsize=7)
@@ -319,6 +325,7 @@ def line_figure(
     figure, (axes,) = plotting.new_figure()
     for i, (cell, values) in enumerate(itertools.islice(curves.items(), MOST_SERIES)):
         style: dict[str, Any] = {**plotting.look(i), "marker": ""}
+        style["linewidth"] = max(2.4 - 0.4 * i, 0.9)  # equal curves are both seen
         at = values.index.to_numpy(dtype=float)
         axes.plot(at, values["mean"].to_numpy(), label=cell, **style)
         low, high = values["min"].to_numpy(), values["max"].to_numpy()
@@ -344,7 +351,13 @@ def block_figure(rows: Frame, cells: Mapping[str, str], what: str) -> Figure | N
     figure = line_figure(numbered, cells, "place", what)
     if figure is not None:
         axes = figure.axes[0]
-        axes.set_xticks(range(len(blocks)), [str(b)[-20:] for b in blocks], rotation=60, ha="right")
+        axes.set_xticks(
+            range(len(blocks)),
+            [str(b)[-20:] for b in blocks],
+            rotation=60,
+            ha="right",
+            parse_math=False,
+        )
         axes.tick_params(axis="x", labelsize=5.5)
         axes.set_xlabel("block")
     return figure

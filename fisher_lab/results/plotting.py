@@ -42,9 +42,8 @@ STYLE: Any = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "axes.linewidth": 0.6,
-    # Text in a PDF stays text; metric names are not mathematics.
+    # Text in a PDF stays text.
     "pdf.fonttype": 42,
-    "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -60,8 +59,12 @@ def new_figure(
     """An empty figure with panels side by side, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    return figure, list(axes)
+    panel_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in panel_axes:
+        # Names are no mathematics: a dollar sign in a metric's name is a dollar sign.
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            text.set_parse_math(False)
+    return figure, panel_axes
 
 
 def legend(figure: Figure, axes: Axes, count: int) -> None:
@@ -70,9 +73,11 @@ def legend(figure: Figure, axes: Axes, count: int) -> None:
         handles, words = axes.get_legend_handles_labels()
         width = max(map(len, words), default=0)
         columns = 1 if width > 36 else 2 if width > 20 else 3
-        figure.legend(
+        made = figure.legend(
             handles, words, loc="outside lower center", frameon=False, ncols=min(columns, count)
         )
+        for text in made.get_texts():
+            text.set_parse_math(False)
         extra = math.ceil(count / columns) * 0.13
         figure.set_figheight(figure.get_figheight() + extra)
 
@@ -154,7 +159,11 @@ def set_ticks(axes: Axes, values: Sequence[Any], places: Sequence[float], log: b
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(
-        list(places), words, rotation=40 if long else 0, ha="right" if long else "center"
+        list(places),
+        words,
+        rotation=40 if long else 0,
+        ha="right" if long else "center",
+        parse_math=False,
     )
     if not log and len(places) > 1:
         axes.margins(x=0.1)
