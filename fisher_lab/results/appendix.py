@@ -73,7 +73,7 @@ def _figure(path: str) -> str:
     return (
         f"\\noindent\\begin{{minipage}}{{0.5\\linewidth}}\\centering"
         f"\\includegraphics[width=0.95\\linewidth,height=0.6\\textheight,keepaspectratio]"
-        f"{{{{{stem}}}.pdf}}\\end{{minipage}}"
+        f"{{{{{stem}}}.pdf}}\\end{{minipage}}%"
     )
 
 
