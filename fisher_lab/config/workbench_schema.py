@@ -171,17 +171,25 @@ class DataConfig:
             yield "path", self.path, "a name on the hub or a saved data set with data.type=hf"
 
 
+OPTIMIZERS = ("adamw", "sgd", "muon", "kfac", "ekfac")
+CURVATURE_OPTIMIZERS = ("kfac", "ekfac")
+"""Those that take the section ``kfac`` too."""
+
+
 @dataclass
 class OptimizerConfig:
     """The optimiser of ``task=train``; with these defaults also of every checkpoint."""
 
-    name: str = setting("adamw", "The optimiser.", one_of("adamw"))
+    name: str = setting("adamw", "The optimiser.", one_of(*OPTIMIZERS))
     lr: float | None = setting(
         None, "Peak learning rate; null: `model.recipe.lr`.", above(0) | null
     )
-    beta1: float = setting(0.9, "Decay of the first moment.", fraction())
-    beta2: float = setting(0.95, "Decay of the second moment.", fraction())
-    eps: float = setting(1e-8, "Added to the root of the second moment.", above(0))
+    beta1: float = setting(0.9, "AdamW: decay of the first moment.", fraction())
+    beta2: float = setting(0.95, "AdamW: decay of the second moment.", fraction())
+    eps: float = setting(1e-8, "AdamW: added to the root of the second moment.", above(0))
+    momentum: float = setting(
+        0.9, "`sgd`, `muon`, `kfac`, `ekfac`: decay of the running sum of steps.", fraction()
+    )
     weight_decay: float = setting(0.01, "Decoupled, on matrices alone.", at_least(0))
     clip_norm: float | None = setting(
         1.0, "The gradient's norm is cut to this; null: not at all.", above(0) | null
@@ -193,6 +201,47 @@ class OptimizerConfig:
     final_lr: float = setting(
         0.02, "Share of the peak rate that the schedule ends at.", fraction(0.0, 1.0)
     )
+    rest_lr_factor: float = setting(
+        1.0,
+        "`muon`, `kfac`, `ekfac`: the rate of AdamW, for the parameters that they leave to it, "
+        "over the optimiser's own.",
+        above(0),
+    )
+    clip: str = setting(
+        "kl",
+        "`kfac`, `ekfac`: what bounds a step; `kl`: the natural gradient of the batch, `trust`: "
+        "the whole step with K-FAC's Fisher-vector product, `none`: nothing.",
+        one_of("kl", "trust", "none"),
+    )
+    clip_limit: float = setting(
+        1e-3,
+        "`kfac`, `ekfac`: the bound on the predicted divergence of a step, in nats a label.",
+        above(0),
+    )
+    damping_schedule: str = setting(
+        "constant",
+        "`kfac`, `ekfac`: how `kfac.damping` moves; `lm`: Levenberg-Marquardt by the reduction "
+        "ratio.",
+        one_of("constant", "lm"),
+    )
+    lm_factor: float = setting(
+        0.77, "`lm`: the damping is multiplied or divided by this.", fraction(0.01)
+    )
+    inverse_freq: int | None = setting(
+        None,
+        "`kfac`, `ekfac`: steps between two refreshes of the inverses and looks at the reduction "
+        "ratio; null: `kfac.update_freq`, that is with the factors.",
+        whole(1) | null,
+    )
+    ratio: bool = setting(
+        True,
+        "`kfac`, `ekfac`: measure the reduction ratio, which costs a forward pass each time.",
+    )
+
+    def check(self) -> Iterator[Problem]:
+        """Yield what concerns more than one key."""
+        if self.damping_schedule == "lm" and not self.ratio:
+            yield "ratio", self.ratio, "true with optimizer.damping_schedule=lm"
 
 
 @dataclass
@@ -208,6 +257,28 @@ class TrainConfig:
     )
     from_checkpoint: bool = setting(
         False, "Start from the model's checkpoint; a pretrained model always does."
+    )
+    accumulation: int = setting(
+        1, "Micro-batches that a step's batch is cut into; their gradients add up.", whole(1)
+    )
+    precision: str = setting(
+        "fp32",
+        "Of the forward passes, under autocast (`bf16`, `fp16`); `fp32`: the weights' own dtype.",
+        one_of("fp32", "bf16", "fp16"),
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass (Hugging Face models)."
+    )
+    divergence_factor: float | None = setting(
+        2.0,
+        "A loss over this many times the first one ends the training, as one that is not finite "
+        "does; null: only the latter.",
+        above(1) | null,
+    )
+    target_loss: float | None = setting(
+        None,
+        "Held-out loss; steps and seconds until it is reached are recorded.",
+        above(0) | null,
     )
     eval_every: int = setting(50, "Steps between two held-out evaluations.", whole(1))
     save_every_s: float = setting(

@@ -6,8 +6,11 @@ killed goes on where it was, and on the CPU ends bit-identical to one that was l
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from torch import nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
+from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run
+from fisher_lab.tasks import natural
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workbench import bench, cache, models, training
+from fisher_lab.workbench.passes import Passes
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +55,7 @@ def run(config: Config, run: Run) -> None:
         materials.task,
         job,
         run.directory,
+        make=natural.maker(config),
         label=f"training {config.model.name}",
         save_every_s=config.train.save_every_s,
         track=progress.track,
@@ -56,7 +63,7 @@ def run(config: Config, run: Run) -> None:
     )
     digest = _save(model, materials, run.directory / MODEL_DIRECTORY)
     run.note(weights_sha256=digest, resumed_at=result.resumed_at)
-    run.metrics(_metrics(result, job, materials.task.name))
+    run.metrics(metrics(result, job, config.train.target_loss))
 
 
 def make_job(config: Config, origin: dict[str, Any]) -> training.Job:
@@ -70,8 +77,21 @@ def make_job(config: Config, origin: dict[str, Any]) -> training.Job:
         seed=config.seed,
         optimizer=config.optimizer,
         eval_every=config.train.eval_every,
+        passes=Passes(
+            precision=config.train.precision,
+            accumulation=config.train.accumulation,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        ),
+        divergence_factor=config.train.divergence_factor,
+        curvature=_curvature(config),
         origin=origin,
     )
+
+
+def _curvature(config: Config) -> dict[str, Any]:
+    if config.optimizer.name not in CURVATURE_OPTIMIZERS:
+        return {}
+    return dataclasses.asdict(config.kfac)
 
 
 def _initial(
@@ -109,19 +129,55 @@ def _save(model: nn.Module, materials: bench.Materials, directory: Path) -> str:
     return cache.sha256_of(*sorted(directory.glob("*.safetensors")))
 
 
-def _metrics(result: training.Result, job: training.Job, task: str) -> dict[str, float | int]:
-    last = result.curve.rows[-1]
-    tokens = int(last["tokens"])
-    log.info("%s: held-out loss %.4f after %d steps", task, result.heldout_loss, job.steps)
-    return {
+def metrics(
+    result: training.Result, job: training.Job, target: float | None
+) -> dict[str, float | int | None]:
+    """What a training came to, for ``metrics.json``.
+
+    Args:
+        result: of the training.
+        job: what was asked for.
+        target: held-out loss whose first crossing is reported, or None.
+    """
+    rows = result.curve.rows
+    last = rows[-1]
+    tokens, steps = int(last["tokens"]), int(last["step"])
+    log.info("held-out loss %.4f after %d steps", result.heldout_loss, steps)
+    if result.diverged_at is not None:
+        log.warning("diverged at step %d (loss %g)", result.diverged_at, last["loss"])
+    values: dict[str, float | int | None] = {
         "loss": last["loss"],
-        "heldout_loss": result.heldout_loss,
-        "heldout_loss_best": result.best_heldout_loss,
-        "baseline_loss": result.baseline_loss,
+        "loss/heldout": result.heldout_loss,
+        "loss/heldout_best": result.best_heldout_loss,
+        "loss/baseline": result.baseline_loss,
         "grad/norm": last["grad_norm"],
         "tokens": tokens,
-        "train/steps": job.steps,
+        "diverged": int(result.diverged_at is not None),
+        "train/steps": steps,
         "train/seconds": result.seconds,
+        "train/evaluation_s": result.evaluation_seconds,
         "train/tokens_per_s": tokens / result.seconds,
         "train/threads": torch.get_num_threads(),
     }
+    if result.diverged_at is not None:
+        values["train/diverged_step"] = result.diverged_at
+    if target is not None:
+        row = result.reached(target) or {}
+        values["train/target_steps"] = row.get("step")
+        values["train/target_s"] = row.get("seconds")
+    return values | _curvature_metrics(rows, result.seconds)
+
+
+def _curvature_metrics(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+    spent = [row["curvature_seconds"] for row in rows if "curvature_seconds" in row]
+    if not spent:
+        return {}
+    values = {
+        "train/curvature_share": sum(spent) / seconds,
+        "train/kl_scale": statistics.median(r["kl_scale"] for r in rows if "kl_scale" in r),
+        "train/damping_multiplier": rows[-1].get("damping_multiplier", math.nan),
+    }
+    ratios = [r["reduction_ratio"] for r in rows if math.isfinite(r.get("reduction_ratio", math.nan))]
+    if ratios:
+        values["train/reduction_ratio"] = statistics.median(ratios)
+    return values

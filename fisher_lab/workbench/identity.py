@@ -28,6 +28,20 @@ _NOT_IN_CHECKPOINT = {
 }
 """Keys of the model that a built checkpoint does not depend on."""
 
+_RECIPE_OPTIMIZER = (
+    "name",
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "clip_norm",
+    "warmup",
+    "schedule",
+    "final_lr",
+)
+"""Keys of the optimiser that the recipe's AdamW reads: new ones for others change no checkpoint."""
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
 """Files of a local pretrained model that can change a result."""
 
@@ -70,7 +84,7 @@ def checkpoint_key(
         {
             "recipe": RECIPE,
             "model": {key: fields[key] for key in fields if key not in _NOT_IN_CHECKPOINT},
-            "optimizer": dataclasses.asdict(OptimizerConfig()),
+            "optimizer": {key: getattr(OptimizerConfig(), key) for key in _RECIPE_OPTIMIZER},
             "text": text_sha256,
             "heldout_fraction": heldout_fraction,
             "tokenizer": tokenizer_key,

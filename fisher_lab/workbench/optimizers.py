@@ -1,4 +1,8 @@
-"""How a training changes its weights: one small interface, AdamW behind it, rates over time."""
+"""How a training changes its weights: one small interface, library optimisers behind it, rates.
+
+Curvature optimisers have the same face and come in from above (``fisher_lab.tasks.natural``): this
+package knows no engine.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,41 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workbench_schema import OptimizerConfig
 from fisher_lab.curvature import losses
 
+from .passes import Gradient, Passes
 from .tasks import Batch
+
+Further = Callable[[int], Batch]
+"""``further(k)``: the batch that comes ``k`` steps later, prepared; 0 is the step's own."""
+
+
+class Diverged(Exception):
+    """A step cannot be made: a loss, a gradient or a product is not finite.
+
+    Attributes:
+        row: what is known of the step, as `Updater.step` returns it.
+    """
+
+    def __init__(self, row: dict[str, float]) -> None:
+        self.row = row
+        super().__init__(f"not finite: {row}")
 
 
 class Updater(Protocol):
     """One step of a training; a curvature optimiser has the same face."""
 
-    def step(self, batch: Batch, rate: float) -> dict[str, float]:
+    def step(self, batch: Batch, rate: float, further: Further) -> dict[str, float]:
         """Change the weights by one batch.
 
         Args:
             batch: Prepared for the model (`fisher_lab.curvature.losses.prepare`).
             rate: The learning rate of this step.
+            further: Batches of the steps to come, for who builds factors from several.
 
         Returns:
             Numbers for the learning curve; ``loss`` (mean a label, before the step) among them.
+
+        Raises:
+            Diverged: Something is not finite; the weights are as they were.
         """
         ...
 
@@ -40,74 +64,151 @@ class Updater(Protocol):
         ...
 
 
+MakeUpdater = Callable[[nn.Module, losses.LossFunction | None, OptimizerConfig, Passes], Updater]
+"""What makes the updater of a training."""
+
+
 class GradientUpdater:
-    """Steps of a ``torch.optim`` optimiser along the gradient of the mean loss.
+    """Steps of ``torch.optim`` optimisers along the gradient of the mean loss.
 
     Args:
-        model: The model.
-        loss_fn: None for a Hugging Face model.
-        optimizer: Its learning rate is overwritten at every step.
-        clip_norm: The gradient's norm is cut to this; None leaves it.
+        gradient: Computes the gradient.
+        optimizers: Each with its parameters; their learning rates are overwritten at every step,
+            by the rate times a group's ``rate_factor`` (1 where a group has none).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: losses.LossFunction | None,
-        optimizer: torch.optim.Optimizer,
-        clip_norm: float | None,
-    ) -> None:
-        self.model = model
-        self.loss_fn = loss_fn
-        self.optimizer = optimizer
-        self.clip_norm = clip_norm
+    def __init__(self, gradient: Gradient, *optimizers: torch.optim.Optimizer) -> None:
+        self.gradient = gradient
+        self.optimizers = optimizers
 
-    def step(self, batch: Batch, rate: float) -> dict[str, float]:
+    def step(self, batch: Batch, rate: float, further: Further) -> dict[str, float]:
         """Forward, backward, clip, step; returns ``loss`` and ``grad_norm`` (before the cut)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        summed = losses.compute_loss(self.model, batch, self.loss_fn)
-        loss = summed.loss / max(summed.n_labels, 1)
-        loss.backward()
-        limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        return {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("rate_factor", 1.0)
+        row = self.gradient.compute(batch)
+        if not math.isfinite(row["loss"]):
+            raise Diverged(row)
+        self.gradient.apply()
+        return row
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state."""
-        return self.optimizer.state_dict()
+        """The optimisers' states."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "gradient": self.gradient.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimiser's state."""
-        self.optimizer.load_state_dict(state)
+        """Take up the optimisers' states."""
+        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+        self.gradient.load_state_dict(state["gradient"])
 
 
-def _adamw(
-    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig
-) -> Updater:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices alone."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    return [group for group in groups if group["params"]]
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        _groups(parameters, config.weight_decay),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    return GradientUpdater(model, loss_fn, optimizer, config.clip_norm)
 
 
-UPDATERS: dict[str, Callable[[nn.Module, losses.LossFunction | None, OptimizerConfig], Updater]] = {
-    "adamw": _adamw
-}
-"""``optimizer.name`` -> what makes the updater. Other optimisers add themselves here."""
+def _adamw(
+    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+) -> Updater:
+    optimizer = _adamw_over(_trainable(model), config)
+    return GradientUpdater(Gradient(model, loss_fn, passes, config.clip_norm, optimizer), optimizer)
 
 
-def make(model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig) -> Updater:
+def _sgd(
+    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+) -> Updater:
+    # Weight decay that is decoupled, as everywhere here: torch's own SGD adds it to the gradient.
+    optimizer = _DecoupledSGD(
+        _groups(_trainable(model), config.weight_decay), lr=1.0, momentum=config.momentum
+    )
+    return GradientUpdater(Gradient(model, loss_fn, passes, config.clip_norm, optimizer), optimizer)
+
+
+class _DecoupledSGD(torch.optim.SGD):
+    """``torch.optim.SGD`` with the decay taken off the weights, not added to the gradient."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            decays = [group["weight_decay"] for group in self.param_groups]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+
+
+def _muon(
+    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+) -> Updater:
+    """``torch.optim.Muon`` on the hidden matrices, AdamW on embeddings, head and vectors."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError.value(
+            "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
+        )
+    outer = _embeddings_and_head(model)
+    parameters = _trainable(model)
+    hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
+    others = [p for p in parameters if not any(p is h for h in hidden)]
+    muon = torch.optim.Muon(
+        hidden,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = _adamw_over(others, config)
+    for group in adamw.param_groups:
+        group["rate_factor"] = config.rest_lr_factor
+    return GradientUpdater(
+        Gradient(model, loss_fn, passes, config.clip_norm, muon, adamw), muon, adamw
+    )
+
+
+def _embeddings_and_head(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of embeddings, and of what maps to the classes."""
+    found = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else getattr(model, "head", None)
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        found.add(weight)
+    return found
+
+
+UPDATERS: dict[str, MakeUpdater] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon}
+"""``optimizer.name`` -> what makes the updater, for those that need no engine."""
+
+
+def make(
+    model: nn.Module,
+    loss_fn: losses.LossFunction | None,
+    config: OptimizerConfig,
+    passes: Passes,
+) -> Updater:
     """The updater that a configuration names.
 
     Raises:
@@ -115,7 +216,7 @@ def make(model: nn.Module, loss_fn: losses.LossFunction | None, config: Optimize
     """
     if config.name not in UPDATERS:
         raise ConfigError.value("optimizer.name", config.name, "one of " + ", ".join(UPDATERS))
-    return UPDATERS[config.name](model, loss_fn, config)
+    return UPDATERS[config.name](model, loss_fn, config, passes)
 
 
 def rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from fisher_lab.runs import atomic
 from fisher_lab.runs.signals import Pending, Watch
 
 from . import cache, evaluation, optimizers, snapshot
+from .optimizers import Diverged, MakeUpdater
+from .passes import Passes
 from .snapshot import SnapshotError
 from .tasks import TextTask
 
@@ -50,6 +53,11 @@ class Job:
         seed: Of batches and dropout.
         optimizer: What is done with the gradient.
         eval_every: Steps between two held-out evaluations.
+        passes: How gradients are computed.
+        divergence_factor: The training ends early where a loss is over this many times the
+            first one; None: only where it is not finite.
+        curvature: The choices of a curvature optimiser beside ``optimizer``; part of the
+            fingerprint.
         origin: What the initial weights and the text are; part of the fingerprint.
     """
 
@@ -60,6 +68,9 @@ class Job:
     seed: int
     optimizer: OptimizerConfig
     eval_every: int
+    passes: Passes = field(default_factory=Passes)
+    divergence_factor: float | None = None
+    curvature: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,7 +81,7 @@ class Job:
 
 @dataclass
 class Curve:
-    """The learning curve, a row a step; everything but ``seconds`` is the same in every repeat."""
+    """The learning curve, a row a step; all but the columns of seconds is the same in a repeat."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -120,8 +131,10 @@ class Result:
         heldout_loss: At the end, over all of the held-out text, in nats a label.
         best_heldout_loss: The lowest on the way (over fewer batches) or at the end.
         baseline_loss: The trivial model's, on the same held-out labels.
-        seconds: Spent in steps and evaluations, all attempts together.
+        seconds: Spent in steps, all attempts together; held-out evaluations are not in it.
+        evaluation_seconds: Spent in held-out evaluations on the way.
         resumed_at: The step that this attempt began with.
+        diverged_at: The step (from 1) at which the training was given up, or None.
     """
 
     curve: Curve
@@ -129,12 +142,25 @@ class Result:
     best_heldout_loss: float
     baseline_loss: float
     seconds: float
+    evaluation_seconds: float
     resumed_at: int
+    diverged_at: int | None
+
+    def reached(self, target: float) -> dict[str, Any] | None:
+        """The first row of the curve whose held-out loss is at or under ``target``, or None."""
+        for row in self.curve.rows:
+            if row.get("heldout_loss", math.inf) <= target:
+                return row
+        return None
 
 
 def no_track(items: Iterable[int], label: str, total: int) -> Iterable[int]:
     """Show nothing."""
     return items
+
+
+def no_row(row: Mapping[str, Any]) -> None:
+    """Send a row of the curve nowhere."""
 
 
 def train(
@@ -143,11 +169,13 @@ def train(
     job: Job,
     directory: Path,
     *,
+    make: MakeUpdater = optimizers.make,
     label: str = "training",
     save_every_s: float = 5.0,
     track: Track = no_track,
     signals: Watch | None = None,
     after_step: Callable[[int], None] | None = None,
+    on_row: Callable[[Mapping[str, Any]], None] = no_row,
 ) -> Result:
     """Train a model, or go on with it where ``directory`` has the state of this very training.
 
@@ -156,25 +184,32 @@ def train(
         task: Where the batches come from.
         job: What is done.
         directory: Gets ``state.safetensors`` and ``curve.csv``.
+        make: Makes what changes the weights.
         label: For the progress bar.
         save_every_s: Seconds between two saves.
         track: Shows progress.
         signals: Where given, SIGTERM and SIGUSR2 end the loop between two steps, state saved.
         after_step: Called with the number of steps done, after each (and after its save).
+        on_row: Called with each new row of the curve, the last one with the final evaluation.
 
     Raises:
         SnapshotError: ``directory`` has the state of another training, or an unreadable one.
         fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
     """
-    loop = _Loop(model, task, job, directory)
+    loop = _Loop(model, task, job, directory, make)
     start = loop.restore()
+    end = start if loop.diverged_at is not None else job.steps
     deferred: AbstractContextManager[Pending | None] = (
         nullcontext() if signals is None else signals.deferred()
     )
     with deferred as pending:
         loop.saved_at = time.monotonic()
-        for step in track(range(start, job.steps), label, job.steps - start):
+        for step in track(range(start, end), label, end - start):
             loop.step(step)
+            if loop.diverged_at is not None:
+                break
+            if step + 1 < job.steps:
+                on_row(loop.curve.rows[-1])
             asked = pending is not None and pending() != 0
             if asked or time.monotonic() - loop.saved_at >= save_every_s:
                 loop.save(step + 1)
@@ -183,51 +218,79 @@ def train(
                 pending.stop()
             if after_step is not None:
                 after_step(step + 1)
-        loop.save(job.steps)
-    return loop.result(start)
+        loop.save(len(loop.curve.rows))
+    result = loop.result(start)
+    on_row(loop.curve.rows[-1])
+    return result
 
 
 class _Loop:
     """The state of a running training, and the steps that change it."""
 
-    def __init__(self, model: nn.Module, task: TextTask, job: Job, directory: Path) -> None:
+    def __init__(
+        self, model: nn.Module, task: TextTask, job: Job, directory: Path, make: MakeUpdater
+    ) -> None:
         self.model = model
         self.task = task
         self.job = job
         self.directory = directory
-        self.updater = optimizers.make(model, task.loss_fn, job.optimizer)
+        self.updater = make(model, task.loss_fn, job.optimizer, job.passes)
         self.curve = Curve()
         self.seconds = 0.0
+        self.evaluation_seconds = 0.0
+        self.diverged_at: int | None = None
         self.saved_at = time.monotonic()
 
     def step(self, step: int) -> None:
         """Step number ``step``, from 0, and its row of the curve."""
         job, began = self.job, time.perf_counter()
-        batch = self.task.batch(
-            "train", step, seed=job.seed, batch_size=job.batch_size, seq_len=job.seq_len
-        )
         self.model.train()
         rate = optimizers.rate(step, job.steps, job.lr, job.optimizer)
         row: dict[str, Any] = {
             "step": step + 1,
             "tokens": (step + 1) * job.batch_size * job.seq_len,
             "lr": rate,
-            **self.updater.step(losses.prepare(self.model, batch), rate),
         }
-        if (step + 1) % job.eval_every == 0 and step + 1 < job.steps:
-            row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
+        try:
+            row |= self.updater.step(self.batch(step), rate, lambda k: self.batch(step + k))
+        except Diverged as stop:
+            row |= stop.row
+            self.diverged_at = step + 1
         self.seconds += time.perf_counter() - began
         row["seconds"] = self.seconds
         self.curve.rows.append(row)
+        if self.has_diverged(row["loss"]):
+            self.diverged_at = step + 1
+        elif (step + 1) % job.eval_every == 0 and step + 1 < job.steps:
+            row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step, on the model's device."""
+        job = self.job
+        batch = self.task.batch(
+            "train", step, seed=job.seed, batch_size=job.batch_size, seq_len=job.seq_len
+        )
+        return losses.prepare(self.model, batch)
+
+    def has_diverged(self, loss: float) -> bool:
+        """Whether this loss is the end of the training."""
+        if not math.isfinite(loss):
+            return True
+        factor = self.job.divergence_factor
+        return factor is not None and loss > factor * self.curve.rows[0]["loss"]
 
     def heldout_loss(self, limit: int | None) -> float:
-        return evaluation.heldout_loss(
+        """Held-out loss, and the time that it takes."""
+        began = time.perf_counter()
+        loss = evaluation.heldout_loss(
             self.model,
             self.task,
             batch_size=self.job.batch_size,
             seq_len=self.job.seq_len,
             limit=limit,
         )
+        self.evaluation_seconds += time.perf_counter() - began
+        return loss
 
     def save(self, steps: int) -> None:
         """Write curve and state; the curve first, so that it has all that the state speaks of."""
@@ -238,6 +301,8 @@ class _Loop:
                 "fingerprint": self.job.fingerprint,
                 "steps": steps,
                 "seconds": self.seconds,
+                "evaluation_seconds": self.evaluation_seconds,
+                "diverged_at": self.diverged_at,
                 "model": dict(_weights(self.model)),
                 "updater": self.updater.state_dict(),
                 "random": snapshot.random_state(),
@@ -264,6 +329,8 @@ class _Loop:
         self.updater.load_state_dict(state["updater"])
         self.curve = Curve.read(self.directory / CURVE_FILE, state["steps"])
         self.seconds = state["seconds"]
+        self.evaluation_seconds = state["evaluation_seconds"]
+        self.diverged_at = state["diverged_at"]
         snapshot.restore_random_state(state["random"])
         return state["steps"]
 
@@ -274,10 +341,20 @@ class _Loop:
         self.curve.rows[-1]["heldout_loss"] = final
         self.curve.write(self.directory / CURVE_FILE)
         seen = [row["heldout_loss"] for row in self.curve.rows if "heldout_loss" in row]
+        best = min((loss for loss in seen if math.isfinite(loss)), default=math.nan)
         baseline = evaluation.baseline_loss(
             self.task, batch_size=self.job.batch_size, seq_len=self.job.seq_len
         )
-        return Result(self.curve, final, min(seen), baseline, self.seconds, start)
+        return Result(
+            self.curve,
+            final,
+            best,
+            baseline,
+            self.seconds,
+            self.evaluation_seconds,
+            start,
+            self.diverged_at,
+        )
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

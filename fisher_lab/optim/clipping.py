@@ -1,0 +1,42 @@
+"""How long a step may be: the predicted change of the model's distribution is bounded.
+
+Along a step ``d`` the divergence between the model's predictions before and after is, to second
+order, ``KL = d^T F d / 2`` nats a label, with ``F`` the Fisher matrix of the mean loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fisher_lab.curvature.settings import in_range, one_of
+
+ClipName = Literal["kl", "trust", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """A bound on the step.
+
+    Attributes:
+        kind: ``kl`` bounds the natural gradient of this batch, before momentum, with ``d^T F d``
+            estimated by ``lr^2 <g, u>`` (Ba, Grosse & Martens 2017, section 5: free, and an upper
+            bound, since the damping is in it); ``trust`` bounds the whole step, momentum included,
+            with K-FAC's own Fisher-vector product (one more product a step); ``none`` bounds
+            nothing.
+        limit: largest ``d^T F d / 2``, in nats a label.
+    """
+
+    kind: ClipName = "kl"
+    limit: float = 1e-3
+
+    def __post_init__(self) -> None:
+        one_of("clip", self.kind, ("kl", "trust", "none"))
+        in_range("clip_limit", self.limit, 0.0)
+
+    def scale(self, quadratic: float) -> float:
+        """The factor, at most 1, by which a step with this ``d^T F d`` is shortened."""
+        if self.kind == "none" or quadratic <= 0.0:
+            return 1.0
+        return min(1.0, math.sqrt(2.0 * self.limit / quadratic))

@@ -1,0 +1,313 @@
+"""``KFACOptimizer``: a ``torch.optim.Optimizer`` that steps along K-FAC's natural gradient.
+
+Formulas: ``docs/math.md``, sections 1, 2 and 9; Martens & Grosse 2015. What users of other K-FAC
+libraries will look for: **factors are not averaged over time**. Each refresh makes them from the
+batches that it is given, and they serve until the next one; a damping and a batch size that were
+tuned for a running average do not carry over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.curvature.losses import LossFunction, unwrap
+from fisher_lab.curvature.settings import SettingError, in_range
+
+from .clipping import Clipping
+from .damping import ConstantDamping, DampingSchedule
+
+COVERED, REST = 0, 1
+"""Indices of the two parameter groups."""
+
+
+class KFACOptimizer(torch.optim.Optimizer):
+    """Natural-gradient steps with momentum; AdamW for the parameters outside K-FAC's layers.
+
+    ::
+
+        optimizer = KFACOptimizer(model, KFACNaturalGradient(damping=0.01), lr=0.1)
+        for batch in batches:
+            optimizer.refresh(batch)              # every ``kfac.update_freq`` steps
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+
+    A step, for the covered parameters ``W`` with gradient ``g`` of the mean loss::
+
+        u = K-FAC's natural gradient of g         (shortened by clipping ``kl``)
+        m = momentum * m + u
+        W = (1 - lr * weight_decay) W - lr * m    (m shortened by clipping ``trust``)
+
+    There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``.
+
+    Args:
+        model: the model; its trainable parameters are what is optimised.
+        kfac: the engine, with damping, policy and ``update_freq``.
+        lr: learning rate of the covered parameters.
+        momentum: decay of the running sum of natural gradients, from 0 up to but without 1.
+        weight_decay: decoupled (Loshchilov & Hutter 2019), on matrices alone.
+        clipping: the bound on a step.
+        damping: how the damping moves; ``kfac``'s own is where it starts.
+        inverse_freq: steps between two refreshes of the inverses alone, with the damping of the
+            moment and the reduction ratio measured; None: only with the factors. Fresher factors
+            than inverses would be factors that nothing uses: without averaging, this is the only
+            sense in which the two can be refreshed apart.
+        rest_lr: learning rate of AdamW for the other parameters; None: ``lr``.
+        betas: of AdamW.
+        eps: of AdamW.
+
+    Raises:
+        SettingError: an argument is out of range.
+        fisher_lab.curvature.errors.LayerError: the model has no K-FAC layer.
+
+    Attributes:
+        kfac: the engine.
+        multiplier: what the damping is multiplied by at the moment.
+        last: numbers of the last step: ``kl_scale``, ``decrement``, and ``predicted`` where it was
+            asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kfac: KFACNaturalGradient,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        clipping: Clipping | None = None,
+        damping: DampingSchedule | None = None,
+        inverse_freq: int | None = None,
+        rest_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        in_range("lr", lr, 0.0)
+        in_range("momentum", momentum, 0.0, 1.0)
+        in_range("weight_decay", weight_decay, 0.0)
+        if inverse_freq is not None:
+            in_range("inverse_freq", inverse_freq, 1, integer=True)
+        if momentum >= 1.0:
+            raise SettingError(f"momentum: {momentum}; allowed: below 1")
+        self.kfac, self.model = kfac, model
+        self.clipping = clipping or Clipping()
+        self.damping: DampingSchedule = damping or ConstantDamping()
+        self.inverse_freq = inverse_freq
+        self.multiplier = 1.0
+        self.last: dict[str, float] = {}
+        self._damping = kfac.settings.damping
+        self._done = 0
+        self._names = self._covered_names()
+        covered = list(self._names.values())
+        rest = [
+            p
+            for n, p in unwrap(model).named_parameters()
+            if p.requires_grad and n not in self._names
+        ]
+        groups = [{"params": covered, "name": "kfac", "lr": lr, "weight_decay": weight_decay}]
+        self.rest: torch.optim.AdamW | None = None
+        if rest:
+            rest_lr = lr if rest_lr is None else rest_lr
+            groups.append({"params": rest, "name": "adamw", "lr": rest_lr, "weight_decay": 0.0})
+            self.rest = torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=eps, weight_decay=0.0)
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    def _covered_names(self) -> dict[str, nn.Parameter]:
+        """Parameters whose natural gradient is K-FAC's; position embeddings are candidates only."""
+        layers = self.kfac.engine.layers_of(self.model)
+        named = dict(unwrap(self.model).named_parameters())
+        names = [
+            name
+            for layer in layers.layers.values()
+            if layer.name not in layers.candidates
+            for name in (layer.weight, layer.bias)
+            if name is not None and named[name].requires_grad
+        ]
+        return {name: named[name] for name in dict.fromkeys(names)}
+
+    # ---- factors and damping -----------------------------------------------------------------
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the coming step needs new factors."""
+        return self._done % self.kfac.update_freq == 0
+
+    @property
+    def inverse_due(self) -> bool:
+        """Whether the coming step is followed by a look at the damping."""
+        frequency = self.inverse_freq or self.kfac.update_freq
+        return self._done % frequency == 0
+
+    def refresh(
+        self,
+        batch: Any,
+        loss: LossFunction | None = None,
+        *,
+        force: bool = False,
+    ) -> bool:
+        """Makes new factors where they are due; one more forward and backward pass.
+
+        Args:
+            batch: one batch, or several.
+            loss: as for :meth:`KFACNaturalGradient.collect_kfac_factors`.
+            force: do it whether due or not.
+
+        Returns:
+            Whether there are new factors.
+        """
+        if not (force or self.refresh_due):
+            return False
+        self.kfac.collect_kfac_factors(self.model, batch, loss=loss)
+        return True
+
+    def adapt(self, before: float, after: float) -> float:
+        """Compares what the last step did with what it promised, and moves the damping.
+
+        Args:
+            before: mean loss of the batch before the step.
+            after: mean loss of the same batch after it.
+
+        Returns:
+            The reduction ratio: actual over predicted change (Martens & Grosse 2015, section 6.5);
+            nan where the step predicted nothing.
+
+        Raises:
+            SettingError: the last step was not asked to ``predict``.
+        """
+        if "predicted" not in self.last:
+            raise SettingError("adapt: the last step made no prediction; call step(predict=True)")
+        predicted = self.last["predicted"]
+        ratio = (after - before) / predicted if predicted < 0 else math.nan
+        self._set_multiplier(self.damping.update(self.multiplier, ratio))
+        return ratio
+
+    def _set_multiplier(self, multiplier: float) -> None:
+        if multiplier == self.multiplier:
+            return
+        self.multiplier = multiplier
+        start = self._damping
+        damping = replace(start, A=start.A * multiplier, G=start.G * multiplier)
+        self.kfac.engine.with_damping(damping)
+
+    # ---- the step ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, predict: bool = False) -> Any:  # type: ignore[override]
+        """Changes the weights by one step.
+
+        Args:
+            closure: computes the loss anew, as in ``torch.optim``.
+            predict: also predict the change of the loss, into ``last["predicted"]``; one
+                Fisher-vector product and a copy of the weights.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            fisher_lab.curvature.errors.CurvatureError: there are no factors, or the result is not
+                finite.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
+        before = self._copies() if predict else {}
+        self._step_covered(gradients)
+        if self.rest is not None:
+            self.rest.param_groups[0]["lr"] = self.param_groups[REST]["lr"]
+            self.rest.step()
+        if predict:
+            self.last["predicted"] = self._predicted(before)
+        self._done += 1
+        return result
+
+    def _step_covered(self, gradients: Mapping[str, Tensor]) -> None:
+        group = self.param_groups[COVERED]
+        lr = float(group["lr"])
+        natural = self.kfac.compute_natural_gradient(gradients, self.model)
+        missing = set(self.kfac.uncovered)  # a layer without a token this time stays where it is
+        natural = {name: u for name, u in natural.items() if name not in missing}
+        decrement = _inner(gradients, natural)
+        scale = 1.0
+        if self.clipping.kind == "kl":
+            scale = self.clipping.scale(lr * lr * decrement)
+        steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
+        if self.clipping.kind == "trust":
+            product = self.kfac.compute_fisher_vector_product(steps, self.model)
+            scale = self.clipping.scale(lr * lr * _inner(steps, product))
+        shorten = scale if self.clipping.kind == "trust" else 1.0
+        for name, step in steps.items():
+            parameter = self._names[name]
+            if parameter.dim() >= 2:
+                parameter.mul_(1.0 - lr * group["weight_decay"])
+            parameter.add_(step.to(parameter), alpha=-lr * shorten)
+        self.last = {"kl_scale": scale, "decrement": decrement}
+
+    def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
+        decay = self.param_groups[COVERED]["momentum"]
+        if scale != 1.0:
+            natural = natural * scale
+        if decay == 0.0:
+            return natural
+        state = self.state[self._names[name]]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(self._names[name])
+        return state["momentum"].mul_(decay).add_(natural)
+
+    def _copies(self) -> dict[str, Tensor]:
+        named = unwrap(self.model).named_parameters()
+        return {n: p.detach().clone() for n, p in named if p.grad is not None}
+
+    def _predicted(self, before: Mapping[str, Tensor]) -> float:
+        """``<g, d> + d^T F d / 2`` of what the step did, ``F`` undamped (K-FAC's)."""
+        named = dict(unwrap(self.model).named_parameters())
+        change = {name: named[name] - old for name, old in before.items()}
+        linear = sum(float((named[n].grad * d).sum()) for n, d in change.items())  # type: ignore[operator]
+        covered = {name: d for name, d in change.items() if name in self._names}
+        product = self.kfac.compute_fisher_vector_product(covered, self.model)
+        present = {n: d for n, d in covered.items() if n not in set(self.kfac.uncovered)}
+        return linear + 0.5 * _inner(present, product)
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on: momentum, AdamW, factors, damping, counters."""
+        state = super().state_dict()
+        state["kfac"] = self.kfac.state_dict(self.model) if self.kfac.kfac_factors else None
+        state["rest"] = None if self.rest is None else self.rest.state_dict()
+        state["multiplier"] = self.multiplier
+        state["done"] = self._done
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave; the next step is the one that would have been.
+
+        Raises:
+            fisher_lab.curvature.errors.CurvatureError: factors of another model.
+        """
+        own = {key: state_dict[key] for key in ("state", "param_groups")}
+        super().load_state_dict(own)
+        if self.rest is not None and state_dict["rest"] is not None:
+            self.rest.load_state_dict(state_dict["rest"])
+        if state_dict["kfac"] is not None:
+            self.kfac.load_state_dict(state_dict["kfac"], self.model)
+        self._done = int(state_dict["done"])
+        self._set_multiplier(float(state_dict["multiplier"]))
+
+    def parameters_of(self, group: int) -> Iterable[nn.Parameter]:
+        """Parameters of a group, :data:`COVERED` or :data:`REST`."""
+        return self.param_groups[group]["params"] if group < len(self.param_groups) else []
+
+
+def _inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """``<left, right>`` over the names of both, in float64."""
+    return sum(float((left[n].double() * right[n].double()).sum()) for n in left if n in right)
