@@ -205,10 +205,12 @@ def preflight(config: Config) -> None:
 
     Raises:
         ConfigError: a device that this machine does not have; a text or a model that does not
-            exist.
+            exist; a tracker whose package is missing.
     """
+    from fisher_lab import tracking
     from fisher_lab.workbench import content_identity
 
+    tracking.check(config.tracker)
     content_identity(config)
     if config.device == "cuda":
         import torch

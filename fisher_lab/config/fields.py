@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,22 @@ def fraction(low: float = 0.0, high: float = 1.0) -> Allowed:
 def one_of(*options: str) -> Allowed:
     """One of the given words."""
     return Allowed("one of " + ", ".join(options), lambda value: value in options)
+
+
+def each_of(*options: str) -> Allowed:
+    """A list of some of the given words, each at most once."""
+    return Allowed(
+        "a list of " + ", ".join(options),
+        lambda value: len(set(value)) == len(value) and set(value) <= set(options),
+    )
+
+
+def name_like() -> Allowed:
+    """A name of letters, digits and ``._-``, as services take it for a project."""
+    return Allowed(
+        "letters, digits, '.', '_' and '-', at most 128",
+        lambda value: re.fullmatch(r"[A-Za-z0-9._-]{1,128}", value) is not None,
+    )
 
 
 def setting(default: Any, meaning: str, allowed: Allowed | None = None) -> Any:

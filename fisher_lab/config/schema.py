@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fields import above, at_least, fraction, null, one_of, section, setting, whole
+from .fields import (
+    above,
+    at_least,
+    each_of,
+    fraction,
+    name_like,
+    null,
+    one_of,
+    section,
+    setting,
+    whole,
+)
 from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig
 from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
@@ -16,6 +27,7 @@ POLICIES = ("all", "auto", "hybrid", "small_only")
 STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")
 CORE_DTYPES = ("float64", "float32", "auto")
 TASKS = ("analyze", "train", "plan")
+TRACKERS = ("wandb", "tensorboard")
 MAX_SEED = 2**32 - 1
 
 
@@ -142,7 +154,34 @@ class TaskConfig:
 class TrackerConfig:
     """Where the numbers of the run are also sent."""
 
-    type: str = setting("none", "The sink.", one_of("none"))
+    sinks: list[str] = setting(
+        [], "`wandb`, `tensorboard`, both, or none: `[]`.", each_of(*TRACKERS)
+    )
+    mode: str | None = setting(
+        None,
+        "`wandb`: `online`, `offline` or `disabled`; null: `$WANDB_MODE`, else online where there "
+        "is a login.",
+        one_of("online", "offline", "disabled") | null,
+    )
+    project: str = setting("fisher_lab", "`wandb`: the project.", name_like())
+    entity: str | None = setting(None, "`wandb`: user or team; null: the login's own.")
+    group: str | None = setting(None, "Runs that belong together; null: the sweep.")
+    name: str | None = setting(None, "Of the run; null: the overrides.")
+    tags: list[str] = setting([], "`wandb`: tags of the run.")
+    directory: str | None = setting(
+        None, "Where the sinks keep their files; null: `tracker` in the run directory."
+    )
+    artifacts: bool = setting(
+        True, "Also send tables, spectra and factor files as they lie in the run directory."
+    )
+    budget_s: float = setting(
+        5.0, "Seconds that all sinks together may hold up the run.", at_least(0)
+    )
+    grace_s: float = setting(
+        600.0,
+        "Seconds that a sink may go on by itself after the run, to send what it has.",
+        above(0),
+    )
 
 
 @dataclass

@@ -201,21 +201,23 @@ class OptimizerConfig:
     final_lr: float = setting(
         0.02, "Share of the peak rate that the schedule ends at.", fraction(0.0, 1.0)
     )
-    rest_lr_factor: float = setting(
-        1.0,
-        "`muon`, `kfac`, `ekfac`: the rate of AdamW, for the parameters that they leave to it, "
-        "over the optimiser's own.",
-        above(0),
+    rest_lr: float | None = setting(
+        None,
+        "`muon`, `kfac`, `ekfac`: peak rate of AdamW, for the parameters that they leave to it; "
+        "null: `model.recipe.lr`.",
+        above(0) | null,
     )
     clip: str = setting(
-        "kl",
-        "`kfac`, `ekfac`: what bounds a step; `kl`: the natural gradient of the batch, `trust`: "
-        "the whole step with K-FAC's Fisher-vector product, `none`: nothing.",
-        one_of("kl", "trust", "none"),
+        "unit",
+        "`kfac`, `ekfac`: what bounds a step. `unit`: the natural gradient is scaled to length 1 "
+        "in its own metric, so that the predicted divergence of a step is lr^2/2; `kl`: it is cut "
+        "to `optimizer.clip_limit`; `trust`: the whole step is, with momentum, by K-FAC's "
+        "Fisher-vector product; `none`: nothing.",
+        one_of("unit", "kl", "trust", "none"),
     )
     clip_limit: float = setting(
         1e-3,
-        "`kfac`, `ekfac`: the bound on the predicted divergence of a step, in nats a label.",
+        "`kl`, `trust`: the bound on the predicted divergence of a step, in nats a label.",
         above(0),
     )
     damping_schedule: str = setting(

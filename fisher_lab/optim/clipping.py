@@ -12,7 +12,7 @@ from typing import Literal
 
 from fisher_lab.curvature.settings import in_range, one_of
 
-ClipName = Literal["kl", "trust", "none"]
+ClipName = Literal["unit", "kl", "trust", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class Clipping:
     """A bound on the step.
 
     Attributes:
-        kind: ``kl`` bounds the natural gradient of this batch, before momentum, with ``d^T F d``
+        kind: ``unit`` gives the natural gradient the length 1 in the damped metric, so that a
+            step's predicted divergence is ``lr^2 / 2`` whatever the gradient's size (the step of a
+            trust region whose radius is ``lr``); ``kl`` bounds the natural gradient of this batch, before momentum, with ``d^T F d``
             estimated by ``lr^2 <g, u>`` (Ba, Grosse & Martens 2017, section 5: free, and an upper
             bound, since the damping is in it); ``trust`` bounds the whole step, momentum included,
             with K-FAC's own Fisher-vector product (one more product a step); ``none`` bounds
@@ -32,11 +34,16 @@ class Clipping:
     limit: float = 1e-3
 
     def __post_init__(self) -> None:
-        one_of("clip", self.kind, ("kl", "trust", "none"))
+        one_of("clip", self.kind, ("unit", "kl", "trust", "none"))
         in_range("clip_limit", self.limit, 0.0)
 
     def scale(self, quadratic: float) -> float:
-        """The factor, at most 1, by which a step with this ``d^T F d`` is shortened."""
+        """The factor, at most 1, by which a step with this ``d^T F d`` is shortened.
+
+        With ``unit``: the factor that gives it the length 1.
+        """
         if self.kind == "none" or quadratic <= 0.0:
             return 1.0
+        if self.kind == "unit":
+            return 1.0 / math.sqrt(quadratic)
         return min(1.0, math.sqrt(2.0 * self.limit / quadratic))

@@ -41,7 +41,7 @@ class KFACOptimizer(torch.optim.Optimizer):
 
     A step, for the covered parameters ``W`` with gradient ``g`` of the mean loss::
 
-        u = K-FAC's natural gradient of g         (shortened by clipping ``kl``)
+        u = K-FAC's natural gradient of g         (scaled by clipping ``unit``, ``kl``)
         m = momentum * m + u
         W = (1 - lr * weight_decay) W - lr * m    (m shortened by clipping ``trust``)
 
@@ -237,8 +237,9 @@ class KFACOptimizer(torch.optim.Optimizer):
         natural = {name: u for name, u in natural.items() if name not in missing}
         decrement = _inner(gradients, natural)
         scale = 1.0
-        if self.clipping.kind == "kl":
-            scale = self.clipping.scale(lr * lr * decrement)
+        if self.clipping.kind in ("unit", "kl"):
+            length = 1.0 if self.clipping.kind == "unit" else lr
+            scale = self.clipping.scale(length * length * decrement)
         steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
         if self.clipping.kind == "trust":
             product = self.kfac.compute_fisher_vector_product(steps, self.model)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from fisher_lab import tracking
 from fisher_lab.config.validate import validate
@@ -19,13 +20,13 @@ from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import screen
+from fisher_lab.tracking import sending
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
-    from fisher_lab.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,22 @@ def execute(cfg: DictConfig) -> Outcome:
     )
     log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
     tracker = tracking.make(config.tracker)
-    tracker.start(run.run_id, run.record["config"], directory)
+    tracker.start(
+        sending.start_of(
+            run,
+            config.tracker,
+            task=config.task.name,
+            overrides=run.record["overrides"],
+            sweep=_sweep(hydra),
+        )
+    )
     try:
         with run.signals:
             if problem is not None:
                 raise problem
             run.note(**_prepare(config))
-            import_module(TASKS[config.task.name]).run(config, run)
+            with tracking.current(tracker):
+                import_module(TASKS[config.task.name]).run(config, run)
     except Interrupted as stop:
         run.end(stop.status, stop.signum.name)
         log.warning("%s; the run directory is %s", stop, directory)
@@ -107,7 +117,7 @@ def execute(cfg: DictConfig) -> Outcome:
         run.complete()
         log.info("completed")
     finally:
-        _send(run, tracker)
+        sending.send(run, config.tracker, tracker)
     screen.show(run)
     return Outcome(directory, "completed")
 
@@ -165,12 +175,13 @@ def _prepare(config: Config) -> dict[str, Any]:
     return machine.prepare(config)
 
 
-def _send(run: Run, tracker: Tracker) -> None:
-    """What the run came to, whole or not."""
-    tracker.summary(run.values)
-    for name, rows in run.tables.items():
-        tracker.table(name, rows)
-    tracker.finish(run.status)
+def _sweep(hydra: Any) -> str | None:
+    """The name of the sweep that this run is a cell of: its file, and its directory's end."""
+    if OmegaConf.is_missing(hydra.job, "num"):  # the launcher sets it, for cells alone
+        return None
+    where = "/".join(Path(hydra.sweep.dir).parts[-2:])
+    chosen = hydra.runtime.choices.get("sweeps")
+    return f"{chosen} {where}" if chosen else where
 
 
 def _log_in_full(error: Exception) -> None:

@@ -54,7 +54,11 @@ def maker(config: Config) -> MakeUpdater:
         )
         gradient = Gradient(model, loss_fn, passes, chosen.clip_norm, optimizer)
         return NaturalUpdater(
-            gradient, optimizer, chosen.rest_lr_factor, config.kfac.n_batches, chosen.ratio
+            gradient,
+            optimizer,
+            optimizers.rest_factor(chosen),
+            config.kfac.n_batches,
+            chosen.ratio,
         )
 
     return make
@@ -72,7 +76,7 @@ class NaturalUpdater:
     Args:
         gradient: Computes the gradient of a batch.
         optimizer: Makes the steps.
-        rest_lr_factor: Rate of the parameters outside K-FAC's layers over that of the others.
+        rest_factor: Rate of the parameters outside K-FAC's layers over that of the others.
         n_batches: Batches behind a refresh of the factors: the step's own and those that follow.
         ratio: Whether the reduction ratio is measured where the inverses are refreshed.
     """
@@ -81,18 +85,18 @@ class NaturalUpdater:
         self,
         gradient: Gradient,
         optimizer: KFACOptimizer,
-        rest_lr_factor: float,
+        rest_factor: float,
         n_batches: int,
         ratio: bool,
     ) -> None:
         self.gradient, self.optimizer = gradient, optimizer
-        self.rest_lr_factor, self.n_batches, self.ratio = rest_lr_factor, n_batches, ratio
+        self.rest_factor, self.n_batches, self.ratio = rest_factor, n_batches, ratio
 
     def step(self, batch: Batch, rate: float, further: Further) -> dict[str, float]:
         """One step; the row also says what the clipping, the damping and the ratio were."""
         optimizer = self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = rate * (self.rest_lr_factor if group["name"] == "adamw" else 1.0)
+            group["lr"] = rate * (self.rest_factor if group["name"] == "adamw" else 1.0)
         measure = self.ratio and optimizer.inverse_due
         noise = torch.get_rng_state() if measure else None
         row = self.gradient.compute(batch)

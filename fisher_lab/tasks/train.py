@@ -11,17 +11,19 @@ import logging
 import math
 import shutil
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS
 from fisher_lab.runs import atomic
-from fisher_lab.runs.record import Run
+from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import natural
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workbench import bench, cache, models, training
@@ -60,22 +62,32 @@ def run(config: Config, run: Run) -> None:
         save_every_s=config.train.save_every_s,
         track=progress.track,
         signals=run.signals,
+        on_row=_send_row,
     )
     digest = _save(model, materials, run.directory / MODEL_DIRECTORY)
     run.note(weights_sha256=digest, resumed_at=result.resumed_at)
     run.metrics(metrics(result, job, config.train.target_loss))
 
 
+def _send_row(row: Mapping[str, Any]) -> None:
+    values = {name: value for name, value in row.items() if name != "step"}
+    tracking.active().log(strict(values), int(row["step"]))
+
+
 def make_job(config: Config, origin: dict[str, Any]) -> training.Job:
     """What is trained, from the sections ``train`` and ``optimizer`` and the model's recipe."""
     recipe = config.model.recipe
+    lr = config.optimizer.lr or recipe.lr
+    optimizer = dataclasses.replace(
+        config.optimizer, lr=lr, rest_lr=config.optimizer.rest_lr or recipe.lr
+    )
     return training.Job(
         steps=config.train.steps or recipe.steps,
         batch_size=config.train.batch_size or recipe.batch_size,
         seq_len=config.train.seq_len or recipe.seq_len,
-        lr=config.optimizer.lr or recipe.lr,
+        lr=lr,
         seed=config.seed,
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         eval_every=config.train.eval_every,
         passes=Passes(
             precision=config.train.precision,
@@ -177,7 +189,9 @@ def _curvature_metrics(rows: list[dict[str, Any]], seconds: float) -> dict[str, 
         "train/kl_scale": statistics.median(r["kl_scale"] for r in rows if "kl_scale" in r),
         "train/damping_multiplier": rows[-1].get("damping_multiplier", math.nan),
     }
-    ratios = [r["reduction_ratio"] for r in rows if math.isfinite(r.get("reduction_ratio", math.nan))]
+    ratios = [
+        r["reduction_ratio"] for r in rows if math.isfinite(r.get("reduction_ratio", math.nan))
+    ]
     if ratios:
         values["train/reduction_ratio"] = statistics.median(ratios)
     return values

@@ -1,28 +1,78 @@
 """Where the numbers of a run are also sent: sinks behind one small interface.
 
-A sink is never what a run depends on: :func:`make` wraps it so that whatever it raises becomes one
-warning, after which the sink is left alone and the run goes on.
+A sink is never what a run depends on. Each works in a process of its own (:mod:`.remote`), and
+:func:`make` wraps them so that whatever goes wrong becomes one warning, after which that sink is
+left alone and the run goes on. The files in the run directory are the source of truth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
 
-from .base import Guarded, NoTracker, Tracker
+from .base import Guarded, NoTracker, Start, Tracker
+from .remote import RemoteTracker
 
-_SINKS: dict[str, type[Tracker]] = {"none": NoTracker}
-"""Every type that the schema allows, and the class that does it."""
+_SINKS: dict[str, Callable[[str, TrackerConfig, float], Tracker]] = {
+    "wandb": RemoteTracker,
+    "tensorboard": RemoteTracker,
+}
+"""Every sink that the schema allows, and what makes it."""
 
-__all__ = ["Guarded", "NoTracker", "Tracker", "make"]
+__all__ = [
+    "Guarded",
+    "NoTracker",
+    "RemoteTracker",
+    "Start",
+    "Tracker",
+    "active",
+    "check",
+    "current",
+    "make",
+]
 
 
 def make(config: TrackerConfig) -> Tracker:
-    """The sink that the configuration names, safe to call.
+    """The sinks that the configuration names, safe to call.
 
     Args:
         config: the section ``tracker``.
-
-    Returns:
-        The sink behind a :class:`Guarded`.
     """
-    return Guarded(_SINKS[config.type]())
+    names = [name for name in config.sinks if not (name == "wandb" and config.mode == "disabled")]
+    share = config.budget_s / max(len(names), 1)
+    return Guarded(*(_SINKS[name](name, config, share) for name in names))
+
+
+def check(config: TrackerConfig) -> None:
+    """Refuse a sink whose optional package is missing, before anything is started.
+
+    Raises:
+        ConfigError: one is missing; the line says how to get it.
+    """
+    if "tensorboard" in config.sinks:
+        from .tensorboard_sink import MISSING, installed
+
+        if not installed():
+            raise ConfigError(MISSING)
+
+
+_ACTIVE: ContextVar[Tracker] = ContextVar("fisher_lab_tracker")
+
+
+@contextmanager
+def current(tracker: Tracker) -> Iterator[None]:
+    """Make a tracker the one that :func:`active` gives, for a task."""
+    token = _ACTIVE.set(tracker)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active() -> Tracker:
+    """The tracker of the run that is going on; one that does nothing outside a run."""
+    return _ACTIVE.get(None) or NoTracker()

@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
+Numbers = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a sink is told when a run begins.
+
+    Attributes:
+        run_id: the run's identity: the same for every repeat of the run.
+        tracker_id: the run's name towards sinks: its own for every repeat, the same when it goes
+            on in its directory (`identity.py`).
+        attempt: how often this directory has been started, from 1.
+        config: the resolved configuration, nested as in the YAML.
+        directory: where a sink may keep files of its own; it need not exist.
+        name: for people: the overrides.
+        group: the sweep that the run belongs to, or None.
+        job_type: the task.
+        tags: of the configuration.
+    """
+
+    run_id: str
+    tracker_id: str
+    attempt: int
+    config: Mapping[str, Any]
+    directory: Path
+    name: str = ""
+    group: str | None = None
+    job_type: str = ""
+    tags: Sequence[str] = field(default_factory=tuple)
+
 
 class Tracker(Protocol):
     """What a sink takes. Calls come in this order: start, any of the others, finish."""
 
-    def start(self, run_id: str, config: Mapping[str, Any], directory: Path) -> None:
-        """Begin.
-
-        Args:
-            run_id: the run's identity.
-            config: the resolved configuration.
-            directory: the run directory, under which the sink may keep files of its own.
-        """
+    def start(self, start: Start) -> None:
+        """Begin."""
         ...
 
-    def log(self, values: Mapping[str, float | None], step: int | None = None) -> None:
-        """Numbers at a step of the run."""
+    def log(self, values: Numbers, step: int | None = None) -> None:
+        """Numbers at a step of the run; None stands for a number that is not finite."""
         ...
 
-    def summary(self, values: Mapping[str, float | None]) -> None:
+    def summary(self, values: Numbers) -> None:
         """Numbers of the whole run."""
         ...
 
@@ -51,13 +76,13 @@ class Tracker(Protocol):
 class NoTracker:
     """Sends nothing anywhere."""
 
-    def start(self, run_id: str, config: Mapping[str, Any], directory: Path) -> None:
+    def start(self, start: Start) -> None:
         """Nothing."""
 
-    def log(self, values: Mapping[str, float | None], step: int | None = None) -> None:
+    def log(self, values: Numbers, step: int | None = None) -> None:
         """Nothing."""
 
-    def summary(self, values: Mapping[str, float | None]) -> None:
+    def summary(self, values: Numbers) -> None:
         """Nothing."""
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,50 +99,49 @@ class NoTracker:
 
 
 class Guarded:
-    """Hands every call on; after the first one that raises, warns once and hands on no more.
+    """Hands every call on to all sinks; one that raises is warned of once and left out.
 
     Args:
-        inner: the sink.
+        sinks: the sinks; with none of them nothing is sent anywhere.
     """
 
-    def __init__(self, inner: Tracker) -> None:
-        self._inner: Tracker | None = inner
+    def __init__(self, *sinks: Tracker) -> None:
+        self._sinks: list[Tracker] = list(sinks)
 
-    def start(self, run_id: str, config: Mapping[str, Any], directory: Path) -> None:
+    def start(self, start: Start) -> None:
         """Begin; see :class:`Tracker`."""
-        self._try(lambda sink: sink.start(run_id, config, directory))
+        self._each(lambda sink: sink.start(start))
 
-    def log(self, values: Mapping[str, float | None], step: int | None = None) -> None:
+    def log(self, values: Numbers, step: int | None = None) -> None:
         """Numbers at a step; see :class:`Tracker`."""
-        self._try(lambda sink: sink.log(values, step))
+        self._each(lambda sink: sink.log(values, step))
 
-    def summary(self, values: Mapping[str, float | None]) -> None:
+    def summary(self, values: Numbers) -> None:
         """Numbers of the whole run; see :class:`Tracker`."""
-        self._try(lambda sink: sink.summary(values))
+        self._each(lambda sink: sink.summary(values))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table; see :class:`Tracker`."""
-        self._try(lambda sink: sink.table(name, rows))
+        self._each(lambda sink: sink.table(name, rows))
 
     def image(self, name: str, path: Path) -> None:
         """A picture; see :class:`Tracker`."""
-        self._try(lambda sink: sink.image(name, path))
+        self._each(lambda sink: sink.image(name, path))
 
     def artifact(self, name: str, path: Path, kind: str) -> None:
         """A file or directory; see :class:`Tracker`."""
-        self._try(lambda sink: sink.artifact(name, path, kind))
+        self._each(lambda sink: sink.artifact(name, path, kind))
 
     def finish(self, status: str) -> None:
         """End; see :class:`Tracker`."""
-        self._try(lambda sink: sink.finish(status))
+        self._each(lambda sink: sink.finish(status))
 
-    def _try(self, call: Callable[[Tracker], None]) -> None:
-        if self._inner is None:
-            return
-        try:
-            call(self._inner)
-        except Exception as error:
-            name = type(self._inner).__name__
-            self._inner = None
-            log.warning("the tracker %s failed and is left out from here on: %s", name, error)
-            log.info("how the tracker failed", exc_info=error)
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                name = getattr(sink, "name", type(sink).__name__)
+                log.warning("the tracker %s failed and is left out from here on: %s", name, error)
+                log.info("how the tracker failed", exc_info=error)

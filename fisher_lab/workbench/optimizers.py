@@ -182,10 +182,20 @@ def _muon(
     )
     adamw = _adamw_over(others, config)
     for group in adamw.param_groups:
-        group["rate_factor"] = config.rest_lr_factor
+        group["rate_factor"] = rest_factor(config)
     return GradientUpdater(
         Gradient(model, loss_fn, passes, config.clip_norm, muon, adamw), muon, adamw
     )
+
+
+def rest_factor(config: OptimizerConfig) -> float:
+    """Rate of AdamW, for what an optimiser leaves to it, over the optimiser's own.
+
+    Both rates are known by the time a training begins (`fisher_lab.tasks.train.make_job`).
+    """
+    if config.lr is None or config.rest_lr is None:
+        return 1.0
+    return config.rest_lr / config.lr
 
 
 def _embeddings_and_head(model: nn.Module) -> set[nn.Parameter]:

@@ -1,0 +1,112 @@
+"""A small task behind the real door, and trackers that are sure to have ended."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fisher_lab import cli, tracking
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.tasks import job
+from fisher_lab.tracking import RemoteTracker, Start
+from tests.tracking.offline import until
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Start]:
+    def make(**changes) -> Start:
+        return Start(
+            **{
+                "run_id": "abc",
+                "tracker_id": "abc-1234",
+                "attempt": 1,
+                "config": {"kfac": {"damping": 1e-4}, "seed": 0, "note": None},
+                "directory": tmp_path / "tracker",
+                "name": "kfac.damping=1e-4",
+                "group": "damping 2026/12",
+                "job_type": "train",
+                "tags": ("a", "b"),
+                **changes,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def remote() -> Iterator[Callable[..., RemoteTracker]]:
+    """Trackers with a long budget, whose processes end with the test."""
+    made: list[RemoteTracker] = []
+
+    def make(kind: str = "wandb", budget_s: float = 60.0, **config) -> RemoteTracker:
+        settings = TrackerConfig(**{"mode": "offline", "grace_s": 30.0, **config})
+        made.append(RemoteTracker(kind, settings, budget_s))
+        return made[-1]
+
+    yield make
+    for tracker in made:
+        end(tracker)
+
+
+def end(tracker: RemoteTracker) -> None:
+    """End a tracker's process and those that it started."""
+    if tracker.pid is None or not psutil.pid_exists(tracker.pid):
+        return
+    process = psutil.Process(tracker.pid)
+    family = [*process.children(recursive=True), process]
+    for one in family:
+        if one.is_running():
+            one.kill()
+    psutil.wait_procs(family, timeout=20)
+
+
+@pytest.fixture
+def service() -> Callable[[RemoteTracker], psutil.Process]:
+    """The process of W&B's service under a tracker's."""
+
+    def find(tracker: RemoteTracker) -> psutil.Process:
+        assert tracker.pid is not None
+        process = psutil.Process(tracker.pid)
+        (found,) = until(lambda: process.children())
+        return found
+
+    return find
+
+
+@pytest.fixture
+def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``small_task("tracker=wandb", ...)`` runs a task that logs, records and ends."""
+    module = types.ModuleType("small_task")
+
+    def run(config, run) -> None:
+        for step in range(1, 4):
+            tracking.active().log({"loss": 1.0 / step}, step)
+        run.metrics({"loss": 0.5, "kfac/total_s": 0.25, "loss/heldout": None})
+        run.table("layers.csv", [{"name": "a", "clipped": None, "dim": 3}])
+        if config.seed == 13:
+            raise RuntimeError("thirteen")
+
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "small_task", module)
+    monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "small_task"))
+    monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
+    monkeypatch.setattr(cli, "preflight", lambda config: tracking.check(config.tracker))
+
+    def call(*arguments: str) -> int:
+        return cli.main(list(arguments))
+
+    return call
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    def get() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+    return get

@@ -1,0 +1,74 @@
+"""Reads back what an offline W&B run wrote, with the library's own inspector; and small waits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Recorded:
+    """One ``.wandb`` file."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    exit_code: int | None = None
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of a logged number."""
+        key = f"curve/{name}"
+        return [(row["_step"], row[key]) for row in self.history if key in row]
+
+
+def files(directory: Path) -> list[Path]:
+    """The ``.wandb`` files under a directory, oldest first."""
+    return sorted(directory.rglob("run-*.wandb"), key=lambda path: path.parent.name)
+
+
+def read(file: Path) -> Recorded:
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    recorded = Recorded()
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        content = record.get(record["type"], {})
+        match record["type"]:
+            case "run":
+                recorded.run |= content
+                recorded.config |= content.get("config", {}).get("update", {})
+            case "summary":
+                recorded.summary |= content.get("update", {})
+            case "history":
+                recorded.history.append(content["item"])
+            case "artifact":
+                recorded.artifacts.append(content)
+            case "exit":
+                recorded.exit_code = content.get("exit_code", 0)
+    return recorded
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true value of a condition; fails after ``seconds``."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.02)
+    raise AssertionError(f"not within {seconds} s")

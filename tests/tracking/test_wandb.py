@@ -1,0 +1,335 @@
+"""Real offline runs of W&B, read back; and everything that can go wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fisher_lab.config import paths
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.tracking import remote as remote_module
+from fisher_lab.tracking.base import Guarded
+from fisher_lab.tracking.wandb_sink import has_login, mode_of
+from tests.tracking.offline import files, read, until
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _no_login(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def whole_run(tracker, start) -> None:
+    tracker.start(start)
+    for step in range(1, 4):
+        tracker.log({"loss": 1.0 / step, "nothing": None}, step)
+    tracker.summary({"loss": 0.5, "loss/heldout": 0.25, "missing": None})
+    tracker.finish("completed")
+
+
+def test_an_offline_run_is_read_back(remote, start, tmp_path, caplog):
+    tracker = remote(mode=None)
+    tracker.start(start())
+    for step in range(1, 4):
+        tracker.log({"loss": 1.0 / step, "nothing": None}, step)
+    tracker.summary({"loss": 0.5, "loss/heldout": 0.25, "steps": 3})
+    rows = [{"name": "a", "eigenvalue": 1.0}, {"name": None, "eigenvalue": 10.0}]
+    tracker.table("layers.csv", rows)
+    (tmp_path / "figure.png").write_bytes(png())
+    tracker.image("figure", tmp_path / "figure.png")
+    (tmp_path / "layers.csv").write_text("name\na\n")
+    tracker.artifact("layers.csv", tmp_path / "layers.csv", "tables")
+    with caplog.at_level("INFO"):
+        tracker.finish("completed")
+    (file,) = files(tmp_path / "tracker")
+    recorded = read(file)
+    assert recorded.run["run_id"] == "abc-1234"
+    assert recorded.run["run_group"] == "damping 2026/12"
+    assert recorded.run["job_type"] == "train"
+    assert recorded.run["display_name"] == "kfac.damping=1e-4"
+    assert recorded.run["tags"] == ["a", "b"]
+    assert recorded.run["project"] == "fisher_lab"
+    assert recorded.config["kfac"] == {"damping": 1e-4}  # nested, as in the YAML
+    assert (recorded.config["run_id"], recorded.config["attempt"]) == ("abc", 1)
+    assert recorded.curve("loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert recorded.summary["loss"] == 0.5
+    assert recorded.summary["loss/heldout"] == 0.25
+    assert recorded.summary["status"] == "completed"
+    assert recorded.exit_code == 0
+    assert "abc-1234-layers.csv" in {one["name"] for one in recorded.artifacts}
+    logged = {key for row in recorded.history for key in row}
+    assert any(key.startswith("table/layers") for key in logged)
+    assert any(key.startswith("histogram/layers/log10_eigenvalue") for key in logged)
+    assert any(key.startswith("figure/figure") for key in logged)
+
+
+def png() -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0\xff\0\0")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+    )
+
+
+def test_through_the_front_door_it_equals_the_metrics(small_task, tmp_path, capfd):
+    code = small_task(
+        "task=plan",
+        "tracker=wandb",
+        "tracker.budget_s=60",
+        "tracker.tags=[x]",
+        "hydra.run.dir=here",
+    )
+    assert code == 0
+    (file,) = files(tmp_path / "here")
+    recorded = read(file)
+    metrics = json.loads((tmp_path / "here" / "metrics.json").read_text())
+    assert metrics == {"loss": 0.5, "kfac/total_s": 0.25, "loss/heldout": None}
+    for name, value in metrics.items():
+        assert recorded.summary.get(name) == value, name
+    record = json.loads((tmp_path / "here" / "run.json").read_text())
+    assert recorded.config["run_id"] == record["run_id"]
+    assert recorded.config["kfac"] == record["config"]["kfac"]
+    assert recorded.run["tags"] == ["x"]
+    assert (
+        recorded.run["display_name"]
+        == "task=plan tracker=wandb tracker.budget_s=60 tracker.tags=[x]"
+    )
+    log = (tmp_path / "here" / "fisher_lab.log").read_text()
+    assert log.count("no W&B login") == 1
+    assert "WARNING" not in log
+
+
+def test_no_key_or_token_is_recorded(remote, start, tmp_path, monkeypatch):
+    """Neither the environment's, nor that of a git remote, nor one on the command line."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True, timeout=30)
+    url = f"https://user:{SECRET}@example.invalid/x.git"
+    subprocess.run([*git, "remote", "add", "origin", url], check=True, timeout=30)
+    whole_run(remote(mode="offline"), start())
+    written = [path for path in (tmp_path / "tracker").rglob("*") if path.is_file()]
+    assert files(tmp_path / "tracker")
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_login_and_mode(tmp_path):
+    said: list[str] = []
+    none = {"NETRC": str(tmp_path / "none")}
+    assert not has_login(none)
+    assert has_login({**none, "WANDB_API_KEY": "x"})
+    (tmp_path / "netrc").write_text("machine wandb.example login user password x\n")
+    here = {"NETRC": str(tmp_path / "netrc")}
+    assert not has_login(here)
+    assert has_login({**here, "WANDB_BASE_URL": "https://wandb.example/"})
+    assert mode_of(TrackerConfig(), {**none, "WANDB_API_KEY": "x"}, said.append) == "online"
+    assert mode_of(TrackerConfig(mode="offline"), {"WANDB_API_KEY": "x"}, said.append) == "offline"
+    assert mode_of(TrackerConfig(), {**none, "WANDB_MODE": "offline"}, said.append) == "offline"
+    assert said == []
+    assert mode_of(TrackerConfig(), none, said.append) == "offline"
+    assert len(said) == 1
+
+
+def test_a_preempted_run_goes_on_under_its_name(remote, start, tmp_path):
+    first = remote()
+    first.start(start())
+    first.log({"loss": 3.0}, 1)
+    first.log({"loss": 2.0}, 2)
+    first.finish("preempted")
+    second = remote()
+    second.start(start(attempt=2))
+    second.log({"loss": 1.0}, 3)
+    second.finish("completed")
+    one, two = (read(file) for file in files(tmp_path / "tracker"))
+    assert one.run["run_id"] == two.run["run_id"] == "abc-1234"
+    assert (one.config["attempt"], two.config["attempt"]) == (1, 2)
+    assert one.curve("loss") + two.curve("loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert (one.exit_code, two.exit_code) == (1, 0)
+    assert one.summary["status"] == "preempted"
+
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.tracking import RemoteTracker, Start
+
+tracker = RemoteTracker("wandb", TrackerConfig(mode="offline"), 60.0)
+directory = Path(sys.argv[1])
+number = sys.argv[2]
+tracker.start(Start("abc", f"abc-{number}", 1, {"seed": int(number)}, directory))
+for step in range(1, 51):
+    tracker.log({"loss": 1.0 / step}, step)
+if len(sys.argv) > 3:
+    tracker._calls.join()
+    print(tracker.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker.summary({"loss": 0.02})
+tracker.finish("completed")
+"""
+
+
+def process(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(directory), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(paths.root())},
+    )
+
+
+def test_a_run_killed_by_sigkill_has_all_that_it_logged(tmp_path):
+    run = process(tmp_path, "7", "kill")
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    worker = int(out)
+    until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", 90)
+    (file,) = files(tmp_path)
+    recorded = read(file)
+    assert recorded.curve("loss") == [(step, 1.0 / step) for step in range(1, 51)]
+    assert recorded.summary["status"] == "killed"
+    assert recorded.exit_code == 1
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once(tmp_path):
+    runs = [process(tmp_path / "shared", str(number)) for number in range(8)]
+    assert [run.wait(timeout=240) for run in runs] == [0] * 8
+    for run in runs:
+        assert run.stdout is not None
+        run.stdout.close()
+    recorded = [read(file) for file in files(tmp_path / "shared")]
+    assert sorted(one.config["seed"] for one in recorded) == list(range(8))
+    for one in recorded:
+        assert len(one.curve("loss")) == 50
+        assert one.summary["loss"] == 0.02
+        assert one.run["run_id"] == f"abc-{one.config['seed']}"
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+def assert_complete(directory: Path) -> None:
+    record = json.loads((directory / "run.json").read_text())
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert record["status"] == "completed"
+    assert metrics == {"loss": 0.5, "kfac/total_s": 0.25, "loss/heldout": None}
+
+
+def warned(directory: Path) -> list[str]:
+    lines = (directory / "fisher_lab.log").read_text().splitlines()
+    return [line for line in lines if " WARNING " in line]
+
+
+def test_an_unwritable_directory(small_task, tmp_path):
+    (tmp_path / "file").write_text("")
+    code = small_task(
+        "task=plan", "tracker=wandb", "tracker.directory=file/below", "tracker.budget_s=60",
+        "hydra.run.dir=here",
+    )  # fmt: skip
+    assert code == 0
+    assert_complete(tmp_path / "here")
+    (warning,) = warned(tmp_path / "here")
+    assert "the tracker wandb failed" in warning
+    assert "NotADirectoryError" in warning
+
+
+def test_a_full_disk(small_task, tmp_path, monkeypatch):
+    """Files of the tracker may not grow past 4 KiB: the kernel refuses the write, as when full."""
+    limited = ("bash", "-c", 'trap "" XFSZ; ulimit -f 4; exec "$@"', "-")
+    monkeypatch.setattr(remote_module, "COMMAND", (*limited, *remote_module.COMMAND))
+    began = time.monotonic()
+    assert small_task("task=plan", "tracker=wandb", "hydra.run.dir=here") == 0
+    assert time.monotonic() - began < 20
+    assert_complete(tmp_path / "here")
+    assert len(warned(tmp_path / "here")) == 1
+
+
+def test_no_network(small_task, tmp_path, monkeypatch):
+    """A login, and a service that cannot be reached: five seconds at most, and one warning."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    code = small_task(
+        "task=plan", "tracker=wandb", "tracker.mode=online", "tracker.grace_s=8",
+        "tracker.budget_s=2", "hydra.run.dir=here",
+    )  # fmt: skip
+    assert code == 0
+    assert time.monotonic() - began < 10
+    assert_complete(tmp_path / "here")
+    (warning,) = warned(tmp_path / "here")
+    assert "wandb" in warning
+
+
+def test_its_service_is_killed_in_mid_run(remote, start, service, warnings_of):
+    inner = remote(budget_s=5.0)
+    tracker = Guarded(inner)
+    tracker.start(start())
+    tracker.log({"loss": 1.0}, 1)
+    victim = service(inner)
+    victim.kill()
+    victim.wait(timeout=20)
+    began = time.monotonic()
+    for step in range(2, 200):
+        tracker.log({"loss": 1.0 / step}, step)
+    tracker.summary({"loss": 0.5})
+    tracker.finish("completed")
+    assert time.monotonic() - began < 6
+    assert len(warnings_of()) == 1
+
+
+def test_its_process_is_killed_in_mid_run(remote, start, service, warnings_of):
+    inner = remote()
+    tracker = Guarded(inner)
+    tracker.start(start())
+    child = service(inner)
+    psutil.Process(inner.pid).kill()
+    until(lambda: inner._problem)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.summary({"loss": 0.5})
+    tracker.finish("completed")
+    (warning,) = warnings_of()
+    assert "its process ended before the run did" in warning
+    child.kill()
+
+
+def test_a_process_that_stops_reading_holds_up_nothing(remote, start, monkeypatch, warnings_of):
+    sleeper = (sys.executable, "-c", "import threading; threading.Event().wait(60)")
+    monkeypatch.setattr(remote_module, "COMMAND", sleeper)
+    monkeypatch.setattr(remote_module, "WAITING", 2000)
+    inner = remote(budget_s=1.0)
+    tracker = Guarded(inner)
+    began = time.monotonic()
+    tracker.start(start())
+    for step in range(5000):
+        tracker.log({"loss": 1.0}, step)
+    tracker.finish("completed")
+    assert time.monotonic() - began < 5
+    (warning,) = warnings_of()
+    assert "no longer takes what the run sends" in warning
+
+
+def test_disabled_starts_nothing(small_task, tmp_path):
+    assert (
+        small_task("task=plan", "tracker=wandb", "tracker.mode=disabled", "hydra.run.dir=here") == 0
+    )
+    assert not (tmp_path / "here" / "tracker").exists()
+    assert warned(tmp_path / "here") == []
