@@ -207,6 +207,12 @@ class OptimizerConfig:
         "null: `model.recipe.lr`.",
         above(0) | null,
     )
+    outer: str = setting(
+        "adamw",
+        "`kfac`, `ekfac`: what changes embeddings and head, whose factors are the largest and the "
+        "least well known: `adamw`, or `kfac` as everything else.",
+        one_of("adamw", "kfac"),
+    )
     clip: str = setting(
         "unit",
         "`kfac`, `ekfac`: what bounds a step. `unit`: the natural gradient is scaled to length 1 "

@@ -39,7 +39,10 @@ def maker(config: Config) -> MakeUpdater:
         chosen: OptimizerConfig,
         passes: Passes,
     ) -> Updater:
-        kfac = dataclasses.replace(config.kfac, ekfac=chosen.name == "ekfac")
+        outer = [] if chosen.outer == "kfac" else list(optimizers.embeddings_and_head(model))
+        kfac = dataclasses.replace(
+            config.kfac, ekfac=chosen.name == "ekfac", exclude=[*config.kfac.exclude, *outer]
+        )
         engine = kfac_engine(dataclasses.replace(config, kfac=kfac))
         optimizer = KFACOptimizer(
             model,

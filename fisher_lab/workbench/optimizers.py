@@ -170,7 +170,7 @@ def _muon(
         raise ConfigError.value(
             "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
         )
-    outer = _embeddings_and_head(model)
+    outer = {module.weight for module in embeddings_and_head(model).values()}
     parameters = _trainable(model)
     hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
     others = [p for p in parameters if not any(p is h for h in hidden)]
@@ -198,15 +198,15 @@ def rest_factor(config: OptimizerConfig) -> float:
     return config.rest_lr / config.lr
 
 
-def _embeddings_and_head(model: nn.Module) -> set[nn.Parameter]:
-    """Weights of embeddings, and of what maps to the classes."""
-    found = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+def embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every embedding, and of what maps to the classes."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else getattr(model, "head", None)
-    weight = getattr(head, "weight", None)
-    if isinstance(weight, nn.Parameter):
-        found.add(weight)
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or module is head
+    }
 
 
 UPDATERS: dict[str, MakeUpdater] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon}

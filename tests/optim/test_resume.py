@@ -1,0 +1,294 @@
+"""Training: exact resume for every optimiser, micro-batches, precision, divergence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import Config
+from fisher_lab.config.workbench_schema import (
+    OPTIMIZERS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    TrainConfig,
+)
+from fisher_lab.runs.record import Run
+from fisher_lab.tasks import natural, train
+from fisher_lab.workbench import bench, optimizers, training
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("text")
+    (directory / "text.txt").write_text(
+        "\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(1500))
+    )
+    made = {}
+
+    def make(kind="gpt2", **changes):
+        config = Config(
+            device="cpu",
+            progress=False,
+            cache_dir=str(directory / "cache"),
+            model=ModelConfig(
+                name=kind,
+                type=kind,
+                layers=1,
+                width=16,
+                heads=2,
+                dropout=0.1,
+                recipe=RecipeConfig(steps=STEPS, batch_size=4, seq_len=16, lr=1e-2),
+            ),
+            data=DataConfig(
+                type="text_file",
+                path=str(directory / "text.txt"),
+                vocab_size=300,
+                heldout_fraction=0.2,
+                batch_size=2,
+                seq_len=16,
+            ),
+        )
+        config.kfac.damping, config.kfac.update_freq = 0.1, 3
+        for section, values in changes.items():
+            value = dataclasses.replace(getattr(config, section), **values)
+            setattr(config, section, value)
+        if kind not in made:
+            made[kind] = bench.prepare(config)
+        return config, made[kind]
+
+    return make
+
+
+class Killed(BaseException):
+    """Stands for a death between two steps: nothing is saved on the way out."""
+
+
+def go(config, materials, directory, die_at=None, **more):
+    model = materials.untrained(1)
+
+    def after_step(done):
+        if done == die_at:
+            raise Killed
+
+    result = training.train(
+        model,
+        materials.task,
+        train.make_job(config, {}),
+        directory,
+        make=natural.maker(config),
+        save_every_s=0.0,
+        after_step=after_step,
+        **more,
+    )
+    return model, result
+
+
+def without_seconds(curve):
+    return [
+        {key: value for key, value in row.items() if not key.endswith("seconds")}
+        for row in curve.rows
+    ]
+
+
+OPTIONS = {
+    "adamw": {},
+    "sgd": {"lr": 0.1},
+    "muon": {"lr": 0.01},
+    "kfac": {"lr": 0.01, "damping_schedule": "lm", "inverse_freq": 2},
+    "ekfac": {"lr": 0.01, "clip": "kl"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_killed_at_any_step_it_ends_bit_identical(name, materials, tmp_path):
+    config, made = materials(
+        optimizer={"name": name, **OPTIONS[name]}, train={"eval_every": 3, "accumulation": 2}
+    )
+    whole, expected = go(config, made, tmp_path / "whole")
+    assert [row["step"] for row in expected.curve.rows] == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        directory = tmp_path / str(step)
+        with pytest.raises(Killed):
+            go(config, made, directory, die_at=step)
+        again, result = go(config, made, directory)
+        assert result.resumed_at == step
+        assert without_seconds(result.curve) == without_seconds(expected.curve)
+        assert result.heldout_loss == expected.heldout_loss
+        for one, other in zip(again.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_loss_falls(name, materials, tmp_path):
+    config, made = materials(
+        optimizer={"name": name, **OPTIONS[name]}, train={"steps": 40, "eval_every": 40}
+    )
+    _, result = go(config, made, tmp_path)
+    rows = result.curve.rows
+    assert result.diverged_at is None
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5", "mlp"])
+def test_every_model_takes_a_curvature_step(kind, materials, tmp_path):
+    config, made = materials(kind, optimizer={"name": "kfac", "lr": 0.01}, train={"steps": 4})
+    _, result = go(config, made, tmp_path)
+    assert result.diverged_at is None
+    assert {"kl_scale", "decrement", "curvature_seconds"} <= result.curve.rows[0].keys()
+    assert math.isfinite(result.heldout_loss)
+
+
+def test_micro_batches_add_up_to_the_batch(materials, tmp_path):
+    """In float64, with unequal numbers of labels (masked language model) and clipping."""
+    rows = []
+    for parts in (1, 2, 3):
+        config, made = materials(
+            "bert",
+            optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5},
+            train={"accumulation": parts},
+        )
+        model = made.untrained(1).double().eval()
+        job = train.make_job(config, {})
+        updater = optimizers.make(model, made.task.loss_fn, job.optimizer, job.passes)
+        batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+        row = updater.step(batch, 0.1, lambda k: batch)
+        rows.append((row, [p.detach().clone() for p in model.parameters()]))
+    for row, parameters in rows[1:]:
+        assert row["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(rows[0][0]["grad_norm"], rel=1e-6)
+        for one, other in zip(parameters, rows[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_checkpointed_activations_change_nothing(materials, tmp_path):
+    for name in ("adamw", "kfac"):
+        curves = []
+        for checkpointing in (False, True):
+            config, made = materials(
+                optimizer={"name": name, "lr": 0.01},
+                train={"gradient_checkpointing": checkpointing, "steps": 4},
+            )
+            _, result = go(config, made, tmp_path / f"{name}{checkpointing}")
+            curves.append([row["loss"] for row in result.curve.rows])
+        assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    config, made = materials("mlp", train={"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match="train.gradient_checkpointing=true"):
+        go(config, made, tmp_path / "mlp")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["adamw", "kfac"])
+def test_mixed_precision_is_near_to_full(name, precision, materials, tmp_path):
+    results = []
+    for one in ("fp32", precision):
+        config, made = materials(
+            model={"dropout": 0.0},
+            optimizer={"name": name, "lr": 0.003},
+            train={"precision": one, "steps": 6},
+        )
+        model, result = go(config, made, tmp_path / one)
+        results.append([row["loss"] for row in result.curve.rows])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert results[0] != results[1]
+    assert results[0] == pytest.approx(results[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["sgd", "kfac"])
+def test_a_divergence_ends_the_run_and_is_a_result(name, materials, tmp_path):
+    config, made = materials(
+        optimizer={"name": name, "lr": 1e4, "clip": "none", "clip_norm": None, "warmup": 0.0},
+        train={"eval_every": 100, "target_loss": 0.01, "divergence_factor": 1.5},
+    )
+    run = Run.start(tmp_path / "run", config={}, overrides=[], identity={})
+    train.run(config, run)
+    metrics = json.loads((run.directory / "metrics.json").read_text())
+    assert metrics["diverged"] == 1
+    assert 1 < metrics["train/diverged_step"] == metrics["train/steps"] < STEPS
+    assert metrics["train/target_steps"] is None
+    assert (run.directory / "model").is_dir()
+    # Started again, it is over: a result is not tried again.
+    again = Run.start(tmp_path / "run", config={}, overrides=[], identity={})
+    train.run(config, again)
+    second = json.loads((run.directory / "metrics.json").read_text())
+    assert second["train/diverged_step"] == metrics["train/diverged_step"]
+    assert second["tokens"] == metrics["tokens"]
+
+
+def test_metrics_of_a_curvature_run(materials, tmp_path):
+    config, made = materials(
+        optimizer={"name": "kfac", "lr": 0.01},
+        train={"target_loss": 100.0, "eval_every": 3},
+        kfac={"n_batches": 2},
+    )
+    rows = []
+    _, result = go(config, made, tmp_path, on_row=rows.append)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows == result.curve.rows
+    metrics = train.metrics(result, train.make_job(config, {}), 100.0)
+    assert metrics["train/target_steps"] == 3
+    assert metrics["train/target_s"] == result.curve.rows[2]["seconds"]
+    assert 0 < metrics["train/curvature_share"] < 1
+    assert metrics["train/damping_multiplier"] == 1.0
+    assert math.isfinite(metrics["train/reduction_ratio"])
+    assert metrics["diverged"] == 0
+    measured = [row["step"] for row in result.curve.rows if "reduction_ratio" in row]
+    assert measured == [1, 4, 7]
+    assert metrics["tokens"] == STEPS * 4 * 16
+
+
+def test_factors_come_from_the_batches_to_come(materials, tmp_path):
+    config, made = materials(optimizer={"name": "kfac", "lr": 0.01}, kfac={"n_batches": 3})
+    model = made.untrained(1)
+    job = train.make_job(config, {})
+    updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+    asked = []
+
+    def further(k):
+        asked.append(k)
+        return made.task.batch("train", k, seed=0, batch_size=4, seq_len=16)
+
+    updater.step(further(0), 0.01, further)
+    assert asked == [0, 1, 2]
+    (tokens,) = {f.tokens for f in updater.optimizer.kfac.kfac_factors.values()}
+    assert tokens == 3 * 4 * 16
+
+
+def test_embeddings_and_head_go_to_adamw_unless_asked_for(materials):
+    for outer, expected in (("adamw", False), ("kfac", True)):
+        config, made = materials(optimizer={"name": "kfac", "outer": outer})
+        model = made.untrained(1)
+        job = train.make_job(config, {})
+        updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+        assert ("transformer.wte.weight" in updater.optimizer._names) is expected
+
+
+def test_rates_of_what_is_left_to_adamw():
+    config = OptimizerConfig(lr=0.1, rest_lr=0.02)
+    assert optimizers.rest_factor(config) == pytest.approx(0.2)
+    assert optimizers.rest_factor(OptimizerConfig()) == 1.0
+
+
+def test_decoupled_decay_of_sgd(materials):
+    config, made = materials(
+        optimizer={"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "clip_norm": None}
+    )
+    model = made.untrained(1).eval()
+    job = train.make_job(config, {})
+    updater = optimizers.make(model, made.task.loss_fn, job.optimizer, job.passes)
+    batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    updater.step(batch, 0.1, lambda k: batch)
+    for name, parameter in model.named_parameters():
+        decay = 1 - 0.1 * 0.5 if parameter.dim() >= 2 else 1.0
+        expected = decay * before[name] - 0.1 * parameter.grad
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert TrainConfig().divergence_factor == 2.0
