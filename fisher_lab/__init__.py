@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fisher_lab.curvature.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectral import FisherSpectral as FisherSpectral
     from fisher_lab.curvature.spectral import SpectralConfig as SpectralConfig
+    from fisher_lab.optim import KFACOptimizer as KFACOptimizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "KFACNaturalGradient": "fisher_lab.api",
+    "KFACOptimizer": "fisher_lab.optim",
     "FisherSpectral": "fisher_lab.curvature.spectral",
     "SpectralConfig": "fisher_lab.curvature.spectral",
     "FisherLanczos": "fisher_lab.curvature.lanczos",

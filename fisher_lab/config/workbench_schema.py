@@ -226,6 +226,12 @@ class OptimizerConfig:
         "`kl`, `trust`: the bound on the predicted divergence of a step, in nats a label.",
         above(0),
     )
+    damping_ratio: float = setting(
+        1.0,
+        "`kfac`, `ekfac`: damping of A over that of G, `kfac.damping`, unless `kfac.damping_A` and "
+        "`kfac.damping_G` say otherwise.",
+        above(0),
+    )
     damping_schedule: str = setting(
         "constant",
         "`kfac`, `ekfac`: how `kfac.damping` moves; `lm`: Levenberg-Marquardt by the reduction "

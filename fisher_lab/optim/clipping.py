@@ -22,11 +22,11 @@ class Clipping:
     Attributes:
         kind: ``unit`` gives the natural gradient the length 1 in the damped metric, so that a
             step's predicted divergence is ``lr^2 / 2`` whatever the gradient's size (the step of a
-            trust region whose radius is ``lr``); ``kl`` bounds the natural gradient of this batch, before momentum, with ``d^T F d``
-            estimated by ``lr^2 <g, u>`` (Ba, Grosse & Martens 2017, section 5: free, and an upper
-            bound, since the damping is in it); ``trust`` bounds the whole step, momentum included,
-            with K-FAC's own Fisher-vector product (one more product a step); ``none`` bounds
-            nothing.
+            trust region whose radius is ``lr``); ``kl`` bounds the natural gradient of this
+            batch, before momentum, with ``d^T F d`` estimated by ``lr^2 <g, u>`` (Ba, Grosse &
+            Martens 2017, section 5: free, and an upper bound, since the damping is in it);
+            ``trust`` bounds the whole step, momentum included, with K-FAC's own Fisher-vector
+            product (one more product a step); ``none`` bounds nothing.
         limit: largest ``d^T F d / 2``, in nats a label.
     """
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from fisher_lab import tracking
 from fisher_lab.config.validate import validate
@@ -95,7 +94,6 @@ def execute(cfg: DictConfig) -> Outcome:
             config.tracker,
             task=config.task.name,
             overrides=run.record["overrides"],
-            sweep=_sweep(hydra),
         )
     )
     try:
@@ -173,15 +171,6 @@ def _prepare(config: Config) -> dict[str, Any]:
     from fisher_lab.tasks import machine  # torch, which the record is not to wait for
 
     return machine.prepare(config)
-
-
-def _sweep(hydra: Any) -> str | None:
-    """The name of the sweep that this run is a cell of: its file, and its directory's end."""
-    if OmegaConf.is_missing(hydra.job, "num"):  # the launcher sets it, for cells alone
-        return None
-    where = "/".join(Path(hydra.sweep.dir).parts[-2:])
-    chosen = hydra.runtime.choices.get("sweeps")
-    return f"{chosen} {where}" if chosen else where
 
 
 def _log_in_full(error: Exception) -> None:

@@ -41,7 +41,10 @@ def maker(config: Config) -> MakeUpdater:
     ) -> Updater:
         outer = [] if chosen.outer == "kfac" else list(optimizers.embeddings_and_head(model))
         kfac = dataclasses.replace(
-            config.kfac, ekfac=chosen.name == "ekfac", exclude=[*config.kfac.exclude, *outer]
+            config.kfac,
+            ekfac=chosen.name == "ekfac",
+            exclude=[*config.kfac.exclude, *outer],
+            damping_A=config.kfac.damping_A or config.kfac.damping * chosen.damping_ratio,
         )
         engine = kfac_engine(dataclasses.replace(config, kfac=kfac))
         optimizer = KFACOptimizer(

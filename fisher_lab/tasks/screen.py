@@ -30,12 +30,14 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     "Data and loss": {
         "tokens": ("tokens", "d"),
         "loss": ("loss, nats a token", ".4f"),
-        "heldout_loss": ("held-out loss", ".4f"),
-        "heldout_loss_best": ("best held-out loss", ".4f"),
-        "baseline_loss": ("held-out loss of the trivial model", ".4f"),
         "loss/heldout": ("held-out loss", ".4f"),
+        "loss/heldout_best": ("best held-out loss", ".4f"),
         "loss/baseline": ("held-out loss of the trivial model", ".4f"),
         "train/steps": ("training steps", "d"),
+        "diverged": ("diverged", "d"),
+        "train/diverged_step": ("diverged at step", "d"),
+        "train/target_steps": ("steps to the target loss", "d"),
+        "train/target_s": ("seconds to the target loss", ".1f"),
     },
     "Natural gradient": {
         "ng/norm": ("norm of the natural gradient", "g"),
@@ -62,6 +64,10 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "kfac/peak_mb": ("peak memory growth, MiB", ".1f"),
         "train/seconds": ("training, s", ".1f"),
         "train/tokens_per_s": ("training, tokens a second", "d"),
+        "train/evaluation_s": ("held-out evaluations, s", ".1f"),
+        "train/curvature_share": ("share of the training in curvature", ".0%"),
+        "train/reduction_ratio": ("reduction ratio, median", ".3f"),
+        "train/kl_scale": ("scale of the clipping, median", ".3g"),
     },
 }
 """Section -> metric -> its words and its format."""

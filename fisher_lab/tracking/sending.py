@@ -23,9 +23,20 @@ NOT_KEPT = ("state.safetensors", identity.FILE, "run.json", "metrics.json")
 NAME_LENGTH = 128
 
 
-def start_of(
-    run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[str], sweep: str | None
-) -> Start:
+SWEEP_FILES = ("sweep.json", "multirun.yaml")
+"""What the directory over a run's own holds where that is a sweep's; the latter are Hydra's."""
+
+
+def sweep_of(directory: Path) -> str | None:
+    """The name of the sweep that a run directory lies in, or None."""
+    above = directory.resolve().parent
+    for name in SWEEP_FILES:
+        if (above / name).exists():
+            return above.name if name == SWEEP_FILES[0] else "/".join(above.parts[-2:])
+    return None
+
+
+def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[str]) -> Start:
     """What the sinks are told of a run that begins.
 
     Args:
@@ -33,7 +44,6 @@ def start_of(
         config: the section ``tracker``.
         task: its task.
         overrides: as typed; the run's name where the configuration gives none.
-        sweep: of which it is a cell, or None.
     """
     tracker_id, attempt = identity.claim(run.directory, run.run_id)
     directory = Path(config.directory) if config.directory else run.directory / DIRECTORY
@@ -45,7 +55,7 @@ def start_of(
         config=run.record["config"],
         directory=directory.absolute(),
         name=name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…",
-        group=config.group or sweep,
+        group=config.group or sweep_of(run.directory),
         job_type=task,
         tags=tuple(config.tags),
     )

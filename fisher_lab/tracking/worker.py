@@ -1,4 +1,4 @@
-"""The other side of :mod:`fisher_lab.tracking.remote`: ``python -m fisher_lab.tracking.worker KIND``.
+"""The other side of :mod:`.remote`: ``python -m fisher_lab.tracking.worker KIND``.
 
 Reads one call a line on standard input and hands it to the sink. Standard output carries answers,
 a line of JSON each: ``{"said": ...}``, ``{"failed": ...}``, ``{"finished": true}``. Where the input
@@ -27,7 +27,7 @@ SINKS = {
 """Sink -> the module whose ``make(config, say)`` makes it; only then its library is imported."""
 
 IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
-"""Meant for the run: a scheduler sends them to every process. The end of the input ends this one."""
+"""Meant for the run, but a scheduler sends them to every process. This one ends with its input."""
 
 
 class Mouth:

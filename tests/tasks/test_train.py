@@ -78,14 +78,14 @@ def test_a_run_leaves_curve_metrics_and_a_model(config, tmp_path):
     run = start(config(), tmp_path / "run")
     curve = training.Curve.read(run.directory / "curve.csv", 4)
     metrics = json.loads((run.directory / "metrics.json").read_text())
-    assert metrics["heldout_loss"] == curve.rows[-1]["heldout_loss"]
+    assert metrics["loss/heldout"] == curve.rows[-1]["heldout_loss"]
     assert metrics["loss"] == curve.rows[-1]["loss"]
     assert metrics["tokens"] == 4 * 2 * 32
     assert metrics["train/steps"] == 4
-    assert metrics["baseline_loss"] > 0
+    assert metrics["loss/baseline"] > 0
     cfg = config(model=ModelConfig(type="pretrained", name_or_path=str(run.directory / "model")))
     loaded = workbench.build(cfg)
-    assert loaded.record["model"]["heldout_loss"] == pytest.approx(metrics["heldout_loss"], rel=0.2)
+    assert loaded.record["model"]["heldout_loss"] == pytest.approx(metrics["loss/heldout"], rel=0.2)
     provenance = json.loads((run.directory / "run.json").read_text())["provenance"]
     assert len(provenance["weights_sha256"]) == 64
     assert provenance["workbench"]["task"] == "causal"
@@ -159,7 +159,7 @@ def test_stopped_and_started_again_in_the_same_directory(
     for file in ("model/model.safetensors",):
         assert (again.directory / file).read_bytes() == (whole.directory / file).read_bytes()
     metrics = [json.loads((r.directory / "metrics.json").read_text()) for r in (whole, again)]
-    assert metrics[0]["heldout_loss"] == metrics[1]["heldout_loss"]
+    assert metrics[0]["loss/heldout"] == metrics[1]["loss/heldout"]
 
 
 def test_a_directory_with_another_training_is_refused(config, tmp_path):

@@ -133,8 +133,18 @@ def test_the_cells_of_a_sweep_are_a_group(small_task, monkeypatch):
     )  # fmt: skip
     assert code == 0
     starts = [sink.calls[0][1][0] for sink in sinks]
-    assert [begun.group for begun in starts] == ["damping there/now"] * 2
+    assert [begun.group for begun in starts] == ["there/now"] * 2
     assert len({begun.tracker_id for begun in starts}) == 2
+
+
+def test_the_sweep_of_a_directory(tmp_path):
+    cell = tmp_path / "damping" / "abc"
+    cell.mkdir(parents=True)
+    assert sending.sweep_of(cell) is None
+    (cell.parent / "multirun.yaml").touch()
+    assert sending.sweep_of(cell) == f"{tmp_path.name}/damping"
+    (cell.parent / "sweep.json").touch()
+    assert sending.sweep_of(cell) == "damping"
 
 
 def test_what_is_sent_at_the_end(tmp_path):

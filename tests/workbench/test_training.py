@@ -15,6 +15,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workbench_schema import OptimizerConfig
 from fisher_lab.runs.signals import Interrupted, Watch
 from fisher_lab.workbench import models, optimizers, snapshot, training
+from fisher_lab.workbench.passes import Passes
 from fisher_lab.workbench.snapshot import SnapshotError
 
 STEPS = 9
@@ -235,7 +236,7 @@ def test_one_step_of_adamw_is_the_librarys(materials):
     reference, _ = fresh(materials, dropout=0.0)
     config = OptimizerConfig(clip_norm=0.05, weight_decay=0.5, eps=1e-4)
     batch = task.batch("train", 0, seed=0, batch_size=2, seq_len=32)
-    row = optimizers.make(model, None, config).step(batch, 0.1)
+    row = optimizers.make(model, None, config, Passes()).step(batch, 0.1, lambda k: batch)
     loss = reference(**batch).loss
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -252,7 +253,7 @@ def test_one_step_of_adamw_is_the_librarys(materials):
 def test_an_unknown_optimizer_is_named(materials):
     model, _ = fresh(materials)
     with pytest.raises(ConfigError, match=r"optimizer\.name=lion .*one of adamw"):
-        optimizers.make(model, None, OptimizerConfig(name="lion"))
+        optimizers.make(model, None, OptimizerConfig(name="lion"), Passes())
 
 
 CHILD = """

@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""The W&B workspace and the appendix report of a project of fisher_lab runs.
+
+::
+
+    python scripts/wandb_dashboard.py --dump dashboard.json                 # no login needed
+    python scripts/wandb_dashboard.py --entity me --project fisher_lab --save
+    python scripts/wandb_dashboard.py --aggregate results/train_damping     # mean, deviation, interval
+
+``--aggregate`` writes the sweep's table as a run of its own (job type ``aggregate``): a row a group
+of cells that differ in nothing but the seed. W&B's own table shows no deviation and no interval.
+Needs ``pip install 'fisher-lab[dashboard]'`` but for ``--aggregate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.runs import atomic
+
+CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
+METRICS = ("loss/heldout", "ng/heldout_loss_decrease", "kfac/total_s", "kfac/peak_mb")
+SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimizer.name", "seed")
+
+
+# ---- workspace and report ------------------------------------------------------------------------
+
+
+def curve_panels() -> list[Any]:
+    """A line for each group of runs, with the deviation as a band."""
+    import wandb_workspaces.reports.v2 as wr
+
+    return [
+        wr.LinePlot(
+            title=name,
+            x="Step",
+            y=[f"curve/{name}"],
+            groupby="Group",
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            log_y=name in ("lr", "grad_norm"),
+        )
+        for name in CURVES
+    ]
+
+
+def result_panels() -> list[Any]:
+    """Bars with error bars over groups, damping against metric, parallel coordinates."""
+    import wandb_workspaces.reports.v2 as wr
+
+    bars = [
+        wr.BarPlot(
+            title=f"{name}, mean and standard error",
+            metrics=[name],
+            groupby="Group",
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stderr",
+        )
+        for name in METRICS
+    ]
+    scatter = [
+        wr.ScatterPlot(
+            title=f"damping against {name}",
+            x=wr.Config("kfac.damping"),
+            y=wr.SummaryMetric(name),
+            log_x=True,
+        )
+        for name in METRICS[:2]
+    ]
+    columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SETTINGS]
+    columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(METRICS[0])))
+    return [*bars, *scatter, wr.ParallelCoordinatesPlot(title="settings", columns=columns)]
+
+
+def comparison_panels() -> list[Any]:
+    """What differs between runs."""
+    import wandb_workspaces.reports.v2 as wr
+
+    return [wr.RunComparer(diff_only="split")]
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The project's workspace."""
+    import wandb_workspaces.workspaces as ws
+
+    sections = {
+        "Results": result_panels(),
+        "Learning curves": curve_panels(),
+        "Settings that differ": comparison_panels(),
+    }
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name="fisher_lab",
+        sections=[
+            ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()
+        ],
+    )
+
+
+def report(entity: str, project: str) -> Any:
+    """The report for a paper's appendix."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def grid(panels: list[Any]) -> Any:
+        return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
+
+    return wr.Report(
+        entity=entity or "-",
+        project=project,
+        title="Appendix: every run",
+        description="Made by scripts/wandb_dashboard.py.",
+        blocks=[
+            wr.TableOfContents(),
+            wr.H1("Results"),
+            wr.P("Bars are means over seeds with their standard error."),
+            grid(result_panels()),
+            wr.H1("Learning curves"),
+            wr.P("Means over seeds; the band is the standard deviation."),
+            grid(curve_panels()),
+            wr.H1("Settings that differ"),
+            grid(comparison_panels()),
+        ],
+    )
+
+
+def dumped(entity: str, project: str) -> dict[str, Any]:
+    """Both as JSON, without a login; the report's runs are bound to the project by ``--save``."""
+
+    def plain(one: Any) -> Any:
+        return json.loads(one._to_model().model_dump_json(by_alias=True))
+
+    view = workspace(entity or "-", project)
+    return {"workspace": plain(view), "report": plain(report("", project))}
+
+
+# ---- the aggregate -------------------------------------------------------------------------------
+
+
+def cells(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Configuration and metrics of every completed run under a directory."""
+    for file in sorted(directory.rglob("run.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        metrics = file.with_name("metrics.json")
+        if record["status"] == "completed" and metrics.exists():
+            yield record["config"], json.loads(metrics.read_text(encoding="utf-8"))
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``kfac.damping`` and so on; lists as text."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+    return found
+
+
+def aggregate(directory: Path) -> list[dict[str, Any]]:
+    """A row a group: the settings that differ, then mean, deviation and 95 % interval.
+
+    Args:
+        directory: of the sweep.
+
+    Returns:
+        Columns ``<metric>/mean``, ``/sd``, ``/low``, ``/high`` and ``/n`` for every metric; a
+        deviation and an interval need two seeds at least.
+    """
+    found = [(flat(config), metrics) for config, metrics in cells(directory)]
+    keys = {key for config, _ in found for key in config} - {"seed"}
+    differ = sorted(k for k in keys if len({json.dumps(c.get(k)) for c, _ in found}) > 1)
+    groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for config, metrics in found:
+        groups.setdefault(json.dumps([config.get(k) for k in differ]), []).append((config, metrics))
+    rows = []
+    for members in groups.values():
+        row: dict[str, Any] = {key: members[0][0].get(key) for key in differ}
+        for name in dict.fromkeys(name for _, metrics in members for name in metrics):
+            values = [m[name] for _, m in members if m.get(name) is not None]
+            row |= {f"{name}/{key}": value for key, value in moments(values).items()}
+        rows.append(row)
+    return rows
+
+
+def moments(values: list[float]) -> dict[str, float | int | None]:
+    """Mean, standard deviation and Student's 95 % interval of some numbers."""
+    from scipy import stats
+
+    n = len(values)
+    mean = statistics.fmean(values) if n else None
+    result: dict[str, float | int | None] = {
+        "mean": mean, "sd": None, "low": None, "high": None, "n": n,
+    }  # fmt: skip
+    if n > 1 and mean is not None:
+        deviation = statistics.stdev(values)
+        half = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+        result |= {"sd": deviation, "low": mean - half, "high": mean + half}
+    return result
+
+
+def send(rows: list[dict[str, Any]], directory: Path, args: argparse.Namespace) -> None:
+    """The aggregate as a run of its own, under the same name every time."""
+    from fisher_lab.tracking import Guarded, RemoteTracker, Start
+
+    config = TrackerConfig(
+        sinks=["wandb"], mode=args.mode, project=args.project, entity=args.entity or None
+    )
+    digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    tracker = Guarded(RemoteTracker("wandb", config, 60.0))
+    tracker.start(
+        Start(
+            run_id=digest,
+            tracker_id=f"aggregate-{digest}",
+            attempt=1,
+            config={"sweep": directory.name},
+            directory=(directory / "tracker").absolute(),
+            name=f"{directory.name}: aggregate",
+            group=directory.name,
+            job_type="aggregate",
+        )
+    )
+    for number, row in enumerate(rows):
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        tracker.log(numbers, number)
+    tracker.table("aggregate.csv", rows)
+    tracker.finish("completed")
+
+
+# ---- the door ------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Do what was asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--entity", default="", help="user or team")
+    parser.add_argument("--project", default=TrackerConfig().project)
+    parser.add_argument("--mode", choices=["online", "offline"], help="of --aggregate")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dump", type=Path, metavar="FILE", help="write both as JSON")
+    what.add_argument("--save", action="store_true", help="publish both (needs a login)")
+    what.add_argument("--aggregate", type=Path, metavar="SWEEP", help="directory of a sweep")
+    args = parser.parse_args(argv)
+    if args.aggregate is not None:
+        rows = aggregate(args.aggregate)
+        if not rows:
+            parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
+        send(rows, args.aggregate, args)
+        print(f"{len(rows)} groups")
+        return 0
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError:
+        parser.error("wandb-workspaces is missing: pip install 'fisher-lab[dashboard]'")
+    if args.dump is not None:
+        atomic.write_json(args.dump, dumped(args.entity, args.project))
+        print(args.dump)
+        return 0
+    if not args.entity:
+        parser.error("--save needs --entity")
+    for one in (workspace(args.entity, args.project), report(args.entity, args.project)):
+        one.save()
+        print(one.url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""TensorBoard event files, read back; and the error where the package is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from fisher_lab.tracking import tensorboard_sink
+from tests.tracking.test_wandb import png
+
+
+def test_event_files_are_read_back(remote, start, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = remote("tensorboard")
+    tracker.start(start())
+    for step in range(1, 4):
+        tracker.log({"loss": 1.0 / step, "nothing": None}, step)
+    tracker.summary({"loss/heldout": 0.25, "missing": None})
+    tracker.table("layers.csv", [{"name": "a|b", "eigenvalue": 1.0}, {"eigenvalue": 10.0}])
+    (tmp_path / "figure.png").write_bytes(png())
+    tracker.image("figure", tmp_path / "figure.png")
+    tracker.artifact("model", tmp_path, "checkpoint")
+    tracker.finish("completed")
+    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("curve/loss")]
+    assert curve == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert events.Scalars("summary/loss/heldout")[0].value == 0.25
+    tags = events.Tags()
+    assert "curve/nothing" not in tags["scalars"]
+    assert tags["images"] == ["figure/figure"]
+    assert tags["histograms"] == ["histogram/layers/log10_eigenvalue"]
+    (table,) = events.Tensors("table/layers/text_summary")
+    assert rb"a\|b" in table.tensor_proto.string_val[0]
+    (config,) = events.Tensors("config/text_summary")
+    assert b'"damping": 0.0001' in config.tensor_proto.string_val[0]
+
+
+def test_a_missing_package_is_said_before_anything_is_done(
+    small_task, monkeypatch, capfd, tmp_path
+):
+    monkeypatch.setattr(tensorboard_sink, "installed", lambda: False)
+    assert small_task("task=plan", "tracker=tensorboard") == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "pip install 'fisher-lab[tensorboard]'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_at_once(small_task, tmp_path):
+    pytest.importorskip("tensorboard")
+    code = small_task(
+        "task=plan", "tracker=all", "tracker.mode=offline", "tracker.budget_s=120",
+        "hydra.run.dir=here",
+    )  # fmt: skip
+    assert code == 0
+    kept = tmp_path / "here" / "tracker"
+    assert list(kept.rglob("run-*.wandb"))
+    assert list(kept.rglob("events.out.tfevents.*"))
+    assert " WARNING " not in (tmp_path / "here" / "fisher_lab.log").read_text()
