@@ -3,9 +3,9 @@
 
 ::
 
-    python scripts/wandb_dashboard.py --dump dashboard.json                 # no login needed
+    python scripts/wandb_dashboard.py --dump dashboard.json               # no login needed
     python scripts/wandb_dashboard.py --entity me --project fisher_lab --save
-    python scripts/wandb_dashboard.py --aggregate results/train_damping     # mean, deviation, interval
+    python scripts/wandb_dashboard.py --aggregate results/train_damping   # mean, sd, interval
 
 ``--aggregate`` writes the sweep's table as a run of its own (job type ``aggregate``): a row a group
 of cells that differ in nothing but the seed. W&B's own table shows no deviation and no interval.

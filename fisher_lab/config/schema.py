@@ -166,7 +166,7 @@ class TrackerConfig:
     project: str = setting("fisher_lab", "`wandb`: the project.", name_like())
     entity: str | None = setting(None, "`wandb`: user or team; null: the login's own.")
     group: str | None = setting(None, "Runs that belong together; null: the sweep.")
-    name: str | None = setting(None, "Of the run; null: the overrides.")
+    run_name: str | None = setting(None, "What the run is called; null: its overrides.")
     tags: list[str] = setting([], "`wandb`: tags of the run.")
     directory: str | None = setting(
         None, "Where the sinks keep their files; null: `tracker` in the run directory."

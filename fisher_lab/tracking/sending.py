@@ -47,7 +47,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
     """
     tracker_id, attempt = identity.claim(run.directory, run.run_id)
     directory = Path(config.directory) if config.directory else run.directory / DIRECTORY
-    name = config.name or " ".join(overrides) or task
+    name = config.run_name or " ".join(overrides) or task
     return Start(
         run_id=run.run_id,
         tracker_id=tracker_id,

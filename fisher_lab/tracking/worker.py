@@ -91,8 +91,9 @@ def serve(kind: str, lines: IO[str], mouth: Mouth) -> None:
         if name == "start":
             config = TrackerConfig(**call["config"])
             grace = config.grace_s
-            sink = import_module(SINKS[kind]).make(config, mouth.say)
-            sink.start(start_of(call["start"]))
+            made: Tracker = import_module(SINKS[kind]).make(config, mouth.say)
+            made.start(start_of(call["start"]))
+            sink = made
         elif name == "finish":
             status = call["status"]
             break
