@@ -116,6 +116,7 @@ class NaturalUpdater:
                 optimizer.kfac.engine.prepare_inverses()
             spent += perf_counter()
             began = perf_counter()
+            optimizer.last = {}  # stays so where an overflow (fp16) skips the step
             self.gradient.apply(predict=measure)
             spent += perf_counter() - began
         except (BatchError, NonFiniteError) as error:
@@ -125,7 +126,7 @@ class NaturalUpdater:
                 raise
             raise Diverged(row) from error
         row |= optimizer.last
-        if measure and noise is not None:
+        if noise is not None and "predicted" in optimizer.last:
             row["reduction_ratio"] = self._ratio(batch, row["loss"], noise)
         row["damping_multiplier"] = optimizer.multiplier
         row["curvature_seconds"] = spent

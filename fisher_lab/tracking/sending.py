@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs.record import Run
@@ -20,6 +22,7 @@ ARTIFACTS = {"factors": "*.safetensors", "tables": "*.csv", "spectra": "*.json"}
 NOT_KEPT = ("state.safetensors", identity.FILE, "run.json", "metrics.json")
 """What only the run itself needs, or what is sent otherwise."""
 
+SPECTRUM_FILE = "spectral.json"
 NAME_LENGTH = 128
 
 
@@ -61,6 +64,19 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
     )
 
 
+def eigenvalues(file: Path) -> list[dict[str, Any]]:
+    """A row for each eigenvalue of each block in a file of spectra; none where there is no file."""
+    try:
+        blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
+        return [
+            {"block": name, "index": index, "eigenvalue": value}
+            for name, block in blocks.items()
+            for index, value in enumerate(block["eigenvalues"])
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
 def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
     """What a run came to, whole or not, and the end.
 
@@ -75,6 +91,9 @@ def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
             tracker.table(name, rows)
     for path in sorted(run.directory.glob("*.png")):
         tracker.image(path.stem, path)
+    spectrum = eigenvalues(run.directory / SPECTRUM_FILE)
+    if spectrum:
+        tracker.table("spectrum.csv", spectrum)
     if config.artifacts:
         for kind, pattern in ARTIFACTS.items():
             for path in sorted(run.directory.glob(pattern)):

@@ -204,6 +204,21 @@ def test_mixed_precision_is_near_to_full(name, precision, materials, tmp_path):
     assert results[0] == pytest.approx(results[1], rel=0.02)
 
 
+def test_an_overflow_of_fp16_skips_the_step(materials):
+    config, made = materials(optimizer={"name": "kfac", "lr": 0.01}, train={"precision": "fp16"})
+    model = made.untrained(1)
+    job = train.make_job(config, {})
+    updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+    updater.gradient.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+    before = [p.detach().clone() for p in model.parameters()]
+    row = updater.step(batch, 0.01, made.task.batch)
+    assert not math.isfinite(row["grad_norm"])
+    assert "reduction_ratio" not in row
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert updater.gradient.scaler.get_scale() == 2.0**59
+
+
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
 def test_a_divergence_ends_the_run_and_is_a_result(name, materials, tmp_path):
     config, _ = materials(

@@ -175,6 +175,20 @@ def test_what_is_sent_at_the_end(tmp_path):
     assert "artifact" not in {name for name, _ in sink.calls}
 
 
+def test_the_eigenvalues_of_a_run_are_a_table(tmp_path):
+    file = tmp_path / "spectral.json"
+    assert sending.eigenvalues(file) == []
+    file.write_text("{")
+    assert sending.eigenvalues(file) == []
+    file.write_text(json.dumps({"per_block": {"a": {"eigenvalues": [2.0, 1.0]}, "b": {}}}))
+    assert sending.eigenvalues(file) == []
+    file.write_text(json.dumps({"per_block": {"a": {"eigenvalues": [2.0, 1.0]}}}))
+    assert sending.eigenvalues(file) == [
+        {"block": "a", "index": 0, "eigenvalue": 2.0},
+        {"block": "a", "index": 1, "eigenvalue": 1.0},
+    ]
+
+
 def test_a_resumed_run_keeps_its_name_and_a_repeat_gets_its_own(tmp_path):
     first = identity.claim(tmp_path / "a", "abc")
     assert first[0].startswith("abc-")
