@@ -43,8 +43,10 @@ METHODS: dict[str, tuple[list[str], list[float]]] = {
             "optimizer=kfac",
             "optimizer.clip=none",
             "optimizer.ratio=false",
+            f"optimizer.weight_decay={0.01 / IDENTITY**2}",  # times a rate IDENTITY ** 2 as large
             f"kfac.damping={IDENTITY}",
             "optimizer.damping_ratio=1",
+            "kfac.norm_layers=false",  # they have one factor, and would step IDENTITY times as far
             "kfac.update_freq=1000000",
         ],
         [r * IDENTITY**2 for r in (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)],
