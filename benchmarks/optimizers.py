@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[list[str], list[float]]] = {
             "kfac.norm_layers=false",  # they have one factor, and would step IDENTITY times as far
             "kfac.update_freq=1000000",
         ],
-        [r * IDENTITY**2 for r in (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)],
+        [r * IDENTITY**2 for r in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)],
     ),
     "adamw": (["optimizer=adamw"], [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
     "ekfac": (["optimizer=ekfac"], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]),
