@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
     from fisher_lab.config.schema import Config
     from fisher_lab.tasks.job import Outcome
+
+COMMANDS = {
+    "cancel": "fisher_lab.sweeping.commands:cancel",
+    "status": "fisher_lab.sweeping.commands:status",
+}
+"""Sub-command -> the function that takes the arguments after its name and returns the exit code."""
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 CONFIG_NAME = "config"
@@ -48,12 +55,19 @@ def main(argv: Sequence[str]) -> int:
     from fisher_lab.runs.signals import Interrupted
 
     try:
+        if argv and argv[0] in COMMANDS:
+            return _command(argv[0])(argv[1:])
         return _application(_parse(argv), argv)
     except ConfigError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
         return BAD_INPUT
     except Interrupted as stop:
         return 128 + stop.signum
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    module, _, function = COMMANDS[name].partition(":")
+    return getattr(import_module(module), function)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .fields import above, at_least, fraction, null, one_of, section, setting, whole
 from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig
+from .sweep_schema import ResumeConfig, SweepConfig
 from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 POLICIES = ("all", "auto", "hybrid", "small_only")
@@ -176,3 +177,5 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
     tracker: TrackerConfig = section(TrackerConfig)
+    sweep: SweepConfig = section(SweepConfig)
+    resume: ResumeConfig = section(ResumeConfig)
