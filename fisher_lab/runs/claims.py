@@ -131,6 +131,16 @@ class Claim:
         self._begin(mine, token)
         return True
 
+    def acquire_within(self, timeout: float) -> bool:
+        """Try until it is held, or ``timeout`` seconds are over."""
+        until, pause = time.monotonic() + timeout, _POLL_FIRST / 4
+        while not self.acquire():
+            if time.monotonic() > until:
+                return False
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _POLL_LAST)
+        return True
+
     def release(self) -> None:
         """Give the claim up; without effect where it is not held."""
         self._stop.set()
@@ -144,6 +154,11 @@ class Claim:
         """The present holder, stale or not; None where nobody is."""
         owners = self._owners(now=self._now())
         return owners[max(owners)] if owners else None
+
+    def alive(self) -> Owner | None:
+        """The present holder, unless it is stale."""
+        owner = self.owner()
+        return None if owner is None or self._is_stale(owner) else owner
 
     def __enter__(self) -> Claim:
         if self._file is None:
