@@ -74,7 +74,7 @@ class Job:
         self._log = frozen.layout.job_log(frozen.run_id)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._offset = self._log.stat().st_size if self._log.exists() else 0
-        variables = {**os.environ, **(environment or {})}
+        variables = {**os.environ, "PYTHONPATH": _python_path(), **(environment or {})}
         if threads is not None:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
         with open(self._log, "ab") as log:
@@ -175,6 +175,12 @@ class Job:
         )
         settle(self.frozen, "failed", reason, error)
         return Ending("failed", message)
+
+
+def _python_path() -> str:
+    """Where the worker finds this very package, whatever its working directory is."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
 
 
 def died(message: str, **details: Any) -> dict[str, Any]:
