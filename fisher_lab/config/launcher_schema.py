@@ -68,8 +68,8 @@ class SlurmSettings:
     )
     grace_s: float = setting(20.0, "Seconds a cell has for saving its state.", above(0))
     poll_s: float = setting(2.0, "Seconds between two looks at the queue.", above(0))
-    additional_parameters: dict[str, Any] = setting(
-        {}, "Any other option of sbatch: {reservation: mine, nice: 100}."
+    additional_parameters: dict[str, Any] | None = setting(
+        None, "Any other option of sbatch: {reservation: mine, nice: 100}."
     )
 
 

@@ -33,6 +33,10 @@ TO_RUN = ("missing", "preempted", "cancelled", "interrupted")
 """States of a cell in which it is run (and ``failed``, where that is asked for)."""
 
 
+_OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
+"""Overrides that say what this launch does, and nothing of its cells."""
+
+
 @dataclass(frozen=True)
 class Invalid:
     """A cell that cannot run, and why."""
@@ -159,9 +163,17 @@ def _one(
 ) -> SweepPlan:
     params = OmegaConf.to_container(master.hydra.sweeper.params or OmegaConf.create({}))
     assert isinstance(params, dict)
-    batch = cells_of.cells({str(key): value for key, value in params.items()}, arguments)
+    batch = [
+        [text for text in overrides if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
+        for overrides in cells_of.cells({str(key): value for key, value in params.items()}, arguments)
+    ]
     swept = _swept([*(str(key) for key in params), *_swept_keys(arguments)], batch)
-    fixed = [text for text in arguments if parse([text])[0].key_or_group not in swept]
+    fixed = [
+        text
+        for text in arguments
+        if parse([text])[0].key_or_group not in swept
+        and not text.lstrip("+").startswith(_OF_THE_LAUNCH)
+    ]
     layout, name = _place(master, file, fixed, list(swept))
     plan = SweepPlan(layout, name, [], swept, fixed, file)
     composer = cells_of.Composer(loader, master)
