@@ -60,9 +60,7 @@ class SlurmSettings:
         "Command that starts Python on the node, such as 'singularity exec x.sif python'; null: "
         "the one that launches.",
     )
-    threads: int | None = setting(
-        None, "Threads a cell; null: `cpus_per_task`.", whole(1) | null
-    )
+    threads: int | None = setting(None, "Threads a cell; null: `cpus_per_task`.", whole(1) | null)
     signal_delay_s: int = setting(
         90, "Seconds before the time limit at which a cell is told to save.", whole(0)
     )

@@ -35,6 +35,4 @@ def _register_sweeps() -> None:
             node = sweep_files.node(sweep_files.load(path))
         except ConfigError:
             node = {}  # whoever asks for it is told by `sweep_files.expand`
-        store.store(
-            group="sweeps", name=name, node=node, package="_global_", provider="fisher_lab"
-        )
+        store.store(group="sweeps", name=name, node=node, package="_global_", provider="fisher_lab")

@@ -94,7 +94,9 @@ def load(path: Path) -> SweepFile:
         ("sweeps", list, "a list of sweeps"),
     ):
         if found.get(key) is not None and not isinstance(found[key], kind):
-            raise ConfigError(f"{path}: {key}={show(found[key])} is not allowed: {key} must be {text}")
+            raise ConfigError(
+                f"{path}: {key}={show(found[key])} is not allowed: {key} must be {text}"
+            )
     if found.get("sweeps") and set(found) - {"title", "sweeps"}:
         raise ConfigError(f"{path}: a file with sweeps holds nothing else but a title")
     return SweepFile(

@@ -63,6 +63,10 @@ class Owner:
     born: str
     age: float
 
+    def is_here(self) -> bool:
+        """Whether ``pid`` is the owner's number on this machine, and the owner lives."""
+        return self.machine == _machine() and not self.is_dead()
+
     def is_dead(self) -> bool:
         """Whether the owner provably no longer lives (false where that cannot be known)."""
         if self.machine != _machine():

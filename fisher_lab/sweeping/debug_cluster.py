@@ -38,9 +38,7 @@ def run(
             while waiting and not tally.exhausted and _has_room(waiting[0][0], running, settings):
                 cell, file = waiting.popleft()
                 folder = file.submission / "slurm" / "%j"
-                made = executor(
-                    settings, folder, cell.config.sweep.max_requeues, alone=cell.alone
-                )
+                made = executor(settings, folder, cell.config.sweep.max_requeues, alone=cell.alone)
                 running.append((cell, file, made.submit(job_of(settings), str(file.path))))
             if tally.exhausted:
                 while waiting:

@@ -1,10 +1,10 @@
 """Where everything of a sweep lies.
 
-    results/<sweep>/sweep.json              what the sweep is: file, axes, claims, cells
-    results/<sweep>/events.jsonl            what happened to which cell, append-only
-    results/<sweep>/<run_id>/               a cell's run directory; job.log: what its process printed
-    results/<sweep>/.sweep/claims/          who runs a cell now
-    results/<sweep>/.sweep/submissions/     the frozen cells of every launch, and its own files
+results/<sweep>/sweep.json              what the sweep is: file, axes, claims, cells
+results/<sweep>/events.jsonl            what happened to which cell, append-only
+results/<sweep>/<run_id>/               a cell's run directory; job.log: what its process printed
+results/<sweep>/.sweep/claims/          who runs a cell now
+results/<sweep>/.sweep/submissions/     the frozen cells of every launch, and its own files
 """
 
 from __future__ import annotations

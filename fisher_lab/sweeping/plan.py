@@ -165,7 +165,9 @@ def _one(
     assert isinstance(params, dict)
     batch = [
         [text for text in overrides if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
-        for overrides in cells_of.cells({str(key): value for key, value in params.items()}, arguments)
+        for overrides in cells_of.cells(
+            {str(key): value for key, value in params.items()}, arguments
+        )
     ]
     swept = _swept([*(str(key) for key in params), *_swept_keys(arguments)], batch)
     fixed = [
@@ -194,9 +196,7 @@ def _one(
             continue
         seen.add(identity)
         alone = file is not None and file.alone
-        plan.cells.append(
-            Cell(layout, identity, tuple(overrides), axes, config, content, alone)
-        )
+        plan.cells.append(Cell(layout, identity, tuple(overrides), axes, config, content, alone))
     if file is not None and file.alone:
         # Interleaved: whatever the machine does over the hours, it does to every setting alike.
         plan.cells.sort(key=lambda cell: cell.config.seed)

@@ -54,9 +54,9 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
     return {job: known.get(job, GONE) for job in wanted}
 
 
-def is_active(state: str) -> bool:
-    """Whether a job of this state may still run."""
-    return state not in ENDED and state != GONE
+def is_active(state: str | None) -> bool:
+    """Whether a job of this state may still run; not one of which nothing is known."""
+    return state is not None and state not in ENDED and state != GONE
 
 
 def max_array_size() -> int:

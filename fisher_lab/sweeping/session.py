@@ -198,9 +198,7 @@ def _logging(master: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _detach(
-    cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings: Settings
-) -> int:
+def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings: Settings) -> int:
     """Hand the cells to the scheduler, or to a process of their own, and return."""
     names = ", ".join(sorted({str(cell.layout.directory) for cell in cells}))
     if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":

@@ -94,7 +94,7 @@ def queued(layout: Layout) -> dict[str, str]:
         if entry["event"] == "submitted":
             last.update(entry["jobs"])
     found = scheduler.states(last.values()) or {}
-    return {run_id: job for run_id, job in last.items() if scheduler.is_active(found.get(job, ""))}
+    return {run_id: job for run_id, job in last.items() if scheduler.is_active(found.get(job))}
 
 
 def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
@@ -132,7 +132,7 @@ def parameters(settings: SlurmSettings, *, alone: bool) -> dict[str, Any]:
 
 
 def executor(settings: SlurmSettings, folder: Path, requeues: int, *, alone: bool) -> Any:
-    """submitit's executor with everything set."""
+    """Submitit's executor with everything set."""
     import submitit
 
     cluster = settings.cluster
@@ -167,7 +167,9 @@ def _submit(batch: Sequence[Work], settings: SlurmSettings) -> list[str]:
         submitted = made.map_array(job_of(settings), [str(file.path) for _, file in batch])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"SLURM does not take the jobs: {lines[-1] if lines else error}") from None
+        raise ConfigError(
+            f"SLURM does not take the jobs: {lines[-1] if lines else error}"
+        ) from None
     return [job.job_id for job in submitted]
 
 
@@ -218,9 +220,7 @@ class _Watched:
 
     def _stop_at_failures(self) -> None:
         fail_fast = any(cell.config.sweep.fail_fast for cell, _ in self.waiting)
-        if self._stopped or not (
-            self._tally.exhausted or (fail_fast and self._tally.failures > 0)
-        ):
+        if self._stopped or not (self._tally.exhausted or (fail_fast and self._tally.failures > 0)):
             return
         self._stopped = True
         states = scheduler.states(self._jobs[file.directory] for _, file in self.waiting) or {}
@@ -228,5 +228,3 @@ class _Watched:
         for directory in {file.submission for _, file in self.waiting}:
             (directory / "cancelled").touch()
         scheduler.cancel(pending)
-
-

@@ -239,5 +239,3 @@ def brief(directory: Path) -> str:
         return f"{str(error['type']).rpartition('.')[2]}: {first}"
     except (OSError, ValueError, KeyError, TypeError):
         return "it left no record"
-
-
