@@ -1,10 +1,17 @@
 """Where everything of a sweep lies.
 
-results/<sweep>/sweep.json              what the sweep is: file, axes, claims, cells
-results/<sweep>/events.jsonl            what happened to which cell, append-only
-results/<sweep>/<run_id>/               a cell's run directory; job.log: what its process printed
-results/<sweep>/.sweep/claims/          who runs a cell now
-results/<sweep>/.sweep/submissions/     the frozen cells of every launch, and its own files
+Under ``results/<sweep>/``:
+
+``sweep.json``
+    What the sweep is: its file, axes, claims and cells.
+``events.jsonl``
+    What happened to which cell, append-only.
+``<run_id>/``
+    A cell's run directory; ``job.log`` in it is what its processes printed.
+``.sweep/claims/``
+    Who runs a cell now.
+``.sweep/submissions/``
+    The frozen cells of every launch, and the launch's own files.
 """
 
 from __future__ import annotations

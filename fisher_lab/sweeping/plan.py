@@ -163,19 +163,10 @@ def _one(
 ) -> SweepPlan:
     params = OmegaConf.to_container(master.hydra.sweeper.params or OmegaConf.create({}))
     assert isinstance(params, dict)
-    batch = [
-        [text for text in overrides if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
-        for overrides in cells_of.cells(
-            {str(key): value for key, value in params.items()}, arguments
-        )
-    ]
+    kept = [text for text in arguments if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
+    batch = cells_of.cells({str(key): value for key, value in params.items()}, kept)
     swept = _swept([*(str(key) for key in params), *_swept_keys(arguments)], batch)
-    fixed = [
-        text
-        for text in arguments
-        if parse([text])[0].key_or_group not in swept
-        and not text.lstrip("+").startswith(_OF_THE_LAUNCH)
-    ]
+    fixed = [text for text in kept if parse([text])[0].key_or_group not in swept]
     layout, name = _place(master, file, fixed, list(swept))
     plan = SweepPlan(layout, name, [], swept, fixed, file)
     composer = cells_of.Composer(loader, master)

@@ -132,7 +132,7 @@ def parameters(settings: SlurmSettings, *, alone: bool) -> dict[str, Any]:
 
 
 def executor(settings: SlurmSettings, folder: Path, requeues: int, *, alone: bool) -> Any:
-    """Submitit's executor with everything set."""
+    """The executor of submitit with everything set."""
     import submitit
 
     cluster = settings.cluster

@@ -1,4 +1,4 @@
-"""How a sweep stands, from its files and the queue; torch, Hydra and the launcher are not needed."""
+"""How a sweep stands, from its files and the queue; neither torch nor its launcher is needed."""
 
 from __future__ import annotations
 

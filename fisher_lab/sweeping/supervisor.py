@@ -21,6 +21,9 @@ from fisher_lab.runs import record
 from . import worker
 from .cell import Frozen
 
+WORKER = ("-m", "fisher_lab.sweeping.worker")
+"""What Python is given to run a worker."""
+
 TAIL_LINES = 20
 TAIL_BYTES = 4096
 _CLAIM_TIMEOUT = 30.0
@@ -79,7 +82,7 @@ class Job:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fisher_lab.sweeping.worker", str(frozen.path)],
+                [sys.executable, *WORKER, str(frozen.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fisher_lab.runs import record
+from fisher_lab.runs import atomic, record
 from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.signals import Interrupted, Watch
 
@@ -65,6 +65,8 @@ def run(frozen: Frozen) -> int:
             return COMPLETED
         if frozen.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
+        for path in (record.RUN_FILE, record.METRICS_FILE):
+            atomic.remove_leftovers(frozen.directory / path)
         (frozen.directory / record.RUN_FILE).unlink(missing_ok=True)
         journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
         return _perform(frozen, claim)
