@@ -99,6 +99,8 @@ class _Pool:
             if ending is None:
                 continue
             self._running.remove((cell, job))
+            if ending.status == "cancelled":
+                self._looked = 0.0  # perhaps the whole sweep is: look before the next one starts
             if ending.status == "held":
                 self._elsewhere.add(cell, job.frozen)
             elif ending.status == "preempted":

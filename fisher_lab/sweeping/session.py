@@ -27,6 +27,8 @@ from .progress import Tally, report, say
 
 LAUNCH_FILE = "launch.json"
 LAUNCHER_LOG = "launcher.log"
+BACKGROUND = ("-m", "fisher_lab.sweeping.background")
+"""What Python is given to run the launcher of a detached sweep."""
 
 
 def run(
@@ -210,7 +212,7 @@ def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings
         log = listing.with_name(LAUNCHER_LOG)
         with open(log, "ab") as stream:
             subprocess.Popen(
-                [sys.executable, "-m", "fisher_lab.sweeping.background", str(listing)],
+                [sys.executable, *BACKGROUND, str(listing)],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
