@@ -40,15 +40,23 @@ class CellJob:
         grace_s: seconds that a worker has for saving its state.
         limit_s: the job's time limit, seconds.
         signal_delay_s: how long before it SLURM sends SIGUSR2.
+        command: what Python is given to run a worker.
     """
 
     def __init__(
-        self, *, threads: int, grace_s: float, limit_s: float, signal_delay_s: float
+        self,
+        *,
+        threads: int,
+        grace_s: float,
+        limit_s: float,
+        signal_delay_s: float,
+        command: tuple[str, ...],
     ) -> None:
         self.threads = threads
         self.grace_s = grace_s
         self.limit_s = limit_s
         self.signal_delay_s = signal_delay_s
+        self.command = command
 
     def __call__(self, path: str) -> str:
         """Run the cell.
@@ -71,6 +79,7 @@ class CellJob:
             threads=self.threads,
             grace_s=self.grace_s,
             environment={worker.SCHEDULED: "slurm"},
+            command=self.command,
         )
         while (ending := job.poll()) is None:
             if asked:

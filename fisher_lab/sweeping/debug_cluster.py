@@ -14,7 +14,7 @@ from fisher_lab.runs.signals import Watch
 from .cell import Cell, Frozen
 from .progress import Tally
 from .slurm import executor, job_of
-from .supervisor import brief, give_up
+from .supervisor import brief, give_up, importable
 
 TICK_S = 0.05
 
@@ -39,7 +39,8 @@ def run(
                 cell, file = waiting.popleft()
                 folder = file.submission / "slurm" / "%j"
                 made = executor(settings, folder, cell.config.sweep.max_requeues, alone=cell.alone)
-                running.append((cell, file, made.submit(job_of(settings), str(file.path))))
+                with importable():
+                    running.append((cell, file, made.submit(job_of(settings), str(file.path))))
             if tally.exhausted:
                 while waiting:
                     tally.end(waiting.popleft()[0], "not started", None, None)

@@ -24,6 +24,7 @@ from . import dry_run, plan, worker
 from .cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
 from .plan import Identify, SweepPlan
 from .progress import Tally, report, say
+from .supervisor import importable
 
 LAUNCH_FILE = "launch.json"
 LAUNCHER_LOG = "launcher.log"
@@ -210,7 +211,7 @@ def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings
     else:
         listing = _listing(frozen, kind, settings)
         log = listing.with_name(LAUNCHER_LOG)
-        with open(log, "ab") as stream:
+        with open(log, "ab") as stream, importable():
             subprocess.Popen(
                 [sys.executable, *BACKGROUND, str(listing)],
                 stdin=subprocess.DEVNULL,

@@ -16,11 +16,11 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launcher_schema import SlurmSettings
 from fisher_lab.runs.signals import Watch
 
-from . import scheduler
+from . import scheduler, supervisor
 from .cell import Cell, Frozen
 from .layout import Layout
 from .progress import Tally, say
-from .supervisor import brief, give_up
+from .supervisor import brief, give_up, tail
 
 Work = tuple[Cell, Frozen]
 PATIENCE = 2
@@ -87,14 +87,26 @@ def submit(
     return jobs
 
 
-def queued(layout: Layout) -> dict[str, str]:
-    """Identity -> job, for the cells of a sweep that SLURM has queued or runs."""
+def last_jobs(layout: Layout) -> dict[str, tuple[str, str | None]]:
+    """Identity -> job and its state, for the cells of a sweep that were ever submitted.
+
+    The state is None where SLURM does not answer.
+    """
     last: dict[str, str] = {}
     for entry in layout.journal.read():
         if entry["event"] == "submitted":
             last.update(entry["jobs"])
     found = scheduler.states(last.values()) or {}
-    return {run_id: job for run_id, job in last.items() if scheduler.is_active(found.get(job))}
+    return {run_id: (job, found.get(job)) for run_id, job in last.items()}
+
+
+def queued(layout: Layout) -> dict[str, str]:
+    """Identity -> job, for the cells of a sweep that SLURM has queued or runs."""
+    return {
+        run_id: job
+        for run_id, (job, state) in last_jobs(layout).items()
+        if scheduler.is_active(state)
+    }
 
 
 def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
@@ -154,6 +166,7 @@ def job_of(settings: SlurmSettings) -> Any:
         grace_s=settings.grace_s,
         limit_s=60.0 * settings.timeout_min,
         signal_delay_s=settings.signal_delay_s,
+        command=supervisor.WORKER,
     )
 
 
@@ -163,8 +176,9 @@ def _submit(batch: Sequence[Work], settings: SlurmSettings) -> list[str]:
     folder = batch[0][1].submission / "slurm" / "%j"
     requeues = max(cell.config.sweep.max_requeues for cell, _ in batch)
     try:
-        made = executor(settings, folder, requeues, alone=batch[0][0].alone)
-        submitted = made.map_array(job_of(settings), [str(file.path) for _, file in batch])
+        with supervisor.importable():
+            made = executor(settings, folder, requeues, alone=batch[0][0].alone)
+            submitted = made.map_array(job_of(settings), [str(file.path) for _, file in batch])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
@@ -210,7 +224,8 @@ class _Watched:
         ):
             job = self._jobs[file.directory]
             message = f"the job {job} ended as {job_state} and left no result"
-            if give_up(file, job_state, message, job=job):
+            log = tail(file.submission / "slurm" / job / f"{job}_0_log.err")
+            if give_up(file, job_state, message, job=job, log_tail=log):
                 state = "failed"
             else:
                 state = cell.layout.state(cell.run_id, file.stale_after_s)

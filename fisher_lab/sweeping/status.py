@@ -14,9 +14,10 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.runs import record
 
 from .layout import SWEEP_FILE, Layout
+from .scheduler import is_active
 from .supervisor import brief, tail
 
-QUEUED = "queued"
+QUEUED, LOST = "queued", "lost"
 ENDED = ("completed", "failed")
 LOGS = ("fisher_lab.log", "job.log")
 
@@ -28,7 +29,7 @@ class CellStatus:
     Attributes:
         run_id: its identity, the name of its directory.
         label: its axes as on the command line.
-        state: of `layout.Layout.state`, or ``queued``.
+        state: of `layout.Layout.state`, or ``queued``, or ``lost`` with the job that had it.
         seconds: that it took, or has taken so far; None where it has not begun.
         metrics: what it has measured.
         log: path of its log; None where there is none yet.
@@ -81,23 +82,30 @@ def look(layout: Layout) -> list[CellStatus]:
     return [_cell(layout, one, jobs) for one in cells]
 
 
-def _jobs(layout: Layout) -> dict[str, str]:
+def _jobs(layout: Layout) -> dict[str, tuple[str, str | None]]:
     if not any(entry["event"] == "submitted" for entry in layout.journal.read()):
         return {}
     from . import slurm
 
-    return slurm.queued(layout)
+    return slurm.last_jobs(layout)
 
 
-def _cell(layout: Layout, entry: Mapping[str, Any], jobs: Mapping[str, str]) -> CellStatus:
+def _cell(
+    layout: Layout, entry: Mapping[str, Any], jobs: Mapping[str, tuple[str, str | None]]
+) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
-    state, job = layout.state(run_id), jobs.get(run_id)
+    state = layout.state(run_id)
+    job, job_state = jobs.get(run_id, (None, None))
+    lost = None
     if job is not None and state not in ("running", *ENDED):
-        state = QUEUED
+        if is_active(job_state):
+            state = QUEUED
+        elif job_state is not None and state in ("missing", "interrupted"):
+            state, lost = LOST, f"the job {job} ended as {job_state} and left no result"
     found = _record(directory)
     log = next((directory / name for name in LOGS if (directory / name).is_file()), None)
-    reason = brief(directory) if state == "failed" else found.get("reason")
+    reason = lost or (brief(directory) if state == "failed" else found.get("reason"))
     return CellStatus(
         run_id=run_id,
         label=" ".join(f"{key}={value}" for key, value in entry["axes"].items()) or run_id,
@@ -107,7 +115,7 @@ def _cell(layout: Layout, entry: Mapping[str, Any], jobs: Mapping[str, str]) -> 
         log=str(log) if log else None,
         last_line=(tail(log).splitlines() or [""])[-1] if log else "",
         reason=reason,
-        job=job,
+        job=job if is_active(job_state) else None,
     )
 
 

@@ -6,11 +6,13 @@ under the cell's claim, unless somebody else has taken the cell in the meantime.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,6 +59,7 @@ class Job:
         threads: of the numerical libraries; None leaves the environment as it is.
         grace_s: seconds between asking it to end and killing it.
         environment: further variables.
+        command: what Python is given to run a worker; by default :data:`WORKER`.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Job:
         threads: int | None,
         grace_s: float,
         environment: dict[str, str] | None = None,
+        command: tuple[str, ...] | None = None,
     ) -> None:
         self.frozen = frozen
         self.started = time.monotonic()
@@ -82,7 +86,7 @@ class Job:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *WORKER, str(frozen.path)],
+                [sys.executable, *(command or WORKER), str(frozen.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -184,6 +188,20 @@ def _python_path() -> str:
     """Where the worker finds this very package, whatever its working directory is."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Processes that are started meanwhile, here or by a scheduler, find this very package."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = _python_path()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def died(message: str, **details: Any) -> dict[str, Any]:

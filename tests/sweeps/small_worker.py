@@ -16,6 +16,10 @@ RAISES, KILLED, CRASHES, EXITS, HANGS, WAITS, PREEMPTED = 13, 14, 15, 16, 17, 18
 """Seeds for which the task does something else than to succeed."""
 
 
+SLOW = 100
+"""From this seed on a cell takes three seconds."""
+
+
 def run(config: Any, run: Any) -> None:
     """Write one number, or die."""
     print(f"the seed is {config.seed}", flush=True)
@@ -36,6 +40,9 @@ def run(config: Any, run: Any) -> None:
             threading.Event().wait(60)
         case 19:
             os.kill(os.getpid(), signal.SIGUSR2)
+    if config.seed >= SLOW:
+        threading.Event().wait(3)
+    print(f"GPUs: {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
     run.metrics({"loss": 1.0 / (1 + config.seed)})
 
 
