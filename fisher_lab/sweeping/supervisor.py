@@ -155,7 +155,7 @@ class Job:
         if self._timed_out:
             return self._fail("timeout", f"ran longer than sweep.timeout_s={self._limit:g}", code)
         if status in ("failed", "preempted", "cancelled") and self._is_recent(directory):
-            if code < 0:  # killed on its way out
+            if not self._is_noted(status):  # killed on its way out
                 self.frozen.layout.journal.append(status, run_id=self.frozen.run_id)
             return Ending(status, brief(directory) if status == "failed" else None)
         if -code in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):  # before it could catch it
@@ -172,6 +172,13 @@ class Job:
             return datetime.fromisoformat(record.read(directory)["started"]) >= self._since
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def _is_noted(self, status: str) -> bool:
+        """Whether the journal ends, for this cell, with its status."""
+        for entry in reversed(self.frozen.layout.journal.read()):
+            if entry.get("run_id") == self.frozen.run_id:
+                return entry["event"] == status
+        return False
 
     def _fail(self, reason: str, message: str, code: int) -> Ending:
         error = died(

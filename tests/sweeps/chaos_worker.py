@@ -30,4 +30,4 @@ def flush_or_die(path: Path) -> None:
 
 if __name__ == "__main__":
     atomic._flush = flush_or_die
-    sys.exit(worker.main(sys.argv[1:]))
+    worker.leave(worker.main(sys.argv[1:]))

@@ -53,4 +53,4 @@ if __name__ == "__main__":
     job.TASKS = dict.fromkeys(job.TASKS, "small_task")
     job._content = lambda config: ({"data": "abc"}, None)
     job._prepare = lambda config: {}
-    sys.exit(worker.main(sys.argv[1:]))
+    worker.leave(worker.main(sys.argv[1:]))
