@@ -41,7 +41,15 @@ def validate(cfg: DictConfig | Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown key, a wrong type, a missing value or one out of range. One line.
     """
-    given = _resolved(cfg)
+    return validate_plain(_resolved(cfg))
+
+
+def validate_plain(given: Mapping[str, Any]) -> Config:
+    """As :func:`validate`, for plain values in which nothing is left to be resolved.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range. One line.
+    """
     _check_keys(given)
     typed = build(Config, given)
     for key, value, allowed in problems(typed):

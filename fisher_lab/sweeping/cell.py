@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config
-from fisher_lab.config.validate import validate
+from fisher_lab.config.validate import validate_plain
 from fisher_lab.runs import atomic
 
 from .layout import Layout
@@ -103,7 +103,7 @@ class Frozen:
         Raises:
             ConfigError: this version of the code does not take it.
         """
-        return validate(self.data["config"])
+        return validate_plain(self.data["config"])
 
     @property
     def directory(self) -> Path:

@@ -139,7 +139,7 @@ TRAIN = [
     *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
     *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
     *("train.batch_size=2", "train.save_every_s=0.2", "train.eval_every=1000000"),
-    *("deterministic=true", "threads=1", "train.steps=1500"),
+    *("deterministic=true", "threads=1", "train.steps=1000"),
 ]
 
 
