@@ -33,7 +33,7 @@ def run(cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally) -> None:
     elsewhere = Elsewhere()
     with Watch():
         for number, (cell, file) in enumerate(zip(cells, frozen, strict=True)):
-            if tally.exhausted:
+            if tally.exhausted or (cell.config.sweep.fail_fast and tally.failures):
                 tally.end(cell, "not started", None, None)
                 continue
             say(f"#{number} : {cell.label}")

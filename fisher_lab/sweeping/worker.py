@@ -53,7 +53,7 @@ def run(frozen: Frozen) -> int:
         One of the exit codes above.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM, by the wish of the user; everything is recorded.
+        Interrupted: a signal ended the cell; everything is recorded.
     """
     layout, run_id = frozen.layout, frozen.run_id
     claim = layout.claim(run_id, frozen.stale_after_s)
@@ -97,9 +97,9 @@ def _perform(frozen: Frozen, claim: Claim) -> int:
         return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
     frozen.layout.journal.append(status, run_id=frozen.run_id, **reason)
-    if stopped is not None and status == "cancelled":
+    if stopped is not None and status != "completed":
         raise stopped
-    return {"completed": COMPLETED, "preempted": PREEMPTED}.get(status, FAILED)
+    return COMPLETED if status == "completed" else FAILED
 
 
 def _amend(frozen: Frozen, stop: Interrupted) -> None:

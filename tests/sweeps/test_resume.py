@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,27 @@ def test_a_text_that_changed_after_submission_fails_with_a_clear_message(
     assert seen == []
 
 
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGUSR2, "preempted"), (signal.SIGTERM, "cancelled")]
+)
+def test_a_signal_to_the_launching_process_ends_the_sweep(
+    signum, status, door, seen, runs, monkeypatch
+):
+    import sys
+
+    def run(config, run):
+        seen.append(config)
+        os.kill(os.getpid(), signum)
+
+    normal = sys.modules["fake_task"].run
+    monkeypatch.setattr(sys.modules["fake_task"], "run", run)
+    assert door("-m", "seed=1,2").code == 128 + signum
+    assert [record["status"] for _, record in runs()] == [status]
+    monkeypatch.setattr(sys.modules["fake_task"], "run", normal)
+    assert door("-m", "seed=1,2").code == 0
+    assert [config.seed for config in seen] == [1, 1, 2]
+
+
 def test_a_cell_is_frozen(door, seen):
     """Its file holds the resolved configuration; nothing is composed again."""
     door("-m", "seed=1,2", "kfac.damping=1e-3")
@@ -159,8 +182,9 @@ def test_a_cell_is_frozen(door, seen):
         assert file.stem == frozen["run_id"]
 
 
-def test_max_failures_in_the_launching_process(door, seen):
-    answer = door("-m", "seed=13,1,2", "sweep.max_failures=1")
+@pytest.mark.parametrize("limit", ["sweep.max_failures=1", "sweep.fail_fast=true"])
+def test_a_limit_on_failures_in_the_launching_process(limit, door, seen):
+    answer = door("-m", "seed=13,1,2", limit)
     assert answer.code == 1
     assert [config.seed for config in seen] == [13]
     assert "2 cells did not come to an end" in answer.err
