@@ -3,7 +3,7 @@
 The task is replaced by one that records a number and ends, so that what is left is the framework:
 composing and validating the cells, freezing them, claims, the journal and the records. With
 ``local`` every cell also pays for a process and its imports, which are measured apart, by a process
-that imports what a worker does and ends. The last table is in ``docs/sweeps.md``.
+that imports what a worker does and ends.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ TICK_S = 0.05
 RESUMABLE = ("train",)
 """Tasks that go on where they were; any other that reached its time limit would reach it again."""
 
-_MARGIN_S = 30.0
+_MARGIN_S = 60.0
+"""SLURM may send the signal this much earlier than it was asked to."""
 
 
 class CellFailed(RuntimeError):

@@ -19,6 +19,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launcher_schema import LocalSettings, Settings, SlurmSettings
 from fisher_lab.config.sweep_schema import SweepConfig
 from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs.signals import Interrupted
 
 from . import dry_run, plan, worker
 from .cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
@@ -76,7 +77,11 @@ def run(
     tally = _tally_of(failed, len(todo), options.max_failures)
     if options.detach:
         return _detach(todo, frozen, kind, settings)
-    launch(todo, frozen, tally, settings)
+    try:
+        launch(todo, frozen, tally, settings)
+    except Interrupted:
+        say("interrupted; run the same command again to go on", error=True)
+        raise
     return report(cells, tally)
 
 

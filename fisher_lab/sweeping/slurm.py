@@ -215,11 +215,11 @@ class _Watched:
         state = cell.layout.state(cell.run_id, file.stale_after_s)
         if state not in ("completed", "failed") and self._gone[file.directory] < PATIENCE:
             return
-        if state == "running" and job_state == scheduler.GONE:
-            return  # somebody else runs it, or another node still beats
+        if state == "running":
+            return  # somebody else runs it, or the claim of a dead node has not gone stale yet
         if job_state == "CANCELLED" or state in ("preempted", "cancelled"):
             state = "cancelled" if file.cancelled else state
-        if state in ("missing", "interrupted", "running") or (
+        if state in ("missing", "interrupted") or (
             state in ("preempted", "cancelled") and not file.cancelled
         ):
             job = self._jobs[file.directory]

@@ -135,6 +135,19 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs, until):
     assert count(layout(), "requeued") == 0
 
 
+@pytest.mark.usefixtures("small_workers")
+def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs):
+    """SLURM itself sends the signal, ``signal_delay_s`` before the limit of a minute."""
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=55"]
+    answer = door("-m", f"seed={small_worker.WAITS},1", *CPU, *limit)
+    assert answer.code == 1
+    assert statuses(runs)[1] == "completed"
+    ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
+    assert (found["status"], found["reason"]) == ("failed", "timeout")
+    assert "hydra.launcher.timeout_min=1" in found["error"]["message"]
+    assert count(layout(), "requeued") == 0
+
+
 TRAIN = [
     *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
     *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
