@@ -11,7 +11,8 @@ from fisher_lab import cli
 from fisher_lab.config import compose, paths, sweep, sweep_files
 from fisher_lab.sweeping import plan
 
-SWEEPS = sorted(file.stem for file in paths.sweeps().glob("*.yaml"))
+FILES = {file.stem: sweep_files.load(file) for file in sorted(paths.sweeps().glob("*.yaml"))}
+SWEEPS = [name for name, file in FILES.items() if not file.sweeps]
 
 
 def own_sweep(name: str, text: str) -> None:
