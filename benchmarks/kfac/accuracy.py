@@ -162,9 +162,7 @@ def _floored(values: np.ndarray, vectors: np.ndarray, lam: float, kappa: float) 
 
 def worst(given: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """The largest relative error of a layer."""
-    return max(
-        float(np.linalg.norm(given[n] - x) / np.linalg.norm(x)) for n, x in expected.items()
-    )
+    return max(float(np.linalg.norm(given[n] - x) / np.linalg.norm(x)) for n, x in expected.items())
 
 
 def measured(kfac: KFACNaturalGradient, replay: Replay, work: Any, loss: Any) -> dict[str, Any]:

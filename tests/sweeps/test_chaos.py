@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from fisher_lab.sweeping.layout import Layout
 pytestmark = pytest.mark.slow
 
 CELLS, KILLS = 20, 10
-TIMEOUT_S = 240
+TIMEOUT_S = 480
+"""Of every wait; half a minute is usual on an idle machine."""
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune "
 SMALL = [
     *("task=analyze", "model=mlp", "model.init=random", "model.width=8", "model.layers=1"),
@@ -32,19 +34,34 @@ MEASURED = ("_s", "_mb", "_mib", "seconds", "per_s")
 """Ends of the names of numbers that differ between two runs of the same cell."""
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.wait(timeout=30)
+    STARTED.clear()
+
+
 def launch(*arguments: str, worker: str | None = None) -> subprocess.Popen[str]:
     chosen = f"supervisor.WORKER = ({worker!r},)" if worker else "pass"
     script = (
         "import sys; from fisher_lab import cli; from fisher_lab.sweeping import supervisor; "
         f"{chosen}; sys.exit(cli.main(sys.argv[1:]))"
     )
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         stdout=open("launcher.txt", "a"),
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+    STARTED.append(process)
+    return process
 
 
 def numbers(directory: Path) -> dict[str, dict[str, object]]:
@@ -113,7 +130,7 @@ def _is_worker(pid: int) -> bool:
         return False
 
 
-@pytest.mark.timeout(2 * TIMEOUT_S)
+@pytest.mark.timeout(3 * TIMEOUT_S)
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_a_sweep_survives_ten_kills():
     seed = random.SystemRandom().randrange(2**32)
