@@ -53,13 +53,14 @@ def launch(*arguments: str, worker: str | None = None) -> subprocess.Popen[str]:
         "import sys; from fisher_lab import cli; from fisher_lab.sweeping import supervisor; "
         f"{chosen}; sys.exit(cli.main(sys.argv[1:]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=open("launcher.txt", "a"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    with open("launcher.txt", "a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
     STARTED.append(process)
     return process
 
