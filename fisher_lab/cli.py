@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "cancel": "fisher_lab.sweeping.commands:cancel",
+    "claims": "fisher_lab.results.commands:claims",
+    "diff": "fisher_lab.results.commands:diff",
+    "report": "fisher_lab.results.commands:report",
     "status": "fisher_lab.sweeping.commands:status",
+    "table": "fisher_lab.results.commands:table",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
 

@@ -123,11 +123,11 @@ class Curvlinops:
             [(self.work.inputs, self.work.labels)],
             check_deterministic=False,
             fisher_type="empirical",
-            num_data=self.work.labels.numel(),
-            num_per_example_loss_terms=1,
+            num_data=len(self.work.inputs),
+            num_per_example_loss_terms=self.work.labels.numel() // len(self.work.inputs),
         )
         self.operator.compute_kronecker_factors()
-        # With a summed loss one of the two factors is a sum over tokens: both are wanted as means.
+        # With a summed loss G is a sum over tokens: a mean is wanted, as A is.
         self.scale = self.work.labels.numel()
         for covariance in self.operator._gradient_covariances.values():
             covariance.div_(self.scale)  # type: ignore[union-attr]

@@ -6,7 +6,9 @@ model's own dtype, and keep sums in the core dtype (so float32 tokens give a flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,11 @@ from .errors import NonFiniteError
 from .factors import Columns, DenseFactor, DiagonalFactor, GramFactor
 from .linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
 from .policy import wants_woodbury
+from .retreat import HOST, on_host_if_full
 from .settings import Numerics, Policy, Storage
 from .storage import storage_dtype, store_columns
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,41 @@ class Where:
             )
 
 
-class MomentAccumulator:
+class _Summing:
+    """A sum that goes on on the host where the device is full.
+
+    Attributes:
+        hosted: whether it had to leave the device.
+        label: layer and side, for the log.
+    """
+
+    hosted: bool = False
+    label: str = ""
+
+    def what(self) -> str:
+        """Names layer, side and both dimensions."""
+        raise NotImplementedError
+
+    def move(self) -> None:
+        """Moves the sum to the host."""
+        raise NotImplementedError
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        """Runs ``work``, which changes nothing when it fails, on the host where it has to."""
+        return on_host_if_full(work, self._retreat, f"{self.what()}, sum")
+
+    def _retreat(self) -> bool:
+        if self.hosted:
+            return False
+        self.hosted = True
+        self.move()
+        return True
+
+    def _room(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, size, dtype=dtype, device=HOST if self.hosted else device)
+
+
+class MomentAccumulator(_Summing):
     """``sum a a^T`` with the bias column, for the A side.
 
     Args:
@@ -56,21 +95,49 @@ class MomentAccumulator:
         augmented: whether a constant 1 is appended to each token.
         dtype: core dtype.
         device: where the sum lives.
+        label: layer and side, for the log.
     """
 
-    def __init__(self, n: int, augmented: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        n: int,
+        augmented: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        label: str = "an A side",
+    ) -> None:
         size = n + int(augmented)
+        self.label = label
         self.n, self.augmented, self.tokens = n, augmented, 0
-        self.total = torch.empty(size, size, dtype=dtype, device=device)
-        self._sums = torch.zeros(n, dtype=dtype, device=device) if augmented else None
+        self._sums: Tensor | None = None
+        self.total = torch.empty(0)
+        self.total = self.guarded(lambda: self._room(size, dtype, device))
+        if augmented:
+            self._sums = self.guarded(
+                lambda: torch.zeros(n, dtype=dtype, device=HOST if self.hosted else device)
+            )
         self._fresh = True
+
+    def what(self) -> str:
+        """See :class:`_Summing`."""
+        return f"{self.label} (in={self.n}, tokens={self.tokens})"
+
+    def move(self) -> None:
+        """See :class:`_Summing`."""
+        self.total = self.total.to(HOST)
+        self._sums = None if self._sums is None else self._sums.to(HOST)
 
     def add(self, a: Tensor) -> None:
         """Adds tokens ``[T, n]``."""
+        self.guarded(lambda: self._add(a.to(self.total.device)))
+
+    def _add(self, a: Tensor) -> None:
         n = self.n
+        # What is taken comes first: a sum that fails for want of room is as it was.
+        sums = None if self._sums is None else a.sum(dim=0, dtype=self.total.dtype)
         add_second_moment(self.total[:n, :n], a, fresh=self._fresh)
-        if self._sums is not None:
-            self._sums += a.sum(dim=0, dtype=self.total.dtype)
+        if self._sums is not None and sums is not None:
+            self._sums += sums
         self.tokens += a.shape[0]
         self._fresh = False
 
@@ -110,7 +177,7 @@ class CountAccumulator:
         return DiagonalFactor(self.total / self.tokens)
 
 
-class GradientAccumulator:
+class GradientAccumulator(_Summing):
     """Token gradients of the G side: columns as long as the policy says so, else a matrix.
 
     ``auto`` compares the number of columns that have come so far, so that the whole of T decides
@@ -149,7 +216,7 @@ class GradientAccumulator:
         """Adds token gradients ``[T, out]`` of one draw."""
         self.seen += g.shape[0]
         if self.total is not None:
-            add_second_moment(self.total, g)
+            self.guarded(lambda: self._add(g))
             return
         self.parts.append(g)
         self.kept += g.shape[0]
@@ -159,11 +226,26 @@ class GradientAccumulator:
             self._reduce()
 
     def _to_matrix(self) -> None:
-        dtype, device = self.numerics.core_dtype, self.parts[0].device
-        self.total = torch.empty(self.out, self.out, dtype=dtype, device=device)
-        for index, part in enumerate(self.parts):
-            add_second_moment(self.total, part, fresh=index == 0)
+        self.total = self.guarded(self._matrix)
         self.parts.clear()
+
+    def _matrix(self) -> Tensor:
+        total = self._room(self.out, self.numerics.core_dtype, self.parts[0].device)
+        for index, part in enumerate(self.parts):
+            add_second_moment(total, part.to(total.device), fresh=index == 0)
+        return total
+
+    def _add(self, g: Tensor) -> None:
+        assert self.total is not None
+        add_second_moment(self.total, g.to(self.total.device))
+
+    def move(self) -> None:
+        """See :class:`_Summing`."""
+        self.total = None if self.total is None else self.total.to(HOST)
+
+    def what(self) -> str:
+        """See :class:`_Summing`."""
+        return f"layer {self.name}: G side (out={self.out}, columns={self.seen})"
 
     def _reduce(self) -> None:
         if self.dense_allowed:

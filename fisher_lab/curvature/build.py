@@ -427,7 +427,9 @@ class FactorBuilder:
         elif before >= 0:
             self.inputs[group] = self.inputs[before].copy()  # type: ignore[union-attr]
         else:
-            self.inputs[group] = MomentAccumulator(first.n_in, first.augmented, dtype, self.device)
+            self.inputs[group] = MomentAccumulator(
+                first.n_in, first.augmented, dtype, self.device, f"layer {first.name}: A side"
+            )
         for layer in layers:
             self.sides[layer.name].group = group
         return group
@@ -554,6 +556,7 @@ class FactorBuilder:
                 A=self._input_factor(side, made), G=head, method="true_head", **common
             )
         g = side.g.factor(weight)
+        g.label = side.g.what()
         factors = LayerFactors(
             A=self._input_factor(side, made),
             G=g,
@@ -586,7 +589,9 @@ class FactorBuilder:
 
     def _input_factor(self, side: _Side, made: dict[int, Factor]) -> Factor:
         if side.group not in made:
-            made[side.group] = self.inputs[side.group].factor()
+            made[side.group] = factor = self.inputs[side.group].factor()
+            name, n, tokens = side.layer.name, side.layer.dim_a, side.tokens
+            factor.label = f"layer {name}: A side (in={n}, tokens={tokens})"
         return made[side.group]
 
     def _head_factor(self, tokens: int) -> DiagonalLowRankFactor:

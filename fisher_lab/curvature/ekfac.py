@@ -57,7 +57,7 @@ def second_moments(factors: LayerFactors, v_g: Tensor, v_a: Tensor | None) -> Te
         squared = (g[rows].to(v_g) @ v_g).square()
         index = torch.arange(rows.start, rows.stop, device=a.device) % a.shape[0]
         if v_a is None:
-            total.T.index_add_(0, a[index], squared)
+            total.T.index_add_(0, a[index].to(v_g.device), squared)
             continue
         x = a[index].to(v_a)
         if layer.augmented:
@@ -84,6 +84,10 @@ def eigenbasis(factors: LayerFactors, damping: Damping, numerics: Numerics) -> E
             f"ekfac: layer {factors.layer.name} has the structure {g_factor.structure}; "
             "allowed: dense or woodbury"
         )
+    if a_factor is not None and a_factor.device != g_factor.device:
+        # One of them has had to leave a full device: both decide over the same products here.
+        a_factor.to_host()
+        g_factor.to_host()
     m_g, v_g = g_factor.basis(numerics)
     if isinstance(a_factor, DiagonalFactor):
         m_a, v_a = a_factor.diagonal, None
@@ -120,10 +124,12 @@ def apply(basis: Eigenbasis, y: Tensor, p: float) -> Tensor:
         y: ``[out, dim_a]`` in the apply dtype.
         p: the power; -1 is the natural gradient.
     """
+    y, home = y.to(basis.v_g.device), y.device
     rotated = y if basis.v_a is None else y @ basis.v_a
     inside = basis.v_g.T @ rotated
     result = basis.v_g @ (inside * basis.denominator.pow(p))
     if not basis.whole:
         outside = rotated - basis.v_g @ inside
         result += outside * basis.complement.pow(p)
-    return result if basis.v_a is None else result @ basis.v_a.T
+    result = result if basis.v_a is None else result @ basis.v_a.T
+    return result.to(home)

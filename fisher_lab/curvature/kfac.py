@@ -38,6 +38,7 @@ from .losses import (
     unwrap,
 )
 from .policy import check
+from .retreat import on_host_if_full
 from .settings import Damping, KFACSettings, SettingError
 from .storage import check_device_supports
 
@@ -295,8 +296,15 @@ class KFACEngine:
 
     def _basis(self, name: str) -> ekfac.Eigenbasis:
         if name not in self._bases:
-            self._bases[name] = ekfac.eigenbasis(
-                self.factors[name], self.settings.damping, self.settings.numerics
+            factors, s = self.factors[name], self.settings
+
+            def retreat() -> bool:
+                moved = factors.G.to_host()
+                return (factors.A is not None and factors.A.to_host()) or moved
+
+            what = f"{factors.G.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
+            self._bases[name] = on_host_if_full(
+                lambda: ekfac.eigenbasis(factors, s.damping, s.numerics), retreat, what
             )
         return self._bases[name]
 
@@ -345,9 +353,9 @@ class KFACEngine:
 
         def product(factors: LayerFactors, y: Tensor) -> Tensor:
             left, right = (self.settings.damping.G, self.settings.damping.A) if damped else (0, 0)
-            y = factors.G.multiply(y) + left * y
+            y = factors.G.product(y) + left * y
             if factors.A is not None:
-                y = factors.A.multiply(y.T).T + right * y
+                y = factors.A.product(y.T).T + right * y
             return y * factors.ratio
 
         return self._apply(vectors, model, product, None)

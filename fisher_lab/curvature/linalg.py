@@ -40,8 +40,12 @@ def add_second_moment(total: Tensor, x: Tensor, *, fresh: bool = False) -> None:
     if x.dtype == total.dtype or x.shape[0] == 0:
         _add_lower(total, x.to(total.dtype), beta)
         return
-    for rows in blocks(x.shape[0], x.shape[1] * total.element_size()):
-        _add_lower(total, x[rows].to(total.dtype), beta)
+    steps = list(blocks(x.shape[0], x.shape[1] * total.element_size()))
+    # Taken before anything is added: where there is no room for it, the sum is as it was.
+    room = torch.empty(steps[0].stop, x.shape[1], dtype=total.dtype, device=x.device)
+    for rows in steps:
+        part = room[: rows.stop - rows.start].copy_(x[rows])
+        _add_lower(total, part, beta)
         beta = 1.0
 
 

@@ -11,7 +11,7 @@ from fisher_lab.runs.signals import Interrupted
 
 from .cell import Frozen, thaw
 from .progress import Tally, report
-from .session import launch
+from .session import finish, launch
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
         launch(cells, frozen, tally, settings)
     except Interrupted as stop:
         return 128 + stop.signum
+    finish(cells)
     return report(cells, tally)
 
 

@@ -82,7 +82,16 @@ def run(
     except Interrupted:
         say("interrupted; run the same command again to go on", error=True)
         raise
+    finish(todo)
     return report(cells, tally)
+
+
+def finish(cells: Sequence[Cell]) -> None:
+    """Tables, verdicts and figures of the sweeps of which cells have ended now."""
+    from fisher_lab.results import finishing
+
+    for directory in dict.fromkeys(cell.layout.directory for cell in cells):
+        finishing.at_end(directory)
 
 
 def launch(

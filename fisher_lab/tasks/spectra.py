@@ -124,6 +124,7 @@ def run_spectral(
         if whole.get(key) is not None
     }  # fmt: skip
     metrics["spectral/n_samples"] = result["metadata"]["n_samples"]
+    metrics["spectral/bytes"] = (run.directory / "spectral.json").stat().st_size
     metrics["spectral/seconds"] = perf_counter() - start
     return metrics
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..linalg import Clipped, clip
+from ..retreat import HOST, on_host_if_full
 from ..settings import Numerics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,45 @@ class Factor(ABC):
     Attributes:
         dim: its dimension.
         structure: name of the structure, as recorded.
+        label: layer, side and both dimensions, for the log.
+        hosted: whether a full device has sent it to the host.
+        movable: whether it can go there.
     """
 
     dim: int
     structure: str
+    label: str = ""
+    hosted: bool = False
+    movable: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where products with the factor are formed."""
+        return next(iter(self.tensors().values())).device
+
+    def move(self, device: torch.device) -> None:
+        """Moves what the factor holds; what was derived from it is let go."""
+        raise NotImplementedError(f"{self.structure}: stays where it is")
+
+    def to_host(self) -> bool:
+        """Goes on on the host; False where it is there already for want of room."""
+        if self.hosted or not self.movable:
+            return False
+        self.move(HOST)
+        self.hosted = True
+        return True
 
     @abstractmethod
     def multiply(self, y: Tensor) -> Tensor:
         """Returns ``M y`` for ``y`` of shape ``[dim, m]``, undamped, in the dtype of ``y``."""
+
+    def product(self, y: Tensor) -> Tensor:
+        """:meth:`multiply` where the factor is, on the host where the device is full."""
+        return on_host_if_full(
+            lambda: self.multiply(y.to(self.device)).to(y.device),
+            self.to_host,
+            f"{self.label}, product",
+        )
 
     @abstractmethod
     def trace(self) -> float:
@@ -113,6 +149,37 @@ class Factor(ABC):
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
+class Movable(Damped):
+    """A damped factor whose steps go on on the host where the device is full.
+
+    Attributes:
+        factor: the factor.
+    """
+
+    factor: Any
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Lets go of every decomposition."""
+
+    def guarded(self, step: str, work: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Runs ``work`` on ``y`` where the factor is; the result comes back to where ``y`` was."""
+        return on_host_if_full(
+            lambda: work(y.to(self.factor.device)).to(y.device),
+            self._retreat,
+            f"{self.factor.label}, {step}",
+        )
+
+    def guarded_step(self, step: str, work: Callable[[], T]) -> T:
+        """Runs a step that takes and returns no tensor of the caller's."""
+        return on_host_if_full(work, self._retreat, f"{self.factor.label}, {step}")
+
+    def _retreat(self) -> bool:
+        moved = self.factor.to_host()
+        self.forget()
+        return moved
+
+
 def clipped_logdet(clipped: Clipped, n_zero: int) -> float:
     """Log-determinant of a clipped spectrum with ``n_zero`` further eigenvalues at its base."""
     known = float(clipped.used.double().log().sum())
@@ -123,4 +190,4 @@ def clipped_logdet(clipped: Clipped, n_zero: int) -> float:
     )
 
 
-__all__ = ["Damped", "Factor", "FactorReport", "clip", "clipped_logdet"]
+__all__ = ["Damped", "Factor", "FactorReport", "Movable", "clip", "clipped_logdet"]

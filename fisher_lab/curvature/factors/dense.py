@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 
 import torch
@@ -17,7 +18,7 @@ from ..linalg import (
     upper_bound,
 )
 from ..settings import Numerics, SettingError
-from .base import Damped, Factor, FactorReport, clipped_logdet
+from .base import Factor, FactorReport, Movable, clipped_logdet
 
 
 class DenseFactor(Factor):
@@ -28,6 +29,7 @@ class DenseFactor(Factor):
     """
 
     structure = "dense"
+    movable = True
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -64,6 +66,10 @@ class DenseFactor(Factor):
         """See :meth:`Factor.tensors`."""
         return {"matrix": self.matrix}
 
+    def move(self, device: torch.device) -> None:
+        """See :meth:`Factor.move`."""
+        self.matrix, self._eigen = self.matrix.to(device), None
+
 
 def floor_cannot_bind(matrix: Tensor, lam: float, kappa_max: float | None) -> bool:
     """Says whether the floor lies at or under the damping, so that nothing can be clipped.
@@ -78,28 +84,36 @@ def floor_cannot_bind(matrix: Tensor, lam: float, kappa_max: float | None) -> bo
     return (value + residual + lam) / kappa_max <= lam
 
 
-class DampedDense(Damped):
-    """A damped and clipped dense factor.
+class Decomposing(Movable):
+    """A damped and clipped factor behind a symmetric matrix that is decomposed.
 
     The inverse goes by Cholesky factorisation where nothing can be clipped (exact, and cheaper),
     everything else by eigendecomposition.
     """
 
-    def __init__(
-        self, factor: DenseFactor, lam: float, kappa_max: float | None, numerics: Numerics
-    ) -> None:
-        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
-        self._applied: tuple[Tensor, Tensor] | None = None
+    lam: float
+    kappa_max: float | None
+    numerics: Numerics
+
+    @property
+    @abstractmethod
+    def core(self) -> Tensor:
+        """The matrix that is decomposed, undamped, in the core dtype."""
+
+    @property
+    @abstractmethod
+    def decomposed(self) -> bool:
+        """Whether the eigendecomposition is there already."""
 
     @cached_property
     def cholesky(self) -> Cholesky | None:
-        """The factorisation, or None where the spectrum has to be clipped."""
-        if self.factor._eigen is not None or self.lam <= 0:
+        """The factorisation of the damped matrix, or None where it has to be clipped."""
+        if self.decomposed or self.lam <= 0:
             return None
-        if not floor_cannot_bind(self.factor.matrix, self.lam, self.kappa_max):
+        if not floor_cannot_bind(self.core, self.lam, self.kappa_max):
             return None
         return robust_cholesky(
-            self.factor.matrix, self.lam, self.numerics.eps, on_host=self.numerics.on_host
+            self.core, self.lam, self.numerics.eps, on_host=self.numerics.on_host
         )
 
     @cached_property
@@ -110,19 +124,67 @@ class DampedDense(Damped):
         return None if lower is None else lower.to(self.numerics.apply_dtype)
 
     @cached_property
+    @abstractmethod
     def clipped(self) -> Clipped:
         """The spectrum in use."""
-        values, _ = self.factor.eigen(on_host=self.numerics.on_host)
-        return clip(values, 0, self.lam, self.kappa_max)
 
     def prepare(self) -> None:
         """Does the decomposition that an inverse needs, now."""
+        self.guarded_step("decomposition", self._prepare)
+
+    def _prepare(self) -> None:
         if self.lower is None:
             _ = self.clipped
 
     def power(self, y: Tensor, p: float) -> Tensor:
         """See :meth:`Damped.power`."""
         check_power(p, self.lam)
+        return self.guarded("application", lambda y: self._power(y, p), y)
+
+    @abstractmethod
+    def _power(self, y: Tensor, p: float) -> Tensor:
+        """The power, where the factor is."""
+
+    def forget(self) -> None:
+        """See :meth:`Movable.forget`."""
+        for name in ("cholesky", "lower", "clipped"):
+            if name in vars(self):
+                delattr(self, name)
+
+
+class DampedDense(Decomposing):
+    """A damped and clipped dense factor."""
+
+    factor: DenseFactor
+
+    def __init__(
+        self, factor: DenseFactor, lam: float, kappa_max: float | None, numerics: Numerics
+    ) -> None:
+        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+        self._applied: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def core(self) -> Tensor:
+        """See :class:`Decomposing`: the factor itself."""
+        return self.factor.matrix
+
+    @property
+    def decomposed(self) -> bool:
+        """See :class:`Decomposing`."""
+        return self.factor._eigen is not None
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """The spectrum in use."""
+        values, _ = self.factor.eigen(on_host=self.numerics.on_host)
+        return clip(values, 0, self.lam, self.kappa_max)
+
+    def forget(self) -> None:
+        """See :meth:`Movable.forget`."""
+        super().forget()
+        self._applied = None
+
+    def _power(self, y: Tensor, p: float) -> Tensor:
         if p == -1 and self.lower is not None:
             return torch.cholesky_solve(y, self.lower)
         if p == 1 and self.kappa_max is None:
@@ -135,6 +197,9 @@ class DampedDense(Damped):
 
     def report(self) -> FactorReport:
         """See :meth:`Damped.report`."""
+        return self.guarded_step("report", self._report)
+
+    def _report(self) -> FactorReport:
         found = self.cholesky
         if found is None or found.lower is None:
             c = self.clipped
@@ -150,6 +215,9 @@ class DampedDense(Damped):
 
     def logdet(self) -> float:
         """See :meth:`Damped.logdet`."""
+        return self.guarded_step("log-determinant", self._logdet)
+
+    def _logdet(self) -> float:
         found = self.cholesky
         if found is not None and found.lower is not None:
             return 2.0 * float(found.lower.diagonal().double().log().sum())

@@ -27,6 +27,7 @@ class DiagonalFactor(Factor):
     """
 
     structure = "diagonal"
+    movable = True
 
     def __init__(self, diagonal: Tensor) -> None:
         self.diagonal = diagonal
@@ -51,6 +52,10 @@ class DiagonalFactor(Factor):
     def tensors(self) -> dict[str, Tensor]:
         """See :meth:`Factor.tensors`."""
         return {"diagonal": self.diagonal}
+
+    def move(self, device: torch.device) -> None:
+        """See :meth:`Factor.move`."""
+        self.diagonal = self.diagonal.to(device)
 
 
 class DampedDiagonal(Damped):

@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 
 from ..linalg import (
-    Cholesky,
     Clipped,
     blocks,
     clip,
     gram,
     largest_eigenvalue,
     power_of_two_scale,
-    robust_cholesky,
     symmetric_eigen,
 )
 from ..settings import Numerics
-from .base import Damped, Factor, FactorReport, clipped_logdet
-from .dense import check_power, floor_cannot_bind
+from .base import Factor, FactorReport, clipped_logdet
+from .dense import Decomposing, check_power
 
 
 class Columns:
@@ -132,6 +130,7 @@ class GramFactor(Factor):
     """
 
     structure = "woodbury"
+    movable = True
 
     def __init__(
         self,
@@ -204,32 +203,40 @@ class GramFactor(Factor):
         """See :meth:`Factor.tensors`."""
         return {"columns": self.columns.data}
 
+    @property
+    def device(self) -> torch.device:
+        """See :class:`Factor`: not where the columns are stored, but where they are used."""
+        return self.columns.device
 
-class DampedGram(Damped):
-    """A damped and clipped Gram factor (``docs/math.md``, section 3)."""
+    def move(self, device: torch.device) -> None:
+        """See :meth:`Factor.move`."""
+        self.columns = Columns(self.columns.data.to(device), self.columns.scale, device)
+        self._kernel = self._eigen = None
+
+    def to_host(self) -> bool:
+        """See :meth:`Factor.to_host`; never where products take several ranks together."""
+        return type(self.columns) is Columns and super().to_host()
+
+
+class DampedGram(Decomposing):
+    """A damped and clipped Gram factor (``docs/math.md``, section 3): ``K`` is decomposed."""
+
+    factor: GramFactor
 
     def __init__(
         self, factor: GramFactor, lam: float, kappa_max: float | None, numerics: Numerics
     ) -> None:
         self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
 
-    @cached_property
-    def cholesky(self) -> Cholesky | None:
-        """The factorisation of ``K + lam I``, or None where the spectrum has to be clipped."""
-        if self.factor._eigen is not None or self.lam <= 0:
-            return None
-        if not floor_cannot_bind(self.factor.kernel, self.lam, self.kappa_max):
-            return None
-        return robust_cholesky(
-            self.factor.kernel, self.lam, self.numerics.eps, on_host=self.numerics.on_host
-        )
+    @property
+    def core(self) -> Tensor:
+        """See :class:`Decomposing`: ``K``."""
+        return self.factor.kernel
 
-    @cached_property
-    def lower(self) -> Tensor | None:
-        """The Cholesky factor in the apply dtype."""
-        found = self.cholesky
-        lower = None if found is None else found.lower
-        return None if lower is None else lower.to(self.numerics.apply_dtype)
+    @property
+    def decomposed(self) -> bool:
+        """See :class:`Decomposing`."""
+        return self.factor._eigen is not None
 
     @cached_property
     def clipped(self) -> Clipped:
@@ -238,14 +245,8 @@ class DampedGram(Damped):
         values, n_zero = self.factor.spectrum()
         return clip(values, n_zero, self.lam, self.kappa_max)
 
-    def prepare(self) -> None:
-        """Does the decomposition that an inverse needs, now."""
-        if self.lower is None:
-            _ = self.clipped
-
-    def power(self, y: Tensor, p: float) -> Tensor:
-        """See :meth:`Damped.power`; the general formula, for any ``y``."""
-        check_power(p, self.lam)
+    def _power(self, y: Tensor, p: float) -> Tensor:
+        """The general formula, for any ``y``."""
         columns, w = self.factor.columns, self.factor.weight
         if p == -1 and self.lower is not None:
             inner = torch.cholesky_solve(columns.times(y), self.lower)
@@ -266,6 +267,9 @@ class DampedGram(Damped):
             p: the power.
         """
         check_power(p, self.lam)
+        return self.guarded("application", lambda b: self._push_through(b, p), b)
+
+    def _push_through(self, b: Tensor, p: float) -> Tensor:
         if p == -1 and self.lower is not None:
             inner = torch.cholesky_solve(b, self.lower)
         else:
@@ -276,6 +280,9 @@ class DampedGram(Damped):
 
     def report(self) -> FactorReport:
         """See :meth:`Damped.report`."""
+        return self.guarded_step("report", self._report)
+
+    def _report(self) -> FactorReport:
         dim, found = self.factor.dim, self.cholesky
         if found is not None and found.lower is not None and self.factor.n_columns < dim:
             kernel = self.factor.kernel
@@ -295,6 +302,9 @@ class DampedGram(Damped):
 
     def logdet(self) -> float:
         """See :meth:`Damped.logdet`."""
+        return self.guarded_step("log-determinant", self._logdet)
+
+    def _logdet(self) -> float:
         _, n_zero = self.factor.spectrum()
         return clipped_logdet(self.clipped, n_zero)
 

@@ -1,0 +1,93 @@
+"""The appendix of a paper: every table, claim and figure of some sweeps, and a document of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fisher_lab.runs import atomic
+
+from . import claims, figures, latex, methods, render
+from .errors import ResultsError
+from .finishing import claimed_metrics
+from .frames import Frame
+from .plotting import file_name
+from .report.page import only
+from .table import tabulate
+
+DOCUMENT = "appendix.tex"
+
+
+def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> list[Path]:
+    """Write ``appendix.tex``, which compiles in its directory, and everything that it shows.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+        directory: made where it is missing; a directory for each sweep goes into it.
+        siunitx: numbers by that package.
+
+    Returns:
+        The files that were written, ``appendix.tex`` last.
+    """
+    files: list[Path] = []
+    body = ["\\section{Methods}", "\\input{methods}"]
+    texts = {"methods.tex": methods.latex(frame), "methods.md": methods.markdown(frame)}
+    verdicts = claims.evaluate(frame)
+    if verdicts:
+        texts["claims.tex"] = claims_table(verdicts)
+        body += ["\\section{Claims}", "\\input{claims}"]
+    for name, text in texts.items():
+        atomic.write_text(directory / name, text)
+        files.append(directory / name)
+    for sweep in dict.fromkeys(frame["sweep"]):
+        files += _sweep(only(frame, sweep), sweep, directory, body, siunitx)
+    target = directory / DOCUMENT
+    atomic.write_text(target, latex.document("\n".join(body), "Appendix"))
+    return [*files, target]
+
+
+def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: bool) -> list[Path]:
+    folder = file_name(name)
+    body += ["\\clearpage", f"\\section{{{latex.escape(name)}}}"]
+    try:
+        table = tabulate(frame, first=claimed_metrics(frame), title=name)
+    except ResultsError as error:
+        body.append(latex.escape(f"No table: {error}"))
+        return []
+    texts = {
+        "table.tex": latex.to_latex(table, siunitx=siunitx),
+        "table.csv": render.to_csv(table),
+        "table.md": render.to_markdown(table),
+    }
+    for file, text in texts.items():
+        atomic.write_text(directory / folder / file, text)
+    drawn = figures.draw(table, frame, directory / folder)
+    body.append(f"\\input{{{folder}/table}}")
+    body += [_figure(f"{folder}/{f.name}") for f in drawn.files if f.suffix == ".pdf"]
+    return [*(directory / folder / file for file in texts), *drawn.files]
+
+
+def _figure(path: str) -> str:
+    # A name with dots needs braces, so that its end is not taken for the file's kind.
+    stem = path.removesuffix(".pdf")
+    return (
+        f"\\noindent\\begin{{minipage}}{{0.5\\linewidth}}\\centering"
+        f"\\includegraphics[width=0.95\\linewidth,height=0.6\\textheight,keepaspectratio]"
+        f"{{{{{stem}}}.pdf}}\\end{{minipage}}%"
+    )
+
+
+def claims_table(verdicts: Sequence[claims.Verdict]) -> str:
+    """The claims and their verdicts as a table that may run over several pages."""
+    lines = [
+        r"\begingroup\small",
+        r"\begin{longtable}{@{}>{\raggedright\arraybackslash}p{0.27\linewidth}"
+        r">{\raggedright\arraybackslash}p{0.13\linewidth}"
+        r">{\raggedright\arraybackslash}p{0.45\linewidth}r@{}}",
+        r"\toprule claim & verdict & numbers & n \\ \midrule \endhead \bottomrule \endfoot",
+    ]
+    for v in verdicts:
+        words = [latex.breakable(f"{v.sweep}: {v.text}"), latex.escape(v.verdict)]
+        numbers = latex.breakable(f"{v.why} ({v.test})" if v.test else v.why)
+        lines.append(" & ".join([*words, numbers, str(v.seeds)]) + r" \\")
+    return "\n".join([*lines, r"\end{longtable}", r"\endgroup", ""])

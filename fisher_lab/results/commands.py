@@ -1,0 +1,263 @@
+"""The sub-commands ``table``, ``claims``, ``report`` and ``diff`` of ``fisher-lab``.
+
+Each takes the arguments after its name and returns the exit code: 0, or 2 for bad input with one
+line on standard error. A claim that does not hold is a result and no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from fisher_lab.runs import atomic
+from fisher_lab.runs.record import strict
+
+from .errors import ResultsError
+
+OK, BAD_INPUT = 0, 2
+FORMATS = ("terminal", "csv", "md", "tex", "html")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ResultsError(f"{self.prog.partition(' ')[2]}: {message}")
+
+
+def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    def run(argv: Sequence[str]) -> int:
+        try:
+            return command(argv)
+        except ResultsError as error:
+            print(f"fisher_lab: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except SystemExit as stop:  # --help
+            return stop.code if isinstance(stop.code, int) else OK
+        except BrokenPipeError:  # the reader had enough: `fisher-lab table ... | head`
+            sys.stderr.close()
+            return OK
+
+    return run
+
+
+def _parser(name: str, what: str) -> _Parser:
+    parser = _Parser(prog=f"fisher-lab {name}", description=what)
+    if name != "diff":
+        parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
+    return parser
+
+
+def _console() -> Console:
+    from .finishing import PIPE_WIDTH
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def _emit(text: str, output: str | None) -> None:
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        atomic.write_text(output, text)
+
+
+def _settings(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """``key=value`` and ``key=a,b``."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ResultsError(f"{flag} {text}: give it as key=value")
+        settings[key] = value.split(",") if "," in value else value
+    return settings
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name for name in text.split(",") if name]
+
+
+def _tell_left_out(frame: Any) -> None:
+    from .finishing import left_out_lines
+
+    for line in left_out_lines(frame):
+        print(f"fisher_lab: {line}", file=sys.stderr)
+
+
+def _loaded(paths: Sequence[str]) -> Any:
+    from .loading import load
+
+    frame = load(paths)
+    _tell_left_out(frame)
+    if frame.empty:
+        raise ResultsError(f"{', '.join(paths)}: there is no run")
+    return frame
+
+
+# ---- table ---------------------------------------------------------------------------------------
+
+
+def _table(argv: Sequence[str]) -> int:
+    parser = _parser("table", "The table of a sweep: swept settings by metrics, over seeds.")
+    add = parser.add_argument
+    add("--rows", help="settings, comma-separated; default: what was swept")
+    add("--cols", default="", help="settings whose values become columns")
+    add("--metrics", help="names, comma-separated; default: a choice that suits the runs")
+    add("--over", help="settings to average over; default: seed")
+    add("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only these runs")
+    add("--baseline", action="append", default=[], metavar="KEY=VALUE",
+        help="compare every cell with this one, paired, Holm-corrected")  # fmt: skip
+    add("--stat", default="auto", help="auto (median for times), mean or median")
+    add("--interval", default="t", help="t or bootstrap")
+    add("--confidence", type=float, default=0.95)
+    add("--best", action="append", default=[], metavar="METRIC=min|max|none")
+    add("--title")
+    add("--format", choices=FORMATS, help="default: the output's suffix, or terminal")
+    add("--siunitx", action="store_true", help="LaTeX: numbers as \\num")
+    add("--standalone", action="store_true", help="LaTeX: a document that compiles as it is")
+    add("-o", "--output", help="write here instead of to standard output")
+    args = parser.parse_args(list(argv))
+    from .finishing import claimed_metrics, finish_if_due
+    from .table import tabulate
+
+    frame = _loaded(args.paths)
+    table = tabulate(
+        frame,
+        rows=_names(args.rows),
+        cols=_names(args.cols) or [],
+        metrics=_names(args.metrics),
+        over=_names(args.over),
+        where=_settings(args.where, "--where"),
+        baseline=_settings(args.baseline, "--baseline"),
+        statistic=args.stat,
+        interval=args.interval,
+        confidence=args.confidence,
+        directions=_settings(args.best, "--best"),
+        first=claimed_metrics(frame),
+        title=args.title,
+    )
+    _print_table(table, args)
+    for path in args.paths:
+        finish_if_due(Path(path))
+    return OK
+
+
+def _print_table(table: Any, args: argparse.Namespace) -> None:
+    from . import latex, render
+    from .finishing import PIPE_WIDTH
+
+    suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
+    form = args.format or (suffix if suffix in FORMATS else "terminal")
+    if form == "terminal" and args.output is None:
+        console = _console()
+        console.print(render.to_terminal(table, console.width))
+        return
+    if form == "tex":
+        text = latex.to_latex(table, siunitx=args.siunitx)
+        text = latex.document(text) if args.standalone else text
+    else:
+        makers = {"csv": render.to_csv, "md": render.to_markdown, "html": render.to_html}
+        text = makers[form](table) if form in makers else render.to_text(table, PIPE_WIDTH)
+    _emit(text, args.output)
+
+
+# ---- claims --------------------------------------------------------------------------------------
+
+
+def _claims(argv: Sequence[str]) -> int:
+    parser = _parser("claims", "What the sweep files claim, against their runs.")
+    parser.add_argument(
+        "--claims", metavar="FILE", help="claims from this JSON or YAML file instead"
+    )
+    parser.add_argument("--json", action="store_true", help="all numbers, as claims.json has them")
+    parser.add_argument("-o", "--output", help="write here instead of to standard output")
+    args = parser.parse_args(list(argv))
+    from .claims import INVALID, evaluate, evaluate_one, to_rich
+
+    frame = _loaded(args.paths)
+    if args.claims:
+        verdicts = [
+            evaluate_one(claim, frame, sweep=Path(args.claims).stem, number=number)
+            for number, claim in enumerate(read_claims(Path(args.claims)), 1)
+        ]
+    else:
+        verdicts = evaluate(frame)
+    if not verdicts:
+        raise ResultsError(f"{', '.join(args.paths)}: no sweep file states a claim")
+    if args.json or args.output:
+        values = strict([verdict.as_dict() for verdict in verdicts])
+        _emit(json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n", args.output)
+    else:
+        _console().print(to_rich(verdicts))
+    invalid = [verdict for verdict in verdicts if verdict.verdict == INVALID]
+    for verdict in invalid:
+        print(f"fisher_lab: {verdict.sweep}: {verdict.why}", file=sys.stderr)
+    return BAD_INPUT if invalid else OK
+
+
+def read_claims(path: Path) -> list[Any]:
+    """The claims of a file: a list, or a mapping that holds one under ``claims``.
+
+    Raises:
+        ResultsError: it cannot be read, or holds no claims.
+    """
+    import yaml
+
+    try:
+        about = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ResultsError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    claims = about.get("claims") if isinstance(about, dict) else about
+    if not isinstance(claims, list):
+        raise ResultsError(f"{path}: there are no claims in it")
+    return claims
+
+
+# ---- report and diff -----------------------------------------------------------------------------
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = _parser("report", "One self-contained HTML file, and the methods paragraph.")
+    parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
+    parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
+    args = parser.parse_args(list(argv))
+    from .report import write_report
+
+    frame = _loaded(args.paths)
+    files = write_report(frame, Path(args.output))
+    if args.appendix:
+        from .appendix import write_appendix
+
+        files.append(write_appendix(frame, Path(args.appendix))[-1])
+    for file in files:
+        _console().print(Text(str(file)), soft_wrap=True)
+    return OK
+
+
+def _diff(argv: Sequence[str]) -> int:
+    parser = _parser("diff", "What differs between two runs.")
+    parser.add_argument("a", metavar="RUN_A")
+    parser.add_argument("b", metavar="RUN_B")
+    parser.add_argument("--tolerance", type=float, default=0.0,
+                        help="numbers that differ by less than this share are equal")  # fmt: skip
+    args = parser.parse_args(list(argv))
+    from .compare import diff, to_rich
+
+    found = diff(args.a, args.b, tolerance=args.tolerance)
+    _console().print(to_rich(found))
+    return OK
+
+
+table = _guarded(_table)
+claims = _guarded(_claims)
+report = _guarded(_report)
+diff = _guarded(_diff)

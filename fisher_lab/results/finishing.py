@@ -1,0 +1,184 @@
+"""What is written beside the runs of a sweep when its last cell has ended.
+
+``table.csv``, ``table.md``, ``table.tex``, ``claims.json`` and ``figures/``: made anew from the
+runs whenever these have changed, every file written whole. Two processes that finish the same sweep
+at once write the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from fisher_lab.runs import atomic
+
+from . import claims, latex, render
+from .cells import UNFINISHED
+from .discover import MULTIRUN_FILE, SWEEP_FILE
+from .errors import ResultsError
+from .figures import draw
+from .frames import Frame
+from .loading import load
+from .table import Table, tabulate
+
+CLAIMS_FILE = "claims.json"
+TABLE_FILE = "table"
+STAMP_FILE = ".finished.json"
+"""Says which state of the runs the files were made of."""
+
+MOST_LEFT_OUT = 5
+PIPE_WIDTH = 120
+"""Columns where standard output is no terminal."""
+
+
+@dataclass
+class Finished:
+    """What was made of a sweep.
+
+    Attributes:
+        directory: of the sweep.
+        table: None where no run has come to anything.
+        verdicts: of its claims.
+        files: that were written; empty where they were up to date.
+        frame: the runs.
+        problems: what could not be made, in words.
+    """
+
+    directory: Path
+    table: Table | None
+    verdicts: list[claims.Verdict]
+    files: list[Path]
+    frame: Frame
+    problems: list[str] = field(default_factory=list)
+
+
+def finish(directory: str | os.PathLike[str], *, console: Console | None = None) -> Finished:
+    """Write table, claims and figures beside the runs of a sweep; print table and verdicts.
+
+    Can be called any number of times: nothing is written where nothing has changed.
+
+    Args:
+        directory: of the sweep.
+        console: gets the table and the verdicts; None: nothing is printed.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ResultsError: the directory does not exist or holds no run.
+    """
+    root = Path(directory)
+    frame = load(root)
+    if frame.empty:
+        raise ResultsError(f"{root}: there is no run")
+    done = Finished(root, None, claims.evaluate(frame), [], frame)
+    try:
+        done.table = tabulate(frame, first=claimed_metrics(frame))
+    except ResultsError as error:
+        done.problems.append(str(error))
+    if console is not None:
+        show(done, console)
+    stamp = _stamp(frame)
+    if _stamped(root) != stamp:
+        _write(done)
+        atomic.write_json(root / STAMP_FILE, {"runs": stamp})
+    return done
+
+
+def at_end(directory: str | os.PathLike[str]) -> None:
+    """Finish a sweep and print its table; whatever goes wrong is one line and no error.
+
+    Args:
+        directory: of the sweep whose last cell has ended.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    try:
+        finish(directory, console=console)
+    except Exception as error:  # a table that fails must not fail a sweep that is done
+        print(f"fisher_lab: no table of {directory}: {error}", file=sys.stderr)
+
+
+def finish_if_due(directory: Path) -> Finished | None:
+    """Finish a sweep whose launcher is gone, if its last cell is done and it was not finished yet.
+
+    Args:
+        directory: of a sweep; anything else is left alone.
+    """
+    if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
+        return None
+    with contextlib.suppress(ResultsError, OSError):
+        frame = load(directory)
+        if set(frame["status"]) and not set(frame["status"]) & set(UNFINISHED):
+            return finish(directory)
+    return None
+
+
+def show(done: Finished, console: Console) -> None:
+    """Print the table, the verdicts, and what was left out."""
+    if done.table is not None:
+        console.print(render.to_terminal(done.table, console.width))
+    if done.verdicts:
+        console.print()
+        console.print(claims.to_rich(done.verdicts))
+    for line in (*done.problems, *left_out_lines(done.frame)):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+    console.print(Text(f"table, claims and figures in {done.directory}"), soft_wrap=True)
+
+
+def claimed_metrics(frame: Frame) -> list[str]:
+    """The metrics that the claims of some sweeps are about: a table shows these first."""
+    stated = [c for sweep in frame.attrs.get("sweeps", {}).values() for c in sweep.claims]
+    names = [c.get("metric") for c in stated if isinstance(c, dict)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def left_out_lines(frame: Frame) -> list[str]:
+    """What could not be read and why, a line each, the first few of them."""
+    left = frame.attrs.get("left_out", [])
+    lines = [f"left out {one.directory}: {one.reason}" for one in left[:MOST_LEFT_OUT]]
+    more = len(left) - MOST_LEFT_OUT
+    return [*lines, f"left out {more} more"] if more > 0 else lines
+
+
+def _write(done: Finished) -> None:
+    root = done.directory
+    texts = {CLAIMS_FILE: json.dumps([v.as_dict() for v in done.verdicts], indent=2) + "\n"}
+    if done.table is not None:
+        texts |= {
+            f"{TABLE_FILE}.csv": render.to_csv(done.table),
+            f"{TABLE_FILE}.md": render.to_markdown(done.table),
+            f"{TABLE_FILE}.tex": latex.to_latex(done.table),
+        }
+    for name, text in texts.items():
+        atomic.write_text(root / name, text)
+        done.files.append(root / name)
+    if done.table is not None:
+        drawn = draw(done.table, done.frame, root / "figures")
+        done.files += drawn.files
+        done.problems += drawn.problems
+
+
+def _stamp(frame: Frame) -> str:
+    """Changes with any run's end, metrics or status, and with the claims."""
+    columns = ["directory", "run_id", "status", "finished", "not_finite"]
+    runs = frame[[*columns, *frame.attrs.get("metrics", [])]].to_csv()
+    stated = [s.claims for s in frame.attrs.get("sweeps", {}).values()]
+    text = runs + json.dumps(stated, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stamped(root: Path) -> str | None:
+    try:
+        return json.loads((root / STAMP_FILE).read_bytes())["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

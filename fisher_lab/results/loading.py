@@ -1,0 +1,311 @@
+"""Run directories as data frames: a row a run, or a row a line of the runs' tables.
+
+What cannot be read is left out and named with the reason, never passed over in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fisher_lab.runs.record import METRICS_FILE, RUN_FILE, STATUSES
+
+from . import cache, planned
+from .cells import CORRUPT
+from .discover import Found, LeftOut, Sweep, describe, find
+from .errors import ResultsError
+from .frames import Column
+
+LAYERS_FILE = "layers.csv"
+SCHEMAS = ("fisher_lab.run/1",)
+
+META = (
+    "sweep", "directory", "run_id", "status", "reason", "started", "finished", "seconds",
+    "overrides", "not_finite",
+)  # fmt: skip
+"""Columns that every frame has. ``seconds`` is the wall time of the run, ``overrides`` are as typed
+into a shell, ``not_finite`` names the metrics that came out as NaN or infinite."""
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def load(paths: Paths, *, use_cache: bool = True) -> pd.DataFrame:
+    """Read run directories, a row a run.
+
+    Args:
+        paths: a run, a sweep, a directory of sweeps, or several of these.
+        use_cache: keep what was read of a large sweep in a file beside it, and read a run anew only
+            where its files have changed.
+
+    Returns:
+        Columns: :data:`META`; the resolved configuration, ``kfac.damping``; metrics, ``ng/norm``
+        (with ``metric/`` before a name that is taken); ``provenance.*``. A cell that a sweep file
+        asks for and that was never run is a row with the status ``missing``. Its ``attrs`` hold the
+        names of these: ``config``, ``metrics``; ``sweeps``: directory to
+        :class:`~fisher_lab.results.discover.Sweep`; ``left_out``: a list of
+        :class:`~fisher_lab.results.discover.LeftOut`.
+
+    Raises:
+        ResultsError: a path that does not exist.
+    """
+    found, left = find(_as_list(paths))
+    sweeps = {str(one.sweep): describe(one.sweep) for one in found}
+    left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
+    rows, unread = cache.rows(found, read_run) if use_cache else _read_all(found)
+    left += unread
+    rows = planned.complete(rows, sweeps)
+    frame = _frame(rows, sweeps)
+    frame.attrs.update(left_out=left, sweeps=sweeps)
+    return frame
+
+
+def load_layers(paths: Paths) -> pd.DataFrame:
+    """Read ``layers.csv`` of every run, a row a layer and run.
+
+    Args:
+        paths: as for :func:`load`.
+
+    Returns:
+        Columns ``sweep``, ``directory``, ``run_id``, ``status``, the position ``row`` in the file,
+        and those of the files; numbers as numbers. ``attrs["left_out"]`` as for :func:`load`.
+    """
+    return load_table(paths, LAYERS_FILE)
+
+
+def load_table(paths: Paths, name: str) -> pd.DataFrame:
+    """Read one of the runs' tables, such as ``curve.csv``: a row a line and run.
+
+    Args:
+        paths: as for :func:`load`.
+        name: the file's name in the run directory. Runs without it have no rows.
+    """
+    found, left = find(_as_list(paths))
+    names = {str(one.sweep): describe(one.sweep).name for one in found}
+    rows: list[dict[str, Any]] = []
+    for one in found:
+        file = one.directory / name
+        try:
+            record = _object(one.directory / RUN_FILE)
+            about = {"sweep": names[str(one.sweep)], "directory": str(one.directory)}
+            about |= {key: record.get(key) for key in ("run_id", "status")}
+            rows += [{**about, **row} for row in _csv(file)] if file.is_file() else []
+        except (OSError, ValueError, csv.Error) as error:
+            left.append(LeftOut(str(one.directory), f"{name}: {error}"))
+    frame = pd.DataFrame(rows)
+    for column in frame.columns:
+        frame[column] = _numbers(frame[column])
+    frame.attrs["left_out"] = left
+    return frame
+
+
+def read_run(directory: Path) -> dict[str, dict[str, Any]]:
+    """One run as plain values.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        ``meta``, ``config``, ``metrics`` and ``provenance``, each flat.
+
+    Raises:
+        ResultsError: ``run.json`` is not there, or is not the record of a run.
+    """
+    record = _record(directory)
+    error = record.get("error") or {}
+    reason = record.get("reason")
+    if isinstance(error, dict) and error:
+        reason = f"{str(error.get('type', '')).rpartition('.')[2]}: {_first(error.get('message'))}"
+    meta = {
+        "run_id": record["run_id"],
+        "status": record["status"],
+        "reason": reason,
+        "started": record.get("started"),
+        "finished": record.get("finished"),
+        "seconds": _seconds(record.get("started"), record.get("finished")),
+        "overrides": shlex.join(map(str, record.get("overrides") or [])),
+    }
+    try:
+        numbers = _metrics(directory / METRICS_FILE)
+    except FileNotFoundError:
+        numbers = {}
+    except (OSError, ValueError) as problem:
+        numbers = {}
+        if record["status"] == "completed":
+            meta |= {"status": CORRUPT, "reason": f"{METRICS_FILE}: {problem}"}
+    meta["not_finite"] = " ".join(n for n, v in numbers.items() if not math.isfinite(v))
+    finite = {n: v if math.isfinite(v) else math.nan for n, v in numbers.items()}
+    return {
+        "meta": meta,
+        "config": _flat(record["config"]),
+        "metrics": finite,
+        "provenance": _flat(record.get("provenance") or {}, "provenance."),
+    }
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    try:
+        record = _object(directory / RUN_FILE)
+    except OSError as error:
+        raise ResultsError(f"{RUN_FILE} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ResultsError(f"{RUN_FILE}: {error}") from error
+    if record.get("schema") not in SCHEMAS:
+        raise ResultsError(
+            f"{RUN_FILE}: schema {record.get('schema')!r} is not one of {', '.join(SCHEMAS)}"
+        )
+    if record.get("status") not in STATUSES:
+        raise ResultsError(f"{RUN_FILE}: there is no status {record.get('status')!r}")
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("run_id"), str):
+        raise ResultsError(f"{RUN_FILE}: no configuration or no run_id")
+    return record
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON (line {error.lineno}: {error.msg})") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    """Names to numbers. The record writes what is not finite as null."""
+    values = {}
+    for name, value in _object(path).items():
+        if value is None:
+            values[name] = math.nan
+        elif isinstance(value, int | float):
+            values[name] = float(value)
+        else:
+            raise ValueError(f"{name} is not a number")
+    return values
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file))
+    if not lines:
+        return []
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(lines[0]):
+            raise ValueError(f"line {number} has {len(line)} fields, the first {len(lines[0])}")
+    return [
+        {"row": i, **dict(zip(lines[0], line, strict=True))} for i, line in enumerate(lines[1:])
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{name}."))
+        elif isinstance(value, list | dict):
+            flat[f"{prefix}{name}"] = json.dumps(value)
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _first(message: Any) -> str:
+    lines = str(message or "").strip().splitlines()
+    return lines[0] if lines else "(no message)"
+
+
+def _seconds(started: Any, finished: Any) -> float | None:
+    try:
+        between = datetime.fromisoformat(finished) - datetime.fromisoformat(started)
+    except (TypeError, ValueError):
+        return None
+    return between.total_seconds()
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+
+
+def _read_all(found: Sequence[Found]) -> tuple[list[cache.Row], list[LeftOut]]:
+    rows, left = [], []
+    for one in found:
+        try:
+            rows.append((one, read_run(one.directory)))
+        except ResultsError as error:
+            left.append(LeftOut(str(one.directory), str(error)))
+    return rows, left
+
+
+def _frame(rows: Sequence[cache.Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
+    columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in META}
+    names: dict[str, dict[str, str]] = {"config": {}, "metrics": {}, "provenance": {}}
+    for part, known in names.items():
+        for _, run in rows:
+            for name in run[part]:
+                if name not in known:
+                    # A metric may be called as a key of the configuration is.
+                    known[name] = (
+                        f"metric/{name}" if part == "metrics" and name in columns else name
+                    )
+                    columns[known[name]] = [None] * len(rows)
+    for i, (one, run) in enumerate(rows):
+        columns["sweep"][i] = sweeps[str(one.sweep)].name
+        columns["directory"][i] = str(one.directory)
+        for name, value in run["meta"].items():
+            columns[name][i] = value
+        for part, known in names.items():
+            for name, value in run[part].items():
+                columns[known[name]][i] = value
+    measured = {"seconds", *names["metrics"].values()}
+    frame = pd.DataFrame(
+        {
+            name: pd.Series(values, dtype=float) if name in measured else _column(values)
+            for name, values in columns.items()
+        }
+    )
+    frame["not_finite"] = [_renamed(text, names["metrics"]) for text in columns["not_finite"]]
+    frame.attrs.update(
+        config=list(names["config"].values()), metrics=list(names["metrics"].values())
+    )
+    return frame
+
+
+def _renamed(names: str | None, known: Mapping[str, str]) -> str:
+    return " ".join(known[name] for name in (names or "").split())
+
+
+def _column(values: list[Any]) -> Column:
+    """Numbers as numbers; a setting that is null here and a number there keeps its null."""
+    kinds = set(map(type, values))
+    if kinds and kinds <= {int, float}:
+        return pd.Series(values)
+    if kinds == {bool}:
+        return pd.Series(values, dtype=bool)
+    return pd.Series(values, dtype=object)
+
+
+def _numbers(column: Column) -> Column:
+    """A column of texts as numbers, where all of them are (an empty one is missing)."""
+    if column.dtype.kind in "fiub":
+        return column
+    bare = column.replace("", None)
+    try:
+        return pd.to_numeric(bare)
+    except (ValueError, TypeError):
+        return bare

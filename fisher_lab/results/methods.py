@@ -1,0 +1,180 @@
+"""The methods paragraph of a paper, filled from the records of the runs.
+
+It says nothing that they do not say. A setting that differs between runs is given with all values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .frames import Frame
+from .latex import breakable
+from .values import label, levels
+
+WORDS = {
+    "empirical": "the empirical Fisher matrix (labels from the data)",
+    "mc": "Monte Carlo labels drawn from the model",
+    "true": "the true Fisher matrix (expectation over the model's distribution)",
+}
+
+
+def sentences(frame: Frame) -> list[str]:
+    """What was done in the completed runs, a sentence each.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+    """
+    runs = frame[frame["status"] == "completed"]
+    runs.attrs = frame.attrs
+    if runs.empty:
+        return ["No run has completed."]
+    parts = [*_models(runs), *_kfac(runs), *_numerics(runs), *_spectra(runs), *_machine(runs)]
+    lost = frame[frame["status"] != "completed"]["status"].value_counts()
+    if len(lost):
+        told = ", ".join(f"{count} {status}" for status, count in lost.items())
+        parts.append(f"Of {len(frame)} runs, {told} and are reported as such.")
+    return [part for part in parts if part]
+
+
+def markdown(frame: Frame) -> str:
+    """The paragraph for ``methods.md``."""
+    escaped = [text.replace("_", "\\_").replace("*", "\\*") for text in sentences(frame)]
+    return " ".join(escaped) + "\n"
+
+
+def latex(frame: Frame) -> str:
+    """The paragraph for ``methods.tex``, a fragment."""
+    return " ".join(breakable(text) for text in sentences(frame)) + "\n"
+
+
+def _has(runs: Frame, *names: str) -> bool:
+    return all(name in runs and runs[name].notna().any() for name in names)
+
+
+def _values(runs: Frame, name: str) -> list[Any]:
+    return levels(runs[name]) if name in runs else []
+
+
+def _list(runs: Frame, name: str, null: str = "none") -> str:
+    """All values of a setting: ``1e-5``, ``1e-5, 1e-4 and 1e-3``."""
+    words = [null if label(v) == "null" else label(v) for v in _values(runs, name)]
+    return join(words)
+
+
+def join(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _range(runs: Frame, name: str, form: str = ".3g") -> str:
+    numbers = runs[name].dropna().astype(float)
+    low, high = numbers.min(), numbers.max()
+    return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+
+
+def _models(runs: Frame) -> list[str]:
+    parts = []
+    if _has(runs, "model.name"):
+        size = "provenance.workbench.model.parameters"
+        count = f" ({_range(runs, size, ',.0f')} parameters)" if _has(runs, size) else ""
+        parts.append(f"Models: {_list(runs, 'model.name')}{count}, on {_list(runs, 'data.name')}.")
+    if _has(runs, "tokens", "data.seq_len"):
+        parts.append(
+            f"Factors were built from {_range(runs, 'tokens', ',.0f')} tokens "
+            f"({_list(runs, 'kfac.n_batches')} batches of {_list(runs, 'data.batch_size')} "
+            f"sequences of {_list(runs, 'data.seq_len')} tokens)."
+        )
+    if _has(runs, "seed"):
+        n = len(_values(runs, "seed"))
+        parts.append(f"Every setting was run with {n} seed{'s' if n > 1 else ''}.")
+    return parts
+
+
+def _kfac(runs: Frame) -> list[str]:
+    if not _has(runs, "kfac.damping"):
+        return []
+    kinds = [WORDS.get(str(k), str(k)) for k in _values(runs, "kfac.fisher")]
+    sides = [
+        f"{_list(runs, key)} on the {side} side"
+        for side, key in (("A", "kfac.damping_A"), ("G", "kfac.damping_G"))
+        if _has(runs, key)
+    ]
+    more = f" ({join(sides)} where set apart)" if sides else ""
+    parts = [
+        f"Curvature is K-FAC with {join(kinds)}; which layers take the Woodbury identity on the G "
+        f"side was decided by the policy {_list(runs, 'kfac.policy')}.",
+        f"Tikhonov damping was {_list(runs, 'kfac.damping')} on each factor{more}, with damped "
+        f"eigenvalues raised to the largest over kappa = "
+        f"{_list(runs, 'kfac.max_condition_number', 'none (no floor)')}" + _clipped(runs) + ".",
+    ]
+    about = [f"Factors are refreshed every {_list(runs, 'kfac.update_freq')} steps"]
+    if _has(runs, "kfac.reduce"):
+        about.append(f"ranks are joined by {_list(runs, 'kfac.reduce')}")
+    if _has(runs, "kfac.ekfac"):
+        about.append(f"EKFAC {_list(runs, 'kfac.ekfac')}")
+    return [*parts, "; ".join(about) + "."]
+
+
+def _clipped(runs: Frame) -> str:
+    shares = [
+        f"{_range(runs, f'kfac/clipped_frac_{side}', '.2%')} of {side}"
+        for side in ("A", "G")
+        if _has(runs, f"kfac/clipped_frac_{side}")
+    ]
+    return f", which clipped {join(shares)}" if shares else ""
+
+
+def _numerics(runs: Frame) -> list[str]:
+    if not _has(runs, "kfac.core_dtype"):
+        return []
+    text = (
+        f"Token gradients were stored as {_list(runs, 'kfac.woodbury_dtype')}, decomposed in "
+        f"{_list(runs, 'kfac.core_dtype')} and applied in {_list(runs, 'kfac.apply_dtype')}"
+    )
+    if _has(runs, "kfac/storage_error_max"):
+        text += f" (largest error of storage {_range(runs, 'kfac/storage_error_max')})"
+    parts = [text + "."]
+    if _has(runs, "kfac/jitter_events", "kfac/fallbacks"):
+        jitter, fallbacks = runs["kfac/jitter_events"], runs["kfac/fallbacks"]
+        parts.append(
+            f"A Cholesky factorisation needed jitter in {int((jitter > 0).sum())} of {len(runs)} "
+            f"runs ({int(jitter.sum())} times) and fell back to an eigendecomposition in "
+            f"{int((fallbacks > 0).sum())}."
+        )
+    return parts
+
+
+def _spectra(runs: Frame) -> list[str]:
+    if "spectral.enabled" not in runs or not runs["spectral.enabled"].astype(bool).any():
+        return []
+    on = runs[runs["spectral.enabled"].astype(bool)]
+    return [
+        f"Spectra are of the block-diagonal empirical Fisher matrix by "
+        f"{_list(on, 'spectral.block_structure')}, one sample a "
+        f"{_list(on, 'spectral.sample_unit')}, by the {_list(on, 'spectral.storage_mode')} method."
+    ]
+
+
+def _machine(runs: Frame) -> list[str]:
+    names = {
+        "fisher_lab": "provenance.versions.fisher-lab",
+        "Python": "provenance.versions.python",
+        "PyTorch": "provenance.versions.torch",
+        "Transformers": "provenance.versions.transformers",
+    }
+    versions = [f"{name} {_list(runs, key)}" for name, key in names.items() if _has(runs, key)]
+    parts = [f"Software: {', '.join(versions)}."] if versions else []
+    if _has(runs, "provenance.git.commit"):
+        commits = [str(c)[:12] for c in _values(runs, "provenance.git.commit") if c]
+        dirty = runs.get("provenance.git.dirty")
+        changed = dirty is not None and (dirty == True).any()  # noqa: E712 - None is neither
+        note = ", with uncommitted changes in some runs" if changed else ""
+        parts.append(f"Commit {join(commits)}{note}.")
+    if _has(runs, "provenance.device"):
+        cpu = "provenance.host.cpu"
+        where = f" ({_list(runs, cpu)})" if _has(runs, cpu) else ""
+        threads = "provenance.threads"
+        with_threads = f", {_list(runs, threads)} threads" if _has(runs, threads) else ""
+        parts.append(f"Device: {_list(runs, 'provenance.device')}{where}{with_threads}.")
+    return parts

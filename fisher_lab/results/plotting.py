@@ -1,0 +1,175 @@
+"""How figures look and are saved: column width, colours that colour-blind readers tell apart.
+
+Colours: Okabe and Ito 2008; every series also differs in its mark and its dashes, so that a print
+in grey can be read. Matplotlib is used without its global state.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from fisher_lab.runs import atomic
+
+from .values import label, meaning
+
+T = TypeVar("T")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+WIDTH, HEIGHT = 3.35, 2.5
+"""Inches of a figure in one column of a paper."""
+
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "axes.linewidth": 0.6,
+    # Text in a PDF stays text.
+    "pdf.fonttype": 42,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+DPI = 200
+
+# It tells every table of every font that it cuts down.
+logging.getLogger("fontTools").setLevel(logging.WARNING)
+
+
+def new_figure(
+    width: float = WIDTH, height: float = HEIGHT, panels: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure with panels side by side, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in panel_axes:
+        # Names are no mathematics: a dollar sign in a metric's name is a dollar sign.
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+            text.set_parse_math(False)
+    return figure, panel_axes
+
+
+def legend(figure: Figure, axes: Axes, count: int) -> None:
+    """What the series are, below the axes, where no point can hide behind it."""
+    if count > 1:
+        handles, words = axes.get_legend_handles_labels()
+        width = max(map(len, words), default=0)
+        columns = 1 if width > 36 else 2 if width > 20 else 3
+        made = figure.legend(
+            handles, words, loc="outside lower center", frameon=False, ncols=min(columns, count)
+        )
+        for text in made.get_texts():
+            text.set_parse_math(False)
+        extra = math.ceil(count / columns) * 0.13
+        figure.set_figheight(figure.get_figheight() + extra)
+
+
+def styled(make: Callable[..., T]) -> Callable[..., T]:
+    """Draw in our style: matplotlib looks it up while things are made."""
+
+    @functools.wraps(make)
+    def in_style(*args: Any, **kwargs: Any) -> T:
+        with rc_context(STYLE):
+            return make(*args, **kwargs)
+
+    return in_style
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour, mark and dashes of the i-th series."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKS[i % len(MARKS)],
+        "linestyle": DASHES[(i // len(COLOURS)) % len(DASHES)],
+    }
+
+
+def save(figure: Figure, target: Path) -> list[Path]:
+    """Write a figure as PDF and PNG; without dates, so that the same numbers give the same bytes.
+
+    Args:
+        figure: with its content.
+        target: path without suffix.
+    """
+    files = []
+    for suffix, about in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        file = target.with_name(f"{target.name}.{suffix}")
+        with rc_context(STYLE), atomic.writing(file) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=DPI, metadata=about)
+        files.append(file)
+    return files
+
+
+def file_name(text: str) -> str:
+    """A file's name made of a metric's or a setting's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_.") or "figure"
+
+
+def positions(values: Sequence[Any]) -> tuple[list[float], bool]:
+    """Where the values of a setting stand on an axis.
+
+    Numbers stand at themselves, on a logarithmic axis where they span a decade or more; null stands
+    one step further, and anything else at 0, 1, 2, ...
+
+    Args:
+        values: in order.
+
+    Returns:
+        The places, and whether the axis is logarithmic.
+    """
+    known = [meaning(v) for v in values]
+    numbers = [v for v in known if isinstance(v, float)]
+    rest = [v for v in known if not isinstance(v, float)]
+    if len(numbers) < 2 or any(v is not None for v in rest):
+        return [float(i) for i in range(len(values))], False
+    log = min(numbers) > 0 and max(numbers) / min(numbers) >= 10
+    last = max(numbers)
+    if log:
+        step = (last / min(numbers)) ** (1 / (len(numbers) - 1))
+        beyond = last * max(step, 2.0)
+    else:
+        beyond = last + (last - min(numbers)) / (len(numbers) - 1)
+    return [v if isinstance(v, float) else beyond for v in known], log
+
+
+def set_ticks(axes: Axes, values: Sequence[Any], places: Sequence[float], log: bool) -> None:
+    """Ticks at the swept values, and nowhere else."""
+    if log:
+        axes.set_xscale("log")
+    words = [label(v) for v in values]
+    long = sum(map(len, words)) > 34 or len(words) > 7
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(
+        list(places),
+        words,
+        rotation=40 if long else 0,
+        ha="right" if long else "center",
+        parse_math=False,
+    )
+    if not log and len(places) > 1:
+        axes.margins(x=0.1)
+
+
+def spans_decades(values: Sequence[float], decades: float = 2.0) -> bool:
+    """Whether positive numbers are better shown on a logarithmic axis."""
+    finite = [v for v in values if math.isfinite(v)]
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) >= 10**decades

@@ -1,0 +1,355 @@
+"""The statistics, by scipy and statsmodels; here only what they are asked and in which order.
+
+Differences are taken between runs that share everything but the compared setting (and so the
+seed). Two samples that do not vary have no distribution to test: they are compared as numbers and
+the answer says ``exact``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
+
+from .frames import Column
+
+Floats = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+POWER = 0.8
+MAX_SEEDS = 1000
+"""Numbers of seeds beyond this are not worth naming."""
+
+ROUNDING = 1e-12
+"""Numbers that vary by less than this share of their size do not vary: that is the order of
+summation speaking, and no test should be run on it."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What some runs of one cell come to.
+
+    Attributes:
+        n: numbers that there are.
+        mean: NaN where there is none; likewise all others.
+        std: sample standard deviation, NaN where ``n < 2``.
+        low: lower end of the interval for the mean, NaN where ``n < 2``.
+        high: its upper end.
+        median: of the numbers.
+        q1: lower quartile.
+        q3: upper quartile.
+    """
+
+    n: int
+    mean: float
+    std: float
+    low: float
+    high: float
+    median: float
+    q1: float
+    q3: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval, NaN where there is none."""
+        return (self.high - self.low) / 2
+
+
+def summarise(
+    values: ArrayLike, confidence: float = CONFIDENCE, method: str = "t", seed: int = 0
+) -> Summary:
+    """Mean, spread and interval of finite numbers.
+
+    Args:
+        values: one a run.
+        confidence: of the interval.
+        method: ``t`` (Student) or ``bootstrap`` (bias-corrected and accelerated, scipy).
+        seed: of the bootstrap.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.size == 0:
+        return Summary(0, *[math.nan] * 7)
+    q1, median, q3 = (float(v) for v in np.percentile(x, [25, 50, 75]))
+    mean = float(x.mean())
+    if x.size == 1:
+        return Summary(1, mean, math.nan, math.nan, math.nan, median, q1, q3)
+    if constant(x):
+        return Summary(x.size, mean, 0.0, mean, mean, median, q1, q3)
+    about = _describe(x)
+    low, high = about.tconfint_mean(alpha=1 - confidence)
+    if method == "bootstrap":
+        low, high = _bootstrap(x, confidence, seed)
+    return Summary(x.size, mean, float(about.std), float(low), float(high), median, q1, q3)
+
+
+def _describe(x: Floats) -> Any:
+    """By statsmodels; its cached attributes carry no types."""
+    return DescrStatsW(x, ddof=1)
+
+
+def _bootstrap(x: Floats, confidence: float, seed: int) -> tuple[float, float]:
+    with warnings.catch_warnings():
+        # Few seeds give degenerate resamples; scipy then answers with NaN, which is shown.
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap((x,), np.mean, confidence_level=confidence, rng=seed)
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
+def constant(values: ArrayLike, scale: float | None = None) -> bool:
+    """Whether numbers do not vary beyond rounding.
+
+    Args:
+        values: at least one.
+        scale: size of the numbers that they were computed from; by default their own.
+    """
+    x = np.asarray(values, dtype=float)
+    size = float(np.abs(x).max()) if scale is None else scale
+    return bool(x.max() - x.min() <= ROUNDING * size)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference between two paired samples.
+
+    Attributes:
+        n: pairs.
+        mean: of ``a - b``.
+        low: of the interval of the mean difference.
+        high: likewise.
+        p: two-sided, by the paired t test; NaN where there is nothing to test (see ``exact``).
+        effect: mean over standard deviation of the differences (Cohen's d_z); NaN likewise.
+        exact: the differences do not vary; ``mean`` is the difference.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    effect: float
+    exact: bool
+
+
+def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
+    """Compare two samples whose members belong together.
+
+    Args:
+        a: one number a pair.
+        b: the others, in the same order.
+        confidence: of the interval.
+    """
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    d = x - y
+    if d.size == 0:
+        return Paired(0, *[math.nan] * 5, exact=False)
+    mean = float(d.mean())
+    if d.size == 1:
+        return Paired(1, mean, *[math.nan] * 4, exact=False)
+    if constant(d, _scale(x, y)):
+        return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True)
+    test = stats.ttest_rel(x, y)
+    interval = test.confidence_interval(confidence)
+    effect = mean / float(d.std(ddof=1))
+    return Paired(
+        d.size, mean, float(interval.low), float(interval.high), float(test.pvalue), effect, False
+    )
+
+
+def _scale(x: Floats, y: Floats) -> float:
+    return float(max(np.abs(x).max(), np.abs(y).max()))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values after Holm's correction; those that are NaN are left out of it and stay NaN."""
+    values = np.asarray(p, dtype=float)
+    known = ~np.isnan(values)
+    corrected = np.full(values.shape, math.nan)
+    if known.any():
+        corrected[known] = multipletests(values[known], method="holm")[1]
+    return [float(v) for v in corrected]
+
+
+# ---- equivalence ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether a mean difference lies between two bounds.
+
+    Attributes:
+        n: pairs.
+        mean: mean difference.
+        std: standard deviation of the differences.
+        low: of the interval that the two one-sided tests ask of (confidence ``1 - 2 alpha``).
+        high: likewise.
+        p_inside: of the two one-sided tests: small where the difference lies inside.
+        p_outside: of the test that it lies beyond one of them: small where it lies outside.
+        exact: the differences do not vary: ``p`` are 0 or 1, and nothing was tested.
+    """
+
+    n: int
+    mean: float
+    std: float
+    low: float
+    high: float
+    p_inside: float
+    p_outside: float
+    exact: bool
+
+
+def equivalence(
+    d: ArrayLike, lower: float, upper: float, alpha: float, scale: float
+) -> Equivalence:
+    """Two one-sided paired t tests (Schuirmann 1987), and the same for the opposite.
+
+    Args:
+        d: differences, one a pair; at least one.
+        lower: bound, may be ``-inf``.
+        upper: bound, may be ``inf``.
+        alpha: level; the interval has confidence ``1 - 2 alpha``.
+        scale: size of the numbers whose differences these are, to tell rounding from variation.
+    """
+    x = np.asarray(d, dtype=float)
+    mean = float(x.mean())
+    if x.size == 1:
+        return Equivalence(1, mean, math.nan, math.nan, math.nan, math.nan, math.nan, False)
+    if constant(x, scale):
+        inside = bool((x >= lower).all() and (x <= upper).all())
+        p = (0.0, 1.0) if inside else (1.0, 0.0)
+        return Equivalence(x.size, mean, 0.0, mean, mean, *p, exact=True)
+    about = _describe(x)
+    low, high = about.tconfint_mean(alpha=2 * alpha)
+    below = _one_sided(about, upper, "smaller")
+    above = _one_sided(about, lower, "larger")
+    if math.isfinite(lower) and math.isfinite(upper):
+        inside = float(ttost_paired(x, np.zeros_like(x), lower, upper)[0])
+    else:
+        inside = max(below, above)
+    # Beyond either bound: two chances, so both count (Bonferroni).
+    sides = [1 - p for p, bound in ((below, upper), (above, lower)) if math.isfinite(bound)]
+    outside = min(1.0, len(sides) * min(sides, default=1.0))
+    return Equivalence(
+        x.size, mean, float(about.std), float(low), float(high), inside, outside, False
+    )
+
+
+def _one_sided(about: Any, bound: float, alternative: str) -> float:
+    if not math.isfinite(bound):
+        return 0.0
+    return float(about.ttest_mean(bound, alternative=alternative)[1])
+
+
+def power_inside(
+    n: int, mean: float, std: float, lower: float, upper: float, alpha: float
+) -> float:
+    """Power of the two one-sided tests by the noncentral t distribution (Phillips 1990).
+
+    Args:
+        n: pairs.
+        mean: true mean difference.
+        std: true standard deviation of the differences.
+        lower: bound, may be infinite.
+        upper: bound, may be infinite.
+        alpha: level.
+    """
+    df = n - 1
+    critical = float(stats.t.ppf(1 - alpha, df))
+    scale = std / math.sqrt(n)
+    above = _reaches(critical, df, (mean - lower) / scale)
+    below = _reaches(critical, df, (upper - mean) / scale)
+    return max(0.0, above + below - 1.0)
+
+
+def _reaches(critical: float, df: int, noncentrality: float) -> float:
+    """P(T > critical) for a noncentral t."""
+    if noncentrality == math.inf or noncentrality > 100:
+        return 1.0
+    if noncentrality < -30:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = float(stats.nct.sf(critical, df, noncentrality))
+    return found if math.isfinite(found) else float(noncentrality > critical)
+
+
+def seeds_for(
+    d: Equivalence, lower: float, upper: float, alpha: float, many: int = 1
+) -> int | None:
+    """How many pairs would decide, if mean and spread are what was observed.
+
+    Decide: power :data:`POWER` for whichever side the observed mean lies on.
+
+    Args:
+        d: what was observed.
+        lower: bound, may be infinite.
+        upper: bound, may be infinite.
+        alpha: level.
+        many: comparisons that the level is shared between where the difference lies outside.
+
+    Returns:
+        The number, None where more than :data:`MAX_SEEDS` would be needed.
+    """
+    if not (d.n > 1 and d.std > 0):
+        return None
+    if lower < d.mean < upper:
+        return first(lambda n: power_inside(n, d.mean, d.std, lower, upper, alpha))
+    level = alpha / many / max(sum(map(math.isfinite, (lower, upper))), 1)
+    far = max(lower - d.mean, d.mean - upper) / d.std
+    return first(
+        lambda n: _reaches(float(stats.t.ppf(1 - level, n - 1)), n - 1, far * math.sqrt(n))
+    )
+
+
+def first(power: Callable[[int], float], start: int = 2) -> int | None:
+    """The smallest number with enough power: by doubling, then by halves."""
+    high = start
+    while power(high) < POWER:
+        if high >= MAX_SEEDS:
+            return None
+        high = min(2 * high, MAX_SEEDS)
+    low = max(high // 2, start)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
+    return high
+
+
+# ---- shares --------------------------------------------------------------------------------------
+
+
+def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
+    """The interval of a share by Clopper and Pearson, each side at level ``alpha``."""
+    ends = np.asarray(proportion_confint(count, n, alpha=2 * alpha, method="beta"), dtype=float)
+    return float(ends[0]), float(ends[1])
+
+
+def overlap(values: Column, others: Column, confidence: float = CONFIDENCE) -> bool:
+    """Whether two cells cannot be told apart.
+
+    Args:
+        values: of one cell, by pairing key.
+        others: of the other one.
+        confidence: of the interval.
+
+    Returns:
+        True where the interval of their difference contains zero: paired where at least two
+        members belong together, else by Welch's test.
+    """
+    both = values.index.intersection(others.index)
+    if len(both) >= 2:
+        found = paired(values[both], others[both], confidence)
+        return found.low <= 0 <= found.high
+    if min(len(values), len(others)) < 2:
+        return False
+    test = stats.ttest_ind(values, others, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    return bool(interval.low <= 0 <= interval.high)

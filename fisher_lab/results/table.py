@@ -1,0 +1,412 @@
+"""The ablation table: rows by columns of swept settings, cells over seeds, compared and marked.
+
+Every run is in some cell and counted: what failed, diverged or is missing is shown in its cell and
+never averaged away. A setting that varies and was put nowhere becomes a row, so that a mean is only
+ever over seeds, or over what ``over`` names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import stats
+from .axes import SEED, find_axes, resolve, select
+from .cells import Cell, make_cell
+from .errors import ResultsError
+from .frames import Frame
+from .metrics import better, choose, is_time
+from .values import label, levels, meaning, same
+
+Key = tuple[Any, ...]
+STATISTICS = ("auto", "mean", "median")
+INTERVALS = ("t", "bootstrap")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cell against its baseline cell.
+
+    Attributes:
+        difference: paired by everything but the baseline's settings; None where no pair is.
+        p_holm: after Holm's correction over all comparisons of the table; NaN where not tested.
+        is_baseline: the cell is the baseline itself.
+    """
+
+    difference: stats.Paired | None
+    p_holm: float = math.nan
+    is_baseline: bool = False
+
+
+@dataclass
+class Table:
+    """Cells by row, metric and column.
+
+    Attributes:
+        title: of the table.
+        row_names: settings that the rows stand for.
+        col_names: settings that the columns stand for; empty where the columns are the metrics.
+        rows: a tuple of values for each row.
+        cols: a tuple of values for each column.
+        metrics: names.
+        cells: (row, metric, column) -> cell; all there.
+        over: settings that a cell runs over.
+        statistic: metric -> ``mean`` or ``median``.
+        best: (row, metric, column) of the best cell of each metric.
+        ties: those that cannot be told from it.
+        comparisons: with a baseline: (row, metric, column) -> comparison.
+        baseline: what every cell is compared with.
+        notes: what a reader has to know.
+    """
+
+    title: str
+    row_names: list[str]
+    col_names: list[str]
+    rows: list[Key]
+    cols: list[Key]
+    metrics: list[str]
+    cells: dict[tuple[Key, str, Key], Cell]
+    over: list[str]
+    statistic: dict[str, str]
+    confidence: float = stats.CONFIDENCE
+    best: set[tuple[Key, str, Key]] = field(default_factory=set)
+    ties: set[tuple[Key, str, Key]] = field(default_factory=set)
+    comparisons: dict[tuple[Key, str, Key], Comparison] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[tuple[str, Key]]:
+        """(metric, column) from left to right."""
+        return list(itertools.product(self.metrics, self.cols))
+
+    def point(self, key: tuple[Key, str, Key]) -> tuple[float, float, float]:
+        """The number that stands for a cell, and the ends of its interval (NaN where none)."""
+        s = self.cells[key].summary
+        if self.statistic[key[1]] == "median":
+            both = (s.q1, s.q3) if s.n > 1 else (math.nan, math.nan)
+            return s.median, *both
+        return s.mean, s.low, s.high
+
+    def heading(self, metric: str, col: Key) -> str:
+        """What stands over a column."""
+        where = ", ".join(label(value) for value in col)
+        return f"{metric} ({where})" if where else metric
+
+
+def tabulate(
+    frame: Frame,
+    *,
+    rows: Sequence[str] | None = None,
+    cols: Sequence[str] = (),
+    metrics: Sequence[str] | None = None,
+    over: Sequence[str] | None = None,
+    where: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+    statistic: str = "auto",
+    interval: str = "t",
+    confidence: float = stats.CONFIDENCE,
+    directions: Mapping[str, str] | None = None,
+    first: Iterable[str] = (),
+    title: str | None = None,
+) -> Table:
+    """Make the table of some runs.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+        rows: settings; by default all that were swept and are not elsewhere.
+        cols: settings.
+        metrics: names; by default a choice that suits the runs.
+        over: settings that a cell's numbers are taken over; by default the seed.
+        where: only runs with these settings.
+        baseline: settings of the cell that the others are compared with.
+        statistic: ``mean`` with its interval, ``median`` with the quartiles, or ``auto``: median
+            for times.
+        interval: ``t`` or ``bootstrap``.
+        confidence: of the interval.
+        directions: metric -> ``min`` or ``max``, which is best; by default by its name.
+        first: metrics that are chosen first where none are named.
+        title: by default the sweeps' names.
+
+    Raises:
+        ResultsError: no run, or a setting or metric that the runs do not have.
+    """
+    _check_choice("statistic", statistic, STATISTICS)
+    _check_choice("interval", interval, INTERVALS)
+    if not 0 < confidence < 1:
+        raise ResultsError(f"confidence={confidence:g} is not allowed: between 0 and 1")
+    runs = select(frame, where or {})
+    if runs.empty:
+        raise ResultsError("there are no runs" + (" that match" if where else ""))
+    plan = _plan(runs, rows, cols, over)
+    names = choose(runs, metrics, first)
+    table = Table(
+        title=title or ", ".join(dict.fromkeys(runs["sweep"])),
+        row_names=plan.rows,
+        col_names=plan.cols,
+        rows=[],
+        cols=[],
+        metrics=names,
+        cells={},
+        over=plan.over,
+        statistic={m: _statistic(m, statistic) for m in names},
+        confidence=confidence,
+        notes=plan.notes,
+    )
+    _fill(table, runs, interval)
+    _mark(table, directions or {})
+    if baseline:
+        _compare(table, {resolve(runs, name): value for name, value in baseline.items()})
+    _tell(table)
+    return table
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ResultsError(f"{name}={value} is not allowed: one of {', '.join(allowed)}")
+
+
+def _statistic(metric: str, wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "median" if is_time(metric) else "mean"
+
+
+# ---- which settings go where ---------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    rows: list[str]
+    cols: list[str]
+    over: list[str]
+    notes: list[str]
+
+
+def _plan(
+    runs: Frame,
+    rows: Sequence[str] | None,
+    cols: Sequence[str],
+    over: Sequence[str] | None,
+) -> _Plan:
+    axes = find_axes(runs)
+    taken = [resolve(runs, name) for name in cols]
+    across = [resolve(runs, name) for name in (over if over is not None else _seed(runs))]
+    named = [resolve(runs, name) for name in rows] if rows is not None else []
+    for name in named:
+        if name in taken or name in across:
+            raise ResultsError(f"{name} cannot stand in two places of a table")
+    placed = {*named, *taken, *across}
+    led = {follower for a in placed for follower in axes.followers.get(a, [])}
+    leaders = {a for a, followers in axes.followers.items() if placed & set(followers)}
+    rest = [name for name in axes.values if name not in placed | led | leaders]
+    notes = []
+    if rows is not None and rest:
+        notes.append(
+            f"{', '.join(rest)} {'varies' if len(rest) == 1 else 'vary'} too and became rows; "
+            "choose a value with --where, or average over it with --over"
+        )
+    for leader, followers in axes.followers.items():
+        shown = ", ".join(followers[:4]) + (", ..." if len(followers) > 4 else "")
+        notes.append(f"{shown} {'varies' if len(followers) == 1 else 'vary'} with {leader}")
+    return _Plan([*named, *rest], taken, across, notes)
+
+
+def _seed(runs: Frame) -> list[str]:
+    return [SEED] if SEED in runs.attrs.get("config", []) else []
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+def _fill(table: Table, runs: Frame, interval: str) -> None:
+    groups: dict[tuple[Key, Key], dict[Hashable, int]] = {}
+    spelled: dict[str, dict[Any, Any]] = {}
+    repeated = 0
+    order = runs["finished"].fillna("").to_numpy()
+    keys = {
+        part: _keys(runs, names, spelled)
+        for part, names in (("r", table.row_names), ("c", table.col_names), ("o", table.over))
+    }
+    for i in range(len(runs)):
+        members = groups.setdefault((keys["r"][i], keys["c"][i]), {})
+        other = members.get(keys["o"][i])
+        if other is not None:
+            repeated += 1
+            # The latest that completed counts: the same seed twice is not two samples.
+            if (_done(runs, other), order[other]) > (_done(runs, i), order[i]):
+                continue
+        members[keys["o"][i]] = i
+    if repeated:
+        table.notes.append(
+            f"{repeated} runs repeat settings and {', '.join(table.over) or 'all'} of others: "
+            "the latest completed one of each counts"
+        )
+    _place(table, runs, groups, interval)
+
+
+def _place(
+    table: Table,
+    runs: Frame,
+    groups: Mapping[tuple[Key, Key], Mapping[Hashable, int]],
+    interval: str,
+) -> None:
+    table.rows = _sorted({row for row, _ in groups})
+    table.cols = _sorted({col for _, col in groups})
+    expected = len({key for members in groups.values() for key in members})
+    for row, col in itertools.product(table.rows, table.cols):
+        members = groups.get((row, col), {})
+        chosen = runs.iloc[list(members.values())]
+        for metric in table.metrics:
+            table.cells[row, metric, col] = make_cell(
+                chosen, metric, list(members), expected, table.confidence, interval
+            )
+
+
+def _keys(runs: Frame, names: Sequence[str], spelled: dict[str, dict[Any, Any]]) -> list[Key]:
+    """The values of some settings for each run; one spelling for values that mean the same."""
+    columns = []
+    for name in names:
+        known = spelled.setdefault(name, {})
+        columns.append([known.setdefault(_typed(v), _plain(v)) for v in runs[name]])
+    return list(zip(*columns, strict=True)) if columns else [()] * len(runs)
+
+
+def _typed(value: Any) -> Any:
+    known = meaning(value)
+    return (type(known).__name__, known)
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if value != value else value
+
+
+def _done(runs: Frame, i: int) -> bool:
+    return bool(runs["status"].iloc[i] == "completed")
+
+
+def _sorted(keys: Iterable[Key]) -> list[Key]:
+    keys = list(keys)
+    width = len(keys[0]) if keys else 0
+    places = [
+        {_typed(v): i for i, v in enumerate(levels(key[j] for key in keys))} for j in range(width)
+    ]
+    return sorted(keys, key=lambda key: [places[j][_typed(v)] for j, v in enumerate(key)])
+
+
+# ---- marks ---------------------------------------------------------------------------------------
+
+
+def _mark(table: Table, directions: Mapping[str, str]) -> None:
+    """The best cell of each metric, and those that cannot be told from it."""
+    for metric, wanted in directions.items():
+        _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
+    for metric in table.metrics:
+        direction = directions.get(metric, better(metric))
+        keys = [k for k in table.cells if k[1] == metric and table.cells[k].complete]
+        if direction not in ("min", "max") or len(keys) < 2:
+            continue
+        sign = 1 if direction == "max" else -1
+        top = max(sign * table.point(k)[0] for k in keys)
+        as_good = [k for k in keys if math.isclose(sign * table.point(k)[0], top, rel_tol=1e-12)]
+        if len(as_good) == len(keys):
+            continue  # nothing to choose between
+        best = as_good[0]
+        table.best.add(best)
+        values = table.cells[best].values
+        table.ties |= {
+            k
+            for k in keys
+            if k != best and (k in as_good or stats.overlap(table.cells[k].values, values))
+        }
+
+
+def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
+    """Every cell against the one that differs from it in the baseline's settings only."""
+    names = [*table.row_names, *table.col_names]
+    spelled: dict[str, Any] = {}
+    for name, value in baseline.items():
+        if name not in names:
+            raise ResultsError(f"baseline: {name} is neither a row nor a column of the table")
+        place = names.index(name)
+        there = [(*row, *col)[place] for row in table.rows for col in table.cols]
+        match = next((v for v in there if same(value, v)), there)
+        if match is there:
+            raise ResultsError(
+                f"baseline: no run has {name}={label(value)}; "
+                f"there are {', '.join(label(v) for v in levels(there))}"
+            )
+        spelled[name] = match
+    table.baseline = baseline = spelled
+    found: dict[tuple[Key, str, Key], Comparison] = {}
+    for key in table.cells:
+        row, metric, col = key
+        other = (
+            _moved(row, table.row_names, baseline),
+            metric,
+            _moved(col, table.col_names, baseline),
+        )
+        if other == key:
+            found[key] = Comparison(None, is_baseline=True)
+            continue
+        base = table.cells.get(other)
+        found[key] = Comparison(None if base is None else _difference(table.cells[key], base))
+    tested = [k for k, c in found.items() if c.difference is not None]
+    corrected = stats.holm([_p(found[k]) for k in tested])
+    for key, p in zip(tested, corrected, strict=True):
+        found[key] = Comparison(found[key].difference, p)
+    table.comparisons = found
+
+
+def _p(comparison: Comparison) -> float:
+    return math.nan if comparison.difference is None else comparison.difference.p
+
+
+def _difference(cell: Cell, base: Cell) -> stats.Paired | None:
+    both = cell.values.index.intersection(base.values.index)
+    return stats.paired(cell.values[both], base.values[both]) if len(both) else None
+
+
+def _moved(key: Key, names: Sequence[str], baseline: Mapping[str, Any]) -> Key:
+    """The same place with the baseline's settings."""
+    return tuple(baseline.get(n, v) for n, v in zip(names, key, strict=True))
+
+
+# ---- notes ---------------------------------------------------------------------------------------
+
+
+def _tell(table: Table) -> None:
+    numbers = [cell.summary.n for cell in table.cells.values()]
+    over = ", ".join(table.over) or "nothing"
+    most = max(numbers, default=0)
+    if most == 1:
+        table.notes.insert(0, "one run a cell: no interval can be given")
+    elif most > 1:
+        table.notes.insert(0, _what_is_shown(table, over, {n for n in numbers if n}))
+    lost = sum(not cell.complete for cell in table.cells.values())
+    if lost:
+        table.notes.append(
+            f"{lost} of {len(table.cells)} cells lack runs; what is lacking stands in the cell"
+        )
+    if table.best:
+        tied = "; ~ cannot be told from it" if table.ties else ""
+        table.notes.append(f"* best of its metric{tied}" + (" (single runs)" if most == 1 else ""))
+    if table.baseline:
+        cell = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
+        table.notes.append(
+            f"differences to {cell}: paired t test, Holm over the table; d is Cohen's d_z"
+        )
+
+
+def _what_is_shown(table: Table, over: str, numbers: set[int]) -> str:
+    runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
+    shown = []
+    if "mean" in table.statistic.values():
+        shown.append(f"mean ± half the {table.confidence:.0%} interval")
+    if "median" in table.statistic.values():
+        shown.append("median [quartiles] of times")
+    return f"{'; '.join(shown)}; over {over}, n = {runs}"

@@ -1,0 +1,190 @@
+"""A device that runs full: a side of a layer goes on on the host, and the numbers stay.
+
+The stub raises `torch.OutOfMemoryError` once, at the n-th operation of the factors' own work that
+takes memory, for every n: each stage is hit, on the A and on the G side apart.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fisher_lab.curvature import accumulate, retreat
+from fisher_lab.curvature.accumulate import GradientAccumulator, MomentAccumulator
+from fisher_lab.curvature.factors import DenseFactor, GramFactor
+from tests import models, reference
+from tests.capturing import engine
+from tests.reference import Damping
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LOGGER = "fisher_lab.curvature.retreat"
+
+
+class FullOnce(TorchDispatchMode):
+    """Raises once, in place of the n-th operation that takes memory."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        result = func(*args, **(kwargs or {}))
+        takes = not func._schema.is_mutable and not name.endswith(("view", "slice", "t", "detach"))
+        if takes and isinstance(result, torch.Tensor) and result.numel() > 1:
+            self.count += 1
+            if self.count == self.at:
+                raise torch.OutOfMemoryError("no room (stub)")
+        return result
+
+
+def case_on(device: str, dtype=torch.float32):
+    case = {c.name: c for c in models.CASES}["gpt2_untied"]
+    batch = {k: v.to(device) for k, v in case.batch("few").items()}
+    return case.model(dtype).to(device), batch
+
+
+@contextmanager
+def only(monkeypatch, owner, name, stub):
+    """Lets the stub see what one method does, and nothing else."""
+    original = getattr(owner, name)
+
+    def watched(self, *args, **kwargs):
+        with stub:
+            return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
+
+
+def warnings(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == LOGGER]
+
+
+def through(device, policy, monkeypatch, stage=None, at=None, **settings):
+    """Collects and applies, the stub watching one stage; returns result, engine and stub."""
+    model, batch = case_on(device)
+    kfac = engine(policy, Damping(1e-3, 1e-3, 50.0), norm_layers=False, **settings)
+    stub = FullOnce(at)
+    if stage is None:
+        kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+        return kfac.compute_natural_gradient(None, model), kfac, stub
+    with only(monkeypatch, *stage, stub):
+        kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+        return kfac.compute_natural_gradient(None, model), kfac, stub
+
+
+def stages():
+    from fisher_lab.curvature.factors.dense import DampedDense
+    from fisher_lab.curvature.factors.gram import DampedGram
+
+    return {
+        "sum of A": (MomentAccumulator, "add", "A side", "all"),
+        "room for A": (MomentAccumulator, "__init__", "A side", "all"),
+        "sum of G": (GradientAccumulator, "_to_matrix", "G side", "small_only"),
+        "A or G, application": (DampedDense, "power", "side", "small_only"),
+        "G, application": (DampedGram, "push_through", "G side", "all"),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", stages())
+def test_a_full_device_sends_a_side_to_the_host(name, device, monkeypatch, caplog):
+    owner, method, side, policy = stages()[name]
+    expected, _, _ = through(device, policy, monkeypatch)
+    _, _, counted = through(device, policy, monkeypatch, (owner, method))
+    assert counted.count > 3, "the stage takes memory"
+    # Every operation of the first layers, then some of the rest: each is a run of its own.
+    chosen = sorted({*range(1, min(13, counted.count)), counted.count // 2, counted.count})
+    for at in chosen:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, LOGGER):
+            found, kfac, _ = through(device, policy, monkeypatch, (owner, method), at)
+        reference.assert_close(found, expected, 1e-5, f"{name}, operation {at}")
+        (message,) = warnings(caplog)
+        assert side in message
+        assert "layer transformer" in message or "layer lm_head" in message
+        assert sum(word.split("=")[1][0].isdigit() for word in message.split() if "=" in word) == 2
+        hosted = [f for x in kfac.kfac_factors.values() for f in (x.A, x.G) if f and f.hosted]
+        assert len({id(f) for f in hosted}) <= 1, (
+            "one side of one layer (or of those that share it)"
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_is_full_twice_is_an_error(device, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room (stub)")
+
+    model, batch = case_on(device)
+    kfac = engine("all", Damping(1e-3, 1e-3, None))
+    kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+    before = dict(kfac.kfac_factors)
+    with monkeypatch.context() as patch:
+        patch.setattr(accumulate, "add_second_moment", full)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            kfac.collect_kfac_factors(model, batch)
+    assert dict(kfac.kfac_factors) == before
+    assert kfac.compute_natural_gradient(None, model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), MemoryError("the host is full")])
+def test_no_other_error_is_taken_for_a_full_device(error, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise error
+
+    model, batch = case_on("cpu")
+    kfac = engine("all", Damping(1e-3, 1e-3, None))
+    with monkeypatch.context() as patch:
+        patch.setattr(accumulate, "add_second_moment", fails)
+        with pytest.raises(type(error)):
+            kfac.collect_kfac_factors(model, batch)
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_had_been_taken_is_freed(device):
+    """The core that was formed before the device was full is gone when the work goes on."""
+    g = torch.randn(6, 40, dtype=torch.float64, device=device)
+    from fisher_lab.curvature.factors import Columns
+
+    factor = GramFactor(Columns(g, 1.0, g.device), 1 / 6, torch.float64)
+    numerics = engine("all").settings.numerics
+    damped = factor.damped(1e-3, None, numerics)
+    damped.prepare()
+    taken = [weakref.ref(factor.kernel), weakref.ref(damped.lower)]
+    calls = []
+
+    def work(y):
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room (stub)")
+        gc.collect()
+        assert all(ref() is None for ref in taken)
+        return y
+
+    y = torch.ones(40, 1, dtype=torch.float64, device=device)
+    assert torch.equal(damped.guarded("a step", work, y), y)
+    assert factor.hosted
+
+
+def test_the_retreat_is_asked_once():
+    assert retreat.on_host_if_full(lambda: 7, lambda: pytest.fail("no need"), "x") == 7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ekfac_with_sides_apart(device, monkeypatch, caplog):
+    expected, _, _ = through(device, "all", monkeypatch, ekfac=True)
+    stage = (MomentAccumulator, "add")
+    with caplog.at_level(logging.WARNING, LOGGER):
+        found, kfac, _ = through(device, "all", monkeypatch, stage, 2, ekfac=True)
+    assert warnings(caplog)
+    reference.assert_close(found, expected, 1e-5)
+    assert any(isinstance(x.A, DenseFactor) for x in kfac.kfac_factors.values())

@@ -1,0 +1,253 @@
+"""Claims: a fixture for each type, verdict and lost cell, against tests done by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from fisher_lab.results import evaluate, load
+from fisher_lab.results.claim_spec import TYPES, check
+from fisher_lab.results.claims import INVALID, evaluate_one
+from fisher_lab.results.errors import ResultsError
+from fisher_lab.results.verdicts import FAILS, HOLDS, OPEN
+from tests.results.made import make_run, make_sweep
+
+A, B = {"kfac.policy": "all"}, {"kfac.policy": "auto"}
+
+
+def sweep_of(root: Path, groups: dict[str, list[float | str | None]], metric: str = "m") -> Path:
+    """A run for each number (``nan`` diverges, a text is a status, None was never run)."""
+    for policy, numbers in groups.items():
+        for seed, value in enumerate(numbers):
+            directory = root / f"{policy}-{seed}"
+            settings = {"kfac.policy": policy, "seed": seed}
+            if value is None:
+                continue
+            if value == "failed":
+                make_run(directory, settings, error=RuntimeError("no"))
+            elif isinstance(value, str):
+                make_run(directory, settings, status=value)
+            else:
+                make_run(directory, settings, {metric: value})
+    return root
+
+
+EQUIVALENT = {"type": "equivalent", "metric": "m", "groups": {"kfac.policy": ["all", "auto"]}}
+STABLE = {"type": "stable", "metric": "m", "axis": "kfac/policy"}
+FASTER = {"type": "faster", "metric": "m", "a": B, "b": A, "at_least": 1.2}
+SMALLER = {**FASTER, "type": "smaller"}
+MATCHES = {"type": "matches", "metric": "m", "a": B, "b": A, "tolerance": 1e-3}
+VALUE = {"type": "matches", "metric": "m", "value": 100.0, "tolerance": 0.1}
+BOUNDED = {"type": "bounded", "metric": "m", "at_most": 10.0}
+BROKEN = {"type": "fails", "cells": B, "metric": "m", "above": 5.0}
+SHARE = {"type": "share", "metric": "m", "above": 0.0, "at_most": 0.5}
+
+NEAR, SAME, FAR = [1.01, 1.19, 1.12, 1.0], [1.0, 1.2, 1.1, 1.0], [2.0, 2.5, 2.2, 1.9]
+NOISY = [0.6, 1.7, 0.4, 1.9]
+
+CASES = [
+    # type and case, claim, numbers of the groups, verdict, words of the answer
+    ("equivalent holds", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": NEAR}, HOLDS, "diff"),
+    ("equivalent ratio", {**EQUIVALENT, "ratio": 1.1}, {"all": SAME, "auto": NEAR}, HOLDS, "rat"),
+    ("equivalent exact", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": SAME}, HOLDS,
+     "exact to 0"),
+    ("equivalent constant shift", {**EQUIVALENT, "margin": 0.5},
+     {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, HOLDS, "exact to 0.25"),
+    ("equivalent exact outside", {**EQUIVALENT, "margin": 0.1},
+     {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, FAILS, "0.25, exact"),
+    ("equivalent fails", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": FAR}, FAILS, "diff"),
+    ("equivalent open", {**EQUIVALENT, "margin": 0.5}, {"all": SAME, "auto": NOISY}, OPEN,
+     "seeds would decide"),
+    ("equivalent failed cell", {**EQUIVALENT, "margin": 0.1},
+     {"all": SAME, "auto": [*NEAR[:3], "failed"]}, OPEN, "1 failed"),
+    ("equivalent diverged cell", {**EQUIVALENT, "margin": 0.1},
+     {"all": SAME, "auto": [*NEAR[:3], math.nan]}, OPEN, "1 diverged"),
+    ("equivalent missing cell", {**EQUIVALENT, "margin": 0.1},
+     {"all": SAME, "auto": [*NEAR[:3], None]}, OPEN, "1 missing"),
+    ("equivalent one seed", {**EQUIVALENT, "margin": 0.1}, {"all": [1.0], "auto": [1.0]}, OPEN,
+     "one seed, no test; about 2 seeds would decide"),
+    ("equivalent no pairs", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": ["failed"] * 4},
+     OPEN, "nothing to compare"),
+    ("stable holds", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": NEAR, "hybrid": SAME}, HOLDS,
+     "ratio"),
+    ("stable identical", {**STABLE, "factor": 1.5}, {"all": [0.0, 0.0], "auto": [0.0, 0.0]}, HOLDS,
+     "identical"),
+    ("stable fails", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": FAR}, FAILS, "ratio"),
+    ("stable open", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": NOISY}, OPEN, "would decide"),
+    ("stable sign", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [-1.0, -1.1, -0.9, -1.0]},
+     FAILS, "the sign changes"),
+    ("stable zero", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [0.0, 1.0, 1.0, 1.0]}, OPEN,
+     "give a margin"),
+    ("stable margin", {**STABLE, "margin": 0.2}, {"all": [-v for v in SAME],
+     "auto": [-v for v in NEAR]}, HOLDS, "difference"),
+    ("stable failed cell", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [*NEAR[:3], "failed"]},
+     FAILS, "1 failed within the range"),
+    ("stable diverged cell", {**STABLE, "factor": 2}, {"all": SAME, "auto": [*NEAR[:3], math.inf]},
+     FAILS, "1 diverged within the range"),
+    ("stable running cell", {**STABLE, "factor": 2}, {"all": SAME, "auto": [*NEAR[:3], "running"]},
+     OPEN, "1 running"),
+    ("faster holds", FASTER, {"all": [2.0, 2.1, 2.2], "auto": [1.0, 1.1, 1.05]}, HOLDS, "ratio"),
+    ("faster fails", FASTER, {"all": [1.0, 1.1, 1.05], "auto": [1.0, 1.09, 1.06]}, FAILS, "ratio"),
+    ("faster open", FASTER, {"all": [1.0, 1.9, 1.6], "auto": [1.0] * 3}, OPEN, "would decide"),
+    ("faster zero", FASTER, {"all": [1.0, 1.0], "auto": [0.0, 1.0]}, OPEN, "no ratio"),
+    ("faster exact", FASTER, {"all": [2.0, 4.0], "auto": [1.0, 2.0]}, HOLDS, "ratio 2, exact"),
+    ("faster failed cell", FASTER, {"all": [2.0, 2.1, "failed"], "auto": [1.0, 1.1, 1.05]}, OPEN,
+     "1 failed"),
+    ("smaller holds", SMALLER, {"all": [200.0] * 3, "auto": [1.0] * 3}, HOLDS, "exact"),
+    ("smaller fails", SMALLER, {"all": [1.0] * 3, "auto": [1.0] * 3}, FAILS, "ratio 1, exact"),
+    ("smaller open", SMALLER, {"all": [3.0, 1.2, 1.1], "auto": [1.0] * 3}, OPEN, "would decide"),
+    ("smaller failed cell", SMALLER, {"all": ["failed"] * 3, "auto": [1.0] * 3}, OPEN, "3 failed"),
+    ("matches holds", MATCHES, {"all": [1.0, 2.0], "auto": [1.0001, 2.0]}, HOLDS, "to 0.0001"),
+    ("matches fails", MATCHES, {"all": [1.0, 2.0], "auto": [1.01, 2.0]}, FAILS, "error 0.01"),
+    ("matches open", MATCHES, {"all": [1.0, 2.0], "auto": [None, None, 3.0]}, OPEN, "nothing"),
+    ("matches failed", MATCHES, {"all": [1.0, 2.0], "auto": ["failed", 2.0]}, OPEN, "1 failed"),
+    ("matches value holds", VALUE, {"all": [95.0, 105.0]}, HOLDS, "exact to 0.05"),
+    ("matches value fails", VALUE, {"all": [95.0, 125.0]}, FAILS, "relative error 0.25"),
+    ("matches value lost", VALUE, {"all": [95.0, "failed"]}, OPEN, "1 failed"),
+    ("bounded holds", BOUNDED, {"all": [1.0, 9.0]}, HOLDS, "from 1 to 9"),
+    ("bounded fails", BOUNDED, {"all": [1.0, 11.0]}, FAILS, "from 1 to 11"),
+    ("bounded lost", BOUNDED, {"all": [1.0, "failed"]}, OPEN, "1 failed"),
+    ("bounded none", BOUNDED, {"all": [math.nan, "failed"]}, OPEN, "nothing to compare"),
+    ("fails holds", BROKEN, {"auto": [6.0, math.nan, "failed", 9.0, 7.0], "all": SAME}, HOLDS,
+     "5 of 5 failed or diverged"),
+    ("fails does not", BROKEN, {"auto": [1.0] * 5, "all": SAME}, FAILS, "0 of 5"),
+    ("fails open", BROKEN, {"auto": [6.0, 6.0, 6.0], "all": SAME}, OPEN, "about 5 runs would"),
+    ("fails running", BROKEN, {"auto": [6.0] * 5 + ["running"], "all": SAME}, OPEN, "1 missing"),
+    ("share holds", SHARE, {"all": [0.0] * 8}, HOLDS, "0 of 8"),
+    ("share fails", SHARE, {"all": [1.0] * 8}, FAILS, "8 of 8"),
+    ("share open", SHARE, {"all": [0.0, 1.0, 0.0]}, OPEN, "runs would decide"),
+    ("share lost", SHARE, {"all": [*[0.0] * 8, "failed"]}, OPEN, "1 failed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("claim", "groups", "verdict", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
+def test_verdicts(tmp_path, claim, groups, verdict, words):
+    answer = evaluate_one(claim, load(sweep_of(tmp_path / "s", groups)))
+    assert answer.verdict == verdict, answer.why
+    assert words in answer.why
+    json.dumps(answer.as_dict(), allow_nan=False)
+    opposite = evaluate_one({**claim, "not": True}, load(tmp_path / "s"))
+    assert opposite.verdict == {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}[verdict]
+
+
+def test_every_type_has_every_verdict_among_the_cases():
+    seen = {(claim["type"], verdict) for _, claim, _, verdict, _ in CASES}
+    assert seen == {(kind, verdict) for kind in TYPES for verdict in (HOLDS, FAILS, OPEN)}
+
+
+def test_the_p_values_are_those_of_the_two_one_sided_tests(tmp_path):
+    frame = load(sweep_of(tmp_path / "s", {"all": SAME, "auto": NEAR}))
+    (found,) = evaluate_one({**EQUIVALENT, "margin": 0.1}, frame).findings
+    d = np.array(NEAR) - np.array(SAME)
+    p = max(
+        scipy_stats.ttest_1samp(d, -0.1, alternative="greater").pvalue,
+        scipy_stats.ttest_1samp(d, 0.1, alternative="less").pvalue,
+    )
+    assert found.p_holds == pytest.approx(p)
+    assert found.n == 4
+
+
+def test_other_settings_are_strata_and_holm_spans_them(tmp_path):
+    """One stratum of eight is off by what would be significant alone, and is not among eight."""
+    rng = np.random.default_rng(3)
+    root = tmp_path / "s"
+    for i in range(8):
+        for seed in range(4):
+            base = float(rng.normal())
+            noise = float(rng.normal(0, 0.01))
+            for policy, value in (("all", base), ("auto", base + noise)):
+                settings = {"kfac.policy": policy, "kfac.damping": 10.0**-i, "seed": seed}
+                make_run(root / f"{i}-{seed}-{policy}", settings, {"m": value})
+    answer = evaluate_one({**EQUIVALENT, "margin": 0.2}, load(root))
+    assert (answer.verdict, len(answer.findings)) == (HOLDS, 8)
+    tiny = evaluate_one({**EQUIVALENT, "margin": 1e-9}, load(root))
+    raw = [
+        2 * min(scipy_stats.ttest_1samp(_differences(root, i), s * 1e-9, alternative=a).pvalue
+                for s, a in ((1, "greater"), (-1, "less")))
+        for i in range(8)
+    ]  # fmt: skip
+    assert sorted(f.p_fails for f in tiny.findings)[0] == pytest.approx(min(min(raw) * 8, 1))
+
+
+def _differences(root: Path, i: int) -> list[float]:
+    values = {}
+    for policy in ("all", "auto"):
+        for seed in range(4):
+            file = root / f"{i}-{seed}-{policy}" / "metrics.json"
+            values[policy, seed] = json.loads(file.read_text())["m"]
+    return [values["auto", s] - values["all", s] for s in range(4)]
+
+
+def test_a_range_of_an_axis(tmp_path):
+    cells = [
+        ({"kfac.damping": d, "seed": s}, {"m": (100.0 if d < 1e-4 else 1.0) + 0.01 * s})
+        for d in (1e-5, 1e-4, 3e-4, 1e-3)
+        for s in range(3)
+    ]
+    frame = load(make_sweep(tmp_path / "s", cells))
+    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "factor": 2}
+    robust = evaluate_one({**stable, "from": "1e-4", "to": "1e-3"}, frame)
+    whole = evaluate_one(stable, frame)
+    assert (robust.verdict, len(robust.findings)) == (HOLDS, 3)
+    assert (whole.verdict, len(whole.findings)) == (FAILS, 6)
+    assert evaluate_one({**stable, "from": 7}, frame).verdict == OPEN
+    named = evaluate_one({**stable, "values": ["1e-4", 1e-3]}, frame)
+    assert (named.verdict, len(named.findings)) == (HOLDS, 1)
+
+
+def test_claims_of_a_sweep_are_about_its_own_runs(tmp_path):
+    cells = [
+        ({"kfac.policy": p, "seed": s}, {"m": float(s)}) for p in ("all", "auto") for s in (1, 2)
+    ]
+    make_sweep(tmp_path / "r" / "one", cells, claims=[{**EQUIVALENT, "margin": 1, "text": "same"}])
+    make_sweep(tmp_path / "r" / "two", [({"seed": 0}, {"m": 99.0})], claims=[BOUNDED])
+    verdicts = evaluate(load(tmp_path / "r"))
+    assert [(v.sweep, v.verdict) for v in verdicts] == [("one", HOLDS), ("two", FAILS)]
+    assert verdicts[0].text == "same"
+
+
+def test_where_narrows_and_nothing_left_is_open(tmp_path):
+    frame = load(sweep_of(tmp_path / "s", {"all": [1.0, 20.0], "auto": [1.0, 2.0]}))
+    assert evaluate_one({**BOUNDED, "where": B}, frame).verdict == HOLDS
+    nothing = evaluate_one({**BOUNDED, "where": {"kfac.policy": "hybrid"}}, frame)
+    assert (nothing.verdict, nothing.why) == (OPEN, "there are no runs that it is about")
+    unknown = evaluate_one({**BOUNDED, "metric": "z"}, frame)
+    assert (unknown.verdict, unknown.why) == (OPEN, "no run has the metric z")
+    wrong = evaluate_one({**BOUNDED, "where": {"kfac.polcy": "all"}}, frame)
+    assert (wrong.verdict, "did you mean kfac.policy" in wrong.why) == (INVALID, True)
+
+
+WRONG = [
+    ("text", "is not a mapping"),
+    ({"type": "fast"}, "type=fast is not allowed: one of equivalent"),
+    ({**EQUIVALENT}, "give exactly one of margin and ratio"),
+    ({**EQUIVALENT, "margin": 1, "ratio": 2}, "give exactly one of margin and ratio"),
+    ({**EQUIVALENT, "margin": 0}, "margin=0 is not allowed: above 0"),
+    ({**EQUIVALENT, "margin": "much"}, "margin=much is not a number"),
+    ({**EQUIVALENT, "ratio": 1}, "ratio=1 is not allowed: above 1"),
+    ({**EQUIVALENT, "margn": 1}, "there is no key margn; did you mean margin?"),
+    ({**EQUIVALENT, "margin": 1, "groups": {"a": ["b"]}}, "two values or more"),
+    ({**EQUIVALENT, "margin": 1, "alpha": 0.7}, "alpha=0.7 is not allowed"),
+    ({"type": "faster", "metric": "m", "a": A}, "b is missing"),
+    ({**FASTER, "at_most": 1.1}, "at_least must be above 0 and below at_most"),
+    ({**MATCHES, "value": 3}, "give exactly one of b and value"),
+    ({"type": "matches", "metric": "m", "value": 3, "tolerance": 1, "a": A}, "give a and b"),
+    ({"type": "bounded", "metric": "m"}, "give one of at_most and at_least"),
+    ({"type": "fails", "cells": B, "above": 1}, "above needs a metric"),
+    ({**FASTER, "not": "yes"}, "not=yes is not allowed: true or false"),
+]
+
+
+@pytest.mark.parametrize(("claim", "words"), WRONG, ids=[w for _, w in WRONG])
+def test_claims_that_are_wrong_say_so_in_one_line(claim, words):
+    with pytest.raises(ResultsError, match="claim 1") as caught:
+        check([claim])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

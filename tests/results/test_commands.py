@@ -1,0 +1,172 @@
+"""The sub-commands through the front door, and what is written at the end of a sweep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fisher_lab import cli
+from fisher_lab.results import at_end, diff, finish
+from fisher_lab.results.errors import ResultsError
+from fisher_lab.results.finishing import STAMP_FILE, finish_if_due
+from tests.results.made import make_run, make_sweep
+
+CLAIM = {"type": "equivalent", "text": "policies agree", "metric": "m", "margin": 0.5,
+         "groups": {"kfac/policy": ["all", "auto"]}}  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    cells = [({"kfac.policy": p, "seed": s},
+              {"m": s * (1.01 if p == "auto" else 1.0), "kfac/total_s": 1.0 + s})
+             for p in ("all", "auto") for s in range(3)]  # fmt: skip
+    layers = [{"name": "h.0", "dim_A": 4, "clipped_A": 1, "kappa_A": 10.0}]
+    make_run(tmp_path / "results" / "p" / "x", {"kfac.policy": "all", "seed": 9}, {"m": 9.0},
+             layers=layers)  # fmt: skip
+    return make_sweep(tmp_path / "results" / "p", cells, claims=[CLAIM], title="Policies")
+
+
+@pytest.fixture
+def door(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_table(door, sweep):
+    code, out, err = door(
+        "table", sweep, "--metrics", "m,kfac/total_s", "--baseline", "kfac/policy=all"
+    )
+    assert (code, err) == (0, "")
+    assert "kfac.policy" in out
+    assert "p (Holm)" in out
+    assert "1 missing of 4" in out
+
+
+def test_table_formats_and_files(door, sweep, tmp_path):
+    for name, beginning in (("t.csv", "kfac.policy,metric,n"), ("t.md", "**"), ("t.html", "<div"),
+                            ("t.tex", "% needs: booktabs"), ("t.txt", "p")):  # fmt: skip
+        assert door("table", sweep, "-o", name)[0] == 0
+        assert (tmp_path / name).read_text().startswith(beginning)
+    assert door("table", sweep, "--format", "tex", "--siunitx", "--standalone")[1].startswith(
+        "\\documentclass"
+    )
+    assert door("table", sweep, "--format", "csv")[1] == (tmp_path / "t.csv").read_text()
+
+
+BAD = [
+    (["table"], "the following arguments are required: paths"),
+    (["table", "nowhere"], "nowhere: there is no such directory"),
+    (["table", "."], ".: there is no run"),
+    (["table", "results/p", "--metrics", "q"], "q: no run has this metric"),
+    (["table", "results/p", "--rows", "kfac.polcy"], "did you mean kfac.policy?"),
+    (["table", "results/p", "--where", "seed"], "--where seed: give it as key=value"),
+    (["table", "results/p", "--format", "pdf"], "invalid choice"),
+    (["table", "results/p", "--stat", "mode"], "statistic=mode is not allowed"),
+    (["table", "results/p", "--confidence", "2"], "confidence=2 is not allowed"),
+    (["table", "results/p", "--metrics", "m", "--best", "m=most"], "best m=most is not allowed"),
+    (["claims", "results/p", "--claims", "no.yaml"], "no.yaml: No such file"),
+    (["diff", "results/p", "results/p"], "this is no run directory"),
+    (["report"], "the following arguments are required: paths"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(door, sweep, tmp_path, arguments, words):
+    if arguments[1:] == ["."]:
+        (tmp_path / "empty").mkdir()
+        arguments = [arguments[0], "empty"]
+        words = "empty: there is no run"
+    code, out, err = door(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_claims(door, sweep, tmp_path):
+    code, out, _ = door("claims", sweep)
+    assert code == 0
+    assert "inconclusive" in out  # one run of "auto" is missing
+    assert "policies agree" in out
+    code, out, _ = door("claims", sweep, "--json")
+    assert json.loads(out)[0]["verdict"] == "inconclusive"
+    (tmp_path / "c.yaml").write_text("claims:\n- {type: bounded, metric: m, at_most: 1e2}\n")
+    assert "holds" in door("claims", sweep, "--claims", "c.yaml")[1]
+    (tmp_path / "c.yaml").write_text("claims:\n- {type: boundd, metric: m, at_most: 1}\n")
+    code, out, err = door("claims", sweep, "--claims", "c.yaml")
+    assert code == 2
+    assert "type=boundd is not allowed" in err
+
+
+def test_diff_shows_only_what_differs(door, tmp_path):
+    layers = [{"name": "h.0", "kappa_A": 10.0}, {"name": "h.1", "kappa_A": 5.0}]
+    other = [{"name": "h.0", "kappa_A": 20.0}, {"name": "h.1", "kappa_A": 5.0}]
+    make_run(tmp_path / "a", {"kfac.damping": 1e-5}, {"m": 1.0, "n": 2.0}, layers=layers)
+    make_run(tmp_path / "b", {"kfac.damping": 1e-4}, {"m": 1.5, "n": 2.0}, layers=other)
+    found = diff("a", "b")
+    names = {part: [d.name for d in ds] for part, ds in found.parts.items()}
+    assert names == {
+        "outcome": ["run_id"],
+        "configuration": ["kfac.damping"],
+        "metrics": ["m"],
+        "layers": ["h.0 · kappa_A"],
+        "provenance": [],
+    }
+    assert found.parts["metrics"][0].ratio == 1.5
+    assert diff("a", "b", tolerance=0.6).parts["metrics"] == []
+    code, out, _ = door("diff", "a", "b")
+    assert code == 0
+    assert "kfac.damping" in out
+    assert "h.1" not in out
+    assert "nothing differs" in door("diff", "a", "a")[1]
+
+
+def test_finish_writes_everything_and_again_only_what_changed(sweep):
+    done = finish(sweep)
+    names = {file.relative_to(sweep).as_posix() for file in done.files}
+    assert {"table.csv", "table.md", "table.tex", "claims.json"} <= names
+    assert any(name.startswith("figures/") and name.endswith(".pdf") for name in names)
+    assert json.loads((sweep / "claims.json").read_text())[0]["text"] == "policies agree"
+    assert finish(sweep).files == []
+    make_run(sweep / "y", {"kfac.policy": "auto", "seed": 9}, {"m": 9.1})
+    assert finish(sweep).files != []
+    assert json.loads((sweep / "claims.json").read_text())[0]["verdict"] == "holds"
+    assert [p.name for p in sweep.rglob("*.tmp")] == []
+
+
+def test_the_end_of_a_sweep_never_fails(tmp_path, sweep, capsys):
+    at_end(sweep)
+    assert "policies agree" in capsys.readouterr().out
+    at_end(tmp_path / "nowhere")
+    assert "no table of" in capsys.readouterr().err
+
+
+def test_finish_of_nothing():
+    with pytest.raises(ResultsError):
+        finish("nowhere")
+
+
+def test_a_sweep_whose_launcher_is_gone_is_finished_by_the_next_look(door, sweep):
+    make_run(sweep / "z", {"kfac.policy": "auto", "seed": 9}, status="running")
+    assert finish_if_due(sweep) is None
+    make_run(sweep / "z", {"kfac.policy": "auto", "seed": 9}, {"m": 9.1})
+    door("table", sweep)
+    assert (sweep / STAMP_FILE).is_file()
+    assert (sweep / "table.tex").is_file()
+
+
+def test_help_costs_no_torch():
+    script = (
+        "import sys; from fisher_lab import cli; code = cli.main(['table', '--help']);"
+        "print(code, 'torch' in sys.modules, 'pandas' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 False False"

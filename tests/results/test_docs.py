@@ -1,0 +1,39 @@
+"""The claims that the documentation gives can be read, and its claims table names every type."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from fisher_lab.config import paths
+from fisher_lab.results.claim_spec import TYPES, check
+
+PAGE = (paths.root() / "docs" / "results.md").read_text()
+
+
+def test_the_claims_of_the_page_are_claims():
+    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    claims = [claim for block in blocks for claim in check(block["claims"])]
+    assert len(blocks) >= 8
+    assert {claim.type for claim in claims} >= {
+        "equivalent",
+        "stable",
+        "faster",
+        "matches",
+        "share",
+    }
+    assert all(claim.text.endswith(".") for claim in claims)
+
+
+def test_every_type_is_described():
+    assert [kind for kind in TYPES if f"`{kind}`" not in PAGE] == []
+
+
+def test_every_claim_of_a_sweep_file_is_a_claim():
+    files = sorted((paths.root() / "sweeps").glob("*.yaml"))
+    stated = {file.name: yaml.safe_load(file.read_text()).get("claims") or [] for file in files}
+    assert files
+    assert {name: len(check(claims)) for name, claims in stated.items()} == {
+        name: len(claims) for name, claims in stated.items()
+    }

@@ -1,0 +1,226 @@
+"""Run directories as frames: whole ones, incomplete ones, broken ones; the cache."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fisher_lab.results import cache, load, load_layers, load_table
+from fisher_lab.results.errors import ResultsError
+from tests.results.made import make_run, make_sweep
+
+LAYERS = [
+    {"name": "h.0", "dim_A": 10, "clipped_A": 2, "kappa_A": 1e6, "method": "eig"},
+    {"name": "h.1", "dim_A": 20, "clipped_A": 1, "kappa_A": None, "method": "woodbury"},
+]
+
+
+def test_a_row_a_run_with_settings_metrics_and_provenance(tmp_path):
+    make_sweep(
+        tmp_path / "s",
+        [
+            ({"kfac.damping": 1e-5, "seed": 1}, {"ng/norm": 2.5, "tokens": 512}),
+            ({"kfac.damping": 1e-4, "seed": 0}, {"ng/norm": 3.5, "tokens": 512}),
+        ],
+    )
+    frame = load(tmp_path / "s")
+    assert frame["kfac.damping"].tolist() == [1e-5, 1e-4]
+    assert frame["ng/norm"].tolist() == [2.5, 3.5]
+    assert frame["status"].tolist() == ["completed"] * 2
+    assert frame["sweep"].tolist() == ["s", "s"]
+    assert frame["provenance.versions.torch"].tolist() == ["2.13.0"] * 2
+    assert frame["kfac.include"].tolist() == ["[]", "[]"]
+    assert frame["overrides"][0] == "kfac.damping=1e-05 seed=1"
+    assert frame["seconds"].between(0, 60).all()
+    assert frame.attrs["metrics"] == ["ng/norm", "tokens"]
+    assert "kfac.damping" in frame.attrs["config"]
+    assert frame.attrs["left_out"] == []
+
+
+def test_null_stays_apart_from_missing_numbers(tmp_path):
+    make_sweep(
+        tmp_path / "s",
+        [({"kfac.max_condition_number": v}, {}) for v in (None, 1e6)],
+    )
+    column = load(tmp_path / "s")["kfac.max_condition_number"]
+    assert column.tolist() == [None, 1e6]
+
+
+def test_a_metric_that_is_called_as_a_setting_is_gets_a_prefix(tmp_path):
+    make_run(tmp_path / "s" / "0", {"seed": 3}, {"seed": 7.0, "status": math.nan})
+    frame = load(tmp_path / "s")
+    assert frame["seed"].tolist() == [3]
+    assert frame["metric/seed"].tolist() == [7.0]
+    assert frame["not_finite"].tolist() == ["metric/status"]
+
+
+def test_what_is_not_finite_is_named_and_what_was_not_measured_is_not(tmp_path):
+    make_sweep(
+        tmp_path / "s", [({"seed": 0}, {"a": math.inf, "b": 1.0}), ({"seed": 1}, {"b": 2.0})]
+    )
+    frame = load(tmp_path / "s")
+    assert frame["a"].isna().all()
+    assert frame["not_finite"].tolist() == ["a", ""]
+
+
+def test_failed_running_and_ended_runs_are_rows(tmp_path):
+    root = tmp_path / "s"
+    make_run(root / "0", {"seed": 0}, error=MemoryError("no room\nsecond line"))
+    make_run(root / "1", {"seed": 1}, status="running")
+    make_run(root / "2", {"seed": 2}, status="preempted")
+    frame = load(root)
+    assert frame["status"].tolist() == ["failed", "running", "preempted"]
+    assert frame["reason"].tolist() == ["MemoryError: no room", None, "because"]
+
+
+BROKEN = {
+    "truncated": b'{"schema": "fisher_lab.run/1", "run',
+    "empty": b"",
+    "list": b"[1, 2]",
+    "binary": b"\xff\xfe\x00",
+    "schema": b'{"schema": "other/9", "run_id": "a", "status": "completed", "config": {}}',
+    "status": b'{"schema": "fisher_lab.run/1", "run_id": "a", "status": "odd", "config": {}}',
+    "config": b'{"schema": "fisher_lab.run/1", "run_id": "a", "status": "failed", "config": 1}',
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_record_is_left_out_with_the_reason(tmp_path, kind):
+    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
+    (tmp_path / "s" / "bad").mkdir()
+    (tmp_path / "s" / "bad" / "run.json").write_bytes(BROKEN[kind])
+    frame = load(tmp_path / "s")
+    assert len(frame) == 1
+    (left,) = frame.attrs["left_out"]
+    assert left.directory.endswith("bad")
+    assert left.reason.startswith("run.json")
+
+
+def test_a_directory_without_a_record_is_left_out(tmp_path):
+    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
+    (tmp_path / "s" / "9" / ".hydra").mkdir(parents=True)
+    (tmp_path / "s" / ".0.123.tmp").mkdir()
+    frame = load(tmp_path / "s")
+    assert [Path(one.directory).name for one in frame.attrs["left_out"]] == ["9"]
+
+
+@pytest.mark.parametrize("text", ['{"a": ', '{"a": "much"}', "[]"])
+def test_broken_metrics_make_a_run_corrupt(tmp_path, text):
+    make_run(tmp_path / "s" / "0", {"seed": 0}, {"a": 1.0})
+    (tmp_path / "s" / "0" / "metrics.json").write_text(text)
+    frame = load(tmp_path / "s")
+    assert frame["status"].tolist() == ["corrupt"]
+    assert frame["reason"][0].startswith("metrics.json: ")
+
+
+def test_a_broken_sweep_file_is_told_and_the_runs_are_read(tmp_path):
+    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
+    (tmp_path / "s" / "sweep.json").write_text("{")
+    frame = load(tmp_path / "s")
+    assert len(frame) == 1
+    assert "sweep.json cannot be read" in frame.attrs["left_out"][0].reason
+
+
+def test_paths_that_overlap_give_every_run_once(tmp_path):
+    make_sweep(tmp_path / "r" / "s", [({"seed": 0}, {}), ({"seed": 1}, {})])
+    make_sweep(tmp_path / "r" / "t", [({"seed": 0}, {})])
+    frame = load([tmp_path / "r", tmp_path / "r" / "s", tmp_path / "r" / "s" / "0"])
+    assert sorted(zip(frame["sweep"], frame["seed"], strict=True)) == [("s", 0), ("s", 1), ("t", 0)]
+    assert load(tmp_path / "r" / "s" / "0")["sweep"].tolist() == ["s"]
+
+
+def test_a_path_that_is_not_there():
+    with pytest.raises(ResultsError, match="nowhere: there is no such directory"):
+        load("nowhere")
+
+
+def test_cells_of_the_plan_that_were_not_run_are_rows(tmp_path):
+    root = tmp_path / "s"
+    done = make_run(root / "x", {"kfac.policy": "all", "model.width": 64, "seed": 0}, {"a": 1.0})
+    os.rename(root / "x", root / done.run_id)
+    cells = [
+        {"run_id": done.run_id, "axes": {"kfac/policy": "all", "seed": "0"}},
+        {"run_id": "f" * 16, "axes": {"kfac/policy": "auto", "seed": "1"}},
+    ]
+    (root / "sweep.json").write_text(json.dumps({"name": "s", "cells": cells}))
+    frame = load(root)
+    assert frame["status"].tolist() == ["completed", "missing"]
+    assert frame["kfac.policy"].tolist() == ["all", "auto"]
+    assert frame["seed"].tolist() == [0, 1]
+    assert frame["model.width"].tolist() == [64, 64]
+
+
+def test_layers_and_other_tables(tmp_path):
+    make_run(tmp_path / "s" / "0", {"seed": 0}, layers=LAYERS)
+    make_run(tmp_path / "s" / "1", {"seed": 1}, layers=LAYERS)
+    frame = load_layers(tmp_path / "s")
+    assert frame["name"].tolist() == ["h.0", "h.1"] * 2
+    assert frame["clipped_A"].tolist() == [2, 1] * 2
+    assert frame["kappa_A"].isna().tolist() == [False, True] * 2
+    assert frame["row"].tolist() == [0, 1] * 2
+    assert load_table(tmp_path / "s", "curve.csv").empty
+
+
+def test_a_table_that_was_cut_short_is_left_out(tmp_path):
+    make_run(tmp_path / "s" / "0", {"seed": 0}, layers=LAYERS)
+    (tmp_path / "s" / "0" / "layers.csv").write_text("name,dim_A\nh.0\n")
+    frame = load_layers(tmp_path / "s")
+    assert frame.empty
+    assert frame.attrs["left_out"][0].reason == "layers.csv: line 2 has 1 fields, the first 2"
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH_IT", 3)
+    cells = [({"seed": i, "kfac.damping": 1e-4}, {"a": i + 0.5, "b": math.nan}) for i in range(4)]
+    return make_sweep(tmp_path / "s", cells)
+
+
+def test_the_cache_gives_the_same_frame(many):
+    first = load(many)
+    assert (many / cache.CACHE_FILE).is_file()
+    pd.testing.assert_frame_equal(load(many), first)
+    pd.testing.assert_frame_equal(load(many, use_cache=False), first)
+
+
+def test_the_cache_is_used_and_is_keyed_by_the_files(many, monkeypatch):
+    load(many)
+    read = []
+    real = cache._state
+
+    from fisher_lab.results import loading
+
+    original = loading.read_run
+    monkeypatch.setattr(loading, "read_run", lambda d: (read.append(d.name), original(d))[1])
+    assert load(many)["a"].tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert read == []
+    make_run(many / "2", {"seed": 2}, {"a": 9.0})
+    assert load(many)["a"].tolist() == [0.5, 1.5, 9.0, 3.5]
+    assert read == ["2"]
+    assert real(many / "2") != real(many / "1")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "names": ["0"]}', "[]"])
+def test_a_broken_cache_is_passed_over(many, text):
+    (many / cache.CACHE_FILE).write_text(text)
+    assert load(many)["a"].tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_nothing_here_imports_torch():
+    script = (
+        "import sys\n"
+        "from fisher_lab.results import *\n"
+        "from fisher_lab.results import commands, appendix\n"
+        "print([name for name in ('torch', 'hydra', 'omegaconf') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"

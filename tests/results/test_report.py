@@ -1,0 +1,176 @@
+"""The report, the methods paragraph and the appendix; in a real browser and a real LaTeX."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from fisher_lab.results import load, methods, write_report
+from fisher_lab.results.appendix import write_appendix
+from tests.results.browser import Browser, executable
+from tests.results.made import make_run, make_sweep
+
+NASTY = "<script>alert('x')</script>_50%&$x"
+CLAIMS = [
+    {"type": "bounded", "metric": "ng/cosine", "at_most": 10, "text": f"bounded {NASTY}"},
+    {"type": "bounded", "metric": "ng/cosine", "at_most": 0.1, "text": "does not hold"},
+    {"type": "nonsense"},
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    root = tmp_path / "results"
+    cells = [
+        ({"kfac.damping": d, "model.name": m, "seed": s},
+         {"ng/cosine": d * 1e4 + 0.1 * s, "kfac/total_s": 1.0 + s, "kfac/peak_mb": 3.0,
+          "kfac/clipped_frac_A": 0.25, "kfac/clipped_frac_G": 0.0, "kfac/jitter_events": s == 0,
+          "kfac/fallbacks": 0, "tokens": 512})
+        for d in (1e-5, 1e-4) for m in ("gpt2", NASTY) for s in range(3)
+    ]  # fmt: skip
+    make_sweep(root / "damping", cells, claims=CLAIMS, title=f"A title {NASTY}")
+    make_run(root / "damping" / "bad", {"kfac.damping": 1e-3, "model.name": "gpt2", "seed": 0},
+             error=MemoryError(f"no room for {NASTY}"))  # fmt: skip
+    make_sweep(root / "other_50%", cells[:6])
+    return root
+
+
+class Checker(HTMLParser):
+    """Tags that are opened and closed, and what a page would load."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.loads: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.stack.append(tag)
+        self.scripts += tag == "script"
+        self.loads += [v for k, v in attrs if k in ("src", "href") and v]
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+def test_the_report_is_one_file_that_loads_nothing(results, tmp_path):
+    files = write_report(load(results), tmp_path / "report.html")
+    assert [f.name for f in files] == ["report.html", "methods.md", "methods.tex"]
+    text = files[0].read_text()
+    page = Checker()
+    page.feed(text)
+    assert page.stack == []
+    assert page.scripts == 1
+    assert all(load.startswith(("#", "data:image/png;base64,")) for load in page.loads)
+    assert "alert('x')</script>" not in text
+    for words in ("Claims", "does not hold", "invalid", "MemoryError: no room", "Provenance",
+                  "python -m fisher_lab", "What all runs have in common"):  # fmt: skip
+        assert words in text
+    assert len([load for load in page.loads if load.startswith("data:")]) >= 4
+
+
+def test_the_methods_paragraph_says_what_the_records_say(results):
+    text = " ".join(methods.sentences(load(results / "damping")))
+    for words in (
+        "Tikhonov damping was 1e-5 and 1e-4",
+        "kappa = 1e6, which clipped 25.00% of A and 0.00% of G",
+        "the empirical Fisher matrix",
+        "policy auto",
+        "refreshed every 10 steps",
+        "decomposed in float64 and applied in float64",
+        "jitter in 4 of 12 runs (4 times)",
+        "512 tokens",
+        "3 seeds",
+        "PyTorch 2.13.0",
+        "Commit 0123456789ab",
+        "Of 13 runs, 1 failed",
+    ):
+        assert words in text
+    assert "\\_" in methods.markdown(load(results))
+
+
+def test_the_methods_of_nothing(tmp_path):
+    make_run(tmp_path / "s" / "0", {}, error=RuntimeError("x"))
+    assert methods.sentences(load(tmp_path / "s")) == ["No run has completed."]
+
+
+def test_the_report_in_a_real_browser(results, tmp_path):
+    if executable() is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    report = write_report(load(results), tmp_path / "report.html")[0]
+    with Browser(tmp_path / "profile") as page:
+        grounds = {}
+        for width in (390, 1280):
+            for dark in (False, True):
+                page.open(report, width, 900, dark)
+                assert page.complaints == []
+                assert page.ask("document.documentElement.scrollWidth <= innerWidth")
+                grounds[dark] = page.ask("getComputedStyle(document.body).backgroundColor")
+                images = "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
+                assert page.ask(images)
+        assert grounds == {False: "rgb(255, 255, 255)", True: "rgb(20, 24, 29)"}
+        check_sorting(page)
+
+
+def check_sorting(page: Browser) -> None:
+    """The numbers of a column go up, then down; cells without one stay at the end."""
+    table = "document.querySelector('#sweep-0 ~ .scroll table')"
+    column = f"[...{table}.tBodies[0].rows].map(r => r.cells[2].dataset.sort ?? null)"
+    click = f"{table}.tHead.rows[0].cells[2].querySelector('button').click()"
+    page.ask(click)
+    up = page.ask(column)
+    page.ask(click)
+    down = page.ask(column)
+    numbers = [float(v) for v in up if v is not None]
+    assert len(numbers) == 4
+    assert numbers == sorted(numbers)
+    assert [float(v) for v in down if v is not None] == numbers[::-1]
+    assert up[-1] is None
+    assert down[-1] is None
+
+
+def latex():
+    for name in ("tectonic", "pdflatex", "lualatex"):
+        if shutil.which(name):
+            return (
+                [name]
+                if name == "tectonic"
+                else [name, "-interaction=nonstopmode", "-halt-on-error"]
+            )
+    pytest.skip(
+        "no LaTeX here: apt-get install texlive-latex-recommended texlive-science, or tectonic"
+    )
+
+
+@pytest.mark.parametrize("siunitx", [False, True])
+def test_the_appendix_compiles(results, tmp_path, siunitx):
+    command = latex()
+    files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
+    done = subprocess.run(
+        [*command, "appendix.tex"],
+        cwd=files[-1].parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000
+    names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
+    assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
+
+
+def test_a_fragment_of_latex_is_balanced(results, tmp_path):
+    write_appendix(load(results), tmp_path / "appendix")
+    for file in (tmp_path / "appendix").rglob("*.tex"):
+        text = re.sub(r"\\[{}%\\]", "", file.read_text())
+        assert text.count("{") == text.count("}"), file
+        begun = re.findall(r"\\begin\{(\w+)\}", text)
+        ended = re.findall(r"\\end\{(\w+)\}", text)
+        assert sorted(begun) == sorted(ended), file

@@ -1,0 +1,288 @@
+"""The ablation table: what stands in a cell, what is marked, and what every output says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from fisher_lab.results import load, render, tabulate
+from fisher_lab.results.errors import ResultsError
+from fisher_lab.results.latex import breakable, document, escape, to_latex
+from tests.results.made import make_run, make_sweep
+
+VALUES = {  # (policy, damping) -> a number a seed
+    ("all", 1e-5): [1.0, 1.2, 1.1],
+    ("all", 1e-4): [2.0, 2.2, 2.1],
+    ("auto", 1e-5): [1.01, 1.19, 1.12],
+    ("auto", 1e-4): [3.0, 3.3, 3.1],
+}
+
+
+def cells():
+    for (policy, damping), numbers in VALUES.items():
+        for seed, value in enumerate(numbers):
+            settings = {"kfac.policy": policy, "kfac.damping": damping, "seed": seed}
+            yield settings, {"ng/cosine": value, "kfac/total_s": 1 / value}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return make_sweep(tmp_path / "s", list(cells()))
+
+
+def cell(table, policy, damping, metric="ng/cosine"):
+    row = tuple({"kfac.policy": policy, "kfac.damping": damping}[n] for n in table.row_names)
+    col = tuple({"kfac.policy": policy, "kfac.damping": damping}[n] for n in table.col_names)
+    return table.cells[row, metric, col]
+
+
+def test_axes_are_found_and_cells_are_over_seeds(sweep):
+    table = tabulate(load(sweep))
+    assert sorted(table.row_names) == ["kfac.damping", "kfac.policy"]
+    assert (table.col_names, table.over) == ([], ["seed"])
+    assert len(table.rows) == 4
+    for (policy, damping), numbers in VALUES.items():
+        s = cell(table, policy, damping).summary
+        assert (s.n, s.mean) == (3, pytest.approx(np.mean(numbers)))
+        ends = scipy_stats.t.interval(0.95, 2, np.mean(numbers), scipy_stats.sem(numbers))
+        assert (s.low, s.high) == pytest.approx(ends)
+
+
+def test_rows_and_columns_as_asked(sweep):
+    table = tabulate(
+        load(sweep), rows=["kfac/damping"], cols=["kfac/policy"], metrics=["ng/cosine"]
+    )
+    assert table.rows == [(1e-5,), (1e-4,)]
+    assert table.cols == [("all",), ("auto",)]
+    assert render.heading_row(table) == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
+
+
+def test_a_setting_that_was_forgotten_becomes_a_row_and_is_not_averaged(sweep):
+    table = tabulate(load(sweep), rows=["kfac.policy"], metrics=["ng/cosine"])
+    assert table.row_names == ["kfac.policy", "kfac.damping"]
+    assert any("kfac.damping varies too" in note for note in table.notes)
+    over = tabulate(load(sweep), rows=["kfac.policy"], over=["seed", "kfac.damping"])
+    assert cell(over, "all", 1e-5).summary.n == 6
+
+
+def test_times_are_medians_with_quartiles(sweep):
+    table = tabulate(load(sweep))
+    assert table.statistic == {"ng/cosine": "mean", "kfac/total_s": "median"}
+    text = render.to_text(table, 120)
+    assert "0.909 [0.871, 0.955]" in text  # 1, 1/1.1, 1/1.2
+
+
+def test_best_and_ties_are_marked(sweep):
+    table = tabulate(load(sweep), metrics=["ng/cosine"])
+    key = {(*row, m): row for row, m, _ in table.cells}
+    (best,) = table.best
+    assert dict(zip(table.row_names, best[0], strict=True)) == {
+        "kfac.policy": "auto",
+        "kfac.damping": 1e-4,
+    }
+    assert table.ties == set()
+    least = tabulate(load(sweep), metrics=["ng/cosine"], directions={"ng/cosine": "min"})
+    (best,), (tie,) = least.best, least.ties
+    place = least.row_names.index("kfac.policy")
+    assert {best[0][place], tie[0][place]} == {"all", "auto"}
+    assert len(key) == 4
+    assert (
+        tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"]).best == set()
+    )
+
+
+def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
+    table = tabulate(load(sweep), baseline={"kfac.policy": "all"}, metrics=["ng/cosine"])
+    p = []
+    for damping in (1e-5, 1e-4):
+        a, b = VALUES["auto", damping], VALUES["all", damping]
+        row = tuple({"kfac.policy": "auto", "kfac.damping": damping}[n] for n in table.row_names)
+        comparison = table.comparisons[row, "ng/cosine", ()]
+        known = scipy_stats.ttest_rel(a, b)
+        assert comparison.difference.p == pytest.approx(known.pvalue)
+        assert comparison.difference.mean == pytest.approx(np.mean(a) - np.mean(b))
+        p.append((known.pvalue, comparison.p_holm))
+    low, high = sorted(p)
+    assert low[1] == pytest.approx(2 * low[0])
+    assert high[1] == pytest.approx(max(high[0], 2 * low[0]))
+
+
+def test_a_baseline_that_is_not_there(sweep):
+    frame = load(sweep)
+    with pytest.raises(ResultsError, match=r"no run has kfac.policy=hybrid; there are all, auto"):
+        tabulate(frame, baseline={"kfac.policy": "hybrid"})
+    with pytest.raises(ResultsError, match="baseline: seed is neither a row nor a column"):
+        tabulate(frame, baseline={"seed": 0})
+
+
+@pytest.fixture
+def lost(tmp_path):
+    root = tmp_path / "s"
+    for seed in range(3):
+        make_run(root / f"a{seed}", {"kfac.policy": "all", "seed": seed}, {"ng/cosine": seed / 10})
+    make_run(root / "b0", {"kfac.policy": "auto", "seed": 0}, {"ng/cosine": 0.9})
+    make_run(root / "b1", {"kfac.policy": "auto", "seed": 1}, {"ng/cosine": math.nan})
+    make_run(root / "b2", {"kfac.policy": "auto", "seed": 2}, error=MemoryError("no room"))
+    make_run(root / "c0", {"kfac.policy": "hybrid", "seed": 0}, error=MemoryError("no room"))
+    make_run(root / "c1", {"kfac.policy": "hybrid", "seed": 1}, error=MemoryError("no room"))
+    make_run(root / "c2", {"kfac.policy": "hybrid", "seed": 2}, error=MemoryError("no room"))
+    make_run(root / "d0", {"kfac.policy": "small_only", "seed": 0}, {"ng/cosine": 0.5})
+    make_run(root / "d1", {"kfac.policy": "small_only", "seed": 1}, status="running")
+    return root
+
+
+def test_what_is_lost_is_shown_and_never_averaged_away(lost):
+    table = tabulate(load(lost), metrics=["ng/cosine"])
+    shown = {row[0]: render.shown(table, (row, "ng/cosine", ())).plain for row in table.rows}
+    assert shown["all"].startswith("0.10 ± 0.25")
+    assert shown["auto"] == "0.9000 (1 diverged, 1 failed of 3)"
+    assert shown["hybrid"] == "failed"
+    assert shown["small_only"] == "0.5000 (1 running, 1 missing of 3)"
+    assert table.cells[("hybrid",), "ng/cosine", ()].reasons == ("MemoryError: no room",)
+    assert table.best == set()  # only one cell is whole
+    assert any("3 of 4 cells lack runs" in note for note in table.notes)
+
+
+def test_one_seed_gives_no_interval_and_says_so(tmp_path):
+    sweep = make_sweep(
+        tmp_path / "s", [({"kfac.damping": d}, {"ng/cosine": 10 * d}) for d in (0.01, 0.02)]
+    )
+    table = tabulate(load(sweep))
+    assert table.notes[0] == "one run a cell: no interval can be given"
+    assert "±" not in render.to_text(table).replace(table.notes[0], "")
+
+
+def test_a_seed_that_was_run_twice_counts_once(sweep):
+    make_run(sweep / "again", {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0},
+             {"ng/cosine": 5.0})  # fmt: skip
+    table = tabulate(load(sweep), metrics=["ng/cosine"])
+    found = cell(table, "all", 1e-5)
+    assert sorted(found.values) == [1.1, 1.2, 5.0]
+    assert any("repeat settings" in note for note in table.notes)
+
+
+def test_a_later_failure_does_not_hide_a_completed_run(sweep):
+    settings = {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0}
+    make_run(sweep / "again", settings, error=RuntimeError("x"))
+    assert cell(tabulate(load(sweep), metrics=["ng/cosine"]), "all", 1e-5).complete
+
+
+def test_a_grid_with_a_hole(sweep):
+    for name in os.listdir(sweep):
+        if name.isdecimal() and int(name) >= 9:
+            os.remove(sweep / name / "run.json")
+    table = tabulate(load(sweep), cols=["kfac.policy"], metrics=["ng/cosine"])
+    shown = render.shown(table, ((1e-4,), "ng/cosine", ("auto",)))
+    assert shown.plain == "missing"
+
+
+def test_where_and_errors(sweep):
+    frame = load(sweep)
+    table = tabulate(frame, where={"kfac.damping": "1e-5"}, metrics=["ng/cosine"])
+    assert table.row_names == ["kfac.policy"]
+    with pytest.raises(ResultsError, match="there are no runs that match"):
+        tabulate(frame, where={"kfac.damping": "7"})
+    with pytest.raises(ResultsError, match="ng/cosin: no run has this metric; did you mean"):
+        tabulate(frame, metrics=["ng/cosin"])
+    with pytest.raises(ResultsError, match="statistic=mode is not allowed"):
+        tabulate(frame, statistic="mode")
+    with pytest.raises(ResultsError, match="cannot stand in two places"):
+        tabulate(frame, rows=["kfac.policy"], cols=["kfac.policy"])
+
+
+# ---- outputs -------------------------------------------------------------------------------------
+
+NASTY = "<script>alert(1)</script> a_b 50% $x$ {y} \\z & #1 ~ ^ |"
+
+
+@pytest.fixture
+def nasty(tmp_path):
+    cells = [({"model.name": name, "seed": s}, {"a_b/100%": s + i / 7.0})
+             for i, name in enumerate((NASTY, "=1+1", "mlp")) for s in range(3)]  # fmt: skip
+    return tabulate(
+        load(make_sweep(tmp_path / NASTY.replace("/", ""), cells)), metrics=["a_b/100%"]
+    )
+
+
+def test_csv_holds_all_numbers_in_full(sweep):
+    table = tabulate(load(sweep), baseline={"kfac.policy": "all"})
+    lines = list(csv.DictReader(io.StringIO(render.to_csv(table))))
+    assert len(lines) == 8
+    for line in lines:
+        key = tuple(float(line[n]) if n == "kfac.damping" else line[n] for n in table.row_names)
+        s = table.cells[key, line["metric"], ()].summary
+        assert float(line["mean"]) == s.mean
+        assert float(line["low"]) == s.low
+        assert int(line["n"]) == 3
+    assert {line["difference"] for line in lines if line["kfac.policy"] == "all"} == {"baseline"}
+
+
+def test_csv_is_no_formula(nasty):
+    assert "'=1+1" in render.to_csv(nasty)
+
+
+def test_html_is_escaped_and_sortable(nasty):
+    text = render.to_html(nasty)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert 'data-sort="1.0"' in text
+
+
+def test_markdown_is_escaped(nasty):
+    text = render.to_markdown(nasty)
+    assert "<script" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    bars = {len([c for i, c in enumerate(r) if c == "|" and r[i - 1] != "\\"]) for r in rows}
+    assert bars == {3}
+
+
+def test_latex_is_escaped():
+    assert escape("a_b & 50% #1 {x} $y$") == r"a\_b \& 50\% \#1 \{x\} \$y\$"
+    assert escape("\\~^") == r"\textbackslash{}$\sim$\textasciicircum{}"
+    assert escape("naïve \u4e2d\n") == "naïve ? "
+    assert breakable("a/b_c") == r"a/\allowbreak{}b\_\allowbreak{}c"
+
+
+def test_latex_is_booktabs_and_siunitx_on_demand(sweep):
+    table = tabulate(load(sweep), metrics=["ng/cosine"])
+    plain, units = to_latex(table), to_latex(table, siunitx=True)
+    assert r"\toprule" in plain
+    assert r"$1.10 \pm 0.25" in plain
+    assert r"\num[separate-uncertainty]{1.10 \pm 0.25}" in units
+    assert document(plain).startswith(r"\documentclass")
+
+
+def test_wide_tables_are_split_in_latex_and_on_the_terminal(tmp_path):
+    names = [f"kfac/a_rather_long_name_{i}" for i in range(8)]
+    sweep = make_sweep(
+        tmp_path / "s", [({"seed": s}, dict.fromkeys(names, s / 3)) for s in range(3)]
+    )
+    table = tabulate(load(sweep), metrics=names)
+    assert max(map(len, render.to_text(table, 100).splitlines())) <= 100
+    assert to_latex(table).count(r"\begin{table}") > 1
+    assert all(render.to_text(table, 100).count(name) == 1 for name in names)
+
+
+def test_the_table_is_the_same_when_made_again(sweep):
+    texts = {render.to_csv(tabulate(load(sweep))) for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_infinite_and_missing_metrics_are_no_numbers(tmp_path):
+    root = tmp_path / "s"
+    for seed in range(2):
+        make_run(root / str(seed), {"seed": seed, "kfac.policy": "all"}, {"a": 1.0, "b": 2.0})
+        (root / str(seed) / "metrics.json").write_text(
+            json.dumps({"a": math.inf, "b": 2.0}) if seed else '{"b": 2.0}'
+        )
+    table = tabulate(load(root), metrics=["a", "b"])
+    (row,) = table.rows
+    assert render.shown(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
+    assert render.shown(table, (row, "b", ())).plain == "2"
