@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from fisher_lab.tasks.job import Outcome
 
 COMMANDS = {
+    "cancel": "fisher_lab.sweeping.commands:cancel",
     "claims": "fisher_lab.results.commands:claims",
     "diff": "fisher_lab.results.commands:diff",
     "report": "fisher_lab.results.commands:report",
+    "status": "fisher_lab.sweeping.commands:status",
     "table": "fisher_lab.results.commands:table",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
@@ -115,11 +117,13 @@ def _application(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return _hydra_flag(args, argv)
     from hydra.types import RunMode
 
-    from fisher_lab.config import compose
+    from fisher_lab.config import compose, sweep
 
     with _hydra(args) as hydra:
         name = args.config_name or CONFIG_NAME
         multirun = args.multirun
+        if multirun:
+            sweep.requested(args.overrides)  # +sweeps=a,b has a message of its own
         cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=multirun)
         if cfg.hydra.mode == RunMode.MULTIRUN and not multirun:
             multirun = True
@@ -200,8 +204,11 @@ def _flags_first(argv: Sequence[str]) -> list[str]:
     return sorted(argv, key=lambda text: "=" in text and not text.startswith("-"))
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config) -> Mapping[str, Any]:
     """What can be known to fail before a directory is made or a model is built.
+
+    Returns:
+        The hashes of text and model, part of the run's identity.
 
     Raises:
         ConfigError: a device that this machine does not have; a text or a model that does not
@@ -211,7 +218,7 @@ def preflight(config: Config) -> None:
     from fisher_lab.workbench import content_identity
 
     tracking.check(config.tracker)
-    content_identity(config)
+    content = content_identity(config)
     if config.device == "cuda":
         import torch
 
@@ -219,24 +226,23 @@ def preflight(config: Config) -> None:
             raise ConfigError.value(
                 "device", config.device, "auto or cpu on a machine without a CUDA device"
             )
+    return content
 
 
-def claim_directory(cfg: DictConfig, kind: str) -> Path:
-    """Make the directory of a run or a sweep, and write it into the configuration.
+def claim_directory(cfg: DictConfig) -> Path:
+    """Make the directory of a run, and write it into the configuration.
 
     The default is named after the second: where another process took that name, ``-2``, ``-3`` and
     so on is appended. A directory that the user named is used as it is.
 
     Args:
-        cfg: the composed configuration; ``hydra.run.dir`` or ``hydra.sweep.dir`` is set in it.
-        kind: ``run`` or ``sweep``.
+        cfg: the composed configuration; ``hydra.run.dir`` is set in it.
 
     Returns:
         The directory, which exists now.
     """
-    key = f"hydra.{kind}.dir"
-    wanted = Path(str(cfg.hydra[kind].dir))
-    if any(text.lstrip("+").startswith(f"{key}=") for text in cfg.hydra.overrides.hydra):
+    wanted = Path(str(cfg.hydra.run.dir))
+    if any(text.lstrip("+").startswith("hydra.run.dir=") for text in cfg.hydra.overrides.hydra):
         wanted.mkdir(parents=True, exist_ok=True)
         return wanted
     wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +253,7 @@ def claim_directory(cfg: DictConfig, kind: str) -> Path:
             break
         except FileExistsError:
             directory = wanted.with_name(f"{wanted.name}-{number}")
-    cfg.hydra[kind].dir = str(directory)
+    cfg.hydra.run.dir = str(directory)
     return directory
 
 
@@ -258,8 +264,10 @@ def _run(hydra: Hydra, cfg: DictConfig) -> int:
 
     from fisher_lab.config.validate import validate
 
-    preflight(validate(cfg))
-    claim_directory(cfg, "run")
+    config = validate(cfg)
+    _check_single(cfg, config)
+    preflight(config)
+    claim_directory(cfg)
     cfg.hydra.mode = RunMode.RUN
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
@@ -283,13 +291,23 @@ def _run(hydra: Hydra, cfg: DictConfig) -> int:
     return outcomes[0].report()
 
 
+def _check_single(cfg: DictConfig, config: Config) -> None:
+    """Refuse what only a sweep understands, rather than run something else than was meant."""
+    from fisher_lab.config import sweep
+
+    names, _ = sweep.requested(list(cfg.hydra.overrides.task))
+    if names:
+        raise ConfigError(f"+sweeps={','.join(names)} names a sweep: add -m to run it")
+    for key, on in (("dry_run", config.sweep.dry_run), ("detach", config.sweep.detach)):
+        if on:
+            raise ConfigError(f"sweep.{key}=true is for sweeps: add -m, with values to sweep over")
+
+
 def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
-
-    from fisher_lab.tasks import job
 
     cfg.hydra.mode = RunMode.MULTIRUN
     callbacks = Callbacks(cfg)
@@ -297,12 +315,9 @@ def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
     sweeper = Plugins.instance().instantiate_sweeper(
         config=cfg,
         hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
-        task_function=job.cell,
+        task_function=_never,
     )
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
-    returns = sweeper.sweep(arguments=overrides)
+    code = sweeper.sweep(arguments=overrides)
     callbacks.on_multirun_end(config=cfg, config_name=cfg.hydra.job.config_name)
-    from fisher_lab.results import finishing
-
-    finishing.at_end(str(cfg.hydra.sweep.dir))
-    return job.report_sweep(returns)
+    return code

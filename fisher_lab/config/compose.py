@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .schema import Config
 
 # Hydra raises ValueError for options of a wrong type, and YAMLError comes from an edited file.
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
 
 _OPTIONS: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDictionary()
 
@@ -87,6 +87,11 @@ def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> 
             raise _unknown_group(loader, override)
         elif key != "hydra" and not key.startswith("hydra."):
             _check_key(override)
+
+
+def names_group(loader: ConfigLoader, override: Override) -> bool:
+    """Whether an override chooses an option of a group, and does not set a value."""
+    return bool(_options(loader, override.key_or_group)) and not isinstance(override.value(), dict)
 
 
 def _check_key(override: Override) -> None:
@@ -170,7 +175,7 @@ def load(
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
     try:
         return loader.load_configuration(name, list(overrides), run_mode=mode)
-    except _COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:
         raise ConfigError(one_line(error)) from error
 
 
@@ -196,7 +201,7 @@ def load_cell(
         return cfg, validate(cfg)
     except ConfigError as error:
         raise ConfigError(f"{error} (in the cell {' '.join(overrides)})") from None
-    except _COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:
         raise ConfigError(f"{one_line(error)} (in the cell {' '.join(overrides)})") from error
 
 

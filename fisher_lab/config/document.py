@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from . import paths
+from . import paths, sweep_files
 from .errors import show
 from .schema import Config
 from .validate import allowed_text
@@ -49,14 +49,20 @@ def markdown() -> str:
     return "".join(parts)
 
 
-def groups() -> dict[str, list[str]]:
-    """Group -> its options, from the files under ``conf/`` and ``sweeps/``."""
+def groups(*, own: bool = False) -> dict[str, list[str]]:
+    """Group -> its options, from the files under ``conf/`` and ``sweeps/``.
+
+    Args:
+        own: also the sweeps in the working directory.
+    """
     found: dict[str, list[str]] = {}
     for file in sorted(paths.conf().rglob("*.yaml")):
         group = file.parent.relative_to(paths.conf()).as_posix()
         if group != "." and not group.startswith("hydra/"):
             found.setdefault(group, []).append(file.stem)
     found["sweeps"] = sorted(file.stem for file in paths.sweeps().glob("*.yaml"))
+    if own:
+        found["sweeps"] = list(sweep_files.all_files())
     return dict(sorted(found.items()))
 
 

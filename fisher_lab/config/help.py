@@ -37,7 +37,7 @@ def text(cfg: DictConfig, *, resolve: bool = False) -> str:
         cfg: the composed configuration, with Hydra's own node, which is not shown.
         resolve: show what interpolations stand for.
     """
-    options = "\n".join(f"{group}: {', '.join(names)}" for group, names in groups().items())
+    options = "\n".join(f"{group}: {', '.join(names)}" for group, names in groups(own=True).items())
     shown = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     keys = OmegaConf.to_yaml(shown, resolve=resolve)
     parts = (_HEAD, "== Groups (group=option) ==", options, "\n== Keys (key=value) ==", keys, _FOOT)

@@ -21,6 +21,7 @@ from .fields import (
     whole,
 )
 from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig
+from .sweep_schema import ResumeConfig, SweepConfig
 from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 POLICIES = ("all", "auto", "hybrid", "small_only")
@@ -215,3 +216,5 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
     tracker: TrackerConfig = section(TrackerConfig)
+    sweep: SweepConfig = section(SweepConfig)
+    resume: ResumeConfig = section(ResumeConfig)

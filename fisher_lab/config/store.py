@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from . import paths
+from . import sweep_files
+from .errors import ConfigError
 from .schema import Config
 
 DEFAULTS = "schema_defaults"
@@ -20,26 +19,20 @@ def register() -> None:
     # Plain values, not the dataclass: its types would make Hydra raise in its own words.
     store = ConfigStore.instance()
     store.store(name=DEFAULTS, node=dataclasses.asdict(Config()), provider="fisher_lab")
-    register_sweeps(paths.sweeps())
+    _register_sweeps()
 
 
-def register_sweeps(folder: Path) -> list[str]:
-    """Make every YAML file of a folder an option of the group ``sweeps``.
+def _register_sweeps() -> None:
+    """Make every sweep file an option of the group ``sweeps``.
 
-    The folder itself is not put on Hydra's search path: its parent would have to be, and every
-    other folder beside it would turn into a group.
-
-    Returns:
-        The names of the options.
+    Their folders are not put on Hydra's search path: the parents would have to be, and every other
+    folder there would turn into a group.
     """
-    names = []
-    for file in sorted(folder.glob("*.yaml")):
-        ConfigStore.instance().store(
-            group="sweeps",
-            name=file.stem,
-            node=OmegaConf.load(file),
-            package="_global_",
-            provider="fisher_lab",
-        )
-        names.append(file.stem)
-    return names
+    store = ConfigStore.instance()
+    store.repo.pop("sweeps", None)  # those of a working directory that is no longer ours
+    for name, path in sweep_files.all_files().items():
+        try:
+            node = sweep_files.node(sweep_files.load(path))
+        except ConfigError:
+            node = {}  # whoever asks for it is told by `sweep_files.expand`
+        store.store(group="sweeps", name=name, node=node, package="_global_", provider="fisher_lab")

@@ -41,9 +41,17 @@ def validate(cfg: DictConfig | Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown key, a wrong type, a missing value or one out of range. One line.
     """
-    given = _resolved(cfg)
+    return validate_plain(_resolved(cfg))
+
+
+def validate_plain(given: Mapping[str, Any]) -> Config:
+    """As :func:`validate`, for plain values in which nothing is left to be resolved.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range. One line.
+    """
     _check_keys(given)
-    typed = _build(Config, given)
+    typed = build(Config, given)
     for key, value, allowed in problems(typed):
         raise ConfigError.value(key, _at(given, key, value), allowed)
     return typed
@@ -66,21 +74,36 @@ def _resolved(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 Section = TypeVar("Section")
 
 
-def _build(section: type[Section], given: Mapping[str, Any], prefix: str = "") -> Section:
-    """An instance of a section from plain values; what is not given keeps its default."""
+def build(section: type[Section], given: Mapping[str, Any], prefix: str = "") -> Section:
+    """An instance of a section from plain values; what is not given keeps its default.
+
+    Args:
+        section: a dataclass of the schema.
+        given: plain values; every key is one of the section's.
+        prefix: the full key of the section with a dot at its end, or nothing for the root.
+
+    Raises:
+        ConfigError: a value of another type than its field's.
+    """
     values = {}
     for name, value in given.items():
         annotation = _hints(section)[name]
         inner = section_type(annotation)
         if inner is not None:
-            values[name] = _build(inner, value, f"{prefix}{name}.")
+            values[name] = build(inner, value, f"{prefix}{name}.")
             continue
         try:
             values[name] = _convert(annotation, value)
         except (TypeError, ValueError):
-            key = f"{prefix}{name}"
-            raise ConfigError.value(key, value, allowed_text(key)) from None
+            raise ConfigError.value(f"{prefix}{name}", value, _text(section, name)) from None
     return section(**values)
+
+
+def _text(section: type, name: str) -> str:
+    """What a field of a section allows, in words."""
+    (item,) = (item for item in dataclasses.fields(section) if item.name == name)
+    allowed: Allowed | None = item.metadata.get("allowed")
+    return allowed.text if allowed is not None else type_text(_hints(section)[name])
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -98,6 +121,8 @@ def _convert(annotation: Any, value: Any) -> Any:
             raise TypeError
         (inner,) = typing.get_args(annotation)
         return [_convert(inner, item) for item in value]
+    if typing.get_origin(annotation) is dict:
+        return dict(value)
     if annotation is bool:
         words = {"true": True, "false": False}
         if isinstance(value, str) and value.lower() in words:

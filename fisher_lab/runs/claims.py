@@ -63,6 +63,10 @@ class Owner:
     born: str
     age: float
 
+    def is_here(self) -> bool:
+        """Whether ``pid`` is the owner's number on this machine, and the owner lives."""
+        return self.machine == _machine() and not self.is_dead()
+
     def is_dead(self) -> bool:
         """Whether the owner provably no longer lives (false where that cannot be known)."""
         if self.machine != _machine():
@@ -131,6 +135,16 @@ class Claim:
         self._begin(mine, token)
         return True
 
+    def acquire_within(self, timeout: float) -> bool:
+        """Try until it is held, or ``timeout`` seconds are over."""
+        until, pause = time.monotonic() + timeout, _POLL_FIRST / 4
+        while not self.acquire():
+            if time.monotonic() > until:
+                return False
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _POLL_LAST)
+        return True
+
     def release(self) -> None:
         """Give the claim up; without effect where it is not held."""
         self._stop.set()
@@ -144,6 +158,11 @@ class Claim:
         """The present holder, stale or not; None where nobody is."""
         owners = self._owners(now=self._now())
         return owners[max(owners)] if owners else None
+
+    def alive(self) -> Owner | None:
+        """The present holder, unless it is stale."""
+        owner = self.owner()
+        return None if owner is None or self._is_stale(owner) else owner
 
     def __enter__(self) -> Claim:
         if self._file is None:

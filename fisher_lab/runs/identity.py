@@ -1,10 +1,10 @@
 """The identity of a run: a stable hash of everything that can change its result.
 
-Left out: where results and caches are written, the tracker, progress bars, Hydra's own node (paths,
-launcher, sweeper), and labels. The number of threads stays in: it changes the order of summation,
-and so the last bits. Data and model enter by content: their paths are left out where a content
-hash stands for them, so that a copy of a text elsewhere is the same run, and an edited text in the
-same place is another one.
+Left out: where results and caches are written, the tracker, progress bars, how a sweep runs its
+cells, Hydra's own node (paths, launcher, sweeper), and labels. The number of threads stays in: it
+changes the order of summation, and so the last bits. Data and model enter by content: their paths
+are left out where a content hash stands for them, so that a copy of a text elsewhere is the same
+run, and an edited text in the same place is another one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LEFT_OUT = (
     "hydra",
     "model.name",
     "progress",
+    "resume",
+    "sweep",
     "tracker",
     "train.save_every_s",
 )

@@ -153,13 +153,7 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """End with the status ``failed`` and the error in full."""
-        self.record["error"] = {
-            "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix(
-                "builtins."
-            ),
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+        self.record["error"] = describe(error)
         self.end("failed")
 
     def end(self, status: str, reason: str | None = None) -> None:
@@ -183,9 +177,52 @@ class Run:
         atomic.write_json(self.directory / RUN_FILE, self.record)
 
 
+def describe(error: BaseException) -> dict[str, str]:
+    """An error as a record holds it: ``type``, ``message`` and ``traceback``."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    trace = "".join(traceback.format_exception(error))
+    return {"type": kind, "message": str(error), "traceback": trace}
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The contents of ``run.json`` in a run directory."""
     return json.loads((Path(directory) / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def status_of(directory: Path) -> str | None:
+    """The status in a run directory's record; None where there is no record that can be read."""
+    try:
+        status = read(directory).get("status")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return status if status in STATUSES else None
+
+
+def end_from_outside(
+    directory: Path,
+    status: str,
+    reason: str,
+    *,
+    error: Mapping[str, Any] | None = None,
+    otherwise: Mapping[str, Any] | None = None,
+) -> None:
+    """End a run whose process is gone; only for the holder of its claim.
+
+    Args:
+        directory: the run directory.
+        status: what the run came to, one of :data:`STATUSES`.
+        reason: why.
+        error: ``type``, ``message``, ``traceback`` and whatever else is known.
+        otherwise: ``run_id``, ``config`` and so on, where the process left no record.
+    """
+    try:
+        found = read(directory)
+    except (OSError, ValueError):
+        empty = {"config": {}, "overrides": [], "provenance": {}}
+        found = {"schema": SCHEMA, "run_id": None, "started": _now(), **empty, **(otherwise or {})}
+    found.update(status=status, reason=reason, finished=_now())
+    found["error"] = strict(error) if error is not None else found.get("error")
+    atomic.write_json(Path(directory) / RUN_FILE, found)
 
 
 def strict(value: Any) -> Any:

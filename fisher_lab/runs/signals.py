@@ -77,6 +77,7 @@ class Watch:
     def __init__(self) -> None:
         self._pending: Pending | None = None
         self._before: dict[int, Any] = {}
+        self._ending = False
 
     def __enter__(self) -> Watch:
         if not self._before and threading.current_thread() is threading.main_thread():
@@ -110,6 +111,7 @@ class Watch:
             yield pending
         finally:
             self._pending = None
+            self._ending = self._ending or pending() != 0
             if opened:
                 self.__exit__()
         if pending():
@@ -118,5 +120,8 @@ class Watch:
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._pending is not None:
             self._pending.note(signum)
-        else:
+        elif signum == signal.SIGINT or not self._ending:
+            # Schedulers repeat themselves; a second signal must not break into the ending of the
+            # run. Whoever presses the interrupt key again means it.
+            self._ending = True
             raise Interrupted(signum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,14 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from fisher_lab import tracking
 from fisher_lab.config.validate import validate
-from fisher_lab.runs import provenance, record
+from fisher_lab.runs import provenance
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import screen
 from fisher_lab.tracking import sending
 
 if TYPE_CHECKING:
-    from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
@@ -75,14 +74,39 @@ def execute(cfg: DictConfig) -> Outcome:
         Interrupted: a signal ended the run; its record says so.
     """
     hydra = HydraConfig.get()
-    config = validate(cfg)
-    directory = Path(hydra.runtime.output_dir)
+    return perform(validate(cfg), Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+
+
+def perform(
+    config: Config,
+    directory: Path,
+    overrides: Sequence[str],
+    *,
+    frozen: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Run the task of a configuration in a directory.
+
+    An error of the task is recorded and logged in full, and not raised.
+
+    Args:
+        config: the validated configuration.
+        directory: the run directory.
+        overrides: as typed.
+        frozen: hashes of text and model as they were when the run was submitted; it fails where
+            they have changed since.
+
+    Raises:
+        Interrupted: a signal ended the run; its record says so.
+    """
     logging.captureWarnings(True)
     content, problem = _content(config)
+    if frozen is not None and problem is None and content != frozen:
+        problem = RunFailed(_changed(content, frozen))
+    content = content if frozen is None else dict(frozen)
     run = Run.start(
         directory,
         config=dataclasses.asdict(config),
-        overrides=list(hydra.overrides.task),
+        overrides=overrides,
         identity=content,
         provenance=provenance.collect(),
     )
@@ -120,41 +144,12 @@ def execute(cfg: DictConfig) -> Outcome:
     return Outcome(directory, "completed")
 
 
-def cell(cfg: DictConfig) -> str:
-    """One cell of a sweep.
-
-    Returns:
-        The run directory.
-
-    Raises:
-        RunFailed: so that the launcher sees the failure; the record holds all of it.
-    """
-    outcome = execute(cfg)
-    if outcome.status != "completed":
-        raise RunFailed(outcome.line)
-    return str(outcome.directory)
-
-
-def report_sweep(returns: Sequence[JobReturn]) -> int:
-    """Name the cells of a sweep that failed; returns the exit code."""
-    from hydra.core.utils import JobStatus
-
-    failed = [one for one in returns if one.status != JobStatus.COMPLETED]
-    print(f"{len(returns) - len(failed)} of {len(returns)} cells completed")
-    for one in failed:
-        hydra: Any = one.hydra_cfg
-        directory = Path(hydra.hydra.runtime.output_dir)
-        overrides = " ".join(one.overrides or [])
-        print(f"fisher_lab: {overrides}: {_why(directory)}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _why(directory: Path) -> str:
-    try:
-        error = record.read(directory)["error"]
-    except (OSError, ValueError, KeyError):
-        return f"failed without a record; its directory is {directory}"
-    return Outcome(directory, "failed", _brief(error["type"], error["message"])).line
+def _changed(content: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
+    names = [name for name in {**frozen, **content} if content.get(name) != frozen.get(name)]
+    return (
+        f"{' and '.join(names)} changed since this cell was submitted; start the sweep again, and "
+        "the cell gets an identity of its own"
+    )
 
 
 def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:

@@ -29,7 +29,9 @@ def prepare(config: Config) -> dict[str, Any]:
     if config.deterministic:
         # cuBLAS reads it when it is first used; without it, it is not deterministic.
         os.environ.setdefault(_CUBLAS, ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        # Only then: the call imports the compiler, which takes two seconds.
+        torch.use_deterministic_algorithms(config.deterministic)
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)

@@ -43,21 +43,38 @@ def run(config: Config, run: Run) -> None:
         ConfigError: text or model cannot be had as configured.
         LayerError: no supported layer.
     """
-    untrained = dataclasses.replace(config.model, init="random")
-    bench = build(dataclasses.replace(config, model=untrained), Progress(config.progress))
+    bench = _untrained(config)
     run.note(workbench=bench.record)
-    settings = kfac_engine(config).settings
-    layers = discover(bench.model, settings.coverage)
-    tokens = _tokens(bench, layers, config)
-    rows = [
-        _row(layers.layers[name], count, settings, config)
-        for name, count in tokens.items()
-        if count
-    ]
+    rows = _rows(bench, config)
     run.table(PLAN_FILE, rows)
     total = _total(rows)
-    run.metrics({"tokens": max(tokens.values()), **total})
+    run.metrics({"tokens": max(row["tokens"] for row in rows), **total})
     _show(rows, total, config.kfac.policy)
+
+
+def estimate(config: Config) -> dict[str, float]:
+    """The totals of the plan alone, for a table of many cells: ``plan/bytes`` and so on.
+
+    Raises:
+        ConfigError: text or model cannot be had as configured.
+        LayerError: no supported layer.
+    """
+    return _total(_rows(_untrained(config), config))
+
+
+def _untrained(config: Config) -> Bench:
+    untrained = dataclasses.replace(config.model, init="random")
+    return build(dataclasses.replace(config, model=untrained), Progress(config.progress))
+
+
+def _rows(bench: Bench, config: Config) -> list[dict[str, Any]]:
+    settings = kfac_engine(config).settings
+    layers = discover(bench.model, settings.coverage)
+    return [
+        _row(layers.layers[name], count, settings, config)
+        for name, count in _tokens(bench, layers, config).items()
+        if count
+    ]
 
 
 def _tokens(bench: Bench, layers: Layers, config: Config) -> dict[str, int]:

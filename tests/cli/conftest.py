@@ -58,6 +58,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setitem(sys.modules, "fake_task", module)
     monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "fake_task"))
     monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
+    monkeypatch.setattr(cli, "preflight", lambda config: {"data": "abc"})
     return configs
 
 

@@ -119,7 +119,7 @@ def test_the_default_directory_is_never_shared(tmp_path):
     chosen = []
     for _ in range(3):
         cfg = OmegaConf.create({"hydra": {"run": {"dir": str(taken)}, "overrides": {"hydra": []}}})
-        chosen.append(cli.claim_directory(cfg, "run").name)
+        chosen.append(cli.claim_directory(cfg).name)
         assert cfg.hydra.run.dir == str(taken.with_name(chosen[-1]))
     assert chosen == ["12-00-00", "12-00-00-2", "12-00-00-3"]
 
@@ -133,7 +133,8 @@ def test_a_sweep_runs_every_cell(door, seen, runs):
     cells = {(r["config"]["kfac"]["damping"], r["config"]["kfac"]["policy"]) for r in records}
     assert cells == {(d, p) for d in (1e-5, 1e-4) for p in ("all", "auto", "hybrid")}
     assert len({record["run_id"] for record in records}) == 6
-    assert (runs()[0][0].parent / "multirun.yaml").is_file()
+    assert (runs()[0][0].parent / "sweep.json").is_file()
+    assert all(directory.name == record["run_id"] for directory, record in runs())
 
 
 def test_one_failing_cell_does_not_lose_the_others(door, seen, runs):

@@ -284,3 +284,25 @@ def test_a_builder_killed_while_others_wait(tmp_path):
     thread.join(WAIT)
     assert built == [True]
     assert target.read_text() == "second"
+
+
+def test_who_is_alive_and_waiting_for_a_limited_time(tmp_path):
+    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    assert first.alive() is None
+    assert first.acquire_within(1.0)
+    owner = second.alive()
+    assert owner is not None
+    assert owner.is_here()
+    assert not second.acquire_within(0.1)
+    first.release()
+    assert second.acquire_within(1.0)
+    second.release()
+
+
+def test_a_stale_owner_is_not_alive(tmp_path):
+    claim = claims.Claim(tmp_path / "x", stale_after=0.4, heartbeat=0.3)
+    assert claim.acquire()
+    (file,) = tmp_path.glob("x.claim.*")
+    os.utime(file, (0, 0))
+    assert claims.Claim(tmp_path / "x", stale_after=0.4).alive() is None
+    claim.release()

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fisher_lab.config.schema import Config
+from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
 from fisher_lab.config.validate import all_keys
 from fisher_lab.runs import identity
 from fisher_lab.runs.identity import run_id
@@ -43,6 +44,8 @@ NEUTRAL = (
     "data.pattern",
     "model.name_or_path",
     "train.save_every_s",
+    *(f"sweep.{item.name}" for item in dataclasses.fields(SweepConfig)),
+    *(f"resume.{item.name}" for item in dataclasses.fields(ResumeConfig)),
 )
 
 

@@ -154,3 +154,27 @@ def test_strict(value, plain):
 def test_what_is_no_json_is_an_error():
     with pytest.raises(TypeError, match="object cannot be written as JSON"):
         strict(object())
+
+
+def test_a_run_is_ended_from_outside(tmp_path):
+    run = Run.start(tmp_path / "a", config={"seed": 1})
+    record.end_from_outside(
+        tmp_path / "a", "failed", "SIGKILL", error={"type": "JobDied", "message": "killed"}
+    )
+    found = record.read(tmp_path / "a")
+    assert (found["status"], found["reason"]) == ("failed", "SIGKILL")
+    assert found["error"]["message"] == "killed"
+    assert found["run_id"] == run.run_id
+    assert found["finished"] >= found["started"]
+
+
+def test_a_process_that_left_no_record_gets_one(tmp_path):
+    assert record.status_of(tmp_path / "b") is None
+    record.end_from_outside(
+        tmp_path / "b", "failed", "exit", otherwise={"run_id": "x", "config": {"seed": 2}}
+    )
+    found = record.read(tmp_path / "b")
+    assert (found["schema"], found["run_id"]) == (record.SCHEMA, "x")
+    assert set(found) == set(Run.start(tmp_path / "c", config={}).record)
+    (tmp_path / "b" / "run.json").write_text('{"status": "excellent"}')
+    assert record.status_of(tmp_path / "b") is None

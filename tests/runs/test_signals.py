@@ -148,3 +148,17 @@ def test_a_run_that_is_signalled(tmp_path: Path, signum, status):
         assert record["reason"] == signum.name
         assert "Traceback" not in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_second_signal_does_not_break_into_the_ending():
+    """Schedulers send SIGUSR2 and SIGTERM, and some of them more than once."""
+    ended = []
+    with pytest.raises(Interrupted) as caught, Watch():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            ended.append("saved")
+    assert caught.value.status == "preempted"
+    assert ended == ["saved"]

@@ -1,0 +1,250 @@
+"""The course of one multirun: plan, look at what is there, freeze, launch, report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, OmegaConf
+
+from fisher_lab.config import launcher_schema
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.launcher_schema import LocalSettings, Settings, SlurmSettings
+from fisher_lab.config.sweep_schema import SweepConfig
+from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs.signals import Interrupted
+
+from . import dry_run, plan, worker
+from .cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
+from .plan import Identify, SweepPlan
+from .progress import Tally, report, say
+from .supervisor import importable
+
+LAUNCH_FILE = "launch.json"
+LAUNCHER_LOG = "launcher.log"
+BACKGROUND = ("-m", "fisher_lab.sweeping.background")
+"""What Python is given to run the launcher of a detached sweep."""
+
+
+def run(
+    loader: ConfigLoader,
+    master: DictConfig,
+    arguments: Sequence[str],
+    kind: str,
+    given: Mapping[str, Any],
+    identify: Identify,
+) -> int:
+    """Run a multirun from its command line to its exit code.
+
+    Args:
+        loader: Hydra's configuration loader.
+        master: the composed configuration that was started with.
+        arguments: the overrides of the command line.
+        kind: of the launcher, a key of `launcher_schema.KINDS`.
+        given: the launcher's settings.
+        identify: hashes text and model, and refuses what this machine cannot do.
+
+    Raises:
+        ConfigError: a cell that cannot run, or settings that are not allowed; nothing is written.
+        Interrupted: a signal ended it.
+    """
+    settings = launcher_schema.check(kind, given)
+    options = SweepConfig(**_section(master, "sweep"))
+    plans = plan.make(loader, master, arguments, identify, strict=not options.dry_run)
+    if options.dry_run:
+        return dry_run.show(plans)
+    _check(plans, kind)
+    cells = [cell for one in plans for cell in one.cells]
+    for one in plans:
+        one.layout.directory.mkdir(parents=True, exist_ok=True)
+        one.write()
+    todo, states = plan.to_run(cells)
+    _look_at_what_is_done(plans, states)
+    say(f"{len(cells)} cells: {_summary(states)}")
+    for one in plans:
+        say(f"{one.name}: {one.layout.directory}")
+    failed = [cell for cell in cells if states[cell.run_id] == "failed" and cell not in todo]
+    if not todo:
+        return report(cells, _tally_of(failed))
+    frozen = _submit(todo, master, kind, settings)
+    tally = _tally_of(failed, len(todo), options.max_failures)
+    if options.detach:
+        return _detach(todo, frozen, kind, settings)
+    try:
+        launch(todo, frozen, tally, settings)
+    except Interrupted:
+        say("interrupted; run the same command again to go on", error=True)
+        raise
+    finish(todo)
+    return report(cells, tally)
+
+
+def finish(cells: Sequence[Cell]) -> None:
+    """Tables, verdicts and figures of the sweeps of which cells have ended now."""
+    from fisher_lab.results import finishing
+
+    for directory in dict.fromkeys(cell.layout.directory for cell in cells):
+        finishing.at_end(directory)
+
+
+def launch(
+    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
+) -> None:
+    """Run frozen cells with a launcher, until they have ended."""
+    if isinstance(settings, SlurmSettings):
+        from . import slurm
+
+        slurm.run(cells, frozen, tally, settings)
+    elif isinstance(settings, LocalSettings):
+        from . import pool
+
+        pool.run(cells, frozen, tally, settings)
+    else:
+        from . import serial
+
+        serial.run(cells, frozen, tally)
+
+
+def _check(plans: Sequence[SweepPlan], kind: str) -> None:
+    if kind != "serial":
+        return
+    for one in plans:
+        for cell in one.cells:
+            if cell.config.sweep.timeout_s is not None:
+                raise ConfigError.value(
+                    "sweep.timeout_s",
+                    cell.config.sweep.timeout_s,
+                    "null with hydra/launcher=serial, which cannot end a cell; take "
+                    "hydra/launcher=local",
+                )
+
+
+def _section(master: DictConfig, name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(master[name], resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _summary(states: Mapping[str, str]) -> str:
+    counted = sorted(states.values())
+    return ", ".join(f"{len(list(group))} {state}" for state, group in groupby(counted))
+
+
+def _tally_of(failed: Sequence[Cell], total: int = 0, limit: int | None = None) -> Tally:
+    """A tally that knows of the failures of before that are not tried again."""
+    tally = Tally(len(failed), quiet=True)
+    for cell in failed:
+        tally.end(cell, "failed", None, None)
+    tally.total, tally.quiet, tally.max_failures = total + len(failed), False, limit
+    return tally
+
+
+def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[str, str]) -> None:
+    """Complete the journal where a worker was killed before it could; compare the versions."""
+    now, others = None, set()
+    for one in plans:
+        done = [cell for cell in one.cells if states[cell.run_id] == "completed"]
+        if not done:
+            continue
+        noted = {
+            entry.get("run_id")
+            for entry in one.layout.journal.read()
+            if entry.get("event") == "completed"
+        }
+        now = now or provenance.git()
+        for cell in done:
+            if cell.run_id not in noted:
+                _note(cell)
+            found = record.read(one.layout.run_directory(cell.run_id))
+            commit = (found.get("provenance", {}).get("git") or {}).get("commit")
+            if commit != now["commit"]:
+                others.add(str(commit)[:12])
+    if others and now is not None:
+        say(
+            f"fisher_lab: completed cells are of another version of the code "
+            f"({', '.join(sorted(others))}; now {str(now['commit'])[:12]}); they are kept",
+            error=True,
+        )
+
+
+def _note(cell: Cell) -> None:
+    claim = cell.layout.claim(cell.run_id)
+    if claim.acquire():
+        with claim:
+            worker.note_completed(cell.layout.journal, cell.run_id)
+
+
+def _submit(
+    cells: Sequence[Cell], master: DictConfig, kind: str, settings: Settings
+) -> list[Frozen]:
+    """Freeze cells, each in its own sweep, and write down who launched what."""
+    logging = _logging(master)
+    frozen: dict[Path, Frozen] = {}
+    for layout in dict.fromkeys(cell.layout for cell in cells):
+        submission = new_submission(layout)
+        own = [cell for cell in cells if cell.layout == layout]
+        for cell, file in zip(own, freeze(submission, own, logging), strict=True):
+            frozen[cell.layout.run_directory(cell.run_id)] = file
+        atomic.write_json(
+            submission / LAUNCH_FILE,
+            {
+                "kind": kind,
+                "settings": asdict(settings),
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+                "cells": [cell.run_id for cell in own],
+            },
+        )
+        layout.journal.append("launched", launcher=kind, cells=len(own), submission=submission.name)
+    return [frozen[cell.layout.run_directory(cell.run_id)] for cell in cells]
+
+
+def _logging(master: DictConfig) -> dict[str, Any]:
+    """The logging of a job, with a name in the place of the run directory."""
+    copied = master.copy()
+    OmegaConf.update(copied, "hydra.runtime.output_dir", RUN_DIRECTORY, force_add=True)
+    found = OmegaConf.to_container(copied.hydra.job_logging, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings: Settings) -> int:
+    """Hand the cells to the scheduler, or to a process of their own, and return."""
+    names = ", ".join(sorted({str(cell.layout.directory) for cell in cells}))
+    if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        from . import slurm
+
+        slurm.submit(cells, frozen, settings)
+    else:
+        listing = _listing(frozen, kind, settings)
+        log = listing.with_name(LAUNCHER_LOG)
+        with open(log, "ab") as stream, importable():
+            subprocess.Popen(
+                [sys.executable, *BACKGROUND, str(listing)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        say(f"the launcher goes on in the background; its log is {log}")
+    say(f"detached: fisher-lab status {names}")
+    return 0
+
+
+def _listing(frozen: Sequence[Frozen], kind: str, settings: Settings) -> Path:
+    """Write down what the background process is to do."""
+    path = frozen[0].submission / "background.json"
+    content = {
+        "kind": kind,
+        "settings": asdict(settings),
+        "cells": [os.path.relpath(one.path, path.parent) for one in frozen],
+    }
+    atomic.write_json(path, content)
+    return path

@@ -1,0 +1,269 @@
+"""Watching over one worker process: time limit, signals, and what it died of.
+
+A process that was killed cannot say so itself. The supervisor writes it into the cell's record,
+under the cell's claim, unless somebody else has taken the cell in the meantime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from fisher_lab.runs import record
+
+from . import worker
+from .cell import Frozen
+
+WORKER = ("-m", "fisher_lab.sweeping.worker")
+"""What Python is given to run a worker."""
+
+TAIL_LINES = 20
+TAIL_BYTES = 4096
+_CLAIM_TIMEOUT = 30.0
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended.
+
+    Attributes:
+        status: of the cell's record, or ``held`` where somebody else runs it.
+        message: why it failed, in one line.
+    """
+
+    status: str
+    message: str | None = None
+
+
+class Job:
+    """A worker process in a session of its own, so that no terminal takes it along.
+
+    Args:
+        frozen: what it runs.
+        threads: of the numerical libraries; None leaves the environment as it is.
+        grace_s: seconds between asking it to end and killing it.
+        environment: further variables.
+        command: what Python is given to run a worker; by default :data:`WORKER`.
+    """
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        *,
+        threads: int | None,
+        grace_s: float,
+        environment: dict[str, str] | None = None,
+        command: tuple[str, ...] | None = None,
+    ) -> None:
+        self.frozen = frozen
+        self.started = time.monotonic()
+        self._since = datetime.now(UTC) - timedelta(milliseconds=1)  # records have no finer
+        self._grace_s = grace_s
+        self._limit = frozen.timeout_s
+        self._asked: float | None = None
+        self._timed_out = False
+        self._log = frozen.layout.job_log(frozen.run_id)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._offset = self._log.stat().st_size if self._log.exists() else 0
+        variables = {**os.environ, "PYTHONPATH": _python_path(), **(environment or {})}
+        if threads is not None:
+            variables.update(dict.fromkeys(_THREADS, str(threads)))
+        with open(self._log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *(command or WORKER), str(frozen.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=variables,
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self.started
+
+    def ask(self, signum: int) -> None:
+        """Ask it, once, to save and end; it is killed where it has not after the grace period."""
+        if self._asked is None:
+            self._asked = time.monotonic()
+            self._signal(signum)
+
+    def poll(self) -> Ending | None:
+        """Enforce the limits; how it ended, or None while it runs."""
+        if self._exited():
+            self._signal(signal.SIGKILL)  # ranks or others that it has left behind
+            self.process.wait()
+            return self._ending()
+        if self._limit is not None and not self._timed_out and self.seconds > self._limit:
+            self._timed_out = True
+            self.ask(signal.SIGTERM)
+        if self._asked is not None and time.monotonic() - self._asked > self._grace_s:
+            self._signal(signal.SIGKILL)
+        return None
+
+    def _exited(self) -> bool:
+        """Whether it has ended; it stays a zombie, so that its number is nobody else's."""
+        if self.process.returncode is not None:
+            return True
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, options) is not None
+
+    def _signal(self, signum: int) -> None:
+        """To the worker alone, which tells its ranks; SIGKILL to its whole session."""
+        try:
+            if signum == signal.SIGKILL:
+                os.killpg(self.process.pid, signum)
+            else:
+                self.process.send_signal(signum)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def _ending(self) -> Ending:
+        code = self.process.returncode
+        if code == worker.HELD:
+            return Ending("held")
+        claim = self.frozen.layout.claim(self.frozen.run_id, self.frozen.stale_after_s)
+        if not claim.acquire_within(_CLAIM_TIMEOUT):
+            return Ending("held")
+        with claim:
+            return self._settle(code)
+
+    def _settle(self, code: int) -> Ending:
+        """Make the record say what happened, where the worker did not."""
+        directory = self.frozen.directory
+        status = record.status_of(directory)
+        if status == "completed":
+            worker.note_completed(self.frozen.layout.journal, self.frozen.run_id)
+            return Ending("completed")
+        if self._timed_out:
+            return self._fail("timeout", f"ran longer than sweep.timeout_s={self._limit:g}", code)
+        if status in ("failed", "preempted", "cancelled") and self._is_recent(directory):
+            if not self._is_noted(status):  # killed on its way out
+                self.frozen.layout.journal.append(status, run_id=self.frozen.run_id)
+            return Ending(status, brief(directory) if status == "failed" else None)
+        if -code in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):  # before it could catch it
+            ended = "preempted" if -code == signal.SIGUSR2 else "cancelled"
+            if os.environ.get(worker.SCHEDULED) and not self.frozen.cancelled:
+                ended = "preempted"
+            settle(self.frozen, ended, signal.Signals(-code).name, None)
+            return Ending(ended)
+        return self._fail(*_death(code), code)
+
+    def _is_recent(self, directory: Path) -> bool:
+        """Whether the record is this attempt's, and not that of an earlier one."""
+        try:
+            return datetime.fromisoformat(record.read(directory)["started"]) >= self._since
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _is_noted(self, status: str) -> bool:
+        """Whether the journal ends, for this cell, with its status."""
+        for entry in reversed(self.frozen.layout.journal.read()):
+            if entry.get("run_id") == self.frozen.run_id:
+                return entry["event"] == status
+        return False
+
+    def _fail(self, reason: str, message: str, code: int) -> Ending:
+        error = died(
+            message,
+            signal=signal.Signals(-code).name if code < 0 else None,
+            exit_code=code if code >= 0 else None,
+            log_tail=tail(self._log, self._offset),
+        )
+        settle(self.frozen, "failed", reason, error)
+        return Ending("failed", message)
+
+
+def _python_path() -> str:
+    """Where the worker finds this very package, whatever its working directory is."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+
+
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Processes that are started meanwhile, here or by a scheduler, find this very package."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = _python_path()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def died(message: str, **details: Any) -> dict[str, Any]:
+    """The error of a cell whose process could not say it itself."""
+    return {"type": "JobDied", "message": message, "traceback": "", **details}
+
+
+def settle(frozen: Frozen, status: str, reason: str, error: dict[str, Any] | None) -> None:
+    """End the record of a cell from outside; for the holder of its claim."""
+    record.end_from_outside(
+        frozen.directory, status, reason, error=error, otherwise=worker.beginnings(frozen)
+    )
+    frozen.layout.journal.append(status, run_id=frozen.run_id, reason=reason)
+
+
+def give_up(frozen: Frozen, reason: str, message: str, **details: Any) -> bool:
+    """Make a cell that nobody runs ``failed``; false where somebody runs or has completed it."""
+    claim = frozen.layout.claim(frozen.run_id, frozen.stale_after_s)
+    if not claim.acquire_within(_CLAIM_TIMEOUT):
+        return False
+    with claim:
+        if record.status_of(frozen.directory) == "completed":
+            return False
+        settle(frozen, "failed", reason, died(message, **details))
+    return True
+
+
+def _death(code: int) -> tuple[str, str]:
+    """Reason and message for a process that left no record of its end."""
+    if code >= 0:
+        return "exit", f"the process ended with exit code {code} and left no record of it"
+    name = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        return name, f"killed by {name}, as the kernel does where memory runs out"
+    return name, f"the process died of {name}"
+
+
+def tail(path: Path, offset: int = 0) -> str:
+    """The last lines of a log from ``offset`` on, at most :data:`TAIL_BYTES`."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(offset, size - TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+
+def brief(directory: Path) -> str:
+    """Why a cell failed, in one line."""
+    try:
+        found = record.read(directory)
+        error = found["error"] or {"type": str(found["reason"]), "message": ""}
+        first = (str(error["message"]).strip().splitlines() or ["(no message)"])[0]
+        return f"{str(error['type']).rpartition('.')[2]}: {first}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it left no record"

@@ -1,0 +1,74 @@
+"""A log that many processes append to: no line is lost, none is torn, and a torn one harms none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.runs import journal
+from fisher_lab.runs.claims import Claim, ClaimTimeout
+from fisher_lab.runs.journal import Journal
+
+WRITER = """
+import sys
+from pathlib import Path
+from fisher_lab.runs.journal import Journal
+log = Journal(Path("events.jsonl"), Path("claims"))
+for number in range(20):
+    log.append("tick", writer=sys.argv[1], number=number)
+"""
+
+
+def test_events_come_back_in_their_order():
+    log = Journal(Path("a/events.jsonl"), Path("claims"))
+    assert log.read() == []
+    log.append("first", run_id="x", reason=None)
+    log.append("second")
+    assert [entry["event"] for entry in log.read()] == ["first", "second"]
+    assert log.read()[0]["run_id"] == "x"
+    assert log.read()[0]["time"] <= log.read()[1]["time"]
+    assert list(Path("claims").iterdir()) == []
+
+
+def test_processes_do_not_write_over_each_other():
+    path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, name], env=path) for name in ("a", "b", "c")
+    ]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    lines = Path("events.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert Counter(entry["writer"] for entry in entries) == {"a": 20, "b": 20, "c": 20}
+    for name in "abc":
+        numbers = [entry["number"] for entry in entries if entry["writer"] == name]
+        assert numbers == list(range(20))
+
+
+def test_a_line_that_was_cut_short_is_passed_over():
+    log = Journal(Path("events.jsonl"), Path("claims"))
+    log.append("first")
+    with Path("events.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-01", "eve')
+    log.append("second")
+    assert [entry["event"] for entry in log.read()] == ["first", "second"]
+
+
+def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(journal, "TIMEOUT", 0.1)
+    log = Journal(Path("events.jsonl"), Path("claims"))
+    told = pytest.raises(ClaimTimeout, match=r"events\.jsonl is held by")
+    with _held(Path("claims/events.jsonl")), told:
+        log.append("first")
+    log.append("first")
+    assert len(log.read()) == 1
+
+
+def _held(path: Path) -> Claim:
+    claim = Claim(path)
+    assert claim.acquire()
+    return claim

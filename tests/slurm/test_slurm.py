@@ -1,0 +1,201 @@
+"""Sweeps through a real SLURM: what its notes warn of, tried."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.runs import record
+from fisher_lab.sweeping import scheduler, supervisor
+from fisher_lab.sweeping.layout import Layout
+from tests.sweeps import small_worker
+
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.timeout(300),
+]
+
+QUICK = ["hydra.launcher.poll_s=0.3", "hydra.launcher.grace_s=5"]
+GPU = ["hydra/launcher=slurm_gpu", "hydra.launcher.timeout_min=60", *QUICK]
+CPU = ["hydra/launcher=slurm_cpu", "hydra.launcher.timeout_min=60", *QUICK]
+
+
+def layout() -> Layout:
+    (file,) = Path.cwd().glob("results/*/sweep.json")
+    return Layout(file.parent)
+
+
+def statuses(runs) -> dict[int, str]:
+    return {found["config"]["seed"]: found["status"] for _, found in runs()}
+
+
+def jobs(of: Layout) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in of.journal.read():
+        if entry["event"] == "submitted":
+            found.update(entry["jobs"])
+    return found
+
+
+def count(of: Layout, event: str) -> int:
+    return sum(entry["event"] == event for entry in of.journal.read())
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
+    seeds = [1, small_worker.RAISES, 2, small_worker.KILLED, 3, small_worker.HANGS, 4, 5]
+    answer = door(
+        "-m", f"seed={','.join(map(str, seeds))}", *GPU, "sweep.timeout_s=6",
+        "hydra.launcher.max_array_size=3",
+    )  # fmt: skip
+    assert answer.code == 1
+    assert "5 of 8 cells completed" in answer.out
+    ended = {1: "completed", 2: "completed", 3: "completed", 4: "completed", 5: "completed"}
+    assert statuses(runs) == {**ended, 13: "failed", 14: "failed", 17: "failed"}
+    reasons = {found["config"]["seed"]: found["reason"] for _, found in runs()}
+    assert (reasons[14], reasons[17]) == ("SIGKILL", "timeout")
+    assert len([line for line in answer.lines if "failed" in line]) == 3
+
+    sweep = layout()
+    order = [entry["event"] for entry in sweep.journal.read()]
+    assert order.count("submitted") == 3  # at once, and not one after the other
+    assert "completed" not in order[: max(i for i, one in enumerate(order) if one == "submitted")]
+    numbers = jobs(sweep)
+    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers.values()).values())))
+    seen_by_slurm = scheduler.states(numbers.values())
+    for directory, found in runs():
+        expected = {"completed": "COMPLETED", "failed": "FAILED"}[found["status"]]
+        assert seen_by_slurm[numbers[directory.name]] == expected
+        if found["status"] == "completed":
+            gpus = (directory / "job.log").read_text().rpartition("GPUs: ")[2].split()[0]
+            assert gpus in ("0", "1", "2", "3")
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_a_job_that_slurm_kills_outright_is_seen_without_accounting(door, runs, until):
+    """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
+    process = launcher("-m", f"seed={small_worker.WAITS},1", *CPU)
+    until(lambda: statuses(runs).get(small_worker.WAITS) == "running")
+    sweep = layout()
+    ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
+    job = jobs(sweep)[directory.name]
+    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True, timeout=60)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert statuses(runs) == {1: "completed", small_worker.WAITS: "failed"}
+    assert record.read(directory)["error"]["job"] == job
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs, until):
+    seeds = ",".join(str(small_worker.SLOW + number) for number in range(4))
+    arguments = ["-m", f"seed={seeds}", *CPU, "hydra.launcher.array_parallelism=2"]
+    process = launcher(*arguments)
+    until(lambda: "running" in statuses(runs).values())
+    process.kill()
+    process.communicate(timeout=60)
+    answer = door(*arguments)
+    assert answer.code == 0
+    assert "in the queue already" in answer.out
+    sweep = layout()
+    assert set(statuses(runs).values()) == {"completed"}
+    assert (count(sweep, "started"), count(sweep, "completed")) == (4, 4)
+    assert count(sweep, "submitted") == 1
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_detach_status_cancel_and_nothing_comes_back(door, runs, until):
+    waits = small_worker.WAITS
+    answer = door(
+        "-m", f"seed={waits},1,2", *CPU, "hydra.launcher.array_parallelism=1",
+        "sweep.detach=true", "sweep.name=away",
+    )  # fmt: skip
+    assert answer.code == 0
+    assert "fisher-lab status" in answer.out
+    until(lambda: statuses(runs).get(waits) == "running")
+    shown = {cell["label"]: cell for cell in json.loads(door("status", "away", "--json").out)}
+    assert [shown[f"seed={seed}"]["state"] for seed in (waits, 1, 2)] == [
+        "running",
+        "queued",
+        "queued",
+    ]
+    numbers = jobs(layout())
+    assert shown["seed=1"]["job"] in numbers.values()
+    answer = door("cancel", "away")
+    assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
+    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers.values()).values())))
+    assert statuses(runs) == {waits: "cancelled"}
+    assert count(layout(), "requeued") == 0
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs):
+    """SLURM itself sends the signal, ``signal_delay_s`` before the limit of a minute."""
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=55"]
+    answer = door("-m", f"seed={small_worker.WAITS},1", *CPU, *limit)
+    assert answer.code == 1
+    assert statuses(runs)[1] == "completed"
+    ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
+    assert (found["status"], found["reason"]) == ("failed", "timeout")
+    assert "hydra.launcher.timeout_min=1" in found["error"]["message"]
+    assert count(layout(), "requeued") == 0
+
+
+TRAIN = [
+    *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
+    *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
+    *("train.batch_size=2", "train.save_every_s=0.2", "train.eval_every=1000000"),
+    *("deterministic=true", "threads=1", "train.steps=1000"),
+]
+
+
+def curve(directory: Path) -> list[dict[str, str]]:
+    """The learning curve without its times."""
+    with (directory / "curve.csv").open() as file:
+        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
+
+
+def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, until):
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    sweep = ["-m", *TRAIN, "seed=0,1"]
+    assert door(*sweep, "sweep.name=away", "sweep.detach=true", *CPU).code == 0
+    away = Layout(Path("results/away").resolve())
+    (first, *_) = jobs(away)
+    directory = away.run_directory(first)
+    until(lambda: (directory / "state.safetensors").exists())
+    subprocess.run(["scancel", "--signal=USR2", jobs(away)[first]], check=True, timeout=60)
+    until(lambda: all(away.state(run_id) == "completed" for run_id in jobs(away)), 150)
+    assert count(away, "preempted") == count(away, "requeued") == 1
+    assert record.read(directory)["provenance"]["resumed_at"] > 0
+
+    assert door(*sweep, "sweep.name=here").code == 0
+    here = Layout(Path("results/here").resolve())
+    for run_id in jobs(away):
+        for name in ("model/model.safetensors", "state.safetensors"):
+            mine, theirs = (one.run_directory(run_id) / name for one in (here, away))
+            if name.startswith("model"):
+                assert mine.read_bytes() == theirs.read_bytes()
+        assert curve(here.run_directory(run_id)) == curve(away.run_directory(run_id))
+
+
+def launcher(*arguments: str) -> subprocess.Popen[str]:
+    """The application in a process of its own, with small workers."""
+    script = (
+        "import sys; from fisher_lab.sweeping import supervisor; "
+        f"supervisor.WORKER = ({supervisor.WORKER[0]!r},); from fisher_lab import cli; "
+        "cli.preflight = lambda config: {'data': 'abc'}; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )

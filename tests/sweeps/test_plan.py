@@ -1,0 +1,202 @@
+"""Sweep files, dry runs, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fisher_lab import cli
+from fisher_lab.config import compose, paths, sweep, sweep_files
+from fisher_lab.sweeping import plan
+
+FILES = {file.stem: sweep_files.load(file) for file in sorted(paths.sweeps().glob("*.yaml"))}
+SWEEPS = [name for name, file in FILES.items() if not file.sweeps]
+
+
+def own_sweep(name: str, text: str) -> None:
+    Path("sweeps").mkdir(exist_ok=True)
+    Path("sweeps", f"{name}.yaml").write_text(text)
+
+
+def planned(*arguments: str) -> list[plan.SweepPlan]:
+    args = cli._parse(["-m", *arguments])
+    with cli._hydra(args) as hydra:
+        cfg = compose.load(hydra.config_loader, args.overrides, multirun=True)
+        return plan.make(hydra.config_loader, cfg, args.overrides, lambda config: {"data": "x"})
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_of_the_project_composes_with_three_seeds(name):
+    (one,) = planned(f"+sweeps={name}")
+    assert len({cell.config.seed for cell in one.cells}) >= 3
+    assert one.repeated == 0
+
+
+def test_the_appendix_stands_for_sweeps_that_exist():
+    names = [file.name for file in sweep_files.expand(["appendix"])]
+    assert len(names) >= 9
+    assert set(names) <= set(SWEEPS)
+
+
+def test_a_users_own_sweep_wins_and_may_bring_groups_pairs_and_claims(door, seen):
+    own_sweep(
+        "damping",
+        """
+        title: Mine
+        params:
+          kfac: [{damping: 1e-5, update_freq: 1}, {damping: 1e-3, update_freq: 5}]
+          seed: 0,1
+        claims: [{kind: equal}]
+        defaults: [override /model: mlp]
+        model: {width: 16}
+        """,
+    )
+    assert door("-m", "+sweeps=damping", "threads=1").code == 0
+    found = [(c.kfac.damping, c.kfac.update_freq, c.seed) for c in seen]
+    assert found == [(1e-5, 1, 0), (1e-5, 1, 1), (1e-3, 5, 0), (1e-3, 5, 1)]
+    assert {(c.model.type, c.model.width, c.threads) for c in seen} == {("mlp", 16, 1)}
+    content = json.loads(Path("results/damping/sweep.json").read_text())
+    assert content["title"] == "Mine"
+    assert content["claims"] == [{"kind": "equal"}]
+    assert list(content["axes"]) == ["kfac", "seed"]
+
+
+def test_two_sweeps_each_in_its_own_directory(door, seen):
+    own_sweep("one", "title: One\nparams: {seed: '1,2'}\n")
+    own_sweep("two", "title: Two\nparams: {kfac.damping: '1e-3,1e-2'}\nkfac: {ekfac: true}\n")
+    own_sweep("all", "title: All\nsweeps: [one, two]\n")
+    for given in ("+sweeps=[one,two]", "+sweeps=all"):
+        answer = door("-m", given)
+        assert answer.code == 0
+        assert "4 of 4 cells completed" in answer.out
+    assert [(c.seed, c.kfac.damping, c.kfac.ekfac) for c in seen] == [
+        (1, 1e-4, False),
+        (2, 1e-4, False),
+        (0, 1e-3, True),
+        (0, 1e-2, True),
+    ]
+    assert len(list(Path("results/one").glob("*/run.json"))) == 2
+    assert len(list(Path("results/two").glob("*/run.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["-m", "+sweeps=damping,kappa"], ["write +sweeps=[damping,kappa]"]),
+        (["+sweeps=damping"], ["+sweeps=damping names a sweep", "-m"]),
+        (["sweep.dry_run=true"], ["sweep.dry_run=true is for sweeps", "-m"]),
+        (["-m", "seed=1,2", "hydra/launcher=basic"], ["hydra/launcher=basic", "serial, local"]),
+        (["-m", "seed=1,2", "sweep.timeout_s=5"], ["sweep.timeout_s=5", "hydra/launcher=local"]),
+        (["-m", "seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b", "letters"]),
+        (
+            ["-m", "seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=0"],
+            ["hydra.launcher.n_jobs=0", "at least 1"],
+        ),
+        (
+            ["-m", "seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=two"],
+            ["hydra.launcher.n_jobs=two"],
+        ),
+    ],
+)
+def test_refused_in_one_line(arguments, parts, door, seen, tmp_path):
+    answer = door(*arguments)
+    assert answer.code == 2
+    (line,) = answer.lines
+    for part in parts:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("title: [1\n", "cannot be read as a sweep file"),
+        ("params: 3\n", "params=3 is not allowed"),
+        ("sweeps: [bad]\n", "bad -> bad"),
+        ("sweeps: [damping]\nparams: {seed: '1,2'}\n", "holds nothing else"),
+        ("params: {seed: '1,2'}\nkfca: {damping: 1}\n", "there is no key kfca"),
+    ],
+)
+def test_a_bad_sweep_file_is_one_line_and_harms_nobody_else(text, part, door, seen):
+    own_sweep("bad", text)
+    answer = door("-m", "+sweeps=bad")
+    assert answer.code == 2
+    (line,) = answer.lines
+    assert part in line
+    assert door("-m", "seed=1,2").code == 0
+
+
+def test_cells_whose_times_are_compared_are_interleaved():
+    own_sweep("times", "title: T\nalone: true\nparams: {kfac.policy: 'all,auto', seed: '0,1,2'}\n")
+    (one,) = planned("+sweeps=times")
+    assert [(cell.config.seed, cell.config.kfac.policy) for cell in one.cells] == [
+        (seed, policy) for seed in (0, 1, 2) for policy in ("all", "auto")
+    ]
+    assert all(cell.alone for cell in one.cells)
+
+
+def test_a_dry_run_lists_states_and_starts_nothing(door, seen, monkeypatch, tmp_path):
+    from fisher_lab.sweeping import dry_run
+
+    monkeypatch.setattr(dry_run, "_estimate", lambda config: "1.5")
+    door("-m", "seed=12,13")
+    before = sorted(tmp_path.rglob("*"))
+    answer = door("-m", "seed=12,13,14", "sweep.dry_run=true")
+    assert answer.code == 0
+    rows = [
+        line.split() for line in answer.out.splitlines() if line.lstrip()[:2] in ("12", "13", "14")
+    ]
+    assert [row[1:] for row in rows] == [
+        ["completed", "1.5"],
+        ["failed,", "to", "run", "1.5"],
+        ["to", "run", "1.5"],
+    ]
+    assert len(seen) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_lists_every_invalid_cell_and_ends_with_2(door, seen, monkeypatch, tmp_path):
+    from fisher_lab.sweeping import dry_run
+
+    monkeypatch.setattr(dry_run, "_estimate", lambda config: "1.5")
+    answer = door("-m", "seed=1,2", "model.width=128,130,-1", "sweep.dry_run=true")
+    assert answer.code == 2
+    assert "6 cells: 4 invalid, 2 to run" in answer.out
+    assert len(answer.lines) == 4
+    assert "model.heads=4" in answer.lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_of_a_dry_run_is_the_plans(door, tmp_path):
+    """The real thing, once."""
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    small = ["model=mlp", "model.width=8", "model.layers=1", "data.vocab_size=300"]
+    small += ["data=text_file", "data.path=text.txt", "data.seq_len=8", "data.batch_size=1"]
+    answer = door("-m", "kfac.damping=1e-5,1e-4", *small, "sweep.dry_run=true")
+    assert answer.code == 0
+    (first, second) = [line.split() for line in answer.out.splitlines() if " to run " in line]
+    assert first[-1] == second[-1]
+    assert float(first[-1]) > 0
+
+
+def test_cells_are_composed_as_hydra_does():
+    """Groups once, values set: the same configurations, cell by cell."""
+    args = cli._parse(["-m", "kfac/policy=all,auto", "model=mlp,gpt2", "seed=1,2"])
+    extra = ["kfac={damping:1e-3,update_freq:2}", "data.seq_len=16", "threads=${seed}"]
+    with cli._hydra(args) as hydra:
+        loader = hydra.config_loader
+        master = compose.load(loader, [*args.overrides, *extra], multirun=True)
+        composer = sweep.Composer(loader, master)
+        batch = sweep.cells(None, [*args.overrides, *extra])
+        assert len(batch) == 8
+        for overrides in batch:
+            assert composer(overrides) == compose.load_cell(loader, master, overrides)[1]
+
+
+def test_values_of_an_axis_may_be_a_list():
+    assert sweep_files.values([1e-5, None, True, {"a": 1, "b": [1, 2]}]) == (
+        "1e-05,null,true,{a:1,b:[1,2]}"
+    )
+    assert sweep_files.values("1e-5,1e-4") == "1e-5,1e-4"

@@ -1,0 +1,211 @@
+"""The pool of processes: what a job dies of is recorded, and the others go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.config.launcher_schema import LocalSettings
+from fisher_lab.sweeping import pool, supervisor
+from fisher_lab.sweeping.layout import Layout
+from tests.sweeps import small_worker
+
+pytestmark = pytest.mark.usefixtures("small_workers")
+
+LOCAL = ("hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.launcher.grace_s=0.5")
+
+
+def by_seed(runs) -> dict[int, dict]:
+    return {record["config"]["seed"]: record for _, record in runs()}
+
+
+def sweep_directory() -> Path:
+    (file,) = Path.cwd().glob("results/*/sweep.json")
+    return file.parent
+
+
+def test_every_death_is_recorded_and_the_others_complete(door, runs):
+    seeds = (1, small_worker.RAISES, 2, small_worker.KILLED, small_worker.CRASHES, 16, 3)
+    answer = door("-m", f"seed={','.join(map(str, seeds))}", *LOCAL)
+    assert answer.code == 1
+    assert "3 of 7 cells completed" in answer.out
+    found = by_seed(runs)
+    assert {seed: record["status"] for seed, record in found.items()} == {
+        1: "completed",
+        2: "completed",
+        3: "completed",
+        13: "failed",
+        14: "failed",
+        15: "failed",
+        16: "failed",
+    }
+    assert found[13]["error"]["type"] == "RuntimeError"
+    assert "thirteen is no seed" in found[13]["error"]["traceback"]
+    for seed, reason, name, code in (
+        (14, "SIGKILL", "SIGKILL", None),
+        (15, "SIGSEGV", "SIGSEGV", None),
+        (16, "exit", None, 7),
+    ):
+        record = found[seed]
+        assert record["reason"] == reason
+        assert (record["error"]["signal"], record["error"]["exit_code"]) == (name, code)
+        assert record["error"]["log_tail"] == f"the seed is {seed}"
+        assert record["finished"] >= record["started"]
+    assert len(answer.lines) == 4
+    for seed, line in zip((13, 14, 15, 16), answer.lines, strict=True):
+        assert line.startswith(f"fisher_lab: seed={seed}: failed: ")
+    ended = [entry["event"] for entry in Layout(sweep_directory()).journal.read()]
+    assert ended.count("completed") == 3
+    assert ended.count("failed") == 4
+
+
+def test_a_cell_past_its_time_is_killed_and_failed(door, runs):
+    answer = door("-m", f"seed=1,{small_worker.HANGS}", "sweep.timeout_s=3", *LOCAL)
+    assert answer.code == 1
+    found = by_seed(runs)
+    assert found[1]["status"] == "completed"
+    assert (found[17]["status"], found[17]["reason"]) == ("failed", "timeout")
+    assert "sweep.timeout_s=3" in found[17]["error"]["message"]
+    assert found[17]["error"]["signal"] == "SIGKILL"  # it was deaf to the other one
+
+
+def test_a_preempted_cell_comes_back_at_most_so_often(door, runs):
+    answer = door("-m", f"seed=1,{small_worker.PREEMPTED}", "sweep.max_requeues=2", *LOCAL)
+    assert answer.code == 1
+    record = by_seed(runs)[19]
+    assert (record["status"], record["reason"]) == ("failed", "max_requeues")
+    events = [entry["event"] for entry in Layout(sweep_directory()).journal.read()]
+    assert events.count("preempted") == 3
+
+
+def test_max_failures_starts_no_further_cell(door, runs):
+    answer = door("-m", "seed=13,1,2,3", "hydra/launcher=local", "sweep.max_failures=1")
+    assert answer.code == 1
+    assert set(by_seed(runs)) == {13}
+    assert "3 cells did not come to an end" in answer.lines[-1]
+
+
+def test_fail_fast_also_stops_those_that_run(door, runs):
+    answer = door("-m", f"seed={small_worker.WAITS},13,2", "sweep.fail_fast=true", *LOCAL)
+    assert answer.code == 1
+    found = by_seed(runs)
+    assert {seed: record["status"] for seed, record in found.items()} == {
+        13: "failed",
+        18: "cancelled",
+    }
+
+
+def launcher(*arguments: str) -> subprocess.Popen[str]:
+    """The application in a process of its own, with small workers."""
+    small = (
+        "import sys; from fisher_lab.sweeping import supervisor; "
+        f"supervisor.WORKER = ({supervisor.WORKER[0]!r},); "
+    )
+    background = f"{small}from fisher_lab.sweeping import background as it; it.main(sys.argv[1:])"
+    script = (
+        f"{small}from fisher_lab import cli; from fisher_lab.sweeping import session; "
+        f"session.BACKGROUND = ('-c', {background!r}); "
+        "cli.preflight = lambda config: {'data': 'abc'}; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    """Until it is true."""
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return
+        pause.wait(0.05)
+    raise AssertionError("it did not come true in time")
+
+
+def running() -> bool:
+    return any(
+        json.loads(file.read_text())["status"] == "running"
+        for file in Path.cwd().glob("results/*/*/run.json")
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(signum, runs):
+    process = launcher("-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local")
+    wait_for(running)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, out
+    assert by_seed(runs)[18]["status"] == "cancelled"
+    assert set(by_seed(runs)) == {18}
+
+
+def test_a_closed_terminal_does_not_matter(runs):
+    process = launcher("-m", f"seed={small_worker.WAITS},2", *LOCAL, "sweep.timeout_s=6")
+    wait_for(running)
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    assert {s: r["status"] for s, r in by_seed(runs).items()} == {2: "completed", 18: "failed"}
+
+
+def test_detach_status_and_cancel(door, runs):
+    from fisher_lab import cli
+
+    process = launcher(
+        "-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local", "sweep.detach=true",
+        "sweep.name=away",
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "fisher-lab status" in out
+    wait_for(running)
+    answer = door("status", "away", "--json")
+    found = {cell["label"]: cell for cell in json.loads(answer.out)}
+    assert found["seed=18"]["state"] == "running"
+    assert found["seed=2"]["state"] == "missing"
+    assert found["seed=18"]["log"].endswith(".log")
+    answer = door("cancel", "away")
+    assert answer.code == 0
+    assert "cancelled 1 cells of away" in answer.out
+    wait_for(lambda: by_seed(runs)[18]["status"] == "cancelled")
+    assert "seed=18" in door("status", "results/away").out
+    log = next(Path("results/away/.sweep/submissions").glob("*/launcher.log"))
+    wait_for(lambda: "0 of 2 cells completed" in log.read_text())
+    assert set(by_seed(runs)) == {18}
+    assert cli.main(["status", "nowhere"]) == 2
+
+
+def test_two_launchers_at_once_run_every_cell_once(runs):
+    arguments = ("-m", "seed=range(20,32)", "hydra/launcher=local", "hydra.launcher.n_jobs=2")
+    processes = [launcher(*arguments) for _ in range(2)]
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+    assert len(runs()) == 12
+    journal = Layout(sweep_directory()).journal.read()
+    for event in ("started", "completed"):
+        assert sorted(entry["run_id"] for entry in journal if entry["event"] == event) == sorted(
+            directory.name for directory, _ in runs()
+        )
+
+
+def test_threads_of_a_job(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert pool.threads_for(LocalSettings(n_jobs=3)) == 2
+    assert pool.threads_for(LocalSettings(n_jobs=16)) == 1
+    assert pool.threads_for(LocalSettings(n_jobs=3, threads=5)) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert pool.threads_for(LocalSettings(n_jobs=3)) == 4

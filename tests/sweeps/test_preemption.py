@@ -1,0 +1,82 @@
+"""A training that is preempted and goes on ends as the one that was left alone, to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.runs import record
+from fisher_lab.sweeping import worker
+from fisher_lab.sweeping.layout import Layout
+
+TRAIN = [
+    *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
+    *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
+    *("train.batch_size=2", "train.save_every_s=0.1", "train.eval_every=1000000"),
+    *("deterministic=true", "threads=1", "train.steps=400", "-m", "seed=3"),
+]
+
+
+def curve(directory: Path) -> list[dict[str, str]]:
+    """The learning curve without its times."""
+    with (directory / "curve.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if "seconds" not in name}
+            for row in csv.DictReader(file)
+        ]
+
+
+def start(frozen: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fisher_lab.sweeping.worker", str(frozen)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.timeout(240)
+def test_usr2_and_a_second_start_change_no_bit(door):
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    answer = door(*TRAIN, "sweep.name=alone")
+    assert answer.code == 0, answer.err
+    (alone,) = Path("results/alone").glob("*/model")
+    (frozen,) = Path("results/alone/.sweep").glob("submissions/*/cells/*.json")
+    moved = Path("results/preempted/.sweep/submissions/now/cells", frozen.name).resolve()
+    moved.parent.mkdir(parents=True)
+    moved.write_bytes(frozen.read_bytes())
+    layout = Layout(Path("results/preempted").resolve())
+    directory = layout.run_directory(frozen.stem)
+
+    first, pause = start(moved), threading.Event()
+    while not (directory / "state.safetensors").exists():
+        assert first.poll() is None
+        pause.wait(0.02)
+    first.send_signal(signal.SIGUSR2)
+    assert first.wait(timeout=60) == worker.PREEMPTED
+    assert (record.status_of(directory), record.read(directory)["reason"]) == (
+        "preempted",
+        "SIGUSR2",
+    )
+    assert start(moved).wait(timeout=120) == worker.COMPLETED
+    assert 0 < record.read(directory)["provenance"]["resumed_at"] < 400
+
+    weights = "model.safetensors"
+    assert (directory / "model" / weights).read_bytes() == (alone / weights).read_bytes()
+    assert curve(directory) == curve(alone.parent)
+    ours, theirs = (
+        json.loads((one / "metrics.json").read_text()) for one in (directory, alone.parent)
+    )
+    same = [name for name in ours if "_s" not in name and "seconds" not in name]
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    assert start(moved).wait(timeout=60) == worker.COMPLETED  # and is not run a third time
+    events = [entry["event"] for entry in layout.journal.read()]
+    assert events == ["started", "preempted", "started", "completed"]

@@ -1,0 +1,190 @@
+"""Running a sweep again runs what is missing, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.sweeping.layout import Layout
+
+
+def sweeps() -> list[Path]:
+    return sorted(file.parent for file in Path.cwd().glob("results/*/sweep.json"))
+
+
+def events(directory: Path, event: str) -> list[str]:
+    return [
+        entry["run_id"] for entry in Layout(directory).journal.read() if entry["event"] == event
+    ]
+
+
+def test_again_runs_nothing(door, seen, runs):
+    assert door("-m", "seed=1,2,3").code == 0
+    before = {directory: (directory / "run.json").read_bytes() for directory, _ in runs()}
+    answer = door("-m", "seed=1,2,3")
+    assert answer.code == 0
+    assert "3 of 3 cells completed" in answer.out
+    assert len(seen) == 3
+    assert {directory: (directory / "run.json").read_bytes() for directory, _ in runs()} == before
+
+
+def test_a_widened_grid_runs_the_new_cells_alone(door, seen):
+    door("-m", "seed=1,2", "kfac.ekfac=true")
+    door("-m", "seed=1,2,3", "kfac.ekfac=true", "progress=false")
+    assert [config.seed for config in seen] == [1, 2, 3]
+    (directory,) = sweeps()
+    content = json.loads((directory / "sweep.json").read_text())
+    assert content["axes"] == {"seed": ["1", "2", "3"]}
+    assert len(content["cells"]) == 3
+    assert len(events(directory, "completed")) == 3
+
+
+def test_what_is_fixed_names_the_directory(door, seen):
+    door("-m", "seed=1,2", "kfac.ekfac=true")
+    door("-m", "seed=1,2", "kfac.ekfac=false")
+    assert len(sweeps()) == 2
+    assert len(seen) == 4
+
+
+def test_a_narrowed_grid_forgets_nothing(door, seen):
+    door("-m", "seed=1,2,3")
+    door("-m", "seed=2,3")
+    (directory,) = sweeps()
+    content = json.loads((directory / "sweep.json").read_text())
+    assert len(content["cells"]) == 2
+    assert [cell["axes"] for cell in content["earlier"]] == [{"seed": "1"}]
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_failed_cells(retry, door, seen, runs):
+    assert door("-m", "seed=12,13").code == 1
+    answer = door("-m", "seed=12,13", f"resume.retry_failed={str(retry).lower()}")
+    assert answer.code == 1  # it is still failed
+    (line,) = answer.lines
+    assert "seed=13" in line
+    assert "thirteen is" in line
+    assert [config.seed for config in seen] == [12, 13, *([13] if retry else [])]
+    assert "1 of 2 cells completed" in answer.out
+
+
+def test_the_same_cell_twice_runs_once(door, seen):
+    answer = door("-m", "kfac.damping=1e-4,0.0001,1e-3")
+    assert answer.code == 0
+    assert len(seen) == 2
+
+
+def test_an_interrupted_cell_is_run_again(door, seen, runs):
+    door("-m", "seed=1,2")
+    directory, record = runs()[0]
+    record.update(status="running", finished=None)
+    (directory / "run.json").write_text(json.dumps(record))
+    assert door("-m", "seed=1,2").code == 0
+    assert len(seen) == 3
+
+
+def test_a_cell_that_somebody_else_runs_is_waited_for(door, seen, runs, monkeypatch):
+    """The other launcher completes it while we look."""
+    from fisher_lab.sweeping import elsewhere
+
+    door("-m", "seed=1,2")
+    directory, record = runs()[0]
+    unfinished = {**record, "status": "running", "finished": None}
+    (directory / "run.json").write_text(json.dumps(unfinished))
+    claim = Layout(directory.parent).claim(directory.name)
+    assert claim.acquire()
+    looks: list[int] = []
+
+    def wait(self) -> None:
+        looks.append(len(self.cells))
+        self._looked = 0.0
+        if len(looks) == 3:
+            (directory / "run.json").write_text(json.dumps(record))
+            claim.release()
+
+    monkeypatch.setattr(elsewhere.Elsewhere, "wait", wait)
+    answer = door("-m", "seed=1,2")
+    assert answer.code == 0
+    assert len(seen) == 2
+    assert looks[:3] == [1, 1, 1]
+
+
+def test_a_completed_event_that_a_killed_worker_owes_is_noted_once(door, seen):
+    door("-m", "seed=1,2")
+    (directory,) = sweeps()
+    journal = directory / "events.jsonl"
+    kept = [line for line in journal.read_text().splitlines() if '"completed"' not in line]
+    journal.write_text("\n".join([*kept, '{"event": "compl']))  # and a line that was cut short
+    for _ in range(2):
+        assert door("-m", "seed=1,2").code == 0
+    assert len(events(directory, "completed")) == 2
+    assert len(set(events(directory, "completed"))) == 2
+    assert len(seen) == 2
+
+
+def test_another_version_of_the_code_is_said_and_kept(door, seen, runs):
+    door("-m", "seed=1,2")
+    directory, record = runs()[0]
+    record["provenance"]["git"] = {"commit": "0123456789abcdef", "dirty": False}
+    (directory / "run.json").write_text(json.dumps(record))
+    answer = door("-m", "seed=1,2")
+    assert answer.code == 0
+    assert len(seen) == 2
+    assert "another version of the code (0123456789ab" in answer.err
+
+
+def test_a_text_that_changed_after_submission_fails_with_a_clear_message(
+    door, seen, runs, monkeypatch
+):
+    from fisher_lab.tasks import job
+
+    monkeypatch.setattr(job, "_content", lambda config: ({"data": "changed"}, None))
+    answer = door("-m", "seed=1,2")
+    assert answer.code == 1
+    assert "data changed since this cell was submitted" in answer.lines[0]
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGUSR2, "preempted"), (signal.SIGTERM, "cancelled")]
+)
+def test_a_signal_to_the_launching_process_ends_the_sweep(
+    signum, status, door, seen, runs, monkeypatch
+):
+    import sys
+
+    def run(config, run):
+        seen.append(config)
+        os.kill(os.getpid(), signum)
+
+    normal = sys.modules["fake_task"].run
+    monkeypatch.setattr(sys.modules["fake_task"], "run", run)
+    assert door("-m", "seed=1,2").code == 128 + signum
+    assert [record["status"] for _, record in runs()] == [status]
+    monkeypatch.setattr(sys.modules["fake_task"], "run", normal)
+    assert door("-m", "seed=1,2").code == 0
+    assert [config.seed for config in seen] == [1, 1, 2]
+
+
+def test_a_cell_is_frozen(door, seen):
+    """Its file holds the resolved configuration; nothing is composed again."""
+    door("-m", "seed=1,2", "kfac.damping=1e-3")
+    (directory,) = sweeps()
+    files = sorted((directory / ".sweep" / "submissions").glob("*/cells/*.json"))
+    assert len(files) == 2
+    for file in files:
+        frozen = json.loads(file.read_text())
+        assert frozen["config"]["kfac"]["damping"] == 1e-3
+        assert file.stem == frozen["run_id"]
+
+
+@pytest.mark.parametrize("limit", ["sweep.max_failures=1", "sweep.fail_fast=true"])
+def test_a_limit_on_failures_in_the_launching_process(limit, door, seen):
+    answer = door("-m", "seed=13,1,2", limit)
+    assert answer.code == 1
+    assert [config.seed for config in seen] == [13]
+    assert "2 cells did not come to an end" in answer.err
