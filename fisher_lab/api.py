@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .curvature.build import LayerFactors
 from .curvature.capture import Capture
-from .curvature.errors import CurvatureError, FactorFileError
+from .curvature.errors import FactorFileError
 from .curvature.kfac import KFACEngine, Progress, no_progress
 from .curvature.losses import LossFunction
+from .curvature.reduce import Communicator
 from .curvature.settings import (
     COMPUTE_DTYPES,
     Coverage,
@@ -40,6 +41,7 @@ from .curvature.settings import (
     in_range,
     one_of,
 )
+from .distributed.communicator import world
 from .runs import atomic
 
 _HEADER = "fisher_lab.factors"
@@ -72,7 +74,9 @@ class KFACNaturalGradient:
             never averaged over time.
         use_gpu_eigh: False decomposes on the host.
         show_progress: progress bars, where the output is a terminal.
-        kfac_distributed_reduce: how ranks join their factors; on one process all are equal.
+        kfac_distributed_reduce: how ranks join their tokens (``docs/math.md``, section 7): ``gram``
+            and ``gather`` give what one process gives on the joined batches, with ``none`` every
+            rank is on its own; on one process all are equal.
         core_dtype: where matrices are accumulated and decomposed.
         apply_dtype: where the decompositions are applied.
         push_through: the identity without cancellation for the factors' own gradient.
@@ -94,6 +98,8 @@ class KFACNaturalGradient:
         track_diagonal: keep ``diagonal_fisher``; it costs the weight gradients of a refresh, and
             is kept for ``fisher="empirical"`` only (others would need one more backward pass).
         progress: shows loops; used by the command line.
+        communicator: the ranks that join their tokens; None takes the default process group of
+            ``torch.distributed`` where there is one with several ranks.
 
     Raises:
         SettingError: an argument is out of range or misspelt.
@@ -149,6 +155,7 @@ class KFACNaturalGradient:
         uncovered: UncoveredName = "passthrough",
         track_diagonal: bool = True,
         progress: Progress | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         in_range("damping", damping, 0.0)
         in_range("update_freq", update_freq, 1, integer=True)
@@ -203,7 +210,8 @@ class KFACNaturalGradient:
             reduce=kfac_distributed_reduce,
         )
         shown = progress or (_progress_bars() if show_progress else no_progress)
-        self.engine = KFACEngine(settings, shown)
+        self.engine = KFACEngine(settings, shown, communicator)
+        self._given = communicator
 
     @property
     def settings(self) -> KFACSettings:
@@ -259,7 +267,7 @@ class KFACNaturalGradient:
             CurvatureError: see its subclasses; the factors from before stay.
             SettingError: the settings and the model do not go together.
         """
-        _one_process_only(self.settings)
+        self.engine.communicator = self._given or world()
         batches, total = _batches(batch)
         self.engine.collect(
             model,
@@ -436,17 +444,6 @@ def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
             return [tuple(batch)], 1
         return batch, len(batch)
     return batch, None
-
-
-def _one_process_only(settings: KFACSettings) -> None:
-    distributed = torch.distributed
-    if settings.reduce == "none" or not distributed.is_available():
-        return
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise CurvatureError(
-            f"kfac_distributed_reduce: {settings.reduce!r} on {distributed.get_world_size()} "
-            "ranks; allowed so far: 'none' (each rank on its own tokens), or one process"
-        )
 
 
 def _progress_bars() -> Progress:

@@ -363,6 +363,17 @@ def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
     )
 
 
+def any_token(model: nn.Module, batch: Any) -> bool:
+    """Says whether a prepared batch has an active token (a mask without one has not)."""
+    if not isinstance(batch, Mapping):
+        return True
+    names = ["attention_mask"]
+    if is_encoder_decoder(model):
+        names.append("decoder_attention_mask")
+    masks = [m for m in map(batch.get, names) if isinstance(m, Tensor) and m.dim() == 2]
+    return all(bool((m != 0).any()) for m in masks)
+
+
 def share_key(call: Call, augmented: bool) -> tuple:
     """Returns what two calls have in common exactly when they read the very same tensor."""
     a = call.a

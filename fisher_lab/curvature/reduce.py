@@ -7,7 +7,7 @@ does it with ``torch.distributed``). Every method is collective: all ranks call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -102,26 +102,26 @@ def shares(length: int, size: int) -> list[int]:
     return [len(range(length)[share(length, rank, size)]) for rank in range(size)]
 
 
-def agree(communicator: Communicator, error: Exception | None) -> None:
-    """Raises on every rank where one of them has an error, so that none waits in vain.
+def together(communicator: Communicator, step: Callable[[], None]) -> None:
+    """Does a step on every rank; an error of one is raised on all, so that none waits in vain.
 
     Args:
         communicator: of the ranks.
-        error: this rank's error, or None.
+        step: what this rank does by itself, without collectives.
 
     Raises:
-        RankError: another rank has one; names the rank.
+        RankError: another rank has an error; names the rank.
         Exception: this rank's own.
     """
     if communicator.size == 1:
-        if error is not None:
-            raise error
+        step()
         return
-    told = None if error is None else f"{type(error).__name__}: {error}"
-    found = communicator.share(told)
-    if error is not None:
-        raise error
-    raise_others(found)
+    try:
+        step()
+    except Exception as error:
+        communicator.share(f"{type(error).__name__}: {error}")
+        raise
+    raise_others(communicator.share(None))
 
 
 def raise_others(errors: Sequence[str | None]) -> None:

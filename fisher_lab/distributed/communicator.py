@@ -216,3 +216,21 @@ def _bytes(x: Tensor) -> int:
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
+
+
+_WORLD: dict[int, TorchCommunicator] = {}
+
+
+def world() -> TorchCommunicator | None:
+    """Returns the communicator of the default process group; None on a single rank.
+
+    It is one and the same as long as the group lives, so that its counters add up.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.group.WORLD
+    found = _WORLD.get(id(group))
+    if found is None:
+        _WORLD.clear()
+        found = _WORLD[id(group)] = TorchCommunicator(group)
+    return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.reduce import agree, same_everywhere, shares
+from fisher_lab.curvature.reduce import same_everywhere, shares, together
 from fisher_lab.distributed.communicator import TorchCommunicator
 
 COUNTS = [40, 0, 7]
@@ -62,9 +62,13 @@ def traffic(comm) -> dict[str, tuple[int, int, int]]:
 
 def failing(comm) -> str:
     """Rank 1 alone has an error: it must be raised everywhere."""
-    own = ValueError("no label") if comm.rank == 1 else None
+
+    def step() -> None:
+        if comm.rank == 1:
+            raise ValueError("no label")
+
     try:
-        agree(comm, own)
+        together(comm, step)
     except (ValueError, CurvatureError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
