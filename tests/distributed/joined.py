@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fisher_lab import KFACNaturalGradient
+from fisher_lab.curvature import join
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.factors import Columns
+from fisher_lab.curvature.reduce import Alone
 from tests import models, reference
 from tests.capturing import POLICIES, engine, random_like
 from tests.reference import Damping, Record, Tokens, Truth
@@ -46,7 +50,14 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-BUILDS = {"gpt2": gpt2, "llama": llama, "bert": models.bert, "t5": models.t5, "tiny": models.gpt2}
+BUILDS = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "bert": models.bert,
+    "t5": models.t5,
+    "tiny": models.gpt2,
+    "tiny_llama": models.llama,
+}
 
 
 def model_of(name: str, dtype: torch.dtype) -> nn.Module:
@@ -96,13 +107,16 @@ def empty_batch() -> dict[str, Tensor]:
     return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
 
 
+DAMPING = Damping(A=1e-3, G=1e-3, kappa=1e6)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to compute, as plain data that can be sent to a rank."""
 
     policy: str = "all"
     reduce: str = "gram"
-    damping: Damping = Damping(A=1e-3, G=1e-3, kappa=1e6)
+    damping: Damping = DAMPING
     more: tuple[tuple[str, Any], ...] = ()
 
     def engine(self, communicator: Any = None) -> KFACNaturalGradient:
@@ -135,12 +149,13 @@ def one_setting(
     kfac = setting.engine(comm)
     with reference.record(inner) as rec:
         kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-    tokens = reference.tokens_of(inner, rec, batches)
+    tokens = {} if "no tokens" in wants else reference.tokens_of(inner, rec, batches)
     result: dict[str, Any] = {
         "tokens": {n: (t.kind, t.a, t.g) for n, t in tokens.items()},
         "methods": {n: f.method for n, f in kfac.kfac_factors.items()},
         "reductions": {n: f["reduction"] for n, f in kfac.kfac_factors.items()},
         "bytes": {n: f.nbytes() for n, f in kfac.kfac_factors.items()},
+        "discarded": {n: f["discarded"] for n, f in kfac.kfac_factors.items()},
         "T": {n: f.tokens for n, f in kfac.kfac_factors.items()},
         "N": {f.n_labels for f in kfac.kfac_factors.values()},
         "fisher": kfac.engine.fisher,
@@ -166,9 +181,90 @@ def one_setting(
             "clipped": {r.factors.layer.name: (r.A and r.A.clipped, r.G.clipped) for r in reports},
             "kappa": {r.factors.layer.name: r.G.kappa_after for r in reports},
         }
+    if "traces" in wants:
+        result["traces"] = {n: f.G.trace() for n, f in kfac.kfac_factors.items()}
     if "storage" in wants:
         result["storage"] = {n: f.storage_error for n, f in kfac.kfac_factors.items()}
     return result
+
+
+class LocalGrams(Columns):
+    """The mistake that must not come back: every rank's own columns, their Grams added up."""
+
+    def __init__(self, local: Columns, out: int, communicator: Any) -> None:
+        super().__init__(local.data, local.scale, local.device)
+        self.communicator = communicator
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        return self.communicator.all_reduce(super().gram(dtype))
+
+    def times(self, y: Tensor) -> Tensor:
+        return self.communicator.all_reduce(super().times(y))
+
+    def transposed_times(self, z: Tensor) -> Tensor:
+        return self.communicator.all_reduce(super().transposed_times(z))
+
+
+def with_local_grams(comm: Any, **arguments: Any) -> list[dict[str, Any]]:
+    """`collect` with the mode `gram` replaced by the sum of the ranks' own Gram matrices."""
+    kept = join.ShardedColumns, join.columns_for_rows
+    join.ShardedColumns = LocalGrams  # type: ignore[misc]
+    join.columns_for_rows = lambda x, rows, communicator: x
+    try:
+        return collect(comm, **arguments)
+    finally:
+        join.ShardedColumns, join.columns_for_rows = kept  # type: ignore[misc]
+
+
+def not_finite_on_one(comm: Any, name: str, batches: list[dict]) -> tuple[str, bool]:
+    """Rank 1 has a weight that is not a number: every rank must say so, and keep its factors."""
+    model = model_of(name, torch.float64)
+    kfac = Setting().engine(comm)
+    kfac.collect_kfac_factors(model, batches)
+    before = kfac.kfac_factors
+    if comm.rank == 1:
+        with torch.no_grad():
+            next(model.parameters())[5] = torch.nan
+    try:
+        kfac.collect_kfac_factors(model, batches)
+    except CurvatureError as error:
+        return f"{type(error).__name__}: {error}", kfac.kfac_factors is before
+    return "nothing", False
+
+
+def different_gradients(comm: Any, name: str, batches: list[dict]) -> str:
+    model = model_of(name, torch.float64)
+    kfac = Setting().engine(comm)
+    kfac.collect_kfac_factors(model, batches, keep_gradient=True)
+    own = kfac.engine.own_gradients(model)
+    try:
+        kfac.compute_natural_gradient({n: g * (1 + comm.rank) for n, g in own.items()}, model)
+    except CurvatureError as error:
+        return str(error)
+    return "nothing"
+
+
+def different_settings(comm: Any, name: str, batches: list[dict]) -> str:
+    policy = "all" if comm.rank == 0 else "small_only"
+    try:
+        Setting(policy).engine(comm).collect_kfac_factors(model_of(name, torch.float64), batches)
+    except CurvatureError as error:
+        return str(error)
+    return "nothing"
+
+
+def saved(comm: Any, name: str, batches: list[dict], setting: Setting) -> dict[str, Any]:
+    """What every rank exports, and what a single process makes of it."""
+    model = model_of(name, torch.float64)
+    kfac = setting.engine(comm)
+    kfac.collect_kfac_factors(model, batches, keep_gradient=True)
+    own = kfac.engine.own_gradients(model)
+    before = kfac.compute_natural_gradient(own, model)
+    state = kfac.state_dict(model)
+    alone = setting.engine(Alone())
+    alone.load_state_dict(state, model)
+    after = alone.compute_natural_gradient(own, model)
+    return {"before": before, "after": after, "tensors": state["tensors"]}
 
 
 class Joined:
