@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from fisher_lab import tracking
+from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.config.validate import validate
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
+    from fisher_lab.distributed.communicator import TorchCommunicator
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ class Outcome:
     directory: Path
     status: str
     message: str | None = None
+    error: Exception | None = None
 
     @property
     def line(self) -> str:
@@ -66,6 +72,35 @@ class Outcome:
         return 1
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a run is to do, and where.
+
+    Attributes:
+        config: the validated configuration.
+        directory: the run directory.
+        overrides: as typed.
+    """
+
+    config: Config
+    directory: Path
+    overrides: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-able values, for the ranks."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "directory": str(self.directory),
+            "overrides": list(self.overrides),
+        }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Work:
+        """From what :meth:`plain` gave."""
+        config = validate(plain["config"])
+        return cls(config, Path(plain["directory"]), tuple(plain["overrides"]))
+
+
 def execute(cfg: DictConfig) -> Outcome:
     """Run the task of a composed configuration in Hydra's output directory.
 
@@ -74,30 +109,68 @@ def execute(cfg: DictConfig) -> Outcome:
     Raises:
         Interrupted: a signal ended the run; its record says so.
     """
+    from fisher_lab.tasks import ranks
+
     hydra = HydraConfig.get()
     config = validate(cfg)
-    directory = Path(hydra.runtime.output_dir)
+    work = Work(config, Path(hydra.runtime.output_dir), tuple(hydra.overrides.task))
     logging.captureWarnings(True)
+    if not ranks.wanted(config):
+        return perform(work, ranks.current())
+    told: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    error = ranks.start(work, told)
+    if error is None:
+        return Outcome(work.directory, "completed")
+    return Outcome(work.directory, "failed", _brief(error["type"], error["message"]))
+
+
+def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcome:
+    """Run a task in this process, as one of several ranks or alone.
+
+    Only rank 0 writes the run directory; the others keep their record in a temporary one.
+
+    Args:
+        work: what to do.
+        communicator: of the ranks; None for one process alone.
+
+    Raises:
+        Interrupted: a signal ended the run; its record says so.
+    """
+    leads = communicator is None or communicator.rank == 0
+    with ExitStack() as stack:
+        directory = work.directory
+        if not leads:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="fisher_lab-rank-")))
+        return _perform(dataclasses.replace(work, directory=directory), communicator, leads)
+
+
+def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) -> Outcome:
+    config, directory = work.config, work.directory
     content, problem = _content(config)
     run = Run.start(
         directory,
         config=dataclasses.asdict(config),
-        overrides=list(hydra.overrides.task),
+        overrides=work.overrides,
         identity=content,
         provenance=provenance.collect(),
     )
     log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
-    tracker = tracking.make(config.tracker)
+    told_to = config.tracker if leads else TrackerConfig()
+    tracker = tracking.make(told_to)
     tracker.start(
         sending.start_of(
             run,
-            config.tracker,
+            told_to,
             task=config.task.name,
             overrides=run.record["overrides"],
         )
     )
     try:
         with run.signals:
+            if communicator is not None:
+                from fisher_lab.tasks import ranks
+
+                run.note(distributed=ranks.about(communicator))
             if problem is not None:
                 raise problem
             run.note(**_prepare(config))
@@ -110,13 +183,14 @@ def execute(cfg: DictConfig) -> Outcome:
     except Exception as error:
         run.fail(error)
         _log_in_full(error)
-        return Outcome(directory, "failed", _first_line(error))
+        return Outcome(directory, "failed", _first_line(error), error)
     else:
         run.complete()
         log.info("completed")
     finally:
-        sending.send(run, config.tracker, tracker)
-    screen.show(run)
+        sending.send(run, told_to, tracker)
+    if leads:
+        screen.show(run)
     return Outcome(directory, "completed")
 
 
