@@ -157,6 +157,7 @@ class Built:
         n_labels: ``N``.
         called: names of the layers that were called.
         fisher: kind that the inner layers got.
+        rank_counts: tokens and labels of each rank.
     """
 
     factors: dict[str, LayerFactors]
@@ -166,6 +167,7 @@ class Built:
     n_labels: int
     called: frozenset[str]
     fisher: str
+    rank_counts: tuple[dict[str, int], ...]
 
 
 @dataclass
@@ -554,7 +556,9 @@ class FactorBuilder:
             LayerError: no layer had a gradient.
             CurvatureError: the ranks do not fit together.
         """
+        counts = [self._counts()]
         if self.communicator.size > 1:
+            counts = self.communicator.share(self._counts())
             join(self, self.communicator)
         if self.n_batches == 0:
             raise BatchError("batches: none given; allowed: at least one")
@@ -580,7 +584,12 @@ class FactorBuilder:
             n_labels=self.n_labels,
             called=frozenset(self.called),
             fisher=self.fisher_kind,
+            rank_counts=tuple(counts),
         )
+
+    def _counts(self) -> dict[str, int]:
+        tokens = max((side.tokens for side in self.sides.values()), default=0)
+        return {"tokens": tokens, "labels": self.n_labels}
 
     def _layer_factors(self, layer: Layer, made: dict[int, Factor]) -> LayerFactors:
         side = self.sides[layer.name]

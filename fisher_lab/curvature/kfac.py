@@ -104,6 +104,7 @@ class KFACEngine:
         self.own_uncovered: dict[str, Tensor] = {}
         self.diagonal: dict[str, Tensor] = {}
         self.fisher = settings.fisher.kind
+        self.rank_counts: tuple[dict[str, int], ...] = ()
         self.refreshes = 0
         self.capturing: Capture | None = None
         self._ever_called: set[str] = set()
@@ -239,6 +240,7 @@ class KFACEngine:
         self.skipped = {**layers.skipped, **built.skipped}
         self.own_uncovered, self.diagonal = built.gradients, built.diagonal
         self.fisher = built.fisher
+        self.rank_counts = built.rank_counts
         self._replace(built.factors)
         for factors in self.factors.values():
             self._measure_storage(factors)
