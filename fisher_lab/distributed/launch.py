@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 SHUTDOWN_S = 10
 """A rank that has not ended this long after it was asked to is killed."""
@@ -177,6 +178,7 @@ def start(module: str, arguments: Sequence[str], where: Place) -> None:
             signals_to_handle=",".join(SIGNALS),
             shutdown_timeout=SHUTDOWN_S,
         )
+        _same_code()
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
@@ -185,6 +187,14 @@ def start(module: str, arguments: Sequence[str], where: Place) -> None:
             ) from None
         except SignalException as error:
             raise Stopped(int(error.sigval)) from None
+
+
+def _same_code() -> None:
+    """The ranks import the package that this process has, wherever that came from."""
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
 
 
 @contextmanager

@@ -116,7 +116,12 @@ def execute(cfg: DictConfig) -> Outcome:
     work = Work(config, Path(hydra.runtime.output_dir), tuple(hydra.overrides.task))
     logging.captureWarnings(True)
     if not ranks.wanted(config):
-        return perform(work, ranks.current())
+        communicator = ranks.current()
+        outcome = perform(work, communicator)
+        if outcome.error is not None and communicator is not None:
+            folder = work.directory / ranks.FOLDER
+            ranks.write_error(folder, communicator.rank, outcome.error)
+        return outcome
     told: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
     error = ranks.start(work, told)
     if error is None:
@@ -177,11 +182,16 @@ def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) ->
             with tracking.current(tracker):
                 import_module(TASKS[config.task.name]).run(config, run)
     except Interrupted as stop:
-        run.end(stop.status, stop.signum.name)
+        told = _of_another_rank(stop, directory, communicator)
+        if told is None:
+            run.end(stop.status, stop.signum.name)
+        else:
+            run.fail_with(told)
         log.warning("%s; the run directory is %s", stop, directory)
         raise
     except Exception as error:
-        run.fail(error)
+        told = _of_another_rank(error, directory, communicator)
+        run.fail_with(record.describe(error) if told is None else told)
         _log_in_full(error)
         return Outcome(directory, "failed", _first_line(error), error)
     else:
@@ -192,6 +202,16 @@ def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) ->
     if leads:
         screen.show(run)
     return Outcome(directory, "completed")
+
+
+def _of_another_rank(
+    error: BaseException, directory: Path, communicator: TorchCommunicator | None
+) -> dict[str, Any] | None:
+    if communicator is None or communicator.rank > 0:
+        return None
+    from fisher_lab.tasks import ranks
+
+    return ranks.cause(directory / ranks.FOLDER, 0, error)
 
 
 def cell(cfg: DictConfig) -> str:

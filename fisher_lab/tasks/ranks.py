@@ -17,10 +17,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from fisher_lab.distributed import launch
 from fisher_lab.runs import atomic, provenance, record
@@ -28,6 +30,8 @@ from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import STATUS, Interrupted
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from fisher_lab.config.schema import Config
     from fisher_lab.distributed.communicator import TorchCommunicator
     from fisher_lab.tasks.job import Work
@@ -158,6 +162,38 @@ def joined(config: Config) -> Iterator[TorchCommunicator]:
         yield communicator
 
 
+@contextmanager
+def under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
+    """Makes of a process that ``torchrun`` has started a rank of one run; else only claims.
+
+    Rank 0 claims the run directory and tells the others; these write their own log and nothing
+    of Hydra's.
+
+    Args:
+        config: the validated configuration.
+        cfg: the composed one; Hydra's node in it is changed.
+        claim: makes the run directory and returns it.
+    """
+    if not launch.inside():
+        claim()
+        yield
+        return
+    with joined(config) as communicator:
+        rank = communicator.rank
+        directory = communicator.share(str(claim()) if rank == 0 else None)[0]
+        folder = Path(directory) / FOLDER
+        if rank == 0:
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("rank*.error.json"):
+                old.unlink()
+        communicator.share(None)
+        if rank > 0:
+            cfg.hydra.run.dir, cfg.hydra.output_subdir = directory, None
+            given: Any = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
+            cfg.hydra.job_logging = log_config(given, folder, rank)
+        yield
+
+
 def current() -> TorchCommunicator | None:
     """Returns the communicator of the ranks that this process is one of, if it is one."""
     if not launch.inside():
@@ -181,13 +217,39 @@ def about(communicator: TorchCommunicator) -> dict[str, Any]:
     """Returns what the record says of the ranks; collective."""
     import torch.distributed as dist
 
-    own = {"rank": communicator.rank, "host": socket.gethostname(), "pid": os.getpid()}
+    own: dict[str, Any] = {
+        "rank": communicator.rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
     own["device"] = str(communicator.device)
     return {
         "world_size": communicator.size,
         "backend": dist.get_backend(),
         "ranks": communicator.share(own),
     }
+
+
+def cause(folder: Path, rank: int, error: BaseException) -> dict[str, Any] | None:
+    """Returns another rank's error that this rank's error follows from, where there is one.
+
+    Args:
+        folder: where the ranks leave their errors.
+        rank: this rank.
+        error: of this rank; a consequence of another's, or a signal.
+    """
+    if not (_is_consequence(type(error).__name__) or isinstance(error, Interrupted)):
+        return None
+    waiting = threading.Event()
+    for _ in range(20):
+        for file in sorted(folder.glob("rank*.error.json")):
+            found = json.loads(file.read_text("utf-8"))
+            if found["rank"] != rank and not _is_consequence(found["type"]):
+                return {key: found[key] for key in ("type", "message", "traceback", "rank")}
+        if isinstance(error, Interrupted):
+            return None
+        waiting.wait(GRACE_S / 40)
+    return None
 
 
 def write_error(folder: Path, rank: int, error: BaseException) -> None:
@@ -226,7 +288,8 @@ def main(path: str) -> int:
         return 128 + stop.signum
     except Exception as error:
         write_error(folder, rank, error)
-        logging.getLogger(__name__).exception("rank %d failed", rank)
+        if rank > 0:
+            log.exception("rank %d failed", rank)
         if _is_consequence(type(error).__name__):
             threading.Event().wait(GRACE_S)
         return 1
