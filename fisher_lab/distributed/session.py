@@ -49,6 +49,6 @@ def session(
     try:
         yield communicator
         # A rank that leaves while another is still talking aborts it.
-        dist.barrier()
+        communicator.share(None)
     finally:
         dist.destroy_process_group()

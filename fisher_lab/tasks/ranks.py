@@ -97,30 +97,28 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
 def verdict(folder: Path, failed: launch.RanksFailed) -> dict[str, Any]:
     """Finds the error that the others followed from.
 
-    A rank that was killed comes first; then the first error that is no consequence of another.
+    The first error that is no consequence of another one; else a rank that was killed. (Those
+    that were only asked to end, SIGTERM, are the ranks that were stopped for another's error.)
 
     Args:
         folder: with the ranks' ``rank<r>.error.json``.
         failed: who ended first.
     """
-    killed = [f for f in failed.failures if f.exitcode < 0]
-    if killed:
-        return {
-            "type": "RankKilled",
-            "message": killed[0].text,
-            "traceback": "",
-            "rank": killed[0].rank,
-        }
     errors = [json.loads(file.read_text("utf-8")) for file in folder.glob("rank*.error.json")]
-    errors.sort(key=lambda e: (_is_consequence(e["type"]), e["time"], e["rank"]))
-    if errors:
-        return {key: errors[0][key] for key in ("type", "message", "traceback", "rank")}
-    first = failed.failures[0]
-    return {"type": "RankFailed", "message": first.text, "traceback": "", "rank": first.rank}
+    errors.sort(key=lambda e: (e["time"], e["rank"]))
+    first = [e for e in errors if not _is_consequence(e["type"], e["message"])]
+    killed = [f for f in failed.failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    if first or (errors and not killed):
+        chosen = (first or errors)[0]
+        return {key: chosen[key] for key in ("type", "message", "traceback", "rank")}
+    ended = (killed or failed.failures)[0]
+    kind = "RankKilled" if ended.exitcode < 0 else "RankFailed"
+    return {"type": kind, "message": ended.text, "traceback": "", "rank": ended.rank}
 
 
-def _is_consequence(kind: str) -> bool:
-    return kind.rpartition(".")[2] in CONSEQUENCES
+def _is_consequence(kind: str, message: str) -> bool:
+    known = kind.rpartition(".")[2] in CONSEQUENCES
+    return known or any(word in message for word in ("gloo", "NCCL", "TCPStore"))
 
 
 def _fail(work: Work, error: Mapping[str, Any]) -> None:
@@ -238,13 +236,14 @@ def cause(folder: Path, rank: int, error: BaseException) -> dict[str, Any] | Non
         rank: this rank.
         error: of this rank; a consequence of another's, or a signal.
     """
-    if not (_is_consequence(type(error).__name__) or isinstance(error, Interrupted)):
+    follows = _is_consequence(type(error).__name__, str(error))
+    if not (follows or isinstance(error, Interrupted)):
         return None
     waiting = threading.Event()
     for _ in range(20):
         for file in sorted(folder.glob("rank*.error.json")):
             found = json.loads(file.read_text("utf-8"))
-            if found["rank"] != rank and not _is_consequence(found["type"]):
+            if found["rank"] != rank and not _is_consequence(found["type"], found["message"]):
                 return {key: found[key] for key in ("type", "message", "traceback", "rank")}
         if isinstance(error, Interrupted):
             return None
@@ -290,7 +289,7 @@ def main(path: str) -> int:
         write_error(folder, rank, error)
         if rank > 0:
             log.exception("rank %d failed", rank)
-        if _is_consequence(type(error).__name__):
+        if _is_consequence(type(error).__name__, str(error)):
             threading.Event().wait(GRACE_S)
         return 1
     return 0

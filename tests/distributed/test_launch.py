@@ -236,6 +236,10 @@ def test_the_verdict_is_the_error_that_the_others_follow_from(tmp_path: Path) ->
     assert ranks_module.verdict(tmp_path, ended) == {
         "type": "TypeError", "message": "m", "traceback": "t", "rank": 1,
     }  # fmt: skip
+    stopped = RanksFailed([Failure(0, 11, -15), Failure(2, 13, -9)])
+    assert ranks_module.verdict(tmp_path, stopped)["type"] == "TypeError"
+    (tmp_path / "rank1.error.json").unlink()
+    (tmp_path / "rank2.error.json").unlink()
     killed = RanksFailed([Failure(0, 11, 1), Failure(2, 13, -9)])
     found = ranks_module.verdict(tmp_path, killed)
     assert (found["rank"], found["type"]) == (2, "RankKilled")
