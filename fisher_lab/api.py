@@ -41,6 +41,7 @@ from .curvature.settings import (
     in_range,
     one_of,
 )
+from .distributed import sharding
 from .distributed.communicator import world
 from .runs import atomic
 
@@ -301,7 +302,11 @@ class KFACNaturalGradient:
         return due
 
     def compute_natural_gradient(
-        self, gradients: Mapping[str, Tensor] | None, model: nn.Module
+        self,
+        gradients: Mapping[str, Tensor] | None,
+        model: nn.Module,
+        *,
+        shards: bool | None = None,
     ) -> dict[str, Tensor]:
         """Returns the natural gradient ``G^-1 dW A^-1`` (``docs/math.md``, section 2).
 
@@ -309,6 +314,8 @@ class KFACNaturalGradient:
             gradients: name in ``named_parameters()`` -> gradient of the mean loss. None takes the
                 factors' own gradient, by push-through where that holds.
             model: the model that the factors belong to.
+            shards: of a model under ``fully_shard``, return every rank's own shards (True) or
+                whole tensors (False); None returns shards where shards were given.
 
         Returns:
             The same names; what K-FAC does not cover unchanged, and listed in ``uncovered``.
@@ -317,7 +324,9 @@ class KFACNaturalGradient:
             LayerError: factors, gradients and model do not match.
             CurvatureError: no factors yet.
         """
-        return self.engine.natural_gradient(gradients, model)
+        whole = None if gradients is None else sharding.whole(gradients)
+        result = self.engine.natural_gradient(whole, model)
+        return sharding.as_given(result, gradients, model, shards)
 
     def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False

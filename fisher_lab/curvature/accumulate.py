@@ -359,7 +359,11 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
         module: the norm layer.
         x: its input, ``[T, features]``.
     """
-    values = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
+    # Plain tensors, whatever the parameters are (they may be sharded over ranks).
+    values = {
+        name: torch.zeros(p.shape, dtype=p.dtype, device=x.device)
+        for name, p in module.named_parameters(recurse=False)
+    }
     with torch.no_grad():
         at_zero = functional_call(module, values, (x,))
         return functional_call(module, {**values, "weight": values["weight"] + 1}, (x,)) - at_zero

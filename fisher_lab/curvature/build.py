@@ -278,7 +278,7 @@ class FactorBuilder:
             self._add_own(live, grads, masks)
             self._add_uncovered(others)
         if self._wants_diagonal():
-            self._add_diagonal(loss)
+            self._add_diagonal(loss, capture)
         self._add_head(loss)
         self.n_labels += loss.n_labels
         self.n_batches += 1
@@ -490,14 +490,14 @@ class FactorBuilder:
                 grad = grad.to(self.settings.numerics.core_dtype)
                 self.gradients[name] = grad if old is None else old + grad
 
-    def _add_diagonal(self, loss: SummedLoss) -> None:
+    def _add_diagonal(self, loss: SummedLoss, capture: Capture) -> None:
         """Adds squared gradients of each sequence's token-summed loss."""
         scored = scored_of(loss, "uncovered=diagonal")
         losses = token_losses(scored)
         rows = scored.rows.unique().tolist()
         tied = {layer.weight for layer in self.layers.layers.values() if layer.tied}
         names = [name for name in self.uncovered if name not in tied]
-        parameters = [self.uncovered[name] for name in names]
+        parameters = capture.live([self.uncovered[name] for name in names])
         for row in rows:
             grads = torch.autograd.grad(
                 losses[scored.rows == row].sum(),

@@ -101,7 +101,7 @@ class TorchCommunicator:
         every = piece.new_empty(self.size * longest, *piece.shape[1:])
         moved = (self.size - 1) * _bytes(piece)
         with self._counted("all_gather", piece, moved, moved):
-            dist.all_gather_into_tensor(_as_bytes(every), _as_bytes(piece), group=self.group)
+            _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group)
         if any(n != longest for n in rows):
             pieces = every.view(self.size, longest, *piece.shape[1:])
             every = torch.cat([pieces[r, :n] for r, n in enumerate(rows)])
@@ -208,6 +208,8 @@ class TorchCommunicator:
 
 
 _CPU = torch.device("cpu")
+# Renamed in torch 2.13.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _bytes(x: Tensor) -> int:
