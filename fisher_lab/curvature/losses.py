@@ -119,8 +119,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def class_name(module: nn.Module) -> str:
     """Returns the name of a module's class; FSDP2 puts a class of its own before it."""
-    kind = type(module)
-    return kind.__mro__[1].__name__ if is_sharded(module) else kind.__name__
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if is_sharded(module) else name
 
 
 def is_sharded(module: nn.Module) -> bool:

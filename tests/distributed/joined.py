@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fisher_lab import KFACNaturalGradient
@@ -149,7 +152,7 @@ def one_setting(
     kfac = setting.engine(comm)
     with reference.record(inner) as rec:
         kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-    tokens = {} if "no tokens" in wants else reference.tokens_of(inner, rec, batches)
+    tokens = {} if "no tokens" in wants else tokens_of(inner, rec, batches)
     result: dict[str, Any] = {
         "tokens": {n: (t.kind, t.a, t.g) for n, t in tokens.items()},
         "methods": {n: f.method for n, f in kfac.kfac_factors.items()},
@@ -216,6 +219,60 @@ def with_local_grams(comm: Any, **arguments: Any) -> list[dict[str, Any]]:
         join.ShardedColumns, join.columns_for_rows = kept  # type: ignore[misc]
 
 
+def wrapped(comm: Any, model: nn.Module, kind: str) -> nn.Module:
+    """The model in DDP, or with every block and the rest under `fully_shard`."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model, process_group=comm.group)
+    mesh = DeviceMesh.from_group(comm.group, "cpu")
+    inner = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    for block in inner:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def in_wrapper(
+    comm: Any, kind: str, name: str, dtype: torch.dtype, setting: Setting, batches: list[dict]
+) -> dict[str, Any]:
+    """`one_setting` on a wrapped model, and the loss of a forward pass that the caller makes."""
+    model = wrapped(comm, model_of(name, dtype), kind)
+    result = one_setting(comm, model, setting, batches, ("own", "natural", "general", "product"))
+    kfac = setting.engine(comm)
+    (batch,) = batches
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inner = getattr(model, "module", model)
+    with kfac.capture(model):
+        loss, labels = reference.summed_loss(inner, model(**inputs).logits, batch)
+    kfac.collect_kfac_factors(
+        model, batch, loss=loss, n_labels=labels, loss_reduction="sum", keep_gradient=True
+    )
+    result["captured"] = kfac.compute_natural_gradient(None, model)
+    result["names"] = sorted(result["own"])
+    if kind == "fsdp":
+        result |= in_shards(kfac, model, result["own"])
+    return result
+
+
+def in_shards(kfac: KFACNaturalGradient, model: nn.Module, own: dict[str, Tensor]) -> dict:
+    """Gradients in shards give the natural gradient in shards of the same layout."""
+    parameters = dict(model.named_parameters())
+    gradients = {
+        n: distribute_tensor(g, parameters[n].device_mesh, parameters[n].placements)
+        for n, g in own.items()
+    }
+    answer = kfac.compute_natural_gradient(gradients, model)
+    asked = kfac.compute_natural_gradient(None, model, shards=True)
+    whole = kfac.compute_natural_gradient(gradients, model, shards=False)
+    local = {n: tuple(parameters[n].to_local().shape) for n in own}
+    for given in (answer, asked):
+        for n, value in given.items():
+            if tuple(value.to_local().shape) != local[n]:
+                raise AssertionError(f"{n}: shard {tuple(value.to_local().shape)}, {local[n]}")
+    if any(isinstance(value, DTensor) for value in whole.values()):
+        raise AssertionError("shards were not asked for")
+    full = {n: value.full_tensor() for n, value in answer.items()}
+    return {"shards": full, "asked": {n: v.full_tensor() for n, v in asked.items()}}
+
+
 def not_finite_on_one(comm: Any, name: str, batches: list[dict]) -> tuple[str, bool]:
     """Rank 1 has a weight that is not a number: every rank must say so, and keep its factors."""
     model = model_of(name, torch.float64)
@@ -265,6 +322,18 @@ def saved(comm: Any, name: str, batches: list[dict], setting: Setting) -> dict[s
     alone.load_state_dict(state, model)
     after = alone.compute_natural_gradient(own, model)
     return {"before": before, "after": after, "tensors": state["tensors"]}
+
+
+def tokens_of(model: nn.Module, rec: Record, batches: list[dict]) -> dict[str, Tokens]:
+    """The reference's tokens; it looks at norm layers, whose parameters it needs whole."""
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        return reference.tokens_of(model, rec, batches)
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 class Joined:
