@@ -131,17 +131,17 @@ def _hand_over(task: _Task, header: dict[str, Any], communicator: Communicator) 
         own = side.cholesky.lower if mine and side.cholesky is not None else None
         lower = moved(own, n, n)
         if not mine:
-            side.__dict__["cholesky"] = Cholesky(lower, header["jitter"], header["eps"])
+            side.cholesky = Cholesky(lower, header["jitter"], header["eps"])
         return
     if not mine and header["tried"]:
-        side.__dict__["cholesky"] = Cholesky(None, 0.0, 0.0)
+        side.cholesky = Cholesky(None, 0.0, 0.0)
     pair: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if mine:
         pair = side.eigen if isinstance(side, DampedDiagonalLowRank) else side.factor.eigen()
     values, vectors = moved(pair[0], n), moved(pair[1], n, n)
     if not mine:
         if isinstance(side, DampedDiagonalLowRank):
-            side.__dict__["eigen"] = (values, vectors)
+            side.eigen = (values, vectors)
         else:
             side.factor._eigen = (values, vectors)
 

@@ -67,11 +67,12 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 def run(directory: Path, *arguments: str) -> tuple[int, str]:
     with program(*SMALL, f"hydra.run.dir={directory}", *arguments) as process:
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=270)
         return process.returncode, out
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_modes_as_a_sweep(tmp_path: Path) -> None:
     """`gather` and `gram` give every number alike; `none` does not."""
     sweep = tmp_path / "sweep"
@@ -79,7 +80,7 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
         "-m", *SMALL, "distributed.nproc=2", "kfac/reduce=none,gather,gram",
         f"hydra.sweep.dir={sweep}",
     ) as process:  # fmt: skip
-        out, _ = process.communicate(timeout=280)
+        out, _ = process.communicate(timeout=550)
     assert process.returncode == 0, out
     assert "3 of 3 cells completed" in out
     none, gathered, spread = (sweep / name for name in "012")
@@ -106,6 +107,7 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -> None:
     """One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
     directory = tmp_path / "run"
@@ -124,6 +126,7 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
@@ -140,7 +143,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
                 return None
             return [rank["pid"] for rank in about["distributed"]["ranks"]]
 
-        pids = until(at_work, 150, "the ranks at work")
+        pids = until(at_work, 250, "the ranks at work")
         everyone = psutil.Process(process.pid).children(recursive=True)
         os.kill(pids[1], signal.SIGKILL)
         killed = time.monotonic()
@@ -158,12 +161,13 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_watcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
     with program(*arguments, f"hydra.run.dir={directory}") as process:
-        until(lambda: "workbench" in _provenance(directory), 150, "the ranks at work")
+        until(lambda: "workbench" in _provenance(directory), 250, "the ranks at work")
         everyone = psutil.Process(process.pid).children(recursive=True)
         assert len(everyone) >= 2
         process.send_signal(signum)
@@ -182,11 +186,12 @@ def _provenance(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_torchrun_is_honoured(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     flags = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
     with program(*SMALL, f"hydra.run.dir={directory}", module=flags) as process:
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=270)
     assert process.returncode == 0, out
     found = record_of(directory)
     assert found["status"] == "completed"
