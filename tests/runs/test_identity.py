@@ -42,6 +42,7 @@ NEUTRAL = (
     "data.path",
     "data.pattern",
     "model.name_or_path",
+    "distributed.timeout_s",
     "train.save_every_s",
 )
 
