@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .curvature.build import LayerFactors
 from .curvature.capture import Capture
-from .curvature.errors import CurvatureError, FactorFileError
+from .curvature.errors import FactorFileError
 from .curvature.kfac import KFACEngine, Progress, no_progress
 from .curvature.losses import LossFunction
+from .curvature.reduce import Communicator
 from .curvature.settings import (
     COMPUTE_DTYPES,
     Coverage,
@@ -40,6 +41,8 @@ from .curvature.settings import (
     in_range,
     one_of,
 )
+from .distributed import sharding
+from .distributed.communicator import world
 from .runs import atomic
 
 _HEADER = "fisher_lab.factors"
@@ -72,7 +75,9 @@ class KFACNaturalGradient:
             never averaged over time.
         use_gpu_eigh: False decomposes on the host.
         show_progress: progress bars, where the output is a terminal.
-        kfac_distributed_reduce: how ranks join their factors; on one process all are equal.
+        kfac_distributed_reduce: how ranks join their tokens (``docs/math.md``, section 7): ``gram``
+            and ``gather`` give what one process gives on the joined batches, with ``none`` every
+            rank is on its own; on one process all are equal.
         core_dtype: where matrices are accumulated and decomposed.
         apply_dtype: where the decompositions are applied.
         push_through: the identity without cancellation for the factors' own gradient.
@@ -94,6 +99,8 @@ class KFACNaturalGradient:
         track_diagonal: keep ``diagonal_fisher``; it costs the weight gradients of a refresh, and
             is kept for ``fisher="empirical"`` only (others would need one more backward pass).
         progress: shows loops; used by the command line.
+        communicator: the ranks that join their tokens; None takes the default process group of
+            ``torch.distributed`` where there is one with several ranks.
 
     Raises:
         SettingError: an argument is out of range or misspelt.
@@ -149,6 +156,7 @@ class KFACNaturalGradient:
         uncovered: UncoveredName = "passthrough",
         track_diagonal: bool = True,
         progress: Progress | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         in_range("damping", damping, 0.0)
         in_range("update_freq", update_freq, 1, integer=True)
@@ -203,7 +211,8 @@ class KFACNaturalGradient:
             reduce=kfac_distributed_reduce,
         )
         shown = progress or (_progress_bars() if show_progress else no_progress)
-        self.engine = KFACEngine(settings, shown)
+        self.engine = KFACEngine(settings, shown, communicator)
+        self._given = communicator
 
     @property
     def settings(self) -> KFACSettings:
@@ -259,7 +268,7 @@ class KFACNaturalGradient:
             CurvatureError: see its subclasses; the factors from before stay.
             SettingError: the settings and the model do not go together.
         """
-        _one_process_only(self.settings)
+        self.engine.communicator = self._given or world()
         batches, total = _batches(batch)
         self.engine.collect(
             model,
@@ -293,7 +302,11 @@ class KFACNaturalGradient:
         return due
 
     def compute_natural_gradient(
-        self, gradients: Mapping[str, Tensor] | None, model: nn.Module
+        self,
+        gradients: Mapping[str, Tensor] | None,
+        model: nn.Module,
+        *,
+        shards: bool | None = None,
     ) -> dict[str, Tensor]:
         """Returns the natural gradient ``G^-1 dW A^-1`` (``docs/math.md``, section 2).
 
@@ -301,6 +314,8 @@ class KFACNaturalGradient:
             gradients: name in ``named_parameters()`` -> gradient of the mean loss. None takes the
                 factors' own gradient, by push-through where that holds.
             model: the model that the factors belong to.
+            shards: of a model under ``fully_shard``, return every rank's own shards (True) or
+                whole tensors (False); None returns shards where shards were given.
 
         Returns:
             The same names; what K-FAC does not cover unchanged, and listed in ``uncovered``.
@@ -309,7 +324,9 @@ class KFACNaturalGradient:
             LayerError: factors, gradients and model do not match.
             CurvatureError: no factors yet.
         """
-        return self.engine.natural_gradient(gradients, model)
+        whole = None if gradients is None else sharding.whole(gradients)
+        result = self.engine.natural_gradient(whole, model)
+        return sharding.as_given(result, gradients, model, shards)
 
     def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
@@ -436,17 +453,6 @@ def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
             return [tuple(batch)], 1
         return batch, len(batch)
     return batch, None
-
-
-def _one_process_only(settings: KFACSettings) -> None:
-    distributed = torch.distributed
-    if settings.reduce == "none" or not distributed.is_available():
-        return
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise CurvatureError(
-            f"kfac_distributed_reduce: {settings.reduce!r} on {distributed.get_world_size()} "
-            "ranks; allowed so far: 'none' (each rank on its own tokens), or one process"
-        )
 
 
 def _progress_bars() -> Progress:

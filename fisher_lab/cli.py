@@ -219,6 +219,7 @@ def preflight(config: Config) -> Mapping[str, Any]:
 
     tracking.check(config.tracker)
     content = content_identity(config)
+    _preflight_ranks(config)
     if config.device == "cuda":
         import torch
 
@@ -227,6 +228,28 @@ def preflight(config: Config) -> Mapping[str, Any]:
                 "device", config.device, "auto or cpu on a machine without a CUDA device"
             )
     return content
+
+
+def _preflight_ranks(config: Config) -> None:
+    """The environment names the nodes, and there is a CUDA device for each rank."""
+    import os
+
+    from fisher_lab.distributed import launch
+
+    d = config.distributed
+    try:
+        launch.place(d.nproc, d.nodes, os.environ)
+    except launch.LaunchError as error:
+        raise ConfigError(str(error)) from None
+    if d.nproc == 1 or config.device == "cpu" or d.backend == "gloo":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if d.nproc > found and (found or config.device == "cuda"):
+        raise ConfigError.value(
+            "distributed.nproc", d.nproc, f"at most {found}, the CUDA devices of this machine"
+        )
 
 
 def claim_directory(cfg: DictConfig) -> Path:
@@ -258,16 +281,21 @@ def claim_directory(cfg: DictConfig) -> Path:
 
 
 def _run(hydra: Hydra, cfg: DictConfig) -> int:
-    from hydra._internal.callbacks import Callbacks
-    from hydra.core.utils import run_job
-    from hydra.types import HydraContext, RunMode
-
     from fisher_lab.config.validate import validate
+    from fisher_lab.tasks import ranks
 
     config = validate(cfg)
     _check_single(cfg, config)
     preflight(config)
-    claim_directory(cfg)
+    with ranks.under_torchrun(config, cfg, lambda: claim_directory(cfg)):
+        return _run_job(hydra, cfg)
+
+
+def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext, RunMode
+
     cfg.hydra.mode = RunMode.RUN
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
@@ -309,6 +337,13 @@ def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
 
+    from fisher_lab.distributed import launch
+
+    if launch.inside():
+        raise ConfigError(
+            "--multirun under torchrun is not allowed: start the sweep plainly, with "
+            "distributed.nproc=N every cell starts its own ranks"
+        )
     cfg.hydra.mode = RunMode.MULTIRUN
     callbacks = Callbacks(cfg)
     callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)

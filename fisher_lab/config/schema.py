@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .distributed_schema import DistributedConfig
 from .fields import (
     above,
     at_least,
@@ -215,6 +216,15 @@ class Config:
     group_fisher: GroupFisherConfig = section(GroupFisherConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
+    distributed: DistributedConfig = section(DistributedConfig)
     tracker: TrackerConfig = section(TrackerConfig)
     sweep: SweepConfig = section(SweepConfig)
     resume: ResumeConfig = section(ResumeConfig)
+
+    def check(self):
+        """Ranks work on one task only."""
+        ranks = self.distributed.nproc * self.distributed.nodes
+        if ranks > 1 and self.task.name == "train":
+            yield "distributed.nproc", self.distributed.nproc, "1 with task=train, on one node"
+        if ranks > 1 and self.distributed.backend == "nccl" and self.device == "cpu":
+            yield "distributed.backend", "nccl", "gloo or auto with device=cpu"

@@ -18,6 +18,7 @@ from .errors import NonFiniteError
 from .factors import Columns, DenseFactor, DiagonalFactor, GramFactor
 from .linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
 from .policy import wants_woodbury
+from .reduce import Communicator
 from .retreat import HOST, on_host_if_full
 from .settings import Numerics, Policy, Storage
 from .storage import storage_dtype, store_columns
@@ -141,14 +142,19 @@ class MomentAccumulator(_Summing):
         self.tokens += a.shape[0]
         self._fresh = False
 
-    def copy(self) -> MomentAccumulator:
-        """Returns an accumulator with the same sum that goes its own way from here."""
-        other = MomentAccumulator(self.n, self.augmented, self.total.dtype, self.total.device)
-        other.total.copy_(self.total)
-        if self._sums is not None and other._sums is not None:
-            other._sums.copy_(self._sums)
-        other.tokens, other._fresh = self.tokens, self._fresh
-        return other
+    def join(self, communicator: Communicator, tokens: int) -> None:
+        """Makes the sums those of all ranks; collective.
+
+        Args:
+            communicator: of the ranks.
+            tokens: of all of them.
+        """
+        if self._fresh:
+            self.total.zero_()
+        self.total, self._fresh = communicator.all_reduce(self.total), False
+        if self._sums is not None:
+            self._sums = communicator.all_reduce(self._sums)
+        self.tokens = tokens
 
     def factor(self) -> DenseFactor:
         """Returns ``A = (1/T) sum a a^T``; takes the sum along, nothing can be added after it."""
@@ -172,6 +178,10 @@ class CountAccumulator:
         self.total += torch.bincount(indices, minlength=self.total.numel())
         self.tokens += indices.numel()
 
+    def join(self, communicator: Communicator, tokens: int) -> None:
+        """Makes the counts those of all ranks; collective."""
+        self.total, self.tokens = communicator.all_reduce(self.total), tokens
+
     def factor(self) -> DiagonalFactor:
         """Returns ``A = diag(counts) / T``."""
         return DiagonalFactor(self.total / self.tokens)
@@ -191,6 +201,9 @@ class GradientAccumulator(_Summing):
         numerics: core dtype.
         storage: where and how columns are kept.
         seed: of the subsampling.
+
+    Attributes:
+        spread: makes of stored columns those of several ranks, where a rank has its share only.
     """
 
     def __init__(
@@ -204,6 +217,7 @@ class GradientAccumulator(_Summing):
         self.kept = 0
         self.discarded = 0.0
         self.reduction = ""
+        self.spread: Callable[[Columns], Columns] = as_they_are
         self._keys: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -260,15 +274,19 @@ class GradientAccumulator(_Summing):
 
     def _subsample(self) -> None:
         """Keeps the columns with the smallest keys: uniform over all that have come so far."""
-        fresh = self.kept - (0 if self._keys is None else self._keys.numel())
-        keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
-        keys = keys if self._keys is None else torch.cat([self._keys, keys])
+        keys = self.keys(self.kept)
         chosen = keys.topk(self.policy.max_columns, largest=False).indices.sort().values
         self._keys = keys[chosen]
         joined = torch.cat(self.parts)
         self.parts = [joined[chosen.to(joined.device)]]
         self.kept = self.policy.max_columns
         self.discarded = 1.0 - self.kept / self.seen
+
+    def keys(self, kept: int) -> Tensor:
+        """Returns the random keys of the columns at hand, ``[kept]``: the smallest ones stay."""
+        fresh = kept - (0 if self._keys is None else self._keys.numel())
+        keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
+        return keys if self._keys is None else torch.cat([self._keys, keys])
 
     def _truncate(self) -> None:
         """Keeps the leading directions; the trace that goes is added up."""
@@ -305,7 +323,7 @@ class GradientAccumulator(_Summing):
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
         stored = store_columns(columns, self.storage, self.numerics.core_dtype, self.name)
         return GramFactor(
-            stored,
+            self.spread(stored),
             weight,
             self.numerics.core_dtype,
             discarded=self.discarded,
@@ -321,7 +339,13 @@ class GradientAccumulator(_Summing):
             return None
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept
-        return GramFactor(Columns(columns, 1.0, columns.device), weight, self.numerics.core_dtype)
+        exact = self.spread(Columns(columns, 1.0, columns.device))
+        return GramFactor(exact, weight, self.numerics.core_dtype)
+
+
+def as_they_are(columns: Columns) -> Columns:
+    """Returns the columns: those of one process are at hand."""
+    return columns
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -335,7 +359,11 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
         module: the norm layer.
         x: its input, ``[T, features]``.
     """
-    values = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
+    # Plain tensors, whatever the parameters are (they may be sharded over ranks).
+    values = {
+        name: torch.zeros(p.shape, dtype=p.dtype, device=x.device)
+        for name, p in module.named_parameters(recurse=False)
+    }
     with torch.no_grad():
         at_zero = functional_call(module, values, (x,))
         return functional_call(module, {**values, "weight": values["weight"] + 1}, (x,)) - at_zero

@@ -8,6 +8,7 @@ engine as it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,10 @@ from .accumulate import (
     MomentAccumulator,
     NormAccumulator,
     Where,
+    as_they_are,
     normalised,
 )
-from .capture import Call, Capture, TokenMasks, is_token_call, share_key
+from .capture import Call, Capture, TokenMasks, any_token, is_token_call, share_key
 from .errors import BatchError, LayerError
 from .factors import (
     DenseFactor,
@@ -33,8 +35,10 @@ from .factors import (
     GramFactor,
 )
 from .fisher import Draw, draws, n_draws, resolve, scored_of
+from .join import Spread, join, rank_seed
 from .layers import Kind, Layer, Layers, every_module
 from .losses import SummedLoss, device_of, token_losses, unwrap
+from .reduce import Alone, Communicator
 from .settings import KFACSettings
 from .storage import store_columns
 
@@ -62,6 +66,8 @@ class LayerFactors(Mapping[str, Any]):
         tokens_g: token gradients ``[T n, out]``, where EKFAC needs them.
         exact: the same G with unrounded columns, until the storage error is known.
         storage_error: relative error of ``G^-1 dW`` that rounding the columns costs.
+        spread: the other ranks' ``a`` and ``tokens_g``, where these are this rank's own only.
+        order: ``[T n]`` which row of ``a`` each row of ``tokens_g`` belongs to.
     """
 
     layer: Layer
@@ -78,6 +84,8 @@ class LayerFactors(Mapping[str, Any]):
     tokens_g: Tensor | None = field(default=None, repr=False)
     storage_error: float | None = None
     exact: GramFactor | None = field(default=None, repr=False)
+    spread: Spread | None = field(default=None, repr=False)
+    order: Tensor | None = field(default=None, repr=False)
 
     _KEYS = (
         "G_type", "A_bias_augmented", "tokens", "n_labels", "A", "G", "columns", "reduction",
@@ -116,6 +124,22 @@ class LayerFactors(Mapping[str, Any]):
         """``T / N``, by which products, traces and log-determinants are multiplied."""
         return self.tokens / self.n_labels
 
+    def gathered(self, key: str) -> Tensor | None:
+        """Returns ``a``, ``own``, ``tokens_g`` or ``order`` of all ranks; collective.
+
+        Args:
+            key: which of them.
+        """
+        value: Tensor | None = getattr(self, key)
+        if value is None or self.spread is None or key == "own":
+            return value
+        if key == "a":
+            return self.spread.gather(value)
+        communicator = self.spread.communicator
+        if key == "order":
+            value = value + sum(self.spread.rows[: communicator.rank])
+        return communicator.all_gather(value, communicator.share(len(value)))
+
     def nbytes(self) -> int:
         """Returns the bytes that both factors take."""
         return self.G.nbytes() + (0 if self.A is None else self.A.nbytes())
@@ -133,6 +157,7 @@ class Built:
         n_labels: ``N``.
         called: names of the layers that were called.
         fisher: kind that the inner layers got.
+        rank_counts: tokens and labels of each rank.
     """
 
     factors: dict[str, LayerFactors]
@@ -142,6 +167,7 @@ class Built:
     n_labels: int
     called: frozenset[str]
     fisher: str
+    rank_counts: tuple[dict[str, int], ...]
 
 
 @dataclass
@@ -155,6 +181,8 @@ class _Side:
     own: Tensor | None = None
     tokens: int = 0
     last_g: list[Tensor] = field(default_factory=list)
+    order: list[Tensor] = field(default_factory=list)
+    spread: Spread | None = None
 
 
 class FactorBuilder:
@@ -165,11 +193,19 @@ class FactorBuilder:
         layers: its K-FAC layers.
         settings: all choices.
         keep_gradient: also form the factors' own mean gradient.
+        communicator: of the ranks that join their tokens; None for this process alone.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers, settings: KFACSettings, *, keep_gradient: bool
+        self,
+        model: nn.Module,
+        layers: Layers,
+        settings: KFACSettings,
+        *,
+        keep_gradient: bool,
+        communicator: Communicator | None = None,
     ) -> None:
+        self.communicator = communicator or Alone()
         self.layers, self.settings, self.keep_gradient = layers, settings, keep_gradient
         self.device = device_of(model)
         self.model = unwrap(model)
@@ -182,7 +218,8 @@ class FactorBuilder:
         self.fisher_kind = settings.fisher.kind
         self.head_name: str | None = None
         self.head: dict[str, Any] = {}
-        self.generator = torch.Generator().manual_seed(settings.fisher.seed)
+        self.seed = rank_seed(settings.fisher.seed, self.communicator.rank)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.uncovered = self._uncovered_parameters()
         self.gradients: dict[str, Tensor] = {}
         self.diagonal: dict[str, Tensor] = {}
@@ -216,8 +253,12 @@ class FactorBuilder:
             raise BatchError(
                 f"batch {self.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
-        masks = TokenMasks.of(self.model, batch)
         self._calls = capture.calls
+        if self.communicator.size > 1 and not any_token(self.model, batch):
+            capture.gradients(loss.loss)  # other ranks may need it; nothing of it counts
+            self.n_batches += 1
+            return
+        masks = TokenMasks.of(self.model, batch)
         if loss.scored is not None:
             self.fisher_kind = resolve(self.settings.fisher, loss.scored.logits.shape[1])
         want_own = self.keep_gradient and self.fisher_kind != "empirical"
@@ -237,7 +278,7 @@ class FactorBuilder:
             self._add_own(live, grads, masks)
             self._add_uncovered(others)
         if self._wants_diagonal():
-            self._add_diagonal(loss)
+            self._add_diagonal(loss, capture)
         self._add_head(loss)
         self.n_labels += loss.n_labels
         self.n_batches += 1
@@ -261,7 +302,8 @@ class FactorBuilder:
                 self.skipped[layer.name] = "not a look-up of tokens"
         return live
 
-    def _everyone(self) -> list[Layer]:
+    def everyone(self) -> list[Layer]:
+        """Returns all layers, tied partners too, in the model's order."""
         seen: dict[str, Layer] = {}
         for layer, _ in every_module(self.layers.layers.values()):
             seen[layer.name] = layer
@@ -278,12 +320,12 @@ class FactorBuilder:
     ) -> None:
         shared: dict[tuple, Tensor] = {}
         taking_part: list[tuple[Layer, list[Call]]] = []
-        for layer in self._everyone():
+        for layer in self.everyone():
             calls = live[layer.name]
             of_calls = self._grads_of(layer, calls, grads)
             if not any(g is not None for g in of_calls):
                 continue
-            side = self._side(layer)
+            side = self.side_of(layer)
             g = self._tokens_g(layer, calls, of_calls, masks)
             Where(layer.name, self.n_batches, "gradients").check(g)
             a = self._tokens_a(layer, calls, masks, shared)
@@ -332,7 +374,8 @@ class FactorBuilder:
 
     # ---- sums --------------------------------------------------------------------------------
 
-    def _side(self, layer: Layer) -> _Side:
+    def side_of(self, layer: Layer) -> _Side:
+        """Returns what is being summed for a layer; begins it where nothing is there yet."""
         if layer.name not in self.sides:
             s = self.settings
             if layer.kind is Kind.NORM:
@@ -341,7 +384,7 @@ class FactorBuilder:
                 g: Any = NormAccumulator(width, dense, s.numerics.core_dtype, self.device)
             else:
                 g = GradientAccumulator(
-                    layer.name, layer.n_out, s.policy, s.numerics, s.storage, s.fisher.seed
+                    layer.name, layer.n_out, s.policy, s.numerics, s.storage, self.seed
                 )
             self.sides[layer.name] = _Side(layer, g)
         return self.sides[layer.name]
@@ -354,6 +397,9 @@ class FactorBuilder:
             return
         side.g.add(g)
         if self.settings.ekfac:
+            # Draws of one batch have the same inputs; batches may differ in their draws.
+            start = sum(len(x) for x in side.inputs[: None if first else -1])
+            side.order.append(torch.arange(start, start + len(g), device=g.device))
             side.last_g.append(g)
         if self.settings.ekfac or side.g.tokens_in_order():
             side.inputs += [a] if first else []
@@ -417,22 +463,20 @@ class FactorBuilder:
         if whole:
             return before
         group = max(self.inputs, default=-1) + 1
-        first = layers[0]
-        dtype = self.settings.numerics.core_dtype
-        if first.kind is Kind.EMBEDDING:
-            self.inputs[group] = CountAccumulator(first.n_in, dtype, self.device)
-            if before >= 0:
-                self.inputs[group].total.copy_(self.inputs[before].total)
-                self.inputs[group].tokens = self.inputs[before].tokens
-        elif before >= 0:
-            self.inputs[group] = self.inputs[before].copy()  # type: ignore[union-attr]
-        else:
-            self.inputs[group] = MomentAccumulator(
-                first.n_in, first.augmented, dtype, self.device, f"layer {first.name}: A side"
-            )
+        self.inputs[group] = (
+            deepcopy(self.inputs[before]) if before >= 0 else self.input_of(layers[0])
+        )
         for layer in layers:
             self.sides[layer.name].group = group
         return group
+
+    def input_of(self, layer: Layer) -> MomentAccumulator | CountAccumulator:
+        """Returns an empty sum for a layer's A side."""
+        dtype = self.settings.numerics.core_dtype
+        if layer.kind is Kind.EMBEDDING:
+            return CountAccumulator(layer.n_in, dtype, self.device)
+        side = f"layer {layer.name}: A side"
+        return MomentAccumulator(layer.n_in, layer.augmented, dtype, self.device, side)
 
     # ---- uncovered parameters, head ----------------------------------------------------------
 
@@ -446,14 +490,14 @@ class FactorBuilder:
                 grad = grad.to(self.settings.numerics.core_dtype)
                 self.gradients[name] = grad if old is None else old + grad
 
-    def _add_diagonal(self, loss: SummedLoss) -> None:
+    def _add_diagonal(self, loss: SummedLoss, capture: Capture) -> None:
         """Adds squared gradients of each sequence's token-summed loss."""
         scored = scored_of(loss, "uncovered=diagonal")
         losses = token_losses(scored)
         rows = scored.rows.unique().tolist()
         tied = {layer.weight for layer in self.layers.layers.values() if layer.tied}
         names = [name for name in self.uncovered if name not in tied]
-        parameters = [self.uncovered[name] for name in names]
+        parameters = capture.live([self.uncovered[name] for name in names])
         for row in rows:
             grads = torch.autograd.grad(
                 losses[scored.rows == row].sum(),
@@ -495,7 +539,7 @@ class FactorBuilder:
     def _find_non_finite(self, capture: Capture, batch: Any) -> None:
         """Names the first layer whose input is not finite, where there is one."""
         masks = TokenMasks.of(self.model, batch)
-        for layer in self._everyone():
+        for layer in self.everyone():
             if layer.kind is Kind.EMBEDDING:
                 continue
             for call in capture.calls[layer.name]:
@@ -505,12 +549,17 @@ class FactorBuilder:
     # ---- the end -----------------------------------------------------------------------------
 
     def finish(self) -> Built:
-        """Divides the sums and returns the factors.
+        """Joins the ranks' sums, divides them and returns the factors.
 
         Raises:
             BatchError: no label counted in any batch, or no batch came.
             LayerError: no layer had a gradient.
+            CurvatureError: the ranks do not fit together.
         """
+        counts = [self._counts()]
+        if self.communicator.size > 1:
+            counts = self.communicator.share(self._counts())
+            join(self, self.communicator)
         if self.n_batches == 0:
             raise BatchError("batches: none given; allowed: at least one")
         if self.n_labels == 0:
@@ -535,7 +584,12 @@ class FactorBuilder:
             n_labels=self.n_labels,
             called=frozenset(self.called),
             fisher=self.fisher_kind,
+            rank_counts=tuple(counts),
         )
+
+    def _counts(self) -> dict[str, int]:
+        tokens = max((side.tokens for side in self.sides.values()), default=0)
+        return {"tokens": tokens, "labels": self.n_labels}
 
     def _layer_factors(self, layer: Layer, made: dict[int, Factor]) -> LayerFactors:
         side = self.sides[layer.name]
@@ -577,6 +631,7 @@ class FactorBuilder:
         in_order = accumulator.tokens_in_order() and isinstance(factors.G, GramFactor)
         if in_order or self.settings.ekfac:
             factors.a = side.inputs[0] if len(side.inputs) == 1 else torch.cat(side.inputs)
+            factors.spread = side.spread
         factors.push = (
             in_order
             and self.fisher_kind == "empirical"
@@ -584,7 +639,10 @@ class FactorBuilder:
             and self.settings.numerics.push_through
         )
         if self.settings.ekfac:
-            factors.tokens_g = torch.cat(side.last_g)
+            empty = torch.empty(0, side.layer.n_out, device=self.device)
+            factors.tokens_g = torch.cat(side.last_g) if side.last_g else empty
+            nowhere = torch.empty(0, dtype=torch.int64, device=self.device)
+            factors.order = torch.cat([nowhere, *side.order])
         factors.exact = accumulator.exact_factor(weight)
 
     def _input_factor(self, side: _Side, made: dict[int, Factor]) -> Factor:
@@ -594,17 +652,25 @@ class FactorBuilder:
             factor.label = f"layer {name}: A side (in={n}, tokens={tokens})"
         return made[side.group]
 
+    def head_rows(self, labels: int) -> Tensor | None:
+        """Returns which labelled tokens the head's factor is made of; None for all of them."""
+        most = self.settings.policy.max_columns
+        if labels <= most:
+            return None
+        generator = torch.Generator().manual_seed(self.settings.fisher.seed)
+        return torch.randperm(labels, generator=generator)[:most].sort().values
+
     def _head_factor(self, tokens: int) -> DiagonalLowRankFactor:
         p = torch.cat(self.head["parts"])
-        numerics, policy = self.settings.numerics, self.settings.policy
-        share = 1.0
-        if p.shape[0] > policy.max_columns:
-            generator = torch.Generator().manual_seed(self.settings.fisher.seed)
-            chosen = torch.randperm(p.shape[0], generator=generator)[: policy.max_columns]
-            share = p.shape[0] / policy.max_columns
-            p = p[chosen.sort().values.to(p.device)]
+        numerics = self.settings.numerics
+        share = self.head.get("share", 1.0)
+        chosen = self.head_rows(len(p))
+        if chosen is not None:
+            share = len(p) / len(chosen)
+            p = p[chosen.to(p.device)]
         weight = share / tokens
         stored = store_columns(p, self.settings.storage, numerics.core_dtype, self.head_name or "")
+        stored = self.head.get("spread", as_they_are)(stored)
         # Dbar comes from the stored rows: from others, S could turn indefinite (section 5).
         ones = torch.ones(p.shape[0], 1, dtype=numerics.core_dtype, device=p.device)
         diagonal = stored.transposed_times(ones)[:, 0] * weight

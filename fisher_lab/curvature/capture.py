@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchError, LayerError
@@ -176,6 +177,7 @@ class Capture:
             layer.name: [] for layer, _ in every_module(layers.layers.values())
         }
         self.outputs: list[Any] = []
+        self._live: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._pending: dict[nn.Module, list[tuple[Tensor | None, Origin]]] = {}
         self._in_encoder = False
@@ -191,6 +193,7 @@ class Capture:
         self._handles.append(
             self.model.register_forward_pre_hook(self._take_encoded, with_kwargs=True)
         )
+        self._watch_sharded()
         if is_encoder_decoder(self.model):
             encoder = self.model.get_encoder()  # type: ignore[operator]
             self._handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
@@ -206,6 +209,26 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _watch_sharded(self) -> None:
+        """FSDP2 puts whole parameters in the place of the sharded ones for the forward pass."""
+        for module in self.model.modules():
+            sharded = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
+            if sharded:
+                self._handles.append(module.register_forward_pre_hook(self._keep_live(sharded)))
+
+    def _keep_live(self, sharded: Mapping[str, Tensor]) -> Any:
+        def hook(module: nn.Module, _args: object) -> None:
+            for name, parameter in sharded.items():
+                whole = module._parameters[name]
+                if whole is not None:
+                    self._live[id(parameter)] = whole
+
+        return hook
+
+    def live(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the tensors that stood for these parameters in the forward pass."""
+        return [self._live.get(id(parameter), parameter) for parameter in parameters]
 
     def _keep_output(self, _module: nn.Module, _args: object, output: Any) -> None:
         self.outputs.append(output)
@@ -281,6 +304,7 @@ class Capture:
             LayerError: an input was changed in place after the layer had read it.
         """
         self._check_versions()
+        parameters = self.live(parameters)
         if self._pending:
             return self._gradients_by_replay(output, grad_output, retain_graph, parameters)
         edges = [c.edge for calls in self.calls.values() for c in calls if c.edge is not None]
@@ -361,6 +385,17 @@ def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
         output=output.shape,
         version=detached._version,
     )
+
+
+def any_token(model: nn.Module, batch: Any) -> bool:
+    """Says whether a prepared batch has an active token (a mask without one has not)."""
+    if not isinstance(batch, Mapping):
+        return True
+    names = ["attention_mask"]
+    if is_encoder_decoder(model):
+        names.append("decoder_attention_mask")
+    masks = [m for m in map(batch.get, names) if isinstance(m, Tensor) and m.dim() == 2]
+    return all(bool((m != 0).any()) for m in masks)
 
 
 def share_key(call: Call, augmented: bool) -> tuple:

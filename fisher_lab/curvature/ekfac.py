@@ -42,6 +42,8 @@ class Eigenbasis:
 def second_moments(factors: LayerFactors, v_g: Tensor, v_a: Tensor | None) -> Tensor:
     """Returns ``S_ij = (1/(T n)) sum_t (V_G^T g_t)_i^2 (V_A^T a_t)_j^2``, ``[r, dim_a]``.
 
+    Where every rank has its own tokens, their sums are added; collective then.
+
     Args:
         factors: with ``tokens_g`` and ``a`` kept.
         v_g: ``[out, r]``.
@@ -50,12 +52,12 @@ def second_moments(factors: LayerFactors, v_g: Tensor, v_a: Tensor | None) -> Te
     g, a = factors.tokens_g, factors.a
     assert g is not None
     assert a is not None
+    assert factors.order is not None
     layer, n = factors.layer, factors.n_draws
-    repeats = g.shape[0] // a.shape[0]
     total = v_g.new_zeros(v_g.shape[1], layer.dim_a)
     for rows in blocks(g.shape[0], (layer.n_out + layer.dim_a) * 8):
         squared = (g[rows].to(v_g) @ v_g).square()
-        index = torch.arange(rows.start, rows.stop, device=a.device) % a.shape[0]
+        index = factors.order[rows]
         if v_a is None:
             total.T.index_add_(0, a[index].to(v_g.device), squared)
             continue
@@ -63,7 +65,8 @@ def second_moments(factors: LayerFactors, v_g: Tensor, v_a: Tensor | None) -> Te
         if layer.augmented:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
         total.addmm_(squared.T, (x @ v_a).square())
-    assert repeats >= n
+    if factors.spread is not None:
+        total = factors.spread.communicator.all_reduce(total)
     return total / (factors.tokens * n)
 
 

@@ -25,3 +25,7 @@ class NonFiniteError(CurvatureError, FloatingPointError):
 
 class FactorFileError(CurvatureError, ValueError):
     """A factor file is cut short, of another version, or of another model."""
+
+
+class RankError(CurvatureError):
+    """Another rank has an error; names the rank and says what it is."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import ekfac, state
 from .build import Built, FactorBuilder, LayerFactors
 from .capture import Capture
+from .decompose import prepare_together, same_vectors
 from .errors import CurvatureError, LayerError, LossError
 from .factors import Damped, Factor, FactorReport, GramFactor
 from .layers import Kind, Layer, Layers, discover
@@ -38,6 +39,7 @@ from .losses import (
     unwrap,
 )
 from .policy import check
+from .reduce import Alone, Communicator, together
 from .retreat import on_host_if_full
 from .settings import Damping, KFACSettings, SettingError
 from .storage import check_device_supports
@@ -82,10 +84,19 @@ class KFACEngine:
     Args:
         settings: all choices.
         progress: how loops that take long are shown.
+        communicator: of the ranks that join their tokens; None for this process alone. Unless
+            ``settings.reduce`` is ``none``, methods that form, decompose, apply or export factors
+            are collective.
     """
 
-    def __init__(self, settings: KFACSettings, progress: Progress = no_progress) -> None:
+    def __init__(
+        self,
+        settings: KFACSettings,
+        progress: Progress = no_progress,
+        communicator: Communicator | None = None,
+    ) -> None:
         self.settings = settings
+        self._communicator = communicator
         self.progress = progress
         self.factors: dict[str, LayerFactors] = {}
         self.skipped: dict[str, str] = {}
@@ -93,12 +104,23 @@ class KFACEngine:
         self.own_uncovered: dict[str, Tensor] = {}
         self.diagonal: dict[str, Tensor] = {}
         self.fisher = settings.fisher.kind
+        self.rank_counts: tuple[dict[str, int], ...] = ()
         self.refreshes = 0
         self.capturing: Capture | None = None
         self._ever_called: set[str] = set()
         self._damped: dict[tuple[int, float, float | None], Damped] = {}
         self._bases: dict[str, ekfac.Eigenbasis] = {}
         self._seconds: dict[str, float] = {}
+
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks whose tokens are joined; one process alone with ``reduce=none``."""
+        alone = self._communicator is None or self.settings.reduce == "none"
+        return Alone() if alone else self._communicator  # type: ignore[return-value]
+
+    @communicator.setter
+    def communicator(self, communicator: Communicator | None) -> None:
+        self._communicator = communicator
 
     # ---- collecting --------------------------------------------------------------------------
 
@@ -161,10 +183,21 @@ class KFACEngine:
                 "'with kfac.capture(model):', or give a loss function"
             )
         layers = captured.layers if given and captured else self.layers_of(model)
-        builder = FactorBuilder(model, layers, self.settings, keep_gradient=keep_gradient)
-        for index, batch in enumerate(self.progress(batches, "K-FAC factors", total)):
-            prepared = prepare(model, batch)
-            if given:
+        builder = FactorBuilder(
+            model,
+            layers,
+            self.settings,
+            keep_gradient=keep_gradient,
+            communicator=self.communicator,
+        )
+
+        def add_all() -> None:
+            for index, batch in enumerate(self.progress(batches, "K-FAC factors", total)):
+                prepared = prepare(model, batch)
+                if not given:
+                    function = None if loss is None or isinstance(loss, Tensor) else loss
+                    self._add(builder, model, layers, prepared, function, n_labels, reduction)
+                    continue
                 if index > 0:
                     raise LossError("loss: one tensor for several batches; allowed: one batch")
                 assert isinstance(loss, Tensor)
@@ -172,9 +205,8 @@ class KFACEngine:
                 summed = _summed(model, captured, loss, batch, n_labels, reduction)
                 summed = _with_logits(summed, model, captured, prepared)
                 builder.add(captured, prepared, summed)
-                continue
-            function = None if loss is None or isinstance(loss, Tensor) else loss
-            self._add(builder, model, layers, prepared, function, n_labels, reduction)
+
+        together(self.communicator, add_all)
         self._take(builder.finish(), layers)
 
     def _add(
@@ -208,6 +240,7 @@ class KFACEngine:
         self.skipped = {**layers.skipped, **built.skipped}
         self.own_uncovered, self.diagonal = built.gradients, built.diagonal
         self.fisher = built.fisher
+        self.rank_counts = built.rank_counts
         self._replace(built.factors)
         for factors in self.factors.values():
             self._measure_storage(factors)
@@ -249,14 +282,16 @@ class KFACEngine:
         if exact is None or not isinstance(g, GramFactor) or factors.a is None:
             return
         numerics, damping = self.settings.numerics, self.settings.damping
-        if damping.G <= 0 or g.n_columns != factors.a.shape[0]:
+        if damping.G <= 0 or g.n_columns != factors.tokens:
             return
         if factors.layer.kind is Kind.EMBEDDING:
             return
         a = factors.a.to(numerics.apply_dtype)
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(a.shape[1], STORAGE_PROBES, generator=generator).to(a)
-        dw = exact.columns.transposed_times(a @ probes)
+        probes = a @ torch.randn(a.shape[1], STORAGE_PROBES, generator=generator).to(a)
+        if factors.spread is not None:
+            probes = factors.spread.gather(probes)
+        dw = exact.columns.transposed_times(probes)
         reference = exact.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
         stored = g.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
         norm = float(reference.norm())
@@ -272,6 +307,8 @@ class KFACEngine:
 
     def prepare_inverses(self) -> None:
         """Decomposes every factor now, so that an application finds it done."""
+        if self.communicator.size > 1:
+            self._prepare_together()
         items = list(self.factors.items())
         for name, factors in self.progress(items, "decompositions", len(items)):
             start = perf_counter()
@@ -281,6 +318,20 @@ class KFACEngine:
                 for side in self._sides(factors):
                     side.prepare()  # type: ignore[attr-defined]
             self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - start
+
+    def _prepare_together(self) -> None:
+        """Spreads the decompositions over the ranks; what then remains is done by each."""
+        corrected = self.settings.ekfac
+        for eigen in (False, True):
+            pairs = [
+                (name, side)
+                for name, factors in self.factors.items()
+                if (corrected and factors.tokens_g is not None) == eigen
+                for side in self._sides(factors)
+            ]
+            seconds = prepare_together([s for _, s in pairs], self.communicator, eigen=eigen)
+            for (name, _), spent in zip(pairs, seconds, strict=True):
+                self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def _sides(self, factors: LayerFactors) -> list[Damped]:
         d = self.settings.damping
@@ -336,6 +387,8 @@ class KFACEngine:
                 f"damping: A {d.A:g}, G {d.G:g} with power {power:g}; allowed: above 0 for "
                 "powers < 0"
             )
+        if power == -1 and self.communicator.size > 1:
+            self._prepare_together()
         if gradients is None:
             return self._apply_own(model, power)
         return self._apply(gradients, model, lambda f, y: self._powered_layer(f, y, power), power)
@@ -411,6 +464,8 @@ class KFACEngine:
         if layer.augmented:
             b = torch.cat([b, b.new_ones(b.shape[0], 1)], dim=1)
         b = self._damped_of(factors.A, damping.A).power(b.T, power).T / factors.n_labels
+        if factors.spread is not None:
+            b = factors.spread.gather(b)
         side: Any = self._damped_of(factors.G, damping.G)
         y = side.push_through(b, power)
         return y * self._scale(factors, power)
@@ -430,6 +485,8 @@ class KFACEngine:
                     f"gradient {name}: the model has no such parameter; allowed: the names in "
                     "named_parameters()"
                 )
+        if self.communicator.size > 1 and self.settings.reduce == "gram":
+            same_vectors(self.communicator, list(vectors.values()))
         dtype = self.settings.numerics.apply_dtype
         result: dict[str, Tensor] = {}
         for name, factors in self.factors.items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LayerError
-from .losses import unwrap
+from .losses import class_name, unwrap
 from .settings import Coverage
 
 
@@ -93,7 +93,7 @@ class Layer:
 
 def _is_conv1d(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
+    return class_name(module) == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -105,7 +105,7 @@ def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
-    name = type(module).__name__
+    name = class_name(module)
     return isinstance(module, nn.LayerNorm) or name.endswith("RMSNorm") or name == "T5LayerNorm"
 
 

@@ -117,6 +117,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def class_name(module: nn.Module) -> str:
+    """Returns the name of a module's class; FSDP2 puts a class of its own before it."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if is_sharded(module) else name
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Says whether ``fully_shard`` was applied to this very module."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__[1:])
+
+
 def logits_of(outputs: Any) -> Tensor:
     """Returns the logits in a model's output.
 
@@ -155,7 +166,7 @@ def shift_of(model: nn.Module) -> bool | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
         return None
-    name, kind = type(model).__name__, getattr(model, "loss_type", None)
+    name, kind = class_name(model), getattr(model, "loss_type", None)
     if kind in _ALIGNED_LOSS_TYPES:
         return False
     if kind == "ForConditionalGeneration":

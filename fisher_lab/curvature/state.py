@@ -34,6 +34,10 @@ CONVENTIONS = "A=(1/T)sum aa^T; G=(1/T)sum gg^T; token-summed loss; row-major ve
 """What the numbers mean (``docs/math.md``, section 1)."""
 
 
+KEPT = ("a", "own", "tokens_g", "order")
+"""What a layer keeps besides its factors."""
+
+
 def fingerprint(model: nn.Module) -> str:
     """Returns a hash of the model's parameter names and shapes (not of their values)."""
     lines = [f"{n} {tuple(p.shape)}" for n, p in unwrap(model).named_parameters()]
@@ -44,6 +48,8 @@ def export(
     factors: Mapping[str, LayerFactors], model_fingerprint: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns tensors and header of a set of factors; factors that layers share are kept once.
+
+    What ranks have shares of is put together, so all of them have to call it.
 
     Args:
         factors: by layer name.
@@ -71,8 +77,8 @@ def export(
             owner = owners.get(id(f.A))
             entry["A"] = {"same_as": owner} if owner else _export_factor(f.A, f"{name}/A", tensors)
             owners.setdefault(id(f.A), name)
-        for key in ("a", "own", "tokens_g"):
-            value = getattr(f, key)
+        for key in KEPT:
+            value = f.gathered(key)
             if value is not None:
                 tensors[f"{name}/{key}"] = value.detach().contiguous().clone()
         layers[name] = entry
@@ -86,15 +92,18 @@ def export(
 
 
 def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    for key, value in factor.tensors().items():
-        tensors[f"{prefix}/{key}"] = value.detach().contiguous().clone()
+    parts = factor.tensors()
     entry: dict[str, Any] = {"structure": factor.structure}
     if isinstance(factor, GramFactor | DiagonalLowRankFactor):
+        columns = factor.columns.whole()
+        parts["columns"] = columns.data
         entry |= {
             "weight": factor.weight,
-            "scale": factor.columns.scale,
+            "scale": columns.scale,
             "core_dtype": str(factor.core_dtype).removeprefix("torch."),
         }
+    for key, value in parts.items():
+        tensors[f"{prefix}/{key}"] = value.detach().contiguous().clone()
     if isinstance(factor, GramFactor):
         entry |= {"discarded": factor.discarded, "reduction": factor.reduction}
     if isinstance(factor, DiagonalLowRankFactor):
@@ -183,6 +192,7 @@ def _restore_layer(
         a=kept("a"),
         own=kept("own"),
         tokens_g=kept("tokens_g"),
+        order=kept("order"),
     )
 
 

@@ -24,6 +24,7 @@ LENGTH = 16
 LEFT_OUT = (
     "cache_dir",
     "data.name",
+    "distributed.timeout_s",
     "hydra",
     "model.name",
     "progress",

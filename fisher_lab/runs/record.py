@@ -84,6 +84,15 @@ class Run:
         run._write()
         return run
 
+    @classmethod
+    def reopen(cls, directory: Path) -> Run:
+        """Take up the record of a run whose own process can no longer end it.
+
+        Args:
+            directory: with a ``run.json``, whatever its status.
+        """
+        return cls(Path(directory), {**read(directory), "status": "running"})
+
     @property
     def run_id(self) -> str:
         """The identity of the run (``identity.py``)."""
@@ -153,7 +162,11 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """End with the status ``failed`` and the error in full."""
-        self.record["error"] = describe(error)
+        self.fail_with(describe(error))
+
+    def fail_with(self, error: Mapping[str, Any]) -> None:
+        """End with the status ``failed`` and an error that :func:`describe` made elsewhere."""
+        self.record["error"] = dict(error)
         self.end("failed")
 
     def end(self, status: str, reason: str | None = None) -> None:
@@ -177,11 +190,14 @@ class Run:
         atomic.write_json(self.directory / RUN_FILE, self.record)
 
 
-def describe(error: BaseException) -> dict[str, str]:
-    """An error as a record holds it: ``type``, ``message`` and ``traceback``."""
-    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    trace = "".join(traceback.format_exception(error))
-    return {"type": kind, "message": str(error), "traceback": trace}
+def describe(error: BaseException) -> dict[str, Any]:
+    """An error as it stands in ``run.json``: ``type``, ``message`` and ``traceback``."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    return {
+        "type": kind.removeprefix("builtins."),
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def read(directory: Path) -> dict[str, Any]:

@@ -79,12 +79,13 @@ def _perform(frozen: Frozen, claim: Claim) -> int:
     stopped: Interrupted | None = None
     with _logging(frozen):
         try:
-            job.perform(
+            work = job.Work(
                 frozen.config,
                 frozen.directory,
-                frozen.data["overrides"],
-                frozen=frozen.data["content"],
+                tuple(frozen.data["overrides"]),
+                frozen.data["content"],
             )
+            job.begin(work, frozen.logging())
         except Interrupted as stop:
             stopped = stop
             _amend(frozen, stop)

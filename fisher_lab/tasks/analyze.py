@@ -22,12 +22,14 @@ from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import run_engines
+from fisher_lab.tasks.team import Team
 from fisher_lab.workbench import build
 from fisher_lab.workbench.bench import Bench
 
 log = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.csv"
+RANKS_FILE = "ranks.csv"
 
 MODEL_DECREASE = 0.01
 """The step along the natural gradient is the one for which the quadratic model promises this."""
@@ -39,9 +41,12 @@ STEP_POWERS = range(-3, 4)
 def run(config: Config, run: Run) -> None:
     """Analyse a model: loss, K-FAC, the natural gradient and the step that it gives.
 
+    On several ranks each takes its sequences of every batch, and the numbers are those of all of
+    them; with ``kfac.reduce=none`` they are rank 0's own.
+
     Args:
         config: the validated configuration.
-        run: the run's record; gets ``metrics.json`` and ``layers.csv``.
+        run: the run's record; gets ``metrics.json``, ``layers.csv`` and, with ranks, ``ranks.csv``.
 
     Raises:
         ConfigError: text or model cannot be had as configured.
@@ -50,12 +55,15 @@ def run(config: Config, run: Run) -> None:
     progress = Progress(config.progress)
     bench = build(config, progress, run.signals)
     run.note(workbench=bench.record)
-    batches = bench.batches("train", config.kfac.n_batches, config.seed)
+    team = Team.of(config)
+    batches = team.share(bench.batches("train", config.kfac.n_batches, config.seed))
     heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
-    _record_loss(bench, batches, run)
+    if team.joined.size > 1:
+        heldout = team.share(heldout)
+    _record_loss(bench, batches, run, team)
     engine = kfac_engine(config, progress)
     _time_plain_pass(bench, batches, run)
-    gradient, natural = _precondition(engine, bench, batches, run)
+    gradient, natural = _precondition(engine, bench, batches, run, team)
     reports = engine.engine.reports()
     run.table(LAYERS_FILE, layer_rows(reports))
     run.metrics(layer_metrics(reports))
@@ -65,27 +73,35 @@ def run(config: Config, run: Run) -> None:
     run.note(kfac=_about(engine))
     metrics = gradient_metrics(gradient, natural)
     run.metrics(metrics)
-    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress))
+    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress, team))
     run_engines(config, bench, run, progress)
 
 
 # ---- loss and time -------------------------------------------------------------------------------
 
 
-def mean_loss(bench: Bench, batches: Iterable[Any]) -> float:
-    """Returns the mean loss over all labels of some batches, in nats."""
+def mean_loss(bench: Bench, batches: Iterable[Any], team: Team | None = None) -> float:
+    """Returns the mean loss over all labels of some batches, in nats.
+
+    Args:
+        bench: the model.
+        batches: the batches.
+        team: whose batches count together; collective then.
+    """
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in batches:
             scored = losses.score(bench.model, batch, bench.loss_fn)
             total += float(losses.summed_loss(scored))
             count += scored.n_labels
+    if team is not None:
+        total, count = team.total(total, count)
     return total / max(count, 1)
 
 
-def _record_loss(bench: Bench, batches: list[Any], run: Run) -> None:
+def _record_loss(bench: Bench, batches: list[Any], run: Run, team: Team) -> None:
     about = bench.record.get("model", {})
-    run.metrics({"loss": mean_loss(bench, batches)})
+    run.metrics({"loss": mean_loss(bench, batches, team)})
     known = {"loss/heldout": "heldout_loss", "loss/baseline": "baseline_loss"}
     run.metrics({name: about[key] for name, key in known.items() if about.get(key) is not None})
 
@@ -114,7 +130,7 @@ def _wait(bench: Bench) -> None:
 
 
 def _precondition(
-    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run
+    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run, team: Team
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Collects, factors and applies, timed apart; returns gradient and natural gradient.
 
@@ -127,6 +143,7 @@ def _precondition(
         _wait(bench)
         marks.append(perf_counter())
 
+    team.reset()
     with PeakMemory(bench.device) as memory:
         mark()
         engine.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn, keep_gradient=True)
@@ -144,9 +161,13 @@ def _precondition(
             "kfac/factor_s": factor,
             "kfac/apply_s": apply,
             "kfac/total_s": collect + factor + apply,
-            "kfac/peak_mb": memory.growth_mib,
         }
     )
+    own = engine.engine.rank_counts[team.joined.rank]
+    rows, metrics = team.report(own["tokens"], own["labels"], memory.growth_mib)
+    run.metrics(metrics)
+    if len(rows) > 1:
+        run.table(RANKS_FILE, rows)
     gradient = engine.engine.own_gradients(bench.model)
     covered = [name for name in gradient if name not in engine.uncovered]
     return {n: gradient[n] for n in covered}, {n: natural[n] for n in covered}
@@ -294,16 +315,17 @@ def _steps(
     natural: Mapping[str, Tensor],
     decrement: float,
     progress: Progress,
+    team: Team,
 ) -> dict[str, float]:
     """Held-out loss before less after a step along the natural gradient, at several lengths."""
     if not decrement > 0:
         log.warning("decrement %g is not positive: no step is tried", decrement)
         return {"ng/heldout_loss_decrease": math.nan, "ng/heldout_loss_decrease_best": math.nan}
     eta = math.sqrt(2.0 * MODEL_DECREASE / decrement)
-    before = mean_loss(bench, heldout)
+    before = mean_loss(bench, heldout, team)
     decreases = {}
     for k in progress.track(STEP_POWERS, "held-out steps", len(STEP_POWERS)):
-        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k)
+        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k, team)
     best = max(decreases, key=lambda k: decreases[k])
     return {
         "ng/eta": eta,
@@ -315,7 +337,11 @@ def _steps(
 
 
 def loss_after(
-    bench: Bench, batches: list[Any], direction: Mapping[str, Tensor], eta: float
+    bench: Bench,
+    batches: list[Any],
+    direction: Mapping[str, Tensor],
+    eta: float,
+    team: Team | None = None,
 ) -> float:
     """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
     parameters = dict(bench.model.named_parameters())
@@ -325,7 +351,7 @@ def loss_after(
             for name, value in direction.items():
                 moved = kept[name].double() - eta * value.double()
                 parameters[name].copy_(moved.to(kept[name].dtype))
-        return mean_loss(bench, batches)
+        return mean_loss(bench, batches, team)
     finally:
         _put_back(parameters, kept)
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from fisher_lab import tracking
+from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.config.validate import validate
-from fisher_lab.runs import provenance
+from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import screen
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
+    from fisher_lab.distributed.communicator import TorchCommunicator
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,7 @@ class Outcome:
     directory: Path
     status: str
     message: str | None = None
+    error: Exception | None = None
 
     @property
     def line(self) -> str:
@@ -65,6 +71,40 @@ class Outcome:
         return 1
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a run is to do, and where.
+
+    Attributes:
+        config: the validated configuration.
+        directory: the run directory.
+        overrides: as typed.
+        frozen: hashes of text and model as they were when the run was submitted; it fails where
+            they have changed since.
+    """
+
+    config: Config
+    directory: Path
+    overrides: tuple[str, ...]
+    frozen: Mapping[str, Any] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON-able values, for the ranks."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "directory": str(self.directory),
+            "overrides": list(self.overrides),
+            "frozen": None if self.frozen is None else dict(self.frozen),
+        }
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Work:
+        """From what :meth:`plain` gave."""
+        config = validate(plain["config"])
+        directory, overrides = Path(plain["directory"]), tuple(plain["overrides"])
+        return cls(config, directory, overrides, plain["frozen"])
+
+
 def execute(cfg: DictConfig) -> Outcome:
     """Run the task of a composed configuration in Hydra's output directory.
 
@@ -74,74 +114,124 @@ def execute(cfg: DictConfig) -> Outcome:
         Interrupted: a signal ended the run; its record says so.
     """
     hydra = HydraConfig.get()
-    return perform(validate(cfg), Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+    directory, overrides = Path(hydra.runtime.output_dir), tuple(hydra.overrides.task)
+    told: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    return begin(Work(validate(cfg), directory, overrides), told)
 
 
-def perform(
-    config: Config,
-    directory: Path,
-    overrides: Sequence[str],
-    *,
-    frozen: Mapping[str, Any] | None = None,
-) -> Outcome:
-    """Run the task of a configuration in a directory.
-
-    An error of the task is recorded and logged in full, and not raised.
+def begin(work: Work, told: Mapping[str, Any]) -> Outcome:
+    """Run a task: in this process, or in ranks that are started for it.
 
     Args:
-        config: the validated configuration.
-        directory: the run directory.
-        overrides: as typed.
-        frozen: hashes of text and model as they were when the run was submitted; it fails where
-            they have changed since.
+        work: what to do.
+        told: how the ranks are to log.
 
     Raises:
         Interrupted: a signal ended the run; its record says so.
     """
+    from fisher_lab.tasks import ranks
+
     logging.captureWarnings(True)
+    if not ranks.wanted(work.config):
+        communicator = ranks.current()
+        outcome = perform(work, communicator)
+        if outcome.error is not None and communicator is not None:
+            folder = work.directory / ranks.FOLDER
+            ranks.write_error(folder, communicator.rank, outcome.error)
+        return outcome
+    error = ranks.start(work, told)
+    if error is None:
+        return Outcome(work.directory, "completed")
+    return Outcome(work.directory, "failed", _brief(error["type"], error["message"]))
+
+
+def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcome:
+    """Run a task in this process, as one of several ranks or alone.
+
+    Only rank 0 writes the run directory; the others keep their record in a temporary one.
+
+    Args:
+        work: what to do.
+        communicator: of the ranks; None for one process alone.
+
+    Raises:
+        Interrupted: a signal ended the run; its record says so.
+    """
+    leads = communicator is None or communicator.rank == 0
+    with ExitStack() as stack:
+        directory = work.directory
+        if not leads:
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="fisher_lab-rank-")))
+        return _perform(dataclasses.replace(work, directory=directory), communicator, leads)
+
+
+def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) -> Outcome:
+    config, directory = work.config, work.directory
     content, problem = _content(config)
-    if frozen is not None and problem is None and content != frozen:
-        problem = RunFailed(_changed(content, frozen))
-    content = content if frozen is None else dict(frozen)
+    if work.frozen is not None:
+        if problem is None and content != work.frozen:
+            problem = RunFailed(_changed(content, work.frozen))
+        content = dict(work.frozen)
     run = Run.start(
         directory,
         config=dataclasses.asdict(config),
-        overrides=overrides,
+        overrides=work.overrides,
         identity=content,
         provenance=provenance.collect(),
     )
     log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
-    tracker = tracking.make(config.tracker)
+    told_to = config.tracker if leads else TrackerConfig()
+    tracker = tracking.make(told_to)
     tracker.start(
         sending.start_of(
             run,
-            config.tracker,
+            told_to,
             task=config.task.name,
             overrides=run.record["overrides"],
         )
     )
     try:
         with run.signals:
+            if communicator is not None:
+                from fisher_lab.tasks import ranks
+
+                run.note(distributed=ranks.about(communicator))
             if problem is not None:
                 raise problem
             run.note(**_prepare(config))
             with tracking.current(tracker):
                 import_module(TASKS[config.task.name]).run(config, run)
     except Interrupted as stop:
-        run.end(stop.status, stop.signum.name)
+        told = _of_another_rank(stop, directory, communicator)
+        if told is None:
+            run.end(stop.status, stop.signum.name)
+        else:
+            run.fail_with(told)
         log.warning("%s; the run directory is %s", stop, directory)
         raise
     except Exception as error:
-        run.fail(error)
+        told = _of_another_rank(error, directory, communicator)
+        run.fail_with(record.describe(error) if told is None else told)
         _log_in_full(error)
-        return Outcome(directory, "failed", _first_line(error))
+        return Outcome(directory, "failed", _first_line(error), error)
     else:
         run.complete()
         log.info("completed")
     finally:
-        sending.send(run, config.tracker, tracker)
-    screen.show(run)
+        sending.send(run, told_to, tracker)
+    if leads:
+        screen.show(run)
     return Outcome(directory, "completed")
+
+
+def _of_another_rank(
+    error: BaseException, directory: Path, communicator: TorchCommunicator | None
+) -> dict[str, Any] | None:
+    if communicator is None or communicator.rank > 0:
+        return None
+    from fisher_lab.tasks import ranks
+
+    return ranks.cause(directory / ranks.FOLDER, 0, error)
 
 
 def _changed(content: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:

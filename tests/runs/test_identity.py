@@ -43,6 +43,7 @@ NEUTRAL = (
     "data.path",
     "data.pattern",
     "model.name_or_path",
+    "distributed.timeout_s",
     "train.save_every_s",
     *(f"sweep.{item.name}" for item in dataclasses.fields(SweepConfig)),
     *(f"resume.{item.name}" for item in dataclasses.fields(ResumeConfig)),

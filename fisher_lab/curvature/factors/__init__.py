@@ -8,6 +8,7 @@ from .base import Damped, Factor, FactorReport
 from .dense import DenseFactor
 from .diagonal import DiagonalFactor, DiagonalLowRankFactor
 from .gram import Columns, GramFactor
+from .sharded import ShardedColumns
 
 __all__ = [
     "Columns",
@@ -18,4 +19,5 @@ __all__ = [
     "Factor",
     "FactorReport",
     "GramFactor",
+    "ShardedColumns",
 ]

@@ -166,10 +166,7 @@ class DampedDiagonalLowRank(Damped):
         """``S - I = sign w P D^-1 P^T``, ``[N, N]`` in the core dtype."""
         f = self.factor
         inverse = (f.diagonal + self.lam).reciprocal()
-        core = torch.zeros(f.n_columns, f.n_columns, dtype=f.core_dtype, device=f.diagonal.device)
-        for part, p in f.columns.converted(f.core_dtype):
-            core.addmm_(p * inverse[part], p.T)
-        return core.mul_(f.weight * f.sign)
+        return f.columns.weighted_gram(inverse, f.core_dtype).mul_(f.weight * f.sign)
 
     @cached_property
     def cholesky(self) -> Cholesky:

@@ -110,6 +110,17 @@ class Columns:
             result.addmm_(part, part.T)
         return result.mul_(self.scale**2)
 
+    def weighted_gram(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns ``g diag(weights) g^T`` (``[T, T]``) in ``dtype``; ``weights`` is ``[out]``."""
+        result = torch.zeros(self.shape[0], self.shape[0], dtype=dtype, device=self.device)
+        for columns, part in self.converted(dtype):
+            result.addmm_(part * weights[columns], part.T)
+        return result
+
+    def whole(self) -> Columns:
+        """Returns the columns with all outputs: these are."""
+        return self
+
     def squared_norm(self) -> float:
         """Returns the sum of all squares, in float64."""
         total = 0.0

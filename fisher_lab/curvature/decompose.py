@@ -1,0 +1,171 @@
+"""Spreads decompositions over the ranks: each is done once, by cost, and broadcast.
+
+All ranks hold the same matrices (``docs/math.md``, section 7), so any of them can decompose any
+of these; a result that comes from one rank is the same on all of them to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CurvatureError
+from .factors import Damped, GramFactor
+from .factors.dense import DampedDense
+from .factors.diagonal import DampedDiagonalLowRank
+from .factors.gram import DampedGram
+from .linalg import Cholesky
+from .reduce import Communicator, raise_others
+
+Decomposed = DampedDense | DampedGram | DampedDiagonalLowRank
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Assigns decompositions to ranks: the largest first, each to the least busy rank.
+
+    Args:
+        sizes: sides of the matrices; the cost is taken as their cube.
+        ranks: number of ranks.
+    """
+    busy = [0.0] * ranks
+    result = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        result[index] = min(range(ranks), key=lambda r: busy[r])
+        busy[result[index]] += float(sizes[index]) ** 3
+    return result
+
+
+@dataclass
+class _Task:
+    side: Decomposed
+    size: int
+    owner: int = 0
+
+
+def prepare_together(
+    sides: Sequence[Damped], communicator: Communicator, *, eigen: bool = False
+) -> list[float]:
+    """Decomposes every side once over all ranks; collective.
+
+    Args:
+        sides: damped factors, the same ones in the same order on every rank.
+        communicator: of the ranks.
+        eigen: eigendecompositions of the factors (EKFAC), whatever an inverse would need.
+
+    Returns:
+        Seconds that each side's decomposition took on its owner.
+
+    Raises:
+        CurvatureError: a decomposition failed; names the rank.
+    """
+    found = [_task(side, eigen) for side in sides]
+    tasks = {id(t.side): t for t in found if t is not None}  # layers may share one
+    todo = list(tasks.values())
+    for task, owner in zip(todo, owners([t.size for t in todo], communicator.size), strict=True):
+        task.owner = owner
+    told: dict[str, Any] = {}
+    error: str | None = None
+    try:
+        for index, task in enumerate(todo):
+            if task.owner == communicator.rank:
+                start = perf_counter()
+                _decompose(task.side, eigen)
+                told[str(index)] = {**_header(task.side), "seconds": perf_counter() - start}
+    except Exception as failed:
+        error = f"{type(failed).__name__}: {failed}"
+    every = communicator.share({"error": error, "done": told})
+    raise_others([each["error"] for each in every])
+    seconds: dict[int, float] = {}
+    for index, task in enumerate(todo):
+        header = every[task.owner]["done"][str(index)]
+        _hand_over(task, header, communicator)
+        seconds[id(task.side)] = header["seconds"]
+    return [seconds.get(id(side), 0.0) for side in sides]
+
+
+def _task(side: Damped, eigen: bool) -> _Task | None:
+    """What is left to do; forms the matrix first, which is collective where it is spread."""
+    if isinstance(side, DampedDiagonalLowRank):
+        return None if "cholesky" in side.__dict__ else _Task(side, side.core.shape[0])
+    if not isinstance(side, DampedDense | DampedGram):
+        return None
+    if side.factor._eigen is not None or (not eigen and side.__dict__.get("cholesky") is not None):
+        return None
+    factor = side.factor
+    matrix = factor.kernel if isinstance(factor, GramFactor) else factor.matrix
+    return _Task(side, matrix.shape[0])
+
+
+def _decompose(side: Decomposed, eigen: bool) -> None:
+    if eigen and not isinstance(side, DampedDiagonalLowRank):
+        side.factor.eigen(on_host=side.numerics.on_host)
+    else:
+        side.prepare()
+
+
+def _header(side: Decomposed) -> dict[str, Any]:
+    found = side.__dict__.get("cholesky")
+    return {
+        "tried": found is not None,
+        "lower": found is not None and found.lower is not None,
+        "jitter": 0.0 if found is None else found.jitter,
+        "eps": 0.0 if found is None else found.eps,
+    }
+
+
+def _hand_over(task: _Task, header: dict[str, Any], communicator: Communicator) -> None:
+    side, mine = task.side, task.owner == communicator.rank
+    like = side.core if isinstance(side, DampedDiagonalLowRank) else _matrix(side)
+
+    def moved(x: Tensor | None, *shape: int) -> Tensor:
+        here = x if mine and x is not None else like.new_empty(shape)
+        return communicator.broadcast(here, task.owner)
+
+    n = task.size
+    if header["lower"]:
+        own = side.cholesky.lower if mine and side.cholesky is not None else None
+        lower = moved(own, n, n)
+        if not mine:
+            side.cholesky = Cholesky(lower, header["jitter"], header["eps"])
+        return
+    if not mine and header["tried"]:
+        side.cholesky = Cholesky(None, 0.0, 0.0)
+    pair: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if mine:
+        pair = side.eigen if isinstance(side, DampedDiagonalLowRank) else side.factor.eigen()
+    values, vectors = moved(pair[0], n), moved(pair[1], n, n)
+    if not mine:
+        if isinstance(side, DampedDiagonalLowRank):
+            side.eigen = (values, vectors)
+        else:
+            side.factor._eigen = (values, vectors)
+
+
+def _matrix(side: DampedDense | DampedGram) -> Tensor:
+    factor = side.factor
+    return factor.kernel if isinstance(factor, GramFactor) else factor.matrix
+
+
+def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
+    """Checks that the ranks apply the factors to the same vectors.
+
+    Raises:
+        CurvatureError: they differ; without this a collective product would be silently wrong.
+    """
+    mean = torch.stack([t.double().sum() for t in tensors]).sum() if tensors else torch.zeros(())
+    norm = sum(float(t.double().square().sum()) for t in tensors)
+    found = communicator.share([float(mean), norm])
+    for rank, (other_sum, other_norm) in enumerate(found):
+        size = max(found[0][1], other_norm) ** 0.5
+        near = abs(other_norm - found[0][1]) <= 1e-6 * max(found[0][1], other_norm)
+        if not near or abs(other_sum - found[0][0]) > 1e-6 * max(size, abs(other_sum)):
+            raise CurvatureError(
+                f"gradients: those of rank {rank} (norm {other_norm**0.5:.6g}) are not those of "
+                f"rank 0 (norm {found[0][1] ** 0.5:.6g}); allowed: the same gradient on every "
+                "rank, weighted by the ranks' labels"
+            )

@@ -1,0 +1,1 @@
+"""Several ranks: moving tensors with ``torch.distributed``, and starting the processes."""

@@ -1,0 +1,238 @@
+"""``torch.distributed`` behind the few collectives that the engine uses.
+
+What moves data only (gather, exchange, broadcast) moves bytes, so that every dtype works on every
+backend; what a backend lacks is built here from what it has, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisher_lab.curvature.errors import CurvatureError
+
+
+class CommunicationError(CurvatureError):
+    """A collective failed or took too long; names it, its size and the rank."""
+
+
+@dataclass
+class Traffic:
+    """What one collective has moved on this rank.
+
+    Bytes are those of the usual algorithms: a ring for all-reduce (``2 (R-1)/R`` of the tensor
+    sent and as much received) and all-gather (``R-1`` padded pieces each way), pairs for the
+    exchange (everything but the own piece), a flat tree for the broadcast.
+
+    Attributes:
+        calls: how often.
+        sent: bytes sent by this rank.
+        received: bytes received by this rank.
+        seconds: spent in it, waiting for other ranks included.
+    """
+
+    calls: int = 0
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+
+
+class TorchCommunicator:
+    """Collectives of one process group, counted.
+
+    Args:
+        group: the process group; None takes the default one.
+        pairwise: build the exchange from sends and receives (what backends without all-to-all
+            get by themselves).
+
+    Attributes:
+        traffic: name of a collective -> what it has moved.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, pairwise: bool = False) -> None:
+        self.group = group if group is not None else dist.group.WORLD
+        self.traffic: dict[str, Traffic] = {}
+        self._rank = dist.get_rank(self.group)
+        self._size = dist.get_world_size(self.group)
+        self._pairwise = pairwise
+        nccl = "nccl" in dist.get_backend(self.group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
+
+    @property
+    def rank(self) -> int:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        return self._size
+
+    # ---- collectives -------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        here = x.to(self.device).contiguous()
+        moved = 2 * (self.size - 1) * _bytes(here) // self.size
+        with self._counted("all_reduce", here, moved, moved):
+            dist.all_reduce(here, group=self.group)
+        return here.to(x.device)
+
+    def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`: padded to the longest."""
+        if len(rows) != self.size or x.shape[0] != rows[self.rank]:
+            raise ValueError(f"all_gather: {x.shape[0]} rows on rank {self.rank}, told {rows}")
+        longest = max(rows)
+        piece = x.to(self.device).contiguous()
+        if piece.shape[0] < longest:
+            padded = piece.new_zeros(longest, *piece.shape[1:])
+            padded[: piece.shape[0]] = piece
+            piece = padded
+        if piece.numel() == 0:
+            return x.new_empty(sum(rows), *x.shape[1:])
+        every = piece.new_empty(self.size * longest, *piece.shape[1:])
+        moved = (self.size - 1) * _bytes(piece)
+        with self._counted("all_gather", piece, moved, moved):
+            _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group)
+        if any(n != longest for n in rows):
+            pieces = every.view(self.size, longest, *piece.shape[1:])
+            every = torch.cat([pieces[r, :n] for r, n in enumerate(rows)])
+        return every.to(x.device)
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        here = x.to(self.device).contiguous()
+        result = here.new_empty(sum(received))
+        size, own = here.element_size(), self.rank
+        going = (sum(sent) - sent[own]) * size
+        coming = (sum(received) - received[own]) * size
+        source, target = _as_bytes(here), _as_bytes(result)
+        out_sizes = [n * size for n in sent]
+        in_sizes = [n * size for n in received]
+        with self._counted("exchange", here, going, coming):
+            if not self._pairwise:
+                try:
+                    dist.all_to_all_single(target, source, in_sizes, out_sizes, group=self.group)
+                except RuntimeError as error:
+                    if "support" not in str(error).lower():
+                        raise
+                    self._pairwise = True  # known before anything was sent, on every rank alike
+            if self._pairwise:
+                self._send_and_receive(target, source, in_sizes, out_sizes)
+        return result.to(x.device)
+
+    def _send_and_receive(
+        self, target: Tensor, source: Tensor, in_sizes: Sequence[int], out_sizes: Sequence[int]
+    ) -> None:
+        outgoing, incoming = source.split(list(out_sizes)), target.split(list(in_sizes))
+        incoming[self.rank].copy_(outgoing[self.rank])
+        work: list[Any] = []
+        for other in range(self.size):
+            if other == self.rank:
+                continue
+            peer = dist.get_global_rank(self.group, other)  # type: ignore[arg-type]
+            if in_sizes[other]:
+                work.append(dist.irecv(incoming[other], peer, group=self.group))
+            if out_sizes[other]:
+                work.append(dist.isend(outgoing[other].contiguous(), peer, group=self.group))
+        for each in work:
+            each.wait()
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        here = x.to(self.device).contiguous()
+        if here.numel() == 0:
+            return x
+        root = source == self.rank
+        sent = (self.size - 1) * _bytes(here) if root else 0
+        with self._counted("broadcast", here, sent, 0 if root else _bytes(here)):
+            peer = dist.get_global_rank(self.group, source)  # type: ignore[arg-type]
+            dist.broadcast(_as_bytes(here), peer, group=self.group)
+        return here.to(x.device)
+
+    def share(self, value: Any) -> list[Any]:
+        """See :class:`fisher_lab.curvature.reduce.Communicator`."""
+        text = json.dumps(value).encode()
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([len(text)]), [1] * self.size).tolist()
+        every = self.all_gather(data, sizes).cpu().numpy().tobytes()
+        result, start = [], 0
+        for size in sizes:
+            result.append(json.loads(every[start : start + size]))
+            start += size
+        return result
+
+    # ---- counting ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _counted(self, name: str, x: Tensor, sent: int, received: int) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CommunicationError(
+                f"rank {self.rank} of {self.size}: {name} of {str(x.dtype).removeprefix('torch.')}"
+                f"{list(x.shape)} failed after {perf_counter() - start:.1f} s ({reason}); another "
+                "rank has ended, is stuck, or calls something else"
+            ) from error
+        entry = self.traffic.setdefault(name, Traffic())
+        entry.calls += 1
+        entry.sent += sent
+        entry.received += received
+        entry.seconds += perf_counter() - start
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        self.traffic = {}
+
+    def totals(self) -> Traffic:
+        """Returns the sum over the collectives."""
+        total = Traffic()
+        for entry in self.traffic.values():
+            total.calls += entry.calls
+            total.sent += entry.sent
+            total.received += entry.received
+            total.seconds += entry.seconds
+        return total
+
+
+_CPU = torch.device("cpu")
+# Renamed in torch 2.13.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+_WORLD: dict[int, TorchCommunicator] = {}
+
+
+def world() -> TorchCommunicator | None:
+    """Returns the communicator of the default process group; None on a single rank.
+
+    It is one and the same as long as the group lives, so that its counters add up.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.group.WORLD
+    found = _WORLD.get(id(group))
+    if found is None:
+        _WORLD.clear()
+        found = _WORLD[id(group)] = TorchCommunicator(group)
+    return found

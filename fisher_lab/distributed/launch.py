@@ -1,0 +1,228 @@
+"""Starting the ranks of one run on this node, by torch elastic, and telling how they ended.
+
+The starting process computes nothing: it watches. When a rank dies, the others are stopped within
+seconds. ``CUDA_VISIBLE_DEVICES`` is handed on as it is; a rank takes the device of its local rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SHUTDOWN_S = 10
+"""A rank that has not ended this long after it was asked to is killed."""
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR2")
+"""Handed on to the ranks: the last one is a scheduler's warning before it preempts."""
+
+
+class LaunchError(ValueError):
+    """The environment does not say where the ranks are to be started; one line."""
+
+
+class Stopped(Exception):
+    """The starting process got a signal and has stopped its ranks.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank ended.
+
+    Attributes:
+        rank: the rank, over all nodes.
+        pid: its process.
+        exitcode: negative where a signal ended it.
+    """
+
+    rank: int
+    pid: int
+    exitcode: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        if self.exitcode < 0:
+            name = signal.Signals(-self.exitcode).name
+            return f"rank {self.rank} (process {self.pid}) was ended by {name}"
+        return f"rank {self.rank} (process {self.pid}) ended with exit code {self.exitcode}"
+
+
+class RanksFailed(RuntimeError):
+    """Ranks ended with an error; the others were stopped.
+
+    Attributes:
+        failures: those that ended first.
+    """
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        self.failures = tuple(failures)
+        super().__init__("; ".join(failure.text for failure in failures))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks are started.
+
+    Attributes:
+        nproc: ranks on each node.
+        nodes: number of nodes.
+        node: this node, from 0.
+        address: host of node 0.
+        port: a free one on node 0, where there are several nodes.
+    """
+
+    nproc: int
+    nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def place(nproc: int, nodes: int, environment: Mapping[str, str]) -> Place:
+    """Finds this node among several, from the launcher's environment.
+
+    SLURM's ``SLURM_NODEID`` and ``SLURM_JOB_NODELIST`` are used; ``NODE_RANK``, ``MASTER_ADDR``
+    and ``MASTER_PORT`` go before them.
+
+    Args:
+        nproc: ranks on each node.
+        nodes: number of nodes.
+        environment: usually ``os.environ``.
+
+    Raises:
+        LaunchError: the environment does not say which node this is.
+    """
+    if nodes == 1:
+        return Place(nproc)
+    node = environment.get("NODE_RANK", environment.get("SLURM_NODEID"))
+    hosts = environment.get("SLURM_JOB_NODELIST", "")
+    address = environment.get("MASTER_ADDR") or (first_host(hosts) if hosts else None)
+    if node is None or address is None:
+        raise LaunchError(
+            f"distributed.nodes={nodes}, but neither SLURM_NODEID and SLURM_JOB_NODELIST nor "
+            "NODE_RANK and MASTER_ADDR are in the environment; start it through SLURM or set them"
+        )
+    given = int(environment.get("SLURM_NNODES", nodes))
+    if given != nodes:
+        raise LaunchError(f"distributed.nodes={nodes}, but SLURM has given {given}")
+    # Jobs that share a host take different ports.
+    job = int(environment.get("SLURM_JOB_ID", "0") or 0)
+    port = int(environment.get("MASTER_PORT") or 20000 + job % 20000)
+    return Place(nproc, nodes, int(node), address, port)
+
+
+def first_host(hosts: str) -> str:
+    """Returns the first host of a SLURM list, such as ``gpu[07-09,12],login``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^,]*)", hosts.strip())
+    if match is None:
+        raise LaunchError(f"SLURM_JOB_NODELIST={hosts!r} is no list of hosts")
+    prefix, numbers, suffix = match.groups()
+    if numbers is None:
+        return prefix
+    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+
+
+def inside() -> bool:
+    """Says whether this process is a rank that somebody (torchrun, or we) has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def start(module: str, arguments: Sequence[str], where: Place) -> None:
+    """Runs ``python -m module arguments`` on every rank of this node and waits for all of them.
+
+    Args:
+        module: what every rank runs.
+        arguments: its arguments.
+        where: how many ranks, on which nodes.
+
+    Raises:
+        RanksFailed: a rank ended with an error; the others have been stopped.
+        Stopped: this process got a signal; the ranks got it too and have ended.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    several = where.nodes > 1
+    with tempfile.TemporaryDirectory(prefix="fisher_lab-ranks-") as logs, _as_before():
+        config = LaunchConfig(
+            min_nodes=where.nodes,
+            max_nodes=where.nodes,
+            nproc_per_node=where.nproc,
+            run_id=uuid.uuid4().hex if not several else f"fisher_lab-{where.port}",
+            rdzv_backend="static" if several else "c10d",
+            rdzv_endpoint=f"{where.address}:{where.port}",
+            rdzv_configs={"rank": where.node} if several else {},
+            local_addr=None if several else "127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            metrics_cfg={},
+            signals_to_handle=",".join(SIGNALS),
+            shutdown_timeout=SHUTDOWN_S,
+        )
+        _same_code()
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except ChildFailedError as error:
+            raise RanksFailed(
+                [Failure(rank, f.pid, f.exitcode) for rank, f in sorted(error.failures.items())]
+            ) from None
+        except SignalException as error:
+            raise Stopped(int(error.sigval)) from None
+
+
+def _same_code() -> None:
+    """The ranks import the package that this process has, wherever that came from."""
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Elastic leaves signal handlers and environment variables behind."""
+    names = [getattr(signal, name) for name in SIGNALS]
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {signum: signal.getsignal(signum) for signum in names}
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        for key in set(os.environ) - set(environment):
+            del os.environ[key]
+        os.environ.update(environment)
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to end this rank when the process that started it is gone (Linux)."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_death_signal = 1
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before we asked
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,54 @@
+"""A rank's time in its process group: joining it, and leaving it in good order."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .communicator import TorchCommunicator, world
+
+
+def backend_of(name: str, device: str) -> str:
+    """Returns the backend: ``auto`` is nccl where the ranks compute on CUDA devices, else gloo."""
+    if name != "auto":
+        return name
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return "nccl" if cuda else "gloo"
+
+
+@contextmanager
+def session(
+    backend: str, device: str = "auto", *, timeout_s: float = 600.0
+) -> Iterator[TorchCommunicator]:
+    """Joins the process group that the environment names (``RANK``, ``WORLD_SIZE``, ...).
+
+    Args:
+        backend: ``gloo``, ``nccl`` or ``auto``.
+        device: ``cpu``, ``cuda`` or ``auto``; a rank on CUDA takes the device of its local rank.
+        timeout_s: a collective that waits longer than this fails.
+
+    Yields:
+        The communicator of all ranks.
+    """
+    chosen = backend_of(backend, device)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if chosen == "gloo" and one_node and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name look-up, no network
+    dist.init_process_group(chosen, timeout=timedelta(seconds=timeout_s))
+    found = world()
+    communicator = TorchCommunicator() if found is None else found
+    try:
+        yield communicator
+        # A rank that leaves while another is still talking aborts it.
+        communicator.share(None)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""What the ranks do in `test_group_ranks.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.group import GroupFisher
+from fisher_lab.curvature.groups.ranks import merged
+from tests.distributed import joined
+
+
+def collected(unit: str, name: str, batches: list[dict]) -> GroupFisher:
+    collector = GroupFisher(unit)
+    model = joined.model_of(name, torch.float64)
+    for number, batch in enumerate(batches):
+        collector.collect(model, batch, f"task{number % 2}")
+    return collector
+
+
+def on_a_rank(comm: Any, unit: str, name: str, batches: list[dict]) -> tuple[dict, dict]:
+    own = collected(unit, name, batches)
+    before = own.state()[1]
+    state = merged(own, comm).state()
+    if own.state()[1] != before:
+        raise AssertionError("the rank's own collector has changed")
+    return state
+
+
+def of_other_units(comm: Any, name: str, batches: list[dict]) -> str:
+    own = collected("token" if comm.rank == 0 else "sequence", name, batches)
+    try:
+        merged(own, comm)
+    except CurvatureError as error:
+        return str(error)
+    return "nothing"

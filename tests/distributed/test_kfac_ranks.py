@@ -1,0 +1,379 @@
+"""K-FAC on 1, 2 and 3 ranks against the dense truth on their joined tokens.
+
+The ranks have 40, 0 and 7 labels and different numbers of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fisher_lab.curvature.join import rank_seed
+from tests import models, reference
+from tests.capturing import POLICIES, random_like
+from tests.distributed import joined
+from tests.distributed.joined import LABELS, Joined, Setting, assert_all
+from tests.distributed.pool import Pool
+from tests.reference import Damping
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+MODES = ("gather", "gram")
+
+
+def answers_of(
+    ranks: Pool,
+    name: str,
+    size: int,
+    settings: list[Setting],
+    *,
+    dtype: torch.dtype = torch.float64,
+    batches: list[list[dict]] | None = None,
+    **more: Any,
+) -> list[list[dict]]:
+    """By setting: every rank's answer."""
+    batches = joined.batches_of(name, size) if batches is None else batches
+    each = [{"batches": own} for own in batches[:size]]
+    found = ranks.run(
+        joined.collect, size, each=each, name=name, dtype=dtype, settings=settings, **more
+    )
+    return [list(of_setting) for of_setting in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_natural_gradient_and_products_are_those_of_the_joined_tokens(
+    ranks: Pool, name: str, size: int, dtype: torch.dtype
+) -> None:
+    settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
+    labels, bound = sum(LABELS[:size]), BOUNDS[dtype]
+    for setting, answers in zip(
+        settings, answers_of(ranks, name, size, settings, dtype=dtype), strict=True
+    ):
+        one = Joined(name, dtype, answers, labels)
+        assert all(answer["N"] == {labels} for answer in answers)
+        tokens = {n: len(t.a) for n, t in one.truth.tokens.items() if n in answers[0]["T"]}
+        assert all(answer["T"] == tokens for answer in answers)
+        own = one.own()
+        assert_all(answers, "own", own, bound)
+        natural = one.truth.natural_gradient(own, setting.damping)
+        assert_all(answers, "natural", natural, bound)
+        assert_all(answers, "general", natural, bound)
+        assert_all(answers, "power", one.truth.powered(own, -0.5, setting.damping), bound)
+        vectors = random_like(answers[0]["own"])
+        assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
+
+
+def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> None:
+    """76 tokens: more than some outputs (then a matrix is summed), fewer than others."""
+    ((first, *_),) = answers_of(ranks, "gpt2", 3, [Setting("all", "gram")])
+    assert set(first["reductions"].values()) >= {"", "lossless"}
+    ((first, *_),) = answers_of(ranks, "gpt2", 3, [Setting("hybrid", "gram")])
+    ((second, *_),) = answers_of(ranks, "gpt2", 3, [Setting("small_only", "gram")])
+    assert "woodbury" in first["methods"].values()
+    assert "woodbury" not in second["methods"].values()
+
+
+def test_gradient_of_every_parameter_is_weighted_by_labels(ranks: Pool) -> None:
+    """By autograd over all batches in one process, position embeddings included."""
+    batches = joined.batches_of("gpt2", 3)
+    ((*answers,),) = answers_of(ranks, "gpt2", 3, [Setting()], batches=batches)
+    model = joined.model_of("gpt2", torch.float64)
+    for (batch,) in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        loss, _ = reference.summed_loss(model, model(**inputs).logits, batch)
+        loss.backward()
+    truth = {n: p.grad / sum(LABELS) for n, p in model.named_parameters() if p.grad is not None}
+    assert "transformer.wpe.weight" in truth
+    assert_all(answers, "own", truth, 1e-12)
+
+
+@pytest.mark.parametrize("kappa", [1e2, None])
+@pytest.mark.parametrize("size", [2, 3])
+def test_clipping_and_what_is_derived(ranks: Pool, kappa: float | None, size: int) -> None:
+    damping = Damping(A=1e-3, G=1e-3, kappa=kappa)
+    settings = [Setting("all", mode, damping) for mode in MODES]
+    wants = ("own", "natural", "derived")
+    labels = sum(LABELS[:size])
+    for answers in answers_of(ranks, "gpt2", size, settings, wants=wants):
+        one = Joined("gpt2", torch.float64, answers, labels)
+        own = one.own()
+        assert_all(answers, "natural", one.truth.natural_gradient(own, damping), 1e-10)
+        for answer in answers:
+            found = answer["derived"]
+            for name, counts in one.truth.clipped(damping).items():
+                assert tuple(found["clipped"][name]) == counts
+            for factors, tokens in one.truth.weight_factors().values():
+                scale = factors.tokens / labels
+                trace = scale * float(factors.A.trace() * factors.G.trace())
+                assert found["trace"][tokens.name] == pytest.approx(trace, rel=1e-10)
+                top = scale * torch.linalg.eigvalsh(factors.G)[-1] * torch.linalg.eigvalsh(
+                    factors.A
+                )[-1]  # fmt: skip
+                assert found["top"][tokens.name][0] == pytest.approx(float(top), rel=1e-10)
+            assert found == answers[0]["derived"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_ekfac(ranks: Pool, name: str, size: int) -> None:
+    settings = [
+        Setting(policy, mode).also(ekfac=True) for policy in ("all", "small_only") for mode in MODES
+    ]
+    batches = joined.two_batches(joined.batches_of(name, size))
+    for setting, answers in zip(
+        settings, answers_of(ranks, name, size, settings, batches=batches), strict=True
+    ):
+        one = Joined(name, torch.float64, answers, sum(LABELS[:size]))
+        truth = one.truth.ekfac(one.own(), setting.damping)
+        assert_all(answers, "natural", truth, 1e-10)
+        assert_all(answers, "general", truth, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["mc", "true"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_fisher_kinds(ranks: Pool, kind: str, size: int) -> None:
+    more = {"fisher": kind, "n_samples": 2, "true_max_classes": 2}
+    settings = [Setting("all", mode).also(**more) for mode in MODES]
+    found = answers_of(ranks, "llama", size, settings, wants=("own", "natural"))
+    for setting, answers in zip(settings, found, strict=True):
+        assert all(answer["fisher"] == "mc" for answer in answers)
+        # The last backward pass is that of the data's own loss, for the gradient.
+        sampled = [_passes(answer, slice(None, -1)) for answer in answers]
+        data = [_passes(answer, slice(-1, None)) for answer in answers]
+        labels = sum(LABELS[:size])
+        own = Joined("llama", torch.float64, data, labels).own()
+        one = Joined("llama", torch.float64, sampled, labels)
+        assert_all(answers, "own", own, 1e-10)
+        if kind == "true":
+            head = one.truth.tokens["lm_head"]
+            logits = head.a @ head.module.weight.detach().T
+            scored = torch.cat([_scored(a) for a in joined.batches_of("llama", size)])
+            G = reference.true_fisher_of_softmax(logits[scored], len(head.a))
+            one.truth.G_override["lm_head"] = G
+            truth = one.truth.true_head_natural_gradient(own, setting.damping, "lm_head")
+        else:
+            truth = one.truth.natural_gradient(own, setting.damping)
+        skipped = {n for n in truth if "norm" in n}  # the reference has their first draw only
+        truth = {n: value for n, value in truth.items() if n not in skipped}
+        assert_all(answers, "natural", truth, 1e-10)
+
+
+def _passes(answer: dict, which: slice) -> dict:
+    tokens = {}
+    for name, (kind, a, g) in answer["tokens"].items():
+        # A rank without labels makes one pass, which is all of its passes at once.
+        tokens[name] = (kind, a, g[which] if len(g) > 1 else g)
+    return {**answer, "tokens": tokens}
+
+
+def _scored(batches: list[dict]) -> torch.Tensor:
+    """Which tokens of a rank carry a label, in the order of the tokens."""
+    model = joined.model_of("llama", torch.float64)
+    (batch,) = batches
+    counted = reference.counting_labels(model, batch) != reference.IGNORE
+    return counted[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp16"])
+def test_columns_of_16_bits(ranks: Pool, stored: str) -> None:
+    settings = [Setting("all", mode).also(woodbury_dtype=stored) for mode in MODES]
+    dtype = torch.float32
+    wants = ("own", "natural", "storage")
+    found = answers_of(ranks, "gpt2", 3, settings, dtype=dtype, wants=wants)
+    one = Joined("gpt2", dtype, found[0], sum(LABELS))
+    natural = one.truth.natural_gradient(one.own(), settings[0].damping)
+    for answers in found:
+        assert_all(answers, "natural", natural, 2e-2)  # what 16 bits cost
+        assert max(e for e in answers[0]["storage"].values() if e is not None) > 1e-5
+        assert all(answer["storage"] == answers[0]["storage"] for answer in answers)
+    together = zip(found[0], found[1], strict=True)
+    for gathered, spread in together:
+        wide = [n for n, r in spread["reductions"].items() if r == ""]
+        same = {n: gathered["storage"][n] for n in wide if gathered["storage"][n] is not None}
+        assert same
+        for name, error in same.items():
+            assert spread["storage"][name] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_batches_norms_and_other_families(ranks: Pool, mode: str) -> None:
+    for name in ("bert", "t5", "tiny"):
+        labels = LABELS if name != "t5" else (20, 0, 5)
+        batches = joined.two_batches(joined.batches_of(name, 3, labels))
+        (answers,) = answers_of(ranks, name, 3, [Setting("all", mode)], batches=batches)
+        one = Joined(name, torch.float64, answers, sum(labels))
+        # The gradient of a key's bias is zero in exact arithmetic.
+        own = {n: value for n, value in one.own().items() if float(value.norm()) > 1e-12}
+        assert_all(answers, "own", own, 1e-10)
+        truth = one.truth.natural_gradient(one.own(), Setting().damping)
+        truth = {n: value for n, value in truth.items() if n in own}
+        assert any("norm" in n.lower() or "ln" in n for n in truth)
+        assert_all(answers, "natural", truth, 1e-10)
+
+
+@pytest.mark.parametrize("tied", ["embedding", "sum"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tied_weights(ranks: Pool, tied: str, mode: str) -> None:
+    kappa = Damping(A=1e-3, G=1e-3, kappa=None)  # the pooled structure has no floor
+    setting = Setting("all", mode, kappa).also(tied=tied)
+    (answers,) = answers_of(ranks, "tiny", 3, [setting], wants=("own", "natural", "product"))
+    one = Joined("tiny", torch.float64, answers, sum(LABELS), tied=tied)
+    truth = one.truth.natural_gradient(one.own(), kappa)
+    assert_all(answers, "natural", truth, 1e-9)
+    assert_all(answers, "product", one.truth.fisher_vector_product(
+        random_like(answers[0]["own"])), 1e-10)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("nothing", ["padding", "no batch"])
+def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
+    batches = joined.batches_of("gpt2", 3)
+    batches[1] = [joined.empty_batch()] if nothing == "padding" else []
+    (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", mode)], batches=batches)
+    if nothing == "padding":
+        assert all(len(a) == 0 for _, a, _ in answers[1]["tokens"].values())
+    one = Joined("gpt2", torch.float64, answers, sum(LABELS))
+    own = one.own()
+    assert_all(answers, "own", own, 1e-10)
+    assert_all(answers, "natural", one.truth.natural_gradient(own, Setting().damping), 1e-10)
+
+
+def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
+    batches = joined.batches_of("gpt2", 3, (40, 3, 7))
+    (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", "none")], batches=batches)
+    for answer, labels in zip(answers, (40, 3, 7), strict=True):
+        one = Joined("gpt2", torch.float64, [answer], labels)
+        truth = one.truth.natural_gradient(one.own(), Setting().damping)
+        assert_all([answer], "natural", truth, 1e-10)
+    errors = reference.errors(answers[1]["natural"], answers[0]["natural"])
+    assert max(errors.values()) > 0.1
+
+
+def test_the_sum_of_local_grams_is_wrong(ranks: Pool) -> None:
+    """Even where all ranks have as many tokens, so that the sizes match (`docs/math.md`, 7)."""
+    lengths, labels = (13, 10), (12, 7)
+    model = joined.model_of("llama", torch.float64)
+    batches = [
+        [joined.with_labels(model, models.language_batch(lengths, share=1.0, seed=rank), count)]
+        for rank, count in enumerate(labels)
+    ]
+    settings = [Setting("all", "gram")]
+    each = [{"batches": own} for own in batches]
+    arguments = {"name": "llama", "dtype": torch.float64, "settings": settings}
+    wants = ("own", "general")
+    right = ranks.run(joined.collect, 2, each=each, **arguments)
+    wrong = ranks.run(joined.with_local_grams, 2, each=each, wants=wants, **arguments)
+    answers = [found[0] for found in right]
+    one = Joined("llama", torch.float64, answers, sum(labels))
+    truth = one.truth.natural_gradient(one.own(), settings[0].damping)
+    wide = {n: v for n, v in truth.items() if "gate_proj" in n or "lm_head" in n}
+    assert len(wide) == 2  # 46 tokens are fewer than their outputs: columns, not a matrix
+    assert_all(answers, "general", wide, 1e-10)
+    for found in wrong:
+        assert min(reference.errors(found[0]["general"], wide).values()) > 0.1
+        with pytest.raises(AssertionError, match="relative error over"):
+            assert_all([found[0]], "general", wide, 1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_subsampled_columns_are_uniform_over_all_tokens(ranks: Pool, size: int) -> None:
+    """The head keeps 20 of all tokens: those with the smallest keys of all ranks."""
+    more = {"max_columns": 20, "max_dense_dim": 30, "seed": 5}
+    settings = [Setting("all", mode).also(**more) for mode in MODES]
+    for setting, answers in zip(
+        settings, answers_of(ranks, "tiny_llama", size, settings), strict=True
+    ):
+        assert answers[0]["reductions"]["lm_head"] == "subsample"
+        one = Joined("tiny_llama", torch.float64, answers, sum(LABELS[:size]))
+        head = one.truth.tokens["lm_head"]
+        counts = [len(answer["tokens"]["lm_head"][1]) for answer in answers]
+        chosen = _smallest_keys(counts, 20, 5)
+        assert answers[0]["discarded"]["lm_head"] == pytest.approx(1 - 20 / sum(counts))
+        one.truth.G_override["lm_head"] = reference.moment(head.g[0][chosen])
+        own = one.own()
+        truth = one.truth.natural_gradient(own, setting.damping)
+        assert_all(answers, "natural", truth, 1e-10)
+        assert_all(answers, "general", truth, 1e-10)
+
+
+def _smallest_keys(counts: list[int], most: int, seed: int) -> torch.Tensor:
+    keys = [
+        torch.rand(n, generator=torch.Generator().manual_seed(rank_seed(seed, r)),
+                   dtype=torch.float64)
+        for r, n in enumerate(counts)
+    ]  # fmt: skip
+    return torch.cat(keys).argsort()[:most].sort().values
+
+
+def test_compressed_columns_lose_what_is_told(ranks: Pool) -> None:
+    more = {"max_columns": 20, "max_dense_dim": 30, "column_reduction": "lowrank"}
+    settings = [Setting("all", mode).also(**more) for mode in MODES]
+    wants = ("own", "natural", "traces")
+    gathered, spread = answers_of(ranks, "tiny_llama", 3, settings, wants=wants)
+    one = Joined("tiny_llama", torch.float64, gathered, sum(LABELS))
+    whole = float(reference.factors_of(one.truth.tokens["lm_head"]).G.trace())
+    for answers in (gathered, spread):
+        for answer in answers:
+            kept, lost = answer["traces"]["lm_head"], answer["discarded"]["lm_head"]
+            assert 0 < lost < 0.5
+            assert kept / (1 - lost) == pytest.approx(whole, rel=1e-10)
+    assert_all(spread, "natural", gathered[0]["natural"], 1e-10)
+
+
+def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
+    more = {"max_columns": 20, "kfac_true_fisher_head": True}
+    settings = [Setting("small_only", mode).also(**more) for mode in MODES]
+    batches = joined.batches_of("tiny_llama", 3)
+    alone = ranks.run(
+        joined.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
+        name="tiny_llama", dtype=torch.float64, settings=settings[:1], wants=("own", "natural"),
+    )[0][0]  # fmt: skip
+    for answers in answers_of(
+        ranks, "tiny_llama", 3, settings, batches=batches, wants=("own", "natural")
+    ):
+        assert_all(answers, "natural", alone["natural"], 1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
+    more = {"norm_layers": False, "uncovered": "diagonal"}
+    setting = Setting("all", mode).also(**more)
+    batches = joined.batches_of("tiny_llama", 3)
+    wants = ("own", "natural", "no tokens")
+    alone = ranks.run(
+        joined.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
+        name="tiny_llama", dtype=torch.float64, settings=[setting], wants=wants,
+    )[0][0]  # fmt: skip
+    (answers,) = answers_of(ranks, "tiny_llama", 3, [setting], batches=batches, wants=wants)
+    norms = {n: v for n, v in alone["natural"].items() if "norm" in n}
+    assert norms
+    assert_all(answers, "natural", norms, 1e-10)
+
+
+def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
+    each = [{"batches": own} for own in joined.batches_of("tiny", 3, (40, 3, 7))]
+    found = ranks.run(joined.not_finite_on_one, 3, each=each, name="tiny")
+    assert found[1][0].startswith(("NonFiniteError: layer", "BatchError: batch 0"))
+    for rank in (0, 2):
+        assert found[rank][0].startswith("RankError: rank 1: ")
+    assert all(kept for _, kept in found)
+    for text in ranks.run(joined.different_gradients, 3, each=each, name="tiny"):
+        assert "gradients: those of rank 1" in text
+    for text in ranks.run(joined.different_settings, 2, each=each[:2], name="tiny"):
+        assert "rank 1: its covered layers, K-FAC settings" in text
+
+
+@pytest.mark.parametrize("more", [{}, {"ekfac": True}, {"kfac_true_fisher_head": True}])
+def test_exported_factors_are_whole(ranks: Pool, more: dict[str, Any]) -> None:
+    """Any rank's export serves one process; all ranks export the same."""
+    setting = Setting("all", "gram").also(**more)
+    each = [{"batches": own} for own in joined.batches_of("llama", 3)]
+    found = ranks.run(joined.saved, 3, each=each, name="llama", setting=setting)
+    for answer in found:
+        reference.assert_close(answer["after"], answer["before"], 1e-9)
+        assert set(answer["tensors"]) == set(found[0]["tensors"])
+        for name, tensor in answer["tensors"].items():
+            assert torch.equal(tensor, found[0]["tensors"][name]), name

@@ -1,0 +1,251 @@
+"""Ranks that a run starts itself: complete, failing, killed; the environment of several nodes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fisher_lab.distributed import launch
+from fisher_lab.distributed.launch import Failure, LaunchError, Place, RanksFailed
+from fisher_lab.tasks import ranks as ranks_module
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
+    "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
+)  # fmt: skip
+TIMES = ("_s", "seconds", "_mb", "bytes")
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
+
+
+def metrics_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "metrics.json").read_text())
+
+
+@contextmanager
+def program(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Iterator[Any]:
+    """`python -m fisher_lab` in a process group of its own, which is gone afterwards."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module, *arguments],
+        env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=20)
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        threading.Event().wait(0.05)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+def run(directory: Path, *arguments: str) -> tuple[int, str]:
+    with program(*SMALL, f"hydra.run.dir={directory}", *arguments) as process:
+        out, _ = process.communicate(timeout=270)
+        return process.returncode, out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_modes_as_a_sweep(tmp_path: Path) -> None:
+    """`gather` and `gram` give every number alike; `none` does not."""
+    sweep = tmp_path / "sweep"
+    with program(
+        "-m", *SMALL, "distributed.nproc=2", "kfac/reduce=none,gather,gram",
+        f"hydra.sweep.dir={sweep}",
+    ) as process:  # fmt: skip
+        out, _ = process.communicate(timeout=550)
+    assert process.returncode == 0, out
+    assert "3 of 3 cells completed" in out
+    none, gathered, spread = (sweep / name for name in "012")
+    for directory in (none, gathered, spread):
+        found = record_of(directory)
+        assert found["status"] == "completed"
+        assert found["provenance"]["distributed"]["world_size"] == 2
+        assert "completed" in (directory / "ranks" / "rank1.log").read_text()
+        assert "completed" in (directory / "fisher_lab.log").read_text()
+    first, second = metrics_of(gathered), metrics_of(spread)
+    compared = [name for name in first if not name.endswith((*TIMES, "bytes_max", "_s_max"))]
+    assert {"ng/norm", "ng/decrement", "kfac/trace", "loss", "tokens"} <= set(compared)
+    for name in compared:
+        assert second[name] == pytest.approx(first[name], rel=1e-5), name
+    assert metrics_of(none)["tokens"] == first["tokens"] / 2
+    assert metrics_of(none)["ng/norm"] != pytest.approx(first["ng/norm"], rel=1e-2)
+    with (spread / "ranks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["0", "1"]
+    assert sum(int(row["tokens"]) for row in rows) == first["tokens"]
+    assert sum(int(row["labels"]) for row in rows) == first["labels"]
+    assert all(int(row["exchange_sent"]) > 0 for row in rows)
+    assert int(rows[0]["exchange_sent"]) == int(rows[1]["exchange_received"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -> None:
+    """One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
+    directory = tmp_path / "run"
+    arguments = ("distributed.nproc=2", "kfac/reduce=none", "data.batch_size=1")
+    code, out = run(directory, *arguments)
+    found = record_of(directory)
+    assert (code, found["status"]) == (1, "failed"), out
+    assert found["error"]["rank"] == 1
+    assert found["error"]["message"] == "batches: none given; allowed: at least one"
+    assert "in collect" in found["error"]["traceback"]
+    assert "BatchError: batches: none given" in out
+    # Nothing of the failure stays in the way.
+    code, out = run(directory, "distributed.nproc=2")
+    assert (code, record_of(directory)["status"]) == (0, "completed"), out
+    assert record_of(directory)["error"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
+    with program(*arguments, f"hydra.run.dir={directory}") as process:
+
+        def at_work() -> list[int] | None:
+            if process.poll() is not None:
+                raise AssertionError(process.communicate()[0])
+            try:
+                about = record_of(directory)["provenance"]
+            except (OSError, ValueError):
+                return None
+            if "workbench" not in about:
+                return None
+            return [rank["pid"] for rank in about["distributed"]["ranks"]]
+
+        pids = until(at_work, 250, "the ranks at work")
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        os.kill(pids[1], signal.SIGKILL)
+        killed = time.monotonic()
+        out, _ = process.communicate(timeout=60)
+        seconds = time.monotonic() - killed
+    found = record_of(directory)
+    assert found["status"] == "failed", out
+    assert found["error"]["rank"] == 1
+    assert found["error"]["message"] == f"rank 1 (process {pids[1]}) was ended by SIGKILL"
+    assert seconds < 30
+    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not list(directory.rglob("*.tmp*"))
+    code, out = run(directory, "distributed.nproc=2")
+    assert (code, record_of(directory)["status"]) == (0, "completed"), out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_the_watcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
+    directory = tmp_path / "run"
+    arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
+    with program(*arguments, f"hydra.run.dir={directory}") as process:
+        until(lambda: "workbench" in _provenance(directory), 250, "the ranks at work")
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        assert len(everyone) >= 2
+        process.send_signal(signum)
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    expected = "cancelled" if signum == signal.SIGTERM else "preempted"
+    assert record_of(directory)["status"] == expected
+    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _provenance(directory: Path) -> dict[str, Any]:
+    try:
+        return record_of(directory)["provenance"]
+    except (OSError, ValueError):
+        return {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_is_honoured(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    flags = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
+    with program(*SMALL, f"hydra.run.dir={directory}", module=flags) as process:
+        out, _ = process.communicate(timeout=270)
+    assert process.returncode == 0, out
+    found = record_of(directory)
+    assert found["status"] == "completed"
+    assert [r["rank"] for r in found["provenance"]["distributed"]["ranks"]] == [0, 1]
+    assert out.count("run directory") == 1
+    assert metrics_of(directory)["tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu07", "gpu07"),
+        ("gpu[07-09,12],login", "gpu07"),
+        ("node1,node2", "node1"),
+        ("a[3]b", "a3b"),
+        ("rack-2-n[001,007]", "rack-2-n001"),
+    ],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
+    assert launch.first_host(hosts) == first
+
+
+def test_place_among_several_nodes() -> None:
+    assert launch.place(4, 1, {"SLURM_NODEID": "3"}) == Place(4)
+    slurm = {"SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_NNODES": "2",
+             "SLURM_JOB_ID": "20007"}  # fmt: skip
+    assert launch.place(4, 2, slurm) == Place(4, 2, 1, "n3", 20007)
+    own = {"NODE_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1234"}
+    assert launch.place(1, 2, {**slurm, **own}) == Place(1, 2, 0, "here", 1234)
+    with pytest.raises(LaunchError, match="neither SLURM_NODEID"):
+        launch.place(1, 2, {})
+    with pytest.raises(LaunchError, match="but SLURM has given 2"):
+        launch.place(1, 4, slurm)
+
+
+def test_the_verdict_is_the_error_that_the_others_follow_from(tmp_path: Path) -> None:
+    def told(rank: int, kind: str, second: int) -> None:
+        error = {"type": kind, "message": "m", "traceback": "t", "rank": rank}
+        error["time"] = f"2026-01-01T00:00:{second:02}"
+        (tmp_path / f"rank{rank}.error.json").write_text(json.dumps(error))
+
+    ended = RanksFailed([Failure(0, 11, 1), Failure(1, 12, 1)])
+    assert ranks_module.verdict(tmp_path, ended)["message"].startswith("rank 0 (process 11)")
+    told(0, "fisher_lab.curvature.errors.RankError", 1)
+    told(2, "ValueError", 3)
+    told(1, "TypeError", 2)
+    assert ranks_module.verdict(tmp_path, ended) == {
+        "type": "TypeError", "message": "m", "traceback": "t", "rank": 1,
+    }  # fmt: skip
+    stopped = RanksFailed([Failure(0, 11, -15), Failure(2, 13, -9)])
+    assert ranks_module.verdict(tmp_path, stopped)["type"] == "TypeError"
+    (tmp_path / "rank1.error.json").unlink()
+    (tmp_path / "rank2.error.json").unlink()
+    killed = RanksFailed([Failure(0, 11, 1), Failure(2, 13, -9)])
+    found = ranks_module.verdict(tmp_path, killed)
+    assert (found["rank"], found["type"]) == (2, "RankKilled")
+    assert "rank 2 (process 13) was ended by SIGKILL" in found["message"]
