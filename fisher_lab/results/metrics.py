@@ -10,13 +10,13 @@ from .frames import Frame
 
 LESS = ("_s", "seconds", "_mb", "_bytes", "bytes", "error", "fallbacks", "jitter_events", "_max")
 MORE = ("decrease", "decrease_best", "cosine", "per_s", "speedup", "efficiency")
-LOSSES = ("loss", "heldout_loss", "heldout_loss_best")
+LOSSES = ("loss", "heldout_loss", "heldout", "heldout_best")
 TIMES = ("_s", "seconds")
 
 FIRST = (
     "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best", "ng/cosine",
     "kfac/clipped_frac_A", "kfac/clipped_frac_G", "kfac/total_s", "kfac/peak_mb",
-    "kfac/factor_bytes", "heldout_loss", "heldout_loss_best", "train/seconds",
+    "kfac/factor_bytes", "loss/heldout", "loss/heldout_best", "train/seconds",
     "spectral/effective_rank", "spectral/largest_eigenvalue", "spectral/seconds", "lanczos/seconds",
     "loss",
 )  # fmt: skip

@@ -53,7 +53,7 @@ def status(arguments: Sequence[str]) -> int:
     parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
     parser.add_argument("--watch", action="store_true", help="again and again, until all ended")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
-    parser.add_argument("--metrics", default="loss,heldout_loss", metavar="A,B")
+    parser.add_argument("--metrics", default="loss,loss/heldout", metavar="A,B")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     chosen = parser.parse_args(list(arguments))
     layout = stand.find(chosen.sweep)
@@ -67,6 +67,7 @@ def status(arguments: Sequence[str]) -> int:
     cells = stand.look(layout)
     if not chosen.watch:
         console.print(_screen(layout, cells, metrics))
+        _finish(layout)
         return 0
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
@@ -75,7 +76,17 @@ def status(arguments: Sequence[str]) -> int:
                 break
             time.sleep(max(0.1, chosen.every))
             cells = stand.look(layout)
+    _finish(layout)
     return 0
+
+
+def _finish(layout: Layout) -> None:
+    """Tables of a sweep whose launcher was gone when its last cell ended."""
+    from fisher_lab.results.finishing import finish_if_due
+
+    done = finish_if_due(layout.directory)
+    if done is not None:
+        print(f"table, claims and figures in {layout.directory}")
 
 
 def _screen(layout: Layout, cells: Sequence[CellStatus], metrics: Sequence[str]) -> RenderableType:
