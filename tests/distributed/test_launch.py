@@ -78,12 +78,16 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     with program(
         "-m", *SMALL, "distributed.nproc=2", "kfac/reduce=none,gather,gram",
-        f"hydra.sweep.dir={sweep}",
+        f"sweep.dir={sweep}",
     ) as process:  # fmt: skip
         out, _ = process.communicate(timeout=550)
     assert process.returncode == 0, out
     assert "3 of 3 cells completed" in out
-    none, gathered, spread = (sweep / name for name in "012")
+    cells = {
+        json.loads(file.read_text())["config"]["kfac"]["reduce"]: file.parent
+        for file in sweep.glob("*/*/run.json")
+    }
+    none, gathered, spread = (cells[mode] for mode in ("none", "gather", "gram"))
     for directory in (none, gathered, spread):
         found = record_of(directory)
         assert found["status"] == "completed"

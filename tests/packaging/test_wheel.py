@@ -119,7 +119,7 @@ def test_the_console_script_works_from_another_directory(environment, site, else
     )
     assert Path(where.stdout.strip()) == site / "fisher_lab" / "__init__.py"
     helped = run(script, "--help", cwd=elsewhere, **needs)
-    assert "sweeps: appendix, damping" in helped.stdout
+    assert "sweeps: appendix, appendix_full, damping" in helped.stdout
     bad = run(script, "kfac.damping=-1", cwd=elsewhere, **needs)
     assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
     assert list(elsewhere.iterdir()) == []

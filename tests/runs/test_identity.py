@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fisher_lab.config.schema import Config
+from fisher_lab.config.schema import Config, TrackerConfig
 from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
 from fisher_lab.config.validate import all_keys
 from fisher_lab.runs import identity
@@ -37,7 +37,6 @@ def set_key(plain: dict, key: str, value: object) -> None:
 NEUTRAL = (
     "progress",
     "cache_dir",
-    "tracker.type",
     "model.name",
     "data.name",
     "data.path",
@@ -45,6 +44,7 @@ NEUTRAL = (
     "model.name_or_path",
     "distributed.timeout_s",
     "train.save_every_s",
+    *(f"tracker.{item.name}" for item in dataclasses.fields(TrackerConfig)),
     *(f"sweep.{item.name}" for item in dataclasses.fields(SweepConfig)),
     *(f"resume.{item.name}" for item in dataclasses.fields(ResumeConfig)),
 )

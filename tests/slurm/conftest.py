@@ -36,6 +36,9 @@ def _node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip(reason)
     # Sockets have short names.
     directory = tmp_path_factory.mktemp("slurm")
+    # Workers may share the tests out: each has a node of its own, on ports of its own.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    os.environ["SLURM_PORT"] = str(16817 + 10 * int(worker))
     try:
         done = subprocess.run(
             [str(SCRIPT), "up", str(directory)], capture_output=True, text=True, timeout=120

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fisher_lab import cli, tracking
-from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.config.schema import Config, TrackerConfig
 from fisher_lab.tasks import job
 from fisher_lab.tracking import RemoteTracker, Start
 from tests.tracking.offline import until
@@ -96,7 +96,12 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setitem(sys.modules, "small_task", module)
     monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "small_task"))
     monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
-    monkeypatch.setattr(cli, "preflight", lambda config: tracking.check(config.tracker))
+
+    def preflight(config: Config) -> dict[str, str]:
+        tracking.check(config.tracker)
+        return {"data": "abc"}
+
+    monkeypatch.setattr(cli, "preflight", preflight)
 
     def call(*arguments: str) -> int:
         return cli.main(list(arguments))

@@ -120,15 +120,15 @@ def test_through_the_front_door_it_equals_the_metrics(small_task, tmp_path, capf
 def test_the_cells_of_a_sweep_are_a_group_and_equal_their_metrics(small_task, tmp_path):
     code = small_task(
         "-m", "task=plan", "seed=0,1", "tracker=wandb", "tracker.budget_s=60",
-        "hydra.sweep.dir=sweeps/now",
+        "sweep.dir=there",
     )  # fmt: skip
     assert code == 0
-    found = {file: read(file) for file in files(tmp_path / "sweeps")}
+    found = {file: read(file) for file in files(tmp_path / "there")}
     assert len(found) == 2
     for file, recorded in found.items():
         cell = next(path for path in file.parents if (path / "run.json").exists())
         metrics = json.loads((cell / "metrics.json").read_text())
-        assert recorded.run["run_group"] == "sweeps/now"
+        assert recorded.run["run_group"] == cell.parent.name
         assert {name: recorded.summary.get(name) for name in metrics} == metrics
         record = json.loads((cell / "run.json").read_text())
         assert recorded.config["seed"] == record["config"]["seed"]
