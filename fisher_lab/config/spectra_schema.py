@@ -29,7 +29,7 @@ class SpectralConfig:
     center_gradients: bool = setting(False, "Gradient covariance instead of the Fisher matrix.")
     storage_mode: str = setting(
         "chunked",
-        "How the gradients are kept; `sketch` is approximate.",
+        "How the gradients are kept; `sketch` is approximate, and there on one rank only.",
         one_of("full", "chunked", "streaming", "sketch"),
     )
     chunk_size: int = setting(32, "Gradients of one backward pass.", whole(1))
@@ -49,6 +49,13 @@ class SpectralConfig:
         1e-10, "Added to the diagonal, relative to its mean, only after a failure.", at_least(0)
     )
     seed: int = setting(42, "Seed of the subsample and the sketch.", whole(0, MAX_SEED))
+
+
+def on_ranks(spectral: SpectralConfig):
+    """Yields what the spectrum cannot do on several ranks: key, value and what is allowed."""
+    if spectral.enabled and spectral.storage_mode == "sketch":
+        allowed = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
+        yield "storage_mode", spectral.storage_mode, allowed
 
 
 @dataclass

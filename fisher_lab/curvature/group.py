@@ -123,11 +123,19 @@ class GroupFisher:
         self.token_total[task] = self.token_total.get(task, 0.0) + float(weights.sum())
         self.n_updates[task] = self.n_updates.get(task, 0) + len(weights)
 
-    def collect(self, model: nn.Module, batch: Any, task: str = "default") -> None:
+    def collect(
+        self, model: nn.Module, batch: Any, task: str = "default", *, may_be_empty: bool = False
+    ) -> None:
         """Takes in the gradients of a model on one batch or an iterable of batches.
 
         The model is evaluated in ``eval()`` mode and left as it was found. Parameters that the loss
         does not reach have a gradient of zero.
+
+        Args:
+            model: any module whose labelling is known, or any with a ``loss_fn``.
+            batch: one batch or an iterable of batches.
+            task: any name.
+            may_be_empty: samples in which no label counts are then nothing, and no error.
 
         Raises:
             BatchError: no label counts.
@@ -139,27 +147,45 @@ class GroupFisher:
                 for one in as_batches(batch):
                     self._collect_mean(model, one, parameters, task)
             else:
-                self._collect_samples(model, batch, parameters, task)
+                self._collect_samples(model, batch, parameters, task, may_be_empty)
 
     def _collect_mean(
         self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
     ) -> None:
-        scored = losses.score(model, batch, self._loss_fn)
-        if scored.n_labels == 0:
+        grads, n_labels = self.summed_gradient(model, batch, parameters)
+        if n_labels == 0:
             raise BatchError(f"task {task}: no label of the batch counts")
+        means = {name: g / n_labels for name, g in grads.items()}
+        self.update_fisher_welford(task, means, active_tokens(model, batch))
+
+    def summed_gradient(
+        self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor], int]:
+        """Returns the gradient of a batch's token-summed loss, and the labels that count.
+
+        Args:
+            model: in the mode that it is to be evaluated in.
+            batch: one batch.
+            parameters: those wanted, by name.
+        """
+        scored = losses.score(model, batch, self._loss_fn)
         grads = torch.autograd.grad(
             losses.summed_loss(scored), list(parameters.values()), allow_unused=True
         )
-        means = {
-            name: torch.zeros_like(p) if g is None else g / scored.n_labels
+        return {
+            name: torch.zeros_like(p) if g is None else g
             for (name, p), g in zip(parameters.items(), grads, strict=True)
-        }
-        self.update_fisher_welford(task, means, active_tokens(model, batch))
+        }, scored.n_labels
 
     def _collect_samples(
-        self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
+        self,
+        model: nn.Module,
+        batch: Any,
+        parameters: Mapping[str, nn.Parameter],
+        task: str,
+        may_be_empty: bool,
     ) -> None:
-        samples = self._draw(model, batch, task)
+        samples = self._draw(model, batch, task, may_be_empty=may_be_empty)
         rows = PerSampleGradients(
             model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
         )
@@ -186,11 +212,13 @@ class GroupFisher:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._take(model, self._draw(model, batch, task), chunks, parameters, task)
 
-    def _draw(self, model: nn.Module, batch: Any, task: str) -> SampleSet:
+    def _draw(
+        self, model: nn.Module, batch: Any, task: str, *, may_be_empty: bool = False
+    ) -> SampleSet:
         samples = draw_samples(
             model, batch, unit=self.unit, n_samples=None, seed=0, loss_fn=self._loss_fn
         )
-        if samples.n == 0:
+        if samples.n == 0 and not may_be_empty:
             raise BatchError(f"task {task}: no label of the batch counts")
         return samples
 

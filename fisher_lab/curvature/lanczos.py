@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
+from .reduce import Alone, Communicator
 from .spectra.blocks import select_parameters
 from .spectra.isolation import isolated
 from .spectra.krylov import (
@@ -34,7 +35,10 @@ logger = logging.getLogger(__name__)
 class FisherLanczos:
     """Spectral quantities of the Fisher matrix or the Hessian by matrix-free products.
 
-    The model is evaluated in ``eval()`` mode and left as it was found.
+    The model is evaluated in ``eval()`` mode and left as it was found. On several ranks every
+    method that takes batches is collective: each rank brings its own (some may have none), the
+    first one runs the algorithm and holds its vectors, all make their share of every product, and
+    every rank gets the result for all batches.
 
     Args:
         k: eigenpairs wanted.
@@ -56,6 +60,7 @@ class FisherLanczos:
         vector_dtype: of the basis; None takes the parameters' own.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
         say: gets the line about memory; the module's logger where it is None.
+        communicator: of the ranks; None for this process alone.
 
     Raises:
         CurvatureError: an argument is out of range.
@@ -77,6 +82,7 @@ class FisherLanczos:
         vector_dtype: torch.dtype | None = None,
         loss_fn: losses.LossFunction | None = None,
         say: Callable[[str], None] | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         for name, value, allowed in (
             ("operator", operator, OPERATORS),
@@ -93,6 +99,7 @@ class FisherLanczos:
         self.max_products, self.which, self.products = max_products, which, products
         self._loss_fn = loss_fn
         self._say = say or logger.info
+        self._ranks = communicator or Alone()
 
     def top_eigenpairs(
         self,
@@ -121,12 +128,30 @@ class FisherLanczos:
             CurvatureError: no such block, or the basis does not fit into memory.
             BatchError: no label counts.
         """
+        kept: list[Tensor] = []
         with self._opened(model, batch, block) as matrix:
-            found = self._run(matrix, matrix.n, self.k, eigenvectors, matrix.dtype, matrix.device)
-            record = self._pairs(found, matrix, block)
-            if found.eigenvectors is not None:
-                record["eigenvectors"] = matrix.unflatten(found.eigenvectors)
+
+            def work() -> dict[str, Any]:
+                wanted = (eigenvectors, matrix.dtype, matrix.device)
+                found = self._run(matrix, matrix.n, self.k, *wanted)
+                kept.extend([] if found.eigenvectors is None else [found.eigenvectors])
+                return self._pairs(found, matrix, block)
+
+            record = matrix.led(work)
+            if eigenvectors:
+                record["eigenvectors"] = matrix.unflatten(self._of_rank_0(kept, record, matrix))
             return record
+
+    def _of_rank_0(
+        self, kept: list[Tensor], record: dict[str, Any], matrix: CurvatureOperator
+    ) -> Tensor:
+        """Sends the vectors ``[k, n]`` to the ranks that have none."""
+        if self._ranks.size == 1:
+            return kept[0]
+        shape = (len(record["eigenvalues"]), matrix.n)
+        dtype = self.vector_dtype or matrix.dtype
+        mine = kept[0] if kept else torch.empty(shape, dtype=dtype, device=matrix.device)
+        return self._ranks.broadcast(mine, 0)
 
     def analyze(
         self,
@@ -162,22 +187,33 @@ class FisherLanczos:
         """
         self._check_damping(lam)
         with self._opened(model, batch, block) as matrix:
-            found = self._run(matrix, matrix.n, self.k, n_probes > 0, matrix.dtype, matrix.device)
-            result: dict[str, Any] = {"top": self._pairs(found, matrix, block)}
-            if n_probes == 0:
-                return result
-            rule = self._rest(matrix, found, n_probes, steps, self.seed + 1)
-            dtype = self.vector_dtype or matrix.dtype
-            log = self.operator != "hessian"
-            result["density"] = {
-                **_density(rule, dtype, n_grid, None, log),
-                **self._about(matrix, block),
-            }
-            result["trace"] = asdict(rule.trace_of(lambda x: x))
-            if lam is not None:
-                dimension = rule.trace_of(lambda x: _filter(x, lam))
-                result["effective_dimension"] = {**asdict(dimension), "lam": lam}
+            return matrix.led(lambda: self._analyze(matrix, block, lam, n_probes, steps, n_grid))
+
+    def _analyze(
+        self,
+        matrix: CurvatureOperator,
+        block: str | None,
+        lam: float | None,
+        n_probes: int,
+        steps: int,
+        n_grid: int,
+    ) -> dict[str, Any]:
+        found = self._run(matrix, matrix.n, self.k, n_probes > 0, matrix.dtype, matrix.device)
+        result: dict[str, Any] = {"top": self._pairs(found, matrix, block)}
+        if n_probes == 0:
             return result
+        rule = self._rest(matrix, found, n_probes, steps, self.seed + 1)
+        dtype = self.vector_dtype or matrix.dtype
+        log = self.operator != "hessian"
+        result["density"] = {
+            **_density(rule, dtype, n_grid, None, log),
+            **self._about(matrix, block),
+        }
+        result["trace"] = asdict(rule.trace_of(lambda x: x))
+        if lam is not None:
+            dimension = rule.trace_of(lambda x: _filter(x, lam))
+            result["effective_dimension"] = {**asdict(dimension), "lam": lam}
+        return result
 
     def lanczos_algorithm(
         self, matvec: MatVec, n: int, k: int | None = None, *, eigenvectors: bool = True
@@ -231,21 +267,29 @@ class FisherLanczos:
             CurvatureError: no such block, or the basis does not fit into memory.
         """
         with self._opened(model, batch, block) as matrix:
-            dtype, device = self._place(matrix, min(steps, matrix.n))
-            rule = quadrature(
-                matrix,
-                matrix.n,
-                n_probes=n_probes,
-                steps=steps,
-                seed=self.seed,
-                dtype=dtype,
-                device=device,
-            )
-            return {
-                **_density(rule, dtype, n_grid, sigma, log),
-                "trace": asdict(rule.trace_of(lambda x: x)),
-                **self._about(matrix, block),
-            }
+
+            def work() -> dict[str, Any]:
+                rule = self._quadrature(matrix, n_probes, steps)
+                dtype = self.vector_dtype or matrix.dtype
+                return {
+                    **_density(rule, dtype, n_grid, sigma, log),
+                    "trace": asdict(rule.trace_of(lambda x: x)),
+                    **self._about(matrix, block),
+                }
+
+            return matrix.led(work)
+
+    def _quadrature(self, matrix: CurvatureOperator, n_probes: int, steps: int) -> Quadrature:
+        dtype, device = self._place(matrix, min(steps, matrix.n))
+        return quadrature(
+            matrix,
+            matrix.n,
+            n_probes=n_probes,
+            steps=steps,
+            seed=self.seed,
+            dtype=dtype,
+            device=device,
+        )
 
     def trace(
         self,
@@ -273,9 +317,13 @@ class FisherLanczos:
         if method not in ("hutch++", "slq"):
             raise CurvatureError(f"method: {method!r}; allowed: hutch++, slq")
         with self._opened(model, batch, block) as matrix:
-            if method == "hutch++":
+
+            def work() -> dict[str, Any]:
+                if method == "slq":
+                    rule = self._quadrature(matrix, max(n_products // steps, 1), steps)
+                    return asdict(rule.trace_of(lambda x: x))
                 dtype, device = self._place(matrix, max(n_products // 3, 1))
-                return hutch_plus_plus(
+                estimate = hutch_plus_plus(
                     matrix,
                     matrix.n,
                     n_products=n_products,
@@ -283,16 +331,9 @@ class FisherLanczos:
                     dtype=dtype,
                     device=device,
                 )
-            dtype, device = self._place(matrix, steps)
-            return quadrature(
-                matrix,
-                matrix.n,
-                n_probes=max(n_products // steps, 1),
-                steps=steps,
-                seed=self.seed,
-                dtype=dtype,
-                device=device,
-            ).trace_of(lambda x: x)
+                return asdict(estimate)
+
+            return Estimate(**matrix.led(work))
 
     def effective_dimension(
         self,
@@ -321,10 +362,14 @@ class FisherLanczos:
         """
         self._check_damping(lam)
         with self._opened(model, batch, block) as matrix:
-            found = self._run(matrix, matrix.n, self.k, True, matrix.dtype, matrix.device)
-            rule = self._rest(matrix, found, n_probes, steps, self.seed + 1)
-            dimension = rule.trace_of(lambda x: _filter(x, lam))
-            return replace(dimension, n_products=dimension.n_products + found.n_products)
+
+            def work() -> dict[str, Any]:
+                found = self._run(matrix, matrix.n, self.k, True, matrix.dtype, matrix.device)
+                rule = self._rest(matrix, found, n_probes, steps, self.seed + 1)
+                dimension = asdict(rule.trace_of(lambda x: _filter(x, lam)))
+                return {**dimension, "n_products": dimension["n_products"] + found.n_products}
+
+            return Estimate(**matrix.led(work))
 
     def _check_damping(self, lam: float | None) -> None:
         if lam is None:
@@ -381,6 +426,7 @@ class FisherLanczos:
                 select_parameters(model, block),
                 loss_fn=self._loss_fn,
                 products=self.products,
+                communicator=self._ranks,
             )
 
     def _run(

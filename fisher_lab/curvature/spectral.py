@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
+from .reduce import Alone, Communicator, same_everywhere, together
 from .spectra import records
 from .spectra.blocks import architecture_of, parameter_blocks
 from .spectra.cache import GradientCache, cached_chunks
@@ -19,6 +22,7 @@ from .spectra.gradients import Chunk, PerSampleGradients, choose_factored, facto
 from .spectra.isolation import isolated
 from .spectra.matrices import BlockMatrix, CovarianceMatrix, GramMatrix, RowMatrix
 from .spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
+from .spectra.solving import Found, solve_blocks
 from .spectra.stores import Bytes, FileBytes, MemoryBytes
 
 logger = logging.getLogger(__name__)
@@ -36,8 +40,8 @@ class SpectralConfig:
     Attributes:
         seed: of the subsample and the sketch.
         use_deterministic: ``torch.use_deterministic_algorithms`` and a fixed cuBLAS workspace
-            during the call. Bit-identical from run to run; it can be slower, above all on a GPU
-            (``benchmarks/spectra.py`` measures by how much), and an operation without a
+            during the call. Bit-identical from run to run; 1 % slower where it was measured, on a
+            CPU (``docs/benchmarks.md``; a GPU can lose more), and an operation without a
             deterministic form is an error.
         sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
             token-summed loss).
@@ -106,6 +110,12 @@ class FisherSpectral:
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
         spill: makes room on disk for one array; an unnamed temporary file where it is None.
         progress: called after every chunk.
+        communicator: of the ranks whose samples are joined; None for this process alone. Every
+            rank then has batches of its own (some may have none), its methods are collective, and
+            every rank gets the spectra of all samples.
+
+    Raises:
+        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks.
     """
 
     def __init__(
@@ -116,8 +126,15 @@ class FisherSpectral:
         loss_fn: losses.LossFunction | None = None,
         spill: Callable[[], Bytes] | None = None,
         progress: Progress | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         self.config = config or SpectralConfig()
+        self._ranks = communicator or Alone()
+        if self._ranks.size > 1:
+            allowed = [mode for mode in STORAGE_MODES if mode != "sketch"]
+            _one_of("storage_mode on several ranks", self.config.storage_mode, tuple(allowed))
+            if gradient_cache is not None:
+                raise CurvatureError("gradient_cache: given; allowed on several ranks: None")
         self.gradient_cache = gradient_cache
         self._loss_fn = loss_fn
         self._spill = spill or FileBytes
@@ -135,8 +152,8 @@ class FisherSpectral:
 
         Args:
             model: any module whose labelling is known, or any with a ``loss_fn``.
-            batch: one batch or an iterable of batches.
-            n_samples: size of the subsample; None takes all.
+            batch: one batch or an iterable of batches; on several ranks this rank's own.
+            n_samples: size of the subsample of all ranks' samples; None takes all.
             block_structure: ``layer``, ``module``, ``parameter`` or ``full``.
             center_gradients: subtract the mean row (gradient covariance instead of Fisher).
 
@@ -146,19 +163,21 @@ class FisherSpectral:
             is left out of ``global``.
 
         Raises:
-            CurvatureError: the block structure has another name.
+            CurvatureError: the block structure has another name; ranks differ in model or choices.
             BatchError: a batch has no labels.
+            RankError: another rank has an error.
         """
         blocks = parameter_blocks(model, block_structure)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
+            self._check_alike(parameters, n_samples, block_structure, center_gradients)
             samples = self._draw(model, batch, n_samples)
             cached = cached_chunks(self.gradient_cache, samples, parameters)
             chunks = self._chunks(model, samples, parameters) if cached is None else cached
             factored = factored_of(chunks)
             collectors = self._collectors(model, samples, blocks, factored, center_gradients)
             try:
-                self._collect(chunks, samples, collectors)
+                together(self._ranks, lambda: self._collect(chunks, samples, collectors))
                 solved, per_block = self._solve_all(
                     model, samples, blocks, collectors, center_gradients
                 )
@@ -174,7 +193,7 @@ class FisherSpectral:
             "per_block": per_block,
             "global": records.union(
                 solved.values(),
-                n=samples.n,
+                n=samples.total,
                 p=sum(per_block[name]["n_params"] for name in solved),
                 top_k=self.config.top_k,
                 n_degenerate=n_degenerate,
@@ -193,7 +212,12 @@ class FisherSpectral:
 
         Returns:
             The cache, ``N x P`` numbers (fewer where products are kept instead of gradients).
+
+        Raises:
+            CurvatureError: there are several ranks.
         """
+        if self._ranks.size > 1:
+            raise CurvatureError("collect_gradients: several ranks; allowed: one process")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
             samples = self._draw(model, batch, n_samples)
@@ -201,6 +225,15 @@ class FisherSpectral:
 
     def _isolated(self, model: nn.Module) -> Any:
         return isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic)
+
+    def _check_alike(self, parameters: Mapping[str, nn.Parameter], *choices: Any) -> None:
+        """Ranks that differ would wait for one another for something else each."""
+        if self._ranks.size == 1:
+            return
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in parameters.items()]
+        text = f"{shapes} {self.config} {choices}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        same_everywhere(self._ranks, "Fisher spectrum: parameters and choices", digest)
 
     def _draw(self, model: nn.Module, batch: Any, n_samples: int | None) -> SampleSet:
         return draw_samples(
@@ -210,6 +243,7 @@ class FisherSpectral:
             n_samples=n_samples,
             seed=self.config.seed,
             loss_fn=self._loss_fn,
+            communicator=self._ranks,
         )
 
     def _choose_factored(
@@ -219,10 +253,10 @@ class FisherSpectral:
         config = self.config
         if config.linear_gram == "never" or config.storage_mode in ("full", "sketch"):
             return {}
-        chosen = choose_factored(model, samples, parameters)
+        chosen = choose_factored(model, samples, parameters, self._ranks)
         if config.storage_mode == "streaming":
             # A P x P matrix needs rows; a weight as large as N stays with the Gram matrix.
-            chosen = {n: m for n, m in chosen.items() if parameters[n].numel() >= samples.n}
+            chosen = {n: m for n, m in chosen.items() if parameters[n].numel() >= samples.total}
         return chosen
 
     def _collectors(
@@ -233,23 +267,28 @@ class FisherSpectral:
         factored: set[str],
         center: bool,
     ) -> dict[str, BlockMatrix]:
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        parameters = dict(model.named_parameters())
         space = self._space(model, samples, blocks, factored)
         device = losses.device_of(model)
         result: dict[str, BlockMatrix] = {}
         for block, names in blocks.items():
-            every = {name: sizes[name] for name in names}
+            every = {name: parameters[name].numel() for name in names}
             p, n = sum(every.values()), samples.n
-            if n == 0 or p == 0:
+            if samples.total == 0 or p == 0:
                 continue
+            dtypes = (parameters[name].dtype for name in names)
+            dtype = functools.reduce(torch.promote_types, dtypes)
             if self.config.storage_mode in ("full", "sketch"):
-                result[block] = RowMatrix(n, every)
-            elif self.config.storage_mode == "streaming" and p < n:
+                result[block] = RowMatrix(n, every, device, dtype)
+            elif self.config.storage_mode == "streaming" and p < samples.total:
                 result[block] = CovarianceMatrix(every, center)
             else:
                 dense = {name: size for name, size in every.items() if name not in factored}
                 weights = [name for name in names if name in factored]
-                result[block] = GramMatrix(n, dense, weights, space, device)
+                longest = max(samples.rows)
+                result[block] = GramMatrix(
+                    n, dense, weights, space, device, dtype=dtype, longest=longest
+                )
         return result
 
     def _space(
@@ -305,41 +344,39 @@ class FisherSpectral:
         collectors: Mapping[str, BlockMatrix],
         center: bool,
     ) -> tuple[dict[str, records.Solved], dict[str, dict[str, Any]]]:
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        numbers = {name: p.numel() for name, p in model.named_parameters()}
+        sizes = {block: sum(numbers[name] for name in names) for block, names in blocks.items()}
+        n = samples.total
+
+        def solver(block: str, matrix: Tensor | None) -> records.Solved:
+            return self._eigenvalues(collectors[block], matrix, n, sizes[block], center)
+
+        wanted = {b: c for b, c in collectors.items() if not n == sizes[b] == 1}
+        found = solve_blocks(wanted, sizes, samples.rows, self._ranks, solver, center=center)
         solved: dict[str, records.Solved] = {}
         per_block: dict[str, dict[str, Any]] = {}
-        for block, names in blocks.items():
-            p = sum(sizes[name] for name in names)
-            record = self._solve(block, collectors.get(block), samples.n, p, center, solved)
+        for block, p in sizes.items():
+            one = found.get(block)
+            record = self._record(block, one, n, p)
+            if isinstance(one, records.Solved) and record["status"] == "ok":
+                solved[block] = one
             per_block[block] = {**record, "method": self._method(collectors.get(block))}
         return solved, per_block
 
-    def _solve(
-        self,
-        block: str,
-        collector: BlockMatrix | None,
-        n: int,
-        p: int,
-        center: bool,
-        solved: dict[str, records.Solved],
-    ) -> dict[str, Any]:
+    def _record(self, block: str, found: Found | None, n: int, p: int) -> dict[str, Any]:
         if n == 0:
             return records.degenerate("no sample: no label counts", n=n, p=p)
-        if collector is None or not collector.touched:
-            return records.degenerate("no gradient", n=n, p=p)
-        if n == p == 1:
-            return records.degenerate("N = P = 1", n=n, p=p)
-        try:
-            found = self._eigenvalues(collector, n, p, center)
-        except records.SolveError as error:
-            logger.warning("block %s: %s", block, error)
-            return records.degenerate(str(error), n=n, p=p)
-        record = records.describe(found, n=n, p=p, top_k=self.config.top_k)
-        if record["status"] == "ok":
-            solved[block] = found
-        return record
+        if found is None:
+            reason = "N = P = 1" if n == p == 1 else "no gradient"
+            return records.degenerate(reason, n=n, p=p)
+        if isinstance(found, str):
+            logger.warning("block %s: %s", block, found)
+            return records.degenerate(found, n=n, p=p)
+        return records.describe(found, n=n, p=p, top_k=self.config.top_k)
 
-    def _eigenvalues(self, collector: BlockMatrix, n: int, p: int, center: bool) -> records.Solved:
+    def _eigenvalues(
+        self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, center: bool
+    ) -> records.Solved:
         config = self.config
         if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
             rows = collector.rows(center=center)
@@ -348,7 +385,7 @@ class FisherSpectral:
             # Each block starts from the seed, so that blocks do not depend on one another.
             torch.manual_seed(config.seed)
             return records.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
-        matrix = collector.matrix(center=center)
+        matrix = collector.matrix(center=center) if matrix is None else matrix
         if not bool(torch.isfinite(matrix).all()):
             raise records.SolveError("non-finite gradients")
         return records.solve(
@@ -389,7 +426,8 @@ class FisherSpectral:
             "row": "gradient of a labelled token's own loss"
             if samples.unit == "token"
             else "gradient of a sequence's token-summed loss",
-            "n_samples": samples.n,
+            "n_samples": samples.total,
+            "samples_by_rank": list(samples.rows),
             "n_candidates": samples.n_candidates,
             "data_hash": samples.data_hash,
             "subsample_hash": samples.subsample_hash,

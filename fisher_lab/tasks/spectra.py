@@ -3,6 +3,9 @@
 Each step writes its files into the run directory and returns flat metrics. Files: ``spectral.json``
 and ``spectral.csv``; ``lanczos.json`` and ``density.csv``; ``group_fisher.json``,
 ``group_fisher/`` (the state) and ``group_fisher.csv``; a PDF and a PNG for every figure.
+
+On several ranks each takes its sequences of every batch, whatever ``kfac.reduce`` says, and the
+numbers are those of all of them; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import safetensors.torch
 import torch
 
 from fisher_lab.api_group import FisherCollector
+from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.spectra_schema import GroupFisherConfig, LanczosConfig
+from fisher_lab.config.spectra_schema import GroupFisherConfig, LanczosConfig, on_ranks
+from fisher_lab.curvature.groups.ranks import collect_shares, merged
 from fisher_lab.curvature.lanczos import FisherLanczos
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
@@ -26,6 +31,7 @@ from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import spectra_figures as figures
 from fisher_lab.tasks.progress import Progress
+from fisher_lab.tasks.team import Team
 from fisher_lab.workbench.bench import Bench
 
 log = logging.getLogger(__name__)
@@ -35,7 +41,20 @@ GROUP_KINDS = ("layer", "head", "neuron", "parameter")
 Report = Callable[[int, int], None]
 
 
-def run_engines(config: Config, bench: Bench, run: Run, progress: Progress) -> dict[str, Any]:
+def refuse(config: Config, team: Team) -> None:
+    """Says what several ranks cannot do, before any work.
+
+    Raises:
+        ConfigError: the spectrum is to be sketched.
+    """
+    if len(team) > 1:
+        for key, value, allowed in on_ranks(config.spectral):
+            raise ConfigError.value(f"spectral.{key}", value, allowed)
+
+
+def run_engines(
+    config: Config, bench: Bench, run: Run, progress: Progress, team: Team | None = None
+) -> dict[str, Any]:
     """Runs the engines that are switched on, one after another, and records their metrics.
 
     Args:
@@ -43,20 +62,24 @@ def run_engines(config: Config, bench: Bench, run: Run, progress: Progress) -> d
         bench: model and batches.
         run: the run's record.
         progress: shows which engine is at work.
+        team: the ranks; collective where there are several.
 
     Returns:
-        All their metrics.
+        All their metrics; those of rank 0 are recorded.
     """
     steps = (
-        (config.spectral.enabled, "Fisher spectrum", run_spectral),
-        (config.lanczos.enabled, "Lanczos", run_lanczos),
-        (config.group_fisher.enabled, "group Fisher", run_group_fisher),
+        ("spectral", config.spectral.enabled, "Fisher spectrum", run_spectral),
+        ("lanczos", config.lanczos.enabled, "Lanczos", run_lanczos),
+        ("group_fisher", config.group_fisher.enabled, "group Fisher", run_group_fisher),
     )
+    team = Team() if team is None else team
     metrics: dict[str, Any] = {}
-    for enabled, label, step in steps:
+    for name, enabled, label, step in steps:
         if enabled:
+            team.reset()
             with progress.step(label):
-                found = step(config, bench, run)
+                found = step(config, bench, run, team)
+            found |= team.moved(name)
             run.metrics(found)
             metrics |= found
     return metrics
@@ -66,7 +89,7 @@ def run_engines(config: Config, bench: Bench, run: Run, progress: Progress) -> d
 
 
 def run_spectral(
-    config: Config, bench: Bench, run: Run, *, report: Report | None = None
+    config: Config, bench: Bench, run: Run, team: Team, *, report: Report | None = None
 ) -> dict[str, Any]:
     """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay.
 
@@ -74,10 +97,11 @@ def run_spectral(
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
+        team: the ranks.
         report: gets (done, total) samples.
 
     Returns:
-        Flat metrics under ``spectral/``.
+        Flat metrics under ``spectral/``; none but on rank 0.
     """
     chosen = config.spectral
     start = perf_counter()
@@ -96,14 +120,18 @@ def run_spectral(
         ),
         loss_fn=_loss(bench),
         progress=report,
+        communicator=team.everyone,
     )
     result = engine.compute_fisher_spectrum(
         bench.model,
-        _batches(config, bench),
+        _batches(config, bench, team),
         chosen.n_samples,
         chosen.block_structure,
         chosen.center_gradients,
     )
+    seconds = perf_counter() - start  # of the engine, without its files and figures
+    if not team.leads:
+        return {}
     atomic.write_json(run.directory / "spectral.json", strict(result))
     skipped = {"eigenvalues", "residuals"}
     run.table(
@@ -125,28 +153,29 @@ def run_spectral(
     }  # fmt: skip
     metrics["spectral/n_samples"] = result["metadata"]["n_samples"]
     metrics["spectral/bytes"] = (run.directory / "spectral.json").stat().st_size
-    metrics["spectral/seconds"] = perf_counter() - start
+    metrics["spectral/seconds"] = seconds
     return metrics
 
 
 # ---- Lanczos -------------------------------------------------------------------------------------
 
 
-def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
+def run_lanczos(config: Config, bench: Bench, run: Run, team: Team) -> dict[str, Any]:
     """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``.
 
     Args:
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
+        team: the ranks.
 
     Returns:
-        Flat metrics under ``lanczos/``.
+        Flat metrics under ``lanczos/``; none but on rank 0.
     """
     chosen = config.lanczos
     start = perf_counter()
-    batches = _batches(config, bench)
-    result = _lanczos(chosen, bench).analyze(
+    batches = _batches(config, bench, team)
+    result = _lanczos(chosen, bench, team).analyze(
         bench.model,
         batches,
         chosen.block,
@@ -154,6 +183,9 @@ def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
         n_probes=chosen.density_probes,
         steps=chosen.density_steps,
     )
+    seconds = perf_counter() - start
+    if not team.leads:
+        return {}
     pairs = result["top"]
     metrics: dict[str, Any] = {
         f"lanczos/eigenvalue_{i}": value for i, value in enumerate(pairs["eigenvalues"])
@@ -163,6 +195,7 @@ def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
         "lanczos/residual_max": max(pairs["residuals"]),
         "lanczos/n_products": pairs["n_products"],
         "lanczos/memory_mb": pairs["memory_bytes"] / 2**20,
+        "lanczos/bytes_per_parameter": pairs["memory_bytes"] / pairs["n_params"],
     }
     for name in ("trace", "effective_dimension"):
         if name in result:
@@ -172,7 +205,7 @@ def run_lanczos(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
     if "density" in result:
         metrics["lanczos/mass_at_zero"] = result["density"]["mass_at_zero"]
         _write_density(result["density"], run)
-    metrics["lanczos/seconds"] = perf_counter() - start
+    metrics["lanczos/seconds"] = seconds
     return metrics
 
 
@@ -183,7 +216,7 @@ def _write_density(density: Mapping[str, Any], run: Run) -> None:
     figures.density(run.directory / "lanczos_density", density)
 
 
-def _lanczos(chosen: LanczosConfig, bench: Bench) -> FisherLanczos:
+def _lanczos(chosen: LanczosConfig, bench: Bench, team: Team) -> FisherLanczos:
     return FisherLanczos(
         k=chosen.k,
         max_vectors=chosen.max_vectors,
@@ -197,6 +230,7 @@ def _lanczos(chosen: LanczosConfig, bench: Bench) -> FisherLanczos:
         products=chosen.products,
         loss_fn=_loss(bench),
         say=_say,
+        communicator=team.everyone,
     )
 
 
@@ -216,7 +250,7 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
 # ---- group Fisher --------------------------------------------------------------------------------
 
 
-def run_group_fisher(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
+def run_group_fisher(config: Config, bench: Bench, run: Run, team: Team) -> dict[str, Any]:
     """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
 
     Training and held-out text are two tasks, so that their overlap says how stable what matters is.
@@ -225,21 +259,16 @@ def run_group_fisher(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
+        team: the ranks.
 
     Returns:
-        Flat metrics under ``group_fisher/``.
+        Flat metrics under ``group_fisher/``; none but on rank 0.
     """
     chosen = config.group_fisher
     start = perf_counter()
-    collector = FisherCollector(
-        chosen.unit,
-        sequence_weight=chosen.sequence_weight,
-        chunk_size=chosen.chunk_size,
-        loss_fn=_loss(bench),
-    )
-    n = config.kfac.n_batches
-    for split in ("train", "heldout"):
-        collector.collect(bench.model, bench.batches(split, n, config.seed), split)
+    collector = _collected(config, bench, team)
+    if not team.leads:
+        return {}
     rows, summary = _scores(collector, chosen)
     overlap = collector.overlap("train", "heldout", share=chosen.share)
     summary |= {"overlap": overlap, "unit": chosen.unit, "token_total": collector.token_total}
@@ -258,6 +287,25 @@ def run_group_fisher(config: Config, bench: Bench, run: Run) -> dict[str, Any]:
     )
     metrics["group_fisher/seconds"] = perf_counter() - start
     return metrics
+
+
+def _collected(config: Config, bench: Bench, team: Team) -> FisherCollector:
+    """The moments of all ranks' sequences."""
+    chosen = config.group_fisher
+    collector = FisherCollector(
+        chosen.unit,
+        sequence_weight=chosen.sequence_weight,
+        chunk_size=chosen.chunk_size,
+        loss_fn=_loss(bench),
+    )
+    for split in ("train", "heldout"):
+        batches = bench.batches(split, config.kfac.n_batches, config.seed)
+        if len(team) == 1:
+            collector.collect(bench.model, batches, split)
+        else:
+            shares = team.shares(batches)
+            collect_shares(collector, bench.model, shares, split, team.everyone)
+    return collector if len(team) == 1 else merged(collector, team.everyone)
 
 
 def _scores(
@@ -296,8 +344,8 @@ def _export(collector: FisherCollector, chosen: GroupFisherConfig, run: Run) -> 
 # ---- shared --------------------------------------------------------------------------------------
 
 
-def _batches(config: Config, bench: Bench) -> list[Any]:
-    return bench.batches("train", config.kfac.n_batches, config.seed)
+def _batches(config: Config, bench: Bench, team: Team) -> list[Any]:
+    return team.share(bench.batches("train", config.kfac.n_batches, config.seed))
 
 
 def _loss(bench: Bench) -> CrossEntropy | None:

@@ -8,7 +8,8 @@ import torch
 
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.group import GroupFisher
-from fisher_lab.curvature.groups.ranks import merged
+from fisher_lab.curvature.groups.ranks import collect_shares, merged
+from fisher_lab.tasks.team import Team
 from tests.distributed import joined
 
 
@@ -35,4 +36,24 @@ def of_other_units(comm: Any, name: str, batches: list[dict]) -> str:
         merged(own, comm)
     except CurvatureError as error:
         return str(error)
+    return "nothing"
+
+
+def in_shares(
+    comm: Any, unit: str, name: str, batches: list[dict], dtype: torch.dtype, weight: str
+) -> tuple[dict, dict]:
+    """Every rank has its share of the sequences of whole batches."""
+    team = Team(comm)
+    collector = GroupFisher(unit, sequence_weight=weight)
+    model = joined.model_of(name, dtype)
+    collect_shares(collector, model, team.shares(batches), "train", comm)
+    return merged(collector, comm).state()
+
+
+def without_labels(comm: Any, unit: str, name: str, batches: list[dict]) -> str:
+    collector = GroupFisher(unit)
+    try:
+        collect_shares(collector, joined.model_of(name, torch.float64), batches, "train", comm)
+    except CurvatureError as error:
+        return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests import models, reference
-from tests.distributed import grouping, joined
+from tests.distributed import grouping, joined, spreading
 from tests.distributed.pool import Pool
 
 
@@ -41,3 +42,70 @@ def test_other_units_are_refused_on_all_ranks(ranks: Pool) -> None:
     each = [{"batches": own} for own in batches()[:2]]
     for text in ranks.run(grouping.of_other_units, 2, each=each, name="tiny"):
         assert "unit" in text
+
+
+def whole_batches() -> list[dict]:
+    """Two batches; on three ranks the last one has no sequence of the second."""
+    model = joined.model_of("gpt2", torch.float64)
+    first = models.language_batch((9, 7, 12, 5), seed=4)
+    second = models.language_batch((6, 8), seed=5)
+    return [joined.with_labels(model, first, 20), joined.with_labels(model, second, 3)]
+
+
+def moments_of(unit: str, weight: str) -> dict[str, torch.Tensor]:
+    """Means of the squared gradient, written from `docs/math.md`, section 9."""
+    model = joined.model_of("gpt2", torch.float64).eval()
+    batches = whole_batches()
+    if unit == "batch":
+        rows = [spreading.rows_of(model, [batch]) for batch in batches]
+        squares = [{n: r.mean(0).square() for n, r in one.items()} for one in rows]
+        weights = [int(batch["attention_mask"].sum()) for batch in batches]
+    else:
+        rows = spreading.rows_of(model, batches, unit)
+        count = len(next(iter(rows.values())))
+        squares = [{n: r[i].square() for n, r in rows.items()} for i in range(count)]
+        weights = [1] * count
+        if unit == "sequence" and weight == "tokens":
+            labels = [reference.counting_labels(model, batch) for batch in batches]
+            active = [batch["attention_mask"].sum(1) for batch in batches]
+            has = [(one != reference.IGNORE).any(1) for one in labels]
+            weights = torch.cat([a[h] for a, h in zip(active, has, strict=True)]).tolist()
+    total = sum(weights)
+    return {
+        name: sum(w * one[name] for w, one in zip(weights, squares, strict=True)) / total
+        for name in squares[0]
+    }
+
+
+@pytest.mark.parametrize(
+    ("unit", "weight"),
+    [("token", "tokens"), ("sequence", "tokens"), ("sequence", "one"), ("batch", "tokens")],
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> None:
+    batches = whole_batches()
+    arguments = {"unit": unit, "name": "gpt2", "batches": batches, "weight": weight}
+    truth = moments_of(unit, weight)
+    truth = {n: t for n, t in truth.items() if float(t.norm()) > 1e-25}
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        alone = grouping.GroupFisher(unit, sequence_weight=weight)
+        alone.collect(joined.model_of("gpt2", dtype), batches, "train")
+        tensors, plain = alone.state()
+        for got, about in ranks.run(grouping.in_shares, size, dtype=dtype, **arguments):
+            assert about["tasks"][0]["n_updates"] == plain["tasks"][0]["n_updates"]
+            assert about["tasks"][0]["token_total"] == plain["tasks"][0]["token_total"]
+            reference.assert_close(
+                {n: t for n, t in got.items() if n.split("/")[2] in truth},
+                {n: t for n, t in tensors.items() if n.split("/")[2] in truth},
+                bound, f"{size} ranks, {unit}, one process:",
+            )  # fmt: skip
+            if dtype == torch.float64:
+                means = {n: got[f"0/mean/{n}"].flatten() for n in truth}
+                reference.assert_close(means, truth, bound, f"{size} ranks, {unit}:")
+
+
+@pytest.mark.parametrize("unit", ["token", "batch"])
+def test_no_label_on_any_rank(ranks: Pool, unit: str) -> None:
+    each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (0, 0))]
+    for text in ranks.run(grouping.without_labels, 2, each=each, unit=unit, name="gpt2"):
+        assert text == "BatchError: task train: no label of the batch counts"

@@ -3,24 +3,93 @@
 Chan et al. 1979: the merge of moments is that of all data together (``docs/math.md``, section 9).
 Each rank's state travels by itself, so that a rank never holds more than two of them besides its
 own. With ``unit="batch"`` a rank's batch is one datum: the joined state is that of all batches,
-not that of a joined batch.
+not that of a joined batch; where ranks have shares of one batch, :func:`collect_shares` takes the
+joined batch's gradient.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CurvatureError
-from ..reduce import Communicator, raise_others
+from ..errors import BatchError, CurvatureError
+from ..group import GroupFisher, active_tokens
+from ..reduce import Communicator, raise_others, together
+from ..spectra.isolation import isolated
 
-if TYPE_CHECKING:
-    from ..group import GroupFisher
+Collector = TypeVar("Collector", bound=GroupFisher)
 
 
-def merged(own: GroupFisher, communicator: Communicator) -> GroupFisher:
+def collect_shares(
+    own: GroupFisher,
+    model: nn.Module,
+    shares: Sequence[Any | None],
+    task: str,
+    communicator: Communicator,
+) -> None:
+    """Takes in batches of which every rank has some sequences; collective.
+
+    Afterwards :func:`merged` is the state of one process that has seen the whole batches.
+
+    Args:
+        own: this rank's collector.
+        model: the same on all ranks.
+        shares: this rank's sequences of each batch, None where it has none of it; as many batches
+            on every rank.
+        task: any name.
+        communicator: of the ranks.
+
+    Raises:
+        BatchError: no label counts on any rank.
+        RankError: another rank has an error.
+    """
+    own.describe(model)
+    if own.unit == "batch":
+        for batch in shares:
+            _collect_joined(own, model, batch, task, communicator)
+        return
+    mine = [batch for batch in shares if batch is not None]
+    before = own.n_updates.get(task, 0)
+    together(communicator, lambda: own.collect(model, mine, task, may_be_empty=True))
+    if not any(communicator.share(own.n_updates.get(task, 0) - before)):
+        raise BatchError(f"task {task}: no label of the batch counts")
+
+
+def _collect_joined(
+    own: GroupFisher, model: nn.Module, batch: Any | None, task: str, communicator: Communicator
+) -> None:
+    """The joined batch's mean gradient, weighted by labels; rank 0's collector takes it in."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    flat = [torch.zeros(p.numel(), dtype=torch.float64) for p in parameters.values()]
+    counts = [0, 0]
+
+    def own_share() -> None:
+        if batch is None:
+            return
+        with isolated(model, seed=0):
+            grads, counts[0] = own.summed_gradient(model, batch, parameters)
+        counts[1] = active_tokens(model, batch)
+        flat[:] = [g.double().cpu().flatten() for g in grads.values()]
+
+    together(communicator, own_share)
+    n_labels, tokens = map(sum, zip(*communicator.share(counts), strict=True))
+    if n_labels == 0:
+        raise BatchError(f"task {task}: no label of the batch counts")
+    joined = communicator.all_reduce(torch.cat(flat)) / n_labels
+    pieces = joined.split([p.numel() for p in parameters.values()])
+    means = {n: x.view_as(p) for (n, p), x in zip(parameters.items(), pieces, strict=True)}
+
+    def take() -> None:
+        if communicator.rank == 0:
+            own.update_fisher_welford(task, means, tokens)
+
+    together(communicator, take)
+
+
+def merged(own: Collector, communicator: Communicator) -> Collector:
     """Returns the collector of all ranks' data, the same on every rank; collective.
 
     Args:
@@ -33,7 +102,7 @@ def merged(own: GroupFisher, communicator: Communicator) -> GroupFisher:
     tensors, plain = own.state()
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     told: list[dict[str, Any]] = communicator.share({"plain": plain, "shapes": shapes})
-    result: GroupFisher | None = None
+    result: Collector | None = None
     problem: str | None = None
     for rank, other in enumerate(told):
         state: dict[str, Tensor] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..reduce import Alone, Communicator, together
 from .cost import linear_cost
 from .samples import SampleSet, SequenceSamples
 
@@ -90,24 +91,38 @@ def linear_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modul
 
 
 def choose_factored(
-    model: nn.Module, samples: SampleSet, names: Iterable[str]
+    model: nn.Module,
+    samples: SampleSet,
+    names: Iterable[str],
+    communicator: Communicator | None = None,
 ) -> dict[str, nn.Module]:
     """Picks the linear layers whose Gram matrix is cheaper without per-sample gradients.
 
     Layers are looked at in one forward pass a batch, without gradient: a layer that is called
-    more than once, or not on ``[1, S, in]`` or ``[1, in]``, is left out.
+    more than once, or not on ``[1, S, in]`` or ``[1, in]``, is left out. Ranks pick the same
+    layers, those that one process would; collective.
+
+    Args:
+        model: any module.
+        samples: the samples.
+        names: the weights in question.
+        communicator: of the ranks that the samples are spread over.
     """
+    ranks = communicator or Alone()
     linear = linear_weights(model, names)
-    if not linear or not samples.sequences:
+    if not linear or samples.total == 0:
         return {}
-    positions = _positions(model, linear, samples)
+    own: dict[str, list[int] | None] = {}
+    together(ranks, lambda: own.update(_positions(model, linear, samples)))
+    told = ranks.share({n: seen and [max(seen), sum(seen)] for n, seen in own.items()})
     chosen = {}
     for name, module in linear.items():
-        seen = positions.get(name)
-        if seen is None:
+        seen = [other[name] for other in told if name in other]
+        if not seen or None in seen:
             continue
+        longest, positions = max(s[0] for s in seen), sum(s[1] for s in seen)
         d_in, d_out = _dims(module)
-        if linear_cost(samples.n, max(seen), sum(seen), d_in, d_out).factored_is_cheaper:
+        if linear_cost(samples.total, longest, positions, d_in, d_out).factored_is_cheaper:
             chosen[name] = module
     return chosen
 
@@ -120,19 +135,20 @@ def _dims(module: nn.Module) -> tuple[int, int]:
 
 def _positions(
     model: nn.Module, linear: Mapping[str, nn.Module], samples: SampleSet
-) -> dict[str, list[int]]:
-    """Returns, by layer, the positions of every sequence at it; layers that do not fit are out."""
+) -> dict[str, list[int] | None]:
+    """Returns, by layer, the positions of every sequence at it; None for those that do not fit."""
     by_group: dict[int, dict[str, int | None]] = {}
-    result: dict[str, list[int]] = {name: [] for name in linear}
+    result: dict[str, list[int] | None] = {}
     for sequence in samples.sequences:
         if sequence.group not in by_group:
             by_group[sequence.group] = _probe(model, linear, sequence)
         for name, count in by_group[sequence.group].items():
-            if count is None:
-                result.pop(name, None)
-            elif name in result:
-                result[name].append(count)
-    return {name: seen for name, seen in result.items() if seen}
+            seen = result.setdefault(name, [])
+            if count is None or seen is None:
+                result[name] = None
+            else:
+                seen.append(count)
+    return result
 
 
 def _probe(

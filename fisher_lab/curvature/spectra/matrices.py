@@ -101,11 +101,17 @@ class GramMatrix:
     """``(1/N) J J^T``, ``N x N``, from rows kept by column tiles and products (mode ``chunked``).
 
     Args:
-        n: samples, ``N``.
+        n: samples, ``N``; on several ranks this rank's.
         sizes: dense parameters of the block and their numbers of elements.
         weights: weights that come as products.
         space: makes room for one array; in memory or spilled.
         device: where tiles are multiplied.
+        dtype: of the rows where the loss does not reach the block.
+        longest: rows of the rank that has most; None: ``n``.
+
+    Attributes:
+        rows: what is kept of the dense parameters; None where there are none.
+        factored: what is kept of each weight that comes as products.
     """
 
     def __init__(
@@ -115,22 +121,26 @@ class GramMatrix:
         weights: Sequence[str],
         space: Callable[[], Bytes],
         device: torch.device,
+        *,
+        dtype: torch.dtype,
+        longest: int | None = None,
     ) -> None:
-        self._n, self._sizes, self._device = n, dict(sizes), device
-        self._rows = DenseRows(space(), n, sum(sizes.values())) if sizes else None
-        self._factored = {name: FactoredRows(space()) for name in weights}
+        self._n, self._sizes, self.device, self._dtype = n, dict(sizes), device, dtype
+        p = sum(sizes.values())
+        self.rows = DenseRows(space(), n, p, dtype, longest) if sizes else None
+        self.factored = {name: FactoredRows(space()) for name in weights}
         self.touched = False
         self.method = "gram" if not weights else "gram+factored" if sizes else "gram_factored"
 
     def add(self, chunk: Chunk) -> None:
         """Stores the block's columns and products."""
-        if self._rows is not None:
+        if self.rows is not None:
             columns = columns_of(chunk, self._sizes)
             self.touched |= columns is not None
             if columns is None:
-                columns = torch.zeros(chunk.n, sum(self._sizes.values()))
-            self._rows.write(chunk.first, columns)
-        for name, rows in self._factored.items():
+                columns = torch.zeros(chunk.n, self.rows.p, dtype=self._dtype)
+            self.rows.write(chunk.first, columns)
+        for name, rows in self.factored.items():
             if name in chunk.factored:
                 self.touched = True
                 one = chunk.factored[name]
@@ -138,20 +148,20 @@ class GramMatrix:
 
     def matrix(self, *, center: bool) -> Tensor:
         """Returns ``(1/N) J J^T``."""
-        gram = torch.zeros(self._n, self._n, dtype=torch.float64, device=self._device)
-        if self._rows is not None:
-            for tile in self._rows.tiles():
-                tile = tile.to(self._device)
+        gram = torch.zeros(self._n, self._n, dtype=torch.float64, device=self.device)
+        if self.rows is not None:
+            for tile in self.rows.tiles():
+                tile = tile.to(self.device)
                 add_gram(gram, tile - tile.mean(0) if center else tile)
         gram = mirror(gram)
-        for rows in self._factored.values():
-            one = factored_gram(rows, self._n, self._device)
+        for rows in self.factored.values():
+            one = factored_gram(rows, self._n, self.device)
             gram += double_center(one) if center else one
         return gram / self._n
 
     def close(self) -> None:
         """Gives memory and files back."""
-        for store in (self._rows, *self._factored.values()):
+        for store in (self.rows, *self.factored.values()):
             if store is not None:
                 store.close()
 
@@ -197,6 +207,17 @@ class CovarianceMatrix:
             raise ValueError("center: another value than the matrix was collected with")
         return self._sum / self._n
 
+    def moments(self) -> tuple[int, Tensor, Tensor]:
+        """Returns the number of rows, their mean ``[P]`` and the sum ``[P, P]`` about it.
+
+        The mean is zero where nothing is centred; all is zero where no row came.
+        """
+        p = sum(self._sizes.values())
+        if self._sum is None or self._mean is None:
+            zeros = torch.zeros(p, p, dtype=torch.float64)
+            return 0, zeros[:, 0].clone(), zeros
+        return self._n, self._mean, self._sum
+
     def close(self) -> None:
         """Forgets the sums."""
         self._sum = self._mean = None
@@ -206,14 +227,19 @@ class RowMatrix:
     """``J`` itself, ``N x P`` in memory (modes ``full`` and ``sketch``).
 
     Args:
-        n: samples, ``N``.
+        n: samples, ``N``; on several ranks this rank's.
         sizes: parameters of the block and their numbers of elements.
+        device: of the rows where the loss does not reach the block.
+        dtype: of these.
     """
 
     method = "full"
 
-    def __init__(self, n: int, sizes: Mapping[str, int]) -> None:
-        self._n, self._sizes = n, dict(sizes)
+    def __init__(
+        self, n: int, sizes: Mapping[str, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._n, self._sizes, self.device, self._dtype = n, dict(sizes), device, dtype
+        self.p = sum(sizes.values())
         self._rows: Tensor | None = None
         self.touched = False
 
@@ -227,11 +253,15 @@ class RowMatrix:
             self._rows = columns.new_zeros(self._n, columns.shape[1])
         self._rows[chunk.first : chunk.first + chunk.n] = columns
 
+    def stored(self) -> Tensor:
+        """Returns ``J`` ``[N, P]`` as it is kept."""
+        if self._rows is None:
+            return torch.zeros(self._n, self.p, dtype=self._dtype, device=self.device)
+        return self._rows
+
     def rows(self, *, center: bool) -> Tensor:
         """Returns ``J`` ``[N, P]`` in float64, less its mean row if asked for."""
-        if self._rows is None:
-            return torch.zeros(self._n, sum(self._sizes.values()), dtype=torch.float64)
-        rows = self._rows.double()
+        rows = self.stored().double()
         return rows - rows.mean(0) if center else rows
 
     def matrix(self, *, center: bool) -> Tensor:

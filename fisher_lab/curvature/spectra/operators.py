@@ -9,12 +9,13 @@ All three belong to the *mean* loss over the ``N`` labelled tokens of the batche
 
 The forward pass is made once and its graph kept; a product is a Jacobian-vector pass without graph
 and a vector-Jacobian pass (Fisher), or one second backward pass (Hessian). Vectors are flat,
-``[n]``, the parameters' elements in the order of ``named_parameters()``.
+``[n]``, the parameters' elements in the order of ``named_parameters()``. On several ranks each has
+batches of its own and makes their share of every product (:mod:`.led`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +25,8 @@ from torch.func import functional_call
 
 from .. import losses
 from ..errors import BatchError, CurvatureError
+from ..reduce import Alone, Communicator, same_everywhere, together
+from .led import Led
 from .samples import as_batches
 
 OperatorName = Literal["empirical", "true", "hessian"]
@@ -50,9 +53,11 @@ class CurvatureOperator:
         model: any module whose labelling is known, or any with a ``loss_fn``; in the mode it is to
             be evaluated in, with attention that has the derivatives needed
             (:func:`fisher_lab.curvature.spectra.isolation.isolated`).
-        batch: one batch or an iterable of batches.
+        batch: one batch or an iterable of batches; on several ranks this rank's own.
         parameters: the block, by name.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        communicator: of the ranks whose batches are joined; None for this process alone. On
+            several ranks products are made within :meth:`led` alone.
         products: how ``J v`` is formed. ``double_backward`` keeps the graph of the backward pass
             as well and is the fastest; ``forward`` (forward mode, without a graph) makes the
             forward pass again each time and keeps less; ``auto`` is ``double_backward``, and
@@ -60,14 +65,15 @@ class CurvatureOperator:
 
     Attributes:
         n: number of elements, ``n``.
-        n_labels: ``N``.
+        n_labels: ``N``, of all ranks.
         n_products: products made so far.
         products: the way asked for.
         used: the way in use.
 
     Raises:
-        CurvatureError: the operator or the way has another name.
-        BatchError: no label counts.
+        CurvatureError: the operator or the way has another name; ranks have other parameters.
+        BatchError: no label counts on any rank.
+        RankError: another rank has an error.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class CurvatureOperator:
         *,
         loss_fn: losses.LossFunction | None = None,
         products: str = "auto",
+        communicator: Communicator | None = None,
     ) -> None:
         for key, value, allowed in (
             ("operator", name, OPERATORS),
@@ -93,25 +100,57 @@ class CurvatureOperator:
         self._sizes = [p.numel() for p in self._parameters]
         self.n = sum(self._sizes)
         self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
-        self._scorer = losses.scorer(model, loss_fn)
-        self._parts = [
-            part
-            for one in as_batches(batch)
-            if (part := _Part(self, losses.prepare(model, one))).n_labels > 0
-        ]
-        self.n_labels = sum(part.n_labels for part in self._parts)
+        self._ranks = communicator or Alone()
+        shapes = [[name, list(p.shape)] for name, p in parameters.items()]
+        same_everywhere(self._ranks, "operator and parameters", [name, shapes])
+        self._parts: list[_Part] = []
+        together(self._ranks, lambda: self._open(batch, loss_fn))
+        own = sum(part.n_labels for part in self._parts)
+        self.n_labels = sum(self._ranks.share(own))
         self.n_products = 0
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
+        self._led = Led(self._own_share, self.n, self.dtype, self.device, self._ranks)
+
+    def _open(self, batch: Any, loss_fn: losses.LossFunction | None) -> None:
+        self._scorer = losses.scorer(self._model, loss_fn)
+        for one in as_batches(batch):
+            part = _Part(self, losses.prepare(self._model, one))
+            if part.n_labels > 0:
+                self._parts.append(part)
+
+    def led(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Does work that makes products; collective.
+
+        On several ranks the first one does it, and the others make their share of each product.
+
+        Args:
+            work: makes products; its result is plain values that JSON can hold.
+
+        Returns:
+            The result, on every rank.
+
+        Raises:
+            RankError: another rank has an error.
+        """
+        if self._ranks.size == 1:
+            return work()
+        return self._led.run(work)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Returns the product with a flat vector, on the vector's device and in its dtype."""
         self.n_products += 1
-        tangents = self._split(vector.to(device=self.device, dtype=self.dtype))
+        here = vector.to(device=self.device, dtype=self.dtype)
+        total = self._own_share(here) if self._ranks.size == 1 else self._led(here)
+        return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
+
+    def _own_share(self, vector: Tensor) -> Tensor:
+        """This rank's samples' share of the product, not yet divided by ``N``."""
+        tangents = self._split(vector)
         total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         for part in self._parts:
             total += part.product(tangents)
-        return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
+        return total
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Cuts ``[..., n]`` into parameters, ``[..., *shape]``."""

@@ -2,15 +2,17 @@
 
 A row belongs to a *labelled* token: a position whose label is masked, padded or -100 has no loss
 of its own. A sequence without any label is no sample either. Samples are ordered by batch,
-sequence and position.
+sequence and position. Where ranks have batches of their own, the samples of all are those of rank
+0, then those of rank 1, and so on.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..errors import BatchError, CurvatureError
+from ..reduce import Alone, Communicator, together
 
 SAMPLE_UNITS = ("token", "sequence")
 
@@ -31,7 +34,7 @@ class SequenceSamples:
         n_labels: labels of the sequence that count.
         chosen: indices of the wanted labelled tokens, ascending, in ``Scored`` order; all of them
             for the unit ``sequence``, where they are summed.
-        first_row: row of ``J`` at which the samples of the sequence start.
+        first_row: row of this rank's ``J`` at which the samples of the sequence start.
         n_rows: number of those rows.
         group: index of the batch that the sequence came from.
     """
@@ -50,24 +53,31 @@ class SampleSet:
 
     Attributes:
         unit: ``token`` or ``sequence``.
-        sequences: the sequences that hold at least one chosen sample.
-        keys: ``[N]`` SHA-1 of each chosen sample's content (with a count where it repeats).
-        n_candidates: samples before subsampling.
-        data_hash: SHA-1 over all candidates.
-        subsample_hash: SHA-1 over the chosen ones.
+        sequences: this rank's sequences that hold at least one chosen sample.
+        keys: SHA-1 of each chosen sample's content (with a count where it repeats), this rank's.
+        rows: chosen samples of each rank; ``N`` is their sum.
+        n_candidates: samples of all ranks before subsampling.
+        data_hash: SHA-1 over all candidates of all ranks, whatever their order.
+        subsample_hash: SHA-1 over the chosen ones likewise.
     """
 
     unit: str
     sequences: tuple[SequenceSamples, ...]
     keys: tuple[str, ...]
+    rows: tuple[int, ...]
     n_candidates: int
     data_hash: str
     subsample_hash: str
 
     @property
     def n(self) -> int:
-        """Number of samples, ``N``."""
+        """Number of this rank's samples."""
         return len(self.keys)
+
+    @property
+    def total(self) -> int:
+        """Number of samples of all ranks, ``N``."""
+        return sum(self.rows)
 
 
 def as_batches(batch: Any) -> list[Any]:
@@ -85,57 +95,99 @@ def draw_samples(
     n_samples: int | None,
     seed: int,
     loss_fn: losses.LossFunction | None = None,
+    communicator: Communicator | None = None,
 ) -> SampleSet:
-    """Lists the samples of a batch and keeps ``n_samples`` of them.
+    """Lists the samples of a batch and keeps ``n_samples`` of them; collective.
 
     The subsample is the ``n_samples`` smallest SHA-1 digests of (seed, sample content): the same
-    in every process, whatever the order of the batch and ``PYTHONHASHSEED``.
+    in every process, whatever the order of the batch and ``PYTHONHASHSEED``, and however many
+    ranks the samples are spread over.
 
     Args:
         model: any module whose labelling is known, or any with a ``loss_fn``.
-        batch: one batch or an iterable of batches; they are not changed.
+        batch: one batch or an iterable of batches, this rank's own; they are not changed.
         unit: ``token`` or ``sequence``.
-        n_samples: how many to keep; None keeps all.
+        n_samples: how many to keep of all ranks' samples; None keeps all.
         seed: enters the digests.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        communicator: of the ranks whose samples are joined; None for this process alone.
 
     Raises:
         CurvatureError: the unit has another name or ``n_samples`` is below 1.
         BatchError: a batch has no labels.
+        RankError: another rank's batch has none.
     """
     if unit not in SAMPLE_UNITS:
         raise CurvatureError(f"sample_unit: {unit!r}; allowed: {', '.join(SAMPLE_UNITS)}")
     if n_samples is not None and n_samples < 1:
         raise CurvatureError(f"n_samples: {n_samples}; allowed: 1 or more, or None for all")
-    shift = losses.scorer(model, loss_fn).shift
-    found: list[tuple[int, Any, int]] = []
-    contents: list[tuple[int, int, str]] = []
-    repeats: Counter[str] = Counter()
-    for group, one in enumerate(as_batches(batch)):
-        prepared = losses.prepare(model, one)
-        counts, positions = _labelled(prepared, shift)
-        for row, count in enumerate(counts):
-            content = _digest(_slice(one, row, len(counts)))
-            repeats[content] += 1
-            content = f"{content}:{repeats[content]}"
-            found.append((group, _slice(prepared, row, len(counts)), count))
-            where = positions[row] if unit == "token" else [-1] * min(count, 1)
-            contents += [
-                (len(found) - 1, i, f"{content}:{position}") for i, position in enumerate(where)
-            ]
+    ranks = communicator or Alone()
+    found: list[_Sequence] = []
+    together(ranks, lambda: found.extend(_sequences(model, batch, loss_fn)))
+    contents = [
+        (index, i, f"{content}:{position}")
+        for index, (one, content) in enumerate(zip(found, _numbered(found, ranks), strict=True))
+        for i, position in enumerate(one.places(unit))
+    ]
     keys = [hashlib.sha1(c.encode(), usedforsecurity=False).hexdigest() for _, _, c in contents]
-    kept = _subsample(keys, n_samples, seed)
+    told = ranks.share(keys)
+    every = [key for other in told for key in other]
+    kept = _subsample(every, n_samples, seed)
+    bounds = [sum(len(other) for other in told[:r]) for r in range(len(told) + 1)]
+    by_rank = [[i - low for i in kept if low <= i < high] for low, high in pairwise(bounds)]
+    mine = by_rank[ranks.rank]
     return SampleSet(
         unit=unit,
-        sequences=_group(found, contents, kept, unit),
-        keys=tuple(keys[i] for i in kept),
-        n_candidates=len(keys),
-        data_hash=_join(keys),
-        subsample_hash=_join([keys[i] for i in kept]),
+        sequences=_group(found, contents, mine, unit),
+        keys=tuple(keys[i] for i in mine),
+        rows=tuple(len(chosen) for chosen in by_rank),
+        n_candidates=len(every),
+        data_hash=_join(every),
+        subsample_hash=_join([every[i] for i in kept]),
     )
 
 
-def _labelled(prepared: Any, shift: bool) -> tuple[list[int], list[list[int]]]:
+@dataclass(frozen=True)
+class _Sequence:
+    """A sequence, its batch's index, its content's digest and its labelled positions."""
+
+    group: int
+    batch: Any
+    content: str
+    positions: list[int]
+
+    def places(self, unit: str) -> list[int]:
+        """A place for each sample: the labelled positions, or -1 for the sequence."""
+        return self.positions if unit == "token" else [-1] * min(len(self.positions), 1)
+
+
+def _sequences(
+    model: nn.Module, batch: Any, loss_fn: losses.LossFunction | None
+) -> Iterator[_Sequence]:
+    shift = losses.scorer(model, loss_fn).shift
+    for group, one in enumerate(as_batches(batch)):
+        prepared = losses.prepare(model, one)
+        positions = _labelled(prepared, shift)
+        for row, where in enumerate(positions):
+            content = _digest(_slice(one, row, len(positions)))
+            yield _Sequence(group, _slice(prepared, row, len(positions)), content, where)
+
+
+def _numbered(found: Sequence[_Sequence], ranks: Communicator) -> list[str]:
+    """Appends to each content how often it has come so far, lower ranks first."""
+    own = [one.content for one in found]
+    seen: Counter[str] = Counter()
+    for other in ranks.share(own)[: ranks.rank]:
+        seen.update(other)
+    result = []
+    for content in own:
+        seen[content] += 1
+        result.append(f"{content}:{seen[content]}")
+    return result
+
+
+def _labelled(prepared: Any, shift: bool) -> list[list[int]]:
+    """Returns the labelled positions of each sequence."""
     labels = losses.labels_of(prepared)
     if labels is None:
         raise BatchError("batch: no 'labels' in it, and per-sample losses need them")
@@ -144,8 +196,7 @@ def _labelled(prepared: Any, shift: bool) -> tuple[list[int], list[list[int]]]:
     keep = labels != losses.IGNORE_INDEX
     if keep.dim() == 1:
         keep = keep[:, None]
-    positions = [row.nonzero()[:, 0].tolist() for row in keep]
-    return [len(p) for p in positions], positions
+    return [row.nonzero()[:, 0].tolist() for row in keep]
 
 
 def _subsample(keys: list[str], n_samples: int | None, seed: int) -> list[int]:
@@ -159,7 +210,7 @@ def _subsample(keys: list[str], n_samples: int | None, seed: int) -> list[int]:
 
 
 def _group(
-    found: list[tuple[int, Any, int]],
+    found: list[_Sequence],
     contents: list[tuple[int, int, str]],
     kept: list[int],
     unit: str,
@@ -170,10 +221,11 @@ def _group(
         chosen.setdefault(sequence, []).append(index)
     result, row = [], 0
     for sequence, indices in sorted(chosen.items()):
-        group, batch, count = found[sequence]
+        one = found[sequence]
+        count = len(one.positions)
         wanted = tuple(sorted(indices)) if unit == "token" else tuple(range(count))
         n_rows = len(wanted) if unit == "token" else 1
-        result.append(SequenceSamples(batch, count, wanted, row, n_rows, group))
+        result.append(SequenceSamples(one.batch, count, wanted, row, n_rows, one.group))
         row += n_rows
     return tuple(result)
 
@@ -208,4 +260,4 @@ def _digest(sample: Any) -> str:
 
 
 def _join(keys: list[str]) -> str:
-    return hashlib.sha1("\n".join(keys).encode(), usedforsecurity=False).hexdigest()
+    return hashlib.sha1("\n".join(sorted(keys)).encode(), usedforsecurity=False).hexdigest()

@@ -106,15 +106,19 @@ class DenseRows:
 
     Args:
         space: where the bytes go.
-        n: rows, ``N``.
+        n: rows, ``N``; on several ranks this rank's.
         p: columns, ``P``.
+        dtype: of the rows; that of what is written goes before it.
+        longest: rows of the rank that has most, so that all ranks have the same tiles; None: ``n``.
     """
 
-    def __init__(self, space: Bytes, n: int, p: int) -> None:
+    def __init__(
+        self, space: Bytes, n: int, p: int, dtype: torch.dtype, longest: int | None = None
+    ) -> None:
         self._space = space
-        self.n, self.p = n, p
-        self.width = max(1, min(p, TILE_BYTES // (8 * max(n, 1))))
-        self._dtype: torch.dtype | None = None
+        self.n, self.p, self._dtype = n, p, dtype
+        rows = max(n if longest is None else longest, 1)
+        self.width = max(1, min(p, TILE_BYTES // (8 * rows)))
 
     def write(self, first: int, rows: Tensor) -> None:
         """Puts ``rows`` ``[c, P]`` at row ``first``."""
@@ -126,13 +130,18 @@ class DenseRows:
 
     def tiles(self) -> Iterator[Tensor]:
         """Yields the column tiles ``[N, w]`` in float64."""
-        if self._dtype is None:
-            return
+        for tile in self.stored():
+            yield tile.to(torch.float64)
+
+    def stored(self) -> Iterator[Tensor]:
+        """Yields the column tiles ``[N, w]`` as they are stored."""
         size = torch.empty(0, dtype=self._dtype).element_size()
         for start in range(0, self.p, self.width):
-            width = min(self.width, self.p - start)
-            tile = self._space.read(self.n * start * size, (self.n, width), self._dtype)
-            yield tile.to(torch.float64)
+            shape = (self.n, min(self.width, self.p - start))
+            if self.n == 0:
+                yield torch.empty(shape, dtype=self._dtype)
+            else:
+                yield self._space.read(self.n * start * size, shape, self._dtype)
 
     def close(self) -> None:
         """Gives the space back."""
@@ -190,9 +199,20 @@ class FactoredRows:
 
     def piece(self, i: int) -> tuple[int, Tensor, Tensor]:
         """Returns (first row, inputs ``[S, in]``, outputs ``[c, S, out]``) in float64."""
+        first, inputs, outputs = self.stored(i)
+        return first, inputs.double(), outputs.double()
+
+    def stored(self, i: int) -> tuple[int, Tensor, Tensor]:
+        """Returns what :meth:`piece` does, as it is stored."""
         piece = self._pieces[i]
         outputs = self._space.read(piece.offset, piece.shape, piece.dtype)
-        return piece.first, self._inputs[piece.sequence].double(), outputs.double()
+        return piece.first, self._inputs[piece.sequence], outputs
+
+    def described(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields what :meth:`stored` returns of every piece, the tensors without numbers (meta)."""
+        for piece in self._pieces:
+            outputs = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+            yield piece.first, self._inputs[piece.sequence].to("meta"), outputs
 
     def close(self) -> None:
         """Gives the space back."""

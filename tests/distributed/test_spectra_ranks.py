@@ -1,0 +1,333 @@
+"""Spectra, Lanczos and group Fisher of samples that are spread over 1, 2 and 3 ranks.
+
+The ranks have 40, 0 and 7 labels. Truth: explicit matrices on the joined samples, and one process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fisher_lab.curvature.reduce import Alone
+from fisher_lab.curvature.spectra.blocks import parameter_blocks
+from fisher_lab.curvature.spectra.pairs import meetings
+from tests.distributed import joined, spreading
+from tests.distributed.pool import Pool
+from tests.distributed.spreading import Job
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+NUMBERS = ("largest_eigenvalue", "effective_rank", "spectral_gap", "trace")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("size", range(1, 10))
+def test_every_pair_of_ranks_meets_once(size: int, turn: int) -> None:
+    met = []
+    for rank in range(size):
+        for number, meeting in enumerate(meetings(rank, size, turn)):
+            if meeting.takes:
+                met.append(frozenset((rank, meeting.source)))
+            giver = meetings(meeting.source, size, turn)[number]
+            assert giver.to == rank
+            assert giver.gives == meeting.takes
+    pairs = {frozenset((a, b)) for a in range(size) for b in range(a)}
+    assert len(met) == len(pairs)
+    assert set(met) == pairs
+
+
+def job(structure: str, mode: str, unit: str, center: bool, **more: Any) -> Job:
+    config = {"storage_mode": mode, "sample_unit": unit, **more.pop("config", {})}
+    return Job(structure, center, config=config, **more)
+
+
+JOBS = [
+    job("layer", "chunked", "token", False, config={"memory_budget_mb": 0}),
+    job("layer", "chunked", "token", True, products=True),
+    job("parameter", "streaming", "token", True, products=True),
+    job("parameter", "full", "token", False),
+    job("full", "full", "sequence", True),
+    job("module", "streaming", "sequence", False, products=True),
+]
+"""Every storage mode, blocks larger and smaller than `N`, with products and without."""
+
+
+def answers_of(
+    ranks: Pool,
+    size: int,
+    dtype: torch.dtype,
+    jobs: list[Job],
+    batches: list[list[dict]],
+    name: str,
+) -> list[list[tuple[dict, dict]]]:
+    """By job: every rank's result and traffic."""
+    each = [{"batches": own} for own in batches[:size]]
+    found = ranks.run(spreading.spectra, size, each=each, name=name, dtype=dtype, jobs=jobs)
+    return [list(of_job) for of_job in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: int) -> None:
+    batches = joined.batches_of(name, size)
+    model = joined.model_of(name, torch.float64).eval()
+    every = spreading.together(batches)
+    by_unit = {unit: spreading.rows_of(model, every, unit) for unit in ("token", "sequence")}
+    methods = set()
+    found = answers_of(ranks, size, torch.float64, JOBS, batches, name)
+    for one, answers in zip(JOBS, found, strict=True):
+        (first, _), *others = answers
+        assert all(other == first for other, _ in others)
+        rows = by_unit[one.config["sample_unit"]]
+        methods |= check_blocks(one, first, rows, parameter_blocks(model, one.structure))
+        counts = first["metadata"]["samples_by_rank"]
+        assert sum(counts) == len(next(iter(rows.values())))
+        assert len(counts) == size
+        assert size < 3 or counts[1] == 0
+    assert methods >= {"gram", "gram+factored", "full", "covariance"}
+
+
+def check_blocks(
+    one: Job, result: dict, rows: spreading.Rows, blocks: dict[str, list[str]]
+) -> set[str]:
+    """Every block of a result against the explicit matrix; returns the methods in use."""
+    every = []
+    noise = 1e-20 * float(spreading.matrix_of(rows, list(rows)).square().mean(0).sum())
+    for block, names in blocks.items():
+        matrix = spreading.matrix_of(rows, names, one.center)
+        trace = float(matrix.square().mean(0).sum())
+        if trace < noise:
+            continue  # a key's bias: zero but for rounding
+        record = result["per_block"][block]
+        truth = spreading.eigenvalues(rows, names, one.center)
+        wanted = truth[: min(matrix.shape)]
+        spreading.assert_values(record["eigenvalues"], wanted, 1e-10, f"{one} {block}")
+        assert record["trace"] == pytest.approx(trace, rel=1e-10)
+        every.append(truth)
+    top = float(torch.cat(every).max())
+    assert result["global"]["largest_eigenvalue"] == pytest.approx(top, rel=1e-10)
+    return {record["method"] for record in result["per_block"].values()}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: int) -> None:
+    batches = joined.batches_of(name, size)
+    every = spreading.together(batches)
+    alone = spreading.spectra(Alone(), name, torch.float32, JOBS, every)
+    for (one, _), answers in zip(
+        alone, answers_of(ranks, size, torch.float32, JOBS, batches, name), strict=True
+    ):
+        for found, _ in answers:
+            assert found["global"]["n_blocks"] >= 1
+            for key in NUMBERS:
+                assert found["global"][key] == pytest.approx(one["global"][key], rel=1e-5), key
+            assert found["metadata"]["factored_weights"] == one["metadata"]["factored_weights"]
+            for block, record in one["per_block"].items():
+                assert found["per_block"][block]["method"] == record["method"]
+
+
+def repeated(batches: list[list[dict]]) -> list[list[dict]]:
+    """Rank 2 has rank 0's sequences once more: which of them is chosen must not depend on it."""
+    return [batches[0], batches[1], batches[0] + batches[2]]
+
+
+def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
+    batches = repeated(joined.batches_of("gpt2", 3))
+    jobs = [
+        Job("layer", n_samples=n, config={"sample_unit": unit, "seed": seed})
+        for n, unit, seed in (
+            (9, "token", 3),
+            (50, "token", 3),
+            (2, "sequence", 0),
+            (1, "token", 5),
+        )
+    ]
+    alone = spreading.spectra(Alone(), "gpt2", torch.float64, jobs, spreading.together(batches))
+    # One process may see the joined batches in another order.
+    other = [batches[2][1], *batches[1], *batches[0], batches[2][0]]
+    turned = spreading.spectra(Alone(), "gpt2", torch.float64, jobs, other)
+    found = answers_of(ranks, 3, torch.float64, jobs, batches, "gpt2")
+    for job, (one, _), (two, _), answers in zip(jobs, alone, turned, found, strict=True):
+        for result in (two, *(answer for answer, _ in answers)):
+            for key in ("n_samples", "n_candidates", "data_hash", "subsample_hash"):
+                assert result["metadata"][key] == one["metadata"][key], key
+            assert result["metadata"]["n_samples"] == job.n_samples
+            for block, record in one["per_block"].items():
+                if record["status"] == "ok" and record["trace"] > 1e-20:
+                    values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
+                    got = result["per_block"][block]["eigenvalues"]
+                    spreading.assert_values(got, values, 1e-10, f"{job} {block}")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
+    """Bytes of every rank as `docs/distributed.md` has them, and nobody gets all gradients."""
+    batches = joined.batches_of("gpt2", size, (12, 5, 9))
+    jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
+    parameters = sum(p.numel() for p in joined.model_of("gpt2", torch.float64).parameters())
+    for answers in answers_of(ranks, size, torch.float64, jobs, batches, "gpt2"):
+        counts = answers[0][0]["metadata"]["samples_by_rank"]
+        assert counts == [12, 5, 9][:size]
+        for rank, (_, moved) in enumerate(answers):
+            (*_, last) = meetings(rank, size, 0)
+            row = parameters * 8
+            sent = counts[rank] * row if last.gives else 0
+            received = counts[last.source] * row if last.takes else 0
+            numbers = [
+                counts[r] * (counts[r] + (counts[m.source] if m.takes else 0))
+                for r in range(size)
+                for m in meetings(r, size, 0)
+            ]
+            if rank == 0:  # which decomposes the only block
+                received += 8 * sum(numbers[1:])
+            else:
+                sent += 8 * numbers[rank]
+            assert moved["exchange"][1:] == (sent, received)
+            assert moved["exchange"][2] < 0.9 * sum(counts) * row
+
+
+def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
+    batches = joined.batches_of("gpt2", 3)
+    found = ranks.run(
+        spreading.counted_decompositions, 3,
+        each=[{"batches": own} for own in batches], name="gpt2",
+    )  # fmt: skip
+    blocks = len(parameter_blocks(joined.model_of("gpt2", torch.float64), "layer"))
+    assert sum(found) == blocks
+    assert max(found) == math.ceil(blocks / 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("labels", "no 'labels' in it"),
+        ("loss", "the loss gave up"),
+        ("no loss", "gives no logits"),
+    ],
+)
+def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str) -> None:
+    each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (40, 6, 7))]
+    found = ranks.run(spreading.refused, 3, each=each, kind=kind, name="gpt2")
+    texts = {
+        "labels": "no 'labels' in it",
+        "loss": "the loss gave up",
+        "no loss": "gives no logits",
+    }
+    text = texts[kind]
+    assert text in found[1]
+    for rank in (0, 2):
+        assert found[rank].startswith("RankError: rank 1: ")
+        assert text in found[rank]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("sketch", "storage_mode on several ranks: 'sketch'; allowed: full, chunked, streaming"),
+        ("cache", "gradient_cache: given; allowed on several ranks: None"),
+        ("choices", "rank 1 has "),
+    ],
+)
+def test_what_ranks_do_not_have_is_refused_on_all(ranks: Pool, kind: str, text: str) -> None:
+    each = [{"batches": own} for own in joined.batches_of("gpt2", 2)]
+    for said in ranks.run(spreading.refused, 2, each=each, kind=kind, name="gpt2"):
+        assert text in said
+
+
+def test_no_label_on_any_rank_is_degenerate(ranks: Pool) -> None:
+    batches = joined.batches_of("gpt2", 2, (0, 0))
+    ((*answers,),) = answers_of(ranks, 2, torch.float64, [Job()], batches, "gpt2")
+    for result, _ in answers:
+        assert result["global"]["status"] == "degenerate"
+        assert result["metadata"]["n_samples"] == 0
+
+
+# ---- Lanczos -------------------------------------------------------------------------------------
+
+BLOCK = "transformer.h.0.ln_1"
+FEW = (12, 0, 5)
+OPTIONS: list[dict[str, Any]] = [
+    {"operator": "empirical"},
+    {"operator": "empirical", "products": "forward"},
+    {"operator": "true"},
+    {"operator": "hessian", "which": "magnitude"},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size: int) -> None:
+    batches = joined.batches_of("gpt2", size, FEW)
+    each = [{"batches": own} for own in batches]
+    found = ranks.run(spreading.pairs, size, each=each, name="gpt2", options=OPTIONS, block=BLOCK)
+    model = joined.model_of("gpt2", torch.float64).eval()
+    every, names = spreading.together(batches), [f"{BLOCK}.weight", f"{BLOCK}.bias"]
+    rows = spreading.matrix_of(spreading.rows_of(model, every), names)
+    empirical = rows.T @ rows / len(rows)
+    true = spreading.true_fisher(model, every, names)
+    truths = [empirical, empirical, true, spreading.hessian(model, every, names)]
+    for answers in found:
+        for option, truth, answer in zip(OPTIONS, truths, answers, strict=True):
+            values = torch.linalg.eigvalsh(truth)
+            values = values[values.abs().argsort(descending=True)][:4]
+            scale = float(values[0].abs())
+            top = torch.tensor(answer["eigenvalues"], dtype=torch.float64)
+            assert float((top - values).abs().max()) <= 1e-10 * scale, option
+            assert answer["n_samples"] == sum(FEW[:size])
+            assert all(answer["converged"])
+            vectors = torch.cat([v.flatten(1) for v in answer["eigenvectors"].values()], dim=1)
+            off = vectors @ truth - top[:, None] * vectors
+            assert float(off.norm(dim=1).max()) <= 1e-9 * scale
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dtype"),
+    [
+        ("gpt2", 3, torch.float64),
+        ("gpt2", 2, torch.float32),
+        ("llama", 2, torch.float64),
+        ("llama", 3, torch.float32),
+    ],
+)
+def test_lanczos_gives_what_one_process_does(
+    ranks: Pool, name: str, size: int, dtype: torch.dtype
+) -> None:
+    batches = joined.batches_of(name, size, FEW)
+    each = [{"batches": own} for own in batches]
+    common = {"name": name, "dtype": dtype, "tol": 1e-9 if dtype == torch.float64 else 1e-4}
+    found = ranks.run(spreading.everything, size, each=each, **common)
+    one = spreading.everything(Alone(), batches=spreading.together(batches), **common)
+    bound = BOUNDS[dtype]
+    for answer in found:
+        assert answer == found[0]
+        assert answer["top"]["eigenvalues"] == pytest.approx(one["top"]["eigenvalues"], rel=bound)
+        assert answer["top"]["n_samples"] == one["top"]["n_samples"]
+        for key in ("trace", "effective_dimension", "slq", "hutch", "dimension"):
+            assert answer[key]["value"] == pytest.approx(one[key]["value"], rel=bound), key
+            assert answer[key]["n_probes"] == one[key]["n_probes"]
+        top = max(map(max, one["alone"]["nodes"]))
+        assert max(map(max, answer["alone"]["nodes"])) == pytest.approx(top, rel=bound)
+
+
+@pytest.mark.parametrize("kind", ["rank 0", "rank 2"])
+def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: str) -> None:
+    each = [{"batches": own} for own in joined.batches_of("gpt2", 3)]
+    found = ranks.run(spreading.products_that_fail, 3, each=each, kind=kind, name="gpt2")
+    for rank, said in enumerate(found):
+        own = kind == f"rank {rank}"
+        expected = "ValueError: a product failed" if own else f"RankError: {kind}: ValueError"
+        assert said.startswith(expected)
+
+
+def test_an_error_of_the_leading_rank_is_raised_on_all(ranks: Pool) -> None:
+    each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (9, 6, 7))]
+    for kind, text in (("nan", "holds NaN"), ("basis", "max_vectors: ")):
+        found = ranks.run(spreading.products_that_fail, 3, each=each, kind=kind, name="gpt2")
+        assert text in found[0]
+        for said in found[1:]:
+            assert said.startswith("RankError: rank 0: ")
+            assert text in said
+    for said in ranks.run(spreading.products_that_fail, 3, each=each, kind="no", name="gpt2"):
+        assert said == "nothing, 3"
