@@ -111,6 +111,27 @@ def test_push_through_with_rounded_columns(storage, bound):
         assert max(reference.errors(general, expected).values()) > 3 * worst
 
 
+@pytest.mark.parametrize("storage", ["fp16", "bf16"])
+def test_columns_that_outnumber_the_outputs_are_not_rounded(storage):
+    """Rounding those would perturb G itself; policy `all` stays as exact there as unrounded."""
+    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, None)
+    model = case.model(DOUBLE)
+    kfac = engine("all", damping, woodbury_dtype=storage, norm_layers=False)
+    result, own, truth = own_result(kfac, model, case.batch("many"))
+    truth.norms = False
+    expected = truth.natural_gradient(own, damping)
+    layers = {n: tuple(t.g[0].shape) for n, t in truth.tokens.items() if "norm" not in t.kind}
+    many = [layer for layer, (tokens, out) in layers.items() if tokens >= out]
+    few = [layer for layer in layers if layer not in many]
+    assert many
+    for layer in many:
+        names = [n for n in expected if n.startswith(f"{layer}.")]
+        reference.assert_close(result, {n: expected[n] for n in names}, 1e-9, layer)
+    kept = {f.layer.name: f.G.columns.data.dtype for f in kfac.engine.factors.values()}
+    assert all(kept[layer] == DOUBLE for layer in many)
+    assert all(kept[layer].itemsize == 2 for layer in few)
+
+
 def test_tiny_gradients_do_not_underflow_in_16_bits():
     """Columns are scaled by a power of two before they are rounded."""
     case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-18, None)

@@ -321,11 +321,12 @@ class GradientAccumulator(_Summing):
         return self._gram(columns, weight)
 
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
-        stored = store_columns(columns, self.storage, self.numerics.core_dtype, self.name)
+        core = self.numerics.core_dtype
+        stored = store_columns(columns, self.out, self.storage, core, self.name)
         return GramFactor(
             self.spread(stored),
             weight,
-            self.numerics.core_dtype,
+            core,
             discarded=self.discarded,
             reduction=self.reduction,
         )
@@ -335,7 +336,8 @@ class GradientAccumulator(_Summing):
         if self.total is not None or not self.parts:
             return None
         columns = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        if storage_dtype(self.storage, columns.dtype) == columns.dtype:
+        shape = (columns.shape[0], self.out)
+        if storage_dtype(self.storage, columns.dtype, shape) == columns.dtype:
             return None
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept

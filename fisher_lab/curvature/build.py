@@ -669,7 +669,9 @@ class FactorBuilder:
             share = len(p) / len(chosen)
             p = p[chosen.to(p.device)]
         weight = share / tokens
-        stored = store_columns(p, self.settings.storage, numerics.core_dtype, self.head_name or "")
+        name = self.head_name or ""
+        classes = next(x.n_out for x in self.everyone() if x.name == name)
+        stored = store_columns(p, classes, self.settings.storage, numerics.core_dtype, name)
         stored = self.head.get("spread", as_they_are)(stored)
         # Dbar comes from the stored rows: from others, S could turn indefinite (section 5).
         ones = torch.ones(p.shape[0], 1, dtype=numerics.core_dtype, device=p.device)

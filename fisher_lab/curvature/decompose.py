@@ -63,7 +63,12 @@ def prepare_together(
     Raises:
         CurvatureError: a decomposition failed; names the rank.
     """
-    found = [_task(side, eigen) for side in sides]
+    # A rank whose device was full has let go of what the others still have: they do it once more.
+    told_left = communicator.share([_left(side, eigen) for side in sides])
+    found = [
+        _task(side) if any(left) else None
+        for side, left in zip(sides, zip(*told_left, strict=True), strict=True)
+    ]
     tasks = {id(t.side): t for t in found if t is not None}  # layers may share one
     todo = list(tasks.values())
     for task, owner in zip(todo, owners([t.size for t in todo], communicator.size), strict=True):
@@ -88,17 +93,21 @@ def prepare_together(
     return [seconds.get(id(side), 0.0) for side in sides]
 
 
-def _task(side: Damped, eigen: bool) -> _Task | None:
-    """What is left to do; forms the matrix first, which is collective where it is spread."""
+def _left(side: Damped, eigen: bool) -> bool:
+    """Says whether something is left to do for this rank."""
     if isinstance(side, DampedDiagonalLowRank):
-        return None if "cholesky" in side.__dict__ else _Task(side, side.core.shape[0])
-    if not isinstance(side, DampedDense | DampedGram):
-        return None
-    if side.factor._eigen is not None or (not eigen and side.__dict__.get("cholesky") is not None):
-        return None
-    factor = side.factor
-    matrix = factor.kernel if isinstance(factor, GramFactor) else factor.matrix
-    return _Task(side, matrix.shape[0])
+        return "cholesky" not in side.__dict__
+    if not isinstance(side, DampedDense | DampedGram) or side.factor._eigen is not None:
+        return False
+    return eigen or side.__dict__.get("cholesky") is None
+
+
+def _task(side: Damped) -> _Task:
+    """What has to be done; forms the matrix first, which is collective where it is spread."""
+    assert isinstance(side, Decomposed)
+    if isinstance(side, DampedDiagonalLowRank):
+        return _Task(side, side.core.shape[0])
+    return _Task(side, side.guarded_step("matrix", lambda: _matrix(side)).shape[0])
 
 
 def _decompose(side: Decomposed, eigen: bool) -> None:
@@ -119,31 +128,34 @@ def _header(side: Decomposed) -> dict[str, Any]:
 
 
 def _hand_over(task: _Task, header: dict[str, Any], communicator: Communicator) -> None:
+    """Gives a decomposition to all ranks.
+
+    Its owner too takes what was sent: the libraries return columns one after the other, what
+    arrives lies in rows, and products of the two differ in their last bit.
+    """
     side, mine = task.side, task.owner == communicator.rank
     like = side.core if isinstance(side, DampedDiagonalLowRank) else _matrix(side)
 
     def moved(x: Tensor | None, *shape: int) -> Tensor:
-        here = x if mine and x is not None else like.new_empty(shape)
+        here = x.contiguous() if mine and x is not None else like.new_empty(shape)
         return communicator.broadcast(here, task.owner)
 
     n = task.size
     if header["lower"]:
         own = side.cholesky.lower if mine and side.cholesky is not None else None
-        lower = moved(own, n, n)
-        if not mine:
-            side.cholesky = Cholesky(lower, header["jitter"], header["eps"])
+        side.cholesky = Cholesky(moved(own, n, n), header["jitter"], header["eps"])
+        vars(side).pop("lower", None)  # made of the owner's own
         return
     if not mine and header["tried"]:
         side.cholesky = Cholesky(None, 0.0, 0.0)
     pair: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if mine:
         pair = side.eigen if isinstance(side, DampedDiagonalLowRank) else side.factor.eigen()
-    values, vectors = moved(pair[0], n), moved(pair[1], n, n)
-    if not mine:
-        if isinstance(side, DampedDiagonalLowRank):
-            side.eigen = (values, vectors)
-        else:
-            side.factor._eigen = (values, vectors)
+    found = moved(pair[0], n), moved(pair[1], n, n)
+    if isinstance(side, DampedDiagonalLowRank):
+        side.eigen = found
+    else:
+        side.factor._eigen = found
 
 
 def _matrix(side: DampedDense | DampedGram) -> Tensor:

@@ -28,7 +28,7 @@ from .factors import Columns, ShardedColumns
 from .layers import Kind, Layer
 from .linalg import add_second_moment, gram, symmetric_eigen
 from .policy import wants_woodbury
-from .reduce import Communicator, shares
+from .reduce import Communicator, dtype_name, shares
 
 if TYPE_CHECKING:
     from .build import FactorBuilder
@@ -73,11 +73,6 @@ def _fingerprint(builder: FactorBuilder) -> str:
     layers = [(x.name, x.n_in, x.n_out, x.bias) for x in builder.everyone()]
     text = f"{layers} {builder.settings} {builder.keep_gradient}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns ``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 class _Join:

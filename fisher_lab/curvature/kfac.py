@@ -40,7 +40,6 @@ from .losses import (
 )
 from .policy import check
 from .reduce import Alone, Communicator, together
-from .retreat import on_host_if_full
 from .settings import Damping, KFACSettings, SettingError
 from .storage import check_device_supports
 
@@ -251,6 +250,10 @@ class KFACEngine:
         self._damped, self._bases, self._seconds = {}, {}, {}
         self.refreshes += 1
 
+    def forget(self) -> None:
+        """Drops the factors."""
+        self._replace({})
+
     # ---- files -------------------------------------------------------------------------------
 
     def export(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -267,7 +270,8 @@ class KFACEngine:
             FactorFileError: another version, or incomplete.
             LayerError: factors of another model.
         """
-        self._replace(state.restore(tensors, header, model, self.layers_of(model)))
+        layers = self.layers_of(model)
+        self._replace(state.restore(tensors, header, model, layers, self.communicator))
         self._ever_called |= set(self.factors)
         self.own_uncovered, self.diagonal = {}, {}
 
@@ -347,16 +351,8 @@ class KFACEngine:
 
     def _basis(self, name: str) -> ekfac.Eigenbasis:
         if name not in self._bases:
-            factors, s = self.factors[name], self.settings
-
-            def retreat() -> bool:
-                moved = factors.G.to_host()
-                return (factors.A is not None and factors.A.to_host()) or moved
-
-            what = f"{factors.G.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
-            self._bases[name] = on_host_if_full(
-                lambda: ekfac.eigenbasis(factors, s.damping, s.numerics), retreat, what
-            )
+            s = self.settings
+            self._bases[name] = ekfac.prepared(self.factors[name], s.damping, s.numerics)
         return self._bases[name]
 
     # ---- applying ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .errors import CurvatureError, RankError
@@ -100,6 +101,11 @@ def share(length: int, rank: int, size: int) -> slice:
 def shares(length: int, size: int) -> list[int]:
     """Returns the sizes of all ranks' shares of ``range(length)``."""
     return [len(range(length)[share(length, rank, size)]) for rank in range(size)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns ``float32`` for ``torch.float32``, to be told to other ranks."""
+    return str(dtype).removeprefix("torch.")
 
 
 def together(communicator: Communicator, step: Callable[[], None]) -> None:

@@ -23,9 +23,12 @@ from .factors import (
     DiagonalLowRankFactor,
     Factor,
     GramFactor,
+    ShardedColumns,
 )
+from .join import Spread
 from .layers import Layer, Layers
 from .losses import device_of, unwrap
+from .reduce import Communicator, share
 
 VERSION = 1
 """Of the layout; another version is refused."""
@@ -77,6 +80,10 @@ def export(
             owner = owners.get(id(f.A))
             entry["A"] = {"same_as": owner} if owner else _export_factor(f.A, f"{name}/A", tensors)
             owners.setdefault(id(f.A), name)
+        if f.spread is not None:
+            entry["rows"] = list(f.spread.rows)
+            if f.tokens_g is not None:
+                entry["rows_g"] = f.spread.communicator.share(len(f.tokens_g))
         for key in KEPT:
             value = f.gathered(key)
             if value is not None:
@@ -100,6 +107,7 @@ def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> d
         entry |= {
             "weight": factor.weight,
             "scale": columns.scale,
+            "sharded": isinstance(factor.columns, ShardedColumns),
             "core_dtype": str(factor.core_dtype).removeprefix("torch."),
         }
     for key, value in parts.items():
@@ -112,7 +120,11 @@ def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> d
 
 
 def restore(
-    tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, layers: Layers
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    model: nn.Module,
+    layers: Layers,
+    communicator: Communicator | None = None,
 ) -> dict[str, LayerFactors]:
     """Returns the factors that :func:`export` took apart; the model itself is not changed.
 
@@ -121,6 +133,8 @@ def restore(
         header: as exported.
         model: the model that they are wanted for.
         layers: its K-FAC layers.
+        communicator: of ranks that go on together: each takes the share again that it had, where
+            they are as many as before, so that sums over the ranks come out to the same bit.
 
     Raises:
         FactorFileError: another version, other conventions, or a tensor is missing.
@@ -136,7 +150,10 @@ def restore(
         layer = layers.layers.get(name)
         _check_layer(name, entry, layer)
         assert layer is not None
-        result[name] = _restore_layer(layer, entry, tensors, result, device_of(model))
+        factors = _restore_layer(layer, entry, tensors, result, device_of(model))
+        if communicator is not None and communicator.size > 1:
+            _spread_again(factors, entry, communicator)
+        result[name] = factors
     if header.get("model") != fingerprint(model):
         raise LayerError(
             f"factors: made for a model with fingerprint {header.get('model')}, this one has "
@@ -194,6 +211,26 @@ def _restore_layer(
         tokens_g=kept("tokens_g"),
         order=kept("order"),
     )
+
+
+def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Communicator) -> None:
+    """Cuts this rank's share out of what :func:`export` has put together."""
+    g = f.G
+    if entry["G"].get("sharded") and isinstance(g, GramFactor | DiagonalLowRankFactor):
+        whole = g.columns
+        mine = share(whole.shape[1], communicator.rank, communicator.size)
+        local = Columns(whole.data[:, mine].contiguous(), whole.scale, whole.device)
+        g.columns = ShardedColumns(local, whole.shape[1], communicator)
+    rows = entry.get("rows")
+    if rows is None or len(rows) != communicator.size:
+        return
+    rank, rows_g = communicator.rank, entry.get("rows_g")
+    f.spread = Spread(communicator, tuple(rows))
+    if f.a is not None:
+        f.a = f.a.split(rows)[rank].clone()
+    if f.tokens_g is not None and f.order is not None and rows_g is not None:
+        f.tokens_g = f.tokens_g.split(rows_g)[rank].clone()
+        f.order = f.order.split(rows_g)[rank] - sum(rows[:rank])
 
 
 def _restore_factor(

@@ -15,9 +15,24 @@ log = logging.getLogger(__name__)
 MB = 1e6
 
 
-def storage_dtype(storage: Storage, own: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which columns of dtype ``own`` are kept."""
-    return own if storage.dtype == "auto" else STORAGE_DTYPES[storage.dtype]
+def storage_dtype(storage: Storage, own: torch.dtype, shape: tuple[int, int]) -> torch.dtype:
+    """Returns the dtype in which columns are kept.
+
+    Sixteen bits are for columns that are fewer than the outputs. Where there are as many or more,
+    rounding them perturbs the small eigenvalues of ``G`` itself, in which the natural gradient is
+    large (an error of 1e-1 at damping 1e-4), and a dense matrix would take no more room: such
+    columns stay as they came.
+
+    Args:
+        storage: the setting.
+        own: dtype in which the columns came.
+        shape: their number and the layer's outputs, over all ranks.
+    """
+    if storage.dtype == "auto":
+        return own
+    dtype = STORAGE_DTYPES[storage.dtype]
+    columns, out = shape
+    return own if dtype.itemsize < 4 and columns >= out else dtype
 
 
 def place(n_bytes: int, storage: Storage, compute: torch.device) -> torch.device:
@@ -56,16 +71,17 @@ def check_device_supports(storage: Storage, device: torch.device) -> None:
         raise SettingError("woodbury_dtype: 'bf16', but the device has no bfloat16; allowed: fp16")
 
 
-def store_columns(g: Tensor, storage: Storage, core: torch.dtype, name: str) -> Columns:
+def store_columns(g: Tensor, out: int, storage: Storage, core: torch.dtype, name: str) -> Columns:
     """Rounds and places token gradients; out of device memory, and only then, on the host.
 
     Args:
-        g: ``[T, out]`` as captured.
+        g: ``[T, out]`` as captured, or this rank's share of the outputs, ``[T, out_r]``.
+        out: outputs of the layer.
         storage: the setting.
         core: core dtype (its square core counts for the placement).
         name: of the layer, for the log.
     """
-    dtype = storage_dtype(storage, g.dtype)
+    dtype = storage_dtype(storage, g.dtype, (g.shape[0], out))
     device = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, g.device)
     try:
         return Columns.store(g, dtype, device)

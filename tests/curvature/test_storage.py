@@ -40,8 +40,17 @@ def test_bytes_of_a_large_head():
 
 
 def test_own_dtype_is_kept_unless_asked():
-    assert storage.storage_dtype(Storage(), torch.bfloat16) == torch.bfloat16
-    assert storage.storage_dtype(Storage(dtype="fp32"), torch.bfloat16) == torch.float32
+    few = (7, 64)
+    assert storage.storage_dtype(Storage(), torch.bfloat16, few) == torch.bfloat16
+    assert storage.storage_dtype(Storage(dtype="fp32"), torch.bfloat16, few) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sixteen_bits_are_for_fewer_columns_than_outputs(dtype):
+    asked = Storage(dtype=dtype)
+    assert storage.storage_dtype(asked, torch.float32, (63, 64)).itemsize == 2
+    assert storage.storage_dtype(asked, torch.float32, (64, 64)) == torch.float32
+    assert storage.storage_dtype(asked, torch.float64, (500, 64)) == torch.float64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -121,6 +121,10 @@ class Columns:
         """Returns the columns with all outputs: these are."""
         return self
 
+    def cast(self, dtype: torch.dtype) -> Columns:
+        """Returns the columns in another dtype, where they are."""
+        return Columns(self.data.to(dtype), self.scale, self.device)
+
     def squared_norm(self) -> float:
         """Returns the sum of all squares, in float64."""
         total = 0.0
@@ -187,9 +191,13 @@ class GramFactor(Factor):
 
     def basis(self, numerics: Numerics) -> tuple[Tensor, Tensor]:
         """Returns the nonzero eigenvalues ``[r]`` and eigenvectors ``[out, r]`` of ``M``."""
+        s, coefficients = self.coefficients()
+        return s, self.columns.transposed_times(coefficients)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Returns the nonzero eigenvalues ``[r]``, and ``z`` ``[T, r]``: ``g^T z`` is the basis."""
         s, q = self.nonzero()
-        vectors = self.columns.transposed_times(q * (self.weight / s).sqrt())
-        return s, vectors
+        return s, q * (self.weight / s).sqrt()
 
     def multiply(self, y: Tensor) -> Tensor:
         """See :meth:`Factor.multiply`."""

@@ -2,17 +2,19 @@
 
 Rank ``r`` holds ``g[:, o_r]``: its share of the outputs, of the tokens of *all* ranks. Products
 over the outputs are summed over the ranks; every rank forms its own rows of ``g^T z``, and these
-are put together. No rank ever holds ``[T, out]``. All products are collective.
+are put together. No rank ever holds ``[T, out]``. All products are collective; what a rank does by
+itself goes on on its host where its device is full, so that the others need not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..reduce import Communicator, share, shares
+from ..retreat import HOST, on_host_if_full
 from .gram import Columns
 
 
@@ -29,6 +31,7 @@ class ShardedColumns(Columns):
         super().__init__(local.data, local.scale, local.device)
         self.local, self.out, self.communicator = local, out, communicator
         self.mine = share(out, communicator.rank, communicator.size)
+        self._hosted = False
 
     @property
     def shape(self) -> torch.Size:
@@ -45,20 +48,55 @@ class ShardedColumns(Columns):
 
     def times(self, y: Tensor) -> Tensor:
         """See :meth:`Columns.times`."""
-        return self.communicator.all_reduce(self.local.times(y[self.mine]))
+        own = self.own(lambda local: local.times(y[self.mine].to(local.device)))
+        return self.communicator.all_reduce(own).to(y.device)
 
     def transposed_times(self, z: Tensor) -> Tensor:
         """See :meth:`Columns.transposed_times`."""
         rows = shares(self.out, self.communicator.size)
-        return self.communicator.all_gather(self.local.transposed_times(z), rows)
+        own = self.own(lambda local: local.transposed_times(z.to(local.device)))
+        return self.communicator.all_gather(own, rows).to(z.device)
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """See :meth:`Columns.gram`."""
-        return self.communicator.all_reduce(self.local.gram(dtype))
+        own = self.own(lambda local: local.gram(dtype))
+        return self.communicator.all_reduce(own).to(self.device)
 
     def weighted_gram(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """See :meth:`Columns.weighted_gram`."""
-        return self.communicator.all_reduce(self.local.weighted_gram(weights[self.mine], dtype))
+        mine = weights[self.mine]
+        own = self.own(lambda local: local.weighted_gram(mine.to(local.device), dtype))
+        return self.communicator.all_reduce(own).to(self.device)
+
+    def own(self, product: Callable[[Columns], Tensor]) -> Tensor:
+        """Returns what a function makes of this rank's share, on the host where its device is full.
+
+        Args:
+            product: takes this rank's columns, ``[T, out_r]``; makes no collective call.
+        """
+        what = f"token columns (out={self.out}, columns={self.shape[0]}), this rank's share"
+        return on_host_if_full(lambda: product(self.local), self._retreat, what)
+
+    def share_of(self, z: Tensor) -> ShardedColumns:
+        """Returns this rank's rows of ``g^T z`` as columns: ``[m, out]`` spread like these.
+
+        Args:
+            z: ``[T, m]``, the same on all ranks.
+        """
+        rows = self.own(lambda local: local.transposed_times(z.to(local.device))).to(self.device)
+        return ShardedColumns(Columns(rows.T, 1.0, self.device), self.out, self.communicator)
+
+    def cast(self, dtype: torch.dtype) -> ShardedColumns:
+        """See :meth:`Columns.cast`."""
+        return ShardedColumns(self.local.cast(dtype), self.out, self.communicator)
+
+    def _retreat(self) -> bool:
+        if self._hosted:
+            return False
+        self._hosted = True
+        self.local = Columns(self.local.data.to(HOST), self.local.scale, HOST)
+        self.data = self.local.data
+        return True
 
     def squared_norm(self) -> float:
         """See :meth:`Columns.squared_norm`."""
