@@ -68,7 +68,7 @@ class KFACNaturalGradient:
         kfac_eps: first jitter of a failed Cholesky factorisation, relative to the mean diagonal.
         woodbury_store_device: ``auto``, ``cuda`` or ``cpu``.
         woodbury_dtype: ``auto`` (the token gradients' own), ``fp64``, ``fp32``, ``bf16``,
-            ``fp16``.
+            ``fp16``; 16 bits where there are fewer of them than outputs, else their own dtype too.
         use_eigenvalue_correction: damped and floored eigenvalues; off: damped ones only.
         update_freq: :meth:`step` refreshes the factors every so many calls.
         ema_decay: of ``diagonal_fisher``, the legacy diagonal, and of nothing else: factors are
@@ -331,8 +331,9 @@ class KFACNaturalGradient:
     def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
     ) -> dict[str, Tensor]:
-        """Returns ``(T/N) G V A``: no floor, no damping unless ``damped``."""
-        return self.engine.fisher_vector(vectors, model, damped=damped)
+        """Returns ``(T/N) G V A``: no floor, no damping unless ``damped``; shards for shards."""
+        result = self.engine.fisher_vector(sharding.whole(vectors), model, damped=damped)
+        return sharding.as_given(result, vectors, model)
 
     def compute_powered_natural_gradient(
         self, gradients: Mapping[str, Tensor] | None, model: nn.Module, power: float
@@ -357,6 +358,7 @@ class KFACNaturalGradient:
             FactorFileError: another version, or incomplete.
             LayerError: factors of another model; names the layer and both sides.
         """
+        self.engine.communicator = self._given or world()
         self.engine.restore(state["tensors"], state["header"], model)
         self._steps = int(state["steps"])
         self.diagonal_fisher = dict(state["diagonal_fisher"])
@@ -384,6 +386,7 @@ class KFACNaturalGradient:
             FactorFileError: no factor file, cut short, or of another version.
             LayerError: factors of another model; names the layer and both sides.
         """
+        self.engine.communicator = self._given or world()
         self.engine.restore(*_read(Path(path)), model)
 
     def _update_diagonal(self, gradients: Mapping[str, Tensor]) -> None:

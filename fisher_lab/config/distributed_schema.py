@@ -22,6 +22,12 @@ class DistributedConfig:
         "What moves the data; auto: nccl between CUDA devices, else gloo.",
         one_of("auto", "gloo", "nccl"),
     )
+    wrapper: str = setting(
+        "ddp",
+        "`task=train`: `ddp`: every rank has the whole model; `fsdp`: each has shards of it "
+        "(`fully_shard`).",
+        one_of("ddp", "fsdp"),
+    )
     timeout_s: float = setting(
         1800.0, "A collective that waits for another rank longer than this ends the run.", above(0)
     )

@@ -21,7 +21,7 @@ from .fields import (
     setting,
     whole,
 )
-from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig
+from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig, on_ranks
 from .sweep_schema import ResumeConfig, SweepConfig
 from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
@@ -103,11 +103,12 @@ class KfacConfig:
         "auto", "Where the Woodbury factors are kept.", one_of("auto", "cuda", "cpu")
     )
     store_limit_mb: float = setting(
-        500.0, "`store_device=auto` keeps factors on the GPU below this many MiB.", at_least(0)
+        500.0, "`store_device=auto` keeps factors on the GPU below this many MB.", at_least(0)
     )
     woodbury_dtype: str = setting(
         "auto",
-        "How token gradients are stored; auto: their own dtype.",
+        "How token gradients are stored; auto: their own dtype. 16 bits where they are fewer than "
+        "the outputs, else their own too.",
         one_of(*STORAGE_DTYPES),
     )
     core_dtype: str = setting("float64", "Dtype of the decompositions.", one_of(*CORE_DTYPES))
@@ -134,6 +135,9 @@ class KfacConfig:
         "passthrough",
         "What happens to the gradient of parameters that K-FAC does not cover.",
         one_of("passthrough", "diagonal"),
+    )
+    save_factors: bool = setting(
+        False, "`task=analyze`: keep the factors in `factors.safetensors` of the run directory."
     )
     reduce: str = setting(
         "gram",
@@ -222,9 +226,10 @@ class Config:
     resume: ResumeConfig = section(ResumeConfig)
 
     def check(self):
-        """Ranks work on one task only."""
+        """What sections ask of each other."""
         ranks = self.distributed.nproc * self.distributed.nodes
-        if ranks > 1 and self.task.name == "train":
-            yield "distributed.nproc", self.distributed.nproc, "1 with task=train, on one node"
+        if ranks > 1 and self.task.name == "analyze":
+            for key, value, allowed in on_ranks(self.spectral):
+                yield f"spectral.{key}", value, allowed
         if ranks > 1 and self.distributed.backend == "nccl" and self.device == "cpu":
             yield "distributed.backend", "nccl", "gloo or auto with device=cpu"

@@ -64,6 +64,12 @@ class ModelConfig:
     mlp_width: int | None = setting(
         None, "Inner width of the MLP blocks; null: four times the width.", whole(1) | null
     )
+    outputs: int | None = setting(
+        None,
+        "Outputs of the head of a text model and rows of its embedding; null: as many as the "
+        "tokenizer has tokens. Further ones are padding: no text has them.",
+        whole(1) | null,
+    )
     positions: int | None = setting(
         None,
         "Longest sequence of gpt2 and bert (their positions are learned); null: the recipe's.",
@@ -114,6 +120,8 @@ class ModelConfig:
                 self.name_or_path,
                 f"null with model.type={self.type} (choose model=pretrained)",
             )
+        if self.type == "mlp" and self.outputs is not None:
+            yield "outputs", self.outputs, "null with model.type=mlp (its outputs are topics)"
         if self.type != "mlp" and self.width % self.heads:
             yield "heads", self.heads, f"a divisor of model.width={self.width}"
         if self.type == "t5" and not self.tied:

@@ -58,7 +58,10 @@ class TorchCommunicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, pairwise: bool = False) -> None:
-        self.group = group if group is not None else dist.group.WORLD
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise RuntimeError("several ranks need a process group: call init_process_group first")
+        self.group: dist.ProcessGroup = group
         self.traffic: dict[str, Traffic] = {}
         self._rank = dist.get_rank(self.group)
         self._size = dist.get_world_size(self.group)

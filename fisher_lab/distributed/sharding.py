@@ -1,4 +1,4 @@
-"""Models under FSDP2 (``fully_shard``): whole tensors from shards, and back.
+"""Models under FSDP2 (``fully_shard``): sharding them, whole tensors from shards, and back.
 
 K-FAC works on whole matrices; the names and shapes of ``named_parameters()`` are those of the
 unwrapped model under ``fully_shard``, so nothing has to be mapped back but the shards.
@@ -6,12 +6,15 @@ unwrapped model under ``fully_shard``, so nothing has to be mapped back but the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.distributed.tensor as dtensor
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from fisher_lab.curvature.losses import unwrap
+from fisher_lab.curvature.losses import is_sharded, unwrap
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,3 +51,102 @@ def as_given(
         else:
             found[name] = value
     return found
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards a model in place: the elements of each ``ModuleList``, then what remains.
+
+    Every part is put away after its forward pass, the outermost too: outside of passes the
+    parameters are shards, whatever was computed before.
+
+    Args:
+        model: the same on all ranks.
+        mesh: of the ranks, one-dimensional.
+    """
+    from torch.distributed.fsdp import fully_shard  # not in every torch that K-FAC runs on
+
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost lists that have parameters."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if next(block.parameters(), None) is not None)
+        else:
+            yield from _blocks(child)
+
+
+def at_rest(model: nn.Module) -> None:
+    """Puts away what a pass without an end, such as that of the factors, has left whole."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """Returns this rank's shard of a whole tensor, as ``model`` lies; nothing is sent."""
+    if not isinstance(model, dtensor.DTensor):
+        return value
+    here = value.to(model.device)
+    return dtensor.distribute_tensor(here, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """Returns nested mappings and sequences with whole tensors on the CPU; collective.
+
+    Args:
+        state: the same structure on all ranks.
+        keep: whether this rank wants them; else None is in the place of every tensor.
+    """
+    if isinstance(state, dtensor.DTensor):
+        full = state.full_tensor().detach()
+        return full.cpu() if keep else None
+    if isinstance(state, Tensor):
+        return state if keep else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value, keep) for value in state)
+    return state
+
+
+def scattered(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns the state of an optimiser with shards in the place of whole tensors.
+
+    Args:
+        state: ``state_dict`` of the optimiser, with whole tensors.
+        parameters: of the optimiser, in the order of its groups.
+    """
+    entries = {
+        index: {
+            key: like(value, parameters[int(index)])
+            if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
+            else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Returns ``<left, right>`` over the names of both, in float64; collective where sharded."""
+    total, part, mesh = 0.0, 0.0, None
+    for name, one in left.items():
+        if name not in right:
+            continue
+        other = right[name]
+        if isinstance(one, dtensor.DTensor) and isinstance(other, dtensor.DTensor):
+            mesh = one.device_mesh
+            part += float((one.to_local().double() * other.to_local().double()).sum())
+        else:
+            total += float((one.double() * other.double()).sum())
+    if mesh is None:
+        return total
+    device = torch.device(mesh.device_type)
+    sums = torch.tensor(part, dtype=torch.float64, device=device)
+    joined = dtensor.DTensor.from_local(sums, mesh, [dtensor.Partial()])
+    return total + float(joined.full_tensor())

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import LossFunction, unwrap
+from fisher_lab.curvature.reduce import Alone, Communicator
 from fisher_lab.curvature.settings import SettingError, in_range
+from fisher_lab.distributed import sharding
 
 from .clipping import Clipping
 from .damping import ConstantDamping, DampingSchedule
@@ -62,6 +65,10 @@ class KFACOptimizer(torch.optim.Optimizer):
         rest_lr: learning rate of AdamW for the other parameters; None: ``lr``.
         betas: of AdamW.
         eps: of AdamW.
+        communicator: the ranks that step together. With ``kfac_distributed_reduce="none"`` each has
+            factors of its own tokens: then the step is along the mean of their natural gradients,
+            weighted by the labels behind the factors, so that all ranks keep the same weights. In
+            the other modes they agree by themselves, and this is not needed.
 
     Raises:
         SettingError: an argument is out of range.
@@ -88,6 +95,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         rest_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        communicator: Communicator | None = None,
     ) -> None:
         in_range("lr", lr, 0.0)
         in_range("momentum", momentum, 0.0, 1.0)
@@ -100,6 +108,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.clipping = clipping or Clipping()
         self.damping: DampingSchedule = damping or ConstantDamping()
         self.inverse_freq = inverse_freq
+        apart = kfac.settings.reduce == "none" and communicator is not None
+        self.ranks: Communicator = communicator if apart else Alone()  # type: ignore[assignment]
         self.multiplier = 1.0
         self.last: dict[str, float] = {}
         self._damping = kfac.settings.damping
@@ -232,25 +242,77 @@ class KFACOptimizer(torch.optim.Optimizer):
     def _step_covered(self, gradients: Mapping[str, Tensor]) -> None:
         group = self.param_groups[COVERED]
         lr = float(group["lr"])
-        natural = self.kfac.compute_natural_gradient(gradients, self.model)
-        missing = set(self.kfac.uncovered)  # a layer without a token this time stays where it is
-        natural = {name: u for name, u in natural.items() if name not in missing}
-        decrement = _inner(gradients, natural)
+        natural = self._natural(gradients)
+        decrement = sharding.inner(gradients, natural)
         scale = 1.0
         if self.clipping.kind in ("unit", "kl"):
             length = 1.0 if self.clipping.kind == "unit" else lr
             scale = self.clipping.scale(length * length * decrement)
         steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
         if self.clipping.kind == "trust":
-            product = self.kfac.compute_fisher_vector_product(steps, self.model)
-            scale = self.clipping.scale(lr * lr * _inner(steps, product))
+            scale = self.clipping.scale(lr * lr * sharding.inner(steps, self._product(steps)))
         shorten = scale if self.clipping.kind == "trust" else 1.0
         for name, step in steps.items():
             parameter = self._names[name]
             if parameter.dim() >= 2:
                 parameter.mul_(1.0 - lr * group["weight_decay"])
-            parameter.add_(step.to(parameter), alpha=-lr * shorten)
+            step = step.to(device=parameter.device, dtype=parameter.dtype)
+            parameter.add_(step, alpha=-lr * shorten)
         self.last = {"kl_scale": scale, "decrement": decrement}
+
+    def _natural(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The natural gradient; a layer without a token this time stays where it is."""
+        compute = self.kfac.compute_natural_gradient
+        if self.ranks.size > 1:
+            return self._mean(lambda g: compute(g, self.model, shards=False), gradients)
+        natural = compute(gradients, self.model)
+        missing = set(self.kfac.uncovered)
+        return {name: u for name, u in natural.items() if name not in missing}
+
+    def _product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The Fisher-vector product, of the layers that have factors."""
+        compute = self.kfac.compute_fisher_vector_product
+        if self.ranks.size > 1:
+            return self._mean(lambda v: compute(v, self.model), vectors)
+        product = compute(vectors, self.model)
+        missing = set(self.kfac.uncovered)
+        return {name: p for name, p in product.items() if name not in missing}
+
+    def _mean(
+        self,
+        compute: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        given: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The ranks' own results, weighted by the labels behind their factors; collective.
+
+        Raises:
+            CurvatureError: no rank has factors, or one cannot compute; the same on all.
+        """
+        whole = sharding.whole(given)
+        own: dict[str, Tensor] = {}
+        weight, problem = 0, None
+        if self.kfac.kfac_factors:
+            try:
+                own = compute(whole)
+                weight = max(f.n_labels for f in self.kfac.kfac_factors.values())
+            except CurvatureError as error:
+                problem = str(error)
+        covered = [name for name in own if name not in set(self.kfac.uncovered)]
+        told = self.ranks.share([weight, problem, covered])
+        for rank, (_, text, _) in enumerate(told):
+            if text is not None:
+                raise CurvatureError(f"rank {rank}: {text}")
+        weights = {n: sum(w for w, _, names in told if n in names) for n in whole}
+        if not any(weights.values()):
+            raise CurvatureError("factors: none collected yet, on any rank")
+        mean = {}
+        for name, total in weights.items():
+            if total == 0:
+                continue
+            value = own[name] * (weight / total) if name in covered else None
+            like = torch.zeros_like(whole[name], dtype=torch.float64)
+            mean[name] = self.ranks.all_reduce(like if value is None else value.double())
+        return sharding.as_given(mean, given, self.model)
 
     def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
         decay = self.param_groups[COVERED]["momentum"]
@@ -271,11 +333,10 @@ class KFACOptimizer(torch.optim.Optimizer):
         """``<g, d> + d^T F d / 2`` of what the step did, ``F`` undamped (K-FAC's)."""
         named = dict(unwrap(self.model).named_parameters())
         change = {name: named[name] - old for name, old in before.items()}
-        linear = sum(float((named[n].grad * d).sum()) for n, d in change.items())  # type: ignore[operator]
+        gradients: dict[str, Tensor] = {n: named[n].grad for n in change}  # type: ignore[misc]
         covered = {name: d for name, d in change.items() if name in self._names}
-        product = self.kfac.compute_fisher_vector_product(covered, self.model)
-        present = {n: d for n, d in covered.items() if n not in set(self.kfac.uncovered)}
-        return linear + 0.5 * _inner(present, product)
+        product = self._product(covered)
+        return sharding.inner(gradients, change) + 0.5 * sharding.inner(covered, product)
 
     # ---- state -------------------------------------------------------------------------------
 
@@ -307,8 +368,3 @@ class KFACOptimizer(torch.optim.Optimizer):
     def parameters_of(self, group: int) -> Iterable[nn.Parameter]:
         """Parameters of a group, :data:`COVERED` or :data:`REST`."""
         return self.param_groups[group]["params"] if group < len(self.param_groups) else []
-
-
-def _inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """``<left, right>`` over the names of both, in float64."""
-    return sum(float((left[n].double() * right[n].double()).sum()) for n in left if n in right)

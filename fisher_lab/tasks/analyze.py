@@ -21,7 +21,7 @@ from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.tasks.spectra import run_engines
+from fisher_lab.tasks.spectra import refuse, run_engines
 from fisher_lab.tasks.team import Team
 from fisher_lab.workbench import build
 from fisher_lab.workbench.bench import Bench
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.csv"
 RANKS_FILE = "ranks.csv"
+FACTORS_FILE = "factors.safetensors"
 
 MODEL_DECREASE = 0.01
 """The step along the natural gradient is the one for which the quadratic model promises this."""
@@ -42,7 +43,7 @@ def run(config: Config, run: Run) -> None:
     """Analyse a model: loss, K-FAC, the natural gradient and the step that it gives.
 
     On several ranks each takes its sequences of every batch, and the numbers are those of all of
-    them; with ``kfac.reduce=none`` they are rank 0's own.
+    them; with ``kfac.reduce=none`` those of K-FAC are rank 0's own.
 
     Args:
         config: the validated configuration.
@@ -53,9 +54,10 @@ def run(config: Config, run: Run) -> None:
         fisher_lab.curvature.errors.CurvatureError: the factors cannot be formed or applied.
     """
     progress = Progress(config.progress)
+    team = Team.of(config)
+    refuse(config, team)
     bench = build(config, progress, run.signals)
     run.note(workbench=bench.record)
-    team = Team.of(config)
     batches = team.share(bench.batches("train", config.kfac.n_batches, config.seed))
     heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
     if team.joined.size > 1:
@@ -71,10 +73,12 @@ def run(config: Config, run: Run) -> None:
         log.info("%s", layer_line(report))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
+    if config.kfac.save_factors:
+        engine.save(run.directory / FACTORS_FILE, bench.model)
     metrics = gradient_metrics(gradient, natural)
     run.metrics(metrics)
     run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress, team))
-    run_engines(config, bench, run, progress)
+    run_engines(config, bench, run, progress, team)
 
 
 # ---- loss and time -------------------------------------------------------------------------------

@@ -6,15 +6,21 @@ from typing import Any
 
 from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
+from fisher_lab.curvature.reduce import Communicator
 from fisher_lab.tasks.progress import Progress
 
 
-def kfac_engine(config: Config, progress: Progress | None = None) -> KFACNaturalGradient:
+def kfac_engine(
+    config: Config,
+    progress: Progress | None = None,
+    communicator: Communicator | None = None,
+) -> KFACNaturalGradient:
     """Returns the K-FAC engine that a configuration describes.
 
     Args:
         config: the validated configuration.
         progress: shows the engine's loops.
+        communicator: the ranks that join their tokens; None: those of the default process group.
     """
     k: Any = config.kfac
     return KFACNaturalGradient(
@@ -55,4 +61,5 @@ def kfac_engine(config: Config, progress: Progress | None = None) -> KFACNatural
         uncovered=k.uncovered,
         track_diagonal=False,
         progress=None if progress is None else progress.track,
+        communicator=communicator,
     )

@@ -13,16 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
-
 from fisher_lab import tracking
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.config.validate import validate
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
-from fisher_lab.tasks import screen
 from fisher_lab.tracking import sending
 
 if TYPE_CHECKING:
@@ -113,6 +109,9 @@ def execute(cfg: DictConfig) -> Outcome:
     Raises:
         Interrupted: a signal ended the run; its record says so.
     """
+    from hydra.core.hydra_config import HydraConfig  # not needed by the workers of a sweep
+    from omegaconf import OmegaConf
+
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), tuple(hydra.overrides.task)
     told: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
@@ -220,6 +219,8 @@ def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) ->
     finally:
         sending.send(run, told_to, tracker)
     if leads:
+        from fisher_lab.tasks import screen
+
         screen.show(run)
     return Outcome(directory, "completed")
 

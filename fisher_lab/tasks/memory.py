@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import sys
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -17,8 +20,9 @@ class PeakMemory:
     """Context manager that measures how far a phase raises the peak (``docs/math.md``, section 1).
 
     On Linux the kernel's own high-water mark is reset and read (``/proc/self``); where that is
-    not allowed, a thread samples the resident set. Memory that the process had taken and given
-    back to its allocator before the phase is not growth.
+    not allowed, a thread samples the resident set. What the process has given back to its allocator
+    goes back to the system first (with glibc), so that a run counts what it takes even where
+    another one went before it in the same process; elsewhere such memory is not growth.
 
     Args:
         device: where the phase computes.
@@ -40,6 +44,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
+        _trim()
         if not _reset_high_water_mark():
             self._sampler = _Sampler()
         self._start = resident_bytes()
@@ -94,6 +99,12 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+def _trim() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water_mark() -> bool:

@@ -21,6 +21,7 @@ from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.layers import Kind, Layer, Layers, discover
 from fisher_lab.curvature.policy import Cost, check, cost_a, cost_g, cost_norm, method
 from fisher_lab.curvature.settings import KFACSettings
+from fisher_lab.curvature.storage import storage_dtype
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.progress import Progress
@@ -128,10 +129,10 @@ def _costs(
     if layer.kind is Kind.NORM:
         dense = layer.n_out <= settings.coverage.norm_max_dim
         return Cost(0, 0.0, 0.0), cost_norm(layer, tokens, dense=dense, core_itemsize=core)
-    stored = {"fp64": 8, "bf16": 2, "fp16": 2}.get(settings.storage.dtype, 4)
     kept = min(columns, settings.policy.max_columns) if chosen == "woodbury" else columns
+    stored = storage_dtype(settings.storage, torch.float32, (kept, layer.n_out))
     return cost_a(layer, tokens, core_itemsize=core), cost_g(
-        layer, chosen, kept, itemsize=stored, core_itemsize=core
+        layer, chosen, kept, itemsize=stored.itemsize, core_itemsize=core
     )
 
 

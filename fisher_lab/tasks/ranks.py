@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from fisher_lab.distributed import launch
 from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs.leaving import leave
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import STATUS, Interrupted
 
@@ -87,6 +88,11 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
         _end(work, STATUS.get(signal.Signals(stop.signum), "cancelled"), stop)
         raise Interrupted(stop.signum) from None
     except launch.RanksFailed as failed:
+        signum = stopped_by(failed)
+        if signum is not None:
+            # Whatever rank 0 has made of being stopped because another rank had ended.
+            _reopened(work).end(STATUS[signum], signum.name)
+            raise Interrupted(signum) from None
         error = verdict(folder, failed)
         if where.node == 0:
             _fail(work, error)
@@ -114,6 +120,16 @@ def verdict(folder: Path, failed: launch.RanksFailed) -> dict[str, Any]:
     ended = (killed or failed.failures)[0]
     kind = "RankKilled" if ended.exitcode < 0 else "RankFailed"
     return {"type": kind, "message": ended.text, "traceback": "", "rank": ended.rank}
+
+
+def stopped_by(failed: launch.RanksFailed) -> signal.Signals | None:
+    """Finds the signal that the ranks have agreed to end for, whichever of them it had reached.
+
+    Args:
+        failed: who ended first.
+    """
+    codes = {failure.exitcode for failure in failed.failures} - {-signal.SIGTERM}
+    return next((signum for signum in STATUS if codes == {128 + signum}), None)
 
 
 def _is_consequence(kind: str, message: str) -> bool:
@@ -321,4 +337,4 @@ def log_config(given: Mapping[str, Any], folder: Path, rank: int) -> dict[str, A
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

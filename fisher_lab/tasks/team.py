@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fisher_lab.distributed.communicator import TorchCommunicator
 
 COLLECTIVES = ("all_reduce", "all_gather", "exchange", "broadcast")
+TOTALS = ("comm_s", "sent_bytes", "received_bytes")
 
 
 class Team:
@@ -39,12 +40,24 @@ class Team:
 
     def share(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Returns this rank's sequences of every batch; batches without any are left out."""
-        found = []
+        return [own for own in self.shares(batches) if own is not None]
+
+    def shares(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor] | None]:
+        """Returns this rank's sequences of every batch, None where it has none of it."""
+        found: list[dict[str, Tensor] | None] = []
         for batch in batches:
             rows = share(len(next(iter(batch.values()))), self.everyone.rank, self.everyone.size)
-            if rows.start < rows.stop:
-                found.append({key: value[rows] for key, value in batch.items()})
+            own = {key: value[rows] for key, value in batch.items()}
+            found.append(own if rows.start < rows.stop else None)
         return found
+
+    def __len__(self) -> int:
+        return self.everyone.size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.everyone.rank == 0
 
     def total(self, *values: float) -> tuple[float, ...]:
         """Returns sums over the ranks whose tokens are joined."""
@@ -54,6 +67,17 @@ class Team:
         """Begins to count what is moved."""
         if self.ranks is not None:
             self.ranks.reset()
+
+    def moved(self, prefix: str) -> dict[str, float]:
+        """Returns what was moved since :meth:`reset`, of the rank that moved most; collective.
+
+        Args:
+            prefix: of the metrics' names; there are none for one process.
+        """
+        if self.ranks is None:
+            return {}
+        rows = self.ranks.share({key: _traffic(self.ranks)[key] for key in TOTALS})
+        return {f"{prefix}/{key}_max": max(row[key] for row in rows) for key in TOTALS}
 
     def report(
         self, tokens: int, labels: int, peak_mb: float
@@ -72,7 +96,7 @@ class Team:
         metrics: dict[str, float] = {"kfac/peak_mb": max(row["peak_mb"] for row in rows)}
         if self.ranks is not None:
             metrics["dist/world_size"] = len(rows)
-            for key in ("comm_s", "sent_bytes", "received_bytes"):
+            for key in TOTALS:
                 metrics[f"dist/{key}_max"] = max(row[key] for row in rows)
         return rows, metrics
 

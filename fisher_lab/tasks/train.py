@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
@@ -24,8 +24,12 @@ from fisher_lab.config.schema import Config
 from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
+from fisher_lab.tasks import crew as crews
 from fisher_lab.tasks import natural
+from fisher_lab.tasks.analyze import RANKS_FILE
+from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
+from fisher_lab.tasks.team import Team
 from fisher_lab.workbench import bench, cache, models, training
 from fisher_lab.workbench.passes import Passes
 
@@ -36,6 +40,9 @@ MODEL_DIRECTORY = "model"
 
 def run(config: Config, run: Run) -> None:
     """Train, and leave ``curve.csv``, ``metrics.json`` and ``model/`` in the run directory.
+
+    On several ranks every step is that of the joined batch; rank 0 writes the files, and a row a
+    rank in ``ranks.csv``.
 
     Args:
         config: The validated configuration.
@@ -50,23 +57,36 @@ def run(config: Config, run: Run) -> None:
     materials = bench.prepare(config)
     model, origin = _initial(materials, progress, run)
     run.note(workbench={**materials.record, "initial": origin})
-    job = make_job(config, origin)
+    team, crew = Team.of(config), crews.of(config)
+    job = make_job(config, crews.origin(crew, origin))
     _check_length(job, model)
-    result = training.train(
-        model.to(bench.device_of(config)),
-        materials.task,
-        job,
-        run.directory,
-        make=natural.maker(config),
-        label=f"training {config.model.name}",
-        save_every_s=config.train.save_every_s,
-        track=progress.track,
-        signals=run.signals,
-        on_row=_send_row,
-    )
-    digest = _save(model, materials, run.directory / MODEL_DIRECTORY)
-    run.note(weights_sha256=digest, resumed_at=result.resumed_at)
+    crews.check(config, crew, job.batch_size)
+    model = model.to(bench.device_of(config))
+    crew.adopt(model)
+    team.reset()
+    with PeakMemory(bench.device_of(config)) as memory:
+        result = training.train(
+            model,
+            materials.task,
+            job,
+            run.directory,
+            make=natural.maker(config, team.ranks),
+            label=f"training {config.model.name}",
+            save_every_s=config.train.save_every_s,
+            track=progress.track,
+            signals=run.signals,
+            on_row=_send_row,
+            crew=crew,
+        )
+    weights = crew.weights(model)
+    if crew.leads:
+        digest = _save(model, materials, run.directory / MODEL_DIRECTORY, weights)
+        run.note(weights_sha256=digest, resumed_at=result.resumed_at)
     run.metrics(metrics(result, job, config.train.target_loss))
+    if isinstance(crew, crews.RankCrew):
+        rows, about = team.report(crew.tokens, crew.labels, memory.growth_mib)
+        run.metrics({name: value for name, value in about.items() if name.startswith("dist/")})
+        run.table(RANKS_FILE, rows)
 
 
 def _send_row(row: Mapping[str, Any]) -> None:
@@ -131,12 +151,17 @@ def _check_length(job: training.Job, model: nn.Module) -> None:
         raise ConfigError.value("train.seq_len", job.seq_len, f"at most the model's {limit}")
 
 
-def _save(model: nn.Module, materials: bench.Materials, directory: Path) -> str:
+def _save(
+    model: nn.Module,
+    materials: bench.Materials,
+    directory: Path,
+    weights: dict[str, Tensor] | None,
+) -> str:
     """Write the model with its tokenizer; returns the hash of the weights."""
     if directory.exists():  # of an earlier attempt that ended before its record did
         shutil.rmtree(directory)
     with atomic.directory(directory) as temporary:
-        models.save(model, temporary)
+        models.save(model, temporary, weights)
         materials.tokenizer.save_pretrained(str(temporary))
     return cache.sha256_of(*sorted(directory.glob("*.safetensors")))
 

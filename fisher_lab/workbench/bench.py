@@ -174,7 +174,7 @@ def prepare(cfg: Config) -> Materials:
         )
         about = {"key": tokenizer_key}
     tokens = corpus.encode(sides, made)
-    classes = len(made) if pretrained is None else _outputs(pretrained, len(made))
+    classes = _asked(cfg, len(made)) if pretrained is None else _outputs(pretrained, len(made))
     task = make_task(kind, tokens, made, classes=classes, window=cfg.model.recipe.seq_len)
     record = {
         "data": {
@@ -260,6 +260,19 @@ def _needed(token: Any, what: str) -> int:
     return token
 
 
+def _asked(cfg: Config, tokens: int) -> int:
+    """Width of the head of a model that is built here.
+
+    Raises:
+        ConfigError: Fewer outputs than the tokenizer has tokens.
+    """
+    outputs = cfg.model.outputs
+    if outputs is not None and outputs < tokens:
+        allowed = f"at least {tokens}, the tokens of data.vocab_size={cfg.data.vocab_size}, or null"
+        raise ConfigError.value("model.outputs", outputs, allowed)
+    return outputs or tokens
+
+
 def _outputs(model: nn.Module, tokens: int) -> int:
     """Width of the head: some models pad it beyond the tokenizer's vocabulary."""
     config: Any = model.config
@@ -276,7 +289,11 @@ def _check_positions(cfg: Config, model: nn.Module) -> None:
 
 
 def _evaluate(bench: Bench) -> dict[str, Any]:
-    size = {"batch_size": bench.batch_size, "seq_len": bench.seq_len, "limit": EVALUATION_BATCHES}
+    size: Any = {
+        "batch_size": bench.batch_size,
+        "seq_len": bench.seq_len,
+        "limit": EVALUATION_BATCHES,
+    }
     return {
         "heldout_loss": evaluation.heldout_loss(bench.model, bench.task, **size),
         "baseline_loss": evaluation.baseline_loss(bench.task, **size),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fisher_lab.curvature import losses
 
+from .crew import ALONE, Crew
 from .tasks import TextTask
 
 BASELINE_LABELS = 60_000
@@ -17,9 +18,17 @@ SEED = 0
 
 @torch.no_grad()
 def heldout_loss(
-    model: nn.Module, task: TextTask, *, batch_size: int, seq_len: int, limit: int | None = None
+    model: nn.Module,
+    task: TextTask,
+    *,
+    batch_size: int,
+    seq_len: int,
+    limit: int | None = None,
+    crew: Crew = ALONE,
 ) -> float:
     """Mean loss a label over the held-out text, in nats; the model's mode is left as it was.
+
+    Ranks take their share of each batch and all return the same number.
 
     Args:
         model: The model.
@@ -27,6 +36,7 @@ def heldout_loss(
         batch_size: Sequences a batch.
         seq_len: Tokens a sequence.
         limit: Batches at most; None takes every held-out window.
+        crew: Who evaluates.
     """
     training = model.training
     model.eval()
@@ -34,11 +44,14 @@ def heldout_loss(
     try:
         for index in range(_batches(task, batch_size, seq_len, limit)):
             batch = task.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
-            summed = losses.compute_loss(model, losses.prepare(model, batch), task.loss_fn)
-            total += float(summed.loss)
-            count += summed.n_labels
+            for own in crew.own([losses.prepare(model, batch)]):
+                summed = losses.compute_loss(model, own, task.loss_fn)
+                total += float(summed.loss)
+                count += summed.n_labels
     finally:
         model.train(training)
+        crew.settle(model)
+    total, count = crew.total(total, count)
     return total / max(count, 1)
 
 

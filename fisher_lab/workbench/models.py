@@ -85,7 +85,7 @@ def build(
                 len(tokenizer), model.width, model.layers, classes, model.dropout
             )
         else:
-            built = _transformer(model, tokenizer)
+            built = _transformer(model, tokenizer, classes)
     return built.float().train()
 
 
@@ -103,11 +103,11 @@ def positions(model: ModelConfig) -> int:
     return model.positions or model.recipe.seq_len
 
 
-def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes: int) -> nn.Module:
     hf = _transformers()
 
     common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": classes,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -182,14 +182,20 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> nn.M
 # -- files -------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, directory: Path) -> None:
-    """Write a model into an existing directory: ``config.json`` and ``model.safetensors``."""
+def save(model: nn.Module, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a model into an existing directory: ``config.json`` and ``model.safetensors``.
+
+    Args:
+        model: The model.
+        directory: Where to.
+        weights: Its whole state dict, where the model itself has shards only.
+    """
     if isinstance(model, TopicMLP):
         atomic.write_json(directory / "config.json", {"model_type": "topic_mlp", **model.sizes})
         with atomic.writing(directory / "model.safetensors") as temporary:
-            save_file(dict(model.state_dict()), temporary)
+            save_file(dict(model.state_dict() if weights is None else weights), temporary)
         return
-    model.save_pretrained(str(directory))  # type: ignore[operator]
+    model.save_pretrained(str(directory), state_dict=weights)  # type: ignore[operator]
 
 
 def load(directory: Path, model: ModelConfig, task: str) -> nn.Module:

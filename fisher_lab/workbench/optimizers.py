@@ -17,6 +17,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workbench_schema import OptimizerConfig
 from fisher_lab.curvature import losses
 
+from .crew import ALONE, Crew
 from .passes import Gradient, Passes
 from .tasks import Batch
 
@@ -64,7 +65,9 @@ class Updater(Protocol):
         ...
 
 
-MakeUpdater = Callable[[nn.Module, losses.LossFunction | None, OptimizerConfig, Passes], Updater]
+MakeUpdater = Callable[
+    [nn.Module, losses.LossFunction | None, OptimizerConfig, Passes, Crew], Updater
+]
 """What makes the updater of a training."""
 
 
@@ -102,7 +105,7 @@ class GradientUpdater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the optimisers' states."""
         for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
+            optimizer.load_state_dict(self.gradient.crew.held(one, optimizer))
         self.gradient.load_state_dict(state["gradient"])
 
 
@@ -129,20 +132,30 @@ def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torc
 
 
 def _adamw(
-    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+    model: nn.Module,
+    loss_fn: losses.LossFunction | None,
+    config: OptimizerConfig,
+    passes: Passes,
+    crew: Crew = ALONE,
 ) -> Updater:
     optimizer = _adamw_over(_trainable(model), config)
-    return GradientUpdater(Gradient(model, loss_fn, passes, config.clip_norm, optimizer), optimizer)
+    gradient = Gradient(model, loss_fn, passes, config.clip_norm, optimizer, crew=crew)
+    return GradientUpdater(gradient, optimizer)
 
 
 def _sgd(
-    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+    model: nn.Module,
+    loss_fn: losses.LossFunction | None,
+    config: OptimizerConfig,
+    passes: Passes,
+    crew: Crew = ALONE,
 ) -> Updater:
     # Weight decay that is decoupled, as everywhere here: torch's own SGD adds it to the gradient.
     optimizer = _DecoupledSGD(
         _groups(_trainable(model), config.weight_decay), lr=1.0, momentum=config.momentum
     )
-    return GradientUpdater(Gradient(model, loss_fn, passes, config.clip_norm, optimizer), optimizer)
+    gradient = Gradient(model, loss_fn, passes, config.clip_norm, optimizer, crew=crew)
+    return GradientUpdater(gradient, optimizer)
 
 
 class _DecoupledSGD(torch.optim.SGD):
@@ -163,7 +176,11 @@ class _DecoupledSGD(torch.optim.SGD):
 
 
 def _muon(
-    model: nn.Module, loss_fn: losses.LossFunction | None, config: OptimizerConfig, passes: Passes
+    model: nn.Module,
+    loss_fn: losses.LossFunction | None,
+    config: OptimizerConfig,
+    passes: Passes,
+    crew: Crew = ALONE,
 ) -> Updater:
     """``torch.optim.Muon`` on the hidden matrices, AdamW on embeddings, head and vectors."""
     if not hasattr(torch.optim, "Muon"):
@@ -183,9 +200,8 @@ def _muon(
     adamw = _adamw_over(others, config)
     for group in adamw.param_groups:
         group["rate_factor"] = rest_factor(config)
-    return GradientUpdater(
-        Gradient(model, loss_fn, passes, config.clip_norm, muon, adamw), muon, adamw
-    )
+    gradient = Gradient(model, loss_fn, passes, config.clip_norm, muon, adamw, crew=crew)
+    return GradientUpdater(gradient, muon, adamw)
 
 
 def rest_factor(config: OptimizerConfig) -> float:
@@ -218,6 +234,7 @@ def make(
     loss_fn: losses.LossFunction | None,
     config: OptimizerConfig,
     passes: Passes,
+    crew: Crew = ALONE,
 ) -> Updater:
     """The updater that a configuration names.
 
@@ -226,7 +243,7 @@ def make(
     """
     if config.name not in UPDATERS:
         raise ConfigError.value("optimizer.name", config.name, "one of " + ", ".join(UPDATERS))
-    return UPDATERS[config.name](model, loss_fn, config, passes)
+    return UPDATERS[config.name](model, loss_fn, config, passes, crew)
 
 
 def rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:

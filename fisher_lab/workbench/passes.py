@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature import losses
 
+from .crew import ALONE, Crew
 from .tasks import Batch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,8 +57,9 @@ class Gradient:
         passes: Passes,
         clip_norm: float | None,
         *optimizers: torch.optim.Optimizer,
+        crew: Crew = ALONE,
     ) -> None:
-        self.model, self.loss_fn, self.passes = model, loss_fn, passes
+        self.model, self.loss_fn, self.passes, self.crew = model, loss_fn, passes, crew
         self.limit = math.inf if clip_norm is None else clip_norm
         self.optimizers = optimizers
         self.device = losses.device_of(model)
@@ -66,6 +67,7 @@ class Gradient:
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         if passes.gradient_checkpointing:
             checkpoint_activations(model)
+        self.called = crew.called(model)
 
     def autocast(self) -> Any:
         """The context of a forward pass."""
@@ -76,10 +78,10 @@ class Gradient:
         """Leave the gradient of the mean loss in ``.grad``.
 
         Args:
-            batch: Prepared for the model.
+            batch: Of all ranks, prepared for the model.
 
         Returns:
-            ``loss`` (mean a label) and ``grad_norm`` (before the cut).
+            Of all ranks: ``loss`` (mean a label) and ``grad_norm`` (before the cut).
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -87,11 +89,11 @@ class Gradient:
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.limit)
-        return {"loss": total / max(count, 1), "grad_norm": float(norm)}
+        norm = self.crew.clip(self.model.parameters(), self.limit)
+        return {"loss": total / max(count, 1), "grad_norm": norm}
 
-    def _backward(self, batch: Batch) -> tuple[float, int]:
-        if self.passes.accumulation == 1:
+    def _backward(self, batch: Batch) -> tuple[float, float]:
+        if self.passes.accumulation == 1 and self.crew.size == 1:
             summed = self._forward(batch)
             self._start(summed.loss / max(summed.n_labels, 1))
             return float(summed.loss.detach()), summed.n_labels
@@ -99,19 +101,26 @@ class Gradient:
         # numbers near those of the mean loss (float16 has little room).
         scale = max(1, next(iter(batch.values())).shape[0])
         total, count = 0.0, 0
-        for part in _cut(batch, self.passes.accumulation):
-            summed = self._forward(part)
-            self._start(summed.loss / scale)
+        parts = self.crew.parts(batch, self.passes.accumulation)
+        for index, part in enumerate(parts):
+            with self.crew.syncing(self.called, index + 1 == len(parts)):
+                summed = self._forward(part)
+                self._start(summed.loss / scale)
             total += float(summed.loss.detach())
             count += summed.n_labels
+        self.crew.saw(batch, count)
+        total, count = self.crew.total(total, count)
+        # The gradient that the ranks have joined is the mean of theirs.
+        factor = self.crew.size * scale / max(count, 1)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale / max(count, 1))
+                parameter.grad.mul_(factor)
         return total, count
 
-    def _forward(self, batch: Batch) -> losses.SummedLoss:
+    def _forward(self, batch: Batch, model: nn.Module | None = None) -> losses.SummedLoss:
+        model = self.called if model is None else model
         with self.autocast():
-            return losses.compute_loss(self.model, batch, self.loss_fn)
+            return losses.compute_loss(model, batch, self.loss_fn)
 
     def _start(self, loss: torch.Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -120,10 +129,11 @@ class Gradient:
     def loss(self, batch: Batch) -> float:
         """The mean loss of a batch with the weights as they are, in the model's mode."""
         total, count = 0.0, 0
-        for part in _cut(batch, self.passes.accumulation):
-            summed = self._forward(part)
+        for part in self.crew.parts(batch, self.passes.accumulation):
+            summed = self._forward(part, self.model)
             total += float(summed.loss)
             count += summed.n_labels
+        total, count = self.crew.total(total, count)
         return total / max(count, 1)
 
     def apply(self, **arguments: Any) -> None:
@@ -148,18 +158,6 @@ class Gradient:
         """Take up a state that `state_dict` gave."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
-
-
-def _cut(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Micro-batches of equal numbers of sequences, as far as that goes."""
-    if parts == 1:
-        yield batch
-        return
-    pieces = {key: value.tensor_split(parts) for key, value in batch.items()}
-    for index in range(parts):
-        part = {key: value[index] for key, value in pieces.items()}
-        if next(iter(part.values())).shape[0]:
-            yield part
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,6 +50,19 @@ def load(path: Path) -> dict[str, Any]:
         return _unpack(skeleton, tensors)
     except (SafetensorError, KeyError, ValueError) as error:
         raise SnapshotError(f"{path} cannot be read as the state of a training: {error}") from error
+
+
+def to_bytes(state: Any) -> bytes:
+    """As `save`, for another process."""
+    tensors: dict[str, Tensor] = {}
+    header = json.dumps(_pack(state, tensors, "")).encode()
+    return len(header).to_bytes(8, "little") + header + save_bytes(tensors)
+
+
+def from_bytes(data: bytes) -> Any:
+    """What `to_bytes` was given, with tensors on the CPU."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return _unpack(json.loads(data[8:end]), load_bytes(data[end:]))
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

@@ -26,14 +26,19 @@ from fisher_lab.runs import atomic
 from fisher_lab.runs.signals import Pending, Watch
 
 from . import cache, evaluation, optimizers, snapshot
+from .crew import ALONE, Crew
 from .optimizers import Diverged, MakeUpdater
 from .passes import Passes
 from .snapshot import SnapshotError
 from .tasks import TextTask
 
 STATE_FILE = "state.safetensors"
+STATE_FORMAT = 2
+"""Raised where what is in the file changes: the states of others are refused."""
 CURVE_FILE = "curve.csv"
 CURVE_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "heldout_loss", "seconds")
+RANK_SEED = 1_000_003
+"""Between the seeds of two ranks' dropout; rank 0 has what one process would have."""
 EVALUATION_BATCHES = 8
 """Held-out batches behind a point of the curve; the last one has all of them."""
 
@@ -76,7 +81,7 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """A saved state of another fingerprint is not gone on with."""
-        return cache.key_of(asdict(self))
+        return cache.key_of({**asdict(self), "format": STATE_FORMAT})
 
 
 @dataclass
@@ -176,8 +181,12 @@ def train(
     signals: Watch | None = None,
     after_step: Callable[[int], None] | None = None,
     on_row: Callable[[Mapping[str, Any]], None] = no_row,
+    crew: Crew = ALONE,
 ) -> Result:
     """Train a model, or go on with it where ``directory`` has the state of this very training.
+
+    Several ranks call it together; every step is that of the joined batch, and rank 0 alone reads
+    and writes ``directory``.
 
     Args:
         model: With its initial weights; changed in place, and left in evaluation mode.
@@ -191,12 +200,13 @@ def train(
         signals: Where given, SIGTERM and SIGUSR2 end the loop between two steps, state saved.
         after_step: Called with the number of steps done, after each (and after its save).
         on_row: Called with each new row of the curve, the last one with the final evaluation.
+        crew: Who trains; the model is theirs already (`Crew.adopt`).
 
     Raises:
         SnapshotError: ``directory`` has the state of another training, or an unreadable one.
         fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
     """
-    loop = _Loop(model, task, job, directory, make)
+    loop = _Loop(model, task, job, directory, make, crew)
     start = loop.restore()
     end = start if loop.diverged_at is not None else job.steps
     deferred: AbstractContextManager[Pending | None] = (
@@ -210,11 +220,12 @@ def train(
                 break
             if step + 1 < job.steps:
                 on_row(loop.curve.rows[-1])
-            asked = pending is not None and pending() != 0
-            if asked or time.monotonic() - loop.saved_at >= save_every_s:
+            came = 0 if pending is None else pending()
+            came, due = crew.agree(came, time.monotonic() - loop.saved_at >= save_every_s)
+            if came or due:
                 loop.save(step + 1)
-            if asked:
-                assert pending is not None
+            if came and pending is not None:
+                pending.note(came)
                 pending.stop()
             if after_step is not None:
                 after_step(step + 1)
@@ -228,13 +239,20 @@ class _Loop:
     """The state of a running training, and the steps that change it."""
 
     def __init__(
-        self, model: nn.Module, task: TextTask, job: Job, directory: Path, make: MakeUpdater
+        self,
+        model: nn.Module,
+        task: TextTask,
+        job: Job,
+        directory: Path,
+        make: MakeUpdater,
+        crew: Crew,
     ) -> None:
         self.model = model
         self.task = task
         self.job = job
         self.directory = directory
-        self.updater = make(model, task.loss_fn, job.optimizer, job.passes)
+        self.crew = crew
+        self.updater = make(model, task.loss_fn, job.optimizer, job.passes, crew)
         self.curve = Curve()
         self.seconds = 0.0
         self.evaluation_seconds = 0.0
@@ -263,6 +281,7 @@ class _Loop:
             self.diverged_at = step + 1
         elif (step + 1) % job.eval_every == 0 and step + 1 < job.steps:
             row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
+            self.crew.check(self.model)
 
     def batch(self, step: int) -> Any:
         """The batch of a step, on the model's device."""
@@ -288,58 +307,75 @@ class _Loop:
             batch_size=self.job.batch_size,
             seq_len=self.job.seq_len,
             limit=limit,
+            crew=self.crew,
         )
         self.evaluation_seconds += time.perf_counter() - began
         return loss
 
     def save(self, steps: int) -> None:
         """Write curve and state; the curve first, so that it has all that the state speaks of."""
-        self.curve.write(self.directory / CURVE_FILE)
-        snapshot.save(
-            self.directory / STATE_FILE,
-            {
-                "fingerprint": self.job.fingerprint,
-                "steps": steps,
-                "seconds": self.seconds,
-                "evaluation_seconds": self.evaluation_seconds,
-                "diverged_at": self.diverged_at,
-                "model": dict(_weights(self.model)),
-                "updater": self.updater.state_dict(),
-                "random": snapshot.random_state(),
-            },
-        )
+        crew = self.crew
+        model = crew.whole(dict(_weights(self.model)))
+        updater = crew.whole(self.updater.state_dict())
+        random = crew.every(snapshot.random_state())
+        if crew.leads:
+            self.curve.write(self.directory / CURVE_FILE)
+            snapshot.save(
+                self.directory / STATE_FILE,
+                {
+                    "fingerprint": self.job.fingerprint,
+                    "steps": steps,
+                    "seconds": self.seconds,
+                    "evaluation_seconds": self.evaluation_seconds,
+                    "diverged_at": self.diverged_at,
+                    "model": model,
+                    "updater": updater,
+                    "random": random,
+                },
+            )
+        crew.problem(None)  # no rank goes on, or ends, before all is written
         self.saved_at = time.monotonic()
 
     def restore(self) -> int:
         """Take up the saved state, if there is one; returns the number of steps done."""
+        state = self.crew.lead(self._saved)
+        if state is None:
+            torch.manual_seed(self.job.seed + RANK_SEED * self.crew.rank)
+            return 0
+        with torch.no_grad():
+            for name, tensor in _weights(self.model):
+                self.crew.fill(tensor, state["model"][name])
+        self.updater.load_state_dict(state["updater"])
+        self.curve = Curve(state["curve"])
+        self.seconds = state["seconds"]
+        self.evaluation_seconds = state["evaluation_seconds"]
+        self.diverged_at = state["diverged_at"]
+        snapshot.restore_random_state(state["random"][self.crew.rank])
+        return state["steps"]
+
+    def _saved(self) -> dict[str, Any] | None:
+        """The saved state with its curve, or None."""
         path = self.directory / STATE_FILE
         atomic.remove_leftovers(path)
         atomic.remove_leftovers(self.directory / CURVE_FILE)
         if not path.exists():
-            torch.manual_seed(self.job.seed)
-            return 0
+            return None
         state = snapshot.load(path)
         if state["fingerprint"] != self.job.fingerprint:
             raise SnapshotError(
                 f"{path} is the state of another training; choose another directory or remove it"
             )
-        with torch.no_grad():
-            for name, tensor in _weights(self.model):
-                tensor.copy_(state["model"][name])
-        self.updater.load_state_dict(state["updater"])
-        self.curve = Curve.read(self.directory / CURVE_FILE, state["steps"])
-        self.seconds = state["seconds"]
-        self.evaluation_seconds = state["evaluation_seconds"]
-        self.diverged_at = state["diverged_at"]
-        snapshot.restore_random_state(state["random"])
-        return state["steps"]
+        curve = Curve.read(self.directory / CURVE_FILE, state["steps"])
+        return {**state, "curve": curve.rows}
 
     def result(self, start: int) -> Result:
         """Evaluate at the end, and put that into the curve's last row."""
         final = self.heldout_loss(None)
         self.model.eval()
+        self.crew.check(self.model)
         self.curve.rows[-1]["heldout_loss"] = final
-        self.curve.write(self.directory / CURVE_FILE)
+        if self.crew.leads:
+            self.curve.write(self.directory / CURVE_FILE)
         seen = [row["heldout_loss"] for row in self.curve.rows if "heldout_loss" in row]
         best = min((loss for loss in seen if math.isfinite(loss)), default=math.nan)
         baseline = evaluation.baseline_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,21 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
     assert {row["name"] for row in rows} == set(kfac.kfac_factors)
 
 
+def test_factors_are_kept_where_asked_for(tmp_path):
+    analysed(tmp_path / "without")
+    assert not (tmp_path / "without" / "factors.safetensors").exists()
+    analysed(tmp_path / "with", "kfac.save_factors=true", "kfac.damping=0.1")
+    bench = build(config())
+    kept, fresh = kfac_engine(config("kfac.damping=0.1")), kfac_engine(config("kfac.damping=0.1"))
+    kept.load(tmp_path / "with" / "factors.safetensors", bench.model)
+    fresh.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
+    gradient = {n: torch.ones_like(p) for n, p in bench.model.named_parameters()}
+    one = kept.compute_natural_gradient(gradient, bench.model)
+    other = fresh.compute_natural_gradient(gradient, bench.model)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
 def test_policies_differ_in_method_and_in_nothing_that_matters(tmp_path):
     found = {
         policy: analysed(tmp_path / policy, f"kfac/policy={policy}", "kfac.damping=0.01")
@@ -167,3 +183,18 @@ def test_peak_memory_sees_what_a_phase_takes():
     with PeakMemory(torch.device("cpu")) as memory:
         pass
     assert memory.growth_mib < 10
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="needs glibc's malloc_trim")
+def test_a_run_counts_its_memory_even_after_another_one_in_the_same_process():
+    def phase():
+        with PeakMemory(torch.device("cpu")) as memory:
+            _ = [torch.ones(MIB // 16) for _ in range(256)]  # 64 MiB in pieces of the heap
+        return memory.growth_mib
+
+    block = torch.ones(8 * MIB)  # 32 MiB: from its end on smaller pieces come from the heap
+    del block
+    kept = []
+    for _ in range(3):
+        kept.append(torch.ones(16))  # at the top of the heap, above what has been given back
+        assert 50 < phase() < 200

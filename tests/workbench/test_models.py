@@ -37,6 +37,24 @@ def test_what_is_configured_is_built(config, materials, kind):
     assert extra == 400 * (17 if kind == "bert" else 16)  # the bias of BERT's head is tied too
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
+def test_a_head_may_be_wider_than_the_tokenizer(config, kind):
+    asked = config(kind)
+    made = bench.prepare(replace(asked, model=replace(asked.model, outputs=421)))
+    assert (len(made.tokenizer), made.task.classes) == (400, 421)
+    shapes = {tuple(p.shape) for p in made.untrained(0).parameters()}
+    assert (421, 16) in shapes
+    assert (400, 16) not in shapes
+    assert made.checkpoint_key != bench.prepare(asked).checkpoint_key
+    with pytest.raises(ConfigError, match=r"model\.outputs=399 is not allowed: .* at least 400"):
+        bench.prepare(replace(asked, model=replace(asked.model, outputs=399)))
+
+
+def test_topics_are_no_vocabulary(config):
+    model = replace(config("mlp").model, outputs=500)
+    assert [problem[:2] for problem in model.check()] == [("outputs", 500)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_decides_the_weights_and_nothing_else_is_touched(materials, kind):
     made = materials(kind)
