@@ -12,11 +12,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "clear_leftovers",
     "directory",
     "remove_leftovers",
     "write_bytes",
@@ -117,9 +118,27 @@ def remove_leftovers(path: str | os.PathLike[str]) -> int:
     target = Path(path)
     if not target.parent.is_dir():
         return 0
+    return _remove(
+        entry for entry in target.parent.iterdir() if entry.name.startswith(f".{target.name}.")
+    )
+
+
+def clear_leftovers(directory: str | os.PathLike[str]) -> int:
+    """Remove what killed writers of anything under a directory left behind.
+
+    Args:
+        directory: Nobody else may write into it meanwhile.
+
+    Returns:
+        How many files and directories were removed.
+    """
+    return _remove(Path(directory).rglob(".*.tmp"))
+
+
+def _remove(entries: Iterable[Path]) -> int:
     removed = 0
-    for entry in list(target.parent.iterdir()):
-        if not (entry.name.startswith(f".{target.name}.") and entry.name.endswith(".tmp")):
+    for entry in list(entries):
+        if not entry.name.endswith(".tmp"):
             continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)

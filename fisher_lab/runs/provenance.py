@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import platform
 import subprocess
 import sys
+from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,19 @@ _GIT_TIMEOUT_S = 10
 def collect() -> dict[str, Any]:
     """Everything that is known before the task starts; imports no numerical library.
 
+    Commit and versions are looked up once a process: what is edited or installed afterwards is not
+    what the process runs.
+
     Returns:
         JSON-able: ``git``, ``versions``, ``host``, ``pid``. The task adds device, threads and
         dtypes, which it alone knows.
     """
-    return {"git": git(), "versions": versions(), "host": host(), "pid": os.getpid()}
+    return {**copy.deepcopy(_code()), "host": host(), "pid": os.getpid()}
+
+
+@functools.cache
+def _code() -> dict[str, Any]:
+    return {"git": git(), "versions": versions()}
 
 
 def git(package: Path | None = None) -> dict[str, Any]:
@@ -78,10 +89,26 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            found[name] = version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@functools.cache
+def version(name: str) -> str:
+    """The version of an installed distribution; looked up once a process.
+
+    Only the head of its metadata is parsed: the rest may be a README of 100 kB, and a sweep asks
+    for a dozen distributions in every cell.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: it is not installed.
+    """
+    found = metadata.distribution(name)
+    text = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""
+    head = HeaderParser().parsestr(text.partition("\n\n")[0])
+    return str(head["Version"] or found.version)
 
 
 def host() -> dict[str, Any]:

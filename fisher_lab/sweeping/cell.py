@@ -47,6 +47,11 @@ class Cell:
     alone: bool = False
 
     @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.layout.run_directory(self.run_id)
+
+    @property
     def label(self) -> str:
         """Its axes as they are written on the command line."""
         return " ".join(f"{key}={value}" for key, value in self.axes.items()) or self.run_id

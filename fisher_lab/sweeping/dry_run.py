@@ -49,7 +49,7 @@ def _table(one: SweepPlan, memory: _Memory, counted: Counter[str]) -> Table:
     table.add_column("factors, MiB", justify="right", no_wrap=True)
     wanted, states = plan.to_run(one.cells)
     for cell in one.cells:
-        state = states[cell.run_id]
+        state = states[cell.directory]
         state = f"{state}, to run" if _again(cell, state, wanted) else _WORDS.get(state, state)
         counted[state] += 1
         table.add_row(*(cell.axes.get(axis, "") for axis in one.axes), state, memory(cell.config))

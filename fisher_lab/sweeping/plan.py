@@ -258,17 +258,18 @@ def _is_neutral(override: str) -> bool:
     return any(key == out or key.startswith(f"{out}.") for out in LEFT_OUT)
 
 
-def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[str, str]]:
+def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, str]]:
     """What is to be done.
 
     Returns:
         The cells that a launcher is given (those that another launcher runs now among them, to be
-        waited for), and the state of every cell by identity.
+        waited for), and the state of every cell by run directory: two sweeps of one multirun may
+        hold cells of the same identity.
     """
     wanted, states = [], {}
     for cell in cells:
         state = cell.layout.state(cell.run_id, cell.config.resume.stale_after_s)
-        states[cell.run_id] = state
+        states[cell.directory] = state
         retry = state == "failed" and cell.config.resume.retry_failed
         if state in TO_RUN or state == "running" or retry:
             wanted.append(cell)

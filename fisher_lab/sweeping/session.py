@@ -70,7 +70,7 @@ def run(
     say(f"{len(cells)} cells: {_summary(states)}")
     for one in plans:
         say(f"{one.name}: {one.layout.directory}")
-    failed = [cell for cell in cells if states[cell.run_id] == "failed" and cell not in todo]
+    failed = [cell for cell in cells if states[cell.directory] == "failed" and cell not in todo]
     if not todo:
         return report(cells, _tally_of(failed))
     frozen = _submit(todo, master, kind, settings)
@@ -89,9 +89,11 @@ def run(
 def finish(cells: Sequence[Cell]) -> None:
     """Tables, verdicts and figures of the sweeps of which cells have ended now."""
     from fisher_lab.results import finishing
+    from fisher_lab.tasks import aggregate
 
-    for directory in dict.fromkeys(cell.layout.directory for cell in cells):
+    for directory, tracker in {c.layout.directory: c.config.tracker for c in cells}.items():
         finishing.at_end(directory)
+        aggregate.at_end(directory, tracker)
 
 
 def launch(
@@ -132,7 +134,7 @@ def _section(master: DictConfig, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _summary(states: Mapping[str, str]) -> str:
+def _summary(states: Mapping[Path, str]) -> str:
     counted = sorted(states.values())
     return ", ".join(f"{len(list(group))} {state}" for state, group in groupby(counted))
 
@@ -146,11 +148,11 @@ def _tally_of(failed: Sequence[Cell], total: int = 0, limit: int | None = None) 
     return tally
 
 
-def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[str, str]) -> None:
+def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[Path, str]) -> None:
     """Complete the journal where a worker was killed before it could; compare the versions."""
     now, others = None, set()
     for one in plans:
-        done = [cell for cell in one.cells if states[cell.run_id] == "completed"]
+        done = [cell for cell in one.cells if states[cell.directory] == "completed"]
         if not done:
             continue
         noted = {

@@ -8,7 +8,6 @@ is dead, which is how everybody else knows.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import logging.config
@@ -16,10 +15,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.journal import Journal
+from fisher_lab.runs.leaving import leave
 from fisher_lab.runs.signals import Interrupted, Watch
 
 from .cell import Frozen
@@ -66,8 +66,7 @@ def run(frozen: Frozen) -> int:
             return COMPLETED
         if frozen.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
-        for path in (record.RUN_FILE, record.METRICS_FILE):
-            atomic.remove_leftovers(frozen.directory / path)
+        atomic.clear_leftovers(frozen.directory)
         (frozen.directory / record.RUN_FILE).unlink(missing_ok=True)
         journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
         return _perform(frozen, claim)
@@ -157,15 +156,6 @@ def _logging(frozen: Frozen) -> Iterator[None]:
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-def leave(code: int) -> NoReturn:
-    """End the process at once: taking a model and its libraries apart takes seconds."""
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -93,3 +93,17 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path):
     assert len(temporary_names(tmp_path)) == 2
     assert atomic.remove_leftovers(path) == 1
     assert sorted(os.listdir(tmp_path)) == [".b.txt.1-2.tmp", "a.txt"]
+
+
+def test_what_killed_writers_left_anywhere_under_a_directory_is_removed(tmp_path):
+    inner = tmp_path / "ranks"
+    inner.mkdir()
+    for kept in (tmp_path / "run.json", inner / "work.json", tmp_path / "note.tmp"):
+        kept.write_text("kept")
+    (tmp_path / ".layers.csv.12-ab.tmp").write_text("half")
+    (inner / ".work.json.12-cd.tmp").write_text("half")
+    (tmp_path / ".model.12-ef.tmp").mkdir()
+    (tmp_path / ".model.12-ef.tmp" / ".weights.12-01.tmp").write_text("half")
+    assert atomic.clear_leftovers(tmp_path) >= 3
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert found == ["note.tmp", "ranks", "ranks/work.json", "run.json"]

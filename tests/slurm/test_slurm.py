@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.sweeping import scheduler, supervisor
+from fisher_lab.sweeping import scheduler
 from fisher_lab.sweeping.layout import Layout
 from tests.sweeps import small_worker
+from tests.sweeps.launching import launch_small
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -81,7 +80,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
 @pytest.mark.usefixtures("small_workers")
 def test_a_job_that_slurm_kills_outright_is_seen_without_accounting(door, runs, until):
     """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
-    process = launcher("-m", f"seed={small_worker.WAITS},1", *CPU)
+    process = launch_small("-m", f"seed={small_worker.WAITS},1", *CPU)
     until(lambda: statuses(runs).get(small_worker.WAITS) == "running")
     sweep = layout()
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
@@ -97,7 +96,7 @@ def test_a_job_that_slurm_kills_outright_is_seen_without_accounting(door, runs, 
 def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs, until):
     seeds = ",".join(str(small_worker.SLOW + number) for number in range(4))
     arguments = ["-m", f"seed={seeds}", *CPU, "hydra.launcher.array_parallelism=2"]
-    process = launcher(*arguments)
+    process = launch_small(*arguments)
     until(lambda: "running" in statuses(runs).values())
     process.kill()
     process.communicate(timeout=60)
@@ -185,17 +184,36 @@ def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, until):
         assert curve(here.run_directory(run_id)) == curve(away.run_directory(run_id))
 
 
-def launcher(*arguments: str) -> subprocess.Popen[str]:
-    """The application in a process of its own, with small workers."""
-    script = (
-        "import sys; from fisher_lab.sweeping import supervisor; "
-        f"supervisor.WORKER = ({supervisor.WORKER[0]!r},); from fisher_lab import cli; "
-        "cli.preflight = lambda config: {'data': 'abc'}; sys.exit(cli.main(sys.argv[1:]))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+RANKS = [
+    *("task=analyze", "model=mlp", "model.init=random", "model.width=8", "model.layers=1"),
+    *("data=text_file", "data.path=text.txt", "data.vocab_size=293", "data.seq_len=8"),
+    *("data.batch_size=4", "task.heldout_batches=1", "threads=1", "distributed.nproc=2"),
+    *("distributed.timeout_s=120", "seed=0"),
+]
+
+
+@pytest.mark.timeout(900)
+def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs, until):
+    """One task of SLURM, whose worker starts the ranks; the GPUs are declared, not there."""
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    launchers = {"gpu": [*GPU, "hydra.launcher.gpus_per_node=2"], "cpu": CPU, "here": []}
+    found = {}
+    for name, chosen in launchers.items():
+        arguments = ["-m", *RANKS, f"sweep.name={name}", *chosen]
+        assert door(*arguments).code == 0
+        (directory,) = (path for path, _ in runs() if path.parent.name == name)
+        metrics = json.loads((directory / "metrics.json").read_text())
+        assert record.read(directory)["status"] == "completed"
+        assert metrics["dist/world_size"] == 2
+        assert len((directory / "ranks.csv").read_text().splitlines()) == 3
+        ranks = record.read(directory)["provenance"]["distributed"]["ranks"]
+        assert len({rank["pid"] for rank in ranks}) == 2
+        found[name] = {key: metrics[key] for key in ("loss", "ng/norm", "ng/cosine", "tokens")}
+    assert found["gpu"] == found["cpu"] == found["here"]
+    numbers = {
+        name: list(jobs(Layout(Path("results", name).resolve())).values())
+        for name in ("gpu", "cpu")
+    }
+    assert [len(one) for one in numbers.values()] == [1, 1]
+    both = [job for one in numbers.values() for job in one]
+    until(lambda: set(scheduler.states(both).values()) == {"COMPLETED"})

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from fisher_lab.runs import atomic
+from fisher_lab.runs.leaving import leave
 from fisher_lab.sweeping import worker
 
 ORDER = Path("kill-a-writer")
@@ -30,4 +31,4 @@ def flush_or_die(path: Path) -> None:
 
 if __name__ == "__main__":
     atomic._flush = flush_or_die
-    worker.leave(worker.main(sys.argv[1:]))
+    leave(worker.main(sys.argv[1:]))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fisher_lab.sweeping import supervisor
 from tests.cli.conftest import door, runs, seen
+from tests.sweeps.launching import SMALL_WORKER
 
 __all__ = ["door", "runs", "seen", "small_workers"]
-
-SMALL_WORKER = Path(__file__).with_name("small_worker.py")
 
 
 @pytest.fixture

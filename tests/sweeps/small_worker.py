@@ -9,6 +9,7 @@ import threading
 import types
 from typing import Any
 
+from fisher_lab.runs.leaving import leave
 from fisher_lab.sweeping import worker
 from fisher_lab.tasks import job
 
@@ -53,4 +54,4 @@ if __name__ == "__main__":
     job.TASKS = dict.fromkeys(job.TASKS, "small_task")
     job._content = lambda config: ({"data": "abc"}, None)
     job._prepare = lambda config: {}
-    worker.leave(worker.main(sys.argv[1:]))
+    leave(worker.main(sys.argv[1:]))

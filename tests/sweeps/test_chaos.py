@@ -1,37 +1,46 @@
-"""Launchers, cells and writers are killed at random moments; the sweep comes out as undisturbed."""
+"""Launchers, cells, ranks and writers are killed at random moments; nothing shows it at the end.
+
+Every second cell runs on two ranks.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fisher_lab.sweeping.layout import Layout
+from fisher_lab.tasks import ranks
+from tests.sweeps.launching import launch
 
 pytestmark = pytest.mark.slow
 
 CELLS, KILLS = 20, 10
-TIMEOUT_S = 480
-"""Of every wait; half a minute is usual on an idle machine."""
+TIMEOUT_S = 900
+"""Of every wait."""
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune "
 SMALL = [
     *("task=analyze", "model=mlp", "model.init=random", "model.width=8", "model.layers=1"),
     *("data=text_file", "data.path=text.txt", "data.vocab_size=293", "data.seq_len=8"),
     *("data.batch_size=2", "task.heldout_batches=1", "threads=1"),
 ]
-SWEEP = ["-m", *SMALL, "kfac.damping=1e-4,1e-3", f"seed=range({CELLS // 2})"]
-VICTIMS = ("cell", "launcher", "writer")
-MEASURED = ("_s", "_mb", "_mib", "seconds", "per_s")
-"""Ends of the names of numbers that differ between two runs of the same cell."""
+SWEEP = ["-m", *SMALL, f"seed=range({CELLS // 2})", "distributed.nproc=1,2"]
+LOCAL = ["hydra/launcher=local", "hydra.launcher.n_jobs=2"]
+WORKER = Path(__file__).with_name("chaos_worker.py")
+MEASURED = ("_s", "_s_max", "_bytes_max", "_mb", "_mib", "seconds", "per_s")
+"""Ends of the names of numbers that differ between two runs of the same cell (ranks also tell each
+other how long things took, in more or fewer digits)."""
 
 
 STARTED: list[subprocess.Popen[str]] = []
@@ -47,20 +56,9 @@ def _nothing_is_left_behind() -> Iterator[None]:
     STARTED.clear()
 
 
-def launch(*arguments: str, worker: str | None = None) -> subprocess.Popen[str]:
-    chosen = f"supervisor.WORKER = ({worker!r},)" if worker else "pass"
-    script = (
-        "import sys; from fisher_lab import cli; from fisher_lab.sweeping import supervisor; "
-        f"{chosen}; sys.exit(cli.main(sys.argv[1:]))"
-    )
+def start(*arguments: str, worker: Path | None = None) -> subprocess.Popen[str]:
     with open("launcher.txt", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        process = launch(*arguments, worker=worker, output=log)
     STARTED.append(process)
     return process
 
@@ -83,13 +81,16 @@ class Chaos:
         self.random = random.Random(seed)
         self.layout = layout
         self.done: list[str] = []
+        self.victims = {
+            "cell": self.kill_a_cell,
+            "launcher": self.kill_the_launcher,
+            "rank": self.kill_a_rank,
+            "writer": self.kill_a_writer,
+        }
         self.launcher = self.start()
 
     def start(self) -> subprocess.Popen[str]:
-        return launch(
-            *SWEEP, "sweep.name=chaos", "hydra/launcher=local", "hydra.launcher.n_jobs=2",
-            worker=str(Path(__file__).with_name("chaos_worker.py")),
-        )  # fmt: skip
+        return start(*SWEEP, "sweep.name=chaos", *LOCAL, worker=WORKER)
 
     def workers(self) -> list[int]:
         """Processes that hold the claim of a cell."""
@@ -104,23 +105,61 @@ class Chaos:
         return [pid for pid in found if _is_worker(pid)]
 
     def strike(self) -> None:
-        """Kill something that is there; the launcher is started again where it has ended."""
+        """Kill something that is there; the launcher is started again where it has ended.
+
+        What was killed least often comes first, so that each kind gets its turn; none more often
+        than its share, so that the sweep comes far enough for there to be every kind.
+        """
         if self.launcher.poll() is not None:
             self.launcher = self.start()
         counted = Counter(self.done)
-        fewest = min(counted[kind] for kind in VICTIMS)
-        victim = self.random.choice([kind for kind in VICTIMS if counted[kind] <= fewest + 1])
-        if victim == "launcher" and self.workers():
-            self.launcher.kill()
-            self.launcher.wait(timeout=30)
-            self.done.append(victim)
-        elif victim == "writer":
-            if not Path("kill-a-writer").exists():
-                Path("kill-a-writer").touch()
-                self.done.append(victim)
-        elif victim == "cell" and (workers := self.workers()):
-            os.kill(self.random.choice(workers), signal.SIGKILL)
-            self.done.append(victim)
+        share = math.ceil(KILLS / len(self.victims))
+        kinds = [kind for kind in self.victims if counted[kind] < share]
+        self.random.shuffle(kinds)
+        for kind in sorted(kinds, key=counted.__getitem__):
+            if self.victims[kind]():
+                self.done.append(kind)
+                return
+
+    def kill_a_cell(self) -> bool:
+        workers = self.workers()
+        return bool(workers) and _kill(self.random.choice(workers))
+
+    def kill_a_rank(self) -> bool:
+        """One rank of a cell; the other one and their watcher are left to find out."""
+        found = [rank for worker in self.workers() for rank in _ranks_of(worker)]
+        return bool(found) and _kill(self.random.choice(found))
+
+    def kill_the_launcher(self) -> bool:
+        if not self.workers():
+            return False
+        self.launcher.kill()
+        self.launcher.wait(timeout=30)
+        return True
+
+    def kill_a_writer(self) -> bool:
+        """The next worker that has written a temporary file dies before it renames it."""
+        if not self.workers() or Path("kill-a-writer").exists():
+            return False
+        Path("kill-a-writer").touch()
+        return True
+
+
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _ranks_of(worker: int) -> list[int]:
+    """The ranks that a worker has started, once they are ranks and not yet copies of it."""
+    try:
+        children = psutil.Process(worker).children(recursive=True)
+        return [child.pid for child in children if ranks.MODULE in child.cmdline()]
+    except psutil.Error:
+        return []
 
 
 def _is_worker(pid: int) -> bool:
@@ -137,11 +176,13 @@ def test_a_sweep_survives_ten_kills():
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the chaos: {seed}")
     Path("text.txt").write_text(TEXT * 200)
-    quiet = launch(*SWEEP, "sweep.name=quiet")
+    quiet = start(*SWEEP, "sweep.name=quiet", *LOCAL)
     assert quiet.wait(timeout=TIMEOUT_S) == 0, Path("launcher.txt").read_text()
 
     chaos, pause = Chaos(Layout(Path.cwd() / "results" / "chaos"), seed), threading.Event()
-    while len(chaos.done) < KILLS:
+    until = time.monotonic() + TIMEOUT_S
+    while len(chaos.done) < KILLS or set(chaos.done) != set(chaos.victims):
+        assert time.monotonic() < until, f"only {chaos.done} could be killed"
         pause.wait(chaos.random.uniform(0.2, 2.5))
         chaos.strike()
     print(f"killed: {', '.join(chaos.done)}")
@@ -152,8 +193,8 @@ def test_a_sweep_survives_ten_kills():
             break
         chaos.launcher = chaos.start()
         code = chaos.launcher.wait(timeout=TIMEOUT_S)
-    log = Path("launcher.txt").read_text()
-    assert code == 0, log
+    assert code == 0, Path("launcher.txt").read_text()
+    assert list(Path.cwd().glob("kill-a-writer.*")), "no writer took its order"
     check(chaos.layout, Layout(Path.cwd() / "results" / "quiet"))
 
 
@@ -169,7 +210,8 @@ def check(disturbed: Layout, quiet: Layout) -> None:
         json.loads(file.read_text())
     for file in disturbed.directory.glob("*/run.json"):
         assert json.loads(file.read_text())["status"] == "completed"
-    assert list(disturbed.directory.glob("*/.*.tmp")) == []
+    for run_id in completed:
+        assert list(disturbed.run_directory(run_id).rglob(".*.tmp")) == []
     assert list(disturbed.claims.glob("*.claim.*")) == []
     assert numbers(disturbed.directory) == numbers(quiet.directory)
     assert len(numbers(disturbed.directory)) == CELLS

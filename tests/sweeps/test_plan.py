@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from fisher_lab import cli
 from fisher_lab.config import compose, paths, sweep, sweep_files
+from fisher_lab.results import claim_spec
 from fisher_lab.sweeping import plan
 
 FILES = {file.stem: sweep_files.load(file) for file in sorted(paths.sweeps().glob("*.yaml"))}
@@ -28,16 +30,28 @@ def planned(*arguments: str) -> list[plan.SweepPlan]:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_sweep_of_the_project_composes_with_three_seeds(name):
+def test_every_sweep_of_the_project_composes_with_three_seeds_and_fitting_claims(name):
     (one,) = planned(f"+sweeps={name}")
     assert len({cell.config.seed for cell in one.cells}) >= 3
     assert one.repeated == 0
+    for claim in claim_spec.check(FILES[name].claims):  # speaks of settings that the sweep varies
+        stated = [claim.get(key, {}) for key in ("where", "a", "b", "groups", "cells")]
+        named = {setting for part in stated for setting in part} | {claim.get("axis")} - {None}
+        for setting in named:
+            values = {_at(dataclasses.asdict(cell.config), setting) for cell in one.cells}
+            assert len(values) > 1, f"{claim.text}: {setting} does not vary"
 
 
-def test_the_appendix_stands_for_sweeps_that_exist():
-    names = [file.name for file in sweep_files.expand(["appendix"])]
-    assert len(names) >= 9
-    assert set(names) <= set(SWEEPS)
+def test_the_appendices_stand_for_every_sweep():
+    names = {file.name for file in sweep_files.expand(["appendix"])}
+    assert {file.name for file in sweep_files.expand(["appendix_full"])} == set(SWEEPS)
+    assert set(SWEEPS) - names == {"train_damping", "update_freq"}
+
+
+def _at(config: dict, setting: str) -> object:
+    for part in setting.split("."):
+        config = config[part]
+    return config
 
 
 def test_a_users_own_sweep_wins_and_may_bring_groups_pairs_and_claims(door, seen):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from fisher_lab.config.launcher_schema import LocalSettings
-from fisher_lab.sweeping import pool, supervisor
+from fisher_lab.sweeping import pool
 from fisher_lab.sweeping.layout import Layout
 from tests.sweeps import small_worker
+from tests.sweeps.launching import launch_small
 
 pytestmark = pytest.mark.usefixtures("small_workers")
 
@@ -102,27 +101,6 @@ def test_fail_fast_also_stops_those_that_run(door, runs):
     }
 
 
-def launcher(*arguments: str) -> subprocess.Popen[str]:
-    """The application in a process of its own, with small workers."""
-    small = (
-        "import sys; from fisher_lab.sweeping import supervisor; "
-        f"supervisor.WORKER = ({supervisor.WORKER[0]!r},); "
-    )
-    background = f"{small}from fisher_lab.sweeping import background as it; it.main(sys.argv[1:])"
-    script = (
-        f"{small}from fisher_lab import cli; from fisher_lab.sweeping import session; "
-        f"session.BACKGROUND = ('-c', {background!r}); "
-        "cli.preflight = lambda config: {'data': 'abc'}; sys.exit(cli.main(sys.argv[1:]))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-
-
 def wait_for(condition, seconds: float = 60.0) -> None:
     """Until it is true."""
     pause = threading.Event()
@@ -142,7 +120,7 @@ def running() -> bool:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(signum, runs):
-    process = launcher("-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local")
+    process = launch_small("-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local")
     wait_for(running)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
@@ -152,7 +130,7 @@ def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(sign
 
 
 def test_a_closed_terminal_does_not_matter(runs):
-    process = launcher("-m", f"seed={small_worker.WAITS},2", *LOCAL, "sweep.timeout_s=6")
+    process = launch_small("-m", f"seed={small_worker.WAITS},2", *LOCAL, "sweep.timeout_s=6")
     wait_for(running)
     process.send_signal(signal.SIGHUP)
     out, _ = process.communicate(timeout=60)
@@ -163,7 +141,7 @@ def test_a_closed_terminal_does_not_matter(runs):
 def test_detach_status_and_cancel(door, runs):
     from fisher_lab import cli
 
-    process = launcher(
+    process = launch_small(
         "-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local", "sweep.detach=true",
         "sweep.name=away",
     )  # fmt: skip
@@ -189,7 +167,7 @@ def test_detach_status_and_cancel(door, runs):
 
 def test_two_launchers_at_once_run_every_cell_once(runs):
     arguments = ("-m", "seed=range(20,32)", "hydra/launcher=local", "hydra.launcher.n_jobs=2")
-    processes = [launcher(*arguments) for _ in range(2)]
+    processes = [launch_small(*arguments) for _ in range(2)]
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out

@@ -43,6 +43,20 @@ def test_a_widened_grid_runs_the_new_cells_alone(door, seen):
     assert len(events(directory, "completed")) == 3
 
 
+def test_two_sweeps_may_hold_the_same_cell(door, seen, tmp_path):
+    folder = tmp_path / "sweeps"
+    folder.mkdir()
+    (folder / "first.yaml").write_text("params: {seed: '1,2'}\n")
+    (folder / "second.yaml").write_text("params: {seed: '2,3'}\n")
+    assert door("-m", "+sweeps=second").code == 0
+    answer = door("-m", "+sweeps=[first,second]")
+    assert answer.code == 0
+    assert "4 cells: 2 completed, 2 missing" in answer.out
+    assert [config.seed for config in seen] == [2, 3, 1, 2]
+    first, second = sweeps()
+    assert len(events(first, "completed")) == len(events(second, "completed")) == 2
+
+
 def test_what_is_fixed_names_the_directory(door, seen):
     door("-m", "seed=1,2", "kfac.ekfac=true")
     door("-m", "seed=1,2", "kfac.ekfac=false")
