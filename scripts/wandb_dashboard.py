@@ -8,24 +8,22 @@
     python scripts/wandb_dashboard.py --aggregate results/train_damping   # mean, sd, interval
 
 ``--aggregate`` writes the sweep's table as a run of its own (job type ``aggregate``): a row a group
-of cells that differ in nothing but the seed. W&B's own table shows no deviation and no interval.
+of cells that differ in nothing but the seed (`fisher_lab.tasks.aggregate`, which sends it at the
+end of a sweep with ``tracker=wandb`` by itself).
 Needs ``pip install 'fisher-lab[dashboard]'`` but for ``--aggregate``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
-import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
+from fisher_lab.tasks import aggregate
 
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
 METRICS = ("loss/heldout", "ng/heldout_loss_decrease", "kfac/total_s", "kfac/peak_mb")
@@ -143,99 +141,6 @@ def dumped(entity: str, project: str) -> dict[str, Any]:
     return {"workspace": plain(view), "report": plain(report("", project))}
 
 
-# ---- the aggregate -------------------------------------------------------------------------------
-
-
-def cells(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Configuration and metrics of every completed run under a directory."""
-    for file in sorted(directory.rglob("run.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        metrics = file.with_name("metrics.json")
-        if record["status"] == "completed" and metrics.exists():
-            yield record["config"], json.loads(metrics.read_text(encoding="utf-8"))
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``kfac.damping`` and so on; lists as text."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
-    return found
-
-
-def aggregate(directory: Path) -> list[dict[str, Any]]:
-    """A row a group: the settings that differ, then mean, deviation and 95 % interval.
-
-    Args:
-        directory: of the sweep.
-
-    Returns:
-        Columns ``<metric>/mean``, ``/sd``, ``/low``, ``/high`` and ``/n`` for every metric; a
-        deviation and an interval need two seeds at least.
-    """
-    found = [(flat(config), metrics) for config, metrics in cells(directory)]
-    keys = {key for config, _ in found for key in config} - {"seed"}
-    differ = sorted(k for k in keys if len({json.dumps(c.get(k)) for c, _ in found}) > 1)
-    groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for config, metrics in found:
-        groups.setdefault(json.dumps([config.get(k) for k in differ]), []).append((config, metrics))
-    rows = []
-    for members in groups.values():
-        row: dict[str, Any] = {key: members[0][0].get(key) for key in differ}
-        for name in dict.fromkeys(name for _, metrics in members for name in metrics):
-            values = [m[name] for _, m in members if m.get(name) is not None]
-            row |= {f"{name}/{key}": value for key, value in moments(values).items()}
-        rows.append(row)
-    return rows
-
-
-def moments(values: list[float]) -> dict[str, float | int | None]:
-    """Mean, standard deviation and Student's 95 % interval of some numbers."""
-    from scipy import stats
-
-    n = len(values)
-    mean = statistics.fmean(values) if n else None
-    result: dict[str, float | int | None] = {
-        "mean": mean, "sd": None, "low": None, "high": None, "n": n,
-    }  # fmt: skip
-    if n > 1 and mean is not None:
-        deviation = statistics.stdev(values)
-        half = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-        result |= {"sd": deviation, "low": mean - half, "high": mean + half}
-    return result
-
-
-def send(rows: list[dict[str, Any]], directory: Path, args: argparse.Namespace) -> None:
-    """The aggregate as a run of its own, under the same name every time."""
-    from fisher_lab.tracking import Guarded, RemoteTracker, Start
-
-    config = TrackerConfig(
-        sinks=["wandb"], mode=args.mode, project=args.project, entity=args.entity or None
-    )
-    digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    tracker = Guarded(RemoteTracker("wandb", config, 60.0))
-    tracker.start(
-        Start(
-            run_id=digest,
-            tracker_id=f"aggregate-{digest}",
-            attempt=1,
-            config={"sweep": directory.name},
-            directory=(directory / "tracker").absolute(),
-            name=f"{directory.name}: aggregate",
-            group=directory.name,
-            job_type="aggregate",
-        )
-    )
-    for number, row in enumerate(rows):
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-        tracker.log(numbers, number)
-    tracker.table("aggregate.csv", rows)
-    tracker.finish("completed")
-
-
 # ---- the door ------------------------------------------------------------------------------------
 
 
@@ -251,10 +156,11 @@ def main(argv: list[str]) -> int:
     what.add_argument("--aggregate", type=Path, metavar="SWEEP", help="directory of a sweep")
     args = parser.parse_args(argv)
     if args.aggregate is not None:
-        rows = aggregate(args.aggregate)
+        rows = aggregate.aggregate(args.aggregate)
         if not rows:
             parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
-        send(rows, args.aggregate, args)
+        chosen = TrackerConfig(mode=args.mode, project=args.project, entity=args.entity or None)
+        aggregate.send(rows, args.aggregate, chosen)
         print(f"{len(rows)} groups")
         return 0
     try:

@@ -16,6 +16,7 @@ from .report.page import only
 from .table import tabulate
 
 DOCUMENT = "appendix.tex"
+PARAGRAPH = "\\par\\medskip\\noindent"
 
 
 def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> list[Path]:
@@ -48,7 +49,10 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
 
 def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: bool) -> list[Path]:
     folder = file_name(name)
-    body += ["\\clearpage", f"\\section{{{latex.escape(name)}}}"]
+    titles = [str(s.about.get("title") or "") for s in frame.attrs.get("sweeps", {}).values()]
+    words = "; ".join(dict.fromkeys(t for t in titles if t))
+    heading = f"{words} ({name})" if words else name
+    body += ["\\clearpage", f"\\section{{{latex.escape(heading)}}}"]
     try:
         table = tabulate(frame, first=claimed_metrics(frame), title=name)
     except ResultsError as error:
@@ -63,17 +67,27 @@ def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: b
         atomic.write_text(directory / folder / file, text)
     drawn = figures.draw(table, frame, directory / folder)
     body.append(f"\\input{{{folder}/table}}")
-    body += [_figure(f"{folder}/{f.name}") for f in drawn.files if f.suffix == ".pdf"]
+    body += _figures(drawn.shown, folder)
+    body += [latex.escape(f"Not drawn: {problem}.") + "\n" for problem in drawn.problems]
     return [*(directory / folder / file for file in texts), *drawn.files]
 
 
-def _figure(path: str) -> str:
+def _figures(shown: Sequence[figures.Shown], folder: str) -> list[str]:
+    """Two figures in a line, wide ones in a line of their own; lines go over pages."""
+    narrow = [_figure(one, folder, 0.49) for one in shown if not one.wide]
+    pairs = [narrow[i : i + 2] for i in range(0, len(narrow), 2)]
+    lines = [r"\hfill".join(pair) for pair in pairs]
+    lines += [_figure(one, folder, 1.0) for one in shown if one.wide]
+    return [PARAGRAPH + line + r"\par" for line in lines]
+
+
+def _figure(one: figures.Shown, folder: str, width: float) -> str:
     # A name with dots needs braces, so that its end is not taken for the file's kind.
-    stem = path.removesuffix(".pdf")
     return (
-        f"\\noindent\\begin{{minipage}}{{0.5\\linewidth}}\\centering"
-        f"\\includegraphics[width=0.95\\linewidth,height=0.6\\textheight,keepaspectratio]"
-        f"{{{{{stem}}}.pdf}}\\end{{minipage}}%"
+        f"\\begin{{minipage}}[t]{{{width}\\linewidth}}\\centering"
+        f"\\includegraphics[width=\\linewidth,height=0.44\\textheight,keepaspectratio]"
+        f"{{{{{folder}/{one.pdf.stem}}}.pdf}}\\\\"
+        f"{{\\footnotesize {latex.breakable(one.words)}}}\\end{{minipage}}"
     )
 
 
@@ -86,7 +100,8 @@ def claims_table(verdicts: Sequence[claims.Verdict]) -> str:
         r">{\raggedright\arraybackslash}p{0.45\linewidth}r@{}}",
         r"\toprule claim & verdict & numbers & n \\ \midrule \endhead \bottomrule \endfoot",
     ]
-    for v in verdicts:
+    for i, v in enumerate(verdicts):
+        lines += [r"\addlinespace"] if i else []
         words = [latex.breakable(f"{v.sweep}: {v.text}"), latex.escape(v.verdict)]
         numbers = latex.breakable(f"{v.why} ({v.test})" if v.test else v.why)
         lines.append(" & ".join([*words, numbers, str(v.seeds)]) + r" \\")

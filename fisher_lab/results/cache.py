@@ -26,6 +26,8 @@ VERSION = 1
 WORTH_IT = 200
 """Runs that have to be read anew before the cache is written: below, reading is as quick."""
 
+ABSENT = object()
+
 Run = dict[str, dict[str, Any]]
 Row = tuple[Found, Run]
 State = list[Any]
@@ -127,15 +129,18 @@ def _columns(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         places: dict[Any, int] = {}
-        codes = []
+        codes: list[int] = []
+        before: Any = ABSENT
         for part in parts:
-            if name not in part:
-                codes.append(-1)
+            value = part.get(name, ABSENT)
+            if value is before and codes:  # most settings are the same from run to run
+                codes.append(codes[-1])
                 continue
-            value = part[name]
-            if isinstance(value, float) and not math.isfinite(value):
-                value = "nan"
-                codes.append(places.setdefault((str, float, value), len(places)))
+            before = value
+            if value is ABSENT:
+                codes.append(-1)
+            elif isinstance(value, float) and not math.isfinite(value):
+                codes.append(places.setdefault((str, float, "nan"), len(places)))
             else:
                 codes.append(places.setdefault((type(value), None, value), len(places)))
         values = [[value] if kind else value for _, kind, value in places]

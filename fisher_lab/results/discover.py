@@ -43,6 +43,10 @@ class Sweep:
     about: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sweep:
+        """Itself: pandas copies the ``attrs`` of a frame with every column that it hands out."""
+        return self
+
     @property
     def claims(self) -> list[Any]:
         """The claims as the sweep file states them."""

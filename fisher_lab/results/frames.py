@@ -14,3 +14,13 @@ Frame: TypeAlias = Any
 
 Column: TypeAlias = Any
 """A ``pandas.Series``."""
+
+
+class Shared(list[Any]):
+    """A list for ``attrs`` that is never changed.
+
+    pandas copies ``attrs`` in depth whenever it hands out a column; this is handed on as it is.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self

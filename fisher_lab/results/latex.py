@@ -6,6 +6,7 @@ lualatex or tectonic.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from .render import (
@@ -62,7 +63,7 @@ PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
 """
 
 
-PAGE_WIDTH = 120
+PAGE_WIDTH = 132
 """Characters of a table beside which further columns go into one of their own."""
 
 
@@ -82,11 +83,11 @@ def escape(text: str) -> str:
 
 
 def breakable(text: str) -> str:
-    """Escaped text that may be broken after a slash, a dot, an underscore or an equals sign."""
-    out = escape(text)
-    for sign in ("/", r"\_", "=", ".", ","):
-        out = out.replace(sign, sign + r"\allowbreak{}")
-    return out
+    """Escaped text in which names may be broken after a slash, a dot, an underscore and the like.
+
+    Numbers and versions are not broken.
+    """
+    return re.sub(r"(/|\\_|=|[.,](?=[A-Za-z]))", r"\1\\allowbreak{}", escape(text))
 
 
 def document(body: str, title: str = "") -> str:
@@ -113,7 +114,7 @@ def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: st
     words = caption or f"{table.title}. " + " ".join(_sentence(note) for note in table.notes)
     label_name = name or "".join(c if c.isalnum() else "-" for c in table.title)
     parts = []
-    for number, columns in enumerate(blocks(table, PAGE_WIDTH), 1):
+    for number, columns in enumerate(blocks(table, PAGE_WIDTH, _room), 1):
         rows = [
             [*(escape(label(v)) for v in row)]
             + [_cell(shown(table, (row, m, c)), siunitx) for m, c in columns]
@@ -154,6 +155,7 @@ def _environment(
             r"\centering",
             rf"\caption{{{caption}}}",
             rf"\label{{tab:{name}}}",
+            r"\smallskip",
             # Never larger than the line, and a small table keeps its size.
             r"\sbox0{\small",
             rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
@@ -170,11 +172,20 @@ def _environment(
     )
 
 
-def _heading(text: str) -> str:
+def _lines(text: str) -> list[str]:
     """A metric over its values in two lines where it is long."""
     head, slash, tail = text.partition("/")
-    if slash and len(text) > 14:
-        first, second = f"{escape(head)}/", escape(tail)
+    return [f"{head}/", tail] if slash and len(text) > 14 else [text]
+
+
+def _room(text: str) -> int:
+    return max(map(len, _lines(text)))
+
+
+def _heading(text: str) -> str:
+    lines = _lines(text)
+    if len(lines) > 1:
+        first, second = map(escape, lines)
         return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{first}\\{second}\end{{tabular}}"
     return escape(text)
 

@@ -23,7 +23,7 @@ from . import cache, planned
 from .cells import CORRUPT
 from .discover import Found, LeftOut, Sweep, describe, find
 from .errors import ResultsError
-from .frames import Column
+from .frames import Column, Shared
 
 LAYERS_FILE = "layers.csv"
 SCHEMAS = ("fisher_lab.run/1",)
@@ -58,14 +58,18 @@ def load(paths: Paths, *, use_cache: bool = True) -> pd.DataFrame:
         ResultsError: a path that does not exist.
     """
     found, left = find(_as_list(paths))
-    sweeps = {str(one.sweep): describe(one.sweep) for one in found}
+    sweeps = _sweeps(found)
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
     rows, unread = cache.rows(found, read_run) if use_cache else _read_all(found)
     left += unread
     rows = planned.complete(rows, sweeps)
     frame = _frame(rows, sweeps)
-    frame.attrs.update(left_out=left, sweeps=sweeps)
+    frame.attrs.update(left_out=Shared(left), sweeps=sweeps)
     return frame
+
+
+def _sweeps(found: Iterable[Found]) -> dict[str, Sweep]:
+    return {str(directory): describe(directory) for directory in {one.sweep: None for one in found}}
 
 
 def load_layers(paths: Paths) -> pd.DataFrame:
@@ -89,7 +93,7 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
         name: the file's name in the run directory. Runs without it have no rows.
     """
     found, left = find(_as_list(paths))
-    names = {str(one.sweep): describe(one.sweep).name for one in found}
+    names = {directory: sweep.name for directory, sweep in _sweeps(found).items()}
     rows: list[dict[str, Any]] = []
     for one in found:
         file = one.directory / name
@@ -281,7 +285,7 @@ def _frame(rows: Sequence[cache.Row], sweeps: Mapping[str, Sweep]) -> pd.DataFra
     )
     frame["not_finite"] = [_renamed(text, names["metrics"]) for text in columns["not_finite"]]
     frame.attrs.update(
-        config=list(names["config"].values()), metrics=list(names["metrics"].values())
+        config=Shared(names["config"].values()), metrics=Shared(names["metrics"].values())
     )
     return frame
 

@@ -73,6 +73,11 @@ def _range(runs: Frame, name: str, form: str = ".3g") -> str:
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
 
 
+def _batches(runs: Frame) -> str:
+    count = _list(runs, "kfac.n_batches")
+    return f"{count} batch" if count == "1" else f"{count} batches"
+
+
 def _models(runs: Frame) -> list[str]:
     parts = []
     if _has(runs, "model.name"):
@@ -82,12 +87,14 @@ def _models(runs: Frame) -> list[str]:
     if _has(runs, "tokens", "data.seq_len"):
         parts.append(
             f"Factors were built from {_range(runs, 'tokens', ',.0f')} tokens "
-            f"({_list(runs, 'kfac.n_batches')} batches of {_list(runs, 'data.batch_size')} "
-            f"sequences of {_list(runs, 'data.seq_len')} tokens)."
+            f"({_batches(runs)} of {_list(runs, 'data.batch_size')} sequences of "
+            f"{_list(runs, 'data.seq_len')} tokens)."
         )
     if _has(runs, "seed"):
-        n = len(_values(runs, "seed"))
-        parts.append(f"Every setting was run with {n} seed{'s' if n > 1 else ''}.")
+        numbers = sorted({own["seed"].nunique() for _, own in runs.groupby("sweep")})
+        words = "1 seed" if numbers == [1] else f"{join([str(n) for n in numbers])} seeds"
+        more = ", depending on the sweep" if len(numbers) > 1 else ""
+        parts.append(f"Every setting was run with {words}{more}.")
     return parts
 
 
@@ -109,11 +116,19 @@ def _kfac(runs: Frame) -> list[str]:
         f"{_list(runs, 'kfac.max_condition_number', 'none (no floor)')}" + _clipped(runs) + ".",
     ]
     about = [f"Factors are refreshed every {_list(runs, 'kfac.update_freq')} steps"]
-    if _has(runs, "kfac.reduce"):
+    if _has(runs, "kfac.reduce", "dist/world_size"):
         about.append(f"ranks are joined by {_list(runs, 'kfac.reduce')}")
     if _has(runs, "kfac.ekfac"):
-        about.append(f"EKFAC {_list(runs, 'kfac.ekfac')}")
-    return [*parts, "; ".join(about) + "."]
+        about.append(_ekfac(runs))
+    return [*parts, "; ".join(filter(None, about)) + "."]
+
+
+def _ekfac(runs: Frame) -> str:
+    words = "eigenvalues are corrected in the Kronecker eigenbasis (EKFAC)"
+    chosen = [label(v) for v in _values(runs, "kfac.ekfac")]
+    if chosen == ["false"]:
+        return ""
+    return words if chosen == ["true"] else f"with and without EKFAC: {words} or not"
 
 
 def _clipped(runs: Frame) -> str:
@@ -128,8 +143,12 @@ def _clipped(runs: Frame) -> str:
 def _numerics(runs: Frame) -> list[str]:
     if not _has(runs, "kfac.core_dtype"):
         return []
+    stored = [
+        "their own dtype" if label(v) == "auto" else label(v)
+        for v in _values(runs, "kfac.woodbury_dtype")
+    ] or ["their own dtype"]
     text = (
-        f"Token gradients were stored as {_list(runs, 'kfac.woodbury_dtype')}, decomposed in "
+        f"Token gradients were stored in {join(stored)}, decomposed in "
         f"{_list(runs, 'kfac.core_dtype')} and applied in {_list(runs, 'kfac.apply_dtype')}"
     )
     if _has(runs, "kfac/storage_error_max"):
@@ -175,6 +194,7 @@ def _machine(runs: Frame) -> list[str]:
         cpu = "provenance.host.cpu"
         where = f" ({_list(runs, cpu)})" if _has(runs, cpu) else ""
         threads = "provenance.threads"
-        with_threads = f", {_list(runs, threads)} threads" if _has(runs, threads) else ""
+        counts = _list(runs, threads) if _has(runs, threads) else ""
+        with_threads = f", {counts} thread{'' if counts == '1' else 's'}" if counts else ""
         parts.append(f"Device: {_list(runs, 'provenance.device')}{where}{with_threads}.")
     return parts

@@ -17,13 +17,18 @@ FIRST = (
     "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best", "ng/cosine",
     "kfac/clipped_frac_A", "kfac/clipped_frac_G", "kfac/total_s", "kfac/peak_mb",
     "kfac/factor_bytes", "loss/heldout", "loss/heldout_best", "train/seconds",
-    "spectral/effective_rank", "spectral/largest_eigenvalue", "spectral/seconds", "lanczos/seconds",
-    "loss",
+    "spectral/seconds", "lanczos/seconds", "loss",
 )  # fmt: skip
 """Metrics of a table where none are named: those of these that the runs have."""
 
 MOST = 6
 """Metrics of a table where none are named, at most."""
+
+ENGINES = (
+    "spectral/largest_eigenvalue", "spectral/effective_rank", "lanczos/eigenvalue_0",
+    "lanczos/effective_dimension", "group_fisher/trace",
+)  # fmt: skip
+"""Beside those, what each further engine that ran is about."""
 
 
 def is_time(name: str) -> bool:
@@ -64,7 +69,8 @@ def choose(frame: Frame, wanted: Sequence[str] | None, first: Iterable[str] = ()
                 raise ResultsError(_unknown(name, there))
         return list(dict.fromkeys(wanted))
     usual = [*(n for n in first if n in there), *(n for n in FIRST if n in there)]
-    return list(dict.fromkeys(usual))[: max(MOST, len(set(first)))] or there[:MOST]
+    usual = list(dict.fromkeys(usual))[: max(MOST, len(set(first)))]
+    return usual + [n for n in ENGINES if n in there and n not in usual] or there[:MOST]
 
 
 def _unknown(name: str, there: Sequence[str]) -> str:

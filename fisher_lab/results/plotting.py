@@ -67,12 +67,22 @@ def new_figure(
     return figure, panel_axes
 
 
+def words(figure: Figure) -> str:
+    """What a figure shows, for its caption."""
+    return str(figure.get_label())
+
+
+def is_wide(figure: Figure) -> bool:
+    """Whether a figure is for the width of a page, and not of a column."""
+    return figure.get_figwidth() > 1.5 * WIDTH
+
+
 def legend(figure: Figure, axes: Axes, count: int) -> None:
     """What the series are, below the axes, where no point can hide behind it."""
     if count > 1:
         handles, words = axes.get_legend_handles_labels()
         width = max(map(len, words), default=0)
-        columns = 1 if width > 36 else 2 if width > 20 else 3
+        columns = 1 if width > 24 else 2 if width > 14 else 3
         made = figure.legend(
             handles, words, loc="outside lower center", frameon=False, ncols=min(columns, count)
         )
@@ -110,6 +120,9 @@ def save(figure: Figure, target: Path) -> list[Path]:
         target: path without suffix.
     """
     files = []
+    with rc_context(STYLE):
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the arrangement costs as much as the drawing: once for both
     for suffix, about in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         file = target.with_name(f"{target.name}.{suffix}")
         with rc_context(STYLE), atomic.writing(file) as temporary:

@@ -10,7 +10,7 @@ import csv
 import html
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,16 @@ def to_terminal(table: Table, width: int = 100) -> RenderableType:
     return Group(*parts)
 
 
-def blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
-    """The columns in groups that fit beside the rows' names into so many characters."""
+def blocks(
+    table: Table, width: int, room_of: Callable[[str], int] = len
+) -> Iterable[list[tuple[str, Key]]]:
+    """The columns in groups that fit beside the rows' names into so many characters.
+
+    Args:
+        table: of cells.
+        width: characters that there are.
+        room_of: characters that a heading takes; its length where it stands in one line.
+    """
     left = sum(
         2 + max(len(name), *(len(label(row[i])) for row in table.rows))
         for i, name in enumerate(table.row_names)
@@ -148,7 +156,7 @@ def blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
     room = width - left
     for metric, col in table.columns:
         need = 2 + max(
-            len(table.heading(metric, col)),
+            room_of(table.heading(metric, col)),
             *(len(shown(table, (row, metric, col)).plain) for row in table.rows),
         )
         if block and need > room:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +223,7 @@ def _seed(runs: Frame) -> list[str]:
 
 
 def _fill(table: Table, runs: Frame, interval: str) -> None:
-    groups: dict[tuple[Key, Key], dict[Hashable, int]] = {}
+    groups: dict[tuple[Key, Key], dict[Key, int]] = {}
     spelled: dict[str, dict[Any, Any]] = {}
     repeated = 0
     order = runs["finished"].fillna("").to_numpy()
@@ -251,18 +251,21 @@ def _fill(table: Table, runs: Frame, interval: str) -> None:
 def _place(
     table: Table,
     runs: Frame,
-    groups: Mapping[tuple[Key, Key], Mapping[Hashable, int]],
+    groups: Mapping[tuple[Key, Key], Mapping[Key, int]],
     interval: str,
 ) -> None:
     table.rows = _sorted({row for row, _ in groups})
     table.cols = _sorted({col for _, col in groups})
     expected = len({key for members in groups.values() for key in members})
+    runs = runs[["status", "reason", "not_finite", *table.metrics]]
     for row, col in itertools.product(table.rows, table.cols):
         members = groups.get((row, col), {})
         chosen = runs.iloc[list(members.values())]
+        # The seed itself where cells are over nothing else: an index of tuples takes far longer.
+        keys = [key[0] if len(key) == 1 else key for key in members]
         for metric in table.metrics:
             table.cells[row, metric, col] = make_cell(
-                chosen, metric, list(members), expected, table.confidence, interval
+                chosen, metric, keys, expected, table.confidence, interval
             )
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
-WORDS = {"null": None, "none": None, "~": None, "true": True, "false": False}
+WORDS = {"null": None, "~": None, "true": True, "false": False}
+"""As YAML and Hydra read them; ``none`` is a text, and a choice of some settings."""
 
 
 def meaning(value: Any) -> Any:

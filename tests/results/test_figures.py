@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from fisher_lab.results import figures, load, load_layers, load_table, plotting, tabulate
+from fisher_lab.runs.record import Run
 from tests.results.made import make_run, make_sweep
 
 DAMPINGS = [1e-5, 1e-4, 1e-3]
@@ -120,6 +122,15 @@ def test_the_heat_map_holds_the_means_of_the_layers(tmp_path):
     assert "G" not in kappa
 
 
+def test_nothing_is_drawn_where_nothing_was_clipped(tmp_path):
+    rows = [{"name": "h.0", "dim_A": 10, "clipped_A": 0, "kappa_A": 10.0}]
+    make_run(tmp_path / "s" / "0", {"seed": 0}, {"m": 1.0}, layers=rows)
+    layers = load_layers(tmp_path / "s")
+    cells = dict.fromkeys(layers["directory"], "a cell")
+    assert figures.layer_figure(layers, cells, "clipped") is None
+    assert figures.layer_figure(layers, cells, "kappa") is not None
+
+
 def test_curves_are_means_over_runs(tmp_path):
     root = tmp_path / "s"
     for seed in range(2):
@@ -131,6 +142,115 @@ def test_curves_are_means_over_runs(tmp_path):
     figure = figures.line_figure(curves, names, "step", "heldout_loss")
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.0, 1.5, 3.0, 4.5]
     assert figures.line_figure(curves, names, "step", "other") is None
+
+
+def trained(directory, seed):
+    """A real training of four steps, with a held-out evaluation after every second."""
+    from fisher_lab.config.schema import Config
+    from fisher_lab.config.workbench_schema import (
+        DataConfig,
+        ModelConfig,
+        RecipeConfig,
+        TrainConfig,
+    )
+    from fisher_lab.tasks import train
+
+    text = directory.parent / "text.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(1500)))
+    recipe = RecipeConfig(steps=4, batch_size=2, seq_len=32, lr=1e-2)
+    cfg = Config(
+        seed=seed,
+        device="cpu",
+        progress=False,
+        cache_dir=str(directory.parent / "cache"),
+        model=ModelConfig(name="gpt2", type="gpt2", layers=1, width=16, heads=2, recipe=recipe),
+        data=DataConfig(
+            type="text_file", path=str(text), vocab_size=300, heldout_fraction=0.2, seq_len=32
+        ),
+        train=TrainConfig(eval_every=2, save_every_s=0.0),
+    )
+    about = {"config": dataclasses.asdict(cfg), "overrides": [f"seed={seed}"], "provenance": {}}
+    run = Run.start(directory, **about)
+    train.run(cfg, run)
+    run.complete()
+
+
+def test_learning_curves_of_a_real_training(tmp_path):
+    """The columns are those of ``task=train``; steps without an evaluation are left out."""
+    root = tmp_path / "s"
+    for seed in range(2):
+        trained(root / str(seed), seed)
+    frame = load(root)
+    figure = figures.plans(tabulate(frame), frame)["learning-curves"]()
+    (line,) = figure.axes[0].lines
+    curves = load_table(root, "curve.csv")
+    for step, drawn in zip([2, 4], line.get_ydata(), strict=True):
+        of_both = curves[curves["step"] == step]["heldout_loss"]
+        assert len(of_both) == 2
+        assert drawn == pytest.approx(of_both.mean(), rel=1e-12)
+    assert line.get_xdata().tolist() == [2.0, 4.0]
+    assert line.get_ydata()[-1] == pytest.approx(frame["loss/heldout"].mean(), rel=1e-12)
+
+
+def ranked(tmp_path, ranks, modes):
+    """Runs of several ranks; one process alone has nothing to say of ranks."""
+    cells = []
+    for n in ranks:
+        for i, mode in enumerate(modes):
+            for seed in range(3):
+                numbers = {"kfac/total_s": 4.0 / n + i + 0.1 * seed, "kfac/peak_mb": 100.0 / n + i}
+                if n > 1:
+                    numbers |= {
+                        "dist/world_size": n,
+                        "dist/comm_s_max": 0.1 * n + 0.01 * seed,
+                        "dist/sent_bytes_max": 1e6 * n * (i + 1),
+                    }
+                settings = {"distributed.nproc": n, "kfac.reduce": mode, "seed": seed}
+                cells.append((settings, numbers))
+    frame = load(make_sweep(tmp_path / "s", cells))
+    return frame, tabulate(frame)
+
+
+def test_scaling_over_ranks_is_the_cells(tmp_path):
+    frame, table = ranked(tmp_path, [1, 2, 4], ["gather", "gram"])
+    figure = figures.scaling_figure(table, frame)
+    drawn = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(drawn) == ["kfac/total_s", "dist/comm_s_max", "dist/sent_bytes_max", "kfac/peak_mb"]
+    for metric, axes in drawn.items():
+        cells = tabulate(frame, metrics=[metric], rows=table.row_names)
+        assert axes.get_xlabel() == "distributed.nproc"
+        assert list(axes.get_xticks()) == [1, 2, 4]
+        for container, mode in zip(axes.containers, ["gather", "gram"], strict=True):
+            line = container[0]
+            assert container.get_label() == f"reduce={mode}"
+            expected = {n: cells.point(((n, mode), metric, ()))[0] for n in (1, 2, 4)}
+            expected = {n: y for n, y in expected.items() if math.isfinite(y)}
+            assert (1 in expected) == metric.startswith("kfac/")
+            assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == expected
+
+
+def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
+    frame, table = ranked(tmp_path, [2], ["none", "gather", "gram"])
+    figure = figures.scaling_figure(table, frame)
+    # All modes take the same time to communicate in these runs, so that there is no such panel.
+    assert [a.get_ylabel() for a in figure.axes] == [
+        "kfac/total_s",
+        "dist/sent_bytes_max",
+        "kfac/peak_mb",
+    ]
+    for axes in figure.axes:
+        assert axes.get_xlabel() == "kfac.reduce"
+        words = [t.get_text() for t in axes.get_xticklabels()]
+        cells = tabulate(frame, metrics=[axes.get_ylabel()])
+        (container,) = axes.containers
+        expected = [cells.point(((word,), axes.get_ylabel(), ()))[0] for word in words]
+        assert container[0].get_ydata().tolist() == expected
+
+
+def test_runs_of_one_process_have_no_scaling(sweep):
+    frame = load(sweep)
+    assert figures.scaling_figure(tabulate(frame), frame) is None
 
 
 def test_files_are_pdf_and_png_at_column_width_and_the_same_every_time(sweep, tmp_path):

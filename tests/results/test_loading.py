@@ -224,3 +224,13 @@ def test_nothing_here_imports_torch():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_column_does_not_copy_what_the_frame_knows(tmp_path):
+    """pandas copies ``attrs`` in depth for every column: 10,000 cells of a sweep.json each time."""
+    frame = load(make_sweep(tmp_path / "s", [({"seed": 0}, {"m": 1.0})]))
+    attrs = frame["seed"].attrs
+    for name in ("config", "metrics", "left_out"):
+        assert attrs[name] is frame.attrs[name]
+    ((_, sweep),) = attrs["sweeps"].items()
+    assert sweep is next(iter(frame.attrs["sweeps"].values()))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
 import pytest
 
+from fisher_lab.config import paths
 from fisher_lab.results import load, methods, write_report
 from fisher_lab.results.appendix import write_appendix
 from tests.results.browser import Browser, executable
@@ -136,34 +136,42 @@ def check_sorting(page: Browser) -> None:
     assert down[-1] is None
 
 
-def latex():
-    for name in ("tectonic", "pdflatex", "lualatex"):
-        if shutil.which(name):
-            return (
-                [name]
-                if name == "tectonic"
-                else [name, "-interaction=nonstopmode", "-halt-on-error"]
-            )
-    pytest.skip(
-        "no LaTeX here: apt-get install texlive-latex-recommended texlive-science, or tectonic"
-    )
+def compiles(*files):
+    """What the check script says of some files; the test is skipped where there is no LaTeX."""
+    script = paths.root() / "scripts" / "check_latex.sh"
+    done = subprocess.run([script, *files], capture_output=True, text=True, timeout=300)
+    if done.returncode == 3:
+        pytest.skip(done.stdout.strip())
+    return done
 
 
 @pytest.mark.parametrize("siunitx", [False, True])
 def test_the_appendix_compiles(results, tmp_path, siunitx):
-    command = latex()
     files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
-    done = subprocess.run(
-        [*command, "appendix.tex"],
-        cwd=files[-1].parent,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    done = compiles(files[-1], files[-1].parent / "damping" / "table.tex")
+    assert done.returncode == 0, done.stderr
     assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000
+    assert not (files[-1].parent / "damping" / "table.pdf").exists()
     names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
     assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
+
+
+def test_what_is_wider_than_the_page_is_told_by_latex_and_nothing_is(results, tmp_path):
+    """Figures side by side beyond the margin would be lost without an error."""
+    document = write_appendix(load(results), tmp_path / "appendix")[-1]
+    assert compiles(document).returncode == 0
+    log = document.with_suffix(".log").read_text(errors="replace")
+    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", log)
+    assert [float(points) for points in too_wide if float(points) > 5] == []
+
+
+def test_a_file_that_does_not_compile_is_told_with_the_reason(tmp_path):
+    broken = tmp_path / "broken.tex"
+    broken.write_text("\\begin{tabular}{l} \\nosuchcommand \\end{tabular}\n")
+    done = compiles(broken)
+    assert done.returncode == 1
+    assert "broken.tex: does not compile" in done.stderr
+    assert "Undefined control sequence" in done.stderr
 
 
 def test_a_fragment_of_latex_is_balanced(results, tmp_path):

@@ -87,7 +87,7 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(config, run) -> None:
         for step in range(1, 4):
             tracking.active().log({"loss": 1.0 / step}, step)
-        run.metrics({"loss": 0.5, "kfac/total_s": 0.25, "loss/heldout": None})
+        run.metrics({"loss": 0.5 + config.seed, "kfac/total_s": 0.25, "loss/heldout": None})
         run.table("layers.csv", [{"name": "a", "clipped": None, "dim": 3}])
         if config.seed == 13:
             raise RuntimeError("thirteen")

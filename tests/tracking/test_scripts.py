@@ -13,7 +13,9 @@ from types import ModuleType
 import pytest
 
 from fisher_lab.config import paths
+from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
+from fisher_lab.tasks import aggregate
 from tests.tracking.offline import files, read
 
 SCRIPTS = paths.root() / "scripts"
@@ -67,9 +69,9 @@ def sweep(directory) -> None:
     atomic.write_json(directory / "9" / "run.json", {"status": "failed", "config": {}})
 
 
-def test_the_aggregate(dashboard, tmp_path):
+def test_the_aggregate(tmp_path):
     sweep(tmp_path)
-    rows = dashboard.aggregate(tmp_path)
+    rows = aggregate.aggregate(tmp_path)
     assert [row["kfac.damping"] for row in rows] == [1e-4, 1e-3]
     assert "seed" not in rows[0]
     assert "same" not in rows[0]
@@ -79,7 +81,7 @@ def test_the_aggregate(dashboard, tmp_path):
     assert rows[0]["loss/high"] - 2.5 == pytest.approx(12.706 * 0.5, rel=1e-3)
     assert rows[0]["loss/n"] == 2
     assert rows[0]["none/mean"] is None
-    assert dashboard.moments([1.0])["sd"] is None
+    assert aggregate.moments([1.0])["sd"] is None
 
 
 def test_the_aggregate_is_a_run_of_its_own(dashboard, tmp_path, capsys):
@@ -93,6 +95,32 @@ def test_the_aggregate_is_a_run_of_its_own(dashboard, tmp_path, capsys):
     assert recorded.curve("loss/mean") == [(0, 2.5), (1, 5.5)]
     with pytest.raises(SystemExit):
         dashboard.main(["--aggregate", str(tmp_path / "damping" / "9")])
+
+
+def test_a_sweep_sends_its_aggregate_once_and_again_when_it_has_changed(tmp_path):
+    root = tmp_path / "damping"
+    sweep(root)
+    offline = TrackerConfig(sinks=["wandb"], mode="offline")
+    assert not aggregate.at_end(root, TrackerConfig())
+    assert not aggregate.at_end(root, TrackerConfig(sinks=["wandb"], mode="disabled"))
+    assert not files(root)
+    assert aggregate.at_end(root, offline)
+    assert not aggregate.at_end(root, offline)
+    atomic.write_json(root / "0" / "metrics.json", {"loss": 4.0})
+    assert aggregate.at_end(root, offline)
+    first, second = (read(file) for file in files(root))
+    assert first.run["run_id"] != second.run["run_id"]
+    assert first.run["run_group"] == second.run["run_group"] == "damping"
+    assert second.curve("loss/mean") == [(0, 3.5), (1, 5.5)]
+    low = 3.5 - 12.706 * statistics.stdev([4.0, 3.0]) / 2**0.5
+    assert second.curve("loss/low")[0] == (0, pytest.approx(low, rel=1e-4))
+
+
+def test_an_aggregate_that_cannot_be_sent_is_one_warning(tmp_path, caplog):
+    sweep(tmp_path)
+    (tmp_path / "1" / "metrics.json").write_text("{")
+    assert not aggregate.at_end(tmp_path, TrackerConfig(sinks=["wandb"], mode="offline"))
+    assert "the aggregate of" in caplog.text
 
 
 FAKE = """#!/usr/bin/env bash

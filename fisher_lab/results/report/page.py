@@ -24,7 +24,7 @@ from .. import claims, figures, methods, plotting, render
 from ..axes import find_axes
 from ..errors import ResultsError
 from ..finishing import claimed_metrics
-from ..frames import Frame
+from ..frames import Frame, Shared
 from ..table import Table, tabulate
 from ..values import label
 
@@ -72,7 +72,7 @@ def only(frame: Frame, sweep: str) -> Frame:
     """The runs of one sweep, with the metrics that any of them has."""
     runs = frame[frame["sweep"] == sweep]
     sweeps = {d: s for d, s in frame.attrs.get("sweeps", {}).items() if s.name == sweep}
-    measured = [m for m in frame.attrs.get("metrics", []) if _measured(runs, m)]
+    measured = Shared(m for m in frame.attrs.get("metrics", []) if _measured(runs, m))
     runs.attrs = {**frame.attrs, "sweeps": sweeps, "metrics": measured}
     return runs
 
@@ -207,8 +207,8 @@ def _figure(figure: Figure, name: str) -> str:
     with rc_context(plotting.STYLE):
         figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
     code = base64.b64encode(data.getvalue()).decode()
-    words = html.escape(name)
-    kind = "wide" if figure.get_figwidth() > 1.5 * plotting.WIDTH else ""
+    words = html.escape(plotting.words(figure) or name)
+    kind = "wide" if plotting.is_wide(figure) else ""
     return (
         f'<figure class="{kind}"><img alt="{words}" src="data:image/png;base64,{code}">'
         f"<figcaption>{words}</figcaption></figure>"
