@@ -141,8 +141,10 @@ def peer(samples: int) -> dict[str, Any]:
     wrapped = Logits()
     # ".mT" puts the classes second, where cross_entropy looks for them.
     data = [(batch["input_ids"], batch["labels"][:, 1:])]
-    parameters = dict(wrapped.named_parameters())
-    matrix = GGNLinearOperator(wrapped, torch.nn.CrossEntropyLoss(), parameters, data)
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    matrix = GGNLinearOperator(
+        wrapped, torch.nn.CrossEntropyLoss(), parameters, data, check_deterministic=False
+    )
     counted = {"products": 0}
     scipy_matrix = matrix.to_scipy()
 
@@ -150,7 +152,7 @@ def peer(samples: int) -> dict[str, Any]:
         counted["products"] += 1
         return scipy_matrix @ vector.astype(np.float32)
 
-    n = sum(p.numel() for p in parameters.values())
+    n = sum(p.numel() for p in parameters)
     operator = LinearOperator((n, n), matvec=product, dtype=np.float32)
     values = eigsh(operator, k=10, which="LA", tol=1e-6, return_eigenvectors=False)
     return {"eigenvalues": sorted(values.tolist(), reverse=True), **counted}

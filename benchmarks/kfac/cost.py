@@ -76,6 +76,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Seconds of the three steps against both axes."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for axis, (name, rows) in zip(axes, found.items(), strict=True):
@@ -87,6 +88,9 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             )  # fmt: skip
         fixed = f"T = {FIXED_TOKENS}" if name == "out" else f"out = {FIXED_OUT}"
         axis.set(xlabel="outputs" if name == "out" else "tokens T", ylabel="seconds", title=fixed)
+        values = [row[name] for row in rows]
+        axis.set_xticks(values, [str(v) for v in values], fontsize=8)
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

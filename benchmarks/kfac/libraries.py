@@ -55,7 +55,7 @@ class FisherLab:
     convention = "factors"
 
     def __init__(
-        self, workload: Workload, damping: float, *, own: bool = False, clip: bool = False,
+        self, workload: Workload, damping: float, *, own: bool = False, kappa: float | None = None,
         dtype: Any = "float32", **options: Any,
     ) -> None:  # fmt: skip
         from fisher_lab import KFACNaturalGradient
@@ -63,7 +63,7 @@ class FisherLab:
         self.work, self.own = workload, own
         self.kfac = KFACNaturalGradient(
             damping=damping,
-            max_condition_number=1e6 if clip else None,
+            max_condition_number=kappa,
             core_dtype=dtype,
             apply_dtype=dtype,
             include=workload.layers,
@@ -282,10 +282,11 @@ class Asdl:
 
 LIBRARIES: dict[str, Any] = {
     "fisher_lab": FisherLab,
-    "fisher_lab, clipping": lambda w, d: FisherLab(w, d, clip=True),
+    "fisher_lab, clipping": lambda w, d: FisherLab(w, d, kappa=1e6),
+    "fisher_lab, clipping that binds": lambda w, d: FisherLab(w, d, kappa=100.0),
     "fisher_lab, own gradient": lambda w, d: FisherLab(w, d, own=True),
     "fisher_lab, float64": lambda w, d: FisherLab(w, d, dtype="float64"),
-    "fisher_lab, float64, clipping": lambda w, d: FisherLab(w, d, dtype="float64", clip=True),
+    "fisher_lab, float64, clipping": lambda w, d: FisherLab(w, d, dtype="float64", kappa=1e6),
     "fisher_lab, float64, own gradient": lambda w, d: FisherLab(w, d, dtype="float64", own=True),
     "fisher_lab, fp16 columns": lambda w, d: FisherLab(w, d, woodbury_dtype="fp16"),
     "curvlinops": Curvlinops,
