@@ -318,7 +318,8 @@ class KFACNaturalGradient:
                 whole tensors (False); None returns shards where shards were given.
 
         Returns:
-            The same names; what K-FAC does not cover unchanged, and listed in ``uncovered``.
+            The same names; what K-FAC does not cover unchanged, and listed in ``uncovered``. Each
+            in its gradient's dtype, or in float32 (with a warning) where float16 cannot hold it.
 
         Raises:
             LayerError: factors, gradients and model do not match.
@@ -334,6 +335,26 @@ class KFACNaturalGradient:
         """Returns ``(T/N) G V A``: no floor, no damping unless ``damped``; shards for shards."""
         result = self.engine.fisher_vector(sharding.whole(vectors), model, damped=damped)
         return sharding.as_given(result, vectors, model)
+
+    def trace(self) -> dict[str, float]:
+        """Returns layer name -> trace ``(T/N) tr(G) tr(A)`` of its block, undamped."""
+        return self.engine.trace()
+
+    def log_determinant(self) -> dict[str, float]:
+        """Returns layer name -> log-determinant of its block, damped and clipped.
+
+        Of the Kronecker product, whatever EKFAC makes of its eigenvalues.
+        """
+        return self.engine.logdet()
+
+    def top_eigenvalues(self, k: int = 1) -> dict[str, Tensor]:
+        """Returns layer name -> the ``k`` largest eigenvalues of its block, undamped.
+
+        Args:
+            k: how many; fewer where the block has fewer.
+        """
+        in_range("k", k, 1, integer=True)
+        return self.engine.top_eigenvalues(k)
 
     def compute_powered_natural_gradient(
         self, gradients: Mapping[str, Tensor] | None, model: nn.Module, power: float
@@ -359,6 +380,9 @@ class KFACNaturalGradient:
             LayerError: factors of another model; names the layer and both sides.
         """
         self.engine.communicator = self._given or world()
+        missing = {"tensors", "header", "steps", "diagonal_fisher"} - set(state)
+        if missing:
+            raise FactorFileError(f"factors: the state has no {', '.join(sorted(missing))}")
         self.engine.restore(state["tensors"], state["header"], model)
         self._steps = int(state["steps"])
         self.diagonal_fisher = dict(state["diagonal_fisher"])

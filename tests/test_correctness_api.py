@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.errors import CurvatureError, LayerError, NonFiniteError
+from fisher_lab.curvature.settings import SettingError
 from tests import models, reference
 from tests.capturing import POLICIES, Calls, engine, random_like, shared_capture
 from tests.reference import Damping, Truth
@@ -293,6 +294,32 @@ def test_a_batch_without_active_tokens_is_an_error_and_leaves_the_engine_usable(
     kfac.collect_kfac_factors(model, good)
 
 
+@pytest.mark.parametrize("key", ["attention_mask", "labels"])
+def test_what_the_masks_alone_tell_costs_no_forward_pass(key):
+    model, good = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    fill = 0 if key == "attention_mask" else -100
+    bad = dict(good, **{key: torch.full_like(good[key], fill)})
+    calls = Calls(model)
+    with pytest.raises(CurvatureError, match="no active token" if fill == 0 else "none counts"):
+        engine().collect_kfac_factors(model, bad)
+    with pytest.raises(CurvatureError, match="no active token" if fill == 0 else "none counts"):
+        engine().collect_kfac_factors(model, [bad, bad])
+    assert calls.count == 0
+    # One batch without labels among others has tokens all the same.
+    unlabelled = dict(good, labels=torch.full_like(good["labels"], -100))
+    kfac = engine()
+    kfac.collect_kfac_factors(model, [unlabelled, good])
+    assert kfac.kfac_factors["lm_head"].tokens == 2 * int(good["attention_mask"].sum())
+
+
+def test_labels_that_the_callers_own_loss_does_not_read_are_not_counted():
+    model, batch = mlp(), rows()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    kfac = engine()
+    kfac.collect_kfac_factors(model, batch, loss=lambda y, _: y.square().sum(dim=1), n_labels=6)
+    assert kfac.kfac_factors["first"].n_labels == 6
+
+
 def test_an_empty_iterable_of_batches_is_an_error():
     with pytest.raises(CurvatureError, match="batch"):
         engine().collect_kfac_factors(mlp(), [], loss=cross_entropy)
@@ -313,6 +340,41 @@ def test_non_finite_values_name_the_layer(side):
         engine().collect_kfac_factors(model, batch, loss=loss_fn, n_labels=6)
 
 
+def test_the_layer_of_non_finite_logits_is_named():
+    model, batch = models.seeded(lambda: models.gpt2(False), DOUBLE), models.language_batch((9, 4))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"layer lm_head, batch 0: \d+ of \d+ outputs"):
+        engine().collect_kfac_factors(model, batch)
+
+
+def test_float16_gradients_come_back_in_float32_where_the_result_is_too_large(caplog):
+    model, batch = models.seeded(models.gpt2, torch.float32), models.language_batch((9, 4, 7))
+    kfac = engine("all", Damping(1e-6, 1e-6, None))
+    kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+    half = {n: g.half() for n, g in kfac.engine.own_gradients(model).items()}
+    result = kfac.compute_natural_gradient(half, model)
+    expected = kfac.compute_natural_gradient({n: g.double() for n, g in half.items()}, model)
+    large = {n for n, g in expected.items() if not torch.isfinite(g.half()).all()}
+    assert large
+    assert large != set(expected)
+    for name, value in result.items():
+        assert value.dtype == (torch.float32 if name in large else torch.float16)
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-3, atol=1e-7)
+    named = {n for n in large if f"parameter {n}:" in caplog.text}
+    assert named == large
+
+
+def test_a_result_beyond_float32_is_an_error_that_names_the_parameter():
+    model = mlp().float()
+    kfac = engine("all", Damping(1e-10, 1e-10, None))
+    batch = {"x": torch.zeros(3, 7), "labels": torch.tensor([0, 1, 2])}
+    kfac.collect_kfac_factors(model, batch, loss=lambda y, _: (y * 0).sum(dim=1))
+    huge = {n: torch.full_like(p, 1e30) for n, p in model.named_parameters()}
+    with pytest.raises(CurvatureError, match=r"parameter first\.weight: .*beyond torch\.float32"):
+        kfac.compute_natural_gradient(huge, model)
+
+
 def test_no_damping_from_tiny_to_one_gives_anything_non_finite():
     model, batch = models.seeded(models.gpt2, torch.float32), models.language_batch(models.FEW)
     for policy in POLICIES:
@@ -322,6 +384,58 @@ def test_no_damping_from_tiny_to_one_gives_anything_non_finite():
             own = truth.own_gradient(labels)
             result = kfac.compute_natural_gradient(own, model)
             assert all(bool(torch.isfinite(value).all()) for value in result.values())
+
+
+@pytest.mark.parametrize("product", ["compute_natural_gradient", "compute_fisher_vector_product"])
+def test_a_gradient_that_is_none_is_named(product):
+    kfac, model = collected()
+    gradients = dict(random_like(dict(model.named_parameters())), **{"first.weight": None})
+    with pytest.raises(LayerError, match=r"gradient first\.weight: None; allowed: a tensor"):
+        getattr(kfac, product)(gradients, model)
+
+
+# ------------------------------------------------------------------ what comes for nothing
+
+
+@pytest.mark.parametrize("kappa", [None, 30.0])
+def test_trace_log_determinant_and_top_eigenvalues(kappa):
+    damping = Damping(1e-2, 1e-2, kappa)
+    kfac, _ = collected(damping=damping)
+    for name, f in kfac.kfac_factors.items():
+        a = f.A.matrix
+        g = f.G.columns.data.T.double() @ f.G.columns.data.double() * f.G.weight
+        block = torch.kron(g, a) * f.ratio
+        used = torch.kron(*(reference.power(m, 1, 1e-2, kappa) for m in (g, a))) * f.ratio
+        top = torch.linalg.eigvalsh(block).flip(0)[:3]
+        assert kfac.trace()[name] == pytest.approx(float(block.trace()), rel=1e-10)
+        assert kfac.log_determinant()[name] == pytest.approx(float(used.logdet()), rel=1e-9)
+        torch.testing.assert_close(kfac.top_eigenvalues(3)[name], top, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="k: 0"):
+        kfac.top_eigenvalues(0)
+
+
+@pytest.mark.parametrize("settings", [{"tied": "sum"}, {"kfac_true_fisher_head": True}])
+def test_top_eigenvalues_of_a_side_without_a_decomposition(settings):
+    model = models.seeded(models.gpt2, DOUBLE)
+    kfac = engine("all", **settings)
+    kfac.collect_kfac_factors(model, models.language_batch((9, 4, 7)))
+    head = kfac.kfac_factors["lm_head"]
+    assert head.G.structure == "diagonal_low_rank"
+    g = head.G.multiply(torch.eye(models.VOCAB, dtype=DOUBLE))
+    expected = torch.linalg.eigvalsh(torch.kron(g, head.A.matrix) * head.ratio).flip(0)[:4]
+    found = kfac.top_eigenvalues(4)
+    assert set(found) == set(kfac.kfac_factors)
+    torch.testing.assert_close(found["lm_head"], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_ekfac_with_pooled_factors_is_refused_before_a_pass():
+    model = models.seeded(models.gpt2, DOUBLE)
+    calls = Calls(model)
+    with pytest.raises(SettingError, match=r"tied: 'sum' with ekfac.*lm_head.*head, embedding"):
+        engine(ekfac=True, tied="sum").collect_kfac_factors(model, models.language_batch((5, 8)))
+    assert calls.count == 0
+    untied = models.seeded(lambda: models.gpt2(False), DOUBLE)
+    engine(ekfac=True, tied="sum").collect_kfac_factors(untied, models.language_batch((5, 8)))
 
 
 # ------------------------------------------------------------------ matching model and factors

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from fisher_lab.curvature.factors import dense
 from tests import models, reference
 from tests.capturing import POLICIES, engine, inputs_of, shared_capture
 from tests.reference import Damping
@@ -182,3 +184,37 @@ def test_a_compiled_model_gives_the_factors_of_the_plain_one():
     kfac.collect_kfac_factors(compiled, batch, keep_gradient=True)
     reference.assert_close(natural(kfac, compiled, None), expected, 1e-9)
     assert set(kfac.kfac_factors) == set(plain.kfac_factors)
+
+
+# --------------------------------------------------------------------------- the log
+
+
+def test_each_refresh_is_logged_once_and_nothing_is_computed_for_it(caplog, monkeypatch):
+    """One line a layer, whether the inverses are prepared first or made by the application."""
+    case = CASES["gpt2_untied"]
+    model, batch = case.model(torch.float32), case.batch("few")
+    kfac = engine("all", Damping(1e-3, 1e-3, 1e6))
+    asked = []
+    monkeypatch.setattr(type(kfac.engine), "_report", spied(type(kfac.engine)._report, asked))
+    kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+    kfac.compute_natural_gradient(None, model)
+    assert asked == []
+    monkeypatch.setattr(dense, "_kappa_from_cholesky", lambda *_: pytest.fail("by Lanczos"))
+    with caplog.at_level(logging.INFO, "fisher_lab.curvature.kfac"):
+        for prepare in (False, True):
+            caplog.clear()
+            kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+            if prepare:
+                kfac.engine.prepare_inverses()
+            for _ in range(2):
+                kfac.compute_natural_gradient(None, model)
+            told = [r.getMessage().split(":")[0] for r in caplog.records]
+            assert told == [f"layer {name}" for name in kfac.kfac_factors]
+
+
+def spied(original, calls):
+    def call(self, name, **kwargs):
+        calls.append(name)
+        return original(self, name, **kwargs)
+
+    return call

@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
+from fisher_lab.curvature import state as state_module
 from fisher_lab.curvature.errors import FactorFileError, LayerError
+from fisher_lab.curvature.settings import Storage
+from fisher_lab.curvature.storage import put_back
 from tests import models
 from tests.capturing import random_like
 
@@ -93,3 +96,126 @@ def test_factors_of_another_model_name_the_layer_and_overwrite_nothing(tmp_path)
     with pytest.raises(LayerError, match="lm_head"):
         KFACNaturalGradient().load(tmp_path / "f", other)
     assert torch.equal(other.weight, weight)
+
+
+# ------------------------------------------------------------------ what the settings need
+
+
+def test_uncovered_parameters_come_back_from_a_file(tmp_path):
+    """Their diagonal and their own gradients; so does what the record says of the factors."""
+    kfac, model = collected(uncovered="diagonal")
+    kfac.save(tmp_path / "f", model)
+    other = KFACNaturalGradient(damping=1e-3, uncovered="diagonal", fisher="mc")
+    other.load(tmp_path / "f", model)
+    expected = kfac.compute_natural_gradient(None, model)
+    found = other.compute_natural_gradient(None, model)
+    assert set(found) == set(expected) == set(dict(model.named_parameters()))
+    assert kfac.uncovered == other.uncovered == ["transformer.wpe.weight"]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    own = kfac.engine.own_gradients(model)["transformer.wpe.weight"]
+    assert float((expected["transformer.wpe.weight"] - own).norm()) > float(own.norm())
+    assert other.engine.fisher == "empirical"
+    assert other.skipped == kfac.skipped
+    assert other.engine.rank_counts == kfac.engine.rank_counts
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "message"),
+    [
+        ({}, {"ekfac": True}, "lm_head was collected without ekfac"),
+        ({}, {"uncovered": "diagonal"}, "collected with uncovered='passthrough'"),
+    ],
+)
+def test_factors_that_lack_what_the_settings_need_are_refused(made, wanted, message):
+    kfac, model = collected(**made)
+    other, _ = collected(**wanted)
+    before = other.kfac_factors
+    with pytest.raises(FactorFileError, match=message):
+        other.load_state_dict(kfac.state_dict(model), model)
+    assert other.kfac_factors is before
+
+
+def test_a_plain_engine_takes_the_factors_of_ekfac():
+    kfac, model = collected(ekfac=True)
+    plain, _ = collected()
+    other = KFACNaturalGradient(damping=1e-3)
+    other.load_state_dict(kfac.state_dict(model), model)
+    vectors = random_like(dict(model.named_parameters()))
+    expected = plain.compute_natural_gradient(vectors, model)
+    for name, value in other.compute_natural_gradient(vectors, model).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("key", ["layers", "fisher", "skipped", "uncovered_own", "rank_counts"])
+def test_an_incomplete_header_is_an_error_and_changes_nothing(key):
+    kfac, model = collected()
+    state = kfac.state_dict(model)
+    del state["header"][key]
+    before = kfac.kfac_factors
+    with pytest.raises(FactorFileError, match=f"header is incomplete.*{key}"):
+        kfac.load_state_dict(state, model)
+    assert kfac.kfac_factors is before
+    state = kfac.state_dict(model)
+    del state["steps"]
+    with pytest.raises(FactorFileError, match="the state has no steps"):
+        kfac.load_state_dict(state, model)
+    assert kfac.kfac_factors is before
+    state = kfac.state_dict(model)
+    del state["header"]["layers"]["lm_head"]["tokens"]
+    with pytest.raises(FactorFileError, match=r"header is incomplete.*tokens"):
+        kfac.load_state_dict(state, model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.h.0.mlp.c_fc/A/matrix",
+        "transformer.h.0.mlp.c_fc/G/columns",
+        "transformer.h.0.mlp.c_fc/own",
+        "transformer.h.0.mlp.c_fc/a",
+        "transformer.h.0.mlp.c_fc/tokens_g",
+        "transformer.h.0.mlp.c_fc/order",
+        "transformer.h.0.ln_1/G/matrix",
+        "//uncovered/own/transformer.wpe.weight",
+    ],
+)
+def test_a_tensor_of_another_shape_is_an_error_that_names_it(name):
+    kfac, model = collected(ekfac=True)
+    state = kfac.state_dict(model)
+    tensor = state["tensors"][name]
+    state["tensors"][name] = tensor[:, :-1] if name.endswith(("columns", "_g")) else tensor[:-1]
+    before = kfac.kfac_factors
+    with pytest.raises(FactorFileError, match=f"{name} has shape"):
+        kfac.load_state_dict(state, model)
+    assert kfac.kfac_factors is before
+
+
+@pytest.mark.parametrize(
+    ("storage", "where"),
+    [
+        (Storage(device="cpu"), "cpu"),
+        (Storage(limit_mb=0.001), "cpu"),
+        (Storage(), "meta"),
+    ],
+)
+def test_columns_from_a_file_are_placed_as_new_ones(storage, where):
+    """`meta` stands for a device here: what is placed on it is not on the host."""
+    data = torch.ones(7, 40)
+    columns = put_back(data, 2.0, storage, torch.float64, torch.device("meta"))
+    assert columns.data.device.type == where
+    assert columns.device.type == "meta"
+    assert columns.scale == 2.0
+
+
+def test_the_storage_settings_reach_a_file_that_is_read(monkeypatch):
+    kfac, model = collected(woodbury_store_device="cpu", store_limit_mb=3.0)
+    seen = []
+
+    def watched(data, scale, storage, core, compute):
+        seen.append((storage.device, storage.limit_mb))
+        return put_back(data, scale, storage, core, compute)
+
+    monkeypatch.setattr(state_module, "put_back", watched)
+    kfac.load_state_dict(kfac.state_dict(model), model)
+    assert set(seen) == {("cpu", 3.0)}

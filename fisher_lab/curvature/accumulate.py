@@ -218,6 +218,7 @@ class GradientAccumulator(_Summing):
         self.discarded = 0.0
         self.reduction = ""
         self.spread: Callable[[Columns], Columns] = as_they_are
+        self._device: torch.device | None = None
         self._keys: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -232,7 +233,8 @@ class GradientAccumulator(_Summing):
         if self.total is not None:
             self.guarded(lambda: self._add(g))
             return
-        self.parts.append(g)
+        self._device = self._device or g.device
+        self.parts.append(g.to(HOST) if self.hosted else g)
         self.kept += g.shape[0]
         if self.dense_allowed and not wants_woodbury(self.policy, self.out, self.seen):
             self._to_matrix()
@@ -256,6 +258,14 @@ class GradientAccumulator(_Summing):
     def move(self) -> None:
         """See :class:`_Summing`."""
         self.total = None if self.total is None else self.total.to(HOST)
+        self.parts = [part.to(HOST) for part in self.parts]
+
+    def joined(self) -> Tensor:
+        """Returns all columns at hand, ``[kept, out]``."""
+        return self.guarded(self._joined)
+
+    def _joined(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
     def what(self) -> str:
         """See :class:`_Summing`."""
@@ -277,8 +287,12 @@ class GradientAccumulator(_Summing):
         keys = self.keys(self.kept)
         chosen = keys.topk(self.policy.max_columns, largest=False).indices.sort().values
         self._keys = keys[chosen]
-        joined = torch.cat(self.parts)
-        self.parts = [joined[chosen.to(joined.device)]]
+
+        def some() -> Tensor:
+            joined = self._joined()
+            return joined[chosen.to(joined.device)]
+
+        self.parts = [self.guarded(some)]
         self.kept = self.policy.max_columns
         self.discarded = 1.0 - self.kept / self.seen
 
@@ -290,11 +304,15 @@ class GradientAccumulator(_Summing):
 
     def _truncate(self) -> None:
         """Keeps the leading directions; the trace that goes is added up."""
-        joined = torch.cat(self.parts)
-        values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
+
+        def leading() -> tuple[Tensor, Tensor]:
+            joined = self._joined()
+            values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
+            return values, vectors[:, -self.policy.max_columns :].to(joined).T @ joined
+
+        values, kept = self.guarded(leading)
         self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.policy.max_columns].sum())
-        kept = vectors[:, -self.policy.max_columns :]
-        self.parts = [kept.to(joined).T @ joined]
+        self.parts = [kept]
         self.kept = self.policy.max_columns
         total = self._lost + float(values[-self.policy.max_columns :].sum())
         self.discarded = self._lost / total if total > 0 else 0.0
@@ -311,18 +329,23 @@ class GradientAccumulator(_Summing):
         if self.total is not None and self.reduction != "lossless":
             return DenseFactor(mirror(self.total).mul_(weight))
         if self.total is not None:
-            values, vectors = symmetric_eigen(mirror(self.total))
-            keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
-            columns = (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
-            return self._gram(columns, weight)
-        columns = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+            self._device = self._device or self.total.device
+            return self._gram(self.guarded(self._lossless), weight)
+        columns = self.joined()
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept
         return self._gram(columns, weight)
 
+    def _lossless(self) -> Tensor:
+        """Columns with the very same sum: as many as it has eigenvalues above rounding."""
+        assert self.total is not None
+        values, vectors = symmetric_eigen(mirror(self.total))
+        keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
+        return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
+
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
         core = self.numerics.core_dtype
-        stored = store_columns(columns, self.out, self.storage, core, self.name)
+        stored = store_columns(columns, self.out, self.storage, core, self.name, self._device)
         return GramFactor(
             self.spread(stored),
             weight,
@@ -335,13 +358,13 @@ class GradientAccumulator(_Summing):
         """Returns the same factor with unrounded columns, where the stored ones are rounded."""
         if self.total is not None or not self.parts:
             return None
-        columns = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        shape = (columns.shape[0], self.out)
-        if storage_dtype(self.storage, columns.dtype, shape) == columns.dtype:
+        dtype = self.parts[0].dtype
+        if storage_dtype(self.storage, dtype, (self.kept, self.out)) == dtype:
             return None
+        columns = self.joined()
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept
-        exact = self.spread(Columns(columns, 1.0, columns.device))
+        exact = self.spread(Columns(columns, 1.0, self._device or columns.device))
         return GramFactor(exact, weight, self.numerics.core_dtype)
 
 

@@ -37,8 +37,10 @@ from .factors import (
 from .fisher import Draw, draws, n_draws, resolve, scored_of
 from .join import Spread, join, rank_seed
 from .layers import Kind, Layer, Layers, every_module
+from .linalg import full_precision
 from .losses import SummedLoss, device_of, token_losses, unwrap
 from .reduce import Alone, Communicator
+from .retreat import HOST, on_host_if_full
 from .settings import KFACSettings
 from .storage import store_columns
 
@@ -139,6 +141,12 @@ class LayerFactors(Mapping[str, Any]):
         if key == "order":
             value = value + sum(self.spread.rows[: communicator.rank])
         return communicator.all_gather(value, communicator.share(len(value)))
+
+    def stored(self) -> tuple[str, str]:
+        """Returns dtype and device of what the G side is kept as: columns, else its matrix."""
+        tensors = self.G.tensors()
+        kept = tensors.get("columns", next(iter(tensors.values())))
+        return str(kept.dtype).removeprefix("torch."), kept.device.type
 
     def nbytes(self) -> int:
         """Returns the bytes that both factors take."""
@@ -249,7 +257,7 @@ class FactorBuilder:
             NonFiniteError: activations or gradients are not finite.
         """
         if not bool(torch.isfinite(loss.loss.detach())):
-            self._find_non_finite(capture, batch)
+            self._find_non_finite(capture, batch, loss)
             raise BatchError(
                 f"batch {self.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
@@ -424,7 +432,8 @@ class FactorBuilder:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T
         else:
-            part = g.to(dtype).T @ a.to(dtype)
+            with full_precision():
+                part = g.to(dtype).T @ a.to(dtype)
             if layer.augmented:
                 part = torch.cat([part, g.sum(dim=0, dtype=dtype)[:, None]], dim=1)
         side.own = part if side.own is None else side.own + part
@@ -532,12 +541,33 @@ class FactorBuilder:
     def _add_head(self, loss: SummedLoss) -> None:
         if self.head_name is None or loss.scored is None or loss.scored.n_labels == 0:
             return
-        with torch.no_grad():
-            p = loss.scored.logits.softmax(dim=-1)
-        self.head.setdefault("parts", []).append(p)
+        logits = [loss.scored.logits.detach()]
 
-    def _find_non_finite(self, capture: Capture, batch: Any) -> None:
-        """Names the first layer whose input is not finite, where there is one."""
+        def retreat() -> bool:
+            logits.append(logits[-1].to(HOST))
+            return len(logits) == 2
+
+        what = f"{self._head_label(len(logits[0]))}, probabilities"
+        p = on_host_if_full(lambda: logits[-1].softmax(dim=-1), retreat, what)
+        parts = self.head.setdefault("parts", [])
+        parts.append(p if all(part.device == p.device for part in parts) else p.to(HOST))
+        if parts[-1].device != parts[0].device:
+            self._head_to_host()
+
+    def _head_label(self, rows: int) -> str:
+        classes = next(x.n_out for x in self.everyone() if x.name == self.head_name)
+        return f"layer {self.head_name}: G side (out={classes}, columns={rows})"
+
+    def _head_to_host(self) -> bool:
+        """Moves the head's probabilities; False where they are there already."""
+        if self.head.get("hosted", False):
+            return False
+        self.head["parts"] = [part.to(HOST) for part in self.head["parts"]]
+        self.head["hosted"] = True
+        return True
+
+    def _find_non_finite(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
+        """Names the first layer whose input is not finite, else the one whose output is not."""
         masks = TokenMasks.of(self.model, batch)
         for layer in self.everyone():
             if layer.kind is Kind.EMBEDDING:
@@ -545,9 +575,19 @@ class FactorBuilder:
             for call in capture.calls[layer.name]:
                 x = masks.select(call.a, call.origin, layer.name)
                 Where(layer.name, self.n_batches, "activations").check(x)
+        # What no layer reads: the logits, not finite by the weights of the layer that made them.
+        if loss.scored is not None:
+            logits = loss.logits
+            traced = logits is not None and logits.requires_grad
+            edge = get_gradient_edge(logits) if logits is not None and traced else None
+            calls = [(name, call) for name, found in capture.calls.items() for call in found]
+            same = [name for name, call in calls if edge is not None and call.edge == edge]
+            head = same[0] if same else "of the logits"
+            Where(head, self.n_batches, "outputs").check(loss.scored.logits.detach())
 
     # ---- the end -----------------------------------------------------------------------------
 
+    @full_precision()
     def finish(self) -> Built:
         """Joins the ranks' sums, divides them and returns the factors.
 
@@ -630,7 +670,10 @@ class FactorBuilder:
         assert isinstance(accumulator, GradientAccumulator)
         in_order = accumulator.tokens_in_order() and isinstance(factors.G, GramFactor)
         if in_order or self.settings.ekfac:
-            factors.a = side.inputs[0] if len(side.inputs) == 1 else torch.cat(side.inputs)
+            n, tokens = side.layer.dim_a, side.tokens
+            factors.a = _joined(
+                side.inputs, f"layer {side.layer.name}: A side (in={n}, tokens={tokens})"
+            )
             factors.spread = side.spread
         factors.push = (
             in_order
@@ -640,7 +683,7 @@ class FactorBuilder:
         )
         if self.settings.ekfac:
             empty = torch.empty(0, side.layer.n_out, device=self.device)
-            factors.tokens_g = torch.cat(side.last_g) if side.last_g else empty
+            factors.tokens_g = _joined(side.last_g, side.g.what()) if side.last_g else empty
             nowhere = torch.empty(0, dtype=torch.int64, device=self.device)
             factors.order = torch.cat([nowhere, *side.order])
         factors.exact = accumulator.exact_factor(weight)
@@ -661,48 +704,81 @@ class FactorBuilder:
         return torch.randperm(labels, generator=generator)[:most].sort().values
 
     def _head_factor(self, tokens: int) -> DiagonalLowRankFactor:
-        p = torch.cat(self.head["parts"])
+        rows = sum(len(part) for part in self.head["parts"])
         numerics = self.settings.numerics
         share = self.head.get("share", 1.0)
-        chosen = self.head_rows(len(p))
+        chosen = self.head_rows(rows)
         if chosen is not None:
-            share = len(p) / len(chosen)
-            p = p[chosen.to(p.device)]
+            share = rows / len(chosen)
+
+        def some() -> Tensor:
+            p = torch.cat(self.head["parts"])
+            return p if chosen is None else p[chosen.to(p.device)]
+
+        label = self._head_label(rows)
+        p = on_host_if_full(some, self._head_to_host, f"{label}, probabilities")
         weight = share / tokens
         name = self.head_name or ""
         classes = next(x.n_out for x in self.everyone() if x.name == name)
-        stored = store_columns(p, classes, self.settings.storage, numerics.core_dtype, name)
+        core = numerics.core_dtype
+        stored = store_columns(p, classes, self.settings.storage, core, name, self.device)
         stored = self.head.get("spread", as_they_are)(stored)
-        # Dbar comes from the stored rows: from others, S could turn indefinite (section 5).
-        ones = torch.ones(p.shape[0], 1, dtype=numerics.core_dtype, device=p.device)
-        diagonal = stored.transposed_times(ones)[:, 0] * weight
-        return DiagonalLowRankFactor(diagonal, stored, weight, -1, numerics.core_dtype)
+        return DiagonalLowRankFactor.of_rows(stored, weight, core, label)
 
     def _pooled(self, head: LayerFactors, partner: Layer, made: dict[int, Factor]) -> LayerFactors:
         """Both uses of a tied weight: vocabulary side ``G_head + A_emb``, width side the rest."""
         side = self.sides.get(partner.name)
         if side is None:
             return head
-        embedding = self._layer_factors(partner, made)
-        numerics = self.settings.numerics
-        counts = embedding.A
-        width = embedding.G
-        assert isinstance(counts, DiagonalFactor)
-        assert isinstance(head.A, DenseFactor)
-        total = head.A.matrix.clone()
-        n = partner.n_out
-        identity = torch.eye(n, dtype=total.dtype, device=total.device)
-        total[:n, :n] += width.multiply(identity)
-        head.A = DenseFactor(total)
-        if isinstance(head.G, GramFactor):
-            g = head.G
-            head.G = DiagonalLowRankFactor(
-                counts.diagonal, g.columns, g.weight, 1, numerics.core_dtype
-            )
-        else:
-            assert isinstance(head.G, DenseFactor)
-            dense = head.G.matrix.clone()
-            dense.diagonal().add_(counts.diagonal)
-            head.G = DenseFactor(dense)
+        self._pool(head, self._layer_factors(partner, made))
         head.push, head.exact = False, None
         return head
+
+    def _pool(self, head: LayerFactors, embedding: LayerFactors) -> None:
+        """Adds the embedding's factors to the head's."""
+        counts, width = embedding.A, embedding.G
+        assert isinstance(counts, DiagonalFactor)
+        assert isinstance(head.A, DenseFactor)
+        a, g, n = head.A, head.G, embedding.layer.n_out
+
+        def pooled() -> Tensor:
+            total = a.matrix.clone()
+            identity = torch.eye(n, dtype=total.dtype, device=total.device)
+            total[:n, :n] += width.multiply(identity.to(width.device)).to(total.device)
+            return total
+
+        def retreat() -> bool:
+            moved = width.to_host()
+            return a.to_host() or moved
+
+        head.A = DenseFactor(on_host_if_full(pooled, retreat, f"{a.label}, pooled"))
+        head.A.label = a.label
+        if isinstance(g, GramFactor):
+            head.G = DiagonalLowRankFactor(
+                counts.diagonal, g.columns, g.weight, 1, self.settings.numerics.core_dtype
+            )
+        else:
+            assert isinstance(g, DenseFactor)
+
+            def dense() -> Tensor:
+                matrix = g.matrix.clone()
+                matrix.diagonal().add_(counts.diagonal.to(matrix))
+                return matrix
+
+            head.G = DenseFactor(on_host_if_full(dense, g.to_host, f"{g.label}, pooled"))
+        head.G.label = g.label
+
+
+def _joined(parts: list[Tensor], what: str) -> Tensor:
+    """Returns the parts one under the other, on the host where the device has no room for that."""
+
+    def retreat() -> bool:
+        moved = any(part.device != HOST for part in parts) or not tried
+        tried.append(None)
+        parts[:] = [part.to(HOST) for part in parts]
+        return moved
+
+    tried: list[None] = []
+    return on_host_if_full(
+        lambda: parts[0] if len(parts) == 1 else torch.cat(parts), retreat, f"{what}, tokens kept"
+    )

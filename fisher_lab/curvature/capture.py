@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchError, LayerError
 from .layers import Kind, Layer, Layers, every_module
+from .linalg import full_precision
 from .losses import unwrap
 
 _OF_POSITIONS = ("position", "relative", "wpe")
@@ -280,6 +281,7 @@ class Capture:
         self.calls[name].append(call)
         output.register_hook(lambda grad: setattr(call, "grad", grad))
 
+    @full_precision()
     def gradients(
         self,
         output: Tensor,
@@ -289,6 +291,8 @@ class Capture:
         parameters: Sequence[Tensor] = (),
     ) -> tuple[dict[str, list[Tensor | None]], list[Tensor | None]]:
         """Runs the backward pass and returns the gradient of each call's output.
+
+        Outside of autocast: operations then have the dtypes of the forward pass.
 
         Args:
             output: the token-summed loss, or the logits with ``grad_output``.

@@ -106,13 +106,14 @@ def _task(side: Damped) -> _Task:
     """What has to be done; forms the matrix first, which is collective where it is spread."""
     assert isinstance(side, Decomposed)
     if isinstance(side, DampedDiagonalLowRank):
-        return _Task(side, side.core.shape[0])
+        return _Task(side, side.guarded_step("matrix", lambda: side.core).shape[0])
     return _Task(side, side.guarded_step("matrix", lambda: _matrix(side)).shape[0])
 
 
 def _decompose(side: Decomposed, eigen: bool) -> None:
     if eigen and not isinstance(side, DampedDiagonalLowRank):
-        side.factor.eigen(on_host=side.numerics.on_host)
+        factor, on_host = side.factor, side.numerics.on_host
+        side.guarded_step("decomposition", lambda: factor.eigen(on_host=on_host))
     else:
         side.prepare()
 

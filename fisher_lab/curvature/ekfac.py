@@ -76,6 +76,8 @@ class Eigenbasis(_Held):
         complement: ``[dim_a]`` the same for the directions of G that are not at hand.
         whole: whether ``v_g`` spans the whole space.
         clipped: how many pairs the floor raised, the complement's included.
+        kappa_before: condition number of the damped eigenvalues.
+        kappa_after: condition number of those in use.
         label: layer and sides, for the log.
     """
 
@@ -83,6 +85,8 @@ class Eigenbasis(_Held):
     complement: Tensor
     whole: bool
     clipped: int
+    kappa_before: float
+    kappa_after: float
     label: str = ""
 
 
@@ -130,7 +134,7 @@ def _own_sums(
     total = like.new_zeros(project(slice(0, 0)).shape[1], layer.dim_a)
     for rows in blocks(g.shape[0], (layer.n_out + layer.dim_a) * 8):
         squared = project(rows).square()
-        index = factors.order[rows]
+        index = factors.order[rows].to(a.device)  # `a` may have had to leave a full device
         if v_a is None:
             total.T.index_add_(0, a[index].to(like.device), squared)
             continue
@@ -244,6 +248,7 @@ def eigenbasis(
     complement = damping.G * m_a + damping.A * damping.G
     rank, out = len(m_g), factors.layer.n_out
     whole, clipped = rank == out, 0
+    before = _kappa(damped, None if whole else complement)
     if damping.kappa_max is not None:
         top = max(float(damped.max()), 0.0 if whole else float(complement.max()))
         floor = top / damping.kappa_max**2
@@ -257,8 +262,19 @@ def eigenbasis(
         complement=complement.to(dtype),
         whole=whole,
         clipped=clipped,
+        kappa_before=before,
+        kappa_after=_kappa(damped, None if whole else complement),
         hosted=basis.hosted,
     )
+
+
+def _kappa(damped: Tensor, complement: Tensor | None) -> float:
+    """Condition number of the eigenvalues of all pairs."""
+    parts = [x for x in (damped, complement) if x is not None and x.numel()]
+    if not parts:
+        return 1.0
+    low, top = min(float(x.min()) for x in parts), max(float(x.max()) for x in parts)
+    return top / low if low > 0 else float("inf")
 
 
 def prepared(factors: LayerFactors, damping: Damping, numerics: Numerics) -> Eigenbasis:

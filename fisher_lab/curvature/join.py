@@ -249,7 +249,7 @@ class _Join:
         if total is None:
             total = torch.zeros(g.out, g.out, dtype=self.core, device=self.device)
             for part in g.parts:
-                add_second_moment(total, part)
+                add_second_moment(total, part.to(total.device))
             g.parts.clear()
         g.total = self.communicator.all_reduce(total)
 
@@ -257,7 +257,7 @@ class _Join:
         if not g.parts:
             dtype = self._dtype(layer.name, "dtype")
             return torch.empty(0, g.out, dtype=dtype, device=self.device)
-        return g.parts[0] if len(g.parts) == 1 else torch.cat(g.parts)
+        return g.joined()
 
     def _subsample(
         self, g: GradientAccumulator, columns: Tensor, rows: list[int]
@@ -302,8 +302,9 @@ class _Join:
             return
         classes = next(x.n_out for x in b.everyone() if x.name == b.head_name)
         named = next(told["logits"] for told in self.told if told["logits"] is not None)
-        empty = torch.empty(0, classes, dtype=getattr(torch, named), device=self.device)
-        p = torch.cat([empty, *b.head.get("parts", [])])
+        parts = b.head.get("parts", [])
+        device = parts[0].device if parts else self.device
+        p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
         chosen = b.head_rows(sum(rows))
         if chosen is not None:
             b.head["share"] = sum(rows) / len(chosen)

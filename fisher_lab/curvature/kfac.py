@@ -8,8 +8,9 @@ them: natural gradient, any power, Fisher-vector products, trace, log-determinan
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 
 from . import ekfac, state
 from .build import Built, FactorBuilder, LayerFactors
-from .capture import Capture
+from .capture import Capture, TokenMasks
 from .decompose import prepare_together, same_vectors
-from .errors import CurvatureError, LayerError, LossError
+from .errors import BatchError, CurvatureError, FactorFileError, LayerError, LossError
 from .factors import Damped, Factor, FactorReport, GramFactor
 from .layers import Kind, Layer, Layers, discover
-from .linalg import all_finite
+from .linalg import all_finite, full_precision
 from .losses import (
+    IGNORE_INDEX,
+    CrossEntropy,
     LossFunction,
     SummedLoss,
     compute_loss,
@@ -69,12 +72,34 @@ class LayerReport:
         A: report of the input side, None for norm layers.
         G: report of the output side.
         seconds: spent on decomposing both sides.
+        kappa_max: largest condition number that the floor allows, None for no floor.
+        pairs: what EKFAC did to the eigenvalues of the layer's block, where it is in use: its
+            floor is one on the pairs, and the sides are as they come then.
     """
 
     factors: LayerFactors
     A: FactorReport | None
     G: FactorReport
     seconds: float
+    kappa_max: float | None = None
+    pairs: PairsReport | None = None
+
+
+@dataclass(frozen=True)
+class PairsReport:
+    """What EKFAC's damping and floor did to the pairs of eigenvectors of a layer.
+
+    Attributes:
+        dim: their number, outputs times inputs with the bias column.
+        clipped: how many the floor raised.
+        kappa_before: condition number of the damped eigenvalues.
+        kappa_after: condition number of those in use.
+    """
+
+    dim: int
+    clipped: int
+    kappa_before: float
+    kappa_after: float
 
 
 class KFACEngine:
@@ -110,6 +135,8 @@ class KFACEngine:
         self._damped: dict[tuple[int, float, float | None], Damped] = {}
         self._bases: dict[str, ekfac.Eigenbasis] = {}
         self._seconds: dict[str, float] = {}
+        self._told: set[str] = set()
+        self._widened: set[str] = set()
 
     @property
     def communicator(self) -> Communicator:
@@ -128,10 +155,16 @@ class KFACEngine:
 
         Raises:
             LayerError: no supported layer, or one whose factors must not be formed.
+            SettingError: a setting does not go with the model.
         """
         layers = discover(model, self.settings.coverage)
         for layer in layers.layers.values():
             check(self.settings.policy, layer)
+            if self.settings.ekfac and layer.partner is not None:
+                raise SettingError(
+                    f"tied: 'sum' with ekfac, and layer {layer.name} is tied: pooled factors have "
+                    "no common eigenbasis; allowed with ekfac: head, embedding"
+                )
         check_device_supports(self.settings.storage, device_of(model))
         return layers
 
@@ -143,8 +176,10 @@ class KFACEngine:
             model: the model whose forward pass runs inside the ``with`` block.
         """
         recording = Capture(model, self.layers_of(model))
-        self.capturing = None
-        with recording:
+        earlier, self.capturing = self.capturing, None
+        if earlier is not None:
+            earlier.close()
+        with recording, uncompiled(model):
             yield recording
         self.capturing = recording
 
@@ -175,6 +210,23 @@ class KFACEngine:
             SettingError: the settings and the model do not go together.
         """
         captured, self.capturing = self.capturing, None
+        try:
+            self._collect(model, batches, loss, captured, n_labels, reduction, keep_gradient, total)
+        finally:
+            if captured is not None:
+                captured.close()
+
+    def _collect(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Tensor | LossFunction | None,
+        captured: Capture | None,
+        n_labels: int | None,
+        reduction: str,
+        keep_gradient: bool,
+        total: int | None,
+    ) -> None:
         given = isinstance(loss, Tensor)
         if given and captured is None:
             raise LossError(
@@ -191,6 +243,8 @@ class KFACEngine:
         )
 
         def add_all() -> None:
+            if not given and self.communicator.size == 1 and n_labels is None:
+                _check_labels(model, batches, loss)
             for index, batch in enumerate(self.progress(batches, "K-FAC factors", total)):
                 prepared = prepare(model, batch)
                 if not given:
@@ -219,8 +273,10 @@ class KFACEngine:
         reduction: str,
     ) -> None:
         inner = unwrap(model)
+        if self.communicator.size == 1:
+            TokenMasks.of(inner, batch)  # refused before a pass is spent on it
         recording = Capture(inner, layers)
-        with torch.enable_grad(), recording:
+        with torch.enable_grad(), uncompiled(inner), recording:
             summed = compute_loss(inner, batch, function, n_labels=n_labels, reduction=reduction)
         try:
             builder.add(recording, batch, summed)
@@ -233,7 +289,7 @@ class KFACEngine:
             if name not in built.called and name not in self._ever_called:
                 raise LayerError(
                     f"layer {name}: expected, but never called in the forward pass; exclude it "
-                    "(or, in a compiled model, capture the uncompiled one)"
+                    "(or, in a compiled model, run the uncompiled one: model._orig_mod)"
                 )
         self._ever_called |= built.called
         self.skipped = {**layers.skipped, **built.skipped}
@@ -248,6 +304,7 @@ class KFACEngine:
         """New factors: every inverse of the old ones goes, whichever path it came from."""
         self.factors = factors
         self._damped, self._bases, self._seconds = {}, {}, {}
+        self._told, self._widened = set(), set()
         self.refreshes += 1
 
     def forget(self) -> None:
@@ -259,7 +316,19 @@ class KFACEngine:
     def export(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the factors as tensors and a JSON-able header; see :mod:`.state`."""
         self.check_model(model)
-        return state.export(self.factors, state.fingerprint(model))
+        tensors, header = state.export(self.factors, state.fingerprint(model))
+        rest = {"own": self.own_uncovered, "diagonal": self.diagonal}
+        for key, named in rest.items():
+            for name, value in named.items():
+                tensors[f"{state.UNCOVERED}/{key}/{name}"] = value.detach().contiguous().clone()
+        header |= {
+            "fisher": self.fisher,
+            "uncovered": self.settings.coverage.uncovered,
+            "skipped": self.skipped,
+            "rank_counts": list(self.rank_counts),
+            **{f"uncovered_{key}": sorted(named) for key, named in rest.items()},
+        }
+        return tensors, header
 
     def restore(
         self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module
@@ -267,14 +336,47 @@ class KFACEngine:
         """Takes factors that :meth:`export` gave; nothing changes where they do not match.
 
         Raises:
-            FactorFileError: another version, or incomplete.
+            FactorFileError: another version, incomplete, or made with settings that leave out
+                what this engine's need.
             LayerError: factors of another model.
         """
         layers = self.layers_of(model)
-        self._replace(state.restore(tensors, header, model, layers, self.communicator))
+        found = state.restore(
+            tensors, header, model, layers, self.settings.storage, self.communicator
+        )
+        self._check_restored(found, header)
+        own, diagonal = (
+            state.uncovered(tensors, header, model, key) for key in ("own", "diagonal")
+        )
+        with state.reading():
+            fisher, skipped = str(header["fisher"]), dict(header["skipped"])
+            rank_counts = tuple(dict(counts) for counts in header["rank_counts"])
+        self._replace(found)
         self._ever_called |= set(self.factors)
-        self.own_uncovered, self.diagonal = {}, {}
+        self.own_uncovered, self.diagonal = own, diagonal
+        self.fisher, self.skipped, self.rank_counts = fisher, skipped, rank_counts
 
+    def _check_restored(self, found: Mapping[str, LayerFactors], header: Mapping[str, Any]) -> None:
+        """Checks that factors hold what these settings need of them.
+
+        Raises:
+            FactorFileError: EKFAC without the tokens, or no diagonal of what is uncovered.
+        """
+        for name, factors in found.items():
+            kept = factors.tokens_g is not None or factors.method in ("norm", "true_head")
+            if self.settings.ekfac and not kept:
+                raise FactorFileError(
+                    f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
+                    "factors of an engine with ekfac=True"
+                )
+        wanted = self.settings.coverage.uncovered
+        if wanted == "diagonal" and header.get("uncovered") != "diagonal":
+            raise FactorFileError(
+                f"factors: collected with uncovered={header.get('uncovered')!r}; allowed for "
+                "uncovered='diagonal': factors of an engine with it"
+            )
+
+    @full_precision()
     def _measure_storage(self, factors: LayerFactors) -> None:
         """Relative error of ``G^-1 dW`` on the factors' own gradient that rounding costs.
 
@@ -295,6 +397,7 @@ class KFACEngine:
         probes = a @ torch.randn(a.shape[1], STORAGE_PROBES, generator=generator).to(a)
         if factors.spread is not None:
             probes = factors.spread.gather(probes)
+        probes = probes.to(exact.device)
         dw = exact.columns.transposed_times(probes)
         reference = exact.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
         stored = g.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
@@ -309,8 +412,12 @@ class KFACEngine:
 
     # ---- decomposing -------------------------------------------------------------------------
 
+    @full_precision()
     def prepare_inverses(self) -> None:
-        """Decomposes every factor now, so that an application finds it done."""
+        """Decomposes every factor now, so that an application finds it done.
+
+        At INFO, what was done is logged: one line a layer and refresh.
+        """
         if self.communicator.size > 1:
             self._prepare_together()
         items = list(self.factors.items())
@@ -322,6 +429,16 @@ class KFACEngine:
                 for side in self._sides(factors):
                     side.prepare()  # type: ignore[attr-defined]
             self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - start
+        self._tell(self.factors)
+
+    def _tell(self, names: Iterable[str]) -> None:
+        """Logs what was done to layers that have been decomposed; nothing is computed for it."""
+        if not log.isEnabledFor(logging.INFO):
+            return
+        for name in names:
+            if name not in self._told:
+                self._told.add(name)
+                log.info("%s", layer_line(self._report(name, kappa=False)))
 
     def _prepare_together(self) -> None:
         """Spreads the decompositions over the ranks; what then remains is done by each."""
@@ -373,6 +490,7 @@ class KFACEngine:
         """
         return self.powered(gradients, model, -1.0)
 
+    @full_precision()
     def powered(
         self, gradients: Mapping[str, Tensor] | None, model: nn.Module, power: float
     ) -> dict[str, Tensor]:
@@ -386,9 +504,17 @@ class KFACEngine:
         if power == -1 and self.communicator.size > 1:
             self._prepare_together()
         if gradients is None:
-            return self._apply_own(model, power)
-        return self._apply(gradients, model, lambda f, y: self._powered_layer(f, y, power), power)
+            result = self._apply_own(model, power)
+        else:
+            result = self._apply(
+                gradients, model, lambda f, y: self._powered_layer(f, y, power), power
+            )
+        if power == -1:
+            here = result if gradients is None else gradients
+            self._tell(n for n, f in self.factors.items() if f.layer.weight in here)
+        return result
 
+    @full_precision()
     def fisher_vector(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
     ) -> dict[str, Tensor]:
@@ -481,6 +607,11 @@ class KFACEngine:
                     f"gradient {name}: the model has no such parameter; allowed: the names in "
                     "named_parameters()"
                 )
+            if not isinstance(vectors[name], Tensor):
+                raise LayerError(
+                    f"gradient {name}: {vectors[name]!r}; allowed: a tensor (leave the name out "
+                    "where there is no gradient)"
+                )
         if self.communicator.size > 1 and self.settings.reduce == "gram":
             same_vectors(self.communicator, list(vectors.values()))
         dtype = self.settings.numerics.apply_dtype
@@ -504,7 +635,7 @@ class KFACEngine:
         if self.settings.coverage.uncovered != "diagonal" or diagonal is None:
             return vector
         used = (diagonal + self.settings.damping.G).to(self.settings.numerics.apply_dtype)
-        return (vector.to(used) * used.pow(power)).to(vector.dtype)
+        return self._narrowed(name, vector.to(used) * used.pow(power), vector)
 
     def _powered_layer(self, factors: LayerFactors, y: Tensor, power: float) -> Tensor:
         if self.settings.ekfac and factors.tokens_g is not None:
@@ -604,19 +735,57 @@ class KFACEngine:
             if like is None:
                 result[name] = value
             elif name in like:
-                result[name] = value.to(like[name].dtype).contiguous()
+                result[name] = self._narrowed(name, value, like[name])
+
+    def _narrowed(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """A result as its gradient was: dtype, device; in float32 where float16 cannot hold it.
+
+        Raises:
+            CurvatureError: float32 cannot hold it either; names the parameter.
+        """
+        narrow = value.to(like).contiguous()
+        if value.dtype == like.dtype or all_finite(narrow):
+            return narrow
+        wide = value.to(device=like.device, dtype=torch.float32).contiguous()
+        largest = float(value.abs().max())
+        if not all_finite(wide):
+            raise CurvatureError(
+                f"parameter {name}: the result is beyond {like.dtype} and float32 (largest "
+                f"{largest:.1e}); allowed: gradients in float64, a larger damping"
+            )
+        if name not in self._widened:
+            self._widened.add(name)
+            log.warning(
+                "parameter %s: the result is beyond %s (largest %.1e); it comes in float32",
+                name, like.dtype, largest,
+            )  # fmt: skip
+        return wide
 
     # ---- what comes for nothing --------------------------------------------------------------
 
+    @full_precision()
     def reports(self) -> list[LayerReport]:
         """Returns what was done to each layer, in the model's order."""
-        result = []
-        for name, factors in self.factors.items():
-            sides = [s.report() for s in self._sides(factors)]
-            a = sides[1] if len(sides) > 1 else None
-            result.append(LayerReport(factors, a, sides[0], self._seconds.get(name, 0.0)))
-        return result
+        return [self._report(name) for name in self.factors]
 
+    def _report(self, name: str, *, kappa: bool = True) -> LayerReport:
+        factors, settings = self.factors[name], self.settings
+        sides = [s.report(kappa=kappa) for s in self._sides(factors)]
+        pairs = None
+        if settings.ekfac and factors.tokens_g is not None:
+            basis = self._basis(name)
+            n = factors.layer.n_out * factors.layer.dim_a
+            pairs = PairsReport(n, basis.clipped, basis.kappa_before, basis.kappa_after)
+            # The floor is the pairs': no eigenvalue of a side is raised.
+            sides = [
+                replace(s, clipped=0, kappa_after=s.kappa_before, floor_applied=False)
+                for s in sides
+            ]
+        a = sides[1] if len(sides) > 1 else None
+        seconds = self._seconds.get(name, 0.0)
+        return LayerReport(factors, a, sides[0], seconds, settings.damping.kappa_max, pairs)
+
+    @full_precision()
     def trace(self) -> dict[str, float]:
         """Returns the trace ``(T/N) tr(G) tr(A)`` of each layer's block."""
         return {
@@ -624,6 +793,7 @@ class KFACEngine:
             for name, f in self.factors.items()
         }
 
+    @full_precision()
     def logdet(self) -> dict[str, float]:
         """Returns the log-determinant of each layer's block, with the factors in use.
 
@@ -637,12 +807,14 @@ class KFACEngine:
             result[name] = value + f.G.dim * dim_a * float(torch.tensor(f.ratio).double().log())
         return result
 
+    @full_precision()
     def top_eigenvalues(self, k: int) -> dict[str, Tensor]:
-        """Returns the ``k`` largest eigenvalues of each layer's block ``(T/N) G (x) A``."""
+        """Returns the ``k`` largest eigenvalues of each layer's block ``(T/N) G (x) A``.
+
+        By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
+        """
         result = {}
         for name, f in self.factors.items():
-            if f.method == "true_head":
-                continue
             top = f.G.top(k)
             if f.A is not None:
                 top = torch.outer(top, f.A.top(k)).flatten()
@@ -653,6 +825,74 @@ class KFACEngine:
         """Changes the damping; factors and their eigendecompositions stay."""
         self.settings = replace(self.settings, damping=damping)
         self._damped, self._bases = {}, {}
+
+
+def layer_line(report: LayerReport) -> str:
+    """Returns what was done to a layer in one line, for the log."""
+    f = report.factors
+    told = [f"layer {f.layer.name or '(the model)'}: T={f.tokens} {f.method} ({f.fisher})"]
+    for side, r in (("A", report.A), ("G", report.G)):
+        if r is not None:
+            told.append(f"{side}: lambda {r.damping:g}, {_clipping(r)}, {r.route}" + _events(r))
+    if report.pairs is not None:
+        told.append(f"EKFAC: {_clipping(report.pairs)} of pairs")
+    return "; ".join(told)
+
+
+def _clipping(r: FactorReport | PairsReport) -> str:
+    kappa = (
+        "" if math.isnan(r.kappa_before) else f", kappa {r.kappa_before:.2e} -> {r.kappa_after:.2e}"
+    )
+    return f"clipped {r.clipped}/{r.dim}{kappa}"
+
+
+def _events(r: FactorReport) -> str:
+    jitter = f", jitter {r.jitter:.1e}" if r.jitter else ""
+    return jitter + (f", fallback {r.fallback}" if r.fallback else "")
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled blocks run as they were written, so that hooks on what is inside them are called.
+
+    Args:
+        model: whose forward pass is about to run.
+    """
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    # Only then: the import of the compiler takes two seconds.
+    if compiled and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _check_labels(
+    model: nn.Module, batches: Iterable[Any], loss: Tensor | LossFunction | None
+) -> None:
+    """Refuses batches of which the labels alone say that none counts, before a pass.
+
+    Raises:
+        BatchError: no label of any batch counts, or one has no active token.
+    """
+    if not isinstance(batches, list | tuple) or not batches:
+        return  # an iterator can be read once only
+    if isinstance(loss, CrossEntropy):
+        shift: bool | None = loss.shift
+    else:
+        shift = shift_of(model) if loss is None else None
+    if shift is None:
+        return
+    for batch in batches:
+        batch = prepare(model, batch)
+        TokenMasks.of(unwrap(model), batch)
+        labels = labels_of(batch)
+        if labels is None or labels.dim() not in (1, 2):
+            return
+        labels = labels[:, 1:] if shift and labels.dim() == 2 else labels
+        if bool((labels != IGNORE_INDEX).any()):
+            return
+    raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
 
 
 def _stored_shape(layer: Layer) -> tuple[int, ...]:
@@ -673,7 +913,7 @@ def _summed(
     if len(captured.outputs) != 1:
         raise LossError(
             f"capture: {len(captured.outputs)} forward passes of the model in the 'with' block; "
-            "allowed: one"
+            "allowed: one (of a compiled model, run the uncompiled one: model._orig_mod)"
         )
     return sum_of(
         loss,

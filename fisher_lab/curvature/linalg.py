@@ -8,6 +8,7 @@ Cholesky factorisation section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,14 @@ def blocks(length: int, bytes_each: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switches autocast off: it would turn products of float32 factors into 16-bit ones."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@full_precision()
 def add_second_moment(total: Tensor, x: Tensor, *, fresh: bool = False) -> None:
     """Adds ``x^T x`` to ``total`` in place, in the precision of ``total``.
 
@@ -72,6 +81,7 @@ def mirror(total: Tensor) -> Tensor:
     return total
 
 
+@full_precision()
 def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``x x^T`` (``[T, T]``) in ``dtype``, converting ``x`` in blocks of columns."""
     result = torch.empty(x.shape[0], x.shape[0], dtype=dtype, device=x.device)
@@ -138,10 +148,14 @@ def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, T
         on_host: decompose on the host; results come back to the matrix's device.
     """
     work = matrix.cpu() if on_host else matrix
+    found = None
     try:
-        values, vectors = torch.linalg.eigh(work)
+        found = torch.linalg.eigh(work)
+    except torch.OutOfMemoryError:  # the caller moves more than this matrix to the host
+        raise
     except RuntimeError:  # torch.linalg.LinAlgError is one
-        values, vectors = torch.linalg.eigh(matrix.cpu().double())
+        pass
+    values, vectors = torch.linalg.eigh(matrix.cpu().double()) if found is None else found
     values, vectors = values.to(matrix), vectors.to(matrix)
     return values.clamp(min=0.0), vectors
 
@@ -225,12 +239,62 @@ def largest_eigenvalue(
         n: dimension.
         steps: most products.
     """
+    value, residual, _ = _largest_pair(multiply, like, n, steps, bool)
+    return value, residual
+
+
+def largest_eigenvalues(
+    multiply: Callable[[Tensor], Tensor],
+    like: Tensor,
+    n: int,
+    k: int,
+    *,
+    steps: int = 100,
+    agreed: Callable[[bool], bool] = bool,
+) -> Tensor:
+    """The ``min(k, n)`` largest eigenvalues of a positive semi-definite operator, descending.
+
+    One Lanczos run each, with those found before taken out, so that repeated ones come repeatedly.
+
+    Args:
+        multiply: ``[n] -> [n]``.
+        like: tensor whose dtype and device the vectors take.
+        n: dimension.
+        k: how many.
+        steps: most products for one of them.
+        agreed: makes one decision of several ranks' where ``multiply`` is collective.
+    """
+    values: list[float] = []
+    vectors: list[Tensor] = []
+
+    def rest(v: Tensor) -> Tensor:
+        product = multiply(v)
+        for value, vector in zip(values, vectors, strict=True):
+            product = product - value * (vector @ v) * vector
+        return product
+
+    for _ in range(min(k, n)):
+        value, _, vector = _largest_pair(rest, like, n, steps, agreed)
+        values.append(value)
+        vectors.append(vector)
+    return torch.tensor(values, dtype=torch.float64).clamp(min=0.0).sort(descending=True).values
+
+
+def _largest_pair(
+    multiply: Callable[[Tensor], Tensor],
+    like: Tensor,
+    n: int,
+    steps: int,
+    agreed: Callable[[bool], bool],
+) -> tuple[float, float, Tensor]:
+    """The largest Ritz value, its residual and its vector."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(n, generator=generator, dtype=torch.float64).to(like)
     basis = [q / q.norm()]
     alphas: list[float] = []
     betas: list[float] = []
     value = residual = 0.0
+    vectors = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(min(steps, n)):
         w = multiply(basis[-1])
         alphas.append(float(w @ basis[-1]))
@@ -244,11 +308,12 @@ def largest_eigenvalue(
             small = small + torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(small)
         value, residual = float(values[-1]), abs(beta * float(vectors[-1, -1]))
-        if residual <= 1e-9 * max(value, 1e-300) or beta <= 1e-14 * max(value, 1e-300):
+        if agreed(residual <= 1e-9 * max(value, 1e-300) or beta <= 1e-14 * max(value, 1e-300)):
             break
         betas.append(beta)
         basis.append(w / beta)
-    return value, residual
+    vector = torch.stack(basis[: len(vectors)]).T @ vectors[:, -1].to(like)
+    return value, residual, vector / vector.norm()
 
 
 def upper_bound(matrix: Tensor) -> float:
@@ -266,7 +331,8 @@ def power_of_two_scale(x: Tensor, dtype: torch.dtype) -> float:
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return 1.0
-    largest = float(x.abs().max()) if x.numel() else 0.0
+    # No `abs`: it would take as much room again as the columns.
+    largest = max(abs(float(end)) for end in x.aminmax()) if x.numel() else 0.0
     if largest == 0.0:
         return 1.0
     return float(2.0 ** (12 - torch.tensor(largest, dtype=torch.float64).log2().ceil()))

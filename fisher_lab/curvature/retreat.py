@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from .linalg import full_precision
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -20,7 +22,7 @@ HOST = torch.device("cpu")
 
 
 def on_host_if_full(work: Callable[[], T], retreat: Callable[[], bool], what: str) -> T:
-    """Runs ``work``; where the device is full, makes room and runs it again.
+    """Runs ``work``, without autocast; where the device is full, makes room and runs it again.
 
     Args:
         work: changes nothing when it fails, so that it can be run again.
@@ -32,7 +34,8 @@ def on_host_if_full(work: Callable[[], T], retreat: Callable[[], bool], what: st
         torch.OutOfMemoryError: the device is full again after the retreat.
     """
     try:
-        return work()
+        with full_precision():
+            return work()
     except torch.OutOfMemoryError as error:
         # Its frames hold what had been taken so far.
         full = error.with_traceback(None)
@@ -41,4 +44,5 @@ def on_host_if_full(work: Callable[[], T], retreat: Callable[[], bool], what: st
     log.warning("%s: out of device memory; goes on on the host", what)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return work()
+    with full_precision():
+        return work()

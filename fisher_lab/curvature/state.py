@@ -8,7 +8,9 @@ model they belong to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,16 +28,21 @@ from .factors import (
     ShardedColumns,
 )
 from .join import Spread
-from .layers import Layer, Layers
+from .layers import Kind, Layer, Layers
 from .losses import device_of, unwrap
 from .reduce import Communicator, share
+from .settings import Storage
+from .storage import put_back
 
-VERSION = 1
+VERSION = 2
 """Of the layout; another version is refused."""
 
 CONVENTIONS = "A=(1/T)sum aa^T; G=(1/T)sum gg^T; token-summed loss; row-major vec"
 """What the numbers mean (``docs/math.md``, section 1)."""
 
+
+UNCOVERED = "//uncovered"
+"""Under this come gradients and diagonal of parameters that belong to no layer."""
 
 KEPT = ("a", "own", "tokens_g", "order")
 """What a layer keeps besides its factors."""
@@ -124,6 +131,7 @@ def restore(
     header: Mapping[str, Any],
     model: nn.Module,
     layers: Layers,
+    storage: Storage,
     communicator: Communicator | None = None,
 ) -> dict[str, LayerFactors]:
     """Returns the factors that :func:`export` took apart; the model itself is not changed.
@@ -133,11 +141,13 @@ def restore(
         header: as exported.
         model: the model that they are wanted for.
         layers: its K-FAC layers.
+        storage: where columns are to live.
         communicator: of ranks that go on together: each takes the share again that it had, where
             they are as many as before, so that sums over the ranks come out to the same bit.
 
     Raises:
-        FactorFileError: another version, other conventions, or a tensor is missing.
+        FactorFileError: another version, other conventions, an entry of the header or a tensor is
+            missing, or a tensor has another shape than the layer's.
         LayerError: a layer does not match; names it and both sides.
     """
     if header.get("version") != VERSION or header.get("conventions") != CONVENTIONS:
@@ -146,20 +156,58 @@ def restore(
             f"{CONVENTIONS!r}"
         )
     result: dict[str, LayerFactors] = {}
-    for name, entry in header["layers"].items():
-        layer = layers.layers.get(name)
-        _check_layer(name, entry, layer)
-        assert layer is not None
-        factors = _restore_layer(layer, entry, tensors, result, device_of(model))
-        if communicator is not None and communicator.size > 1:
-            _spread_again(factors, entry, communicator)
-        result[name] = factors
+    with reading():
+        for name, entry in header["layers"].items():
+            layer = layers.layers.get(name)
+            _check_layer(name, entry, layer)
+            assert layer is not None
+            read = _Reader(tensors, storage, device_of(model))
+            factors = _restore_layer(layer, entry, read, result)
+            if communicator is not None and communicator.size > 1:
+                _spread_again(factors, entry, communicator)
+            result[name] = factors
     if header.get("model") != fingerprint(model):
         raise LayerError(
             f"factors: made for a model with fingerprint {header.get('model')}, this one has "
             f"{fingerprint(model)} (parameter names and shapes)"
         )
     return result
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turns what goes wrong in an incomplete header into an error that says so.
+
+    Raises:
+        FactorFileError: an entry is missing or is no such thing.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FactorFileError(f"factors: the header is incomplete ({error!r})") from error
+
+
+def uncovered(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, key: str
+) -> dict[str, Tensor]:
+    """Returns what a file has of parameters that belong to no layer.
+
+    Args:
+        tensors: by name.
+        header: as exported.
+        model: whose parameters they are.
+        key: ``own`` (gradients) or ``diagonal``.
+
+    Raises:
+        FactorFileError: a tensor is missing or has another shape than its parameter.
+    """
+    parameters = dict(unwrap(model).named_parameters())
+    read = _Reader(tensors, Storage(), device_of(model))
+    with reading():
+        return {
+            name: read.tensor(f"{UNCOVERED}/{key}/{name}", tuple(parameters[name].shape))
+            for name in header[f"uncovered_{key}"]
+        }
 
 
 def _check_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> None:
@@ -180,25 +228,29 @@ def _check_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> No
 def _restore_layer(
     layer: Layer,
     entry: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    read: _Reader,
     earlier: Mapping[str, LayerFactors],
-    device: torch.device,
 ) -> LayerFactors:
-    name = layer.name
+    name, dim_g = layer.name, layer.n_out
+    if layer.kind is Kind.NORM:
+        dim_g *= 1 if layer.bias is None else 2
     a = entry["A"]
     if a is not None and "same_as" in a:
         input_factor = earlier[a["same_as"]].A
     else:
-        input_factor = None if a is None else _restore_factor(a, f"{name}/A", tensors, device)
+        input_factor = None if a is None else read.factor(a, f"{name}/A", layer.dim_a)
 
-    def kept(key: str) -> Tensor | None:
-        found = tensors.get(f"{name}/{key}")
-        return None if found is None else found.to(device)
+    def kept(key: str, *shape: int | None) -> Tensor | None:
+        missing = f"{name}/{key}" not in read.tensors
+        return None if missing else read.tensor(f"{name}/{key}", shape)
+
+    tokens_g = kept("tokens_g", None, layer.n_out)
+    indices = layer.kind is Kind.EMBEDDING
 
     return LayerFactors(
         layer=layer,
         A=input_factor,
-        G=_restore_factor(entry["G"], f"{name}/G", tensors, device),
+        G=read.factor(entry["G"], f"{name}/G", dim_g),
         method=entry["method"],
         tokens=entry["tokens"],
         n_labels=entry["n_labels"],
@@ -206,10 +258,10 @@ def _restore_layer(
         fisher=entry["fisher"],
         push=entry["push"],
         storage_error=entry["storage_error"],
-        a=kept("a"),
-        own=kept("own"),
-        tokens_g=kept("tokens_g"),
-        order=kept("order"),
+        a=kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
+        own=kept("own", dim_g, 1 if layer.kind is Kind.NORM else layer.dim_a),
+        tokens_g=tokens_g,
+        order=kept("order", None if tokens_g is None else len(tokens_g)),
     )
 
 
@@ -233,41 +285,63 @@ def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Commu
         f.order = f.order.split(rows_g)[rank] - sum(rows[:rank])
 
 
-def _restore_factor(
-    entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor], device: torch.device
-) -> Factor:
-    def get(key: str) -> Tensor:
-        try:
-            return tensors[f"{prefix}/{key}"].to(device)
-        except KeyError:
-            raise FactorFileError(f"factors: the tensor {prefix}/{key} is missing") from None
+@dataclass(frozen=True)
+class _Reader:
+    """Takes tensors out of a file, checked against the shapes of the layers."""
 
-    def columns() -> Columns:
-        return Columns(get("columns"), float(entry["scale"]), device)
+    tensors: Mapping[str, Tensor]
+    storage: Storage
+    device: torch.device
 
-    match entry["structure"]:
-        case "dense":
-            return DenseFactor(get("matrix"))
-        case "diagonal":
-            return DiagonalFactor(get("diagonal"))
-        case "woodbury":
-            return GramFactor(
-                columns(),
-                float(entry["weight"]),
-                _dtype(entry["core_dtype"]),
-                discarded=float(entry["discarded"]),
-                reduction=entry["reduction"],
+    def raw(self, name: str, shape: Sequence[int | None]) -> Tensor:
+        """Returns a tensor where it is; None in ``shape`` stands for any length."""
+        if name not in self.tensors:
+            raise FactorFileError(f"factors: the tensor {name} is missing")
+        found = self.tensors[name]
+        fits = len(shape) == found.dim() and all(
+            wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
+        )
+        if not fits:
+            told = " x ".join("any" if n is None else str(n) for n in shape)
+            raise FactorFileError(
+                f"factors: the tensor {name} has shape {tuple(found.shape)}; allowed: {told}"
             )
-        case "diagonal_low_rank":
-            return DiagonalLowRankFactor(
-                get("diagonal"),
-                columns(),
-                float(entry["weight"]),
-                int(entry["sign"]),
-                _dtype(entry["core_dtype"]),
+        return found
+
+    def tensor(self, name: str, shape: Sequence[int | None]) -> Tensor:
+        """Returns a tensor on the model's device."""
+        return self.raw(name, shape).to(self.device)
+
+    def factor(self, entry: Mapping[str, Any], prefix: str, dim: int) -> Factor:
+        """Returns a factor of this dimension; columns go where the storage settings say."""
+        structure = entry["structure"]
+        if structure == "dense":
+            return self._labelled(DenseFactor(self.tensor(f"{prefix}/matrix", (dim, dim))), prefix)
+        if structure not in ("diagonal", "woodbury", "diagonal_low_rank"):
+            raise FactorFileError(f"factors: {prefix} has the unknown structure {structure!r}")
+        if structure == "diagonal":
+            return self._labelled(DiagonalFactor(self._diagonal(prefix, dim)), prefix)
+        weight, core = float(entry["weight"]), _dtype(entry["core_dtype"])
+        data = self.raw(f"{prefix}/columns", (None, dim))
+        columns = put_back(data, float(entry["scale"]), self.storage, core, self.device)
+        if structure == "woodbury":
+            discarded, reduction = float(entry["discarded"]), entry["reduction"]
+            factor: Factor = GramFactor(
+                columns, weight, core, discarded=discarded, reduction=reduction
             )
-        case other:
-            raise FactorFileError(f"factors: {prefix} has the unknown structure {other!r}")
+        else:
+            diagonal, sign = self._diagonal(prefix, dim), int(entry["sign"])
+            factor = DiagonalLowRankFactor(diagonal, columns, weight, sign, core)
+        return self._labelled(factor, prefix)
+
+    def _diagonal(self, prefix: str, dim: int) -> Tensor:
+        return self.tensor(f"{prefix}/diagonal", (dim,))
+
+    def _labelled(self, factor: Factor, prefix: str) -> Factor:
+        name, side = prefix.rsplit("/", 1)
+        columns = f", columns={n}" if (n := getattr(factor, "n_columns", 0)) else ""
+        factor.label = f"layer {name}: {side} side (dim={factor.dim}{columns})"
+        return factor
 
 
 def _dtype(name: str) -> torch.dtype:

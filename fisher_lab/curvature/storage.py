@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from .factors.gram import Columns
+from .retreat import HOST, on_host_if_full
 from .settings import STORAGE_DTYPES, SettingError, Storage
-
-log = logging.getLogger(__name__)
 
 MB = 1e6
 
@@ -71,7 +68,14 @@ def check_device_supports(storage: Storage, device: torch.device) -> None:
         raise SettingError("woodbury_dtype: 'bf16', but the device has no bfloat16; allowed: fp16")
 
 
-def store_columns(g: Tensor, out: int, storage: Storage, core: torch.dtype, name: str) -> Columns:
+def store_columns(
+    g: Tensor,
+    out: int,
+    storage: Storage,
+    core: torch.dtype,
+    name: str,
+    compute: torch.device | None = None,
+) -> Columns:
     """Rounds and places token gradients; out of device memory, and only then, on the host.
 
     Args:
@@ -80,16 +84,46 @@ def store_columns(g: Tensor, out: int, storage: Storage, core: torch.dtype, name
         storage: the setting.
         core: core dtype (its square core counts for the placement).
         name: of the layer, for the log.
+        compute: where products are formed; None where ``g`` is. Columns that had to leave it
+            for want of room stay on the host.
     """
+    compute = compute or g.device
     dtype = storage_dtype(storage, g.dtype, (g.shape[0], out))
-    device = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, g.device)
-    try:
-        return Columns.store(g, dtype, device)
-    except torch.OutOfMemoryError:
-        if g.device.type == "cpu":
-            raise
-        log.warning(
-            "layer %s: G side (out=%d, columns=%d) does not fit on %s; kept on the host",
-            name, g.shape[1], g.shape[0], g.device,
-        )  # fmt: skip
-        return Columns.store(g, dtype, torch.device("cpu"))
+    wanted = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, compute)
+    places = [HOST if g.device != compute else wanted]
+
+    def retreat() -> bool:
+        places.append(HOST)
+        return len(places) == 2
+
+    what = f"layer {name}: G side (out={g.shape[1]}, columns={g.shape[0]}), storage"
+    stored = on_host_if_full(lambda: Columns.store(g, dtype, places[-1]), retreat, what)
+    return Columns(stored.data, stored.scale, compute)
+
+
+def put_back(
+    data: Tensor, scale: float, storage: Storage, core: torch.dtype, compute: torch.device
+) -> Columns:
+    """Places columns that were stored before, as :func:`store_columns` places new ones.
+
+    Args:
+        data: ``[T, out]``, rounded and scaled.
+        scale: power of two by which they are multiplied on use.
+        storage: the setting.
+        core: core dtype.
+        compute: where products are formed.
+    """
+    columns, out = data.shape
+    places = [place(bytes_of(columns, out, data.dtype, core), storage, compute)]
+
+    def retreat() -> bool:
+        places.append(HOST)
+        return len(places) == 2
+
+    def moved() -> Tensor:
+        there = data.to(places[-1])
+        pinned = there.device.type == "cpu" and compute.type == "cuda"
+        return there.pin_memory() if pinned else there
+
+    what = f"token columns (out={out}, columns={columns}) from a file"
+    return Columns(on_host_if_full(moved, retreat, what), scale, compute)

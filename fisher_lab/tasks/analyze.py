@@ -16,7 +16,7 @@ from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.factors import FactorReport
-from fisher_lab.curvature.kfac import LayerReport
+from fisher_lab.curvature.kfac import LayerReport, PairsReport
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
@@ -62,15 +62,14 @@ def run(config: Config, run: Run) -> None:
     heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
     if team.joined.size > 1:
         heldout = team.share(heldout)
-    _record_loss(bench, batches, run, team)
     engine = kfac_engine(config, progress)
+    engine.engine.layers_of(bench.model)  # what does not go with the model is said before the work
+    _record_loss(bench, batches, run, team)
     _time_plain_pass(bench, batches, run)
     gradient, natural = _precondition(engine, bench, batches, run, team)
     reports = engine.engine.reports()
     run.table(LAYERS_FILE, layer_rows(reports))
     run.metrics(layer_metrics(reports))
-    for report in reports:
-        log.info("%s", layer_line(report))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
     if config.kfac.save_factors:
@@ -202,21 +201,6 @@ def gradient_metrics(
     }
 
 
-def layer_line(report: LayerReport) -> str:
-    """Returns what was done to a layer in one line, for the log."""
-    f = report.factors
-    sides = [("A", report.A), ("G", report.G)]
-    told = [
-        f"{side}: lambda {r.damping:g}, clipped {r.clipped}/{r.dim}, kappa "
-        f"{r.kappa_before:.2e} -> {r.kappa_after:.2e}, {r.route}"
-        + (f", jitter {r.jitter:.1e}" if r.jitter else "")
-        + (f", fallback {r.fallback}" if r.fallback else "")
-        for side, r in sides
-        if r is not None
-    ]
-    return f"layer {f.layer.name}: T={f.tokens} {f.method} ({f.fisher}); " + "; ".join(told)
-
-
 def layer_rows(reports: Iterable[LayerReport]) -> list[dict[str, Any]]:
     """Returns a row of ``layers.csv`` for each layer."""
     return [_layer_row(report) for report in reports]
@@ -239,14 +223,30 @@ def _layer_row(report: LayerReport) -> dict[str, Any]:
         "discarded": f["discarded"],
     }
     row |= _side_columns("A", report.A) | _side_columns("G", report.G)
-    row |= {"storage_error": f.storage_error, "bytes": f.nbytes(), "seconds": report.seconds}
-    return row
+    row |= {"kappa_max": report.kappa_max} | _pairs_columns(report.pairs)
+    dtype, device = f.stored()
+    row |= {"storage_dtype": dtype, "storage_device": device, "storage_error": f.storage_error}
+    return row | {"bytes": f.nbytes(), "seconds": report.seconds}
+
+
+def _pairs_columns(pairs: PairsReport | None) -> dict[str, Any]:
+    """EKFAC's floor and condition numbers; None under K-FAC."""
+    if pairs is None:
+        names = ("clipped", "clipped_frac", "kappa_before", "kappa")
+        return {f"ekfac_{name}": None for name in names}
+    return {
+        "ekfac_clipped": pairs.clipped,
+        "ekfac_clipped_frac": pairs.clipped / max(pairs.dim, 1),
+        "ekfac_kappa_before": pairs.kappa_before,
+        "ekfac_kappa": pairs.kappa_after,
+    }
 
 
 def _side_columns(side: str, report: FactorReport | None) -> dict[str, Any]:
     values: dict[str, Any] = {
         "damping": None, "dim": None, "kappa_before": None, "kappa": None, "clipped": None,
-        "route": None, "jitter": None, "eps": None, "fallback": None, "floor_applied": None,
+        "clipped_frac": None, "route": None, "jitter": None, "eps": None, "fallback": None,
+        "floor_applied": None,
     }  # fmt: skip
     if report is not None:
         values = {
@@ -255,6 +255,7 @@ def _side_columns(side: str, report: FactorReport | None) -> dict[str, Any]:
             "kappa_before": report.kappa_before,
             "kappa": report.kappa_after,
             "clipped": report.clipped,
+            "clipped_frac": report.clipped / max(report.dim, 1),
             "route": report.route,
             "jitter": report.jitter,
             "eps": report.eps,
@@ -280,6 +281,11 @@ def layer_metrics(reports: Iterable[LayerReport]) -> dict[str, float]:
         dims = sum(r.dim for r in found)
         metrics[f"kfac/clipped_frac_{side}"] = sum(r.clipped for r in found) / max(dims, 1)
         metrics[f"kfac/kappa_{side}_max"] = max((r.kappa_after for r in found), default=math.nan)
+    pairs = [r.pairs for r in reports if r.pairs is not None]
+    if pairs:
+        total = sum(p.dim for p in pairs)
+        metrics["kfac/ekfac_clipped_frac"] = sum(p.clipped for p in pairs) / max(total, 1)
+        metrics["kfac/ekfac_kappa_max"] = max(p.kappa_after for p in pairs)
     both = [*sides["A"], *sides["G"]]
     metrics["kfac/jitter_events"] = sum(r.jitter > 0 for r in both)
     metrics["kfac/fallbacks"] = sum(bool(r.fallback) for r in both)
@@ -291,10 +297,12 @@ def layer_metrics(reports: Iterable[LayerReport]) -> dict[str, float]:
 
 
 def curvature_metrics(engine: KFACNaturalGradient) -> dict[str, float]:
-    """Returns trace and largest eigenvalue of the block-diagonal approximation."""
-    tops = engine.engine.top_eigenvalues(1).values()
+    """Returns trace, log-determinant and largest eigenvalue of the block-diagonal approximation."""
+    logdet = sum(engine.log_determinant().values())  # before the spectra: Cholesky factors do
+    tops = engine.top_eigenvalues(1).values()
     return {
-        "kfac/trace": sum(engine.engine.trace().values()),
+        "kfac/trace": sum(engine.trace().values()),
+        "kfac/logdet": logdet,
         "kfac/top_eigenvalue": max((float(t[0]) for t in tops), default=math.nan),
     }
 

@@ -54,6 +54,7 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "kfac/kappa_G_max": ("largest condition number of G", "g"),
         "kfac/clipped_frac_A": ("eigenvalues of A raised to the floor", ".2%"),
         "kfac/clipped_frac_G": ("eigenvalues of G raised to the floor", ".2%"),
+        "kfac/ekfac_clipped_frac": ("pairs that EKFAC raised to its floor", ".2%"),
     },
     "Cost": {
         "kfac/forward_backward_s": ("forward and backward alone, s", ".3f"),

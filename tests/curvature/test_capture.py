@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.errors import CurvatureError, LayerError, LossError
 
 
 def squared(outputs, batch):
@@ -103,6 +103,99 @@ def test_autocast_accumulates_in_the_core_dtype():
     assert factors.G.columns.data.dtype == torch.bfloat16
     augmented = torch.cat([x, torch.ones(7, 1)], dim=1).double()
     torch.testing.assert_close(factors.A.matrix, augmented.T @ augmented / 7)
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_autocast_around_everything_changes_nothing(ekfac):
+    """Factors and their application keep their own precision; the forward pass is outside."""
+    model, x = build().float(), batch().float()
+    kind = {"core_dtype": "float32", "apply_dtype": "float32"}
+    results = []
+    for inside in (False, True):
+        kfac = KFACNaturalGradient(damping=1e-3, woodbury_dtype="bf16", ekfac=ekfac, **kind)
+        with kfac.capture(model):
+            loss = squared(model(x), None).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            kfac.collect_kfac_factors(
+                model, x, loss=loss, n_labels=7, loss_reduction="sum", keep_gradient=True
+            )
+            own = kfac.engine.own_gradients(model)
+            logdet, top = kfac.log_determinant(), kfac.top_eigenvalues(2)
+            found = {
+                "own": own,
+                "natural": kfac.compute_natural_gradient(None, model),
+                "general": kfac.compute_natural_gradient(own, model),
+                "product": kfac.compute_fisher_vector_product(own, model),
+                "half": kfac.compute_powered_natural_gradient(own, model, -0.5),
+                "numbers": {
+                    n: torch.tensor([f.storage_error or 0.0, logdet[n], *top[n].tolist()])
+                    for n, f in kfac.kfac_factors.items()
+                },
+            }
+        results.append(found)
+    for what, values in results[0].items():
+        for name, value in values.items():
+            assert torch.equal(value, results[1][what][name]), (what, name)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+@pytest.mark.parametrize("how", ["block", "in place", "captured", "captured wrapper"])
+def test_compiled_parts_run_as_they_were_written(how):
+    plain = products(build())
+    torch._dynamo.reset()
+    model = build()
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "captured wrapper":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.first = torch.compile(model.first, backend="eager")
+    model(batch())  # compiled now, without hooks
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    if "captured" in how:
+        with kfac.capture(model):
+            loss = squared(model(batch()), None).sum()
+        kfac.collect_kfac_factors(model, batch(), loss, n_labels=7, loss_reduction="sum")
+    else:
+        kfac.collect_kfac_factors(model, batch(), loss=squared, n_labels=7)
+    inner = getattr(model, "_orig_mod", model)
+    vectors = {n: torch.ones_like(p) for n, p in inner.named_parameters()}
+    found = kfac.compute_fisher_vector_product(vectors, model)
+    for name, value in found.items():
+        expected = plain[name.replace("._orig_mod", "")]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_captured_pass_without_a_call_says_what_to_do():
+    model = build()
+    kfac = KFACNaturalGradient()
+    with kfac.capture(model):
+        loss = squared(build()(batch()), None).sum()
+    with pytest.raises(LossError, match=r"0 forward passes.*compiled model.*_orig_mod"):
+        kfac.collect_kfac_factors(model, batch(), loss, n_labels=7)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("end", ["failed", "captured again", "own pass"])
+def test_no_hook_of_a_reentrant_capture_stays(end):
+    model = build(reentrant=True)
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    with kfac.capture(model):
+        loss = squared(model(batch()), None).sum()
+    assert hooks(model) > 0, "they wait for the replay"
+    if end == "failed":
+        with pytest.raises(CurvatureError, match="not finite"):
+            kfac.collect_kfac_factors(model, batch(), loss * float("nan"), n_labels=7)
+    elif end == "captured again":
+        with kfac.capture(model):
+            loss = squared(model(batch()), None).sum()
+        kfac.collect_kfac_factors(model, batch(), loss, n_labels=7)
+    else:
+        kfac.collect_kfac_factors(model, batch(), loss=squared, n_labels=7)
+    assert hooks(model) == 0
 
 
 def test_layers_that_read_the_very_same_tensor_share_one_factor():

@@ -128,6 +128,26 @@ def test_largest_eigenvalue_lies_within_its_residual(n, rank, seed):
     assert linalg.upper_bound(matrix) >= truth * (1 - 1e-12)
 
 
+def test_largest_eigenvalues_come_as_often_as_they_are_there():
+    diagonal = torch.tensor([5.0] * 3 + [4.0] * 2 + [0.0] * 15, dtype=torch.float64)
+    for matrix in (torch.diag(diagonal), torch.diag(diagonal) + 1e-3 * random_matrix(20, 20)):
+        found = linalg.largest_eigenvalues(lambda v, m=matrix: m @ v, matrix, 20, 5)
+        expected = torch.linalg.eigvalsh(matrix).flip(0)[:5]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    nothing = linalg.largest_eigenvalues(lambda v: 0 * v, diagonal, 3, 7)
+    assert nothing.tolist() == [0.0] * 3
+
+
+def test_a_full_device_is_no_solver_that_fails(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("no room (stub)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", full)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            linalg.symmetric_eigen(torch.eye(3))
+
+
 def test_power_of_two_scale_keeps_tiny_values():
     x = torch.tensor([1e-8, 3e-9, -2e-10])
     scale = linalg.power_of_two_scale(x, torch.float16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import platform
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from fisher_lab.config import paths, store
 from fisher_lab.config.validate import validate
+from fisher_lab.curvature.settings import SettingError
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan
 from fisher_lab.tasks.engine import kfac_engine
@@ -97,6 +99,85 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
     assert metrics["ng/norm"] == pytest.approx(norm, rel=1e-4)
     assert record["provenance"]["kfac"]["uncovered"] == ["transformer.wpe.weight"]
     assert {row["name"] for row in rows} == set(kfac.kfac_factors)
+
+
+def test_pooled_factors_of_a_tied_head_are_analysed(tmp_path):
+    """The head's G has no spectrum at hand; in its dense form it has, with the same values."""
+    metrics, rows, _ = analysed(tmp_path, "kfac.tied=sum", "kfac.damping=0.1")
+    bench = build(config())
+    kfac = kfac_engine(config("kfac.tied=sum", "kfac/policy=small_only", "kfac.damping=0.1"))
+    kfac.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
+    tops = kfac.top_eigenvalues(1)
+    assert {row["name"] for row in rows} == set(tops)
+    top = max(float(t[0]) for t in tops.values())
+    assert metrics["kfac/top_eigenvalue"] == pytest.approx(top, rel=1e-6)
+    logdet = sum(kfac.log_determinant().values())  # no floor binds at this damping
+    assert metrics["kfac/logdet"] == pytest.approx(logdet, rel=1e-6)
+
+
+def test_pooled_factors_with_ekfac_are_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "mean_loss", lambda *_: pytest.fail("a pass was made"))
+    with pytest.raises(SettingError, match="tied: 'sum' with ekfac"):
+        analyze.run(config("kfac.tied=sum", "kfac.ekfac=true"), Run.start(tmp_path, config={}))
+
+
+def test_the_record_says_what_was_stored_and_clipped(tmp_path):
+    _, rows, _ = analysed(
+        tmp_path, "kfac.damping=1e-6", "kfac.max_condition_number=50", "kfac.woodbury_dtype=fp16"
+    )
+    by_name = {row["name"]: row for row in rows}
+    assert {row["kappa_max"] for row in rows} == {"50.0"}
+    assert {row["storage_device"] for row in rows} == {"cpu"}
+    head = by_name["lm_head"]  # 300 outputs, 62 columns: fewer, so in 16 bits
+    assert head["method"] == "woodbury"
+    assert head["storage_dtype"] == "float16"
+    assert by_name["transformer.h.0.ln_1"]["storage_dtype"] == "float64"
+    shares = [float(row["clipped_frac_G"]) for row in rows]
+    for row, share in zip(rows, shares, strict=True):
+        assert share == pytest.approx(int(row["clipped_G"]) / int(row["dim_G"]))
+    assert max(shares) > 0.5
+    assert {row["ekfac_clipped"] for row in rows} == {""}
+
+
+def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
+    """The floor is one on pairs of eigenvectors; the sides are not clipped."""
+    overrides = ["kfac.ekfac=true", "kfac.damping=1e-5", "kfac.max_condition_number=30"]
+    metrics, rows, _ = analysed(tmp_path, *overrides)
+    bench = build(config())
+    kfac = kfac_engine(config(*overrides))
+    kfac.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
+    kfac.engine.prepare_inverses()
+    clipped = pairs = 0
+    for row in rows:
+        basis = kfac.engine._bases.get(row["name"])
+        if basis is None:
+            assert row["method"] == "norm"
+            assert row["ekfac_clipped"] == ""
+            continue
+        total = int(row["dim_A"]) * int(row["dim_G"])
+        assert int(row["ekfac_clipped"]) == basis.clipped
+        assert float(row["ekfac_clipped_frac"]) == pytest.approx(basis.clipped / total)
+        assert float(row["ekfac_kappa"]) == pytest.approx(30.0**2, rel=1e-6)
+        assert float(row["ekfac_kappa_before"]) > 30.0**2
+        assert (row["clipped_A"], row["clipped_G"]) == ("0", "0")
+        assert (row["floor_applied_A"], row["floor_applied_G"]) == ("false", "false")
+        clipped, pairs = clipped + basis.clipped, pairs + total
+    assert clipped > 0
+    assert metrics["kfac/ekfac_clipped_frac"] == pytest.approx(clipped / pairs)
+    assert metrics["kfac/ekfac_kappa_max"] == pytest.approx(30.0**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_one_line_a_layer_at_info(tmp_path, caplog, ekfac):
+    with caplog.at_level(logging.INFO, "fisher_lab.curvature.kfac"):
+        _, rows, _ = analysed(tmp_path, "kfac.damping=0.1", f"kfac.ekfac={ekfac}")
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("layer ")]
+    assert len(lines) == len(rows)
+    for row in rows:
+        (line,) = [x for x in lines if x.startswith(f"layer {row['name']}: ")]
+        assert f"T={row['tokens']} {row['method']} (empirical)" in line
+        assert f"G: lambda 0.1, clipped {row['clipped_G']}/{row['dim_G']}" in line
+        assert ("of pairs" in line) == (row["ekfac_clipped"] != "")
 
 
 def test_factors_are_kept_where_asked_for(tmp_path):

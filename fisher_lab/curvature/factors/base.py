@@ -26,8 +26,8 @@ class FactorReport:
         dim: dimension of the factor.
         damping: its Tikhonov damping.
         clipped: eigenvalues that the floor raised, over the full dimension.
-        kappa_before: condition number of the damped spectrum.
-        kappa_after: condition number of the spectrum in use.
+        kappa_before: condition number of the damped spectrum; NaN where it was not asked for.
+        kappa_after: condition number of the spectrum in use; the same.
         route: ``cholesky``, ``eigh`` or ``diagonal``.
         jitter: absolute jitter of the Cholesky factorisation.
         eps: the same relative to the mean diagonal.
@@ -63,8 +63,12 @@ class Damped(ABC):
         """
 
     @abstractmethod
-    def report(self) -> FactorReport:
-        """Returns what was done; may cost an eigenvalue computation the first time."""
+    def report(self, *, kappa: bool = True) -> FactorReport:
+        """Returns what was done; may cost an eigenvalue computation the first time.
+
+        Args:
+            kappa: False leaves out condition numbers that would have to be computed.
+        """
 
     @abstractmethod
     def logdet(self) -> float:
@@ -139,6 +143,10 @@ class Factor(ABC):
 
     def top(self, k: int) -> Tensor:
         """Returns the ``min(k, dim)`` largest eigenvalues, float64, descending."""
+        what = f"{self.label}, spectrum"
+        return on_host_if_full(lambda: self._top(k), self.to_host, what).cpu()
+
+    def _top(self, k: int) -> Tensor:
         values, n_zero = self.spectrum()
         values = values.double().sort(descending=True).values[:k]
         missing = min(k - values.numel(), n_zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from functools import cached_property
 
@@ -195,11 +196,11 @@ class DampedDense(Decomposing):
         used, vectors = self._applied
         return vectors @ (used.pow(p)[:, None] * (vectors.T @ y))
 
-    def report(self) -> FactorReport:
+    def report(self, *, kappa: bool = True) -> FactorReport:
         """See :meth:`Damped.report`."""
-        return self.guarded_step("report", self._report)
+        return self.guarded_step("report", lambda: self._report(kappa))
 
-    def _report(self) -> FactorReport:
+    def _report(self, wanted: bool) -> FactorReport:
         found = self.cholesky
         if found is None or found.lower is None:
             c = self.clipped
@@ -208,7 +209,9 @@ class DampedDense(Decomposing):
                 self.factor.dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, "eigh",
                 fallback=fallback,
             )  # fmt: skip
-        kappa = _kappa_from_cholesky(self.factor.matrix, found.lower, self.lam)
+        kappa = math.nan
+        if wanted:
+            kappa = _kappa_from_cholesky(self.factor.matrix, found.lower, self.lam)
         return FactorReport(
             self.factor.dim, self.lam, 0, kappa, kappa, "cholesky", found.jitter, found.eps
         )

@@ -7,16 +7,26 @@ The A of an embedding is ``diag(token counts) / T``; the true-Fisher G of a soft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..linalg import Cholesky, Clipped, clip, robust_cholesky, symmetric_eigen
+from ..linalg import (
+    Cholesky,
+    Clipped,
+    clip,
+    largest_eigenvalues,
+    robust_cholesky,
+    symmetric_eigen,
+)
+from ..retreat import on_host_if_full
 from ..settings import Numerics, SettingError
-from .base import Damped, Factor, FactorReport, clipped_logdet
+from .base import Factor, FactorReport, Movable, clipped_logdet
 from .dense import check_power
 from .gram import Columns
+from .sharded import ShardedColumns
 
 
 class DiagonalFactor(Factor):
@@ -58,11 +68,15 @@ class DiagonalFactor(Factor):
         self.diagonal = self.diagonal.to(device)
 
 
-class DampedDiagonal(Damped):
+class DampedDiagonal(Movable):
     """A damped and clipped diagonal factor."""
 
     def __init__(self, factor: DiagonalFactor, lam: float, kappa_max: float | None) -> None:
         self.factor, self.lam, self.kappa_max = factor, lam, kappa_max
+
+    def forget(self) -> None:
+        """See :meth:`Movable.forget`."""
+        vars(self).pop("clipped", None)
 
     @cached_property
     def clipped(self) -> Clipped:
@@ -75,9 +89,12 @@ class DampedDiagonal(Damped):
     def power(self, y: Tensor, p: float) -> Tensor:
         """See :meth:`Damped.power`."""
         check_power(p, self.lam)
+        return self.guarded("application", lambda y: self._power(y, p), y)
+
+    def _power(self, y: Tensor, p: float) -> Tensor:
         return self.clipped.used.to(y).pow(p)[:, None] * y
 
-    def report(self) -> FactorReport:
+    def report(self, *, kappa: bool = True) -> FactorReport:
         """See :meth:`Damped.report`."""
         c = self.clipped
         return FactorReport(
@@ -105,6 +122,7 @@ class DiagonalLowRankFactor(Factor):
     """
 
     structure = "diagonal_low_rank"
+    movable = True
 
     def __init__(
         self, diagonal: Tensor, columns: Columns, weight: float, sign: int, core_dtype: torch.dtype
@@ -123,19 +141,54 @@ class DiagonalLowRankFactor(Factor):
         low = self.columns.transposed_times(self.columns.times(y)).mul_(self.weight * self.sign)
         return low.add_(self.diagonal.to(y)[:, None] * y)
 
+    @classmethod
+    def of_rows(
+        cls, columns: Columns, weight: float, core_dtype: torch.dtype, label: str
+    ) -> DiagonalLowRankFactor:
+        """Returns the true Fisher of a softmax head from its probabilities.
+
+        ``Dbar`` comes from the stored rows: from others, ``S`` could turn indefinite (section 5).
+
+        Args:
+            columns: the probabilities ``P``.
+            weight: ``w``.
+            core_dtype: dtype of the core and of the diagonal.
+            label: layer, side and both dimensions, for the log.
+        """
+        nothing = torch.empty(0, dtype=core_dtype, device=columns.device)
+        factor = cls(nothing, columns, weight, -1, core_dtype)
+        factor.dim, factor.label = columns.shape[1], label
+        what = f"{label}, diagonal"
+        factor.diagonal = on_host_if_full(factor._row_sum, factor.to_host, what)
+        return factor
+
+    def _row_sum(self) -> Tensor:
+        ones = torch.ones(self.n_columns, 1, dtype=self.core_dtype, device=self.device)
+        return self.columns.transposed_times(ones)[:, 0] * self.weight
+
     def trace(self) -> float:
         """See :meth:`Factor.trace`."""
         low = self.weight * self.columns.squared_norm()
         return float(self.diagonal.double().sum()) + self.sign * low
 
     def spectrum(self) -> tuple[Tensor, int]:
-        """See :meth:`Factor.spectrum`; here by Lanczos products would be needed.
+        """See :meth:`Factor.spectrum`; :meth:`top` goes by Lanczos.
 
         Raises:
             SettingError: the spectrum of this structure is not at hand.
         """
         raise SettingError(
-            f"spectrum: not at hand for the structure {self.structure}; allowed: trace, products"
+            f"spectrum: not at hand for the structure {self.structure}; allowed: top, trace, "
+            "products"
+        )
+
+    def _top(self, k: int) -> Tensor:
+        columns = self.columns
+        agreed: Callable[[bool], bool] = bool
+        if isinstance(columns, ShardedColumns):  # the products are collective: all stop together
+            agreed = columns.agreed
+        return largest_eigenvalues(
+            lambda v: self.multiply(v[:, None])[:, 0], self.diagonal, self.dim, k, agreed=agreed
         )
 
     def damped(
@@ -148,8 +201,22 @@ class DiagonalLowRankFactor(Factor):
         """See :meth:`Factor.tensors`."""
         return {"diagonal": self.diagonal, "columns": self.columns.data}
 
+    @property
+    def device(self) -> torch.device:
+        """See :class:`Factor`: not where the columns are stored, but where they are used."""
+        return self.columns.device
 
-class DampedDiagonalLowRank(Damped):
+    def move(self, device: torch.device) -> None:
+        """See :meth:`Factor.move`."""
+        self.diagonal = self.diagonal.to(device)
+        self.columns = Columns(self.columns.data.to(device), self.columns.scale, device)
+
+    def to_host(self) -> bool:
+        """See :meth:`Factor.to_host`; never where products take several ranks together."""
+        return type(self.columns) is Columns and super().to_host()
+
+
+class DampedDiagonalLowRank(Movable):
     """Damped, not clipped; inverse by Woodbury around the diagonal."""
 
     def __init__(
@@ -160,6 +227,11 @@ class DampedDiagonalLowRank(Damped):
         numerics: Numerics,
     ) -> None:
         self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+
+    def forget(self) -> None:
+        """See :meth:`Movable.forget`."""
+        for name in ("core", "cholesky", "eigen"):
+            vars(self).pop(name, None)
 
     @cached_property
     def core(self) -> Tensor:
@@ -183,6 +255,9 @@ class DampedDiagonalLowRank(Damped):
 
     def prepare(self) -> None:
         """Factorises the core, now."""
+        self.guarded_step("decomposition", self._prepare)
+
+    def _prepare(self) -> None:
         if self.cholesky.lower is None:
             _ = self.eigen
 
@@ -200,19 +275,26 @@ class DampedDiagonalLowRank(Damped):
             SettingError: a power other than -1 and 1.
         """
         check_power(p, self.lam)
+        if p not in (-1, 1):
+            structure = self.factor.structure
+            raise SettingError(f"power: {p:g} on the structure {structure}; allowed: -1, 1")
+        return self.guarded("application", lambda y: self._power(y, p), y)
+
+    def _power(self, y: Tensor, p: float) -> Tensor:
         f = self.factor
         if p == 1:
             return f.multiply(y) + self.lam * y
-        if p != -1:
-            raise SettingError(f"power: {p:g} on the structure {f.structure}; allowed: -1, 1")
         inverse = (f.diagonal.to(y) + self.lam).reciprocal()[:, None]
         scaled = inverse * y
         inner = self._solve(f.columns.times(scaled))
         low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
         return scaled - inverse * low
 
-    def report(self) -> FactorReport:
+    def report(self, *, kappa: bool = True) -> FactorReport:
         """See :meth:`Damped.report`; the condition number is bounded by the diagonal's."""
+        return self.guarded_step("report", self._report)
+
+    def _report(self) -> FactorReport:
         d = self.factor.diagonal + self.lam
         low = self.lam if self.factor.sign < 0 else float(d.min())
         kappa = float(d.max()) / low if low > 0 else float("inf")
@@ -225,6 +307,9 @@ class DampedDiagonalLowRank(Damped):
 
     def logdet(self) -> float:
         """See :meth:`Damped.logdet`: ``log det D + log det S``."""
+        return self.guarded_step("log-determinant", self._logdet)
+
+    def _logdet(self) -> float:
         outer = float((self.factor.diagonal.double() + self.lam).log().sum())
         if self.cholesky.lower is not None:
             return outer + 2.0 * float(self.cholesky.lower.double().diagonal().log().sum())

@@ -7,6 +7,7 @@ section 3, without its ``1/sqrt(T)``, which goes in as the weight ``w`` within t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -48,14 +49,16 @@ class Columns:
             dtype: storage dtype; None keeps their own.
             device: storage device; None keeps their own. The host side is pinned where it can be.
         """
-        dtype = dtype or g.dtype
+        dtype, device = dtype or g.dtype, device or g.device
         up = power_of_two_scale(g, dtype)
-        data = g if up == 1.0 else g * up
-        data = data.to(dtype)
-        if device is not None and device != g.device:
-            data = data.to(device)
-            if device.type == "cpu" and g.device.type == "cuda":
-                data = data.pin_memory()
+        if up == 1.0 and dtype == g.dtype and device == g.device:
+            return cls(g, 1.0, g.device)
+        pinned = device.type == "cpu" and g.device.type == "cuda"
+        data = torch.empty(g.shape, dtype=dtype, device=device, pin_memory=pinned)
+        # Moved first, scaled and rounded there: a device that is full has no room for a copy.
+        for rows in blocks(g.shape[0], g.shape[1] * g.element_size()):
+            part = g[rows].to(device)
+            data[rows].copy_(part if up == 1.0 else part * up)
         return cls(data, 1.0 / up, g.device)
 
     @property
@@ -297,12 +300,15 @@ class DampedGram(Decomposing):
             inner = q @ (used.pow(p)[:, None] * (q.T @ b))
         return self.factor.columns.transposed_times(inner)
 
-    def report(self) -> FactorReport:
+    def report(self, *, kappa: bool = True) -> FactorReport:
         """See :meth:`Damped.report`."""
-        return self.guarded_step("report", self._report)
+        return self.guarded_step("report", lambda: self._report(kappa))
 
-    def _report(self) -> FactorReport:
+    def _report(self, wanted: bool) -> FactorReport:
         dim, found = self.factor.dim, self.cholesky
+        if found is not None and found.lower is not None and not wanted:
+            kappa = math.nan
+            return FactorReport(dim, self.lam, 0, kappa, kappa, "cholesky", found.jitter, found.eps)
         if found is not None and found.lower is not None and self.factor.n_columns < dim:
             kernel = self.factor.kernel
             top, _ = largest_eigenvalue(lambda v: kernel @ v, kernel, kernel.shape[0])
@@ -324,6 +330,11 @@ class DampedGram(Decomposing):
         return self.guarded_step("log-determinant", self._logdet)
 
     def _logdet(self) -> float:
+        found, n_zero = self.cholesky, self.factor.dim - self.factor.n_columns
+        if found is not None and found.lower is not None and n_zero >= 0:
+            # det(w g^T g + lam I) = lam^(dim - T) det(K + lam I).
+            known = 2.0 * float(found.lower.diagonal().double().log().sum())
+            return known + n_zero * math.log(self.lam)
         _, n_zero = self.factor.spectrum()
         return clipped_logdet(self.clipped, n_zero)
 

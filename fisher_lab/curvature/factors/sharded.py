@@ -77,6 +77,15 @@ class ShardedColumns(Columns):
         what = f"token columns (out={self.out}, columns={self.shape[0]}), this rank's share"
         return on_host_if_full(lambda: product(self.local), self._retreat, what)
 
+    def agreed(self, decision: bool) -> bool:
+        """Makes one decision of those of all ranks; collective.
+
+        Args:
+            decision: this rank's.
+        """
+        every = self.communicator.all_reduce(torch.tensor([float(decision)], dtype=torch.float64))
+        return bool(every[0] > 0)
+
     def share_of(self, z: Tensor) -> ShardedColumns:
         """Returns this rank's rows of ``g^T z`` as columns: ``[m, out]`` spread like these.
 
