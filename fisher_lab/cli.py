@@ -230,8 +230,8 @@ def preflight(config: Config) -> Mapping[str, Any]:
     return content
 
 
-def _preflight_ranks(config: Config) -> None:
-    """The environment names the nodes, and there is a CUDA device for each rank."""
+def _check_nodes(config: Config) -> None:
+    """The environment names the nodes (where a sweep is submitted, it does not yet)."""
     import os
 
     from fisher_lab.distributed import launch
@@ -241,6 +241,11 @@ def _preflight_ranks(config: Config) -> None:
         launch.place(d.nproc, d.nodes, os.environ)
     except launch.LaunchError as error:
         raise ConfigError(str(error)) from None
+
+
+def _preflight_ranks(config: Config) -> None:
+    """There is a CUDA device for each rank."""
+    d = config.distributed
     if d.nproc == 1 or config.device == "cpu" or d.backend == "gloo":
         return
     import torch
@@ -282,13 +287,24 @@ def claim_directory(cfg: DictConfig) -> Path:
 
 def _run(hydra: Hydra, cfg: DictConfig) -> int:
     from fisher_lab.config.validate import validate
+    from fisher_lab.distributed.nodes import NodeError
     from fisher_lab.tasks import ranks
 
     config = validate(cfg)
     _check_single(cfg, config)
+    _check_nodes(config)
     preflight(config)
-    with ranks.under_torchrun(config, cfg, lambda: claim_directory(cfg)):
-        return _run_job(hydra, cfg)
+    try:
+        with ranks.of_one_run(config, cfg, lambda: claim_directory(cfg)):
+            code = _run_job(hydra, cfg)
+            if code != OK:
+                raise ranks.RunFailed(code)  # a rank must not wait for others: it has failed
+            return code
+    except ranks.RunFailed as failed:
+        return failed.code
+    except NodeError as error:
+        print(f"fisher_lab: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _run_job(hydra: Hydra, cfg: DictConfig) -> int:

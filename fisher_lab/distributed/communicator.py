@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from time import perf_counter
 from typing import Any
 
@@ -55,6 +56,8 @@ class TorchCommunicator:
 
     Attributes:
         traffic: name of a collective -> what it has moved.
+        patience: how long a collective is waited for where the backend would go on by itself
+            (nccl); None leaves the time-out to the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, pairwise: bool = False) -> None:
@@ -63,6 +66,7 @@ class TorchCommunicator:
             raise RuntimeError("several ranks need a process group: call init_process_group first")
         self.group: dist.ProcessGroup = group
         self.traffic: dict[str, Traffic] = {}
+        self.patience: timedelta | None = None
         self._rank = dist.get_rank(self.group)
         self._size = dist.get_world_size(self.group)
         self._pairwise = pairwise
@@ -86,7 +90,7 @@ class TorchCommunicator:
         here = x.to(self.device).contiguous()
         moved = 2 * (self.size - 1) * _bytes(here) // self.size
         with self._counted("all_reduce", here, moved, moved):
-            dist.all_reduce(here, group=self.group)
+            self._finish(dist.all_reduce(here, group=self.group, async_op=True))
         return here.to(x.device)
 
     def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -104,7 +108,9 @@ class TorchCommunicator:
         every = piece.new_empty(self.size * longest, *piece.shape[1:])
         moved = (self.size - 1) * _bytes(piece)
         with self._counted("all_gather", piece, moved, moved):
-            _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group)
+            self._finish(
+                _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group, async_op=True)
+            )
         if any(n != longest for n in rows):
             pieces = every.view(self.size, longest, *piece.shape[1:])
             every = torch.cat([pieces[r, :n] for r, n in enumerate(rows)])
@@ -123,7 +129,11 @@ class TorchCommunicator:
         with self._counted("exchange", here, going, coming):
             if not self._pairwise:
                 try:
-                    dist.all_to_all_single(target, source, in_sizes, out_sizes, group=self.group)
+                    self._finish(
+                        dist.all_to_all_single(
+                            target, source, in_sizes, out_sizes, group=self.group, async_op=True
+                        )
+                    )
                 except RuntimeError as error:
                     if "support" not in str(error).lower():
                         raise
@@ -147,7 +157,7 @@ class TorchCommunicator:
             if out_sizes[other]:
                 work.append(dist.isend(outgoing[other].contiguous(), peer, group=self.group))
         for each in work:
-            each.wait()
+            self._finish(each)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """See :class:`fisher_lab.curvature.reduce.Communicator`."""
@@ -158,7 +168,7 @@ class TorchCommunicator:
         sent = (self.size - 1) * _bytes(here) if root else 0
         with self._counted("broadcast", here, sent, 0 if root else _bytes(here)):
             peer = dist.get_global_rank(self.group, source)  # type: ignore[arg-type]
-            dist.broadcast(_as_bytes(here), peer, group=self.group)
+            self._finish(dist.broadcast(_as_bytes(here), peer, group=self.group, async_op=True))
         return here.to(x.device)
 
     def share(self, value: Any) -> list[Any]:
@@ -172,6 +182,19 @@ class TorchCommunicator:
             result.append(json.loads(every[start : start + size]))
             start += size
         return result
+
+    def _finish(self, work: Any) -> None:
+        """Waits for a collective that was started with ``async_op=True``.
+
+        Without it, newer versions of torch put an nccl collective on the stream and return no
+        work: a time-out is then the watchdog's, which ends the process and names nothing.
+        """
+        if work is None:
+            return
+        if self.patience is None:
+            work.wait()
+        else:
+            work.wait(self.patience)
 
     # ---- counting ----------------------------------------------------------------------------
 

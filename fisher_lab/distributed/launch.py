@@ -12,11 +12,18 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .nodes import NodeError
+
+if TYPE_CHECKING:
+    from .nodes import Meeting
 
 SHUTDOWN_S = 10
 """A rank that has not ended this long after it was asked to is killed."""
@@ -144,32 +151,40 @@ def inside() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def start(module: str, arguments: Sequence[str], where: Place) -> None:
+def start(
+    module: str, arguments: Sequence[str], where: Place, meeting: Meeting | None = None
+) -> None:
     """Runs ``python -m module arguments`` on every rank of this node and waits for all of them.
 
     Args:
         module: what every rank runs.
         arguments: its arguments.
         where: how many ranks, on which nodes.
+        meeting: of the nodes, where there are several.
 
     Raises:
         RanksFailed: a rank ended with an error; the others have been stopped.
         Stopped: this process got a signal; the ranks got it too and have ended.
+        nodes.Elsewhere: another node has failed or was stopped; this node's ranks have ended.
+        nodes.NodeError: the nodes did not come together.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    several = where.nodes > 1
+    several = meeting is not None
+    if several:
+        _register()
     with tempfile.TemporaryDirectory(prefix="fisher_lab-ranks-") as logs, _as_before():
         config = LaunchConfig(
             min_nodes=where.nodes,
             max_nodes=where.nodes,
             nproc_per_node=where.nproc,
             run_id=uuid.uuid4().hex if not several else f"fisher_lab-{where.port}",
-            rdzv_backend="static" if several else "c10d",
+            rdzv_backend=_BACKEND if several else "c10d",
             rdzv_endpoint=f"{where.address}:{where.port}",
-            rdzv_configs={"rank": where.node} if several else {},
+            rdzv_configs={"meeting": meeting} if several else {},
             local_addr=None if several else "127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
@@ -187,6 +202,42 @@ def start(module: str, arguments: Sequence[str], where: Place) -> None:
             ) from None
         except SignalException as error:
             raise Stopped(int(error.sigval)) from None
+        except DistError as error:
+            raise NodeError(str(error).strip().splitlines()[0]) from None
+
+
+_BACKEND = "fisher_lab"
+
+
+def _register() -> None:
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    rendezvous_handler_registry.register(_BACKEND, _rendezvous)
+
+
+def _rendezvous(parameters: Any) -> Any:
+    """Elastic's static rendezvous, which also hears when another node gives the alarm."""
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    meeting: Meeting = parameters.config["meeting"]
+
+    class Rendezvous(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return _BACKEND
+
+        def next_rendezvous(self) -> Any:
+            meeting.together()
+            return super().next_rendezvous()
+
+        def num_nodes_waiting(self) -> Any:
+            meeting.look()  # elastic asks all the time while the ranks are at work
+            return 0
+
+    where = meeting.where
+    seconds = max(1, round(meeting.timeout_s))
+    return Rendezvous(
+        where.address, where.port, where.node, where.nodes, parameters.run_id, seconds
+    )
 
 
 def _same_code() -> None:
@@ -226,3 +277,22 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
     if os.getppid() != parent:  # it was gone before we asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_in_time(seconds: float = SHUTDOWN_S) -> None:
+    """Sees to it that this rank ends within ``seconds`` after it was asked to (SIGTERM).
+
+    A signal handler of Python's waits for the native code that the main thread is in. A thread
+    learns of the signal at once. Elastic itself waits longer where a rank has failed.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while signal.SIGTERM not in os.read(reading, 64):
+            pass
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-in-time", daemon=True).start()

@@ -169,6 +169,11 @@ class Run:
         self.record["error"] = dict(error)
         self.end("failed")
 
+    def amend(self, error: Mapping[str, Any]) -> None:
+        """Replace the error of a run that has failed by the one that it came from."""
+        self.record["error"] = dict(error)
+        self._write()
+
     def end(self, status: str, reason: str | None = None) -> None:
         """End with any status.
 

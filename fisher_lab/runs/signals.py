@@ -90,6 +90,10 @@ class Watch:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
+    def ending(self) -> None:
+        """From here on the run is being brought to its end: only SIGINT still breaks in."""
+        self._ending = True
+
     @contextlib.contextmanager
     def deferred(self) -> Iterator[Pending]:
         """Note signals instead of raising, until the block ends.

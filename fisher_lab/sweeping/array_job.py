@@ -63,7 +63,8 @@ class CellJob:
         """Run the cell.
 
         Returns:
-            The status of its record: ``completed``, or ``held`` where somebody else runs it.
+            The status of its record: ``completed``, or ``held`` where somebody else runs it. On
+            another node than the first, how its own worker ended: node 0 speaks for all of them.
 
         Raises:
             CellFailed: it did not complete.
@@ -74,6 +75,7 @@ class CellJob:
         def note(signum: int, _: FrameType | None) -> None:
             asked.append(signum)
 
+        node = frozen.node
         requeue = signal.signal(signal.SIGUSR2, note)
         job = Job(
             frozen,
@@ -81,12 +83,13 @@ class CellJob:
             grace_s=self.grace_s,
             environment={worker.SCHEDULED: "slurm"},
             command=self.command,
+            node=node,
         )
         while (ending := job.poll()) is None:
             if asked:
                 job.ask(signal.SIGUSR2)
             time.sleep(TICK_S)
-        if ending.status in ("completed", "held"):
+        if node > 0 or ending.status in ("completed", "held"):
             return ending.status
         if ending.status == "preempted" and self._may_come_back(frozen, job):
             assert callable(requeue)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate_plain
+from fisher_lab.distributed import launch
 from fisher_lab.runs import atomic
 
 from .layout import Layout
@@ -124,6 +125,21 @@ class Frozen:
     def stale_after_s(self) -> float:
         """Seconds without a heartbeat after which the claim on it is stale."""
         return self.data["config"]["resume"]["stale_after_s"]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes on which its ranks run."""
+        return self.data["config"]["distributed"]["nodes"]
+
+    @property
+    def node(self) -> int:
+        """This node among them, as the environment says.
+
+        Raises:
+            LaunchError: it does not say it.
+        """
+        given = self.data["config"]["distributed"]
+        return launch.place(given["nproc"], given["nodes"], os.environ).node
 
     @property
     def cancelled(self) -> bool:

@@ -68,6 +68,10 @@ class Layout:
         """What the processes of a cell printed, one attempt after the other."""
         return self.run_directory(run_id) / JOB_LOG
 
+    def node_log(self, run_id: str, node: int) -> Path:
+        """The same for the processes of another node than the first."""
+        return self.run_directory(run_id) / "ranks" / f"node{node}.{JOB_LOG}"
+
     def claim(self, run_id: str, stale_after: float = STALE_AFTER) -> Claim:
         """The claim on a cell."""
         return Claim(self.claims / run_id, stale_after)

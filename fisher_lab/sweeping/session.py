@@ -60,7 +60,7 @@ def run(
     plans = plan.make(loader, master, arguments, identify, strict=not options.dry_run)
     if options.dry_run:
         return dry_run.show(plans)
-    _check(plans, kind)
+    _check(plans, kind, settings)
     cells = [cell for one in plans for cell in one.cells]
     for one in plans:
         one.layout.directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,9 @@ def launch(
         serial.run(cells, frozen, tally)
 
 
-def _check(plans: Sequence[SweepPlan], kind: str) -> None:
+def _check(plans: Sequence[SweepPlan], kind: str, settings: Settings) -> None:
+    for cell in (cell for one in plans for cell in one.cells):
+        _check_nodes(cell.config.distributed.nodes, kind, settings)
     if kind != "serial":
         return
     for one in plans:
@@ -126,6 +128,19 @@ def _check(plans: Sequence[SweepPlan], kind: str) -> None:
                     "null with hydra/launcher=serial, which cannot end a cell; take "
                     "hydra/launcher=local",
                 )
+
+
+def _check_nodes(nodes: int, kind: str, settings: Settings) -> None:
+    """A job has the nodes that its cell is to run on; on this machine there is one."""
+    if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        if nodes != settings.nodes:
+            raise ConfigError.value(
+                "distributed.nodes", nodes, f"hydra.launcher.nodes={settings.nodes}, the job's"
+            )
+    elif nodes > 1:
+        raise ConfigError.value(
+            "distributed.nodes", nodes, f"1 with hydra/launcher={kind}; SLURM gives several"
+        )
 
 
 def _section(master: DictConfig, name: str) -> dict[str, Any]:

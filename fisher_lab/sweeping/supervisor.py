@@ -26,6 +26,12 @@ from .cell import Frozen
 WORKER = ("-m", "fisher_lab.sweeping.worker")
 """What Python is given to run a worker."""
 
+_OF_CODES = {
+    worker.COMPLETED: "completed",
+    worker.PREEMPTED: "preempted",
+    worker.CANCELLED: "cancelled",
+}
+
 TAIL_LINES = 20
 TAIL_BYTES = 4096
 _CLAIM_TIMEOUT = 30.0
@@ -60,6 +66,7 @@ class Job:
         grace_s: seconds between asking it to end and killing it.
         environment: further variables.
         command: what Python is given to run a worker; by default :data:`WORKER`.
+        node: of several that run the cell together; that of node 0 alone settles how it ended.
     """
 
     def __init__(
@@ -70,15 +77,18 @@ class Job:
         grace_s: float,
         environment: dict[str, str] | None = None,
         command: tuple[str, ...] | None = None,
+        node: int = 0,
     ) -> None:
         self.frozen = frozen
+        self._node = node
         self.started = time.monotonic()
         self._since = datetime.now(UTC) - timedelta(milliseconds=1)  # records have no finer
         self._grace_s = grace_s
-        self._limit = frozen.timeout_s
+        self._limit = frozen.timeout_s if node == 0 else None
         self._asked: float | None = None
         self._timed_out = False
-        self._log = frozen.layout.job_log(frozen.run_id)
+        layout, run_id = frozen.layout, frozen.run_id
+        self._log = layout.job_log(run_id) if node == 0 else layout.node_log(run_id, node)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._offset = self._log.stat().st_size if self._log.exists() else 0
         variables = {**os.environ, "PYTHONPATH": _python_path(), **(environment or {})}
@@ -139,6 +149,8 @@ class Job:
         code = self.process.returncode
         if code == worker.HELD:
             return Ending("held")
+        if self._node > 0:
+            return Ending(_OF_CODES.get(code, "failed"))
         claim = self.frozen.layout.claim(self.frozen.run_id, self.frozen.stale_after_s)
         if not claim.acquire_within(_CLAIM_TIMEOUT):
             return Ending("held")

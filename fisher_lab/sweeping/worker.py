@@ -3,7 +3,8 @@
 Whoever starts a worker can rely on this: it runs the cell only where it holds the claim and nobody
 has completed the cell; it appends what happened to the journal; and its exit code says how it
 ended. A worker that is killed leaves a record with the status ``running`` and a claim whose owner
-is dead, which is how everybody else knows.
+is dead, which is how everybody else knows. On several nodes each has a worker: that of node 0 does
+all this, and the others run their ranks for it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import logging
 import logging.config
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.journal import Journal
@@ -25,7 +26,9 @@ from fisher_lab.runs.signals import Interrupted, Watch
 from .cell import Frozen
 
 if TYPE_CHECKING:
+    from fisher_lab.distributed.nodes import Meeting
     from fisher_lab.runs.claims import Claim
+    from fisher_lab.tasks.job import Work
 
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
 """Exit codes. ``HELD``: somebody else runs the cell."""
@@ -55,6 +58,40 @@ def run(frozen: Frozen) -> int:
     Raises:
         Interrupted: a signal ended the cell; everything is recorded.
     """
+    if frozen.nodes == 1:
+        return _run(frozen)
+    from fisher_lab.distributed.nodes import NodeError
+    from fisher_lab.tasks import ranks
+
+    leads = frozen.node == 0
+    try:
+        with ranks.meeting_of(frozen.config) as meeting:
+            if meeting is None or meeting.leads:
+                return _run(frozen)
+            return _follow(frozen, meeting)
+    except NodeError as error:
+        print(f"fisher_lab: {error}", file=sys.stderr)
+        if leads:
+            return _run(frozen, error)
+        return FAILED
+
+
+def _follow(frozen: Frozen, meeting: Meeting) -> int:
+    """Another node than the first: it runs its ranks where node 0 has claimed the cell."""
+    from fisher_lab.tasks import job, ranks
+
+    told = meeting.announced()
+    if told is None:
+        return HELD
+    directory = Path(told["directory"])
+    folder, name = ranks.folder_on(meeting.where.node, directory)
+    with _logging(frozen, ranks.log_of(frozen.logging(), folder / f"{name}.log")):
+        outcome = job.begin(_work(frozen, directory), frozen.logging())
+    return COMPLETED if outcome.status == "completed" else FAILED
+
+
+def _run(frozen: Frozen, problem: Exception | None = None) -> int:
+    """Run a cell under its claim, or record there why it cannot be run."""
     layout, run_id = frozen.layout, frozen.run_id
     claim = layout.claim(run_id, frozen.stale_after_s)
     if not claim.acquire():
@@ -69,22 +106,25 @@ def run(frozen: Frozen) -> int:
         atomic.clear_leftovers(frozen.directory)
         (frozen.directory / record.RUN_FILE).unlink(missing_ok=True)
         journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
-        return _perform(frozen, claim)
+        return _perform(frozen, claim, problem)
 
 
-def _perform(frozen: Frozen, claim: Claim) -> int:
+def _work(frozen: Frozen, directory: Path) -> Work:
+    from fisher_lab.tasks import job
+
+    overrides, content = tuple(frozen.data["overrides"]), frozen.data["content"]
+    return job.Work(frozen.config, directory, overrides, content)
+
+
+def _perform(frozen: Frozen, claim: Claim, problem: Exception | None = None) -> int:
     from fisher_lab.tasks import job
 
     stopped: Interrupted | None = None
-    with _logging(frozen):
+    with _logging(frozen, frozen.logging()):
         try:
-            work = job.Work(
-                frozen.config,
-                frozen.directory,
-                tuple(frozen.data["overrides"]),
-                frozen.data["content"],
-            )
-            job.begin(work, frozen.logging())
+            if problem is not None:
+                raise problem
+            job.begin(_work(frozen, frozen.directory), frozen.logging())
         except Interrupted as stop:
             stopped = stop
             _amend(frozen, stop)
@@ -142,12 +182,12 @@ def note_completed(journal: Journal, run_id: str) -> None:
 
 
 @contextlib.contextmanager
-def _logging(frozen: Frozen) -> Iterator[None]:
+def _logging(frozen: Frozen, told: Mapping[str, Any]) -> Iterator[None]:
     """Log into the run directory; what was set up before is set up again afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     frozen.directory.mkdir(parents=True, exist_ok=True)
-    logging.config.dictConfig(frozen.logging())
+    logging.config.dictConfig(dict(told))
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fisher_lab.config.schema import Config
     from fisher_lab.distributed.communicator import TorchCommunicator
+    from fisher_lab.tasks.endings import Endings
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +133,7 @@ def begin(work: Work, told: Mapping[str, Any]) -> Outcome:
 
     logging.captureWarnings(True)
     if not ranks.wanted(work.config):
-        communicator = ranks.current()
-        outcome = perform(work, communicator)
-        if outcome.error is not None and communicator is not None:
-            folder = work.directory / ranks.FOLDER
-            ranks.write_error(folder, communicator.rank, outcome.error)
-        return outcome
+        return perform(work, ranks.current())
     error = ranks.start(work, told)
     if error is None:
         return Outcome(work.directory, "completed")
@@ -156,16 +152,21 @@ def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcom
     Raises:
         Interrupted: a signal ended the run; its record says so.
     """
-    leads = communicator is None or communicator.rank == 0
+    if communicator is None:
+        return _perform(work, None)
+    from fisher_lab.tasks.endings import Endings
+
+    endings = Endings(communicator, work.directory)
     with ExitStack() as stack:
-        directory = work.directory
-        if not leads:
+        if communicator.rank > 0:
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="fisher_lab-rank-")))
-        return _perform(dataclasses.replace(work, directory=directory), communicator, leads)
+            work = dataclasses.replace(work, directory=directory)
+        return _perform(work, endings)
 
 
-def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) -> Outcome:
+def _perform(work: Work, endings: Endings | None) -> Outcome:
     config, directory = work.config, work.directory
+    leads = endings is None or endings.rank == 0
     content, problem = _content(config)
     if work.frozen is not None:
         if problem is None and content != work.frozen:
@@ -191,30 +192,21 @@ def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) ->
     )
     try:
         with run.signals:
-            if communicator is not None:
-                from fisher_lab.tasks import ranks
-
-                run.note(distributed=ranks.about(communicator))
-            if problem is not None:
-                raise problem
-            run.note(**_prepare(config))
-            with tracking.current(tracker):
-                import_module(TASKS[config.task.name]).run(config, run)
+            try:
+                _do_task(config, run, endings, problem, tracker)
+            except (Exception, Interrupted) as error:
+                # Whoever started the ranks stops those that are left: it must not break in here.
+                run.signals.ending()
+                _end(run, error, endings)
+                raise
     except Interrupted as stop:
-        told = _of_another_rank(stop, directory, communicator)
-        if told is None:
-            run.end(stop.status, stop.signum.name)
-        else:
-            run.fail_with(told)
         log.warning("%s; the run directory is %s", stop, directory)
         raise
     except Exception as error:
-        told = _of_another_rank(error, directory, communicator)
-        run.fail_with(record.describe(error) if told is None else told)
         _log_in_full(error)
-        return Outcome(directory, "failed", _first_line(error), error)
+        told = run.record["error"] or record.describe(error)
+        return Outcome(directory, "failed", _brief(told["type"], told["message"]), error)
     else:
-        run.complete()
         log.info("completed")
     finally:
         sending.send(run, told_to, tracker)
@@ -225,14 +217,44 @@ def _perform(work: Work, communicator: TorchCommunicator | None, leads: bool) ->
     return Outcome(directory, "completed")
 
 
-def _of_another_rank(
-    error: BaseException, directory: Path, communicator: TorchCommunicator | None
-) -> dict[str, Any] | None:
-    if communicator is None or communicator.rank > 0:
-        return None
-    from fisher_lab.tasks import ranks
+def _do_task(
+    config: Config,
+    run: Run,
+    endings: Endings | None,
+    problem: Exception | None,
+    tracker: tracking.Tracker,
+) -> None:
+    """The task itself, and the record's end where all went well."""
+    try:
+        if endings is not None:
+            run.note(distributed=endings.about())
+        if problem is not None:
+            raise problem
+        run.note(**_prepare(config))
+        with tracking.current(tracker):
+            import_module(TASKS[config.task.name]).run(config, run)
+    except Exception:
+        run.signals.ending()  # at once: the error is to be recorded, whatever else comes
+        raise
+    run.signals.ending()
+    run.complete()
+    if endings is not None:
+        endings.completed()
 
-    return ranks.cause(directory / ranks.FOLDER, 0, error)
+
+def _end(run: Run, error: Exception | Interrupted, endings: Endings | None) -> None:
+    """The record's end where something went wrong here, or on a rank that this one noticed."""
+    if run.status != "running":  # a second SIGINT, while the end was being written
+        return
+    if isinstance(error, Interrupted):
+        if endings is None:
+            run.end(error.status, error.signum.name)
+        else:
+            endings.stopped(run, error)
+    elif endings is None:
+        run.fail(error)
+    else:
+        endings.failed(run, error)
 
 
 def _changed(content: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
@@ -266,10 +288,6 @@ def _log_in_full(error: Exception) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(entry)
-
-
-def _first_line(error: Exception) -> str:
-    return _brief(type(error).__name__, str(error))
 
 
 def _brief(kind: str, message: str) -> str:

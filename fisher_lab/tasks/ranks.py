@@ -2,8 +2,10 @@
 
 ``distributed.nproc=2`` makes the process that Hydra has called the watcher: it starts the ranks
 (``python -m fisher_lab.tasks.ranks``), waits, and where one of them failed writes its error into
-the record. Under ``torchrun`` every process is a rank from the start. Only rank 0 writes the run
-directory, but for what is in ``ranks/``: a log of each other rank, and the error of any.
+the record. On several nodes each has a watcher; that of node 0 alone writes, and the others tell it
+how their ranks ended. Under ``torchrun`` every process is a rank from the start. Only rank 0 writes
+the run directory, but for what is in ``ranks/``: a log of each other rank and node, and how each
+rank ended.
 """
 
 from __future__ import annotations
@@ -14,21 +16,30 @@ import logging
 import logging.config
 import os
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from fisher_lab.distributed import launch
+from fisher_lab.distributed import launch, nodes
 from fisher_lab.runs import atomic, provenance, record
 from fisher_lab.runs.leaving import leave
 from fisher_lab.runs.record import Run
-from fisher_lab.runs.signals import STATUS, Interrupted
+from fisher_lab.runs.signals import STATUS, Interrupted, Watch
+from fisher_lab.tasks.endings import (
+    FOLDER,
+    GRACE_S,
+    clear,
+    has_told_error,
+    is_consequence,
+    read_errors,
+    write_error,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,14 +51,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODULE = "fisher_lab.tasks.ranks"
-FOLDER = "ranks"
 WORK_FILE = "work.json"
 
-CONSEQUENCES = ("CommunicationError", "RankError", "DistBackendError", "DistNetworkError")
-"""Errors that a rank has because another one has failed; that one's error is the run's."""
+MEET_S = 300.0
+"""Nodes wait for each other this long, or ``distributed.timeout_s`` where that is less."""
 
-GRACE_S = 5.0
-"""A rank with such an error stays this long, so that the other one is seen to have ended first."""
+
+class RunFailed(Exception):
+    """A rank under ``torchrun`` leaves without waiting for the others; its record says why.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__(str(code))
 
 
 def wanted(config: Config) -> bool:
@@ -57,6 +76,34 @@ def wanted(config: Config) -> bool:
 
 
 # ---- the watcher ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks of one node ended.
+
+    Attributes:
+        failures: of those that ended first.
+        errors: what this node's ranks have left.
+        stop: the signal that their watcher got.
+        elsewhere: why they were stopped, where another node was the reason.
+    """
+
+    failures: tuple[launch.Failure, ...] = ()
+    errors: tuple[dict[str, Any], ...] = ()
+    stop: int | None = None
+    elsewhere: str | None = None
+
+    @property
+    def well(self) -> bool:
+        """Whether they did what they were to do."""
+        return self == Ended()
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Ended:
+        """From what ``dataclasses.asdict`` gave."""
+        failures = tuple(launch.Failure(**one) for one in plain["failures"])
+        return cls(failures, tuple(plain["errors"]), plain["stop"], plain["elsewhere"])
 
 
 def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -76,77 +123,177 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
     d = work.config.distributed
     where = launch.place(d.nproc, d.nodes, os.environ)
     folder = work.directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("rank*.error.json"):
-        old.unlink()
-    path = folder / WORK_FILE
+    if where.node == 0:
+        clear(folder)
+    path = folder / (WORK_FILE if where.node == 0 else f"{_node_name(where.node)}.{WORK_FILE}")
     atomic.write_json(path, {**work.plain(), "logging": logging_config})
     log.info("starting %d ranks on this node (%d of %d)", d.nproc, where.node + 1, d.nodes)
+    meeting = nodes.current() if where.nodes > 1 else None
+    if meeting is None:
+        with Watch() as signals:
+            own = _watch(path, where, None)
+            signals.ending()
+            return _conclude(work, own, [own])
+    with Watch() as signals:
+        if meeting.leads:
+            meeting.announce({"directory": str(work.directory.absolute())})
+        own = _watch(path, where, meeting)
+        signals.ending()
+        return (_lead if meeting.leads else _follow)(work, own, meeting)
+
+
+def _watch(path: Path, where: launch.Place, meeting: nodes.Meeting | None) -> Ended:
+    """Starts this node's ranks and waits for them."""
+    failures: tuple[launch.Failure, ...] = ()
     try:
-        launch.start(MODULE, [str(path)], where)
-    except launch.Stopped as stop:
-        _end(work, STATUS.get(signal.Signals(stop.signum), "cancelled"), stop)
-        raise Interrupted(stop.signum) from None
+        launch.start(MODULE, [str(path)], where, meeting)
     except launch.RanksFailed as failed:
-        signum = stopped_by(failed)
-        if signum is not None:
-            # Whatever rank 0 has made of being stopped because another rank had ended.
-            _reopened(work).end(STATUS[signum], signum.name)
-            raise Interrupted(signum) from None
-        error = verdict(folder, failed)
-        if where.node == 0:
-            _fail(work, error)
+        failures = failed.failures
+    except launch.Stopped as stop:
+        return Ended(stop=stop.signum)
+    except Interrupted as stop:  # before there were ranks
+        return Ended(stop=stop.signum)
+    except nodes.NodeError as error:
+        return Ended(errors=({**record.describe(error), "rank": None},))
+    except nodes.Elsewhere as other:
+        return Ended(errors=_errors_here(path.parent, where), elsewhere=str(other))
+    else:
+        return Ended()
+    return Ended(failures, _errors_here(path.parent, where))
+
+
+def _errors_here(folder: Path, where: launch.Place) -> tuple[dict[str, Any], ...]:
+    """The errors of this node's ranks."""
+    return tuple(e for e in read_errors(folder) if e["rank"] // where.nproc == where.node)
+
+
+def _lead(work: Work, own: Ended, meeting: nodes.Meeting) -> dict[str, Any] | None:
+    """Node 0: hears how the others' ranks ended, writes what follows, and tells it."""
+    stop: Interrupted | None = None
+    error: dict[str, Any] | None = None
+    if not own.well:
+        meeting.alarm()
+    others = {node: Ended.of(told) for node, told in meeting.reports().items()}
+    silent = [str(node) for node in range(1, meeting.where.nodes) if node not in others]
+    if silent:
+        log.warning("node %s did not say how its ranks ended", " and ".join(silent))
+    try:
+        error = _conclude(work, own, [own, *others.values()])
+    except Interrupted as caught:
+        stop = caught
+    meeting.decide({"status": record.status_of(work.directory), "error": error,
+                    "stop": None if stop is None else int(stop.signum)})  # fmt: skip
+    if stop is not None:
+        raise stop
+    return error
+
+
+def _follow(work: Work, own: Ended, meeting: nodes.Meeting) -> dict[str, Any] | None:
+    """Another node: tells node 0 how its ranks ended, and ends as that says."""
+    try:
+        if not own.well:
+            meeting.alarm()
+        meeting.report(dataclasses.asdict(own))
+        told = meeting.verdict()
+    except nodes.NodeError as error:
+        return record.describe(error)
+    if told.get("stop") is not None:
+        raise Interrupted(told["stop"])
+    return told.get("error")
+
+
+def _conclude(work: Work, own: Ended, every: Sequence[Ended]) -> dict[str, Any] | None:
+    """Makes the record say how the ranks of all nodes ended, whatever rank 0 has made of it.
+
+    Raises:
+        Interrupted: they ended for a signal.
+    """
+    failures = [failure for ended in every for failure in ended.failures]
+    errors = [error for ended in every for error in ended.errors]
+    if all(ended.well for ended in every):
+        return None
+    signum = stopped_by(failures) if failures else None
+    if signum is None and not _causes(errors, failures):
+        signum = next((ended.stop for ended in every if ended.stop is not None), None)
+    if signum is None:
+        error = choose(errors, failures) or _without_reason(every)
+        _reopened(work).fail_with(error)
         return error
-    return None
+    name = signal.Signals(signum)
+    run = _reopened(work, keep=own.stop is not None)
+    if run.status == "running":
+        run.end(STATUS.get(name, "cancelled"), name.name)
+    raise Interrupted(signum)
+
+
+def _without_reason(every: Sequence[Ended]) -> dict[str, Any]:
+    message = next((ended.elsewhere for ended in every if ended.elsewhere), "a node failed")
+    return {"type": "NodeError", "message": message, "traceback": "", "rank": None}
 
 
 def verdict(folder: Path, failed: launch.RanksFailed) -> dict[str, Any]:
+    """Finds the error that the others followed from, among the ranks of one node.
+
+    Args:
+        folder: with the ranks' ``rank<r>.error.json``.
+        failed: who ended first.
+    """
+    found = choose(read_errors(folder), failed.failures)
+    assert found is not None
+    return found
+
+
+def choose(
+    errors: Sequence[Mapping[str, Any]], failures: Sequence[launch.Failure]
+) -> dict[str, Any] | None:
     """Finds the error that the others followed from.
 
     The first error that is no consequence of another one; else a rank that was killed. (Those
     that were only asked to end, SIGTERM, are the ranks that were stopped for another's error.)
 
     Args:
-        folder: with the ranks' ``rank<r>.error.json``.
-        failed: who ended first.
+        errors: that ranks have left.
+        failures: the ranks that ended first, of every node.
     """
-    errors = [json.loads(file.read_text("utf-8")) for file in folder.glob("rank*.error.json")]
-    errors.sort(key=lambda e: (e["time"], e["rank"]))
-    first = [e for e in errors if not _is_consequence(e["type"], e["message"])]
-    killed = [f for f in failed.failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    first, killed = _first_causes(errors), _killed(failures)
     if first or (errors and not killed):
-        chosen = (first or errors)[0]
+        chosen = (first or sorted(errors, key=_when))[0]
         return {key: chosen[key] for key in ("type", "message", "traceback", "rank")}
-    ended = (killed or failed.failures)[0]
+    if not failures:
+        return None
+    ended = (killed or failures)[0]
     kind = "RankKilled" if ended.exitcode < 0 else "RankFailed"
     return {"type": kind, "message": ended.text, "traceback": "", "rank": ended.rank}
 
 
-def stopped_by(failed: launch.RanksFailed) -> signal.Signals | None:
+def _causes(errors: Sequence[Mapping[str, Any]], failures: Sequence[launch.Failure]) -> bool:
+    """Whether something has gone wrong that is no consequence of anything else."""
+    return bool(_first_causes(errors) or _killed(failures))
+
+
+def _first_causes(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted((e for e in errors if not is_consequence(e["type"], e["message"])), key=_when)
+
+
+def _killed(failures: Sequence[launch.Failure]) -> list[launch.Failure]:
+    """Those ended by a signal; an abort, as native code does it at another's end, comes last."""
+    found = [f for f in failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    return sorted(found, key=lambda f: f.exitcode == -signal.SIGABRT)
+
+
+def _when(error: Mapping[str, Any]) -> tuple[str, int]:
+    rank = error["rank"]
+    return error.get("time", ""), -1 if rank is None else rank
+
+
+def stopped_by(failures: Sequence[launch.Failure]) -> signal.Signals | None:
     """Finds the signal that the ranks have agreed to end for, whichever of them it had reached.
 
     Args:
-        failed: who ended first.
+        failures: the ranks that ended first.
     """
-    codes = {failure.exitcode for failure in failed.failures} - {-signal.SIGTERM}
+    codes = {failure.exitcode for failure in failures} - {-signal.SIGTERM}
     return next((signum for signum in STATUS if codes == {128 + signum}), None)
-
-
-def _is_consequence(kind: str, message: str) -> bool:
-    known = kind.rpartition(".")[2] in CONSEQUENCES
-    return known or any(word in message for word in ("gloo", "NCCL", "TCPStore"))
-
-
-def _fail(work: Work, error: Mapping[str, Any]) -> None:
-    """The record says what ended the run, whatever rank 0 still made of it."""
-    _reopened(work).fail_with(error)
-
-
-def _end(work: Work, status: str, stop: launch.Stopped) -> None:
-    """Ends a record that rank 0 had no time to end."""
-    run = _reopened(work, keep=True)
-    if run.status == "running":
-        run.end(status, str(stop))
 
 
 def _reopened(work: Work, *, keep: bool = False) -> Run:
@@ -162,6 +309,78 @@ def _reopened(work: Work, *, keep: bool = False) -> Run:
     return Run(work.directory, found) if keep else Run.reopen(work.directory)
 
 
+# ---- several nodes -------------------------------------------------------------------------------
+
+
+@contextmanager
+def meeting_of(config: Config) -> Iterator[nodes.Meeting | None]:
+    """Brings this node together with the others that run the same, where there are several.
+
+    Args:
+        config: the validated configuration.
+
+    Yields:
+        What the nodes tell each other; None where this is the only one.
+
+    Raises:
+        nodes.NodeError: node 0 cannot be reached.
+        launch.LaunchError: the environment does not say which node this is.
+    """
+    d = config.distributed
+    if d.nodes == 1 or not wanted(config):
+        yield None
+        return
+    where = launch.place(d.nproc, d.nodes, os.environ)
+    with nodes.meeting(where, min(MEET_S, d.timeout_s)) as found:
+        yield found
+
+
+def folder_on(node: int, directory: Path) -> tuple[Path, str]:
+    """Makes ``ranks/`` in a run directory; returns it, and the name of this node's files in it."""
+    folder = directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, _node_name(node)
+
+
+def _node_name(node: int) -> str:
+    return f"node{node}"
+
+
+def _writes_nothing(cfg: DictConfig, directory: Path, folder: Path, name: str) -> None:
+    """Takes everything of Hydra's but one log of its own from a process that does not lead."""
+    cfg.hydra.run.dir, cfg.hydra.output_subdir = str(directory), None
+    given: Any = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
+    cfg.hydra.job_logging = log_of(given, folder / f"{name}.log")
+
+
+@contextmanager
+def of_one_run(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
+    """Makes of this process what it is among those of one run, of which one makes the directory.
+
+    Args:
+        config: the validated configuration.
+        cfg: the composed one; Hydra's node in it is changed.
+        claim: makes the run directory and returns it.
+
+    Raises:
+        nodes.NodeError: the nodes did not come together.
+    """
+    if launch.inside():
+        with _under_torchrun(config, cfg, claim):
+            yield
+        return
+    with meeting_of(config) as meeting:
+        if meeting is None or meeting.leads:
+            claim()
+        else:
+            told = meeting.announced()
+            if told is None:
+                raise nodes.NodeError("node 0 ended before it started a run")
+            directory = Path(told["directory"])
+            _writes_nothing(cfg, directory, *folder_on(meeting.where.node, directory))
+        yield
+
+
 # ---- a rank --------------------------------------------------------------------------------------
 
 
@@ -172,39 +391,27 @@ def joined(config: Config) -> Iterator[TorchCommunicator]:
 
     d = config.distributed
     _share_processors(config)
-    with session(d.backend, config.device, timeout_s=d.timeout_s) as communicator:
+    shards = config.task.name == "train" and d.wrapper == "fsdp"
+    with session(d.backend, config.device, timeout_s=d.timeout_s, watchdog=shards) as communicator:
         yield communicator
 
 
 @contextmanager
-def under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
-    """Makes of a process that ``torchrun`` has started a rank of one run; else only claims.
+def _under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
+    """Makes of a process that ``torchrun`` has started a rank of one run.
 
     Rank 0 claims the run directory and tells the others; these write their own log and nothing
     of Hydra's.
-
-    Args:
-        config: the validated configuration.
-        cfg: the composed one; Hydra's node in it is changed.
-        claim: makes the run directory and returns it.
     """
-    if not launch.inside():
-        claim()
-        yield
-        return
     with joined(config) as communicator:
         rank = communicator.rank
-        directory = communicator.share(str(claim()) if rank == 0 else None)[0]
-        folder = Path(directory) / FOLDER
+        directory = Path(communicator.share(str(claim()) if rank == 0 else None)[0])
+        folder = directory / FOLDER
         if rank == 0:
-            folder.mkdir(exist_ok=True)
-            for old in folder.glob("rank*.error.json"):
-                old.unlink()
+            clear(folder)
         communicator.share(None)
         if rank > 0:
-            cfg.hydra.run.dir, cfg.hydra.output_subdir = directory, None
-            given: Any = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
-            cfg.hydra.job_logging = log_config(given, folder, rank)
+            _writes_nothing(cfg, directory, folder, f"rank{rank}")
         yield
 
 
@@ -227,54 +434,6 @@ def _share_processors(config: Config) -> None:
         torch.set_num_threads(max(1, (allowed or os.cpu_count() or 1) // here))
 
 
-def about(communicator: TorchCommunicator) -> dict[str, Any]:
-    """Returns what the record says of the ranks; collective."""
-    import torch.distributed as dist
-
-    own: dict[str, Any] = {
-        "rank": communicator.rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
-    own["device"] = str(communicator.device)
-    return {
-        "world_size": communicator.size,
-        "backend": dist.get_backend(),
-        "ranks": communicator.share(own),
-    }
-
-
-def cause(folder: Path, rank: int, error: BaseException) -> dict[str, Any] | None:
-    """Returns another rank's error that this rank's error follows from, where there is one.
-
-    Args:
-        folder: where the ranks leave their errors.
-        rank: this rank.
-        error: of this rank; a consequence of another's, or a signal.
-    """
-    follows = _is_consequence(type(error).__name__, str(error))
-    if not (follows or isinstance(error, Interrupted)):
-        return None
-    waiting = threading.Event()
-    for _ in range(20):
-        for file in sorted(folder.glob("rank*.error.json")):
-            found = json.loads(file.read_text("utf-8"))
-            if found["rank"] != rank and not _is_consequence(found["type"], found["message"]):
-                return {key: found[key] for key in ("type", "message", "traceback", "rank")}
-        if isinstance(error, Interrupted):
-            return None
-        waiting.wait(GRACE_S / 40)
-    return None
-
-
-def write_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves a rank's error where the watcher (or rank 0) finds it."""
-    from datetime import UTC, datetime
-
-    told = {**record.describe(error), "rank": rank, "time": datetime.now(UTC).isoformat()}
-    atomic.write_json(folder / f"rank{rank}.error.json", told)
-
-
 def main(path: str) -> int:
     """A rank that :func:`start` has started.
 
@@ -285,6 +444,7 @@ def main(path: str) -> int:
         The exit code.
     """
     launch.end_with_parent()
+    launch.end_in_time()
     rank = int(os.environ["RANK"])
     folder = Path(path).parent
     given = json.loads(Path(path).read_text("utf-8"))
@@ -302,10 +462,11 @@ def main(path: str) -> int:
     except Interrupted as stop:
         return 128 + stop.signum
     except Exception as error:
-        write_error(folder, rank, error)
+        if not has_told_error(folder, rank):  # it came before or after the task
+            write_error(folder, rank, error)
         if rank > 0:
             log.exception("rank %d failed", rank)
-        if _is_consequence(type(error).__name__, str(error)):
+        if is_consequence(type(error).__name__, str(error)):
             threading.Event().wait(GRACE_S)
         return 1
     return 0
@@ -321,10 +482,13 @@ def _redirect(path: Path) -> None:
 
 def log_config(given: Mapping[str, Any], folder: Path, rank: int) -> dict[str, Any]:
     """Returns the logging configuration of a rank: rank 0 as given, the others one file each."""
-    if rank == 0:
-        return dict(given)
+    return dict(given) if rank == 0 else log_of(given, folder / f"rank{rank}.log")
+
+
+def log_of(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns a logging configuration that writes one file alone, in the format that is given."""
     formatters = dict(given.get("formatters", {}))
-    handler = {"class": "logging.FileHandler", "filename": str(folder / f"rank{rank}.log")}
+    handler = {"class": "logging.FileHandler", "filename": str(path)}
     if formatters:
         handler["formatter"] = next(iter(formatters))
     return {

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SMALL = (
     "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
     "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
 )  # fmt: skip
+SOON_S = 15
+"""What "the others are stopped within seconds" means on a busy machine."""
+
 TIMES = ("_s", "seconds", "_mb", "bytes")
 
 
@@ -39,9 +43,11 @@ def metrics_of(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def program(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Iterator[Any]:
+def program(
+    *arguments: str, module: tuple[str, ...] = ("fisher_lab",), **variables: str
+) -> Iterator[Any]:
     """`python -m fisher_lab` in a process group of its own, which is gone afterwards."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     process = subprocess.Popen(
         [sys.executable, "-m", *module, *arguments],
         env=environment, start_new_session=True, text=True,
@@ -63,6 +69,22 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
             return found
         threading.Event().wait(0.05)
     raise AssertionError(f"{what}: not within {seconds} s")
+
+
+def at_work(directory: Path, *programs: Any) -> Callable[[], list[dict[str, Any]] | None]:
+    """Gives the record's ranks, once they compute."""
+
+    def found() -> list[dict[str, Any]] | None:
+        for one in programs:
+            if one.poll() is not None:
+                raise AssertionError(one.communicate()[0])
+        try:
+            about = record_of(directory)["provenance"]
+        except (OSError, ValueError):
+            return None
+        return about["distributed"]["ranks"] if "workbench" in about else None
+
+    return found
 
 
 def run(directory: Path, *arguments: str) -> tuple[int, str]:
@@ -117,8 +139,12 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -
     directory = tmp_path / "run"
     arguments = ("distributed.nproc=2", "kfac/reduce=none", "data.batch_size=1")
     code, out = run(directory, *arguments)
+    ended = datetime.now(UTC)
     found = record_of(directory)
     assert (code, found["status"]) == (1, "failed"), out
+    told = json.loads((directory / "ranks" / "rank1.error.json").read_text())
+    # Rank 0 stays a while, so that the other one is seen to have ended first, and is stopped.
+    assert (ended - datetime.fromisoformat(told["time"])).total_seconds() < SOON_S
     assert found["error"]["rank"] == 1
     assert found["error"]["message"] == "batches: none given; allowed: at least one"
     assert "in collect" in found["error"]["traceback"]
@@ -131,35 +157,33 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path, rank: int) -> None:
+    """Rank 0 too, which is the one that writes the record."""
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
-    with program(*arguments, f"hydra.run.dir={directory}") as process:
-
-        def at_work() -> list[int] | None:
-            if process.poll() is not None:
-                raise AssertionError(process.communicate()[0])
-            try:
-                about = record_of(directory)["provenance"]
-            except (OSError, ValueError):
-                return None
-            if "workbench" not in about:
-                return None
-            return [rank["pid"] for rank in about["distributed"]["ranks"]]
-
-        pids = until(at_work, 250, "the ranks at work")
+    with program(*arguments, f"hydra.run.dir={directory}", CUDA_VISIBLE_DEVICES="5,3") as process:
+        pids = [one["pid"] for one in until(at_work(directory, process), 250, "the ranks at work")]
+        # Which devices there are is never changed; nothing of it depends on a GPU.
+        assert [psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] for pid in pids] == [
+            "5,3",
+            "5,3",
+        ]
         everyone = psutil.Process(process.pid).children(recursive=True)
-        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[rank], signal.SIGKILL)
         killed = time.monotonic()
         out, _ = process.communicate(timeout=60)
         seconds = time.monotonic() - killed
     found = record_of(directory)
     assert found["status"] == "failed", out
-    assert found["error"]["rank"] == 1
-    assert found["error"]["message"] == f"rank 1 (process {pids[1]}) was ended by SIGKILL"
+    assert found["error"]["rank"] == rank
+    expected = f"rank {rank} (process {pids[rank]}) was ended by SIGKILL"
+    assert found["error"]["message"] == expected
     assert seconds < 30
     assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not list(directory.rglob("*.tmp*"))
+    if rank == 1:
+        return
     code, out = run(directory, "distributed.nproc=2")
     assert (code, record_of(directory)["status"]) == (0, "completed"), out
 
@@ -202,6 +226,73 @@ def test_torchrun_is_honoured(tmp_path: Path) -> None:
     assert [r["rank"] for r in found["provenance"]["distributed"]["ranks"]] == [0, 1]
     assert out.count("run directory") == 1
     assert metrics_of(directory)["tokens"] == 64
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_and_a_killed_rank(tmp_path: Path, rank: int) -> None:
+    """torchrun stops the rank that is left, which has to say first what happened."""
+    directory = tmp_path / "run"
+    arguments = (*SMALL, "kfac.n_batches=4000", "data.batch_size=2", f"hydra.run.dir={directory}")
+    with program(*arguments, module=TORCHRUN) as process:
+        pids = [one["pid"] for one in until(at_work(directory, process), 300, "the ranks at work")]
+        os.kill(pids[rank], signal.SIGKILL)
+        out, _ = process.communicate(timeout=60)
+    found = record_of(directory)
+    assert found["status"] == "failed", out
+    assert (found["error"]["type"], found["error"]["rank"]) == ("RankKilled", rank)
+    assert found["error"]["message"].startswith(f"rank {rank} (process {pids[rank]}) is gone")
+    assert process.returncode == 1
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_torchrun_and_an_error_of_one_rank(tmp_path: Path) -> None:
+    """The other one is in a collective, which the rank with the error must not take for its own."""
+    directory = tmp_path / "run"
+    arguments = ("kfac/reduce=none", "data.batch_size=1", f"hydra.run.dir={directory}")
+    with program(*SMALL, *arguments, module=TORCHRUN) as process:
+        out, _ = process.communicate(timeout=300)
+        ended = datetime.now(UTC)
+    found = record_of(directory)
+    assert found["status"] == "failed", out
+    assert found["error"]["rank"] == 1
+    assert found["error"]["message"] == "batches: none given; allowed: at least one"
+    assert "in collect" in found["error"]["traceback"]
+    told = json.loads((directory / "ranks" / "rank1.error.json").read_text())
+    assert (ended - datetime.fromisoformat(told["time"])).total_seconds() < SOON_S
+    assert process.returncode == 1
+
+
+STUBBORN = """
+import signal, threading, time
+from fisher_lab.distributed.launch import end_in_time
+signal.signal(signal.SIGTERM, lambda *_: None)
+end_in_time(0.2)
+print("ready", flush=True)
+until = time.monotonic() + 60
+while time.monotonic() < until:
+    threading.Event().wait(60)
+"""
+
+
+def test_a_rank_that_does_not_end_when_asked_to_is_killed() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.terminate()
+            assert process.wait(timeout=30) == -signal.SIGKILL
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""Two nodes on one host: two watchers (or workers of a sweep), each of which takes itself for one.
+
+What only a second machine can show is not shown here: that the store is reached over a network, and
+that SLURM starts a task on each node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fisher_lab.sweeping.cell import Cell, freeze, new_submission
+from fisher_lab.sweeping.layout import Layout
+from tests.distributed.test_launch import SMALL, at_work, metrics_of, program, record_of, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+NODES = (
+    "distributed.nproc=1",
+    "distributed.nodes=2",
+    "progress=false",
+    "distributed.timeout_s=120",
+)
+END_S = 300
+SOON_S = 30
+DEVICES = "5,3"
+LONG = ("kfac.n_batches=4000", "data.batch_size=2")
+FAILING = ("kfac/reduce=none", "data.batch_size=1")
+"""One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@contextmanager
+def two_nodes(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Iterator[list[Any]]:
+    """The same program as node 0 and as node 1, on loopback."""
+    common = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": DEVICES,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(program(*arguments, module=module, NODE_RANK=str(node), **common))
+            for node in (0, 1)
+        ]
+
+
+def ended(programs: list[Any]) -> tuple[list[int], list[str]]:
+    outputs = [one.communicate(timeout=END_S)[0] for one in programs]
+    return [one.returncode for one in programs], outputs
+
+
+def kill_rank_1(programs: list[Any], directory: Path) -> tuple[int, list[str], list[int]]:
+    """Kills node 1's rank in the middle; everybody is gone soon, and nobody changed the devices."""
+    ranks = until(at_work(directory, *programs), END_S, "the ranks at work")
+    everyone = [p for one in programs for p in psutil.Process(one.pid).children(recursive=True)]
+    assert {rank["pid"] for rank in ranks} <= {process.pid for process in everyone}
+    for rank in ranks:
+        assert psutil.Process(rank["pid"]).environ()["CUDA_VISIBLE_DEVICES"] == DEVICES
+    pid = ranks[1]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    codes, outputs = ended(programs)
+    assert time.monotonic() - killed < SOON_S
+    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return pid, outputs, codes
+
+
+def check_killed(directory: Path, pid: int, outputs: list[str]) -> None:
+    found = record_of(directory)
+    assert found["status"] == "failed", outputs
+    assert found["error"]["type"] == "RankKilled"
+    assert found["error"]["rank"] == 1
+    assert found["error"]["message"] == f"rank 1 (process {pid}) was ended by SIGKILL"
+    assert not list(directory.rglob("*.tmp*"))
+
+
+def check_failed(directory: Path, outputs: list[str]) -> None:
+    found = record_of(directory)
+    assert found["status"] == "failed", outputs
+    assert found["error"]["rank"] == 1
+    assert found["error"]["message"] == "batches: none given; allowed: at least one"
+    assert "in collect" in found["error"]["traceback"]
+
+
+def check_completed(directory: Path, outputs: list[str]) -> None:
+    found = record_of(directory)
+    assert found["status"] == "completed", outputs
+    ranks = found["provenance"]["distributed"]["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert len({rank["pid"] for rank in ranks}) == 2
+    assert metrics_of(directory)["tokens"] == 64
+    assert metrics_of(directory)["dist/world_size"] == 2
+    assert "completed" in (directory / "ranks" / "rank1.log").read_text()
+    assert "node" in (directory / "ranks" / "node1.log").read_text()
+
+
+def test_two_nodes_share_the_default_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named after the second; node 1 takes the one that node 0 has made."""
+    monkeypatch.chdir(tmp_path)
+    with two_nodes(*SMALL, *NODES) as programs:
+        codes, outputs = ended(programs)
+    assert codes == [0, 0], outputs
+    (file,) = tmp_path.rglob("run.json")
+    check_completed(file.parent, outputs)
+    assert not [d for d in file.parent.parent.iterdir() if d != file.parent]
+    assert list(file.parent.rglob("fisher_lab.log")) == [file.parent / "fisher_lab.log"]
+    assert len(list(tmp_path.rglob(".hydra"))) == 1
+    assert [out.count("run directory") for out in outputs] == [1, 0]
+
+
+def test_an_error_on_node_1_is_in_the_record(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with two_nodes(*SMALL, *NODES, *FAILING, f"hydra.run.dir={directory}") as programs:
+        codes, outputs = ended(programs)
+    assert codes == [1, 1], outputs
+    check_failed(directory, outputs)
+    assert all("BatchError: batches: none given" in out for out in outputs)
+
+
+def test_a_killed_rank_on_node_1_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with two_nodes(*SMALL, *NODES, *LONG, f"hydra.run.dir={directory}") as programs:
+        pid, outputs, codes = kill_rank_1(programs, directory)
+    assert codes == [1, 1], outputs
+    check_killed(directory, pid, outputs)
+
+
+def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
+    """A cell as SLURM's job gets it."""
+    from hydra import compose, initialize_config_dir
+
+    from fisher_lab.config import paths, store
+    from fisher_lab.config.validate import validate
+    from fisher_lab.runs.identity import run_id
+    from fisher_lab.workbench import content_identity
+
+    store.register()
+    with initialize_config_dir(str(paths.conf()), version_base="1.3"):
+        config = validate(compose("config", overrides=[*SMALL, *NODES, *arguments]))
+    content = content_identity(config)
+    layout = Layout(tmp_path / "sweep")
+    identity = run_id(dataclasses.asdict(config), content)
+    cell = Cell(layout, identity, arguments, {}, config, content)
+    told = {
+        "version": 1,
+        "handlers": {"file": {"class": "logging.FileHandler",
+                              "filename": "@RUN_DIRECTORY@/fisher_lab.log"}},
+        "root": {"level": "INFO", "handlers": ["file"]},
+        "disable_existing_loggers": False,
+    }  # fmt: skip
+    (frozen,) = freeze(new_submission(layout), [cell], told)
+    return frozen
+
+
+WORKER = ("fisher_lab.sweeping.worker",)
+
+
+def events(frozen: Any) -> list[str]:
+    return [entry["event"] for entry in frozen.layout.journal.read()]
+
+
+def test_workers_of_two_nodes_run_one_cell(tmp_path: Path) -> None:
+    frozen = frozen_cell(tmp_path)
+    with two_nodes(str(frozen.path), module=WORKER) as programs:
+        codes, outputs = ended(programs)
+    assert codes == [0, 0], outputs
+    check_completed(frozen.directory, outputs)
+    assert events(frozen) == ["started", "completed"]
+    assert not list(frozen.layout.claims.glob("*.claim.*"))
+    # Started again, node 0 finds it done, and node 1 does not wait for anything.
+    with two_nodes(str(frozen.path), module=WORKER) as programs:
+        codes, outputs = ended(programs)
+    assert codes == [0, 3], outputs
+    assert events(frozen) == ["started", "completed"]
+
+
+def test_workers_of_two_nodes_and_an_error_on_node_1(tmp_path: Path) -> None:
+    frozen = frozen_cell(tmp_path, *FAILING)
+    with two_nodes(str(frozen.path), module=WORKER) as programs:
+        codes, outputs = ended(programs)
+    assert codes == [1, 1], outputs
+    check_failed(frozen.directory, outputs)
+    assert events(frozen) == ["started", "failed"]
+
+
+def test_workers_of_two_nodes_and_a_killed_rank_on_node_1(tmp_path: Path) -> None:
+    frozen = frozen_cell(tmp_path, *LONG)
+    with two_nodes(str(frozen.path), module=WORKER) as programs:
+        pid, outputs, codes = kill_rank_1(programs, frozen.directory)
+    assert codes == [1, 1], outputs
+    check_killed(frozen.directory, pid, outputs)
+    assert events(frozen) == ["started", "failed"]
+    assert json.loads((frozen.directory / "run.json").read_text())["run_id"] == frozen.run_id
