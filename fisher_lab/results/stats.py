@@ -332,6 +332,31 @@ def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
+def share_tests(count: int, n: int, low: float, high: float) -> tuple[float, float]:
+    """P values of a share by the exact binomial tests that Clopper and Pearson's interval inverts.
+
+    Args:
+        count: of the runs.
+        n: all of them; at least one.
+        low: bound; below 0 where there is none.
+        high: bound; 1 or more where there is none.
+
+    Returns:
+        That it lies between the bounds, and that it lies beyond one of them.
+    """
+    sides = []
+    if low >= 0:
+        sides.append((low, "greater", "less"))
+    if high < 1:
+        sides.append((high, "less", "greater"))
+    p = [
+        [float(stats.binomtest(count, n, min(bound, 1.0), alternative=way).pvalue) for way in ways]
+        for bound, *ways in sides
+    ]
+    inside, beyond = [one for one, _ in p], [other for _, other in p]
+    return max(inside, default=0.0), min(beyond, default=1.0)
+
+
 def overlap(values: Column, others: Column, confidence: float = CONFIDENCE) -> bool:
     """Whether two cells cannot be told apart.
 
