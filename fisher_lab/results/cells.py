@@ -11,6 +11,7 @@ import pandas as pd
 
 from .frames import Column, Frame
 from .stats import CONFIDENCE, Summary, summarise
+from .values import Rounded
 
 MISSING = "missing"
 UNFINISHED = ("running", "preempted", MISSING)
@@ -53,6 +54,17 @@ class Cell:
     def summary(self) -> Summary:
         """Mean, interval, median and quartiles of the finite numbers."""
         return summarise(self.values.to_numpy(dtype=float), self.confidence, self.method)
+
+    def rounded(self, statistic: str) -> Rounded:
+        """The number that is shown, to the digits that count.
+
+        Args:
+            statistic: ``mean`` (with half its interval) or ``median``.
+        """
+        s = self.summary
+        if statistic == "mean":
+            return Rounded(s.mean, s.half_width)
+        return Rounded(s.median, (s.q3 - s.q1) / 2 if s.n > 1 else None)
 
     @property
     def expected(self) -> int:
