@@ -11,6 +11,7 @@ import pandas as pd
 
 from .frames import Column, Frame
 from .stats import CONFIDENCE, Summary, summarise
+from .values import Rounded
 
 MISSING = "missing"
 UNFINISHED = ("running", "preempted", MISSING)
@@ -22,6 +23,9 @@ CORRUPT = "corrupt"
 NOT_FINITE = "diverged"
 """A completed run whose metric is NaN or infinite."""
 
+BROKEN_NUMBERS = ("NonFiniteError", "FloatingPointError", "LinAlgError", "not finite", "non-finite")
+"""Words in the reason of a failed run that say its numbers broke down, and not the machine."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -32,6 +36,8 @@ class Cell:
         lost: what became of the others: ``failed``, ``diverged``, ``running``, ... to how many.
         missing: runs that other cells have and this one has not.
         reasons: why runs were lost, each once.
+        diverged: lost runs whose numbers broke down: ``diverged``, and failed for that reason. What
+            was killed, timed out or ran out of memory says nothing of its numbers.
         confidence: of the interval.
         method: of the interval, ``t`` or ``bootstrap``.
     """
@@ -40,6 +46,7 @@ class Cell:
     lost: dict[str, int] = field(default_factory=dict)
     missing: int = 0
     reasons: tuple[str, ...] = ()
+    diverged: int = 0
     confidence: float = CONFIDENCE
     method: str = "t"
 
@@ -47,6 +54,17 @@ class Cell:
     def summary(self) -> Summary:
         """Mean, interval, median and quartiles of the finite numbers."""
         return summarise(self.values.to_numpy(dtype=float), self.confidence, self.method)
+
+    def rounded(self, statistic: str) -> Rounded:
+        """The number that is shown, to the digits that count.
+
+        Args:
+            statistic: ``mean`` (with half its interval) or ``median``.
+        """
+        s = self.summary
+        if statistic == "mean":
+            return Rounded(s.mean, s.half_width)
+        return Rounded(s.median, (s.q3 - s.q1) / 2 if s.n > 1 else None)
 
     @property
     def expected(self) -> int:
@@ -92,6 +110,7 @@ def make_cell(
     lost: Counter[str] = Counter()
     reasons: list[str] = []
     values: dict[Hashable, float] = {}
+    broken = 0
     columns = zip(
         keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True
     )
@@ -100,8 +119,10 @@ def make_cell(
             lost[status] += 1
             if isinstance(reason, str) and reason and status != MISSING:
                 reasons.append(reason)
+                broken += status == "failed" and any(word in reason for word in BROKEN_NUMBERS)
         elif metric in (not_finite or "").split():
             lost[NOT_FINITE] += 1
+            broken += 1
         elif value != value:
             lost["not measured"] += 1
         else:
@@ -111,6 +132,7 @@ def make_cell(
         {what: count for what, count in lost.items() if what != MISSING},
         max(expected - len(runs), 0) + lost[MISSING],
         tuple(dict.fromkeys(reasons)),
+        broken,
         confidence,
         method,
     )

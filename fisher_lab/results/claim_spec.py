@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ResultsError
-from .values import meaning
+from .values import label, meaning, same
 
 COMMON = {"type", "text", "where", "by", "over", "alpha", "not"}
 
@@ -43,7 +43,9 @@ _RATIO = Keys(frozenset({"metric", "a", "b"}), frozenset({"at_least", "at_most"}
 TYPES: dict[str, Keys] = {
     "equivalent": Keys(frozenset({"metric", "groups"}), one_of=(("margin", "ratio"),)),
     "stable": Keys(
-        frozenset({"metric", "axis"}), frozenset({"values", "from", "to"}), (("factor", "margin"),)
+        frozenset({"metric", "axis"}),
+        frozenset({"values", "from", "to", "at"}),
+        (("factor", "margin"),),
     ),
     "faster": _RATIO,
     "smaller": _RATIO,
@@ -188,6 +190,10 @@ def _shape(name: str, kind: str, options: Mapping[str, Any]) -> None:
             raise ResultsError(f"{name}: at_least must be above 0 and below at_most")
     if kind == "matches" and ("b" in options) != ("a" in options):
         raise ResultsError(f"{name}: give a and b, or value alone")
+    if kind == "stable" and options.get("at") is not None:
+        at, values = options["at"], options.get("values")
+        if values and not any(same(at, value) for value in values):
+            raise ResultsError(f"{name}: at={label(at)} is not among its values")
     if kind == "fails" and options.get("metric") is None:
         for key in ("above", "below"):
             if options.get(key) is not None:

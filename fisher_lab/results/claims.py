@@ -2,8 +2,8 @@
 
 A claim holds where every comparison holds (the intersection-union test: no correction is needed),
 and does not where at least one is shown not to, after Holm's correction over its comparisons. Runs
-that are lost leave a claim that would hold inconclusive: nothing is known of them. A claim that
-does not hold is a result.
+that are lost leave a claim whose comparisons all hold inconclusive, and so with ``not``: nothing is
+known of them. A claim that does not hold is a result.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def evaluate_one(stated: Any, runs: Frame, *, sweep: str = "", number: int = 1) 
         claim = parse(stated, number)
         chosen = select(runs, claim.get("where", {}))
         if claim.metric and claim.metric not in runs:
-            return _answer(sweep, claim, OPEN, f"no run has the metric {claim.metric}")
+            return _answer(sweep, claim, OPEN, f"no run has the metric {claim.metric}", [])
         if chosen.empty:
-            return _answer(sweep, claim, OPEN, "there are no runs that it is about")
+            return _answer(sweep, claim, OPEN, "there are no runs that it is about", [])
         found = findings(claim, chosen)
     except ResultsError as error:
         text = str(stated.get("text") or stated.get("type")) if isinstance(stated, dict) else ""
@@ -136,8 +136,24 @@ def evaluate_one(stated: Any, runs: Frame, *, sweep: str = "", number: int = 1) 
     return _decide(sweep, claim, found)
 
 
-def _answer(sweep: str, claim: Claim, verdict: str, why: str, **more: Any) -> Verdict:
-    return Verdict(sweep, claim.stated, claim.text, verdict, why, TEST[claim.type], **more)
+def _answer(
+    sweep: str, claim: Claim, verdict: str, why: str, found: Sequence[Finding], **more: Any
+) -> Verdict:
+    return Verdict(
+        sweep, claim.stated, claim.text, verdict, why, _done(claim, found),
+        min((f.n for f in found), default=0), findings=tuple(found), **more,
+    )  # fmt: skip
+
+
+def _done(claim: Claim, found: Sequence[Finding]) -> str:
+    """The test that was made, in words; a t test only where one was."""
+    words = TEST[claim.type]
+    if "t test" not in words:
+        return words
+    exact = "pairs that do not vary compared as numbers" if any(f.exact for f in found) else ""
+    if any(f.tested for f in found):
+        return f"{words}; {exact}" if exact else words
+    return f"no test: {exact}" if exact else "no test"
 
 
 def _decide(sweep: str, claim: Claim, found: Sequence[Finding]) -> Verdict:
@@ -148,22 +164,15 @@ def _decide(sweep: str, claim: Claim, found: Sequence[Finding]) -> Verdict:
     if incomplete:
         verdict = OPEN
     open_ones = [f for f in corrected if f.verdict == OPEN]
-    needed = [f.needed for f in open_ones]
-    enough = max((n for n in needed if n is not None), default=None)
-    decided = None if incomplete or None in needed else enough
+    enough = [f.needed for f in open_ones]
+    most = max((n for n in enough if n is not None), default=None)
+    decided = None if incomplete or None in enough else most
     if claim.get("not", False):
         verdict = {HOLDS: FAILS, FAILS: HOLDS}.get(verdict, verdict)
     unit = "runs" if claim.type in ("fails", "share") else "seeds"
     why = _why(corrected, verdict, lost, decided, open_ones, "" if incomplete else unit)
-    return _answer(
-        sweep,
-        claim,
-        verdict,
-        why,
-        seeds=min((f.n for f in corrected), default=0),
-        seeds_needed=decided if verdict == OPEN else None,
-        findings=tuple(corrected),
-    )
+    needed = decided if verdict == OPEN else None
+    return _answer(sweep, claim, verdict, why, corrected, seeds_needed=needed)
 
 
 def _corrected(claim: Claim, found: Sequence[Finding]) -> list[Finding]:
@@ -219,13 +228,15 @@ def _why(
     if verdict == OPEN and unit:
         if needed is not None:
             parts.append(f"about {needed} {unit} would decide")
-        elif any(f.n > 1 for f in open_ones):
+        elif all(f.n > 1 for f in open_ones):
             parts.append(f"not decided by {stats.MAX_SEEDS} {unit} either")
     return "; ".join(parts)
 
 
 def _doubt(finding: Finding) -> tuple[float, float]:
     """Orders comparisons: the one that is furthest from holding last."""
+    if finding.n == 0 and finding.verdict == OPEN:
+        return (math.inf, 0.0)  # no number of seeds makes up for what was not run
     p = 0.0 if math.isnan(finding.p_holds) else finding.p_holds
     values = finding.values or {}
     return p, abs(values.get("error", values.get("mean", 0.0)))

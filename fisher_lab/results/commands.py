@@ -117,6 +117,7 @@ def _table(argv: Sequence[str]) -> int:
     add("--stat", default="auto", help="auto (median for times), mean or median")
     add("--interval", default="t", help="t or bootstrap")
     add("--confidence", type=float, default=0.95)
+    add("--sd", action="store_true", help="show standard deviation and n in every cell")
     add("--best", action="append", default=[], metavar="METRIC=min|max|none")
     add("--title")
     add("--format", choices=FORMATS, help="default: the output's suffix, or terminal")
@@ -142,6 +143,7 @@ def _table(argv: Sequence[str]) -> int:
         directions=_settings(args.best, "--best"),
         first=claimed_metrics(frame),
         title=args.title,
+        details=args.sd,
     )
     _print_table(table, args)
     for path in args.paths:

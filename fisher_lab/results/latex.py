@@ -202,7 +202,18 @@ def _cell(cell: Shown, siunitx: bool) -> str:
         text = rf"{text}$^{{*}}$" if siunitx else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
     elif cell.mark == TIE:
         text += r"$^{\sim}$"
+    text += _details(cell, siunitx)
     return text + (rf" \emph{{({escape(cell.state)})}}" if cell.state else "")
+
+
+def _details(cell: Shown, siunitx: bool) -> str:
+    """Standard deviation and number of runs, where they are shown."""
+    parts = []
+    if cell.deviation is not None:
+        parts.append(f"sd {_number(Shown(cell.deviation), siunitx)}")
+    if cell.runs is not None:
+        parts.append(f"n {cell.runs}")
+    return rf" {{\footnotesize ({', '.join(parts)})}}" if parts else ""
 
 
 def _number(cell: Shown, siunitx: bool) -> str:

@@ -37,11 +37,14 @@ def is_time(name: str) -> bool:
 
 
 def better(name: str) -> str | None:
-    """``min``, ``max``, or None where nothing says which is better."""
+    """``min``, ``max``, or None where nothing says which is better.
+
+    Neither is of a clipped share: it is 0 by construction where there is no floor.
+    """
     last = name.rpartition("/")[2]
     if last.endswith(MORE):
         return "max"
-    if last.endswith(LESS) or last in LOSSES or "clipped" in last or name.endswith("/heldout"):
+    if last.endswith(LESS) or last in LOSSES or name.endswith("/heldout"):
         return "min"
     return None
 

@@ -35,12 +35,16 @@ class Shown:
         quartiles: digits of both quartiles, where the number is a median.
         state: what is lacking.
         mark: :data:`BEST`, :data:`TIE` or nothing.
+        deviation: the standard deviation, where it is asked for.
+        runs: how many the number rests on, where that is asked for.
     """
 
     number: Rounded | None
     quartiles: tuple[str, str] | None = None
     state: str = ""
     mark: str = ""
+    deviation: Rounded | None = None
+    runs: int | None = None
 
     @property
     def plain(self) -> str:
@@ -51,29 +55,37 @@ class Shown:
         if self.quartiles:
             power = f"e{self.number.exponent}" if self.number.exponent else ""
             text = f"{self.number.value}{power} [{', '.join(self.quartiles)}]{power}"
-        state = f" ({self.state})" if self.state else ""
-        return f"{text}{self.mark and f' {self.mark}'}{state}"
+        details = [f"sd {self.deviation.plain}"] if self.deviation else []
+        details += [f"n {self.runs}"] if self.runs else []
+        beside = "; ".join(part for part in (", ".join(details), self.state) if part)
+        return f"{text}{self.mark and f' {self.mark}'}{beside and f' ({beside})'}"
 
 
 def shown(table: Table, key: tuple[Key, str, Key]) -> Shown:
     """What one cell of a table shows."""
     cell = table.cells[key]
     mark = BEST if key in table.best else TIE if key in table.ties else ""
-    return show_cell(cell, table.statistic[key[1]], mark)
+    return show_cell(cell, table.statistic[key[1]], mark, table.details)
 
 
-def show_cell(cell: Cell, statistic: str = "mean", mark: str = "") -> Shown:
-    """What a cell shows: its number to the digits that count, and what is lacking."""
+def show_cell(cell: Cell, statistic: str = "mean", mark: str = "", details: bool = False) -> Shown:
+    """What a cell shows: its number to the digits that count, and what is lacking.
+
+    Args:
+        cell: of a table.
+        statistic: ``mean`` or ``median``.
+        mark: of the cell.
+        details: with the standard deviation (of a mean) and the number of runs.
+    """
     s = cell.summary
     if s.n == 0:
         return Shown(None, state=cell.state or "missing")
-    if statistic == "mean":
-        return Shown(Rounded(s.mean, s.half_width), None, cell.state, mark)
-    number = Rounded(s.median, (s.q3 - s.q1) / 2 if s.n > 1 else None)
-    if number.spread is None:
-        return Shown(number, None, cell.state, mark)
-    ends = (_like(number, s.q1), _like(number, s.q3))
-    return Shown(number, ends, cell.state, mark)
+    number, ends, deviation = cell.rounded(statistic), None, None
+    if statistic != "mean" and number.spread is not None:
+        ends = (_like(number, s.q1), _like(number, s.q3))
+    if details and statistic == "mean" and s.n > 1:
+        deviation = Rounded(s.std, digits=2)
+    return Shown(number, ends, cell.state, mark, deviation, s.n if details else None)
 
 
 def _like(number: Rounded, value: float) -> str:
@@ -97,7 +109,7 @@ def difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     if d is None:
         return ("no pairs", "", "", "0")
     if d.exact:
-        return ("identical" if d.mean == 0 else f"{d.mean:.4g} (exact)", "", "", str(d.n))
+        return ("identical" if d.identical else f"{d.mean:.4g} (exact)", "", "", str(d.n))
     if d.n == 1:
         return (f"{d.mean:.4g} (one pair)", "", "", "1")
     number = Rounded(d.mean, (d.high - d.low) / 2)

@@ -128,6 +128,7 @@ class Paired:
         p: two-sided, by the paired t test; NaN where there is nothing to test (see ``exact``).
         effect: mean over standard deviation of the differences (Cohen's d_z); NaN likewise.
         exact: the differences do not vary; ``mean`` is the difference.
+        identical: nor are they more than rounding (:data:`ROUNDING` of the numbers' size).
     """
 
     n: int
@@ -137,6 +138,7 @@ class Paired:
     p: float
     effect: float
     exact: bool
+    identical: bool = False
 
 
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
@@ -154,8 +156,10 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     mean = float(d.mean())
     if d.size == 1:
         return Paired(1, mean, *[math.nan] * 4, exact=False)
-    if constant(d, _scale(x, y)):
-        return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True)
+    scale = _scale(x, y)
+    if constant(d, scale):
+        same = float(np.abs(d).max()) <= ROUNDING * scale
+        return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True, identical=same)
     test = stats.ttest_rel(x, y)
     interval = test.confidence_interval(confidence)
     effect = mean / float(d.std(ddof=1))
@@ -332,24 +336,98 @@ def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def overlap(values: Column, others: Column, confidence: float = CONFIDENCE) -> bool:
+def share_tests(count: int, n: int, low: float, high: float) -> tuple[float, float]:
+    """P values of a share by the exact binomial tests that Clopper and Pearson's interval inverts.
+
+    Args:
+        count: of the runs.
+        n: all of them; at least one.
+        low: bound; below 0 where there is none.
+        high: bound; 1 or more where there is none.
+
+    Returns:
+        That it lies between the bounds, and that it lies beyond one of them.
+    """
+    sides = []
+    if low >= 0:
+        sides.append((low, "greater", "less"))
+    if high < 1:
+        sides.append((high, "less", "greater"))
+    p = [
+        [float(stats.binomtest(count, n, min(bound, 1.0), alternative=way).pvalue) for way in ways]
+        for bound, *ways in sides
+    ]
+    inside, beyond = [one for one, _ in p], [other for _, other in p]
+    return max(inside, default=0.0), min(beyond, default=1.0)
+
+
+# ---- ties ----------------------------------------------------------------------------------------
+
+
+def overlap(
+    values: Column, others: Column, confidence: float = CONFIDENCE, statistic: str = "mean"
+) -> bool:
     """Whether two cells cannot be told apart.
 
     Args:
         values: of one cell, by pairing key.
         others: of the other one.
-        confidence: of the interval.
+        confidence: of the interval, and 1 less the level of the tests.
+        statistic: what the cells are summarised by, ``mean`` or ``median``.
 
     Returns:
-        True where the interval of their difference contains zero: paired where at least two
-        members belong together, else by Welch's test.
+        For means: True where the interval of their difference contains zero, paired where at least
+        two members belong together, else by Welch's test. For medians likewise by rank tests:
+        Wilcoxon's of the pairs (see :func:`_alike_in_the_middle` where these are few), else that of
+        Mann and Whitney. False where two cells of single runs are compared: there is no test.
     """
     both = values.index.intersection(others.index)
     if len(both) >= 2:
-        found = paired(values[both], others[both], confidence)
-        return found.low <= 0 <= found.high
+        x, y = values[both].to_numpy(dtype=float), others[both].to_numpy(dtype=float)
+        if statistic == "median":
+            return _alike_in_the_middle(x, y, confidence)
+        found = paired(x, y, confidence)
+        return found.identical or found.low <= 0 <= found.high
     if min(len(values), len(others)) < 2:
         return False
+    if statistic == "median":
+        return bool(stats.mannwhitneyu(values, others).pvalue >= 1 - confidence)
     test = stats.ttest_ind(values, others, equal_var=False)
     interval = test.confidence_interval(confidence)
     return bool(interval.low <= 0 <= interval.high)
+
+
+def _alike_in_the_middle(x: Floats, y: Floats, confidence: float) -> bool:
+    """Whether paired numbers that may be skewed cannot be told apart.
+
+    By Wilcoxon's signed rank test. Of fewer pairs than that can reach its level (six at 95 %) two
+    things are asked to tell them apart: that all pairs point one way, and that the t interval of
+    the logarithms of their ratios excludes zero.
+    """
+    d, level = x - y, 1 - confidence
+    scale = _scale(x, y)
+    if constant(d, scale):
+        return float(np.abs(d).max()) <= ROUNDING * scale
+    if 2.0 ** (1 - d.size) < level:
+        return bool(_signed_rank(d) >= level)
+    if d.min() <= 0 <= d.max():
+        return True
+    if min(x.min(), y.min()) > 0:
+        d, scale = np.log(x) - np.log(y), 1.0
+    if constant(d, scale):
+        return False
+    test: Any = stats.ttest_1samp(d, 0.0)
+    return bool(test.pvalue >= level)
+
+
+MOST_SIGNS = 13
+"""Pairs of which every choice of signs is tried; scipy's limit of 9999 leaves no more."""
+
+
+def _signed_rank(d: Floats) -> float:
+    """P of Wilcoxon's test, exact for few pairs with ties or zeros among them too."""
+    size = np.abs(d)
+    plain = size.min() > 0 and np.unique(size).size == size.size
+    method: Any = "auto" if plain or d.size > MOST_SIGNS else stats.PermutationMethod()
+    test: Any = stats.wilcoxon(d, method=method)
+    return float(test.pvalue)

@@ -22,6 +22,8 @@ from .metrics import better, choose, is_time
 from .values import label, levels, meaning, same
 
 Key = tuple[Any, ...]
+NEGLIGIBLE = 1e-6
+"""Numbers that differ by less than this share are equally good, however certain that is."""
 STATISTICS = ("auto", "mean", "median")
 INTERVALS = ("t", "bootstrap")
 
@@ -60,6 +62,7 @@ class Table:
         comparisons: with a baseline: (row, metric, column) -> comparison.
         baseline: what every cell is compared with.
         notes: what a reader has to know.
+        details: cells are shown with their standard deviation and number of runs.
     """
 
     title: str
@@ -77,6 +80,7 @@ class Table:
     comparisons: dict[tuple[Key, str, Key], Comparison] = field(default_factory=dict)
     baseline: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: bool = False
 
     @property
     def columns(self) -> list[tuple[str, Key]]:
@@ -112,6 +116,7 @@ def tabulate(
     directions: Mapping[str, str] | None = None,
     first: Iterable[str] = (),
     title: str | None = None,
+    details: bool = False,
 ) -> Table:
     """Make the table of some runs.
 
@@ -126,10 +131,11 @@ def tabulate(
         statistic: ``mean`` with its interval, ``median`` with the quartiles, or ``auto``: median
             for times.
         interval: ``t`` or ``bootstrap``.
-        confidence: of the interval.
+        confidence: of the intervals, and of the tests that marks rest on.
         directions: metric -> ``min`` or ``max``, which is best; by default by its name.
         first: metrics that are chosen first where none are named.
         title: by default the sweeps' names.
+        details: show the standard deviation and the number of runs in every cell.
 
     Raises:
         ResultsError: no run, or a setting or metric that the runs do not have.
@@ -155,6 +161,7 @@ def tabulate(
         statistic={m: _statistic(m, statistic) for m in names},
         confidence=confidence,
         notes=plan.notes,
+        details=details,
     )
     _fill(table, runs, interval)
     _mark(table, directions or {})
@@ -313,19 +320,29 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
         keys = [k for k in table.cells if k[1] == metric and table.cells[k].complete]
         if direction not in ("min", "max") or len(keys) < 2:
             continue
-        sign = 1 if direction == "max" else -1
-        top = max(sign * table.point(k)[0] for k in keys)
-        as_good = [k for k in keys if math.isclose(sign * table.point(k)[0], top, rel_tol=1e-12)]
+        points = {k: table.point(k)[0] for k in keys}
+        top = (max if direction == "max" else min)(points.values())
+        best = next(k for k in keys if math.isclose(points[k], top, rel_tol=1e-12))
+        as_good = {k for k in keys if _looks_like(table, k, best)}
         if len(as_good) == len(keys):
             continue  # nothing to choose between
-        best = as_good[0]
         table.best.add(best)
-        values = table.cells[best].values
-        table.ties |= {
-            k
-            for k in keys
-            if k != best and (k in as_good or stats.overlap(table.cells[k].values, values))
-        }
+        table.ties |= {k for k in keys if k != best and (k in as_good or _tied(table, k, best))}
+
+
+def _looks_like(table: Table, key: tuple[Key, str, Key], best: tuple[Key, str, Key]) -> bool:
+    """Whether two cells show the same number, or differ by a negligible share of it."""
+    a, b = table.point(key)[0], table.point(best)[0]
+    if abs(a - b) <= NEGLIGIBLE * max(abs(a), abs(b)):
+        return True
+    one, other = (table.cells[k].rounded(table.statistic[k[1]]) for k in (key, best))
+    return (float(one.value), one.exponent) == (float(other.value), other.exponent)
+
+
+def _tied(table: Table, key: tuple[Key, str, Key], best: tuple[Key, str, Key]) -> bool:
+    """Whether a test of what the cells show cannot tell them apart."""
+    one, other = table.cells[key].values, table.cells[best].values
+    return stats.overlap(one, other, table.confidence, table.statistic[key[1]])
 
 
 def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
@@ -357,7 +374,10 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
             found[key] = Comparison(None, is_baseline=True)
             continue
         base = table.cells.get(other)
-        found[key] = Comparison(None if base is None else _difference(table.cells[key], base))
+        difference = None
+        if base is not None:
+            difference = _difference(table.cells[key], base, table.confidence)
+        found[key] = Comparison(difference)
     tested = [k for k, c in found.items() if c.difference is not None]
     corrected = stats.holm([_p(found[k]) for k in tested])
     for key, p in zip(tested, corrected, strict=True):
@@ -369,9 +389,9 @@ def _p(comparison: Comparison) -> float:
     return math.nan if comparison.difference is None else comparison.difference.p
 
 
-def _difference(cell: Cell, base: Cell) -> stats.Paired | None:
+def _difference(cell: Cell, base: Cell, confidence: float) -> stats.Paired | None:
     both = cell.values.index.intersection(base.values.index)
-    return stats.paired(cell.values[both], base.values[both]) if len(both) else None
+    return stats.paired(cell.values[both], base.values[both], confidence) if len(both) else None
 
 
 def _moved(key: Key, names: Sequence[str], baseline: Mapping[str, Any]) -> Key:
@@ -401,15 +421,22 @@ def _tell(table: Table) -> None:
     if table.baseline:
         cell = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
         table.notes.append(
-            f"differences to {cell}: paired t test, Holm over the table; d is Cohen's d_z"
+            f"differences to {cell}: mean ± half the {_percent(table)} interval, paired t test, "
+            "Holm over the table; d is Cohen's d_z"
         )
+
+
+def _percent(table: Table) -> str:
+    return f"{100 * table.confidence:g}%"
 
 
 def _what_is_shown(table: Table, over: str, numbers: set[int]) -> str:
     runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
     shown = []
     if "mean" in table.statistic.values():
-        shown.append(f"mean ± half the {table.confidence:.0%} interval")
+        shown.append(f"mean ± half the {_percent(table)} interval")
     if "median" in table.statistic.values():
         shown.append("median [quartiles] of times")
+    if table.details:
+        shown.append("sd is the standard deviation")
     return f"{'; '.join(shown)}; over {over}, n = {runs}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .axes import find_axes, resolve, select
 from .cells import UNFINISHED, Cell, make_cell
 from .claim_spec import Claim
 from .frames import Frame
-from .values import label, levels, meaning
+from .values import label, levels, meaning, same
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 
@@ -39,6 +39,7 @@ class Finding:
         seeds_at: the same, where the level is shared between so many comparisons.
         values: the numbers themselves.
         lost: runs that should be there and are not: what became of them, to how many.
+        exact: the pairs do not vary, and were compared as numbers without a test.
     """
 
     about: str
@@ -51,6 +52,7 @@ class Finding:
     values: Mapping[str, float] | None = None
     lost: Mapping[str, int] | None = None
     seeds_at: Callable[[int], int | None] | None = None
+    exact: bool = False
 
     @property
     def tested(self) -> bool:
@@ -187,25 +189,50 @@ def _nothing(about: str, lost: Mapping[str, int]) -> Finding:
 
 def _equivalent(claim: Claim, stratum: _Stratum) -> list[Finding]:
     ((axis, values),) = claim.get("groups").items()
-    return _within(claim, stratum, axis, values, claim.get("margin"), claim.get("ratio"))
+    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
+    ratio = claim.get("ratio")
+    return [
+        _within(claim, stratum, axis, one, other, ratio)
+        for one, other in itertools.combinations(cells, 2)
+    ]
 
 
 def _stable(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    axis = claim.get("axis")
-    values = claim.get("values") or _range(claim, levels(stratum.runs[resolve(stratum.runs, axis)]))
+    axis, at = claim.get("axis"), claim.get("at")
+    there = levels(stratum.runs[resolve(stratum.runs, axis)])
+    values = claim.get("values") or _range(claim, there)
+    found = [
+        Finding(stratum.about(f"{axis}={label(value)}"), OPEN, 0, "nothing was run there")
+        for value in _absent(claim, there)
+    ]
     if len(values) < 2:
-        return [_nothing(stratum.about(f"{axis}: fewer than two values in the range"), {})]
-    found = _within(claim, stratum, axis, values, claim.get("margin"), claim.get("factor"))
-    return [_broken(finding) for finding in found]
+        return found or [_nothing(stratum.about(f"{axis}: fewer than two values in the range"), {})]
+    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
+    for pair in itertools.combinations(cells, 2):
+        if at is None or any(same(at, value) for value, _ in pair):
+            finding = _within(claim, stratum, axis, *pair, claim.get("factor"))
+            found.append(_broken(finding, _evidence(claim, pair)))
+    return found
 
 
-def _broken(finding: Finding) -> Finding:
-    """A run that failed or diverged within the range has left it."""
-    lost = {k: v for k, v in (finding.lost or {}).items() if k in ("failed", "diverged")}
-    if not lost:
+def _evidence(claim: Claim, pair: Iterable[tuple[Any, Cell]]) -> int:
+    """Diverged runs that speak against stability.
+
+    Where ``not`` says that one value is unstable, what diverged at another does not show it.
+    """
+    at = claim.get("at") if claim.get("not", False) else None
+    return sum(cell.diverged for value, cell in pair if at is None or same(at, value))
+
+
+def _broken(finding: Finding, diverged: int) -> Finding:
+    """A run that diverged within the range has left it; what else was lost tells nothing."""
+    if not diverged:
         return finding
-    words = ", ".join(f"{count} {what}" for what, count in lost.items())
-    return Finding(finding.about, FAILS, finding.n, f"{words} within the range", lost=finding.lost)
+    says = f"{diverged} diverged within the range"
+    return Finding(finding.about, FAILS, finding.n, says, lost=finding.lost)
+
+
+SLACK = 1 + 1e-12
 
 
 def _range(claim: Claim, values: Sequence[Any]) -> list[Any]:
@@ -213,38 +240,42 @@ def _range(claim: Claim, values: Sequence[Any]) -> list[Any]:
     low, high = claim.get("from", -math.inf), claim.get("to", math.inf)
     if (low, high) == (-math.inf, math.inf):
         return list(values)
-    slack = 1 + 1e-12
     numbers = [v for v in values if isinstance(meaning(v), float)]
-    return [v for v in numbers if low / slack <= meaning(v) <= high * slack]
+    return [v for v in numbers if low / SLACK <= meaning(v) <= high * SLACK]
+
+
+def _absent(claim: Claim, values: Sequence[Any]) -> list[Any]:
+    """What a claim names of an axis and no run has: a range is not known to its ends then."""
+    named = [claim.get(key) for key in ("from", "to", "at")]
+    return [v for v in named if v is not None and not any(same(v, one) for one in values)]
 
 
 def _within(
     claim: Claim,
     stratum: _Stratum,
     axis: str,
-    values: Sequence[Any],
-    margin: float | None,
+    one: tuple[Any, Cell],
+    other: tuple[Any, Cell],
     ratio: float | None,
-) -> list[Finding]:
-    cells = [stratum.cell({axis: value}, claim.metric) for value in values]
-    found = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(cells), 2):
-        about = stratum.about(f"{axis}: {label(values[j])} against {label(values[i])}")
-        x, y = _pairs(b, a)
-        if x.size == 0:
-            found.append(_nothing(about, _lost(a, b)))
-        elif margin is not None:
-            found.append(_tested(about, x - y, margin, _size(x, y), claim.alpha, _lost(a, b)))
-        else:
-            found.append(_ratio_within(about, x, y, ratio or 1.0, claim.alpha, _lost(a, b)))
-    return found
+) -> Finding:
+    """Whether two cells are equal, to the claim's margin or to a ratio."""
+    (first, a), (second, b) = one, other
+    about = stratum.about(f"{axis}: {label(second)} against {label(first)}")
+    x, y = _pairs(b, a)
+    lost, margin = _lost(a, b), claim.get("margin")
+    if x.size == 0:
+        return _nothing(about, lost)
+    if margin is not None:
+        return _tested(about, x - y, margin, _size(x, y), claim.alpha, lost)
+    return _ratio_within(about, x, y, ratio or 1.0, claim.alpha, lost)
 
 
 def _ratio_within(
     about: str, x: np.ndarray, y: np.ndarray, ratio: float, alpha: float, lost: Mapping[str, int]
 ) -> Finding:
     if np.array_equal(x, y) and x.size > 1:
-        return Finding(about, HOLDS, x.size, "identical", values={"difference": 0.0}, lost=lost)
+        values = {"difference": 0.0}
+        return Finding(about, HOLDS, x.size, "identical", values=values, lost=lost, exact=True)
     if (x * y <= 0).any():
         apart = x.size > 1 and (np.sign(x) != np.sign(y)).all()
         words = "the sign changes: no factor holds" if apart else "zeros or signs: give a margin"
@@ -284,14 +315,20 @@ def _tested(
         )
         if as_ratio and verdict == HOLDS and worst > 1e-9:
             says = f"ratio {values['mean']:.6g}, exact"
-        return Finding(about, verdict, e.n, says, values=values, lost=lost)
+        return Finding(about, verdict, e.n, says, values=values, lost=lost, exact=True)
     verdict = HOLDS if e.p_inside < alpha else FAILS if e.p_outside < alpha else OPEN
-    says = f"{name} {values['mean']:.4g} [{values['low']:.4g}, {values['high']:.4g}]"
+    ends = f"[{values['low']:.4g}, {values['high']:.4g}]"
+    says = f"{name} {values['mean']:.4g}, {_interval(alpha)} {ends}"
 
     def seeds_at(many: int) -> int | None:
         return stats.seeds_for(e, low, high, alpha, many)
 
     return Finding(about, verdict, e.n, says, e.p_inside, e.p_outside, None, values, lost, seeds_at)
+
+
+def _interval(alpha: float) -> str:
+    """The interval that tests at this level on either side ask of: a table's is another one."""
+    return f"{100 * (1 - 2 * alpha):g}% interval"
 
 
 def _faster(claim: Claim, stratum: _Stratum) -> list[Finding]:
@@ -388,7 +425,8 @@ def _is_broken(claim: Claim, row: Mapping[str, Any]) -> bool:
 def _share(claim: Claim, stratum: _Stratum) -> list[Finding]:
     cell = stratum.cell({}, claim.metric)
     count = int((cell.values > claim.get("above", 0.0)).sum())
-    bounds = (claim.get("at_least", 0.0), claim.get("at_most", 1.0))
+    least = claim.get("at_least", 0.0)
+    bounds = (least if least > 0 else -math.inf, claim.get("at_most", 1.0))
     words = f"above {claim.get('above', 0.0):g}"
     about = stratum.about(f"{claim.metric} {words}")
     return [_shares(about, count, len(cell.values), bounds, claim.alpha, _lost(cell), words)]
@@ -406,23 +444,28 @@ def _shares(
     """Whether a share of runs lies between two bounds."""
     if n == 0:
         return _nothing(about, lost)
-    verdict, low, high = _share_verdict(count, n, bounds, alpha)
-    needed = None
-    if verdict == OPEN:
-        part = count / n
-        needed = _first_decided(lambda m: _share_verdict(round(part * m), m, bounds, alpha)[0], n)
-    says = f"{count} of {n} {words}: {count / n:.0%} [{low:.0%}, {high:.0%}]"
+    verdict, low, high = _share_verdict(count, n, bounds, alpha, alpha)
+    p_holds, p_fails = stats.share_tests(count, n, *bounds)
+    says = f"{count} of {n} {words}: {count / n:.0%}, {_interval(alpha)} [{low:.0%}, {high:.0%}]"
     values = {"share": count / n, "low": low, "high": high}
-    return Finding(about, verdict, n, says, needed=needed, values=values, lost=lost)
+
+    def runs_at(many: int) -> int | None:
+        part, level = count / n, alpha / many
+        return _first_decided(
+            lambda m: _share_verdict(round(part * m), m, bounds, alpha, level)[0], n
+        )
+
+    return Finding(about, verdict, n, says, p_holds, p_fails, None, values, lost, runs_at)
 
 
 def _share_verdict(
-    count: int, n: int, bounds: tuple[float, float], alpha: float
+    count: int, n: int, bounds: tuple[float, float], alpha: float, fails_at: float
 ) -> tuple[str, float, float]:
+    """The verdict on a share, and its interval; ``fails_at`` is the level of "does not hold"."""
     low, high = stats.share_interval(count, n, alpha)
-    if (low > bounds[0] or bounds[0] <= 0) and (high < bounds[1] or bounds[1] >= 1):
+    if (low > bounds[0] or bounds[0] < 0) and (high < bounds[1] or bounds[1] >= 1):
         return HOLDS, low, high
-    if low > bounds[1] or high < bounds[0]:
+    if stats.share_tests(count, n, *bounds)[1] < fails_at:
         return FAILS, low, high
     return OPEN, low, high
 

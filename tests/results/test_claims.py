@@ -30,6 +30,8 @@ def sweep_of(root: Path, groups: dict[str, list[float | str | None]], metric: st
                 continue
             if value == "failed":
                 make_run(directory, settings, error=RuntimeError("no"))
+            elif value == "broke":
+                make_run(directory, settings, error=FloatingPointError("layer h.0: not finite"))
             elif isinstance(value, str):
                 make_run(directory, settings, status=value)
             else:
@@ -86,7 +88,9 @@ CASES = [
     ("stable margin", {**STABLE, "margin": 0.2}, {"all": [-v for v in SAME],
      "auto": [-v for v in NEAR]}, HOLDS, "difference"),
     ("stable failed cell", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [*NEAR[:3], "failed"]},
-     FAILS, "1 failed within the range"),
+     OPEN, "1 failed"),
+    ("stable broken cell", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [*NEAR[:3], "broke"]},
+     FAILS, "1 diverged within the range"),
     ("stable diverged cell", {**STABLE, "factor": 2}, {"all": SAME, "auto": [*NEAR[:3], math.inf]},
      FAILS, "1 diverged within the range"),
     ("stable running cell", {**STABLE, "factor": 2}, {"all": SAME, "auto": [*NEAR[:3], "running"]},
@@ -202,6 +206,131 @@ def test_a_range_of_an_axis(tmp_path):
     assert (named.verdict, len(named.findings)) == (HOLDS, 1)
 
 
+def test_a_range_that_was_not_run_to_its_ends_is_open(tmp_path):
+    """Nothing at 1e-5: what holds from 1e-4 on is not known to hold from 1e-5 on."""
+    cells = [
+        ({"kfac.damping": d, "seed": s}, {"m": 1.0 + 0.01 * s})
+        for d in (1e-4, 1e-3)
+        for s in range(3)
+    ]
+    frame = load(make_sweep(tmp_path / "s", cells))
+    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "factor": 2}
+    assert evaluate_one({**stable, "from": "1e-4", "to": "1e-3"}, frame).verdict == HOLDS
+    for ends, absent in (
+        ({"from": "1e-5", "to": "1e-3"}, "1e-5"),
+        ({"from": "1e-4", "to": "1e-2"}, "0.01"),
+        ({"from": "1e-5"}, "1e-5"),
+    ):
+        answer = evaluate_one({**stable, **ends}, frame)
+        assert (answer.verdict, answer.seeds_needed) == (OPEN, None)
+        assert answer.why == f"kfac.damping={absent}: nothing was run there (1 of 2 comparisons)"
+    # A range that was left on the way is left, whatever its ends.
+    far = [({"kfac.damping": 5e-4, "seed": s}, {"m": 100.0 + 0.01 * s}) for s in range(3)]
+    make_sweep(tmp_path / "s" / "more", far)
+    frame = load(tmp_path / "s")
+    assert evaluate_one({**stable, "from": "1e-5", "to": "1e-3"}, frame).verdict == FAILS
+
+
+def unstable(root: Path, lost: dict[float, BaseException | None], **more: object) -> str:
+    """The verdict on "not stable" of two dampings that agree, where one run of each may be lost.
+
+    An error is what the run failed with; None stands for one whose metric is NaN.
+    """
+    for damping in (1e-5, 1e-4):
+        for seed in range(4):
+            settings = {"kfac.damping": damping, "seed": seed}
+            gone = seed == 3 and damping in lost
+            error = lost[damping] if gone else None
+            value = math.nan if gone else 1.0 + 0.1 * seed + 0.001 * seed * (damping == 1e-5)
+            make_run(root / f"{damping}-{seed}", settings, {"m": value}, error=error)
+    claim = {"type": "stable", "not": True, "metric": "m", "axis": "kfac.damping",
+             "values": ["1e-5", "1e-4"], "margin": 0.05, **more}  # fmt: skip
+    return evaluate_one(claim, load(root)).verdict
+
+
+LOST = [
+    # lost runs, further keys of the claim, verdict on "unstable at 1e-5"
+    ({}, {}, FAILS),
+    ({}, {"at": "1e-5"}, FAILS),
+    ({1e-4: MemoryError("no room")}, {}, OPEN),
+    ({1e-5: MemoryError("no room")}, {"at": 1e-5}, OPEN),
+    ({1e-5: TimeoutError("ran longer than sweep.timeout_s=3")}, {}, OPEN),
+    ({1e-5: None}, {}, HOLDS),
+    ({1e-5: None}, {"at": "1e-5"}, HOLDS),
+    ({1e-5: FloatingPointError("not finite")}, {"at": "1e-5"}, HOLDS),
+    ({1e-4: None}, {"at": "1e-5"}, OPEN),
+    ({1e-4: None}, {}, HOLDS),
+    ({1e-4: MemoryError("no room"), 1e-5: None}, {"at": "1e-5"}, HOLDS),
+]
+
+
+@pytest.mark.parametrize(("lost", "more", "verdict"), LOST)
+def test_a_lost_run_proves_no_instability_unless_it_diverged_there(tmp_path, lost, more, verdict):
+    assert unstable(tmp_path / "s", lost, **more) == verdict
+
+
+def test_at_compares_one_value_with_the_others(tmp_path):
+    cells = [
+        ({"kfac.damping": d, "seed": s}, {"m": (9.0 if d == 1e-3 else 1.0) + 0.01 * s})
+        for d in (1e-5, 1e-4, 1e-3)
+        for s in range(3)
+    ]
+    frame = load(make_sweep(tmp_path / "s", cells))
+    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "margin": 0.1}
+    at = evaluate_one({**stable, "at": "1e-4"}, frame)
+    assert [f.about for f in at.findings] == [
+        "kfac.damping: 1e-4 against 1e-5", "kfac.damping: 0.001 against 1e-4"
+    ]  # fmt: skip
+    assert evaluate_one({**stable, "at": "1e-5", "values": [1e-5, 1e-4]}, frame).verdict == HOLDS
+    nowhere = evaluate_one({**stable, "at": "1e-6"}, frame)
+    assert (nowhere.verdict, "kfac.damping=1e-6: nothing was run" in nowhere.why) == (OPEN, True)
+
+
+def test_shares_are_corrected_over_the_comparisons(tmp_path):
+    """3 of 5 above is shown to be more than a tenth alone, and not among twenty settings."""
+    cells = [
+        ({"kfac.damping": 10.0**-i, "seed": s}, {"m": float(i == 0 and s < 3)})
+        for i in range(20)
+        for s in range(5)
+    ]
+    frame = load(make_sweep(tmp_path / "s", cells))
+    claim = {"type": "share", "metric": "m", "at_most": 0.1}
+    alone = evaluate_one({**claim, "where": {"kfac.damping": 1}}, frame)
+    (found,) = alone.findings
+    known = scipy_stats.binomtest(3, 5, 0.1, alternative="greater").pvalue
+    assert (alone.verdict, found.p_fails) == (FAILS, pytest.approx(known))
+    among = evaluate_one({**claim, "by": ["kfac.damping"]}, frame)
+    assert max(f.verdict == FAILS for f in among.findings) == 0
+    worst = min(among.findings, key=lambda f: f.p_fails)
+    assert (worst.verdict, worst.p_fails) == (OPEN, pytest.approx(20 * known))
+    assert among.verdict == OPEN
+    assert worst.needed is not None
+    enough = scipy_stats.binomtest(round(0.6 * worst.needed), worst.needed, 0.1, "greater")
+    assert enough.pvalue < 0.05 / 20
+    broken = {"type": "fails", "metric": "m", "above": 0.5, "share": 0,
+              "cells": {"kfac.damping": "1e-1"}}  # fmt: skip
+    assert evaluate_one(broken, frame).verdict == OPEN  # none of five is not "more than none"
+
+
+def test_the_answer_names_the_test_that_was_made_and_its_interval(tmp_path):
+    claim = {**EQUIVALENT, "margin": 0.1}
+    tested = evaluate_one(claim, load(sweep_of(tmp_path / "a", {"all": SAME, "auto": NEAR})))
+    assert tested.test == "two one-sided paired t tests"
+    assert ", 90% interval [" in tested.why
+    strict = evaluate_one({**claim, "alpha": 0.01}, load(tmp_path / "a"))
+    assert ", 98% interval [" in strict.why
+    exact = evaluate_one(claim, load(sweep_of(tmp_path / "b", {"all": SAME, "auto": SAME})))
+    assert exact.test == "no test: pairs that do not vary compared as numbers"
+    both = {**claim, "groups": {"kfac.policy": ["all", "auto", "hybrid"]}}
+    groups = {"all": SAME, "auto": SAME, "hybrid": NEAR}
+    mixed = evaluate_one(both, load(sweep_of(tmp_path / "c", groups)))
+    assert mixed.test.startswith("two one-sided paired t tests; pairs that do not vary")
+    none = evaluate_one(claim, load(sweep_of(tmp_path / "d", {"all": SAME, "auto": ["failed"]})))
+    assert none.test == "no test"
+    share = evaluate_one(SHARE, load(tmp_path / "a"))
+    assert "8 of 8 above 0: 100%, 90% interval [69%, 100%]" in share.why
+
+
 def test_claims_of_a_sweep_are_about_its_own_runs(tmp_path):
     cells = [
         ({"kfac.policy": p, "seed": s}, {"m": float(s)}) for p in ("all", "auto") for s in (1, 2)
@@ -241,6 +370,7 @@ WRONG = [
     ({"type": "matches", "metric": "m", "value": 3, "tolerance": 1, "a": A}, "give a and b"),
     ({"type": "bounded", "metric": "m"}, "give one of at_most and at_least"),
     ({"type": "fails", "cells": B, "above": 1}, "above needs a metric"),
+    ({**STABLE, "margin": 1, "at": 3, "values": [1, 2]}, "at=3 is not among its values"),
     ({**FASTER, "not": "yes"}, "not=yes is not allowed: true or false"),
 ]
 

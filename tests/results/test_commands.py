@@ -47,6 +47,8 @@ def test_table(door, sweep):
     assert "kfac.policy" in out
     assert "p (Holm)" in out
     assert "1 missing of 4" in out
+    assert ", n 3" not in out
+    assert "sd 1.0, n 3" in door("table", sweep, "--metrics", "m", "--sd")[1]
 
 
 def test_table_formats_and_files(door, sweep, tmp_path):

@@ -9,6 +9,7 @@ import yaml
 from fisher_lab.config import paths
 from fisher_lab.results import stats
 from fisher_lab.results.claim_spec import TYPES, check
+from fisher_lab.results.values import meaning
 
 PAGE = (paths.root() / "docs" / "results.md").read_text()
 
@@ -43,6 +44,25 @@ def test_the_seeds_of_a_sweep_can_settle_what_is_to_fail():
                 assert low > claim.get("share", 0.5), f"{file.name}: {runs} seeds"
                 settled += 1
     assert settled
+
+
+def test_ways_that_should_agree_are_compared_by_more_than_one_number():
+    """Two natural gradients of one length may point anywhere."""
+    wanted = {"ng/norm", "ng/decrement", "ng/cosine", "kfac/trace", "kfac/top_eigenvalue"}
+    for name in ("large_head", "reduce"):
+        stated = check(
+            yaml.safe_load((paths.root() / "sweeps" / f"{name}.yaml").read_text())["claims"]
+        )
+        matches = [claim for claim in stated if claim.type == "matches"]
+        assert {claim.metric for claim in matches} == wanted
+        assert len({claim.get("tolerance") for claim in matches}) == 1
+
+
+def test_what_is_to_be_unstable_says_where():
+    files = sorted((paths.root() / "sweeps").glob("*.yaml"))
+    stated = [c for f in files for c in check(yaml.safe_load(f.read_text()).get("claims") or [])]
+    unstable = [claim for claim in stated if claim.type == "stable" and claim.get("not")]
+    assert [meaning(claim.get("at")) for claim in unstable] == [1e-5] * 4
 
 
 def test_every_claim_of_a_sweep_file_is_a_claim():

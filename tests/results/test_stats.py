@@ -96,6 +96,8 @@ def test_pairs_that_do_not_vary_are_exact_and_never_nan():
     same = stats.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     shifted = stats.paired([1.5, 2.5, 3.5], [1.0, 2.0, 3.0])
     assert (same.exact, same.mean, same.low, same.high) == (True, 0.0, 0.0, 0.0)
+    rounded = stats.paired([0.1 + 0.2, 0.3], [0.3, 0.1 + 0.2 - 5e-17])
+    assert (same.identical, rounded.identical, shifted.identical) == (True, True, False)
     assert (shifted.exact, shifted.mean) == (True, 0.5)
     assert stats.paired([1.0], [2.0]).n == 1
     assert stats.paired([], []).n == 0
@@ -225,3 +227,69 @@ def test_cells_that_cannot_be_told_apart():
     assert not stats.overlap(a, a + pd.Series({0: 1.0, 1: 1.1, 2: 0.9}))
     assert stats.overlap(a, pd.Series({7: 1.5, 8: 2.5, 9: 2.2}))
     assert not stats.overlap(a.iloc[:1], a.iloc[1:2])
+
+
+def test_a_share_is_tested_as_its_interval_says():
+    for count, low, high in ((9, 0.5, 1.0), (1, 0.5, 1.0), (7, -1.0, 0.3), (4, 0.1, 0.9)):
+        inside, beyond = stats.share_tests(count, 10, low, high)
+        for alpha in (0.001, 0.01, 0.05, 0.2):
+            ends = stats.share_interval(count, 10, alpha)
+            held = (low < 0 or ends[0] > low) and (high >= 1 or ends[1] < high)
+            assert (inside < alpha) == held
+            assert (beyond < alpha) == (ends[0] > high or ends[1] < low)
+
+
+BASE = pd.Series([0.52, 0.55, 0.546, 0.58, 0.50, 0.541, 0.56])
+
+
+def test_medians_are_told_apart_by_ranks_and_one_outlier_hides_nothing():
+    slower = BASE + pd.Series([0.13, 0.14, 0.137, 0.15, 0.12, 0.131, 40.0])
+    assert stats.overlap(slower, BASE)  # the mean difference is anything
+    assert not stats.overlap(slower, BASE, statistic="median")
+    known = scipy_stats.wilcoxon(slower, BASE).pvalue
+    assert known == pytest.approx(2.0**-6)
+    assert stats.overlap(slower, BASE, 1 - known, "median")
+    assert stats.overlap(slower, BASE, 0.99, "median")
+    mixed = BASE + pd.Series([0.13, -0.14, 0.137, -0.15, 0.12, 0.131, 40.0])
+    assert stats.overlap(mixed, BASE, statistic="median")
+
+
+def test_medians_of_few_pairs_need_one_direction_and_a_clear_ratio():
+    for shift, tied in (
+        ([0.13, 0.14, 0.137], False),
+        ([0.13, 0.14, -0.001], True),  # a pair that points the other way
+        ([0.01, 0.14, 0.9], True),  # one way, but by anything
+    ):
+        assert stats.overlap(BASE[:3] + shift, BASE[:3], statistic="median") is tied
+    assert not stats.overlap(2 * BASE[:3], BASE[:3], statistic="median")  # twice, exactly
+    assert stats.overlap(BASE[:3] + 1e-17, BASE[:3], statistic="median")
+    below = pd.Series([-1.0, -2.0, -1.5])
+    assert not stats.overlap(below - [1.0, 1.1, 0.9], below, statistic="median")
+
+
+def test_medians_without_pairs_are_compared_by_ranks():
+    other = pd.Series([0.7, 0.71, 0.75, 0.9], index=[10, 11, 12, 13])
+    assert not stats.overlap(BASE[:4], other, statistic="median")
+    assert stats.overlap(BASE[:3], other[:3], statistic="median")  # p is 0.1 at the least
+    assert not stats.overlap(BASE[:1], other[:1], statistic="median")
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_ties_of_skewed_times_keep_their_level(n):
+    rng = np.random.default_rng(RNG + n)
+    rounds = 400
+    apart = sum(
+        not stats.overlap(pd.Series(a), pd.Series(b), statistic="median")
+        for a, b in rng.lognormal(0.0, 1.0, (rounds, 2, n))
+    )
+    assert apart / rounds <= binomial(0.05, rounds)[1]
+
+
+def test_ranks_with_ties_and_zeros_are_exact():
+    shift = pd.Series([0.1, 0.1, 0.1, 0.2, 0.2, 0.0, 0.3])
+    base = pd.Series([1.0] * 7)
+    method = scipy_stats.PermutationMethod()
+    known = scipy_stats.wilcoxon((base + shift) - base, method=method).pvalue
+    assert known < 0.05
+    assert not stats.overlap(base + shift, base, statistic="median")
+    assert stats.overlap(base + shift, base, 1 - 0.9 * known, "median")

@@ -98,6 +98,94 @@ def test_best_and_ties_are_marked(sweep):
     )
 
 
+def test_the_confidence_goes_for_marks_and_differences_too(sweep):
+    """The second best is told from the best at 95 %, and not at 99.9 %."""
+    frame = load(sweep)
+    marked = {}
+    for confidence in (0.95, 0.999):
+        table = tabulate(frame, metrics=["ng/cosine"], baseline={"kfac.policy": "all"},
+                         confidence=confidence)  # fmt: skip
+        marked[confidence] = len(table.ties)
+        row = tuple({"kfac.policy": "auto", "kfac.damping": 1e-4}[n] for n in table.row_names)
+        d = table.comparisons[row, "ng/cosine", ()].difference
+        known = scipy_stats.ttest_rel(VALUES["auto", 1e-4], VALUES["all", 1e-4])
+        assert (d.low, d.high) == pytest.approx(tuple(known.confidence_interval(confidence)))
+        text = render.to_text(table)
+        percent = {0.95: "95%", 0.999: "99.9%"}[confidence]
+        assert f"mean ± half the {percent} interval; over seed, n = 3" in text
+        assert f"mean ± half the {percent} interval, paired t test" in text
+    assert marked == {0.95: 0, 0.999: 1}
+
+
+def marks(tmp_path, metric, cells, **more):
+    """Which mark stands at each value of kfac.damping."""
+    runs = [({"kfac.damping": d, "seed": s}, {metric: v})
+            for d, numbers in cells.items() for s, v in enumerate(numbers)]  # fmt: skip
+    table = tabulate(load(make_sweep(tmp_path / "s", runs)), metrics=[metric], **more)
+    return {row[0]: render.shown(table, (row, metric, ())).mark for row in table.rows}
+
+
+def test_what_no_reader_can_see_is_no_better(tmp_path):
+    """Every seed gains 3e-7 of the size: significant, and nothing."""
+    gains = [-33.0, -35.0, -31.0, -34.0]
+    slightly = [v * (1 - 3e-7 - 1e-9 * i) for i, v in enumerate(gains)]
+    worse = [v - 20.0 - i for i, v in enumerate(gains)]
+    cells = {1e-5: gains, 1e-4: slightly, 1e-3: worse}
+    assert marks(tmp_path, "ng/heldout_loss_decrease", cells) == {1e-5: "~", 1e-4: "*", 1e-3: ""}
+    two = {1e-5: gains, 1e-4: slightly}
+    assert set(marks(tmp_path / "two", "ng/heldout_loss_decrease", two).values()) == {""}
+    # More than 1e-6, but the digits that are shown are the same.
+    shown = {1e-5: gains, 1e-4: [v + 1e-3 for v in gains], 1e-3: worse}
+    assert marks(tmp_path / "c", "ng/cosine", shown) == {1e-5: "~", 1e-4: "*", 1e-3: ""}
+
+
+def test_a_clipped_share_has_no_best(tmp_path):
+    cells = {1e-5: [0.25, 0.26, 0.27], 1e-4: [0.0, 0.0, 0.0]}
+    for side in "AG":
+        name = f"kfac/clipped_frac_{side}"
+        assert set(marks(tmp_path / side, name, cells).values()) == {""}
+        least = marks(tmp_path / side, name, cells, directions={name: "min"})
+        assert least == {1e-5: "", 1e-4: "*"}
+
+
+def test_times_are_tied_by_what_they_show(tmp_path):
+    """One slow run makes any mean of the differences, and no median."""
+    fast = [0.546, 0.54, 0.55, 0.56, 0.53, 0.545, 0.548]
+    slow = [0.683, 0.679, 0.681, 0.732, 0.684, 0.68, 40.0]
+    near = [0.55, 0.538, 0.553, 0.557, 0.535, 0.547, 0.549]
+    cells = {1e-5: fast, 1e-4: slow, 1e-3: near}
+    assert marks(tmp_path / "a", "kfac/total_s", cells) == {1e-5: "*", 1e-4: "", 1e-3: "~"}
+    means = marks(tmp_path / "a", "kfac/total_s", cells, statistic="mean")
+    assert means[1e-4] == "~"
+
+
+def test_standard_deviation_and_n_are_shown_on_demand(sweep):
+    frame = load(sweep)
+    plain, table = tabulate(frame), tabulate(frame, details=True)
+    row = tuple({"kfac.policy": "all", "kfac.damping": 1e-4}[n] for n in table.row_names)
+    assert render.shown(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
+    assert render.shown(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
+    assert render.shown(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
+    for text in (render.to_text(table, 120), render.to_markdown(table), render.to_html(table)):
+        assert "2.10 ± 0.25 (sd 0.10, n 3)" in text
+        assert "sd is the standard deviation" in text
+    assert r"$2.10 \pm 0.25$ {\footnotesize (sd $0.10$, n 3)}" in to_latex(table)
+    assert r"{\footnotesize (sd \num[separate-uncertainty]{0.10}, n 3)}" in to_latex(
+        table, siunitx=True
+    )
+    assert render.to_csv(table) == render.to_csv(plain)
+
+
+def test_a_difference_of_rounding_reads_identical(tmp_path):
+    cells = [({"kfac.policy": p, "seed": s}, {"ng/cosine": v})
+             for p, numbers in (("all", [0.3, 0.6]), ("auto", [0.1 + 0.2, 0.6]))
+             for s, v in enumerate(numbers)]  # fmt: skip
+    table = tabulate(load(make_sweep(tmp_path / "s", cells)), baseline={"kfac.policy": "all"})
+    ((_, comparison),) = render.differences(table)
+    assert 0 < comparison.difference.mean < 1e-16
+    assert render.difference_words(comparison) == ("identical", "", "", "2")
+
+
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
     table = tabulate(load(sweep), baseline={"kfac.policy": "all"}, metrics=["ng/cosine"])
     p = []
@@ -147,6 +235,9 @@ def test_what_is_lost_is_shown_and_never_averaged_away(lost):
     assert shown["small_only"] == "0.5000 (1 running, 1 missing of 3)"
     assert table.cells[("hybrid",), "ng/cosine", ()].reasons == ("MemoryError: no room",)
     assert table.best == set()  # only one cell is whole
+    details = tabulate(load(lost), metrics=["ng/cosine"], details=True)
+    part = render.shown(details, (("auto",), "ng/cosine", ()))
+    assert part.plain == "0.9000 (n 1; 1 diverged, 1 failed of 3)"
     assert any("3 of 4 cells lack runs" in note for note in table.notes)
 
 
