@@ -10,9 +10,8 @@ from fisher_lab.runs import atomic
 from . import claims, figures, latex, methods, render
 from .errors import ResultsError
 from .finishing import claimed_metrics
-from .frames import Frame
+from .frames import Frame, only
 from .plotting import file_name
-from .report.page import only
 from .table import tabulate
 
 DOCUMENT = "appendix.tex"
