@@ -56,10 +56,9 @@ def _parser(name: str, what: str) -> _Parser:
 
 
 def _console() -> Console:
-    from .finishing import PIPE_WIDTH
+    from .finishing import standard_output
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    return standard_output()
 
 
 def _emit(text: str, output: str | None) -> None:
