@@ -20,7 +20,14 @@ from . import plotting
 from .errors import ResultsError
 from .frames import Column, Frame
 from .loading import load_layers, load_table
-from .metric_figures import MOST_SERIES, metric_figure, scaling_figure, short, trade_figure
+from .metric_figures import (
+    MOST_SERIES,
+    complete,
+    metric_figure,
+    scaling_figure,
+    short,
+    trade_figure,
+)
 from .table import Table
 from .values import label
 
@@ -87,8 +94,9 @@ def plans(table: Table, frame: Frame) -> dict[str, Callable[[], Figure | None]]:
     ]
     cells = cell_names(table, frame)
     layers = functools.cache(lambda: load_layers(paths))
-    plans["time-and-memory"] = lambda: trade_figure(table, frame)
-    plans["distributed-scaling"] = lambda: scaling_figure(table, frame)
+    whole = functools.cache(lambda: complete(table, frame))
+    plans["time-and-memory"] = lambda: trade_figure(whole(), frame)
+    plans["distributed-scaling"] = lambda: scaling_figure(whole(), frame)
     plans["layers-clipped"] = lambda: layer_figure(layers(), cells, "clipped")
     plans["layers-kappa"] = lambda: layer_figure(layers(), cells, "kappa")
     plans["learning-curves"] = lambda: line_figure(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fisher_lab.runs import atomic
+from fisher_lab.runs.record import strict
 
 from . import claims, latex, render
 from .cells import UNFINISHED
 from .discover import MULTIRUN_FILE, SWEEP_FILE
 from .errors import ResultsError
-from .figures import draw
+from .figures import complete, draw
 from .frames import Frame
 from .loading import load
 from .table import Table, tabulate
@@ -163,10 +165,10 @@ def left_out_lines(frame: Frame) -> list[str]:
 
 def _write(done: Finished) -> None:
     root = done.directory
-    texts = {CLAIMS_FILE: json.dumps([v.as_dict() for v in done.verdicts], indent=2) + "\n"}
+    texts = {CLAIMS_FILE: verdicts_text(done.verdicts)}
     if done.table is not None:
         texts |= {
-            f"{TABLE_FILE}.csv": render.to_csv(done.table),
+            f"{TABLE_FILE}.csv": render.to_csv(complete(done.table, done.frame)),
             f"{TABLE_FILE}.md": render.to_markdown(done.table),
             f"{TABLE_FILE}.tex": latex.to_latex(done.table),
         }
@@ -177,6 +179,12 @@ def _write(done: Finished) -> None:
         drawn = draw(done.table, done.frame, root / "figures")
         done.files += drawn.files
         done.problems += drawn.problems
+
+
+def verdicts_text(verdicts: Sequence[claims.Verdict]) -> str:
+    """What ``claims.json`` holds: all numbers of the verdicts."""
+    values = strict([verdict.as_dict() for verdict in verdicts])
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _stamp(frame: Frame) -> str:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from fisher_lab.results import figures, load, load_layers, load_table, plotting, tabulate
+from fisher_lab.results import (
+    figures,
+    finish,
+    load,
+    load_layers,
+    load_table,
+    metric_figures,
+    plotting,
+    tabulate,
+)
 from fisher_lab.runs.record import Run
 from tests.results.made import make_run, make_sweep
 
@@ -93,6 +103,55 @@ def test_time_and_memory_are_the_cells(sweep):
     assert len(points) == 6
     assert points["damping=1e-5, policy=all"] == (2.0, 15.0)
     assert points["damping=1e-5, policy=auto"] == (3.0, 15.0)
+
+
+def in_the_csv(directory):
+    """The number that stands for a cell in ``table.csv``, by metric and the cell's words."""
+    with (directory / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])[: list(rows[0]).index("metric")]
+    found = {}
+    for row in rows:
+        words = ", ".join(f"{name.rpartition('.')[2]}={row[name]}" for name in names)
+        found[row["metric"], words] = float(row[row["statistic"]] or "nan")
+    return found
+
+
+def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
+    """Also where the claims fill the table, so that what ranks cost has no column in it."""
+    metrics = [f"m{i}" for i in range(7)]
+    cells = [
+        ({"kfac.reduce": mode, "kfac.damping": d, "seed": s},
+         {**{m: i + s + d for i, m in enumerate(metrics)}, "kfac/total_s": 2.0 + s + (s - d) ** 2,
+          "kfac/peak_mb": 8.0 + s * d, "dist/world_size": 2, "dist/comm_s_max": len(mode) + s,
+          "dist/sent_bytes_max": 100.0 * len(mode) + s})
+        for mode in ("none", "gather") for d in DAMPINGS for s in range(3)
+    ]  # fmt: skip
+    claimed = [{"type": "bounded", "metric": m, "at_most": 9} for m in metrics]
+    root = make_sweep(tmp_path / "s", cells, claims=claimed)
+    done = finish(root)
+    assert done.table.metrics == metrics
+    known = in_the_csv(root)
+    plans = figures.plans(done.table, done.frame)
+    trade, scaling = plans["time-and-memory"](), plans["distributed-scaling"]()
+    drawn = {}
+    for container in trade.axes[0].containers:
+        (x,), (y,) = container[0].get_data()
+        drawn["kfac/total_s", container.get_label()] = x
+        drawn["kfac/peak_mb", container.get_label()] = y
+    assert len(drawn) == 12
+    assert [axes.get_ylabel() for axes in scaling.axes] == list(metric_figures.SCALING)
+    for axes in scaling.axes:
+        modes = [text.get_text() for text in axes.get_xticklabels()]
+        for container in axes.containers:
+            for mode, y in zip(modes, container[0].get_ydata(), strict=True):
+                damping = container.get_label()
+                drawn[axes.get_ylabel(), f"{damping}, reduce={mode}"] = y
+                drawn[axes.get_ylabel(), f"reduce={mode}, {damping}"] = y
+    expected = {key: value for key, value in known.items() if not key[0].startswith("m")}
+    assert len(expected) == 4 * 6
+    for key, value in expected.items():
+        assert drawn[key] == value, key
 
 
 def layered(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -154,6 +155,18 @@ def test_the_appendix_compiles(results, tmp_path, siunitx):
     assert not (files[-1].parent / "damping" / "table.pdf").exists()
     names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
     assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
+
+
+def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
+    make_sweep(results / "third", [({"seed": 0}, {"m": 1.0})],
+               claims=[{"type": "bounded", "metric": "m", "at_most": 2}])  # fmt: skip
+    files = write_appendix(load(results), tmp_path / "appendix")
+    assert tmp_path / "appendix" / "claims.json" in files
+    found = json.loads((tmp_path / "appendix" / "claims.json").read_text())
+    assert [(v["sweep"], v["verdict"]) for v in found] == [
+        ("damping", "inconclusive"), ("damping", "does not hold"), ("damping", "invalid"),
+        ("third", "holds"),
+    ]  # fmt: skip
 
 
 def test_what_is_wider_than_the_page_is_told_by_latex_and_nothing_is(results, tmp_path):

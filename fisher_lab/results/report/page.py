@@ -154,7 +154,7 @@ def _sweep(frame: Frame, name: str, number: int, places: Places) -> str:
     except ResultsError as error:
         words = html.escape(places.short(str(error)))
         return "".join([*sections, f'<p class="failed">{words}</p>'])
-    sections.append(render.to_html(table))
+    sections.append(render.to_html(figures.complete(table, frame)))
     sections.append(_figures(table, frame))
     sections.append(f"<h3>To run it again</h3>{runs.commands(table, frame, places)}")
     return "\n".join(sections)
