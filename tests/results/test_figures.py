@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -345,3 +346,55 @@ def test_what_is_not_finite_is_not_drawn(tmp_path):
     table = tabulate(load(make_sweep(tmp_path / "s", cells)))
     figure = figures.metric_figure(table, "m", "kfac.damping")
     assert list(plotted(figure, 0)[0]) == DAMPINGS[1:]
+
+
+def spectra(directory, seed, scale):
+    """A run with two blocks' spectra and a density, as ``task=analyze`` leaves them."""
+    run = make_run(
+        directory, {"deterministic": scale > 1, "seed": seed}, {"spectral/bytes": 100.0},
+        tables={"density.csv": [
+            {"grid": x + seed, "density": max(1.0 - abs(x), 0.0)} for x in (-1.0, 0.0, 1.0, 2.0)
+        ]},
+    )  # fmt: skip
+    block = {"status": "ok", "threshold": 1e-9}
+    values = {
+        "h.0": {**block, "eigenvalues": [scale * 10.0**-i * (1 + seed) for i in range(3)] + [0.0]},
+        "lm_head": {**block, "eigenvalues": [5.0, 4.0]},
+        "none": {"status": "degenerate", "eigenvalues": []},
+    }
+    (directory / "spectral.json").write_text(json.dumps({"per_block": values}))
+    return run
+
+
+def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):
+    for seed in range(2):
+        for scale in (1.0, 7.0):
+            spectra(tmp_path / "s" / f"{seed}-{scale}", seed, scale)
+    frame = load(tmp_path / "s")
+    plans = figures.plans(tabulate(frame), frame)
+    names = [name for name in plans if "decay" in name]
+    assert names == ["spectra_decay_h.0", "spectra_decay_lm_head"]
+    figure = plans["spectra_decay_h.0"]()
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_ylabel() == "eigenvalue of h.0"
+    drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for words, scale in (("deterministic=false", 1.0), ("deterministic=true", 7.0)):
+        expected = [(i + 1, scale * 10.0**-i * 1.5) for i in range(3)]  # zero is not drawn
+        np.testing.assert_allclose(drawn[words], expected, rtol=1e-12)
+    assert figure.get_figwidth() == plotting.WIDTH
+    (tmp_path / "s" / "0-1.0" / "spectral.json").write_text("[]")
+    (problem,) = figures.draw(tabulate(frame), frame, tmp_path / "out").problems
+    assert "spectral.json cannot be read" in problem
+
+
+def test_densities_of_runs_with_grids_of_their_own_are_averaged_as_curves(tmp_path):
+    for seed in range(2):  # a triangle at 0, and one at 1
+        spectra(tmp_path / "s" / str(seed), seed, 1.0)
+    frame = load(tmp_path / "s")
+    figure = figures.plans(tabulate(frame), frame)["spectral-density"]()
+    (line,) = figure.axes[0].lines
+    x, y = line.get_data()
+    np.testing.assert_allclose(x, np.linspace(-1.0, 3.0, 4))
+    # At 1/3 the first is at 2/3, and the second at 1/3.
+    np.testing.assert_allclose(y, [0.0, 0.5, 1 / 6, 0.0], atol=1e-12)
