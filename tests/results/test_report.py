@@ -12,6 +12,7 @@ import pytest
 from fisher_lab.config import paths
 from fisher_lab.results import load, methods, write_report
 from fisher_lab.results.appendix import write_appendix
+from fisher_lab.results.report.page import page
 from tests.results.browser import Browser, executable
 from tests.results.made import make_run, make_sweep
 
@@ -84,7 +85,6 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
         "kappa = 1e6, which clipped 25.00% of A and 0.00% of G",
         "the empirical Fisher matrix",
         "policy auto",
-        "refreshed every 10 steps",
         "decomposed in float64 and applied in float64",
         "jitter in 4 of 12 runs (4 times)",
         "512 tokens",
@@ -95,6 +95,42 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
     ):
         assert words in text
     assert "\\_" in methods.markdown(load(results))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["analyze", "analyze"], None),  # makes its factors once
+        (["train", "train"], "Factors are refreshed every 10 steps; "),
+        (["analyze", "train"], "Factors are refreshed every 10 steps in the trainings; "),
+    ],
+)
+def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):
+    for i, task in enumerate(tasks):
+        make_run(tmp_path / "s" / str(i), {"task.name": task, "seed": i, "kfac.ekfac": True})
+    text = " ".join(methods.sentences(load(tmp_path / "s")))
+    assert "(EKFAC)." in text
+    assert said in text if said else "refreshed" not in text
+
+
+def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
+    for name, damping in (("one", 1e-3), ("two_x", 1e-2)):
+        for seed in range(2):
+            make_run(tmp_path / name / str(seed), {"kfac.damping": damping, "seed": seed})
+    make_run(tmp_path / "void" / "0", {}, error=RuntimeError("x"))
+    frame = load(tmp_path)
+    (first, shared), *rest = methods.paragraphs(frame)
+    assert first == ""
+    assert "Every setting was run with 2 seeds." in shared
+    assert any("PyTorch 2.13.0" in text for text in shared)
+    assert [heading for heading, _ in rest] == ["one", "two_x", "void"]
+    for (_, text), damping in zip(rest, ("0.001", "0.01"), strict=False):
+        (sentence,) = text
+        assert sentence.startswith(f"Tikhonov damping was {damping} on each factor")
+    assert rest[2][1] == ["No run has completed."]
+    assert "\n\n### two\\_x\n\nTikhonov" in methods.markdown(frame)
+    assert "\\paragraph{two" in methods.latex(frame)
+    assert "<h3>one</h3><p>Tikhonov damping was 0.001 on" in page(frame)
 
 
 def test_the_methods_of_nothing(tmp_path):

@@ -191,6 +191,9 @@ def _figure(figure: Figure, name: str) -> str:
 
 
 def _methods(frame: Frame) -> str:
-    text = html.escape(" ".join(methods.sentences(frame)))
-    source = methods.latex(frame)
-    return f'<h2 id="methods">Methods</h2><p>{text}</p>{parts.folded("LaTeX", source)}'
+    sections = []
+    for heading, text in methods.paragraphs(frame):
+        sections += [f"<h3>{html.escape(heading)}</h3>"] if heading else []
+        sections.append(f"<p>{html.escape(' '.join(text))}</p>")
+    source = parts.folded("LaTeX", methods.latex(frame))
+    return f'<h2 id="methods">Methods</h2>{"".join(sections)}{source}'
