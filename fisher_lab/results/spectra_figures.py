@@ -22,6 +22,7 @@ from .lines import line_figure
 from .plotting import file_name
 
 SPECTRUM_FILE = "spectral.json"
+LANCZOS_FILE = "lanczos.json"
 MOST_BLOCKS = 12
 """Blocks that are drawn, those of the largest trace."""
 
@@ -98,9 +99,23 @@ def decay_figure(rows: Frame, cells: Mapping[str, str], block: str) -> Figure | 
 
 def density_figure(rows: Frame, cells: Mapping[str, str]) -> Figure | None:
     """Spectral densities, a line a cell."""
-    return line_figure(
-        on_one_grid(rows, "grid", "density"), cells, "grid", "density", log_y=True, decades=8
-    )
+    on_grid = on_one_grid(rows, "grid", "density")
+    figure = line_figure(on_grid, cells, "grid", "density", log_y=True, decades=8)
+    if figure is not None:
+        words = _scale(rows["directory"].iloc[0])
+        figure.axes[0].set_xlabel(words)
+        figure.set_label(f"Spectral density against {words}")
+    return figure
+
+
+def _scale(directory: str) -> str:
+    """What a run's density is over, as its ``lanczos.json`` says."""
+    try:
+        about = json.loads((Path(directory) / LANCZOS_FILE).read_text(encoding="utf-8"))
+        log = about["density"]["scale"] == "log10"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "grid"
+    return "log10 eigenvalue" if log else "eigenvalue"
 
 
 def on_one_grid(rows: Frame, x: str, y: str) -> Frame:

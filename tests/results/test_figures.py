@@ -362,6 +362,7 @@ def spectra(directory, seed, scale):
         "lm_head": {**block, "eigenvalues": [5.0, 4.0]},
         "none": {"status": "degenerate", "eigenvalues": []},
     }
+    (directory / "lanczos.json").write_text(json.dumps({"density": {"scale": "log10"}}))
     (directory / "spectral.json").write_text(json.dumps({"per_block": values}))
     return run
 
@@ -393,6 +394,7 @@ def test_densities_of_runs_with_grids_of_their_own_are_averaged_as_curves(tmp_pa
         spectra(tmp_path / "s" / str(seed), seed, 1.0)
     frame = load(tmp_path / "s")
     figure = figures.plans(tabulate(frame), frame)["spectral-density"]()
+    assert figure.axes[0].get_xlabel() == "log10 eigenvalue"
     (line,) = figure.axes[0].lines
     x, y = line.get_data()
     np.testing.assert_allclose(x, np.linspace(-1.0, 3.0, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -185,10 +186,11 @@ def compiles(*files):
 @pytest.mark.parametrize("siunitx", [False, True])
 def test_the_appendix_compiles(results, tmp_path, siunitx):
     files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
-    done = compiles(files[-1], files[-1].parent / "damping" / "table.tex")
+    before = set((tmp_path / "appendix").rglob("*"))
+    done = compiles("--pdf", files[-1], files[-1].parent / "damping" / "table.tex")
     assert done.returncode == 0, done.stderr
+    assert set((tmp_path / "appendix").rglob("*")) - before == {files[-1].with_suffix(".pdf")}
     assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000
-    assert not (files[-1].parent / "damping" / "table.pdf").exists()
     names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
     assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
 
@@ -208,10 +210,41 @@ def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
 def test_what_is_wider_than_the_page_is_told_by_latex_and_nothing_is(results, tmp_path):
     """Figures side by side beyond the margin would be lost without an error."""
     document = write_appendix(load(results), tmp_path / "appendix")[-1]
-    assert compiles(document).returncode == 0
-    log = document.with_suffix(".log").read_text(errors="replace")
-    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", log)
+    done = compiles(document)
+    assert done.returncode == 0
+    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", done.stdout)
     assert [float(points) for points in too_wide if float(points) > 5] == []
+
+
+FAKE = """#!/bin/sh
+for word in "$@"; do case $word in -output-directory=*) cd "${word#*=}" || exit 1 ;; esac; done
+base=$(basename "$word" .tex)
+for kind in aux out pdf; do echo "$kind" >"$base.$kind"; done
+echo 'Overfull \\hbox (9.5pt too wide) in paragraph at lines 1--2' >"$base.log"
+"""
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_check_leaves_nothing_but_the_pdf_that_was_asked_for(kept, tmp_path, monkeypatch):
+    """By an engine that writes what LaTeX does, so that it needs none."""
+    tools, texts = tmp_path / "bin", tmp_path / "texts"
+    tools.mkdir()
+    texts.mkdir()
+    for name, text in (("pdflatex", FAKE), ("kpsewhich", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    for name in ("bash", "sh", "grep", "basename", "dirname", "mktemp", "rm", "mkdir", "mv", "cat",
+                 "tail"):  # fmt: skip
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tools))  # whatever is installed is not seen
+    (texts / "whole.tex").write_text("\\documentclass{article}\n")
+    (texts / "part.tex").write_text("words\n")
+    done = compiles(*(["--pdf"] if kept else []), texts / "whole.tex", texts / "part.tex")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(9.5pt too wide)") == 2
+    left = {"whole.tex", "part.tex"} | ({"whole.pdf"} if kept else set())
+    assert {file.name for file in texts.iterdir()} == left
+    assert compiles("--all").returncode == 2
 
 
 def test_a_file_that_does_not_compile_is_told_with_the_reason(tmp_path):
