@@ -1,11 +1,12 @@
-"""Loading and tabulating many runs: 10,000 synthetic run directories, each step on its own.
+"""Loading and tabulating many runs: 1,000 and 10,000 synthetic run directories, step by step.
 
-    python benchmarks/results.py [--runs 10000] [--json FILE] [--keep DIRECTORY]
+    python benchmarks/results.py [--runs 1000 10000] [--json FILE] [--keep DIRECTORY]
 
 The directories hold what real runs leave: a configuration of some 130 settings, provenance, 33
 metrics, and (with ``--layers``) ``layers.csv``. Every step runs in a fresh process; times are wall
 clock with CPU seconds beside them, memory is the peak resident set. `cold` reads every file, `warm`
-uses the cache that `cold` has left. The files are in the page cache in both.
+uses the cache that `cold` has left. The files are in the page cache in both. `benchmarks/results/`
+has what was measured: `--json benchmarks/results/results.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,22 @@ def measure(root: Path, layers: bool) -> list[dict[str, Any]]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """Describes the machine, without its name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": models[0] if models else "unknown", "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1), "system": platform.system(),
+        "python": platform.python_version(), "pandas": metadata.version("pandas"),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--runs", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path, help="make the directories here and leave them")
@@ -124,20 +139,23 @@ def main() -> None:
     if args.step:
         print(json.dumps(step(args.step, args.keep)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        root = args.keep or Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        make(root, args.runs, args.layers)
-        steps = measure(root, args.layers)
-    about = {"runs": args.runs, "cpus": os.cpu_count(), "python": platform.python_version()}
-    print(json.dumps(about))
-    for one in steps:
-        print(
-            f"{one['step']:8} {one['rows']:>8} rows {one['seconds']:>7.2f} s wall "
-            f"{one['cpu_seconds']:>7.2f} s CPU {one['peak_mib']:>6} MiB peak"
-        )
+    found: dict[str, Any] = {"machine": machine(), "sizes": []}
+    print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
+    for runs in args.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            root = (args.keep or Path(folder)) / str(runs)
+            root.mkdir(parents=True)
+            make(root, runs, args.layers)
+            steps = measure(root, args.layers)
+        found["sizes"].append({"runs": runs, "steps": steps})
+        for one in steps:
+            print(
+                f"{runs:>6} runs {one['step']:8} {one['rows']:>8} rows {one['seconds']:>7.2f} s "
+                f"wall {one['cpu_seconds']:>7.2f} s CPU {one['peak_mib']:>6} MiB peak",
+                flush=True,
+            )
     if args.json:
-        args.json.write_text(json.dumps({**about, "steps": steps}, indent=2) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ done
 echo "== $folder"
 "$python" -m fisher_lab report "${paths[@]}" -o "$folder/report.html" --appendix "$folder" ||
   die 3 "the report was not written"
-"$here/scripts/check_latex.sh" "$folder/appendix.tex"
+"$here/scripts/check_latex.sh" --pdf "$folder/appendix.tex"
 case $? in
   0) ;;
   3) echo "appendix.tex is not compiled" ;;

@@ -9,10 +9,10 @@ from fisher_lab.runs import atomic
 
 from . import claims, figures, latex, methods, render
 from .errors import ResultsError
-from .finishing import claimed_metrics
-from .frames import Frame
+from .finishing import CLAIMS_FILE, claimed_metrics, verdicts_text
+from .frames import Frame, only
+from .places import Places
 from .plotting import file_name
-from .report.page import only
 from .table import tabulate
 
 DOCUMENT = "appendix.tex"
@@ -30,10 +30,13 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
     Returns:
         The files that were written, ``appendix.tex`` last.
     """
+    places = Places(frame)
+    frame = places.shown(frame)
     files: list[Path] = []
     body = ["\\section{Methods}", "\\input{methods}"]
     texts = {"methods.tex": methods.latex(frame), "methods.md": methods.markdown(frame)}
     verdicts = claims.evaluate(frame)
+    texts[CLAIMS_FILE] = verdicts_text(verdicts)
     if verdicts:
         texts["claims.tex"] = claims_table(verdicts)
         body += ["\\section{Claims}", "\\input{claims}"]
@@ -41,13 +44,15 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
         atomic.write_text(directory / name, text)
         files.append(directory / name)
     for sweep in dict.fromkeys(frame["sweep"]):
-        files += _sweep(only(frame, sweep), sweep, directory, body, siunitx)
+        files += _sweep(only(frame, sweep), sweep, directory, body, siunitx, places)
     target = directory / DOCUMENT
     atomic.write_text(target, latex.document("\n".join(body), "Appendix"))
     return [*files, target]
 
 
-def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: bool) -> list[Path]:
+def _sweep(
+    frame: Frame, name: str, directory: Path, body: list[str], siunitx: bool, places: Places
+) -> list[Path]:
     folder = file_name(name)
     titles = [str(s.about.get("title") or "") for s in frame.attrs.get("sweeps", {}).values()]
     words = "; ".join(dict.fromkeys(t for t in titles if t))
@@ -56,11 +61,11 @@ def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: b
     try:
         table = tabulate(frame, first=claimed_metrics(frame), title=name)
     except ResultsError as error:
-        body.append(latex.escape(f"No table: {error}"))
+        body.append(latex.escape(places.short(f"No table: {error}")))
         return []
     texts = {
         "table.tex": latex.to_latex(table, siunitx=siunitx),
-        "table.csv": render.to_csv(table),
+        "table.csv": render.to_csv(figures.complete(table, frame)),
         "table.md": render.to_markdown(table),
     }
     for file, text in texts.items():
@@ -68,7 +73,7 @@ def _sweep(frame: Frame, name: str, directory: Path, body: list[str], siunitx: b
     drawn = figures.draw(table, frame, directory / folder)
     body.append(f"\\input{{{folder}/table}}")
     body += _figures(drawn.shown, folder)
-    body += [latex.escape(f"Not drawn: {problem}.") + "\n" for problem in drawn.problems]
+    body += [latex.escape(places.short(f"Not drawn: {p}.")) + "\n" for p in drawn.problems]
     return [*(directory / folder / file for file in texts), *drawn.files]
 
 

@@ -7,7 +7,6 @@ line on standard error. A claim that does not hold is a result and no error.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from fisher_lab.runs import atomic
-from fisher_lab.runs.record import strict
 
 from .errors import ResultsError
 
@@ -56,10 +54,9 @@ def _parser(name: str, what: str) -> _Parser:
 
 
 def _console() -> Console:
-    from .finishing import PIPE_WIDTH
+    from .finishing import standard_output
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    return standard_output()
 
 
 def _emit(text: str, output: str | None) -> None:
@@ -182,6 +179,7 @@ def _claims(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
     from .claims import INVALID, evaluate, evaluate_one, to_rich
+    from .finishing import verdicts_text
 
     frame = _loaded(args.paths)
     if args.claims:
@@ -194,8 +192,7 @@ def _claims(argv: Sequence[str]) -> int:
     if not verdicts:
         raise ResultsError(f"{', '.join(args.paths)}: no sweep file states a claim")
     if args.json or args.output:
-        values = strict([verdict.as_dict() for verdict in verdicts])
-        _emit(json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n", args.output)
+        _emit(verdicts_text(verdicts), args.output)
     else:
         _console().print(to_rich(verdicts))
     invalid = [verdict for verdict in verdicts if verdict.verdict == INVALID]

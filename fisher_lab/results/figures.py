@@ -6,11 +6,9 @@ A cell without a number has no point; the figure says how many there are.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +17,17 @@ from matplotlib.figure import Figure
 from . import plotting
 from .errors import ResultsError
 from .frames import Column, Frame
+from .lines import block_figure, line_figure
 from .loading import load_layers, load_table
-from .metric_figures import MOST_SERIES, metric_figure, scaling_figure, short, trade_figure
+from .metric_figures import (
+    complete,
+    metric_figure,
+    scaling_figure,
+    short,
+    trade_figure,
+)
+from .metrics import known
+from .spectra_figures import decay_plans, density_figure
 from .table import Table
 from .values import label
 
@@ -87,19 +94,20 @@ def plans(table: Table, frame: Frame) -> dict[str, Callable[[], Figure | None]]:
     ]
     cells = cell_names(table, frame)
     layers = functools.cache(lambda: load_layers(paths))
-    plans["time-and-memory"] = lambda: trade_figure(table, frame)
-    plans["distributed-scaling"] = lambda: scaling_figure(table, frame)
+    whole = functools.cache(lambda: complete(table, frame))
+    plans["time-and-memory"] = lambda: trade_figure(whole(), frame)
+    plans["distributed-scaling"] = lambda: scaling_figure(whole(), frame)
     plans["layers-clipped"] = lambda: layer_figure(layers(), cells, "clipped")
     plans["layers-kappa"] = lambda: layer_figure(layers(), cells, "kappa")
     plans["learning-curves"] = lambda: line_figure(
         load_table(paths, CURVE_FILE), cells, "step", "heldout_loss"
     )
-    plans["spectral-density"] = lambda: line_figure(
-        load_table(paths, DENSITY_FILE), cells, "grid", "density", log_y=True
-    )
+    plans["spectral-density"] = lambda: density_figure(load_table(paths, DENSITY_FILE), cells)
     plans["spectra-effective-rank"] = lambda: block_figure(
         load_table(paths, SPECTRUM_FILE), cells, "effective_rank"
     )
+    if "spectral/bytes" in known(frame):
+        plans |= decay_plans(paths, cells)
     return plans
 
 
@@ -196,71 +204,4 @@ def layer_figure(layers: Frame, cells: Mapping[str, str], what: str) -> Figure |
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=5.5)
     figure.set_label(f"{words[:1].upper()}{words[1:]}, layer by layer")
-    return figure
-
-
-# ---- lines and blocks ----------------------------------------------------------------------------
-
-
-def line_values(rows: Frame, cells: Mapping[str, str], x: str, y: str) -> dict[str, Frame]:
-    """Cell -> mean, least and largest of ``y`` over its completed runs, by ``x``."""
-    if rows.empty or not {x, y} <= set(rows.columns):
-        return {}
-    known_rows = rows.assign(cell=rows["directory"].map(cells)).dropna(subset=["cell", x, y])
-    found = {}
-    for cell in dict.fromkeys(cells.values()):
-        part = known_rows[known_rows["cell"] == cell]
-        if not part.empty:
-            found[cell] = part.groupby(x)[y].agg(["mean", "min", "max", "count"])
-    return found
-
-
-@plotting.styled
-def line_figure(
-    rows: Frame, cells: Mapping[str, str], x: str, y: str, log_y: bool = False
-) -> Figure | None:
-    """Mean curves of the cells with the range over their runs. None where there are none."""
-    curves = line_values(rows, cells, x, y)
-    if not curves:
-        return None
-    figure, (axes,) = plotting.new_figure()
-    for i, (cell, values) in enumerate(itertools.islice(curves.items(), MOST_SERIES)):
-        style: dict[str, Any] = {**plotting.look(i), "marker": ""}
-        style["linewidth"] = max(2.4 - 0.4 * i, 0.9)  # equal curves are both seen
-        at = values.index.to_numpy(dtype=float)
-        axes.plot(at, values["mean"].to_numpy(), label=cell, **style)
-        low, high = values["min"].to_numpy(), values["max"].to_numpy()
-        axes.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    if log_y:
-        top = max(float(v["mean"].max()) for v in curves.values())
-        axes.set(yscale="log", ylim=(top * 1e-8, top * 3))
-    axes.set(xlabel=x, ylabel=y)
-    figure.set_label(f"{y} against {x}")
-    more = f"; {MOST_SERIES} of {len(curves)} cells" if len(curves) > MOST_SERIES else ""
-    axes.set_title(f"mean and range over runs{more}", fontsize=6.5, color="#444444")
-    plotting.legend(figure, axes, min(len(curves), MOST_SERIES))
-    return figure
-
-
-@plotting.styled
-def block_figure(rows: Frame, cells: Mapping[str, str], what: str) -> Figure | None:
-    """A number of every block of the spectra, a line a cell over depth."""
-    if rows.empty or not {"block", what} <= set(rows.columns):
-        return None
-    blocks: Sequence[Any] = list(dict.fromkeys(rows["block"]))
-    places = {block: i for i, block in enumerate(blocks)}
-    numbered = rows.assign(place=rows["block"].map(places))
-    figure = line_figure(numbered, cells, "place", what)
-    if figure is not None:
-        axes = figure.axes[0]
-        axes.set_xticks(
-            range(len(blocks)),
-            [str(b)[-20:] for b in blocks],
-            rotation=60,
-            ha="right",
-            parse_math=False,
-        )
-        axes.tick_params(axis="x", labelsize=5.5)
-        axes.set_xlabel("block")
-        figure.set_label(f"{what} by block")
     return figure

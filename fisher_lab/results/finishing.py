@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fisher_lab.runs import atomic
+from fisher_lab.runs.record import strict
 
 from . import claims, latex, render
 from .cells import UNFINISHED
 from .discover import MULTIRUN_FILE, SWEEP_FILE
 from .errors import ResultsError
-from .figures import draw
+from .figures import complete, draw
 from .frames import Frame
 from .loading import load
 from .table import Table, tabulate
@@ -87,9 +89,10 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
     if console is not None:
         show(done, console)
     stamp = _stamp(frame)
-    if _stamped(root) != stamp:
+    if not _is_up_to_date(root, stamp):
         _write(done)
-        atomic.write_json(root / STAMP_FILE, {"runs": stamp})
+        names = [file.relative_to(root).as_posix() for file in done.files]
+        atomic.write_json(root / STAMP_FILE, {"runs": stamp, "files": names})
     return done
 
 
@@ -99,27 +102,37 @@ def at_end(directory: str | os.PathLike[str]) -> None:
     Args:
         directory: of the sweep whose last cell has ended.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
     try:
-        finish(directory, console=console)
+        finish(directory, console=standard_output())
     except Exception as error:  # a table that fails must not fail a sweep that is done
         print(f"fisher_lab: no table of {directory}: {error}", file=sys.stderr)
 
 
-def finish_if_due(directory: Path) -> Finished | None:
+def standard_output() -> Console:
+    """A console on standard output, wide enough where that is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def finish_if_due(directory: Path, *, console: Console | None = None) -> Finished | None:
     """Finish a sweep whose launcher is gone, if its last cell is done and it was not finished yet.
 
     Args:
         directory: of a sweep; anything else is left alone.
+        console: gets the table and the verdicts where the sweep is finished by this call.
+
+    Returns:
+        What was made, its ``files`` empty where all was there before; None where cells are open.
     """
     if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
         return None
     with contextlib.suppress(ResultsError, OSError):
         frame = load(directory)
         if set(frame["status"]) and not set(frame["status"]) & set(UNFINISHED):
-            return finish(directory)
+            done = finish(directory)
+            if done.files and console is not None:
+                show(done, console)
+            return done
     return None
 
 
@@ -152,10 +165,10 @@ def left_out_lines(frame: Frame) -> list[str]:
 
 def _write(done: Finished) -> None:
     root = done.directory
-    texts = {CLAIMS_FILE: json.dumps([v.as_dict() for v in done.verdicts], indent=2) + "\n"}
+    texts = {CLAIMS_FILE: verdicts_text(done.verdicts)}
     if done.table is not None:
         texts |= {
-            f"{TABLE_FILE}.csv": render.to_csv(done.table),
+            f"{TABLE_FILE}.csv": render.to_csv(complete(done.table, done.frame)),
             f"{TABLE_FILE}.md": render.to_markdown(done.table),
             f"{TABLE_FILE}.tex": latex.to_latex(done.table),
         }
@@ -168,6 +181,12 @@ def _write(done: Finished) -> None:
         done.problems += drawn.problems
 
 
+def verdicts_text(verdicts: Sequence[claims.Verdict]) -> str:
+    """What ``claims.json`` holds: all numbers of the verdicts."""
+    values = strict([verdict.as_dict() for verdict in verdicts])
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def _stamp(frame: Frame) -> str:
     """Changes with any run's end, metrics or status, and with the claims."""
     columns = ["directory", "run_id", "status", "finished", "not_finite"]
@@ -177,8 +196,10 @@ def _stamp(frame: Frame) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _stamped(root: Path) -> str | None:
+def _is_up_to_date(root: Path, stamp: str) -> bool:
+    """Whether the files were made of these runs and claims, and are all there."""
     try:
-        return json.loads((root / STAMP_FILE).read_bytes())["runs"]
+        noted = json.loads((root / STAMP_FILE).read_bytes())
+        return noted["runs"] == stamp and all((root / name).is_file() for name in noted["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False

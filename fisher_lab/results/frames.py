@@ -24,3 +24,22 @@ class Shared(list[Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         return self
+
+
+def only(frame: Frame, sweep: str) -> Frame:
+    """The runs of one sweep, with the metrics that any of them has.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+        sweep: its name.
+    """
+    runs = frame[frame["sweep"] == sweep]
+    sweeps = {d: s for d, s in frame.attrs.get("sweeps", {}).items() if s.name == sweep}
+    measured = Shared(m for m in frame.attrs.get("metrics", []) if _measured(runs, m))
+    runs.attrs = {**frame.attrs, "sweeps": sweeps, "metrics": measured}
+    return runs
+
+
+def _measured(runs: Frame, metric: str) -> bool:
+    lost = " ".join(runs["not_finite"].fillna("")).split()
+    return bool(runs[metric].notna().any()) or metric in lost

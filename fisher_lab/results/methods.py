@@ -1,6 +1,7 @@
 """The methods paragraph of a paper, filled from the records of the runs.
 
 It says nothing that they do not say. A setting that differs between runs is given with all values.
+Of several sweeps there is a paragraph each, after one of what is the same in all.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .frames import Frame
+from .frames import Frame, only
 from .latex import breakable
 from .values import label, levels
 
@@ -18,9 +19,31 @@ WORDS = {
     "true": "the true Fisher matrix (expectation over the model's distribution)",
 }
 
+NOTHING = "No run has completed."
+
+
+def paragraphs(frame: Frame) -> list[tuple[str, list[str]]]:
+    """What was done, sweep by sweep.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+
+    Returns:
+        A heading and the sentences below it. Of one sweep there is one paragraph without a heading;
+        of several, first what all say alike, without a heading, and then the rest of each.
+    """
+    sweeps = list(dict.fromkeys(frame["sweep"]))
+    if len(sweeps) < 2:
+        return [("", sentences(frame))]
+    own = {sweep: sentences(only(frame, sweep)) for sweep in sweeps}
+    done = [text for text in own.values() if text != [NOTHING]]
+    alike = [s for s in done[0] if all(s in text for text in done)] if len(done) > 1 else []
+    rest = [(sweep, [s for s in text if s not in alike]) for sweep, text in own.items()]
+    return [*([("", alike)] if alike else []), *((sweep, text) for sweep, text in rest if text)]
+
 
 def sentences(frame: Frame) -> list[str]:
-    """What was done in the completed runs, a sentence each.
+    """What was done in the completed runs of one sweep, a sentence each.
 
     Args:
         frame: from :func:`fisher_lab.results.load`.
@@ -28,7 +51,7 @@ def sentences(frame: Frame) -> list[str]:
     runs = frame[frame["status"] == "completed"]
     runs.attrs = frame.attrs
     if runs.empty:
-        return ["No run has completed."]
+        return [NOTHING]
     parts = [*_models(runs), *_kfac(runs), *_numerics(runs), *_spectra(runs), *_machine(runs)]
     lost = frame[frame["status"] != "completed"]["status"].value_counts()
     if len(lost):
@@ -39,13 +62,24 @@ def sentences(frame: Frame) -> list[str]:
 
 def markdown(frame: Frame) -> str:
     """The paragraph for ``methods.md``."""
-    escaped = [text.replace("_", "\\_").replace("*", "\\*") for text in sentences(frame)]
-    return " ".join(escaped) + "\n"
+    parts = []
+    for heading, text in paragraphs(frame):
+        parts += [f"### {_md(heading)}"] if heading else []
+        parts.append(_md(" ".join(text)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _md(text: str) -> str:
+    return text.replace("_", "\\_").replace("*", "\\*")
 
 
 def latex(frame: Frame) -> str:
     """The paragraph for ``methods.tex``, a fragment."""
-    return " ".join(breakable(text) for text in sentences(frame)) + "\n"
+    parts = []
+    for heading, text in paragraphs(frame):
+        start = f"\\paragraph{{{breakable(heading)}}}\n" if heading else ""
+        parts.append(start + " ".join(map(breakable, text)))
+    return "\n\n".join(parts) + "\n"
 
 
 def _has(runs: Frame, *names: str) -> bool:
@@ -115,12 +149,24 @@ def _kfac(runs: Frame) -> list[str]:
         f"eigenvalues raised to the largest over kappa = "
         f"{_list(runs, 'kfac.max_condition_number', 'none (no floor)')}" + _clipped(runs) + ".",
     ]
-    about = [f"Factors are refreshed every {_list(runs, 'kfac.update_freq')} steps"]
+    about = [_refreshed(runs)]
     if _has(runs, "kfac.reduce", "dist/world_size"):
         about.append(f"ranks are joined by {_list(runs, 'kfac.reduce')}")
     if _has(runs, "kfac.ekfac"):
         about.append(_ekfac(runs))
-    return [*parts, "; ".join(filter(None, about)) + "."]
+    told = "; ".join(filter(None, about))
+    return [*parts, f"{told[:1].upper()}{told[1:]}." if told else ""]
+
+
+def _refreshed(runs: Frame) -> str:
+    """How often a training makes its factors anew; ``task=analyze`` makes them once."""
+    if "task.name" not in runs or "kfac.update_freq" not in runs:
+        return ""
+    trained = runs[runs["task.name"] == "train"]
+    if trained.empty:
+        return ""
+    which = "" if len(trained) == len(runs) else " in the trainings"
+    return f"factors are refreshed every {_list(trained, 'kfac.update_freq')} steps{which}"
 
 
 def _ekfac(runs: Frame) -> str:

@@ -5,8 +5,10 @@ Every point is a cell of a table; a cell without a number has none, and the figu
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,41 @@ TIME, MEMORY = "kfac/total_s", "kfac/peak_mb"
 WORLD_SIZE = "dist/world_size"
 SCALING = (TIME, "dist/comm_s_max", "dist/sent_bytes_max", MEMORY)
 RANK_AXES = ("distributed.nproc", "distributed.nodes", "kfac.reduce")
+
+
+def complete(table: Table, frame: Frame) -> Table:
+    """The table with every metric that a figure of its runs plots, those of the table first.
+
+    Args:
+        table: of a sweep.
+        frame: the runs that it was made of.
+    """
+    there = known(frame)
+    plotted = [TIME, MEMORY] if {TIME, MEMORY} <= set(there) else []
+    if _rank_axis(table, there) is not None:
+        plotted += [name for name in SCALING if name in there]
+    more = [name for name in dict.fromkeys(plotted) if name not in table.metrics]
+    if not more:
+        return table
+    own = tabulate(
+        frame, rows=table.row_names, cols=table.col_names, over=table.over, metrics=more,
+        confidence=table.confidence,
+    )  # fmt: skip
+    return dataclasses.replace(
+        table,
+        metrics=[*table.metrics, *more],
+        cells={**table.cells, **own.cells},
+        statistic={**table.statistic, **own.statistic},
+        best=table.best | own.best,
+        ties=table.ties | own.ties,
+    )
+
+
+def _rank_axis(table: Table, there: Sequence[str]) -> str | None:
+    """The setting that the figure of ranks is against; None where there is no such figure."""
+    swept = [*table.row_names, *table.col_names]
+    axis = next((name for name in RANK_AXES if name in swept), None)
+    return axis if WORLD_SIZE in there else None
 
 
 def short(name: str, value: str) -> str:
@@ -151,14 +188,12 @@ def scaling_figure(table: Table, frame: Frame) -> Figure | None:
         The figure; None where no run had ranks that talk, neither setting was swept, or nothing
         varies.
     """
-    metrics = [name for name in SCALING if name in known(frame)]
-    swept = [*table.row_names, *table.col_names]
-    axis = next((name for name in RANK_AXES if name in swept), None)
-    if axis is None or WORLD_SIZE not in known(frame) or not metrics:
+    there = known(frame)
+    metrics = [name for name in SCALING if name in there]
+    axis = _rank_axis(table, there)
+    if axis is None or not metrics:
         return None
-    cells = tabulate(
-        frame, rows=table.row_names, cols=table.col_names, over=table.over, metrics=metrics
-    )
+    cells = complete(table, frame)
     series = {metric: _series(cells, metric, axis) for metric in metrics}
     shown = [metric for metric in metrics if _varies(series[metric])]
     if not shown:
@@ -184,9 +219,7 @@ def trade_figure(table: Table, frame: Frame) -> Figure | None:
     """
     if not {TIME, MEMORY} <= set(known(frame)):
         return None
-    both = tabulate(
-        frame, rows=table.row_names, cols=table.col_names, over=table.over, metrics=[TIME, MEMORY]
-    )
+    both = complete(table, frame)
     keys = [(row, col) for row in both.rows for col in both.cols]
     if not 1 < len(keys) <= 3 * MOST_SERIES:
         return None

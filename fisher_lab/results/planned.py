@@ -7,6 +7,7 @@ from the runs that share its values; nothing is composed here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def complete(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
         mine = {run["meta"]["run_id"]: (i, run) for i, (one, run) in enumerate(done)
                 if one.sweep == sweep.directory}  # fmt: skip
         axes = {str(cell["run_id"]): cell["axes"] for cell in cells}
+        typed = {str(cell["run_id"]): _typed_overrides(cell) for cell in cells}
         known = [(axes[n], r["config"]) for n, (_, r) in mine.items() if n in axes and r["config"]]
         for name, values in axes.items():
             if name in mine and mine[name][1]["config"]:
@@ -43,7 +45,7 @@ def complete(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
                 mine[name][1]["config"] = config
             else:
                 found = Found(sweep.directory / name, sweep.directory)
-                done.append((found, _stand_in(found, config)))
+                done.append((found, _stand_in(found, config, typed[name])))
     return done
 
 
@@ -51,13 +53,19 @@ def _is_cell(cell: Any) -> bool:
     return isinstance(cell, dict) and "run_id" in cell and isinstance(cell.get("axes"), dict)
 
 
-def _stand_in(found: Found, config: dict[str, Any]) -> Run:
+def _typed_overrides(cell: Mapping[str, Any]) -> str | None:
+    given = cell.get("overrides")
+    return shlex.join(map(str, given)) if isinstance(given, list) else None
+
+
+def _stand_in(found: Found, config: dict[str, Any], overrides: str | None) -> Run:
     unread = (found.directory / RUN_FILE).exists()
     meta = {
         "run_id": found.directory.name,
         "status": CORRUPT if unread else MISSING,
         "reason": "its record cannot be read" if unread else "it has not been run",
         "not_finite": "",
+        "overrides": overrides,
     }
     return {"meta": meta, "config": config, "metrics": {}, "provenance": {}}
 

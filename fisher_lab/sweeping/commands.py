@@ -82,10 +82,10 @@ def status(arguments: Sequence[str]) -> int:
 
 def _finish(layout: Layout) -> None:
     """Tables of a sweep whose launcher was gone when its last cell ended."""
-    from fisher_lab.results.finishing import finish_if_due
+    from fisher_lab.results.finishing import finish_if_due, standard_output
 
-    done = finish_if_due(layout.directory)
-    if done is not None:
+    done = finish_if_due(layout.directory, console=standard_output())
+    if done is not None and not done.files:  # else the table says so
         print(f"table, claims and figures in {layout.directory}")
 
 

@@ -72,6 +72,7 @@ def run(
         say(f"{one.name}: {one.layout.directory}")
     failed = [cell for cell in cells if states[cell.directory] == "failed" and cell not in todo]
     if not todo:
+        finish(cells)  # its launcher may have been killed before, and claims may have changed
         return report(cells, _tally_of(failed))
     frozen = _submit(todo, master, kind, settings)
     tally = _tally_of(failed, len(todo), options.max_failures)
@@ -82,7 +83,7 @@ def run(
     except Interrupted:
         say("interrupted; run the same command again to go on", error=True)
         raise
-    finish(todo)
+    finish(cells)  # sweeps too whose last cell ended under an earlier launcher that was killed
     return report(cells, tally)
 
 

@@ -136,6 +136,8 @@ def test_finish_writes_everything_and_again_only_what_changed(sweep):
     assert any(name.startswith("figures/") and name.endswith(".pdf") for name in names)
     assert json.loads((sweep / "claims.json").read_text())[0]["text"] == "policies agree"
     assert finish(sweep).files == []
+    (sweep / "table.md").unlink()
+    assert sweep / "table.md" in finish(sweep).files
     make_run(sweep / "y", {"kfac.policy": "auto", "seed": 9}, {"m": 9.1})
     assert finish(sweep).files != []
     assert json.loads((sweep / "claims.json").read_text())[0]["verdict"] == "holds"

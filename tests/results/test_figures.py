@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 
-from fisher_lab.results import figures, load, load_layers, load_table, plotting, tabulate
+from fisher_lab.results import (
+    figures,
+    finish,
+    load,
+    load_layers,
+    load_table,
+    metric_figures,
+    plotting,
+    tabulate,
+)
 from fisher_lab.runs.record import Run
 from tests.results.made import make_run, make_sweep
 
@@ -93,6 +104,55 @@ def test_time_and_memory_are_the_cells(sweep):
     assert len(points) == 6
     assert points["damping=1e-5, policy=all"] == (2.0, 15.0)
     assert points["damping=1e-5, policy=auto"] == (3.0, 15.0)
+
+
+def in_the_csv(directory):
+    """The number that stands for a cell in ``table.csv``, by metric and the cell's words."""
+    with (directory / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])[: list(rows[0]).index("metric")]
+    found = {}
+    for row in rows:
+        words = ", ".join(f"{name.rpartition('.')[2]}={row[name]}" for name in names)
+        found[row["metric"], words] = float(row[row["statistic"]] or "nan")
+    return found
+
+
+def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
+    """Also where the claims fill the table, so that what ranks cost has no column in it."""
+    metrics = [f"m{i}" for i in range(7)]
+    cells = [
+        ({"kfac.reduce": mode, "kfac.damping": d, "seed": s},
+         {**{m: i + s + d for i, m in enumerate(metrics)}, "kfac/total_s": 2.0 + s + (s - d) ** 2,
+          "kfac/peak_mb": 8.0 + s * d, "dist/world_size": 2, "dist/comm_s_max": len(mode) + s,
+          "dist/sent_bytes_max": 100.0 * len(mode) + s})
+        for mode in ("none", "gather") for d in DAMPINGS for s in range(3)
+    ]  # fmt: skip
+    claimed = [{"type": "bounded", "metric": m, "at_most": 9} for m in metrics]
+    root = make_sweep(tmp_path / "s", cells, claims=claimed)
+    done = finish(root)
+    assert done.table.metrics == metrics
+    known = in_the_csv(root)
+    plans = figures.plans(done.table, done.frame)
+    trade, scaling = plans["time-and-memory"](), plans["distributed-scaling"]()
+    drawn = {}
+    for container in trade.axes[0].containers:
+        (x,), (y,) = container[0].get_data()
+        drawn["kfac/total_s", container.get_label()] = x
+        drawn["kfac/peak_mb", container.get_label()] = y
+    assert len(drawn) == 12
+    assert [axes.get_ylabel() for axes in scaling.axes] == list(metric_figures.SCALING)
+    for axes in scaling.axes:
+        modes = [text.get_text() for text in axes.get_xticklabels()]
+        for container in axes.containers:
+            for mode, y in zip(modes, container[0].get_ydata(), strict=True):
+                damping = container.get_label()
+                drawn[axes.get_ylabel(), f"{damping}, reduce={mode}"] = y
+                drawn[axes.get_ylabel(), f"reduce={mode}, {damping}"] = y
+    expected = {key: value for key, value in known.items() if not key[0].startswith("m")}
+    assert len(expected) == 4 * 6
+    for key, value in expected.items():
+        assert drawn[key] == value, key
 
 
 def layered(root):
@@ -286,3 +346,57 @@ def test_what_is_not_finite_is_not_drawn(tmp_path):
     table = tabulate(load(make_sweep(tmp_path / "s", cells)))
     figure = figures.metric_figure(table, "m", "kfac.damping")
     assert list(plotted(figure, 0)[0]) == DAMPINGS[1:]
+
+
+def spectra(directory, seed, scale):
+    """A run with two blocks' spectra and a density, as ``task=analyze`` leaves them."""
+    run = make_run(
+        directory, {"deterministic": scale > 1, "seed": seed}, {"spectral/bytes": 100.0},
+        tables={"density.csv": [
+            {"grid": x + seed, "density": max(1.0 - abs(x), 0.0)} for x in (-1.0, 0.0, 1.0, 2.0)
+        ]},
+    )  # fmt: skip
+    block = {"status": "ok", "threshold": 1e-9}
+    values = {
+        "h.0": {**block, "eigenvalues": [scale * 10.0**-i * (1 + seed) for i in range(3)] + [0.0]},
+        "lm_head": {**block, "eigenvalues": [5.0, 4.0]},
+        "none": {"status": "degenerate", "eigenvalues": []},
+    }
+    (directory / "lanczos.json").write_text(json.dumps({"density": {"scale": "log10"}}))
+    (directory / "spectral.json").write_text(json.dumps({"per_block": values}))
+    return run
+
+
+def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):
+    for seed in range(2):
+        for scale in (1.0, 7.0):
+            spectra(tmp_path / "s" / f"{seed}-{scale}", seed, scale)
+    frame = load(tmp_path / "s")
+    plans = figures.plans(tabulate(frame), frame)
+    names = [name for name in plans if "decay" in name]
+    assert names == ["spectra_decay_h.0", "spectra_decay_lm_head"]
+    figure = plans["spectra_decay_h.0"]()
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_ylabel() == "eigenvalue of h.0"
+    drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for words, scale in (("deterministic=false", 1.0), ("deterministic=true", 7.0)):
+        expected = [(i + 1, scale * 10.0**-i * 1.5) for i in range(3)]  # zero is not drawn
+        np.testing.assert_allclose(drawn[words], expected, rtol=1e-12)
+    assert figure.get_figwidth() == plotting.WIDTH
+    (tmp_path / "s" / "0-1.0" / "spectral.json").write_text("[]")
+    (problem,) = figures.draw(tabulate(frame), frame, tmp_path / "out").problems
+    assert "spectral.json cannot be read" in problem
+
+
+def test_densities_of_runs_with_grids_of_their_own_are_averaged_as_curves(tmp_path):
+    for seed in range(2):  # a triangle at 0, and one at 1
+        spectra(tmp_path / "s" / str(seed), seed, 1.0)
+    frame = load(tmp_path / "s")
+    figure = figures.plans(tabulate(frame), frame)["spectral-density"]()
+    assert figure.axes[0].get_xlabel() == "log10 eigenvalue"
+    (line,) = figure.axes[0].lines
+    x, y = line.get_data()
+    np.testing.assert_allclose(x, np.linspace(-1.0, 3.0, 4))
+    # At 1/3 the first is at 2/3, and the second at 1/3.
+    np.testing.assert_allclose(y, [0.0, 0.5, 1 / 6, 0.0], atol=1e-12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -11,6 +13,7 @@ import pytest
 from fisher_lab.config import paths
 from fisher_lab.results import load, methods, write_report
 from fisher_lab.results.appendix import write_appendix
+from fisher_lab.results.report.page import page
 from tests.results.browser import Browser, executable
 from tests.results.made import make_run, make_sweep
 
@@ -83,7 +86,6 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
         "kappa = 1e6, which clipped 25.00% of A and 0.00% of G",
         "the empirical Fisher matrix",
         "policy auto",
-        "refreshed every 10 steps",
         "decomposed in float64 and applied in float64",
         "jitter in 4 of 12 runs (4 times)",
         "512 tokens",
@@ -94,6 +96,42 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
     ):
         assert words in text
     assert "\\_" in methods.markdown(load(results))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["analyze", "analyze"], None),  # makes its factors once
+        (["train", "train"], "Factors are refreshed every 10 steps; "),
+        (["analyze", "train"], "Factors are refreshed every 10 steps in the trainings; "),
+    ],
+)
+def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):
+    for i, task in enumerate(tasks):
+        make_run(tmp_path / "s" / str(i), {"task.name": task, "seed": i, "kfac.ekfac": True})
+    text = " ".join(methods.sentences(load(tmp_path / "s")))
+    assert "(EKFAC)." in text
+    assert said in text if said else "refreshed" not in text
+
+
+def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
+    for name, damping in (("one", 1e-3), ("two_x", 1e-2)):
+        for seed in range(2):
+            make_run(tmp_path / name / str(seed), {"kfac.damping": damping, "seed": seed})
+    make_run(tmp_path / "void" / "0", {}, error=RuntimeError("x"))
+    frame = load(tmp_path)
+    (first, shared), *rest = methods.paragraphs(frame)
+    assert first == ""
+    assert "Every setting was run with 2 seeds." in shared
+    assert any("PyTorch 2.13.0" in text for text in shared)
+    assert [heading for heading, _ in rest] == ["one", "two_x", "void"]
+    for (_, text), damping in zip(rest, ("0.001", "0.01"), strict=False):
+        (sentence,) = text
+        assert sentence.startswith(f"Tikhonov damping was {damping} on each factor")
+    assert rest[2][1] == ["No run has completed."]
+    assert "\n\n### two\\_x\n\nTikhonov" in methods.markdown(frame)
+    assert "\\paragraph{two" in methods.latex(frame)
+    assert "<h3>one</h3><p>Tikhonov damping was 0.001 on" in page(frame)
 
 
 def test_the_methods_of_nothing(tmp_path):
@@ -148,21 +186,65 @@ def compiles(*files):
 @pytest.mark.parametrize("siunitx", [False, True])
 def test_the_appendix_compiles(results, tmp_path, siunitx):
     files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
-    done = compiles(files[-1], files[-1].parent / "damping" / "table.tex")
+    before = set((tmp_path / "appendix").rglob("*"))
+    done = compiles("--pdf", files[-1], files[-1].parent / "damping" / "table.tex")
     assert done.returncode == 0, done.stderr
+    assert set((tmp_path / "appendix").rglob("*")) - before == {files[-1].with_suffix(".pdf")}
     assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000
-    assert not (files[-1].parent / "damping" / "table.pdf").exists()
     names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
     assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
+
+
+def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
+    make_sweep(results / "third", [({"seed": 0}, {"m": 1.0})],
+               claims=[{"type": "bounded", "metric": "m", "at_most": 2}])  # fmt: skip
+    files = write_appendix(load(results), tmp_path / "appendix")
+    assert tmp_path / "appendix" / "claims.json" in files
+    found = json.loads((tmp_path / "appendix" / "claims.json").read_text())
+    assert [(v["sweep"], v["verdict"]) for v in found] == [
+        ("damping", "inconclusive"), ("damping", "does not hold"), ("damping", "invalid"),
+        ("third", "holds"),
+    ]  # fmt: skip
 
 
 def test_what_is_wider_than_the_page_is_told_by_latex_and_nothing_is(results, tmp_path):
     """Figures side by side beyond the margin would be lost without an error."""
     document = write_appendix(load(results), tmp_path / "appendix")[-1]
-    assert compiles(document).returncode == 0
-    log = document.with_suffix(".log").read_text(errors="replace")
-    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", log)
+    done = compiles(document)
+    assert done.returncode == 0
+    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", done.stdout)
     assert [float(points) for points in too_wide if float(points) > 5] == []
+
+
+FAKE = """#!/bin/sh
+for word in "$@"; do case $word in -output-directory=*) cd "${word#*=}" || exit 1 ;; esac; done
+base=$(basename "$word" .tex)
+for kind in aux out pdf; do echo "$kind" >"$base.$kind"; done
+echo 'Overfull \\hbox (9.5pt too wide) in paragraph at lines 1--2' >"$base.log"
+"""
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_check_leaves_nothing_but_the_pdf_that_was_asked_for(kept, tmp_path, monkeypatch):
+    """By an engine that writes what LaTeX does, so that it needs none."""
+    tools, texts = tmp_path / "bin", tmp_path / "texts"
+    tools.mkdir()
+    texts.mkdir()
+    for name, text in (("pdflatex", FAKE), ("kpsewhich", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    for name in ("bash", "sh", "grep", "basename", "dirname", "mktemp", "rm", "mkdir", "mv", "cat",
+                 "tail"):  # fmt: skip
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tools))  # whatever is installed is not seen
+    (texts / "whole.tex").write_text("\\documentclass{article}\n")
+    (texts / "part.tex").write_text("words\n")
+    done = compiles(*(["--pdf"] if kept else []), texts / "whole.tex", texts / "part.tex")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(9.5pt too wide)") == 2
+    left = {"whole.tex", "part.tex"} | ({"whole.pdf"} if kept else set())
+    assert {file.name for file in texts.iterdir()} == left
+    assert compiles("--all").returncode == 2
 
 
 def test_a_file_that_does_not_compile_is_told_with_the_reason(tmp_path):

@@ -32,6 +32,61 @@ def test_again_runs_nothing(door, seen, runs):
     assert {directory: (directory / "run.json").read_bytes() for directory, _ in runs()} == before
 
 
+MADE = ("table.csv", "table.md", "table.tex", "claims.json", ".finished.json")
+
+
+def forget(directory: Path) -> None:
+    """What a launcher leaves that is killed after its last cell and before the tables."""
+    for name in MADE:
+        (directory / name).unlink()
+
+
+def test_tables_that_a_killed_launcher_owes_are_written_by_the_next(door, seen):
+    Path("sweeps").mkdir()
+    Path("sweeps/one.yaml").write_text("params: {seed: '1,2'}\n")
+    Path("sweeps/two.yaml").write_text("params: {seed: '3,4'}\n")
+    one, two = Path("results/one"), Path("results/two")
+    assert door("-m", "+sweeps=one").code == 0
+    forget(one)
+    assert "kfac/total_s" in door("-m", "+sweeps=one").out  # nothing was to be run
+    assert all((one / name).is_file() for name in MADE)
+    forget(one)
+    assert door("-m", "+sweeps=[one,two]").code == 0  # cells of the other alone
+    assert all((directory / name).is_file() for directory in (one, two) for name in MADE)
+    assert len(seen) == 4
+
+
+def test_claims_that_were_edited_are_judged_anew_and_else_nothing_is_written(door, seen):
+    Path("sweeps").mkdir()
+    file = Path("sweeps/own.yaml")
+    claim = "{type: bounded, metric: loss, at_most: %s}"
+    directory = Path("results/own")
+
+    def verdict() -> str:
+        return json.loads((directory / "claims.json").read_text())[0]["verdict"]
+
+    file.write_text(f"params: {{seed: '1,2'}}\nclaims: [{claim % 2}]\n")
+    door("-m", "+sweeps=own")
+    assert verdict() == "holds"
+    file.write_text(f"params: {{seed: '1,2'}}\nclaims: [{claim % 1}]\n")
+    door("-m", "+sweeps=own")
+    assert verdict() == "does not hold"
+    before = {f: f.stat().st_mtime_ns for f in directory.rglob("*") if f.is_file()}
+    door("-m", "+sweeps=own")
+    assert {f: f.stat().st_mtime_ns for f in directory.rglob("*") if f.is_file()} == before
+    assert len(seen) == 2
+
+
+def test_status_prints_the_table_of_a_sweep_that_it_finishes(door, seen):
+    door("-m", "seed=1,2", "sweep.name=own")
+    forget(Path("results/own"))
+    first, again = door("status", "own").out, door("status", "own").out
+    assert "kfac/total_s" in first
+    assert "kfac/total_s" not in again
+    assert "table, claims and figures in" in again
+    assert all((Path("results/own") / name).is_file() for name in MADE)
+
+
 def test_a_widened_grid_runs_the_new_cells_alone(door, seen):
     door("-m", "seed=1,2", "kfac.ekfac=true")
     door("-m", "seed=1,2,3", "kfac.ekfac=true", "progress=false")
