@@ -41,6 +41,19 @@ class Start:
     tags: Sequence[str] = field(default_factory=tuple)
 
 
+class Say(Protocol):
+    """Tells the run something from the process of a sink."""
+
+    def __call__(self, text: str, *, warning: bool = False) -> None:
+        """A line for the run's log.
+
+        Args:
+            text: the line.
+            warning: whether it says that something went wrong.
+        """
+        ...
+
+
 class Tracker(Protocol):
     """What a sink takes. Calls come in this order: start, any of the others, finish."""
 

@@ -17,9 +17,7 @@ from urllib.parse import urlsplit
 
 from fisher_lab.config.schema import TrackerConfig
 
-from .base import Numbers, Start
-
-Say = Callable[[str], None]
+from .base import Numbers, Say, Start
 
 HOST = "https://api.wandb.ai"
 INIT_S = 20.0
@@ -42,11 +40,23 @@ def has_login(environ: Mapping[str, str]) -> bool:
         return False
 
 
-def mode_of(config: TrackerConfig, environ: Mapping[str, str], say: Say) -> str:
-    """``online`` or ``offline``: as configured, else as the environment says, else by login."""
+def disabled(config: TrackerConfig, environ: Mapping[str, str]) -> bool:
+    """Whether W&B is not to be used at all, by the configuration or else by the environment."""
+    return (config.mode or environ.get("WANDB_MODE")) == "disabled"
+
+
+def mode_of(config: TrackerConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> str:
+    """``online`` or ``offline``: as configured, else as the environment says, else by login.
+
+    Args:
+        config: the section ``tracker``; not :func:`disabled`.
+        environ: ``WANDB_MODE`` is what the library takes it for, its older names too; a value that
+            it does not know uploads nothing.
+        say: is told why, where neither says so.
+    """
     chosen = config.mode or environ.get("WANDB_MODE")
-    if chosen in ("online", "offline"):
-        return chosen
+    if chosen:
+        return "online" if chosen in ("online", "run", "shared") else "offline"
     if has_login(environ):
         return "online"
     say("there is no W&B login: the run is written offline (scripts/wandb_sync.sh sends it later)")
@@ -89,8 +99,22 @@ class WandbSink:
         except Exception as error:
             if mode != "online":
                 raise
-            self._say(f"W&B does not answer ({type(error).__name__}): the run is written offline")
+            self._say(f"{self._reason(error)}: the run is written offline", warning=True)
+            # The service still holds the run that has timed out, and would refuse its id.
+            wandb.teardown(exit_code=1)
             self._run = self._init(start, "offline")
+
+    def _reason(self, error: Exception) -> str:
+        """Why a run cannot be online."""
+        refused = isinstance(
+            error, (self._wandb.UsageError, self._wandb.errors.AuthenticationError)
+        )
+        if not refused:
+            return f"W&B does not answer ({type(error).__name__})"
+        if not has_login(os.environ):
+            return "there is no W&B login"
+        lines = str(error).strip().splitlines()
+        return f"W&B does not take the login ({lines[0] if lines else type(error).__name__})"
 
     def _init(self, start: Start, mode: str) -> Any:
         return self._wandb.init(

@@ -180,6 +180,22 @@ def test_login_and_mode(tmp_path):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("configured", "environment", "expected"),
+    [
+        (None, "dryrun", "offline"),
+        (None, "run", "online"),
+        (None, "sometimes", "offline"),
+        ("online", "disabled", "online"),
+        ("offline", "online", "offline"),
+    ],
+)
+def test_the_mode_of_the_environment_is_the_library_s(configured, environment, expected):
+    """With a login, which alone would mean online."""
+    environ = {"WANDB_API_KEY": "x", "WANDB_MODE": environment}
+    assert mode_of(TrackerConfig(mode=configured), environ, print) == expected
+
+
 def test_a_preempted_run_goes_on_under_its_name(remote, start, tmp_path):
     first = remote()
     first.start(start())
@@ -311,6 +327,57 @@ def test_no_network(small_task, tmp_path, monkeypatch):
     assert "wandb" in warning
 
 
+IMPATIENT = """
+import sys
+from fisher_lab.tracking import wandb_sink, worker
+
+wandb_sink.INIT_S = 1.0
+worker.main(sys.argv[1])
+"""
+
+
+def test_a_service_that_never_answers_leaves_the_whole_run_offline(
+    remote, start, tmp_path, monkeypatch, warnings_of
+):
+    """The library's service holds the run that has timed out; its id must be free again."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(remote_module, "COMMAND", (sys.executable, "-c", IMPATIENT))
+    tracker = remote(mode="online")
+    whole_run(tracker, start())
+    assert tracker.finished
+    written = [read(file) for file in files(tmp_path / "tracker")]
+    (recorded,) = [one for one in written if one.exit_code == 0]
+    assert recorded.run["run_id"] == "abc-1234"
+    assert recorded.curve("loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert recorded.summary["loss/heldout"] == 0.25
+    (warning,) = warnings_of()
+    assert "W&B does not answer (CommError): the run is written offline" in warning
+
+
+def test_online_without_a_login_is_offline_with_the_right_reason(
+    remote, start, tmp_path, warnings_of
+):
+    whole_run(remote(mode="online"), start())
+    (file,) = files(tmp_path / "tracker")
+    assert file.parent.name.startswith("offline-run-")
+    assert read(file).curve("loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    (warning,) = warnings_of()
+    assert warning == "wandb: there is no W&B login: the run is written offline"
+
+
+def test_a_login_that_is_not_one_is_said_to_be_that(
+    remote, start, tmp_path, monkeypatch, warnings_of
+):
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    whole_run(remote(mode="online"), start())
+    (file,) = files(tmp_path / "tracker")
+    assert len(read(file).curve("loss")) == 3
+    (warning,) = warnings_of()
+    assert "W&B does not take the login" in warning
+    assert "too-short" not in warning
+
+
 def test_its_service_is_killed_in_mid_run(remote, start, service, warnings_of):
     inner = remote(budget_s=5.0)
     tracker = Guarded(inner)
@@ -359,9 +426,13 @@ def test_a_process_that_stops_reading_holds_up_nothing(remote, start, monkeypatc
     assert "no longer takes what the run sends" in warning
 
 
-def test_disabled_starts_nothing(small_task, tmp_path):
-    assert (
-        small_task("task=plan", "tracker=wandb", "tracker.mode=disabled", "hydra.run.dir=here") == 0
-    )
+@pytest.mark.parametrize("by", ["configuration", "environment"])
+def test_disabled_starts_nothing(by, small_task, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    chosen = ["tracker.mode=disabled"]
+    if by == "environment":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        chosen = []
+    assert small_task("task=plan", "tracker=wandb", *chosen, "hydra.run.dir=here") == 0
     assert not (tmp_path / "here" / "tracker").exists()
     assert warned(tmp_path / "here") == []
