@@ -66,6 +66,19 @@ def end(tracker: RemoteTracker) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Iterator[None]:
+    """Ends what goes on by itself after a test, such as a sink that waits for its service."""
+    before = set(psutil.Process().children())
+    yield
+    left = [one for one in psutil.Process().children() if one not in before]
+    family = [other for one in left for other in (*one.children(recursive=True), one)]
+    for one in family:
+        if one.is_running():
+            one.kill()
+    psutil.wait_procs(family, timeout=20)
+
+
 @pytest.fixture
 def service() -> Callable[[RemoteTracker], psutil.Process]:
     """The process of W&B's service under a tracker's."""
