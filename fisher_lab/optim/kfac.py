@@ -186,7 +186,9 @@ class KFACOptimizer(torch.optim.Optimizer):
 
         Returns:
             The reduction ratio: actual over predicted change (Martens & Grosse 2015, section 6.5);
-            nan where the step predicted nothing.
+            nan where the step predicted nothing. The prediction is K-FAC's quadratic model in the
+            covered parameters and linear in the others, which AdamW has stepped too: the loss that
+            came out has both in it.
 
         Raises:
             SettingError: the last step was not asked to ``predict``.
@@ -209,13 +211,21 @@ class KFACOptimizer(torch.optim.Optimizer):
     # ---- the step ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, predict: bool = False) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        predict: bool = False,
+        cut: float = 1.0,
+    ) -> Any:
         """Changes the weights by one step.
 
         Args:
             closure: computes the loss anew, as in ``torch.optim``.
             predict: also predict the change of the loss, into ``last["predicted"]``; one
                 Fisher-vector product and a copy of the weights.
+            cut: what the gradients were multiplied by before this step, as by
+                ``clip_grad_norm_``: the loss falls along the gradient as it was.
 
         Returns:
             What the closure returned.
@@ -235,7 +245,7 @@ class KFACOptimizer(torch.optim.Optimizer):
             self.rest.param_groups[0]["lr"] = self.param_groups[REST]["lr"]
             self.rest.step()
         if predict:
-            self.last["predicted"] = self._predicted(before)
+            self.last["predicted"] = self._predicted(before, cut)
         self._done += 1
         return result
 
@@ -329,14 +339,19 @@ class KFACOptimizer(torch.optim.Optimizer):
         named = unwrap(self.model).named_parameters()
         return {n: p.detach().clone() for n, p in named if p.grad is not None}
 
-    def _predicted(self, before: Mapping[str, Tensor]) -> float:
-        """``<g, d> + d^T F d / 2`` of what the step did, ``F`` undamped (K-FAC's)."""
+    def _predicted(self, before: Mapping[str, Tensor], cut: float) -> float:
+        """``<g, d> + d^T F d / 2`` of what the step did, ``F`` undamped (K-FAC's).
+
+        ``d`` has the weight decay in it and what AdamW did. Of the parameters that K-FAC does not
+        cover there is no ``F``: they come in with ``<g, d>`` alone.
+        """
         named = dict(unwrap(self.model).named_parameters())
         change = {name: named[name] - old for name, old in before.items()}
         gradients: dict[str, Tensor] = {n: named[n].grad for n in change}  # type: ignore[misc]
         covered = {name: d for name, d in change.items() if name in self._names}
         product = self._product(covered)
-        return sharding.inner(gradients, change) + 0.5 * sharding.inner(covered, product)
+        linear = sharding.inner(gradients, change) / cut
+        return linear + 0.5 * sharding.inner(covered, product)
 
     # ---- state -------------------------------------------------------------------------------
 

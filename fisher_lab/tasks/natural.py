@@ -161,7 +161,7 @@ class NaturalUpdater:
         """The step; returns why there was none."""
         self.optimizer.last = {}  # stays so where an overflow (fp16) skips the step
         try:
-            self.gradient.apply(predict=measure)
+            self.gradient.apply(predict=measure, cut=self.gradient.cut)
         except (CurvatureError, LinAlgError) as error:
             return _not_finite(error)
         return None

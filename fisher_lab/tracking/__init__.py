@@ -7,6 +7,7 @@ left alone and the run goes on. The files in the run directory are the source of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,8 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
 
 from .base import Guarded, NoTracker, Start, Tracker
-from .remote import RemoteTracker
+from .remote import RemoteTracker, Stopped
+from .wandb_sink import disabled
 
 _SINKS: dict[str, Callable[[str, TrackerConfig, float], Tracker]] = {
     "wandb": RemoteTracker,
@@ -28,10 +30,12 @@ __all__ = [
     "NoTracker",
     "RemoteTracker",
     "Start",
+    "Stopped",
     "Tracker",
     "active",
     "check",
     "current",
+    "disabled",
     "make",
 ]
 
@@ -42,7 +46,8 @@ def make(config: TrackerConfig) -> Tracker:
     Args:
         config: the section ``tracker``.
     """
-    names = [name for name in config.sinks if not (name == "wandb" and config.mode == "disabled")]
+    without = {"wandb"} if disabled(config, os.environ) else set()
+    names = [name for name in config.sinks if name not in without]
     share = config.budget_s / max(len(names), 1)
     return Guarded(*(_SINKS[name](name, config, share) for name in names))
 

@@ -25,6 +25,7 @@ class Start:
         config: the resolved configuration, nested as in the YAML.
         directory: where a sink may keep files of its own; it need not exist.
         name: for people: the overrides.
+        cell: what runs that differ in nothing but the seed have in common: the other overrides.
         group: the sweep that the run belongs to, or None.
         job_type: the task.
         tags: of the configuration.
@@ -36,9 +37,23 @@ class Start:
     config: Mapping[str, Any]
     directory: Path
     name: str = ""
+    cell: str = ""
     group: str | None = None
     job_type: str = ""
     tags: Sequence[str] = field(default_factory=tuple)
+
+
+class Say(Protocol):
+    """Tells the run something from the process of a sink."""
+
+    def __call__(self, text: str, *, warning: bool = False) -> None:
+        """A line for the run's log.
+
+        Args:
+            text: the line.
+            warning: whether it says that something went wrong.
+        """
+        ...
 
 
 class Tracker(Protocol):

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 WAITING = 20_000
 """Calls that may wait to be written; past them the sink counts as one that has stopped reading."""
 
+MARGIN_S = 0.3
+"""Of the budget, kept for what is not a wait: starting and ending the process, handing calls on."""
+
 COMMAND = (sys.executable, "-m", "fisher_lab.tracking.worker")
 
 
@@ -57,7 +60,13 @@ class RemoteTracker:
         self._calls: queue.Queue[bytes | None] = queue.Queue(WAITING)
         self._problem: str | None = None
         self._finished = False
+        self._warned = False
         self._threads: list[threading.Thread] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the other process has said that all is done."""
+        return self._finished
 
     @property
     def pid(self) -> int | None:
@@ -114,7 +123,7 @@ class RemoteTracker:
         """
         self._call("finish", {"status": status})
         self._calls.put_nowait(None)
-        until = time.monotonic() + max(self._left, 0.0)
+        until = time.monotonic() + max(self._left - MARGIN_S, 0.0)
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0.0))
         writer, reader = self._threads
@@ -125,7 +134,8 @@ class RemoteTracker:
             self._end()
             raise Stopped("it no longer takes what the run sends; its process was ended")
         if reader.is_alive():
-            log.warning(
+            log.log(
+                logging.INFO if self._warned else logging.WARNING,  # one warning is enough
                 "the tracker %s is still busy; it goes on by itself for %g s at most",
                 self.name,
                 self._config.grace_s,
@@ -172,7 +182,9 @@ class RemoteTracker:
             if "failed" in told:
                 self._problem = str(told["failed"])
             elif "said" in told:
-                log.info("%s: %s", self.name, told["said"])
+                level = logging.WARNING if told.get("warning") else logging.INFO
+                self._warned |= level == logging.WARNING
+                log.log(level, "%s: %s", self.name, told["said"])
             elif "finished" in told:
                 self._finished = True
         if not self._finished and self._problem is None:

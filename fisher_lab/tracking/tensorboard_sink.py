@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
 
-from .base import Numbers, Start
+from .base import Numbers, Say, Start
 from .wandb_sink import CURVE, SPECTRUM
 
 MISSING = "tracker=tensorboard needs the package tensorboard: pip install 'fisher-lab[tensorboard]'"
@@ -22,7 +22,7 @@ def installed() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def make(config: TrackerConfig, say: Callable[[str], None]) -> TensorBoardSink:
+def make(config: TrackerConfig, say: Say) -> TensorBoardSink:
     """The sink."""
     return TensorBoardSink()
 

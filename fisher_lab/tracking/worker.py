@@ -1,8 +1,8 @@
 """The other side of :mod:`.remote`: ``python -m fisher_lab.tracking.worker KIND``.
 
 Reads one call a line on standard input and hands it to the sink. Standard output carries answers,
-a line of JSON each: ``{"said": ...}``, ``{"failed": ...}``, ``{"finished": true}``. Where the input
-ends without ``finish``, the run was killed: the sink is finished as ``killed``.
+a line of JSON each: ``{"said": ..., "warning": ...}``, ``{"failed": ...}``, ``{"finished": true}``.
+Where the input ends without ``finish``, the run was killed: the sink is finished as ``killed``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Mouth:
         except OSError:
             pass
 
-    def say(self, text: str) -> None:
-        """Something for the run's log."""
-        self.tell(said=text)
+    def say(self, text: str, *, warning: bool = False) -> None:
+        """Something for the run's log; see :class:`~fisher_lab.tracking.base.Say`."""
+        self.tell(said=text, warning=warning)
 
 
 def main(kind: str) -> int:

@@ -46,6 +46,9 @@ class Gradient:
         clip_norm: The gradient's norm is cut to this; None leaves it.
         optimizers: What `apply` lets step.
 
+    Attributes:
+        cut: What the last gradient was multiplied by, to keep its norm under the limit.
+
     Raises:
         ConfigError: The model cannot recompute its activations.
     """
@@ -68,6 +71,7 @@ class Gradient:
         if passes.gradient_checkpointing:
             checkpoint_activations(model)
         self.called = crew.called(model)
+        self.cut = 1.0
 
     def autocast(self) -> Any:
         """The context of a forward pass."""
@@ -90,6 +94,7 @@ class Gradient:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         norm = self.crew.clip(self.model.parameters(), self.limit)
+        self.cut = _cut(norm, self.limit)
         return {"loss": total / max(count, 1), "grad_norm": norm}
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
@@ -158,6 +163,13 @@ class Gradient:
         """Take up a state that `state_dict` gave."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+
+
+def _cut(norm: float, limit: float) -> float:
+    """What ``clip_grad_norm_`` multiplies by; 1 where the norm says nothing."""
+    if not 0.0 < norm < math.inf:
+        return 1.0
+    return min(1.0, limit / (norm + 1e-6))
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fisher_lab.config.workbench_schema import (
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import natural, train
 from fisher_lab.workbench import bench, optimizers, training
+from fisher_lab.workbench.crew import Crew
 
 STEPS = 8
 KILLS = (1, 3, 4, 8)
@@ -309,3 +311,62 @@ def test_decoupled_decay_of_sgd(materials):
         expected = decay * before[name] - 0.1 * parameter.grad
         torch.testing.assert_close(parameter.detach(), expected)
     assert TrainConfig().divergence_factor == 2.0
+
+
+def test_the_ratio_is_that_of_the_gradient_before_the_cut(materials):
+    """A gradient that ``clip_norm`` has made a hundredth of itself promises no less by it."""
+    for limit in (0.01, None):
+        config, made = materials(
+            model={"dropout": 0.0},
+            optimizer={
+                "name": "kfac", "lr": 1e-4, "rest_lr": 1e-6, "clip": "none", "clip_norm": limit,
+                "momentum": 0.0, "warmup": 0.0,
+            },
+        )  # fmt: skip
+        model = made.untrained(1).double()
+        job = train.make_job(config, {})
+        updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+        batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        row = updater.step(batch, 1e-4, made.task.batch)  # no further ones
+        optimizer = updater.optimizer
+        cut = 1.0 if limit is None else limit / row["grad_norm"]
+        assert updater.gradient.cut == pytest.approx(cut, rel=1e-4)
+        change = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+        linear = sum(float((p.grad * change[n]).sum()) / cut for n, p in model.named_parameters())
+        covered = {n: change[n] for n in optimizer._names}
+        product = optimizer.kfac.compute_fisher_vector_product(covered, model)
+        quadratic = sum(float((covered[n] * product[n]).sum()) for n in covered)
+        assert row["predicted"] == pytest.approx(linear + quadratic / 2, rel=1e-4)
+        assert row["reduction_ratio"] == pytest.approx(1.0, abs=0.02)
+
+
+class Seldom(Crew):
+    """Saves after some steps alone, whatever the clock says."""
+
+    def __init__(self, saved) -> None:
+        self.saved, self.done = set(saved), 0
+
+    def agree(self, signum, due):
+        self.done += 1
+        return signum, self.done in self.saved
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_long_after_the_last_save_it_ends_bit_identical(seed, materials, tmp_path):
+    """Steps are made again: more than one, over a refresh of factors or inverses."""
+    config, made = materials(optimizer={"name": "kfac", **OPTIONS["kfac"]}, train={"eval_every": 3})
+    whole, expected = go(config, made, tmp_path / "whole")
+    draw = random.Random(seed)
+    kill = draw.randint(4, STEPS - 1)
+    saved = draw.sample(range(1, kill - 1), k=draw.randint(1, 2))
+    sent = []
+    with pytest.raises(Killed):
+        go(config, made, tmp_path / "cut", die_at=kill, crew=Seldom(saved), on_row=sent.append)
+    again, result = go(config, made, tmp_path / "cut")
+    assert len(sent) == kill
+    assert result.resumed_at == max(saved) < kill - 1
+    assert without_seconds(result.curve) == without_seconds(expected.curve)
+    assert result.heldout_loss == expected.heldout_loss
+    for one, other in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
