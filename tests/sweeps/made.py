@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from fisher_lab.config.schema import Config
 from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
@@ -13,7 +14,7 @@ from fisher_lab.sweeping.layout import LAUNCH_FILE, SWEEP_FILE, Layout
 
 
 def submitted(
-    *seeds: int, alone: bool = False, stale_after_s: float = 60.0, **sweep: object
+    *seeds: int, alone: bool = False, stale_after_s: float = 60.0, **sweep: Any
 ) -> list[tuple[Cell, Frozen]]:
     """Cells of ``results/made``, one a seed, and their files, as one launch submits them.
 

@@ -210,13 +210,17 @@ def test_eta(cells, left):
     assert stand.eta_s(cells) == left
 
 
+def _ago(age: float) -> tuple[float, float]:
+    return time.time() - age, time.time() - age
+
+
 def old_claim(frozen: Frozen, age: float) -> None:
     """A claim of a process of another machine, last touched some time ago."""
     file = frozen.layout.claims / f"{frozen.run_id}.claim.0"
     file.parent.mkdir(parents=True, exist_ok=True)
     owner = {"token": "x", "host": "far", "pid": 1, "machine": "far", "born": "1"}
     file.write_text(json.dumps(owner))
-    os.utime(file, (time.time() - age,) * 2)
+    os.utime(file, _ago(age))
 
 
 @pytest.mark.parametrize(("stale_after_s", "state"), [(60.0, "interrupted"), (600.0, "running")])
@@ -237,7 +241,7 @@ def test_cancel_asks_by_the_sweeps_own_stale_time(door, monkeypatch):
         claim = frozen.layout.claim("seed1", 60.0)
         assert claim.acquire()
         file = Path(f"{claim.path}.claim.0")
-        os.utime(file, (time.time() - 200.0,) * 2)
+        os.utime(file, _ago(200.0))
         told.clear()
         answer = door("cancel", "made")
         assert f"cancelled {expected} cells" in answer.out
