@@ -32,8 +32,19 @@ for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "")
 
 
+LONGEST_FIRST = (
+    "test_a_sweep_survives_ten_kills",
+    "test_preempted_killed_and_started_again_it_ends_as_if_left_alone",
+    "test_modes_as_a_sweep",
+    "test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here",
+    "test_a_preempted_training_ends_as_the_undisturbed_one",
+)
+"""Tests of a minute and more: none is to be begun when the other workers are done."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` run where there is a CUDA device."""
+    """The longest tests come first; those marked ``gpu`` run where there is a CUDA device."""
+    items.sort(key=_turn)  # stable: the others keep their order
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -42,6 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+def _turn(item: pytest.Item) -> int:
+    name = getattr(item, "originalname", item.name)
+    if name in LONGEST_FIRST:
+        return LONGEST_FIRST.index(name)
+    return len(LONGEST_FIRST) + (item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .errors import BatchError, LayerError
 from .layers import Kind, Layer, Layers, every_module
 from .linalg import full_precision
-from .losses import unwrap
+from .losses import is_shard, unwrap
 
 _OF_POSITIONS = ("position", "relative", "wpe")
 """Parts of the names of embeddings that look up positions or distances."""
@@ -214,7 +213,7 @@ class Capture:
     def _watch_sharded(self) -> None:
         """FSDP2 puts whole parameters in the place of the sharded ones for the forward pass."""
         for module in self.model.modules():
-            sharded = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
+            sharded = {n: p for n, p in module._parameters.items() if is_shard(p)}
             if sharded:
                 self._handles.append(module.register_forward_pre_hook(self._keep_live(sharded)))
 

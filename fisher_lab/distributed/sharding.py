@@ -7,22 +7,21 @@ unwrapped model under ``fully_shard``, so nothing has to be mapped back but the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.tensor as dtensor
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from fisher_lab.curvature.losses import is_sharded, unwrap
+from fisher_lab.curvature.losses import is_shard, is_sharded, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns whole tensors in the place of shards; collective where there are any."""
-    return {
-        name: t.full_tensor() if isinstance(t, dtensor.DTensor) else t
-        for name, t in tensors.items()
-    }
+    return {name: t.full_tensor() if is_shard(t) else t for name, t in tensors.items()}
 
 
 def as_given(
@@ -43,11 +42,9 @@ def as_given(
     found: dict[str, Tensor] = {}
     for name, value in result.items():
         like = parameters.get(name)
-        wanted = shards or isinstance((given or {}).get(name), dtensor.DTensor)
-        if wanted and isinstance(like, dtensor.DTensor):
-            mesh, places = like.device_mesh, like.placements
-            # Every rank has the whole tensor already: its shard is cut out, nothing is sent.
-            found[name] = dtensor.distribute_tensor(value, mesh, places, src_data_rank=None)
+        wanted = shards or is_shard((given or {}).get(name))
+        if wanted and is_shard(like):
+            found[name] = _cut(value, like)
         else:
             found[name] = value
     return found
@@ -88,10 +85,14 @@ def at_rest(model: nn.Module) -> None:
 
 def like(value: Tensor, model: Tensor) -> Tensor:
     """Returns this rank's shard of a whole tensor, as ``model`` lies; nothing is sent."""
-    if not isinstance(model, dtensor.DTensor):
-        return value
-    here = value.to(model.device)
-    return dtensor.distribute_tensor(here, model.device_mesh, model.placements, src_data_rank=None)
+    return _cut(value.to(model.device), model) if is_shard(model) else value
+
+
+def _cut(value: Tensor, like: DTensor) -> Tensor:
+    """Every rank has the whole tensor already: its shard is cut out, nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gathered(state: Any, keep: bool) -> Any:
@@ -101,7 +102,7 @@ def gathered(state: Any, keep: bool) -> Any:
         state: the same structure on all ranks.
         keep: whether this rank wants them; else None is in the place of every tensor.
     """
-    if isinstance(state, dtensor.DTensor):
+    if is_shard(state):
         full = state.full_tensor().detach()
         return full.cpu() if keep else None
     if isinstance(state, Tensor):
@@ -139,14 +140,16 @@ def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
         if name not in right:
             continue
         other = right[name]
-        if isinstance(one, dtensor.DTensor) and isinstance(other, dtensor.DTensor):
+        if is_shard(one) and is_shard(other):
             mesh = one.device_mesh
             part += float((one.to_local().double() * other.to_local().double()).sum())
         else:
             total += float((one.double() * other.double()).sum())
     if mesh is None:
         return total
+    from torch.distributed.tensor import DTensor, Partial
+
     device = torch.device(mesh.device_type)
     sums = torch.tensor(part, dtype=torch.float64, device=device)
-    joined = dtensor.DTensor.from_local(sums, mesh, [dtensor.Partial()])
+    joined = DTensor.from_local(sums, mesh, [Partial()])
     return total + float(joined.full_tensor())

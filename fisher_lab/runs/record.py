@@ -167,7 +167,7 @@ class Run:
     def fail_with(self, error: Mapping[str, Any]) -> None:
         """End with the status ``failed`` and an error that :func:`describe` made elsewhere."""
         self.record["error"] = dict(error)
-        self.end("failed")
+        self.end("failed", headline(error))
 
     def amend(self, error: Mapping[str, Any]) -> None:
         """Replace the error of a run that has failed by the one that it came from."""
@@ -203,6 +203,12 @@ def describe(error: BaseException) -> dict[str, Any]:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
+
+
+def headline(error: Mapping[str, Any]) -> str:
+    """An error in one line: its type and the first line of its message."""
+    lines = str(error["message"]).strip().splitlines()
+    return f"{str(error['type']).rpartition('.')[2]}: {lines[0] if lines else '(no message)'}"
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -242,7 +248,9 @@ def end_from_outside(
         empty = {"config": {}, "overrides": [], "provenance": {}}
         found = {"schema": SCHEMA, "run_id": None, "started": _now(), **empty, **(otherwise or {})}
     found.update(status=status, reason=reason, finished=_now())
-    found["error"] = strict(error) if error is not None else found.get("error")
+    # The error of an earlier attempt is none of a run that was cancelled or preempted.
+    kept = found.get("error") if status == "failed" else None
+    found["error"] = kept if error is None else strict(error)
     atomic.write_json(Path(directory) / RUN_FILE, found)
 
 

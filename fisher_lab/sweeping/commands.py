@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,9 +21,10 @@ from fisher_lab.config.errors import ConfigError
 
 from . import scheduler
 from . import status as stand
-from .cell import CANCELLED_FILE
+from .cell import CANCELLED_FILE, Frozen
 from .layout import Layout
 from .status import CellStatus
+from .supervisor import ask_owner
 
 PIPE_WIDTH = 160
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
@@ -51,7 +50,9 @@ def status(arguments: Sequence[str]) -> int:
     """
     parser = _Parser("fisher-lab status", description="How the cells of a sweep stand.")
     parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
-    parser.add_argument("--watch", action="store_true", help="again and again, until all ended")
+    parser.add_argument(
+        "--watch", action="store_true", help="again and again, until nothing runs or waits any more"
+    )
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--metrics", default="loss,loss/heldout", metavar="A,B")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
@@ -59,12 +60,12 @@ def status(arguments: Sequence[str]) -> int:
     layout = stand.find(chosen.sweep)
     metrics = [name for name in chosen.metrics.split(",") if name]
     if chosen.json:
-        print(json.dumps([cell.to_json() for cell in stand.look(layout)], indent=2))
+        print(json.dumps([cell.to_json() for cell in _settled(layout)], indent=2))
         return 0
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPE_WIDTH)
-    cells = stand.look(layout)
+    cells = _settled(layout)
     if not chosen.watch:
         console.print(_screen(layout, cells, metrics))
         _finish(layout)
@@ -72,12 +73,21 @@ def status(arguments: Sequence[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(_screen(layout, cells, metrics), refresh=True)
-            if all(cell.state in stand.ENDED for cell in cells):
+            if stand.is_over(layout, cells):
                 break
             time.sleep(max(0.1, chosen.every))
-            cells = stand.look(layout)
+            cells = stand.settle(layout, cells)
     _finish(layout)
     return 0
+
+
+def _settled(layout: Layout) -> list[CellStatus]:
+    """How the cells stand; where a job has left no result, after a second look."""
+    cells = stand.look(layout)
+    if any(cell.state == stand.LOST for cell in cells):
+        time.sleep(stand.LOOK_AGAIN_S)
+        cells = stand.settle(layout, cells)
+    return cells
 
 
 def _finish(layout: Layout) -> None:
@@ -147,21 +157,14 @@ def cancel(arguments: Sequence[str]) -> int:
     if not scheduler.cancel(jobs):
         print(f"fisher_lab: scancel failed for {', '.join(jobs)}", file=sys.stderr)
         return 1
-    told = sum(_tell(layout, cell.run_id) for cell in open_cells if cell.job is None)
+    frozen = layout.frozen()
+    told = sum(
+        ask_owner(layout, cell.run_id, Frozen.load(frozen[cell.run_id]).stale_after_s)
+        for cell in open_cells
+        if cell.job is None and cell.run_id in frozen
+    )
     print(
         f"cancelled {len(open_cells)} cells of {layout.directory.name}: {len(jobs)} jobs of "
         f"SLURM, {told} processes on this machine"
     )
     return 0
-
-
-def _tell(layout: Layout, run_id: str) -> bool:
-    """Ask the process that runs a cell on this machine to save and end; whether there was one."""
-    owner = layout.claim(run_id).alive()
-    if owner is None or not owner.is_here():
-        return False
-    try:
-        os.kill(owner.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return False
-    return True

@@ -11,6 +11,7 @@ from .progress import Tally
 from .supervisor import brief
 
 LOOK_EVERY_S = 1.0
+ENDED = ("completed", "failed")
 
 
 class Elsewhere:
@@ -25,7 +26,10 @@ class Elsewhere:
         self.cells.append((cell, frozen))
 
     def look(self, tally: Tally) -> list[tuple[Cell, Frozen]]:
-        """Tell the tally of those that have ended; returns those whose process died."""
+        """Tell the tally of those that have ended; returns those that are ours to run now.
+
+        Their process died, or it was a launch that the user has cancelled, and not this one.
+        """
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return []
         self._looked = time.monotonic()
@@ -34,7 +38,7 @@ class Elsewhere:
             state = cell.layout.state(cell.run_id, frozen.stale_after_s)
             if state == "running":
                 waiting.append((cell, frozen))
-            elif state in record.STATUSES:
+            elif state in ENDED or (state in record.STATUSES and frozen.cancelled):
                 directory = cell.layout.run_directory(cell.run_id)
                 tally.end(cell, state, brief(directory) if state == "failed" else None, None)
             else:

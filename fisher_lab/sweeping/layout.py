@@ -25,7 +25,11 @@ from fisher_lab.runs.journal import Journal
 
 SWEEP_FILE = "sweep.json"
 EVENTS_FILE = "events.jsonl"
-JOB_LOG = "job.log"
+JOB_LOG, RUN_LOG = "job.log", "fisher_lab.log"
+LAUNCH_FILE = "launch.json"
+"""Who launched what, in each submission."""
+LAUNCHER = "launcher"
+"""What a launcher claims, in the directory of each of its submissions, for as long as it lives."""
 SCHEMA = "fisher_lab.sweep/1"
 
 
@@ -75,6 +79,16 @@ class Layout:
     def claim(self, run_id: str, stale_after: float = STALE_AFTER) -> Claim:
         """The claim on a cell."""
         return Claim(self.claims / run_id, stale_after)
+
+    def frozen(self) -> dict[str, Path]:
+        """Identity -> the cell as it was last submitted."""
+        files = sorted(self.submissions.glob("*/cells/*.json"))  # their names sort by time
+        return {file.stem: file for file in files}
+
+    def has_launcher(self) -> bool:
+        """Whether a launcher of the sweep lives."""
+        files = self.submissions.glob(f"*/{LAUNCHER}.claim.*")
+        return any(Claim(file.parent / LAUNCHER).alive() is not None for file in files)
 
     def state(self, run_id: str, stale_after: float = STALE_AFTER) -> str:
         """How a cell stands.

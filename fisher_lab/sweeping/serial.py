@@ -15,8 +15,9 @@ from fisher_lab.runs.signals import Watch
 from . import worker
 from .cell import Cell, Frozen
 from .elsewhere import Elsewhere
+from .layout import RUN_LOG
 from .progress import Tally, say
-from .supervisor import brief
+from .supervisor import brief, keep_tail, tail
 
 
 def run(cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally) -> None:
@@ -33,21 +34,40 @@ def run(cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally) -> None:
     elsewhere = Elsewhere()
     with Watch():
         for number, (cell, file) in enumerate(zip(cells, frozen, strict=True)):
-            if tally.exhausted or (cell.config.sweep.fail_fast and tally.failures):
+            stopped = tally.exhausted or (cell.config.sweep.fail_fast and tally.failures)
+            if stopped or file.cancelled:
                 tally.end(cell, "not started", None, None)
                 continue
             say(f"#{number} : {cell.label}")
             began = time.monotonic()
-            if worker.run(file) == worker.HELD:
+            if not _run(cell, file, tally, began):
                 elsewhere.add(cell, file)
-                continue
-            directory = cell.layout.run_directory(cell.run_id)
-            status = record.status_of(directory) or "failed"
-            message = brief(directory) if status == "failed" else None
-            tally.end(cell, status, message, time.monotonic() - began)
         while elsewhere.cells:
             for cell, file in elsewhere.look(tally):
-                worker.run(file)
-                status = record.status_of(cell.layout.run_directory(cell.run_id)) or "failed"
-                tally.end(cell, status, None, None)
+                if not _run(cell, file, tally, time.monotonic()):
+                    elsewhere.add(cell, file)
             elsewhere.wait()
+
+
+def _run(cell: Cell, file: Frozen, tally: Tally, began: float) -> bool:
+    """Run a cell to its end; false where somebody else holds it."""
+    code = worker.run(file)
+    if code == worker.HELD:
+        return False
+    if code == worker.CANCELLED:  # the user has cancelled the sweep in this moment
+        tally.end(cell, "not started", None, None)
+        return True
+    status = record.status_of(file.directory) or "failed"
+    message = None
+    if status == "failed":
+        message = brief(file.directory)
+        _keep_tail(file)
+    tally.end(cell, status, message, time.monotonic() - began)
+    return True
+
+
+def _keep_tail(file: Frozen) -> None:
+    claim = file.layout.claim(file.run_id, file.stale_after_s)
+    if claim.acquire():
+        with claim:
+            keep_tail(file.directory, tail(file.directory / RUN_LOG))

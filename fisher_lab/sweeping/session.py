@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,15 +20,16 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launcher_schema import LocalSettings, Settings, SlurmSettings
 from fisher_lab.config.sweep_schema import SweepConfig
 from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs.claims import Claim
 from fisher_lab.runs.signals import Interrupted
 
 from . import dry_run, plan, worker
 from .cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
+from .layout import LAUNCH_FILE, LAUNCHER
 from .plan import Identify, SweepPlan
 from .progress import Tally, report, say
 from .supervisor import importable
 
-LAUNCH_FILE = "launch.json"
 LAUNCHER_LOG = "launcher.log"
 BACKGROUND = ("-m", "fisher_lab.sweeping.background")
 """What Python is given to run the launcher of a detached sweep."""
@@ -61,6 +63,8 @@ def run(
     if options.dry_run:
         return dry_run.show(plans)
     _check(plans, kind, settings)
+    if options.detach and isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        _check_detached(options)
     cells = [cell for one in plans for cell in one.cells]
     for one in plans:
         one.layout.directory.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,17 @@ def launch(
     cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
 ) -> None:
     """Run frozen cells with a launcher, until they have ended."""
+    with contextlib.ExitStack() as stack:
+        for submission in dict.fromkeys(one.submission for one in frozen):
+            alive = Claim(submission / LAUNCHER)  # for `fisher-lab status --watch`
+            if alive.acquire():
+                stack.enter_context(alive)
+        _launch(cells, frozen, tally, settings)
+
+
+def _launch(
+    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
+) -> None:
     if isinstance(settings, SlurmSettings):
         from . import slurm
 
@@ -142,6 +157,21 @@ def _check_nodes(nodes: int, kind: str, settings: Settings) -> None:
         raise ConfigError.value(
             "distributed.nodes", nodes, f"1 with hydra/launcher={kind}; SLURM gives several"
         )
+
+
+def _check_detached(options: SweepConfig) -> None:
+    """What takes somebody who watches the jobs is refused where nobody does."""
+    for key, value, allowed in (
+        ("sweep.max_failures", options.max_failures, "null"),
+        ("sweep.fail_fast", options.fail_fast, "false"),
+    ):
+        if value:
+            raise ConfigError.value(
+                key,
+                value,
+                f"{allowed} with sweep.detach=true on SLURM, where no launcher stays to count "
+                "failures; leave out sweep.detach, for instance under tmux or nohup",
+            )
 
 
 def _section(master: DictConfig, name: str) -> dict[str, Any]:

@@ -17,15 +17,17 @@ from fisher_lab.config.launcher_schema import SlurmSettings
 from fisher_lab.runs.signals import Watch
 
 from . import scheduler, supervisor
-from .cell import Cell, Frozen
+from .cell import CANCELLED_FILE, Cell, Frozen
 from .layout import Layout
 from .progress import Tally, say
-from .supervisor import brief, give_up, tail
+from .supervisor import brief, died, end_lost, tail
 
 Work = tuple[Cell, Frozen]
 PATIENCE = 2
 """Looks at the queue at which a job must be gone before it counts as dead: records travel slowly
 over network file systems."""
+DYING_TIMEOUT_S = 120.0
+"""How long the jobs of a cancelled launch may take to leave the queue."""
 
 
 def run(
@@ -60,15 +62,19 @@ def submit(
 ) -> dict[Path, str]:
     """Submit the cells that are not in the queue, all arrays at once.
 
+    Jobs of a launch that was cancelled are on their way out, and no others are put beside them.
+
     Returns:
         Run directory -> job, those that were in the queue before among them.
 
     Raises:
         ConfigError: there is no SLURM here, or it does not take the jobs.
     """
+    layouts = list(dict.fromkeys(cell.layout for cell in cells))
+    _wait_for_the_dying(layouts, settings.poll_s)
     jobs = {
         layout.run_directory(run_id): job
-        for layout in dict.fromkeys(cell.layout for cell in cells)
+        for layout in layouts
         for run_id, job in queued(layout).items()
     }
     work = list(zip(cells, frozen, strict=True))
@@ -107,6 +113,38 @@ def queued(layout: Layout) -> dict[str, str]:
         for run_id, (job, state) in last_jobs(layout).items()
         if scheduler.is_active(state)
     }
+
+
+def _wait_for_the_dying(layouts: Sequence[Layout], poll_s: float) -> None:
+    """Until the jobs of cancelled launches have left the queue.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    until, told = time.monotonic() + DYING_TIMEOUT_S, False
+    while dying := sorted(job for layout in layouts for job in _dying(layout)):
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"jobs of a cancelled launch are still in the queue: {', '.join(dying)}; try again "
+                "when they have left it"
+            )
+        if not told:
+            say(f"waiting for {len(dying)} cancelled jobs to leave the queue")
+        told = True
+        time.sleep(poll_s)
+
+
+def _dying(layout: Layout) -> list[str]:
+    """Jobs that the user has cancelled and that SLURM still has."""
+    submitted: set[str] = set()
+    found: set[str] = set()
+    for entry in layout.journal.read():
+        if entry["event"] == "submitted":
+            submitted.update(entry["jobs"].values())
+        elif entry["event"] == "cancel":
+            found.update(submitted)
+    states = scheduler.states(found) or {}
+    return [job for job, state in states.items() if scheduler.is_active(state)]
 
 
 def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
@@ -187,6 +225,47 @@ def _submit(batch: Sequence[Work], settings: SlurmSettings) -> list[str]:
     return [job.job_id for job in submitted]
 
 
+def end_cell(file: Frozen, job: str, job_state: str) -> str:
+    """End the record of a cell whose job has ended and is not coming back.
+
+    Args:
+        file: the cell; nobody runs it.
+        job: its number.
+        job_state: the last that the queue says of it.
+
+    Returns:
+        The cell's state from now on.
+    """
+    state = file.layout.state(file.run_id, file.stale_after_s)
+    if state in ("completed", "failed", "running"):
+        return state
+    if _was_cancelled(file, state, job_state):
+        if state == "cancelled" or (state == "missing" and file.cancelled):
+            return "cancelled"
+        status, error = "cancelled", None
+    else:
+        message = f"the job {job} ended as {job_state} and left no result"
+        status, error = "failed", died(message, job=job, log_tail=_job_log(file.layout, job))
+    if end_lost(file, status, job_state, error):
+        return status
+    return file.layout.state(file.run_id, file.stale_after_s)
+
+
+def _was_cancelled(file: Frozen, state: str, job_state: str) -> bool:
+    """Whether a job was cancelled, by fisher-lab or by a plain scancel, and did not die."""
+    if job_state == "CANCELLED":
+        return True
+    # Under the mark of sweep.max_failures a job that runs goes on, and may die.
+    return file.cancelled and (state != "interrupted" or job_state == scheduler.GONE)
+
+
+def _job_log(layout: Layout, job: str) -> str:
+    """The end of what a job has printed itself, whichever launch has submitted it."""
+    for log in layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err"):
+        return tail(log)
+    return ""
+
+
 class _Watched:
     """Jobs that have not ended."""
 
@@ -217,18 +296,8 @@ class _Watched:
             return
         if state == "running":
             return  # somebody else runs it, or the claim of a dead node has not gone stale yet
-        if job_state == "CANCELLED" or state in ("preempted", "cancelled"):
-            state = "cancelled" if file.cancelled else state
-        if state in ("missing", "interrupted") or (
-            state in ("preempted", "cancelled") and not file.cancelled
-        ):
-            job = self._jobs[file.directory]
-            message = f"the job {job} ended as {job_state} and left no result"
-            log = tail(file.submission / "slurm" / job / f"{job}_0_log.err")
-            if give_up(file, job_state, message, job=job, log_tail=log):
-                state = "failed"
-            else:
-                state = cell.layout.state(cell.run_id, file.stale_after_s)
+        if state in ("missing", "interrupted", "preempted", "cancelled"):
+            state = end_cell(file, self._jobs[file.directory], job_state)
         self.waiting.remove((cell, file))
         message = brief(file.directory) if state == "failed" else None
         self._tally.end(cell, state, message, None)
@@ -241,5 +310,5 @@ class _Watched:
         states = scheduler.states(self._jobs[file.directory] for _, file in self.waiting) or {}
         pending = [job for job, state in states.items() if fail_fast or state == "PENDING"]
         for directory in {file.submission for _, file in self.waiting}:
-            (directory / "cancelled").touch()
+            (directory / CANCELLED_FILE).touch()
         scheduler.cancel(pending)

@@ -18,10 +18,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.runs import record
+from fisher_lab.runs import atomic, record, signals
 
 from . import worker
 from .cell import Frozen
+from .layout import Layout
 
 WORKER = ("-m", "fisher_lab.sweeping.worker")
 """What Python is given to run a worker."""
@@ -86,12 +87,14 @@ class Job:
         self._grace_s = grace_s
         self._limit = frozen.timeout_s if node == 0 else None
         self._asked: float | None = None
+        self._asked_with = 0
         self._timed_out = False
         layout, run_id = frozen.layout, frozen.run_id
         self._log = layout.job_log(run_id) if node == 0 else layout.node_log(run_id, node)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._offset = self._log.stat().st_size if self._log.exists() else 0
         variables = {**os.environ, "PYTHONPATH": _python_path(), **(environment or {})}
+        self._scheduled = bool(variables.get(worker.SCHEDULED))
         if threads is not None:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
         with open(self._log, "ab") as log:
@@ -112,7 +115,7 @@ class Job:
     def ask(self, signum: int) -> None:
         """Ask it, once, to save and end; it is killed where it has not after the grace period."""
         if self._asked is None:
-            self._asked = time.monotonic()
+            self._asked, self._asked_with = time.monotonic(), signum
             self._signal(signum)
 
     def poll(self) -> Ending | None:
@@ -169,14 +172,33 @@ class Job:
         if status in ("failed", "preempted", "cancelled") and self._is_recent(directory):
             if not self._is_noted(status):  # killed on its way out
                 self.frozen.layout.journal.append(status, run_id=self.frozen.run_id)
-            return Ending(status, brief(directory) if status == "failed" else None)
-        if -code in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):  # before it could catch it
-            ended = "preempted" if -code == signal.SIGUSR2 else "cancelled"
-            if os.environ.get(worker.SCHEDULED) and not self.frozen.cancelled:
-                ended = "preempted"
-            settle(self.frozen, ended, signal.Signals(-code).name, None)
-            return Ending(ended)
+            if status != "failed":
+                return Ending(status)
+            keep_tail(directory, tail(self._log, self._offset))
+            return Ending(status, brief(directory))
+        if (interrupted := self._interrupted(code)) is not None:
+            settle(self.frozen, *interrupted, None)
+            return Ending(interrupted[0])
         return self._fail(*_death(code), code)
+
+    def _interrupted(self, code: int) -> tuple[str, str] | None:
+        """Status and reason of a worker that was ended before it had a record to say so in.
+
+        A signal in its first moments, or a cell whose launch the user had cancelled before the
+        worker came to it.
+        """
+        if code == -signal.SIGKILL and self._asked_with == signal.SIGTERM:
+            name = "SIGKILL"  # by us: it had not ended within the grace period
+        elif -code in signals.STATUS:
+            name = signal.Signals(-code).name
+        elif code in (worker.PREEMPTED, worker.CANCELLED):
+            name = "SIGUSR2" if code == worker.PREEMPTED else "SIGTERM"
+        else:
+            return None
+        if self.frozen.cancelled:
+            return "cancelled", "cancel" if code == worker.CANCELLED else name
+        # A scheduler's SIGTERM is no wish of the user's.
+        return ("preempted" if name == "SIGUSR2" or self._scheduled else "cancelled"), name
 
     def _is_recent(self, directory: Path) -> bool:
         """Whether the record is this attempt's, and not that of an earlier one."""
@@ -238,14 +260,39 @@ def settle(frozen: Frozen, status: str, reason: str, error: dict[str, Any] | Non
 
 def give_up(frozen: Frozen, reason: str, message: str, **details: Any) -> bool:
     """Make a cell that nobody runs ``failed``; false where somebody runs or has completed it."""
+    return end_lost(frozen, "failed", reason, died(message, **details))
+
+
+def end_lost(frozen: Frozen, status: str, reason: str, error: dict[str, Any] | None = None) -> bool:
+    """End the record of a cell that nobody runs; false where somebody runs or has completed it."""
     claim = frozen.layout.claim(frozen.run_id, frozen.stale_after_s)
     if not claim.acquire_within(_CLAIM_TIMEOUT):
         return False
     with claim:
         if record.status_of(frozen.directory) == "completed":
             return False
-        settle(frozen, "failed", reason, died(message, **details))
+        settle(frozen, status, reason, error)
     return True
+
+
+def ask_owner(layout: Layout, run_id: str, stale_after_s: float) -> bool:
+    """Ask the process that runs a cell on this machine to save and end; whether there was one."""
+    owner = layout.claim(run_id, stale_after_s).alive()
+    if owner is None or not owner.is_here():
+        return False
+    try:
+        os.kill(owner.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def keep_tail(directory: Path, text: str) -> None:
+    """Add the end of the log to the error of a failed cell; for the holder of its claim."""
+    found = record.read(directory)
+    if text and found["error"] is not None and "log_tail" not in found["error"]:
+        found["error"]["log_tail"] = text
+        atomic.write_json(directory / record.RUN_FILE, found)
 
 
 def _death(code: int) -> tuple[str, str]:
@@ -274,8 +321,6 @@ def brief(directory: Path) -> str:
     """Why a cell failed, in one line."""
     try:
         found = record.read(directory)
-        error = found["error"] or {"type": str(found["reason"]), "message": ""}
-        first = (str(error["message"]).strip().splitlines() or ["(no message)"])[0]
-        return f"{str(error['type']).rpartition('.')[2]}: {first}"
+        return record.headline(found["error"] or {"type": str(found["reason"]), "message": ""})
     except (OSError, ValueError, KeyError, TypeError):
         return "it left no record"

@@ -154,11 +154,12 @@ def _amend(frozen: Frozen, stop: Interrupted) -> None:
 
 
 def _fail(frozen: Frozen, error: Exception) -> None:
+    described = record.describe(error)
     record.end_from_outside(
         frozen.directory,
         "failed",
-        type(error).__name__,
-        error=record.describe(error),
+        record.headline(described),
+        error=described,
         otherwise=beginnings(frozen),
     )
 

@@ -1,20 +1,21 @@
 """Figures of the spectral engines, as PDF and PNG, in colours that colour-blind readers tell apart.
 
 Colours: Okabe and Ito 2008; every series also differs in its dashes. Matplotlib is used without
-its global state, so that nothing of the caller's figures is touched.
+its global state, so that nothing of the caller's figures is touched, and imported for the first
+figure: every worker and rank imports this module, and few draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from fisher_lab.runs import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
@@ -119,6 +120,9 @@ def importance(target: Path, scores: Mapping[str, float]) -> None:
 
 
 def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -218,7 +218,8 @@ def _provenance(directory: Path) -> dict[str, Any]:
 def test_torchrun_is_honoured(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     flags = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
-    with program(*SMALL, f"hydra.run.dir={directory}", module=flags) as process:
+    plain = "model=mlp"  # without transformers, whose import takes longer than the run
+    with program(*SMALL, plain, f"hydra.run.dir={directory}", module=flags) as process:
         out, _ = process.communicate(timeout=270)
     assert process.returncode == 0, out
     found = record_of(directory)

@@ -93,6 +93,46 @@ def test_a_job_that_slurm_kills_outright_is_seen_without_accounting(door, runs, 
 
 
 @pytest.mark.usefixtures("small_workers")
+def test_a_plain_scancel_is_no_failure(door, runs, until):
+    """And the same command goes on."""
+    waits = small_worker.WAITS
+    process = launch_small("-m", f"seed={waits},1", *CPU, "sweep.max_failures=1")
+    until(lambda: statuses(runs) == {waits: "running", 1: "completed"})
+    ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == waits]
+    subprocess.run(["scancel", jobs(layout())[directory.name]], check=True, timeout=60)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "1 cells did not come to an end" in out
+    assert statuses(runs) == {1: "completed", waits: "cancelled"}
+    assert count(layout(), "failed") == 0
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_fail_fast_stops_what_runs_and_what_waits(door, runs, until):
+    waits, raises = small_worker.WAITS, small_worker.RAISES
+    answer = door(
+        "-m", f"seed={waits},{raises},1", *CPU, "hydra.launcher.array_parallelism=2",
+        "sweep.fail_fast=true",
+    )  # fmt: skip
+    assert answer.code == 1
+    found = statuses(runs)
+    assert found[raises] == "failed"
+    assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
+    assert count(layout(), "failed") == 1
+    numbers = jobs(layout()).values()
+    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers).values())))
+
+
+@pytest.mark.usefixtures("small_workers")
+def test_a_preempted_job_comes_back_at_most_so_often(door, runs):
+    answer = door("-m", f"seed={small_worker.PREEMPTED}", *CPU, "sweep.max_requeues=1")
+    assert answer.code == 1
+    ((_, found),) = runs()
+    assert (found["status"], found["reason"]) == ("failed", "max_requeues")
+    assert (count(layout(), "preempted"), count(layout(), "requeued")) == (2, 1)
+
+
+@pytest.mark.usefixtures("small_workers")
 def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs, until):
     seeds = ",".join(str(small_worker.SLOW + number) for number in range(4))
     arguments = ["-m", f"seed={seeds}", *CPU, "hydra.launcher.array_parallelism=2"]

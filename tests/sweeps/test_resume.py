@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fisher_lab.sweeping.cell import CANCELLED_FILE
 from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeping.progress import Tally
+from tests.sweeps.made import begin, submitted
 
 
 def sweeps() -> list[Path]:
@@ -180,6 +183,66 @@ def test_a_cell_that_somebody_else_runs_is_waited_for(door, seen, runs, monkeypa
     assert answer.code == 0
     assert len(seen) == 2
     assert looks[:3] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_cell_of_a_launch_that_is_being_cancelled_is_run_by_the_next_one(own):
+    """It is not ours to give up, unless it is our launch that the user has cancelled."""
+    from fisher_lab.sweeping.elsewhere import Elsewhere
+
+    ((_, before),) = submitted(1)
+    (before.submission / CANCELLED_FILE).touch()
+    begin(before)
+    claim = before.layout.claim("seed1")
+    assert claim.acquire()
+    ((cell, frozen),) = submitted(1)
+    elsewhere, tally = Elsewhere(), Tally(1, quiet=True)
+    elsewhere.add(cell, frozen)
+    elsewhere._looked = -1e9
+    assert elsewhere.look(tally) == []
+    assert elsewhere.cells == [(cell, frozen)]
+    begin(before, "cancelled")
+    claim.release()
+    if own:
+        (frozen.submission / CANCELLED_FILE).touch()
+    elsewhere._looked = -1e9
+    assert elsewhere.look(tally) == ([] if own else [(cell, frozen)])
+    assert elsewhere.cells == []
+    assert tally.status(cell) == ("cancelled" if own else None)
+
+
+def test_the_serial_launcher_shows_that_it_lives_and_starts_nothing_once_cancelled(
+    door, seen, monkeypatch
+):
+    import sys
+
+    normal, lives = sys.modules["fake_task"].run, []
+
+    def run(config, run):
+        normal(config, run)
+        layout = Layout(run.directory.parent)
+        lives.append(layout.has_launcher())
+        for submission in layout.submissions.iterdir():
+            (submission / CANCELLED_FILE).touch()
+
+    monkeypatch.setattr(sys.modules["fake_task"], "run", run)
+    answer = door("-m", "seed=1,2,3")
+    assert answer.code == 1
+    assert "1 of 3 cells completed" in answer.out
+    assert "2 cells did not come to an end" in answer.err
+    assert "failed" not in answer.out
+    assert [config.seed for config in seen] == [1]
+    assert lives == [True]
+    (directory,) = sweeps()
+    assert not Layout(directory).has_launcher()
+
+
+def test_a_failed_cell_keeps_reason_and_the_end_of_its_log(door, seen, runs):
+    assert door("-m", "seed=13,1").code == 1
+    ((_, found),) = [one for one in runs() if one[1]["status"] == "failed"]
+    assert found["reason"] == "RuntimeError: thirteen is"
+    assert "not a seed" in found["error"]["log_tail"]
+    assert "the run failed" in found["error"]["log_tail"]
 
 
 def test_a_completed_event_that_a_killed_worker_owes_is_noted_once(door, seen):

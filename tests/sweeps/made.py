@@ -1,0 +1,65 @@
+"""Cells that are submitted without composing anything, for what does not look into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from fisher_lab.config.schema import Config
+from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
+from fisher_lab.sweeping.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeping.layout import LAUNCH_FILE, SWEEP_FILE, Layout
+
+
+def submitted(
+    *seeds: int, alone: bool = False, stale_after_s: float = 60.0, **sweep: Any
+) -> list[tuple[Cell, Frozen]]:
+    """Cells of ``results/made``, one a seed, and their files, as one launch submits them.
+
+    Args:
+        seeds: of the cells.
+        alone: whether no other cell may run beside one.
+        stale_after_s: of their claims.
+        sweep: settings of the section ``sweep``.
+    """
+    layout = Layout(Path("results/made").resolve())
+    config = dataclasses.replace(
+        Config(), sweep=SweepConfig(**sweep), resume=ResumeConfig(stale_after_s=stale_after_s)
+    )
+    cells = [
+        Cell(
+            layout=layout,
+            run_id=f"seed{seed}",
+            overrides=(f"seed={seed}",),
+            axes={"seed": str(seed)},
+            config=dataclasses.replace(config, seed=seed),
+            content={"data": "abc"},
+            alone=alone,
+        )
+        for seed in seeds
+    ]
+    submission = new_submission(layout)
+    (submission / LAUNCH_FILE).write_text("{}")
+    entries = [{"run_id": c.run_id, "axes": c.axes, "overrides": c.overrides} for c in cells]
+    (layout.directory / SWEEP_FILE).write_text(json.dumps({"cells": entries}))
+    return list(zip(cells, freeze(submission, cells, {"version": 1}), strict=True))
+
+
+def begin(frozen: Frozen, status: str = "running", **fields: object) -> None:
+    """Leave a record, as a worker that is gone would have."""
+    frozen.directory.mkdir(parents=True, exist_ok=True)
+    found = {
+        "schema": "fisher_lab.run/1",
+        "run_id": frozen.run_id,
+        "status": status,
+        "reason": None,
+        "started": "2026-01-01T00:00:00.000+00:00",
+        "finished": None,
+        "config": frozen.data["config"],
+        "overrides": [],
+        "error": None,
+        "provenance": {},
+    }
+    (frozen.directory / "run.json").write_text(json.dumps({**found, **fields}))

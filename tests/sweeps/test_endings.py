@@ -1,0 +1,112 @@
+"""What becomes of a cell whose worker has said little or nothing of its end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from fisher_lab.runs import record
+from fisher_lab.sweeping import supervisor, worker
+from fisher_lab.sweeping.cell import CANCELLED_FILE, Frozen
+from fisher_lab.sweeping.supervisor import Ending, Job
+from tests.sweeps.made import begin, submitted
+
+
+def job(frozen: Frozen, script: str, *, scheduled: bool = False, grace_s: float = 20.0) -> Job:
+    """A process that runs a line of Python in the place of a worker."""
+    environment = {worker.SCHEDULED: "slurm"} if scheduled else {}
+    return Job(
+        frozen, threads=None, grace_s=grace_s, environment=environment, command=("-c", script)
+    )
+
+
+def ended(one: Job) -> Ending:
+    until, pause = time.monotonic() + 60, threading.Event()
+    while (ending := one.poll()) is None:
+        assert time.monotonic() < until
+        pause.wait(0.01)
+    return ending
+
+
+def exits(code: int) -> str:
+    return f"import os; os._exit({code})"
+
+
+def dies(signum: int) -> str:
+    return f"import os; os.kill(os.getpid(), {int(signum)})"
+
+
+@pytest.mark.parametrize(
+    ("script", "scheduled", "cancelled", "status", "reason"),
+    [
+        (exits(worker.CANCELLED), False, False, "cancelled", "SIGTERM"),
+        (exits(worker.PREEMPTED), False, False, "preempted", "SIGUSR2"),
+        (exits(worker.CANCELLED), True, False, "preempted", "SIGTERM"),
+        (exits(worker.PREEMPTED), True, False, "preempted", "SIGUSR2"),
+        (exits(worker.CANCELLED), True, True, "cancelled", "cancel"),
+        (exits(worker.PREEMPTED), True, True, "cancelled", "SIGUSR2"),
+        (dies(signal.SIGTERM), False, False, "cancelled", "SIGTERM"),
+        (dies(signal.SIGTERM), True, False, "preempted", "SIGTERM"),
+        (dies(signal.SIGTERM), True, True, "cancelled", "SIGTERM"),
+        (dies(signal.SIGUSR2), False, False, "preempted", "SIGUSR2"),
+        (exits(7), False, False, "failed", "exit"),
+        (dies(signal.SIGKILL), True, False, "failed", "SIGKILL"),
+    ],
+)
+def test_a_worker_that_ends_before_it_has_a_record(script, scheduled, cancelled, status, reason):
+    ((_, frozen),) = submitted(1)
+    begin(frozen, "failed", error={"type": "OfBefore", "message": "", "traceback": ""})
+    if cancelled:
+        (frozen.submission / CANCELLED_FILE).touch()
+    ending = ended(job(frozen, script, scheduled=scheduled))
+    found = record.read(frozen.directory)
+    assert (ending.status, found["status"], found["reason"]) == (status, status, reason)
+    assert (found["error"] or {}).get("type") == ("JobDied" if status == "failed" else None)
+    assert [entry["event"] for entry in frozen.layout.journal.read()] == [status]
+
+
+def test_a_cell_that_is_deaf_to_the_wish_to_cancel_is_killed_and_cancelled():
+    ((_, frozen),) = submitted(1)
+    one = job(
+        frozen,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('deaf', flush=True); time.sleep(60)",
+        grace_s=0.1,
+    )
+    log, pause = frozen.layout.job_log(frozen.run_id), threading.Event()
+    until = time.monotonic() + 60
+    while "deaf" not in log.read_text():
+        assert time.monotonic() < until
+        pause.wait(0.01)
+    one.ask(signal.SIGTERM)
+    assert ended(one).status == "cancelled"
+    assert record.read(frozen.directory)["reason"] == "SIGKILL"
+
+
+def test_a_cancelled_cell_that_comes_to_its_turn_is_cancelled(monkeypatch):
+    """The real worker, whose launch was cancelled while it was in a queue."""
+    ((_, frozen),) = submitted(1)
+    (frozen.submission / CANCELLED_FILE).touch()
+    one = Job(frozen, threads=None, grace_s=20.0, environment={worker.SCHEDULED: "slurm"})
+    assert ended(one) == Ending("cancelled")
+    found = record.read(frozen.directory)
+    assert (found["status"], found["reason"], found["error"]) == ("cancelled", "cancel", None)
+
+
+def test_the_end_of_the_log_is_kept_with_an_error_that_the_worker_recorded_itself():
+    ((_, frozen),) = submitted(1)
+    directory = str(frozen.directory)
+    script = (
+        "from fisher_lab.runs.record import Run; from pathlib import Path; "
+        f"run = Run.start(Path({directory!r}), config={{}}); print('the last word', flush=True); "
+        "run.fail(ValueError('no room\\nat all')); raise SystemExit(1)"
+    )
+    assert ended(job(frozen, script)) == Ending("failed", "ValueError: no room")
+    found = record.read(frozen.directory)
+    assert found["reason"] == "ValueError: no room"
+    assert found["error"]["message"] == "no room\nat all"
+    assert found["error"]["log_tail"] == "the last word"
+    assert supervisor.brief(frozen.directory) == "ValueError: no room"
