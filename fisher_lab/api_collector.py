@@ -37,8 +37,12 @@ class AdvancedFisherCollector:
         use_gpu_eigh: handed to K-FAC; False decomposes on the host.
         use_group_fisher: whether group Fisher is fed.
         group_unit: ``batch``, ``sequence`` or ``token``.
-        cache_gradients: keep the last call's per-sample gradients (``N x P`` numbers) in
-            ``gradient_cache``, of labelled tokens, or of sequences with ``group_unit="sequence"``.
+        cache_gradients: keep the last call's per-sample gradients in ``gradient_cache``, of
+            labelled tokens, or of sequences with ``group_unit="sequence"``: ``N x P`` numbers, and
+            up to about half as many again of products for linear layers, so that ``FisherSpectral``
+            with any ``storage_mode`` and ``linear_gram`` finds exactly what it would compute.
+        cache_chunk_size: rows of one backward pass of the cache; ``chunk_size`` of the
+            ``SpectralConfig`` that is to read it.
         loss_fn: None for a Hugging Face model; else a ``CrossEntropy``.
         **kfac: further arguments of :class:`fisher_lab.KFACNaturalGradient` (``kfac_policy``,
             ``max_condition_number``, ...).
@@ -67,6 +71,7 @@ class AdvancedFisherCollector:
         use_group_fisher: bool = True,
         group_unit: str = "batch",
         cache_gradients: bool = False,
+        cache_chunk_size: int = 32,
         loss_fn: LossFunction | None = None,
         **kfac: Any,
     ) -> None:
@@ -85,7 +90,10 @@ class AdvancedFisherCollector:
         self.use_true_fisher, self.kfac_update_freq = use_true_fisher, kfac_update_freq
         self.group = FisherCollector(group_unit, loss_fn=loss_fn) if use_group_fisher else None
         self.cache_gradients = cache_gradients
-        self.gradient_cache = GradientCache(sample_unit=self._sample_unit(group_unit))
+        self._spectral = SpectralConfig(
+            sample_unit=self._sample_unit(group_unit), chunk_size=cache_chunk_size
+        )
+        self.gradient_cache = GradientCache(sample_unit=self._spectral.sample_unit)
         self.gradients: dict[str, Tensor] = {}
         self.n_batches = self.n_refreshes = 0
         self._loss_fn = loss_fn
@@ -213,11 +221,8 @@ class AdvancedFisherCollector:
             if group is not None:
                 group.collect(model, batches, task)
             return
-        unit = self._sample_unit(self.group.unit if self.group is not None else "token")
-        engine = FisherSpectral(
-            SpectralConfig(sample_unit=unit, linear_gram="never"), loss_fn=self._loss_fn
-        )
-        self.gradient_cache = engine.collect_gradients(model, batches)
+        engine = FisherSpectral(self._spectral, loss_fn=self._loss_fn)
+        self.gradient_cache = engine.collect_gradients(model, batches, keep_rows=True)
         if group is not None:
             group.update_from(model, batches, self.gradient_cache.chunks, task)
 

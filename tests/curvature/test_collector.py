@@ -82,14 +82,35 @@ def test_the_cache_feeds_group_fisher_and_the_spectrum(unit, monkeypatch):
         torch.testing.assert_close(
             collector.group.fisher_mean["t"][name], value, rtol=1e-12, atol=1e-18
         )
-    config = SpectralConfig(sample_unit=unit, linear_gram="never")
-    fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
-    calls = []
     run = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or run(*a, **k))
-    again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
-    assert again.compute_fisher_spectrum(model, batch)["per_block"] == fresh["per_block"]
-    assert calls == []
+    for linear_gram in ("auto", "never"):
+        config = SpectralConfig(sample_unit=unit, linear_gram=linear_gram)
+        fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
+        calls = []
+        monkeypatch.setattr(
+            torch.autograd, "grad", lambda *a, c=calls, **k: c.append(1) or run(*a, **k)
+        )
+        again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
+        found = again.compute_fisher_spectrum(model, batch)
+        assert calls == []
+        assert found["per_block"] == fresh["per_block"]
+        assert found["metadata"]["cache_exact"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_documented_use_of_the_cache_is_exact(architecture):
+    """As in docs/accumulation.md: the spectrum with its defaults, float32, products included."""
+    model, batch = tiny(architecture, tied=False).float(), batch_of(architecture)
+    collector = AdvancedFisherCollector(damping=1e-4, group_unit="token", cache_gradients=True)
+    collector.collect(model, batch)
+    engine = FisherSpectral(gradient_cache=collector.gradient_cache)
+    found = engine.compute_fisher_spectrum(model, batch)
+    fresh = FisherSpectral().compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+    assert found["metadata"]["factored_weights"] == fresh["metadata"]["factored_weights"]
+    assert found["metadata"]["factored_weights"]
+    assert found["per_block"] == fresh["per_block"]
+    assert found["global"] == fresh["global"]
 
 
 def test_without_a_cache_the_spectrum_goes_on_by_itself():

@@ -348,6 +348,109 @@ def test_a_cache_of_another_unit_or_size_is_an_error(case):
         FisherSpectral(gradient_cache=short).compute_fisher_spectrum(case.model, case.batch)
 
 
+@pytest.mark.parametrize("mode", [*EXACT_MODES, "sketch"])
+@pytest.mark.parametrize("linear_gram", ["auto", "never"])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_cache_with_rows_and_products_serves_every_engine_exactly(
+    case, mode, linear_gram, center, monkeypatch
+):
+    monkeypatch.setattr(
+        "fisher_lab.curvature.spectra.gradients.linear_cost",
+        lambda *_: SimpleNamespace(factored_is_cheaper=True),
+    )
+    collecting = FisherSpectral(SpectralConfig(chunk_size=4))
+    cache = collecting.collect_gradients(case.model, case.batch, keep_rows=True)
+    config = SpectralConfig(chunk_size=4, storage_mode=mode, linear_gram=linear_gram)
+    arguments = (case.model, case.batch, None, "module", center)
+    fresh = FisherSpectral(config).compute_fisher_spectrum(*arguments)
+    again = FisherSpectral(config, gradient_cache=cache).compute_fisher_spectrum(*arguments)
+    assert again["metadata"]["gradient_source"] == "cache"
+    assert again["metadata"]["cache_exact"]
+    assert again["per_block"] == fresh["per_block"]
+    assert again["global"] == fresh["global"]
+    assert again["metadata"]["factored_weights"] == fresh["metadata"]["factored_weights"]
+
+
+def test_a_cached_subsample_is_exact_where_it_was_collected_so(case):
+    config = SpectralConfig(chunk_size=2)
+    fresh = FisherSpectral(config).compute_fisher_spectrum(case.model, case.batch, 5)
+    for collected, exact in ((5, True), (None, False)):
+        cache = FisherSpectral(config).collect_gradients(case.model, case.batch, collected)
+        engine = FisherSpectral(config, gradient_cache=cache)
+        again = engine.compute_fisher_spectrum(case.model, case.batch, 5)
+        assert again["metadata"]["cache_exact"] is exact
+        if exact:
+            assert again["per_block"] == fresh["per_block"]
+    other = FisherSpectral(SpectralConfig(chunk_size=3), gradient_cache=cache)
+    found = other.compute_fisher_spectrum(case.model, case.batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+    assert found["metadata"]["cache_exact"] is False
+
+
+def test_a_parameter_that_a_cache_lacks_is_computed(case, caplog):
+    names = dict(case.model.named_parameters())
+    rows = {name: case.rows["token"][name] for name in names}
+    left_out = next(name for name in BIG if name in rows)
+    del rows[left_out]
+    engine = FisherSpectral(gradient_cache=SimpleNamespace(per_sample_gradients=rows))
+    found = engine.compute_fisher_spectrum(case.model, case.batch)
+    fresh = FisherSpectral().compute_fisher_spectrum(case.model, case.batch)
+    assert found["per_block"] == fresh["per_block"]
+    assert found["metadata"]["gradient_source"] == "backward"
+    assert caplog.messages == [
+        f"gradient_cache: no gradients of {left_out}; the gradients are computed anew"
+    ]
+    # What the cache says it covered, and is not there, is what the loss does not reach.
+    covered = SimpleNamespace(per_sample_gradients=rows, parameters=frozenset(names))
+    found = FisherSpectral(gradient_cache=covered).compute_fisher_spectrum(case.model, case.batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+
+
+BIG = (
+    "transformer.h.0.mlp.c_fc.weight", "model.layers.0.mlp.up_proj.weight",
+    "bert.encoder.layer.0.output.dense.weight", "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+)  # fmt: skip
+
+
+def test_a_cache_of_a_model_that_was_partly_frozen():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    model.transformer.h[0].requires_grad_(False)
+    cache = FisherSpectral().collect_gradients(model, batch)
+    engine = FisherSpectral(gradient_cache=cache)
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["cache_exact"]
+    assert_no_number(found["per_block"]["transformer.h.0"])
+    model.requires_grad_(True)
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "backward"
+    assert found["per_block"] == FisherSpectral().compute_fisher_spectrum(model, batch)["per_block"]
+
+
+@pytest.mark.parametrize("what", ["weight", "statistics"])
+def test_a_stale_cache_is_left_aside(what, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    batch = (torch.randn(5, 4).double(), torch.tensor([0, 1, 0, 1, 1]))
+    loss = losses.CrossEntropy()
+    cache = FisherSpectral(loss_fn=loss).collect_gradients(model, batch)
+    engine = FisherSpectral(gradient_cache=cache, loss_fn=loss)
+    assert engine.compute_fisher_spectrum(model, batch)["metadata"]["cache_exact"]
+    with torch.no_grad():
+        if what == "weight":
+            # The last bit of one number.
+            model[0].weight[0, 0] = torch.nextafter(model[0].weight[0, 0], torch.tensor(9.0))
+        else:
+            model(batch[0])
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "backward"
+    fresh = FisherSpectral(loss_fn=loss).compute_fisher_spectrum(model, batch)
+    assert found["per_block"] == fresh["per_block"]
+    assert caplog.messages == [
+        "gradient_cache: the model's weights have changed since it was collected; "
+        "the gradients are computed anew"
+    ]
+
+
 # --- samples ---------------------------------------------------------------------------------
 
 
@@ -419,6 +522,28 @@ def test_processes_with_other_hash_seeds_choose_the_same_samples():
 
 
 # --- degenerate blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*EXACT_MODES, "sketch"])
+def test_a_model_with_nothing_to_train_is_degenerate(mode):
+    model, batch = tiny("gpt2").requires_grad_(False), batch_of("gpt2")
+    result = spectrum(model, batch, storage_mode=mode)
+    assert result["metadata"]["n_samples"] == 7
+    for record in (*result["per_block"].values(), result["global"]):
+        assert_no_number(record)
+    assert {record["reason"] for record in result["per_block"].values()} == {"no gradient"}
+    assert FisherSpectral().collect_gradients(model, batch).keys
+
+
+def test_a_loss_that_reaches_only_frozen_parameters_is_degenerate():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    model["used"].requires_grad_(False)
+    model.forward = lambda x: model["used"](x)
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    engine = FisherSpectral(loss_fn=losses.CrossEntropy())
+    result = engine.compute_fisher_spectrum(model, batch, block_structure="module")
+    assert_no_number(result["per_block"]["idle"])
+    assert_no_number(result["global"])
 
 
 def assert_no_number(record):
