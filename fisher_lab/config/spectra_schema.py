@@ -76,7 +76,9 @@ class LanczosConfig:
     which: str = setting(
         "largest", "Which end of the spectrum.", one_of("largest", "smallest", "magnitude")
     )
-    reorthogonalize: bool = setting(True, "Full reorthogonalisation.")
+    reorthogonalize: bool = setting(
+        True, "Full reorthogonalisation; false: only with `density_probes=0`."
+    )
     vector_device: str = setting("auto", "Where the basis lives.", one_of("auto", "cpu", "cuda"))
     products: str = setting(
         "auto", "How J v is formed.", one_of("auto", "forward", "double_backward")
@@ -98,6 +100,8 @@ class LanczosConfig:
         """Yields what concerns more than one key."""
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
             yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
+        if self.enabled and not self.reorthogonalize and self.density_probes > 0:
+            yield "reorthogonalize", False, "true, or false with lanczos.density_probes=0"
 
 
 @dataclass

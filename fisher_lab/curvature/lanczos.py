@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import losses
 from .errors import CurvatureError
 from .reduce import Alone, Communicator
+from .settings import SettingError
 from .spectra.blocks import select_parameters
 from .spectra.isolation import isolated
 from .spectra.krylov import (
@@ -50,7 +51,10 @@ class FisherLanczos:
         tol: a pair has converged when its residual is at most ``tol`` times the largest
             eigenvalue's magnitude.
         seed: of the first vector and of all probes.
-        reorthogonalize: full reorthogonalisation; False keeps to the three-term recurrence.
+        reorthogonalize: full reorthogonalisation; False keeps to the three-term recurrence, whose
+            copies of eigenvalues are left out of :meth:`top_eigenpairs` (fewer than ``k`` may
+            stay). What takes eigenpairs as known, :meth:`effective_dimension` and
+            :meth:`analyze` with probes, needs True.
         vector_device: where the basis lives: ``cpu``, ``cuda``, or ``auto`` (with the model if it
             fits there, else on the host).
         max_products: gives up after so many products; None: ``max(20 m, 300)``.
@@ -184,8 +188,11 @@ class FisherLanczos:
 
         Raises:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
+            SettingError: probes without ``reorthogonalize``.
         """
         self._check_damping(lam)
+        if n_probes > 0:
+            self._check_orthogonal("n_probes=0")
         with self._opened(model, batch, block) as matrix:
             return matrix.led(lambda: self._analyze(matrix, block, lam, n_probes, steps, n_grid))
 
@@ -359,8 +366,10 @@ class FisherLanczos:
 
         Raises:
             CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
+            SettingError: without ``reorthogonalize``.
         """
         self._check_damping(lam)
+        self._check_orthogonal()
         with self._opened(model, batch, block) as matrix:
 
             def work() -> dict[str, Any]:
@@ -378,6 +387,14 @@ class FisherLanczos:
             raise CurvatureError(f"lam: {lam}; allowed: above 0")
         if self.operator == "hessian":
             raise CurvatureError("operator: 'hessian' may be indefinite; allowed: empirical, true")
+
+    def _check_orthogonal(self, otherwise: str | None = None) -> None:
+        """Copies of eigenvalues would be counted as known, each with a vector that is not new."""
+        if not self.reorthogonalize:
+            allowed = "True" if otherwise is None else f"True, or {otherwise}"
+            raise SettingError(
+                f"reorthogonalize: False; allowed where eigenpairs count as known: {allowed}"
+            )
 
     def _rest(
         self, matrix: CurvatureOperator, found: LanczosResult, n_probes: int, steps: int, seed: int

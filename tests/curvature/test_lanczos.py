@@ -18,8 +18,10 @@ from fisher_lab.curvature import lanczos as module
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
 from fisher_lab.curvature.lanczos import FisherLanczos, lanczos_algorithm
+from fisher_lab.curvature.settings import SettingError
 from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.isolation import isolated
+from fisher_lab.curvature.spectra.krylov import KrylovBasis
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.quadrature import (
     hutch_plus_plus,
@@ -384,10 +386,53 @@ def test_reorthogonalisation_is_what_keeps_ghosts_away():
     run = {"max_vectors": 120, "tol": 1e-15, "max_products": 120}
     full = lanczos_algorithm(lambda v: matrix @ v, 200, 5, **run)
     torch.testing.assert_close(full.eigenvalues, values[:5], atol=1e-12, rtol=0)
+    # Without it the Ritz values hold copies of the largest eigenvalues ...
+    generator = torch.Generator().manual_seed(0)
+    basis = KrylovBasis(
+        lambda v: matrix @ v, 200, 120, generator=generator, reorthogonalize=False, **CPU
+    )
+    basis.start(torch.randn(200, generator=generator, dtype=torch.float64))
+    while basis.size < 120:
+        basis.grow()
+    ritz = basis.ritz()[0].flip(0)
+    assert float((ritz[:2] - values[0]).abs().max()) < 1e-8
+    # ... which the algorithm leaves out.
     plain = lanczos_algorithm(lambda v: matrix @ v, 200, 5, reorthogonalize=False, **run)
-    assert float(plain.eigenvalues[0]) == pytest.approx(1.0, abs=1e-8)
-    # A copy of the largest eigenvalue stands where the second belongs.
-    assert abs(float(plain.eigenvalues[1]) - float(values[1])) > 1e-3
+    torch.testing.assert_close(plain.eigenvalues, values[:5], atol=1e-10, rtol=0)
+
+
+def test_eigenvalues_that_lie_close_are_no_copies():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(60, dtype=torch.float64, generator=generator)
+    values[:4] = torch.tensor([2.0, 2.0 - 1e-4, 1.5, 1.5 - 1e-5])
+    found = lanczos_algorithm(
+        lambda v: values * v, 60, 4, reorthogonalize=False, max_vectors=60, tol=1e-9
+    )
+    wanted = values.sort(descending=True).values[:4]
+    torch.testing.assert_close(found.eigenvalues, wanted, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
+def test_copies_never_count_as_known_eigenvalues(case):
+    engine = FisherLanczos(k=10, max_vectors=60, tol=1e-12, reorthogonalize=False)
+    for run in (
+        lambda: engine.analyze(case.model, case.batch, lam=1e-2),
+        lambda: engine.analyze(case.model, case.batch),
+        lambda: engine.effective_dimension(case.model, case.batch, 1e-2),
+    ):
+        with pytest.raises(SettingError, match="reorthogonalize: False; allowed .*: True"):
+            run()
+    top = engine.analyze(case.model, case.batch, n_probes=0)["top"]
+    values = torch.linalg.eigvalsh(case.matrices["empirical"]).flip(0)
+    n = int((values > 1e-10 * values[0]).sum())
+    assert n == 7
+    # 60 steps in a space of rank 7: eight copies of each, and one on its way, which says so.
+    pairs = zip(top["eigenvalues"], top["converged"], strict=True)
+    found = torch.tensor([value for value, done in pairs if done], dtype=torch.float64)
+    assert len(found) == len(top["eigenvalues"]) - 1
+    torch.testing.assert_close(found[:n], values[:n], atol=1e-9 * float(values[0]), rtol=0)
+    assert float(found.sum()) == pytest.approx(float(values.sum()), rel=1e-8)
+    assert len(top["eigenvalues"]) == len(top["residuals"]) == len(top["converged"])
 
 
 def test_float32_vectors():

@@ -101,3 +101,13 @@ def test_configuration_out_of_range_names_the_key(section, key, value):
     assert list(problems(config)) == []
     setattr(getattr(config, section), key, value)
     assert [problem[:2] for problem in problems(config)] == [(f"{section}.{key}", value)]
+
+
+def test_probes_need_reorthogonalisation_before_any_work():
+    config = configured(lanczos=1)
+    config.lanczos.reorthogonalize = False
+    assert list(problems(config)) == [
+        ("lanczos.reorthogonalize", False, "true, or false with lanczos.density_probes=0")
+    ]
+    config.lanczos.density_probes = 0
+    assert list(problems(config)) == []
