@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .api import KFACNaturalGradient
 from .api_group import FisherCollector
 from .curvature import losses
-from .curvature.errors import CurvatureError
+from .curvature.errors import BatchError, CurvatureError
 from .curvature.group import active_tokens
 from .curvature.losses import LossFunction
 from .curvature.spectra.cache import GradientCache
@@ -122,9 +121,12 @@ class AdvancedFisherCollector:
             :meth:`summary`.
 
         Raises:
+            BatchError: no batch, or one without examples; nothing has been taken in then.
             CurvatureError: see its subclasses.
         """
         batches = as_batches(batch)
+        if not batches or any(losses.is_empty(one) for one in batches):
+            raise BatchError("batch: empty; allowed: batches of one example or more")
         with isolated(model, seed=0):
             for one in batches:
                 self._batch(model, one, task)
@@ -189,14 +191,8 @@ class AdvancedFisherCollector:
             scored = losses.score(model, batch, self._loss_fn)
         loss = losses.summed_loss(scored)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        grads = torch.autograd.grad(
-            loss, list(named.values()), retain_graph=shared, allow_unused=True
-        )
-        count = max(scored.n_labels, 1)
-        self.gradients = {
-            name: torch.zeros_like(p) if g is None else g / count
-            for (name, p), g in zip(named.items(), grads, strict=True)
-        }
+        grads = losses.gradients_of(loss, named, retain_graph=shared)
+        self.gradients = {name: g / max(scored.n_labels, 1) for name, g in grads.items()}
         if kfac is not None and shared:
             kfac.collect_kfac_factors(
                 model, batch, loss=loss, n_labels=scored.n_labels, loss_reduction="sum"

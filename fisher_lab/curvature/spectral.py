@@ -26,8 +26,9 @@ from .spectra.cache import (
     takes_product,
 )
 from .spectra.gradients import Chunk, PerSampleGradients, choose_factored, factored_of
-from .spectra.isolation import isolated
+from .spectra.isolation import isolated, seed_generators
 from .spectra.matrices import BlockMatrix, CovarianceMatrix, GramMatrix, RowMatrix
+from .spectra.memory import check_device
 from .spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
 from .spectra.solving import Found, solve_blocks
 from .spectra.stores import Bytes, FileBytes, MemoryBytes
@@ -127,7 +128,8 @@ class FisherSpectral:
             every rank gets the spectra of all samples.
 
     Raises:
-        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks.
+        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks;
+            ``eigensolve_device="cuda"`` on a machine without.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class FisherSpectral:
         communicator: Communicator | None = None,
     ) -> None:
         self.config = config or SpectralConfig()
+        check_device("eigensolve_device", self.config.eigensolve_device)
         self._ranks = communicator or Alone()
         if self._ranks.size > 1:
             allowed = [mode for mode in STORAGE_MODES if mode != "sketch"]
@@ -208,6 +211,7 @@ class FisherSpectral:
                 p=sum(per_block[name]["n_params"] for name in solved),
                 top_k=self.config.top_k,
                 n_degenerate=n_degenerate,
+                dtype=self._solver_dtype,
             ),
         }
 
@@ -411,7 +415,13 @@ class FisherSpectral:
         if isinstance(found, str):
             logger.warning("block %s: %s", block, found)
             return records.degenerate(found, n=n, p=p)
-        return records.describe(found, n=n, p=p, top_k=self.config.top_k)
+        return records.describe(found, n=n, p=p, top_k=self.config.top_k, dtype=self._solver_dtype)
+
+    @property
+    def _solver_dtype(self) -> torch.dtype:
+        """In which the eigenvalues are found; a sketch is made in float64."""
+        sketched = self.config.storage_mode == "sketch"
+        return torch.float64 if sketched else self.config.dtype_eigensolve
 
     def _eigenvalues(
         self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, center: bool
@@ -422,7 +432,7 @@ class FisherSpectral:
             if not bool(torch.isfinite(rows).all()):
                 raise records.SolveError("non-finite gradients")
             # Each block starts from the seed, so that blocks do not depend on one another.
-            torch.manual_seed(config.seed)
+            seed_generators(config.seed)
             return records.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
         matrix = collector.matrix(center=center) if matrix is None else matrix
         if not bool(torch.isfinite(matrix).all()):
@@ -458,7 +468,7 @@ class FisherSpectral:
         per_block: Mapping[str, dict[str, Any]],
     ) -> dict[str, Any]:
         config = asdict(self.config)
-        config["dtype_eigensolve"] = str(self.config.dtype_eigensolve).removeprefix("torch.")
+        config["dtype_eigensolve"] = _name(self.config.dtype_eigensolve)
         return {
             **config,
             "normalization": "(1/N) * G^T G",
@@ -473,7 +483,8 @@ class FisherSpectral:
             "block_structure": structure,
             "center_gradients": center,
             "architecture": architecture_of(model),
-            "nonzero_threshold": "max(N, P) * eps(float64) * largest eigenvalue",
+            "nonzero_threshold": f"max(N, P) * eps({_name(self._solver_dtype)}) * "
+            "largest eigenvalue",
             "gradient_source": "backward" if cached is None else "cache",
             "cache_exact": None if cached is None else cached.exact,
             "factored_weights": sorted(factored),
@@ -481,6 +492,10 @@ class FisherSpectral:
                 (record["regularization_used"] for record in per_block.values()), default=0.0
             ),
         }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -191,6 +191,38 @@ def test_float32_model_is_decomposed_in_float64(case):
     assert min(result["global"]["eigenvalues"]) >= 0.0
 
 
+def test_a_float32_solver_knows_its_own_rounding():
+    """Noise of the solver next to zero is no eigenvalue: rank 7 of 4 repeated sequences."""
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    batch = {key: torch.cat([value] * 4) for key, value in batch.items()}
+    records64, records32 = (
+        spectrum(model, batch, structure="module", dtype_eigensolve=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert records32["metadata"]["nonzero_threshold"] == (
+        "max(N, P) * eps(float32) * largest eigenvalue"
+    )
+    assert "eps(float64)" in records64["metadata"]["nonzero_threshold"]
+    for block in ("transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"):
+        exact, found = (r["per_block"][block] for r in (records64, records32))
+        assert exact["n_nonzero"] == 7
+        assert found["n_nonzero"] <= 7
+        assert found["threshold"] == pytest.approx(
+            max(28, found["n_params"]) * 2.0**-23 * found["largest_eigenvalue"]
+        )
+        assert found["condition_number"] <= 1.01 * exact["condition_number"]
+    whole = records32["global"]
+    assert whole["threshold"] == pytest.approx(
+        max(28, whole["n_params"]) * 2.0**-23 * whole["largest_eigenvalue"]
+    )
+
+
+def test_a_threshold_above_the_largest_eigenvalue_leaves_that_one():
+    solved = records.Solved(torch.tensor([4.0, 1.0]).double(), 5.0)
+    found = records.describe(solved, n=2, p=2**24, top_k=None, dtype=torch.float32)
+    assert (found["n_nonzero"], found["condition_number"], found["effective_rank"]) == (1, 1.0, 1.0)
+
+
 def test_batches_add_up_and_the_callers_batch_stays(case):
     parts = [{key: value[i : i + 1] for key, value in case.batch.items()} for i in range(3)]
     before = {key: value.clone() for key, value in case.batch.items()}
@@ -215,6 +247,28 @@ def test_mode_generator_and_gradients_are_left_alone(case):
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_seeds_do_not_reach_a_cuda_that_is_not_in_use(monkeypatch):
+    """A seed that waits for CUDA to start would change the caller's random numbers then."""
+    model, seeded = tiny("gpt2"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    spectrum(model, batch_of("gpt2"), storage_mode="sketch")
+    assert seeded == []
+
+
+@pytest.mark.gpu
+def test_generators_of_cuda_devices_are_left_alone():
+    """Also with the model on the host, where no device of the model's says which to keep."""
+    torch.cuda.init()
+    for device in ("cpu", "cuda"):
+        model = tiny("gpt2").to(device)
+        torch.cuda.manual_seed_all(5)
+        before = torch.cuda.get_rng_state_all()
+        spectrum(model, batch_of("gpt2"), storage_mode="sketch")
+        after = torch.cuda.get_rng_state_all()
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_batch_norm_is_not_updated():
