@@ -1,6 +1,6 @@
 """Time and memory of the spectral engines against the straightforward way, in one run.
 
-    python benchmarks/spectra.py [--samples 512] [--json FILE]
+    python benchmarks/spectra.py [--samples 512] [--repeats 5] [--json FILE]
 
 A 4-layer GPT-2 (width 128, 2048 tokens tied, random weights), sequences of 128 tokens, float32.
 Every way runs in a process of its own, so that peak resident memory is its own; times are wall
@@ -14,12 +14,16 @@ import argparse
 import json
 import math
 import os
+import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -158,11 +162,12 @@ def peer(samples: int) -> dict[str, Any]:
     return {"eigenvalues": sorted(values.tolist(), reverse=True), **counted}
 
 
+DETERMINISTIC = "chunked, deterministic"
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "straightforward": straightforward,
     "chunked": spectrum,
     "chunked, no products": lambda n: spectrum(n, linear_gram="never"),
-    "chunked, deterministic": lambda n: spectrum(n, use_deterministic=True),
+    DETERMINISTIC: lambda n: spectrum(n, use_deterministic=True),
     "chunked, 64 MiB": lambda n: spectrum(n, memory_budget_mb=64),
     "full": lambda n: spectrum(n, storage_mode="full"),
     "products": products,
@@ -198,20 +203,70 @@ def measure(name: str, samples: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def alternating(samples: int, repeats: int) -> dict[str, Any]:
+    """What determinism costs: both ways by turns, so that a slow spell of the machine hits both."""
+    runs: dict[str, list[dict[str, Any]]] = {"chunked": [], DETERMINISTIC: []}
+    for turn in range(repeats):
+        # The one that is first changes, too.
+        for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+            runs[name].append(measure(name, samples))
+    failed = next((r for found in runs.values() for r in found if "error" in r), None)
+    if failed is not None:
+        return failed
+    result: dict[str, Any] = {"repeats": repeats}
+    for key in ("wall_s", "cpu_s"):
+        plain, slow = ([r[key] for r in runs[name]] for name in runs)
+        result |= {
+            f"{key}_each": {"chunked": plain, DETERMINISTIC: slow},
+            f"{key}_chunked": median(plain),
+            f"{key}_deterministic": median(slow),
+            f"{key}_ratio": median(slow) / median(plain),
+        }
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Describes the machine, without its name, and the versions of what is measured."""
+    model = "unknown"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = {}
+    for name in ("torch", "transformers", "numpy", "scipy", "curvlinops-for-pytorch"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
+        "system": platform.system(), "python": platform.python_version(),
+        "threads": torch.get_num_threads(), "versions": versions,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--child")
     parser.add_argument("--only", action="append", help="measure these cases alone")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=5, help="of each way, for determinism")
+    parser.add_argument(
+        "--series", type=int, nargs="*", default=[128, 256, 1024, 2048],
+        help="further N for peak memory",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.child:
         child(options.child, options.samples)
         return
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "samples": options.samples}
+    if options.repeats < 3:
+        parser.error("--repeats: 3 or more, for a median")
+    results: dict[str, Any] = {
+        "machine": machine(), "threads": torch.get_num_threads(), "samples": options.samples,
+    }  # fmt: skip
     plan = [(name, options.samples) for name in CASES]
     # Peak memory against N: past the Gram matrices it should not grow.
-    plan += [("chunked, 64 MiB", n) for n in (128, 256, 1024)]
+    plan += [("chunked, 64 MiB", n) for n in options.series]
     for name, samples in plan:
         if options.only and name not in options.only:
             continue
@@ -222,6 +277,10 @@ def main() -> None:
         if "ratio" in found:
             for key, value in found["ratio"].items():
                 print(f"    {key}: {value:.2f} x forward+backward")
+    if not options.only or DETERMINISTIC in options.only:
+        found = results["determinism"] = alternating(options.samples, options.repeats)
+        shown = {k: round(v, 3) for k, v in found.items() if isinstance(v, float)}
+        print(f"determinism, {options.repeats} of each by turns: {shown or found}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

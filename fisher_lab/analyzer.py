@@ -14,6 +14,7 @@ from .api_collector import AdvancedFisherCollector
 from .config.schema import Config
 from .curvature import losses
 from .curvature.lanczos import FisherLanczos
+from .curvature.spectra.isolation import isolated
 from .curvature.spectra.records import NUMBERS
 from .curvature.spectral import FisherSpectral, SpectralConfig
 from .workbench import build
@@ -127,7 +128,7 @@ class UnifiedModelAnalyzer:
         batches = list(batches)
         result: dict[str, Any] = {
             "n_params": sum(p.numel() for p in model.parameters()),
-            "loss": _mean_loss(model, batches, loss_fn),
+            "loss": self._mean_loss(model, batches, loss_fn),
         }
         if config.compute_advanced_fisher_metrics:
             collected = self._collect(model, batches, loss_fn)
@@ -145,6 +146,16 @@ class UnifiedModelAnalyzer:
                 config.lanczos_k, seed=config.seed, loss_fn=loss_fn
             ).analyze(model, batches, lam=config.damping)
         return result
+
+    def _mean_loss(self, model: nn.Module, batches: Sequence[Batch], loss_fn: Any) -> float:
+        total, count = 0.0, 0
+        with isolated(model, seed=self.config.seed), torch.no_grad():
+            for batch in batches:
+                if losses.is_empty(batch):
+                    continue
+                scored = losses.score(model, batch, loss_fn)
+                total, count = total + float(losses.summed_loss(scored)), count + scored.n_labels
+        return total / max(count, 1)
 
     def _analyze(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         if wanted.get("model") is not None:
@@ -200,15 +211,6 @@ def comparison_row(result: Mapping[str, Any]) -> dict[str, float]:
         for key in ("trace", "effective_dimension"):
             row[f"lanczos_{key}"] = result["lanczos"][key]["value"]
     return {key: value for key, value in row.items() if isfinite(value)}
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[Batch], loss_fn: Any) -> float:
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            scored = losses.score(model, batch, loss_fn)
-            total, count = total + float(losses.summed_loss(scored)), count + scored.n_labels
-    return total / max(count, 1)
 
 
 def _norm(gradients: Mapping[str, torch.Tensor]) -> float:

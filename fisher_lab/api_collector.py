@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .api import KFACNaturalGradient
 from .api_group import FisherCollector
 from .curvature import losses
-from .curvature.errors import CurvatureError
+from .curvature.errors import BatchError, CurvatureError
 from .curvature.group import active_tokens
 from .curvature.losses import LossFunction
 from .curvature.spectra.cache import GradientCache
@@ -37,8 +36,12 @@ class AdvancedFisherCollector:
         use_gpu_eigh: handed to K-FAC; False decomposes on the host.
         use_group_fisher: whether group Fisher is fed.
         group_unit: ``batch``, ``sequence`` or ``token``.
-        cache_gradients: keep the last call's per-sample gradients (``N x P`` numbers) in
-            ``gradient_cache``, of labelled tokens, or of sequences with ``group_unit="sequence"``.
+        cache_gradients: keep the last call's per-sample gradients in ``gradient_cache``, of
+            labelled tokens, or of sequences with ``group_unit="sequence"``: ``N x P`` numbers, and
+            up to about half as many again of products for linear layers, so that ``FisherSpectral``
+            with any ``storage_mode`` and ``linear_gram`` finds exactly what it would compute.
+        cache_chunk_size: rows of one backward pass of the cache; ``chunk_size`` of the
+            ``SpectralConfig`` that is to read it.
         loss_fn: None for a Hugging Face model; else a ``CrossEntropy``.
         **kfac: further arguments of :class:`fisher_lab.KFACNaturalGradient` (``kfac_policy``,
             ``max_condition_number``, ...).
@@ -67,6 +70,7 @@ class AdvancedFisherCollector:
         use_group_fisher: bool = True,
         group_unit: str = "batch",
         cache_gradients: bool = False,
+        cache_chunk_size: int = 32,
         loss_fn: LossFunction | None = None,
         **kfac: Any,
     ) -> None:
@@ -85,7 +89,10 @@ class AdvancedFisherCollector:
         self.use_true_fisher, self.kfac_update_freq = use_true_fisher, kfac_update_freq
         self.group = FisherCollector(group_unit, loss_fn=loss_fn) if use_group_fisher else None
         self.cache_gradients = cache_gradients
-        self.gradient_cache = GradientCache(sample_unit=self._sample_unit(group_unit))
+        self._spectral = SpectralConfig(
+            sample_unit=self._sample_unit(group_unit), chunk_size=cache_chunk_size
+        )
+        self.gradient_cache = GradientCache(sample_unit=self._spectral.sample_unit)
         self.gradients: dict[str, Tensor] = {}
         self.n_batches = self.n_refreshes = 0
         self._loss_fn = loss_fn
@@ -114,9 +121,12 @@ class AdvancedFisherCollector:
             :meth:`summary`.
 
         Raises:
+            BatchError: no batch, or one without examples; nothing has been taken in then.
             CurvatureError: see its subclasses.
         """
         batches = as_batches(batch)
+        if not batches or any(losses.is_empty(one) for one in batches):
+            raise BatchError("batch: empty; allowed: batches of one example or more")
         with isolated(model, seed=0):
             for one in batches:
                 self._batch(model, one, task)
@@ -181,14 +191,8 @@ class AdvancedFisherCollector:
             scored = losses.score(model, batch, self._loss_fn)
         loss = losses.summed_loss(scored)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        grads = torch.autograd.grad(
-            loss, list(named.values()), retain_graph=shared, allow_unused=True
-        )
-        count = max(scored.n_labels, 1)
-        self.gradients = {
-            name: torch.zeros_like(p) if g is None else g / count
-            for (name, p), g in zip(named.items(), grads, strict=True)
-        }
+        grads = losses.gradients_of(loss, named, retain_graph=shared)
+        self.gradients = {name: g / max(scored.n_labels, 1) for name, g in grads.items()}
         if kfac is not None and shared:
             kfac.collect_kfac_factors(
                 model, batch, loss=loss, n_labels=scored.n_labels, loss_reduction="sum"
@@ -213,11 +217,8 @@ class AdvancedFisherCollector:
             if group is not None:
                 group.collect(model, batches, task)
             return
-        unit = self._sample_unit(self.group.unit if self.group is not None else "token")
-        engine = FisherSpectral(
-            SpectralConfig(sample_unit=unit, linear_gram="never"), loss_fn=self._loss_fn
-        )
-        self.gradient_cache = engine.collect_gradients(model, batches)
+        engine = FisherSpectral(self._spectral, loss_fn=self._loss_fn)
+        self.gradient_cache = engine.collect_gradients(model, batches, keep_rows=True)
         if group is not None:
             group.update_from(model, batches, self.gradient_cache.chunks, task)
 

@@ -220,14 +220,26 @@ def preflight(config: Config) -> Mapping[str, Any]:
     tracking.check(config.tracker)
     content = content_identity(config)
     _preflight_ranks(config)
-    if config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError.value(
-                "device", config.device, "auto or cpu on a machine without a CUDA device"
-            )
+    _preflight_devices(config)
     return content
+
+
+def _preflight_devices(config: Config) -> None:
+    """A CUDA device that is asked for by name is there."""
+    asked = {"device": config.device}
+    if config.task.name == "analyze" and config.spectral.enabled:
+        asked["spectral.eigensolve_device"] = config.spectral.eigensolve_device
+    if config.task.name == "analyze" and config.lanczos.enabled:
+        asked["lanczos.vector_device"] = config.lanczos.vector_device
+    if "cuda" not in asked.values():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for key, value in asked.items():
+        if value == "cuda":
+            raise ConfigError.value(key, value, "auto or cpu on a machine without a CUDA device")
 
 
 def _check_nodes(config: Config) -> None:

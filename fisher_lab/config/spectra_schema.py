@@ -45,6 +45,12 @@ class SpectralConfig:
     eigensolve_device: str = setting(
         "auto", "Where matrices are decomposed.", one_of("auto", "cpu", "cuda")
     )
+    dtype_eigensolve: str = setting(
+        "float64", "In which matrices are decomposed.", one_of("float64", "float32")
+    )
+    sketch_rank: int = setting(
+        32, "Eigenvalues of a `sketch` a block where `top_k` is null.", whole(1)
+    )
     regularization: float = setting(
         1e-10, "Added to the diagonal, relative to its mean, only after a failure.", at_least(0)
     )
@@ -76,8 +82,13 @@ class LanczosConfig:
     which: str = setting(
         "largest", "Which end of the spectrum.", one_of("largest", "smallest", "magnitude")
     )
-    reorthogonalize: bool = setting(True, "Full reorthogonalisation.")
+    reorthogonalize: bool = setting(
+        True, "Full reorthogonalisation; false: only with `density_probes=0`."
+    )
     vector_device: str = setting("auto", "Where the basis lives.", one_of("auto", "cpu", "cuda"))
+    vector_dtype: str = setting(
+        "auto", "Of the basis; auto: the parameters' own.", one_of("auto", "float64", "float32")
+    )
     products: str = setting(
         "auto", "How J v is formed.", one_of("auto", "forward", "double_backward")
     )
@@ -98,6 +109,8 @@ class LanczosConfig:
         """Yields what concerns more than one key."""
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
             yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
+        if self.enabled and not self.reorthogonalize and self.density_probes > 0:
+            yield "reorthogonalize", False, "true, or false with lanczos.density_probes=0"
 
 
 @dataclass

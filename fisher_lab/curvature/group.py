@@ -144,7 +144,10 @@ class GroupFisher:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with isolated(model, seed=0):
             if self.unit == "batch":
-                for one in as_batches(batch):
+                batches = as_batches(batch)
+                if not batches and not may_be_empty:
+                    raise BatchError(f"task {task}: no batch; allowed: one or more")
+                for one in batches:
                     self._collect_mean(model, one, parameters, task)
             else:
                 self._collect_samples(model, batch, parameters, task, may_be_empty)
@@ -168,14 +171,10 @@ class GroupFisher:
             batch: one batch.
             parameters: those wanted, by name.
         """
+        if losses.is_empty(batch):
+            return {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
         scored = losses.score(model, batch, self._loss_fn)
-        grads = torch.autograd.grad(
-            losses.summed_loss(scored), list(parameters.values()), allow_unused=True
-        )
-        return {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(parameters.items(), grads, strict=True)
-        }, scored.n_labels
+        return losses.gradients_of(losses.summed_loss(scored), parameters), scored.n_labels
 
     def _collect_samples(
         self,
@@ -243,7 +242,8 @@ class GroupFisher:
         """Takes in another collector's state, of other data; exact.
 
         Raises:
-            CurvatureError: the other has another unit, sequence weight or shape.
+            CurvatureError: the other has another unit, sequence weight or shape; nothing of it
+                has been taken in then.
         """
         for name in ("unit", "sequence_weight"):
             if getattr(self, name) != getattr(other, name):
@@ -251,11 +251,15 @@ class GroupFisher:
                     f"{name}: {getattr(other, name)!r} cannot be merged into "
                     f"{getattr(self, name)!r}"
                 )
+        # Everything is checked before anything changes.
         for task, theirs in other._moments.items():
-            mine = self._moments.setdefault(task, {})
+            mine = self._moments.get(task, {})
             for name, moments in theirs.items():
                 if name in mine and mine[name].mean.shape != moments.mean.shape:
                     raise CurvatureError(f"task {task}: {name} has another shape in the other")
+        for task, theirs in other._moments.items():
+            mine = self._moments.setdefault(task, {})
+            for name, moments in theirs.items():
                 if name in mine:
                     mine[name].merge(moments)
                 else:

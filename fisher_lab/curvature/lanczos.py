@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
 from .reduce import Alone, Communicator
+from .settings import SettingError
 from .spectra.blocks import select_parameters
 from .spectra.isolation import isolated
 from .spectra.krylov import (
@@ -26,6 +26,7 @@ from .spectra.krylov import (
     default_vectors,
     lanczos_algorithm,
 )
+from .spectra.memory import check_device, free_memory
 from .spectra.operators import OPERATORS, PRODUCTS, CurvatureOperator
 from .spectra.quadrature import Estimate, Quadrature, hutch_plus_plus, quadrature
 
@@ -44,13 +45,16 @@ class FisherLanczos:
         k: eigenpairs wanted.
         max_vectors: basis vectors ``m`` of Lanczos; None: ``min(n, max(2k + 10, 20))``. The basis
             takes ``m n_params itemsize`` bytes, which is said, and checked against what is free,
-            before it is allocated.
+            before it is allocated; so are ``k`` more vectors where eigenvectors are formed.
         operator: ``empirical`` (Fisher over the labels), ``true`` (over the model's own
             distribution; the generalised Gauss-Newton matrix) or ``hessian``.
         tol: a pair has converged when its residual is at most ``tol`` times the largest
             eigenvalue's magnitude.
         seed: of the first vector and of all probes.
-        reorthogonalize: full reorthogonalisation; False keeps to the three-term recurrence.
+        reorthogonalize: full reorthogonalisation; False keeps to the three-term recurrence, whose
+            copies of eigenvalues are left out of :meth:`top_eigenpairs` (fewer than ``k`` may
+            stay). What takes eigenpairs as known, :meth:`effective_dimension` and
+            :meth:`analyze` with probes, needs True.
         vector_device: where the basis lives: ``cpu``, ``cuda``, or ``auto`` (with the model if it
             fits there, else on the host).
         max_products: gives up after so many products; None: ``max(20 m, 300)``.
@@ -59,11 +63,13 @@ class FisherLanczos:
             (:class:`fisher_lab.curvature.spectra.operators.CurvatureOperator`).
         vector_dtype: of the basis; None takes the parameters' own.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
-        say: gets the line about memory; the module's logger where it is None.
+        say: gets the line about memory; where it is None, the module's logger does, as a warning,
+            so that it is seen where nobody set logging up.
         communicator: of the ranks; None for this process alone.
 
     Raises:
-        CurvatureError: an argument is out of range.
+        CurvatureError: an argument is out of range, or ``vector_device="cuda"`` on a machine
+            without.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class FisherLanczos:
         ):
             if value not in allowed:
                 raise CurvatureError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
+        check_device("vector_device", vector_device)
         if k < 1:
             raise CurvatureError(f"k: {k}; allowed: 1 or more")
         self.k, self.max_vectors, self.operator, self.tol = k, max_vectors, operator, tol
@@ -98,7 +105,7 @@ class FisherLanczos:
         self.vector_device, self.vector_dtype = vector_device, vector_dtype
         self.max_products, self.which, self.products = max_products, which, products
         self._loss_fn = loss_fn
-        self._say = say or logger.info
+        self._say = say or logger.warning
         self._ranks = communicator or Alone()
 
     def top_eigenpairs(
@@ -184,8 +191,11 @@ class FisherLanczos:
 
         Raises:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
+            SettingError: probes without ``reorthogonalize``.
         """
         self._check_damping(lam)
+        if n_probes > 0:
+            self._check_orthogonal("n_probes=0")
         with self._opened(model, batch, block) as matrix:
             return matrix.led(lambda: self._analyze(matrix, block, lam, n_probes, steps, n_grid))
 
@@ -280,7 +290,9 @@ class FisherLanczos:
             return matrix.led(work)
 
     def _quadrature(self, matrix: CurvatureOperator, n_probes: int, steps: int) -> Quadrature:
-        dtype, device = self._place(matrix, min(steps, matrix.n))
+        dtype = self.vector_dtype or matrix.dtype
+        wanted = Wanted("steps", min(steps, matrix.n))
+        device = self._reserve(wanted, matrix.n, dtype, matrix.device)
         return quadrature(
             matrix,
             matrix.n,
@@ -322,7 +334,10 @@ class FisherLanczos:
                 if method == "slq":
                     rule = self._quadrature(matrix, max(n_products // steps, 1), steps)
                     return asdict(rule.trace_of(lambda x: x))
-                dtype, device = self._place(matrix, max(n_products // 3, 1))
+                dtype = self.vector_dtype or matrix.dtype
+                # The random range, its orthonormal basis and the work space in between.
+                blocks = Wanted("n_products", max(n_products // 3, 1), copies=3)
+                device = self._reserve(blocks, matrix.n, dtype, matrix.device)
                 estimate = hutch_plus_plus(
                     matrix,
                     matrix.n,
@@ -359,8 +374,10 @@ class FisherLanczos:
 
         Raises:
             CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
+            SettingError: without ``reorthogonalize``.
         """
         self._check_damping(lam)
+        self._check_orthogonal()
         with self._opened(model, batch, block) as matrix:
 
             def work() -> dict[str, Any]:
@@ -379,14 +396,27 @@ class FisherLanczos:
         if self.operator == "hessian":
             raise CurvatureError("operator: 'hessian' may be indefinite; allowed: empirical, true")
 
+    def _check_orthogonal(self, otherwise: str | None = None) -> None:
+        """Copies of eigenvalues would be counted as known, each with a vector that is not new."""
+        if not self.reorthogonalize:
+            allowed = "True" if otherwise is None else f"True, or {otherwise}"
+            raise SettingError(
+                f"reorthogonalize: False; allowed where eigenpairs count as known: {allowed}"
+            )
+
     def _rest(
         self, matrix: CurvatureOperator, found: LanczosResult, n_probes: int, steps: int, seed: int
     ) -> Quadrature:
         """Quadrature whose probes are deflated by the pairs that converged, which enter exactly."""
         assert found.eigenvectors is not None
-        keep = torch.tensor(found.converged)
-        vectors = found.eigenvectors[keep.to(found.eigenvectors.device)]
-        dtype, _ = self._place(matrix, min(steps, matrix.n))
+        keep, vectors = torch.tensor(found.converged), found.eigenvectors
+        dtype = self.vector_dtype or matrix.dtype
+        # The basis that found them is gone; those that are kept are copied unless all are.
+        some = 0 if bool(keep.all()) else int(keep.sum())
+        wanted = Wanted("steps", min(steps, matrix.n), eigenvectors=some)
+        self._reserve(wanted, matrix.n, dtype, matrix.device)
+        if some:
+            vectors = vectors[keep.to(vectors.device)]
         return quadrature(
             matrix,
             matrix.n,
@@ -395,7 +425,7 @@ class FisherLanczos:
             seed=seed,
             dtype=dtype,
             device=vectors.device,
-            deflate=vectors,
+            deflate=vectors if bool(keep.any()) else None,
         ).with_known(found.eigenvalues[keep])
 
     def _pairs(
@@ -440,7 +470,8 @@ class FisherLanczos:
     ) -> LanczosResult:
         m = default_vectors(n, min(k, n)) if self.max_vectors is None else min(self.max_vectors, n)
         dtype = self.vector_dtype or dtype
-        device = self._reserve(m, n, dtype, device)
+        wanted = Wanted("max_vectors", m, eigenvectors=min(k, n) if eigenvectors else 0)
+        device = self._reserve(wanted, n, dtype, device)
         return lanczos_algorithm(
             matvec,
             n,
@@ -456,29 +487,26 @@ class FisherLanczos:
             eigenvectors=eigenvectors,
         )
 
-    def _place(self, matrix: CurvatureOperator, m: int) -> tuple[torch.dtype, torch.device]:
-        dtype = self.vector_dtype or matrix.dtype
-        return dtype, self._reserve(m, matrix.n, dtype, matrix.device)
-
     def _reserve(
-        self, m: int, n: int, dtype: torch.dtype, model_device: torch.device
+        self, wanted: Wanted, n: int, dtype: torch.dtype, model_device: torch.device
     ) -> torch.device:
-        """Says what the basis will take, and chooses where it fits."""
-        wanted = m * n * torch.empty(0, dtype=dtype).element_size()
+        """Says what the vectors will take, and chooses where they fit."""
+        each = n * torch.empty(0, dtype=dtype).element_size()
         device = model_device if self.vector_device == "auto" else torch.device(self.vector_device)
         free = free_memory(device)
-        if wanted > free and self.vector_device == "auto" and device.type != "cpu":
+        if wanted.vectors * each > free and self.vector_device == "auto" and device.type != "cpu":
             device = torch.device("cpu")
             free = free_memory(device)
         self._say(
-            f"Lanczos basis: {m} vectors x {n} parameters x {dtype} = "
-            f"{wanted / 2**20:.1f} MiB on {device} ({free / 2**20:.0f} MiB free)"
+            f"Lanczos basis: {wanted} x {n} parameters x {dtype} = "
+            f"{wanted.vectors * each / 2**20:.1f} MiB on {device} ({free / 2**20:.0f} MiB free)"
         )
-        if wanted > free:
+        if wanted.vectors * each > free:
             raise CurvatureError(
-                f"max_vectors: {m} vectors of {n} parameters take {wanted / 2**20:.0f} MiB, and "
-                f"{free / 2**20:.0f} MiB are free on {device}; "
-                f"allowed: {free * m // max(wanted, 1)} or fewer, or a smaller block"
+                f"{wanted.setting}: {wanted} of {n} parameters take "
+                f"{wanted.vectors * each / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free on "
+                f"{device}; allowed: {wanted.basis_of(free // max(each, 1))} or fewer vectors, "
+                "or a smaller block"
             )
         return device
 
@@ -492,11 +520,35 @@ class FisherLanczos:
         }
 
 
-def free_memory(device: torch.device) -> int:
-    """Returns the bytes that are free on a device (available memory on the host)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+@dataclass(frozen=True)
+class Wanted:
+    """Vectors that are about to be allocated.
+
+    Attributes:
+        setting: the argument that their number follows from.
+        basis: vectors of the basis, ``m``.
+        copies: how many blocks of that size there are at once.
+        eigenvectors: further vectors.
+    """
+
+    setting: str
+    basis: int
+    copies: int = 1
+    eigenvectors: int = 0
+
+    @property
+    def vectors(self) -> int:
+        """All of them."""
+        return self.basis * self.copies + self.eigenvectors
+
+    def basis_of(self, vectors: int) -> int:
+        """The largest basis with which no more than so many vectors are allocated."""
+        return max((vectors - self.eigenvectors) // self.copies, 0)
+
+    def __str__(self) -> str:
+        parts = f"{self.basis} vectors"
+        parts = f"{self.copies} blocks of {parts}" if self.copies > 1 else parts
+        return f"({parts} + {self.eigenvectors} eigenvectors)" if self.eigenvectors else parts
 
 
 def _filter(values: Tensor, lam: float) -> Tensor:

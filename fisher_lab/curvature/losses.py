@@ -168,6 +168,33 @@ def labels_of(batch: Any) -> Tensor | None:
     return None
 
 
+def is_empty(batch: Any) -> bool:
+    """Says whether a batch has labels, but of no example: many models cannot run on that."""
+    labels = labels_of(batch)
+    return labels is not None and labels.numel() == 0
+
+
+def gradients_of(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """Returns the gradients of a loss; zeros where it does not reach, or nothing is to be trained.
+
+    Args:
+        loss: a scalar.
+        parameters: those wanted, by name.
+        retain_graph: whether the graph is used again.
+    """
+    if not parameters or not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    grads = torch.autograd.grad(
+        loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
+
+
 def shift_of(model: nn.Module) -> bool | None:
     """Says how a Hugging Face model aligns labels with logits.
 

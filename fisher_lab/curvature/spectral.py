@@ -17,10 +17,18 @@ from .errors import CurvatureError
 from .reduce import Alone, Communicator, same_everywhere, together
 from .spectra import records
 from .spectra.blocks import architecture_of, parameter_blocks
-from .spectra.cache import GradientCache, cached_chunks
+from .spectra.cache import (
+    Cached,
+    GradientCache,
+    Shape,
+    cached_chunks,
+    fingerprint_of,
+    takes_product,
+)
 from .spectra.gradients import Chunk, PerSampleGradients, choose_factored, factored_of
-from .spectra.isolation import isolated
+from .spectra.isolation import isolated, seed_generators
 from .spectra.matrices import BlockMatrix, CovarianceMatrix, GramMatrix, RowMatrix
+from .spectra.memory import check_device
 from .spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
 from .spectra.solving import Found, solve_blocks
 from .spectra.stores import Bytes, FileBytes, MemoryBytes
@@ -106,7 +114,12 @@ class FisherSpectral:
         config: how; the defaults where it is None.
         gradient_cache: anything with ``per_sample_gradients`` (which may be missing or None), as
             :meth:`collect_gradients` returns it. Where it holds what a call needs, no backward
-            pass is made.
+            pass is made; where it does not (other samples, a parameter that is missing, weights
+            that have changed since), one line says so and the gradients are computed. The result
+            is exactly the uncached one for the very samples that were collected, with this
+            ``storage_mode``, ``linear_gram``, ``chunk_size`` and ``use_deterministic``; in all
+            other cases, a subsample of the cache among them, it is so but for rounding
+            (``metadata["cache_exact"]`` tells).
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
         spill: makes room on disk for one array; an unnamed temporary file where it is None.
         progress: called after every chunk.
@@ -115,7 +128,8 @@ class FisherSpectral:
             every rank gets the spectra of all samples.
 
     Raises:
-        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks.
+        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks;
+            ``eigensolve_device="cuda"`` on a machine without.
     """
 
     def __init__(
@@ -129,6 +143,7 @@ class FisherSpectral:
         communicator: Communicator | None = None,
     ) -> None:
         self.config = config or SpectralConfig()
+        check_device("eigensolve_device", self.config.eigensolve_device)
         self._ranks = communicator or Alone()
         if self._ranks.size > 1:
             allowed = [mode for mode in STORAGE_MODES if mode != "sketch"]
@@ -172,8 +187,8 @@ class FisherSpectral:
         with self._isolated(model):
             self._check_alike(parameters, n_samples, block_structure, center_gradients)
             samples = self._draw(model, batch, n_samples)
-            cached = cached_chunks(self.gradient_cache, samples, parameters)
-            chunks = self._chunks(model, samples, parameters) if cached is None else cached
+            cached = cached_chunks(self.gradient_cache, samples, parameters, model, self._shape())
+            chunks = self._chunks(model, samples, parameters) if cached is None else cached.chunks
             factored = factored_of(chunks)
             collectors = self._collectors(model, samples, blocks, factored, center_gradients)
             try:
@@ -185,10 +200,9 @@ class FisherSpectral:
                 for collector in collectors.values():
                     collector.close()
         n_degenerate = len(blocks) - len(solved)
-        source = "backward" if cached is None else "cache"
         return {
             "metadata": self._metadata(
-                model, samples, block_structure, center_gradients, source, factored, per_block
+                model, samples, block_structure, center_gradients, cached, factored, per_block
             ),
             "per_block": per_block,
             "global": records.union(
@@ -197,11 +211,17 @@ class FisherSpectral:
                 p=sum(per_block[name]["n_params"] for name in solved),
                 top_k=self.config.top_k,
                 n_degenerate=n_degenerate,
+                dtype=self._solver_dtype,
             ),
         }
 
     def collect_gradients(
-        self, model: nn.Module, batch: Any, n_samples: int | None = None
+        self,
+        model: nn.Module,
+        batch: Any,
+        n_samples: int | None = None,
+        *,
+        keep_rows: bool = False,
     ) -> GradientCache:
         """Collects what :meth:`compute_fisher_spectrum` would, and keeps it in memory.
 
@@ -209,9 +229,12 @@ class FisherSpectral:
             model: as there.
             batch: as there.
             n_samples: as there.
+            keep_rows: keep both gradients and products, whatever this engine's ``storage_mode``
+                and ``linear_gram``, so that an engine with any of them is served exactly.
 
         Returns:
-            The cache, ``N x P`` numbers (fewer where products are kept instead of gradients).
+            The cache, ``N x P`` numbers (fewer where products are kept instead of gradients, and
+            up to about half as many again where both are).
 
         Raises:
             CurvatureError: there are several ranks.
@@ -221,7 +244,19 @@ class FisherSpectral:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
             samples = self._draw(model, batch, n_samples)
-            return GradientCache.from_chunks(self._chunks(model, samples, parameters), samples)
+            chunks = self._chunks(model, samples, parameters, keep_rows=keep_rows)
+            cache = GradientCache.from_chunks(chunks, samples)
+            cache.parameters, cache.fingerprint = frozenset(parameters), fingerprint_of(model)
+            cache.shape, cache.keeps_rows = self._shape(), keep_rows
+            return cache
+
+    def _shape(self) -> Shape:
+        """The settings by which a cache has to be like this engine to give its very bits."""
+        config = self.config
+        products = {"chunked": "all", "streaming": "streaming"}.get(config.storage_mode, "none")
+        if config.linear_gram == "never":
+            products = "none"
+        return Shape(products, config.chunk_size, config.use_deterministic)
 
     def _isolated(self, model: nn.Module) -> Any:
         return isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic)
@@ -250,14 +285,15 @@ class FisherSpectral:
         self, model: nn.Module, samples: SampleSet, parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, nn.Module]:
         """Products serve the Gram matrix alone: the modes that need rows take none."""
-        config = self.config
-        if config.linear_gram == "never" or config.storage_mode in ("full", "sketch"):
+        products = self._shape().products
+        if products == "none":
             return {}
         chosen = choose_factored(model, samples, parameters, self._ranks)
-        if config.storage_mode == "streaming":
-            # A P x P matrix needs rows; a weight as large as N stays with the Gram matrix.
-            chosen = {n: m for n, m in chosen.items() if parameters[n].numel() >= samples.total}
-        return chosen
+        return {
+            name: module
+            for name, module in chosen.items()
+            if takes_product(products, parameters[name], samples.total)
+        }
 
     def _collectors(
         self,
@@ -325,15 +361,22 @@ class FisherSpectral:
                 self._progress(chunk.first + chunk.n, samples.n)
 
     def _chunks(
-        self, model: nn.Module, samples: SampleSet, parameters: Mapping[str, nn.Parameter]
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        keep_rows: bool = False,
     ) -> PerSampleGradients:
+        choose = choose_factored if keep_rows else self._choose_factored
         return PerSampleGradients(
             model,
             samples,
             parameters,
-            factored=self._choose_factored(model, samples, parameters),
+            factored=choose(model, samples, parameters),
             chunk_size=self.config.chunk_size,
             loss_fn=self._loss_fn,
+            keep_rows=keep_rows,
         )
 
     def _solve_all(
@@ -372,7 +415,13 @@ class FisherSpectral:
         if isinstance(found, str):
             logger.warning("block %s: %s", block, found)
             return records.degenerate(found, n=n, p=p)
-        return records.describe(found, n=n, p=p, top_k=self.config.top_k)
+        return records.describe(found, n=n, p=p, top_k=self.config.top_k, dtype=self._solver_dtype)
+
+    @property
+    def _solver_dtype(self) -> torch.dtype:
+        """In which the eigenvalues are found; a sketch is made in float64."""
+        sketched = self.config.storage_mode == "sketch"
+        return torch.float64 if sketched else self.config.dtype_eigensolve
 
     def _eigenvalues(
         self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, center: bool
@@ -383,7 +432,7 @@ class FisherSpectral:
             if not bool(torch.isfinite(rows).all()):
                 raise records.SolveError("non-finite gradients")
             # Each block starts from the seed, so that blocks do not depend on one another.
-            torch.manual_seed(config.seed)
+            seed_generators(config.seed)
             return records.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
         matrix = collector.matrix(center=center) if matrix is None else matrix
         if not bool(torch.isfinite(matrix).all()):
@@ -414,12 +463,12 @@ class FisherSpectral:
         samples: SampleSet,
         structure: str,
         center: bool,
-        source: str,
+        cached: Cached | None,
         factored: set[str],
         per_block: Mapping[str, dict[str, Any]],
     ) -> dict[str, Any]:
         config = asdict(self.config)
-        config["dtype_eigensolve"] = str(self.config.dtype_eigensolve).removeprefix("torch.")
+        config["dtype_eigensolve"] = _name(self.config.dtype_eigensolve)
         return {
             **config,
             "normalization": "(1/N) * G^T G",
@@ -434,13 +483,19 @@ class FisherSpectral:
             "block_structure": structure,
             "center_gradients": center,
             "architecture": architecture_of(model),
-            "nonzero_threshold": "max(N, P) * eps(float64) * largest eigenvalue",
-            "gradient_source": source,
+            "nonzero_threshold": f"max(N, P) * eps({_name(self._solver_dtype)}) * "
+            "largest eigenvalue",
+            "gradient_source": "backward" if cached is None else "cache",
+            "cache_exact": None if cached is None else cached.exact,
             "factored_weights": sorted(factored),
             "regularization_used": max(
                 (record["regularization_used"] for record in per_block.values()), default=0.0
             ),
         }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

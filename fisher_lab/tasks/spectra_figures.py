@@ -44,7 +44,10 @@ def decay(target: Path, result: Mapping[str, Any]) -> None:
         )
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue of F")
     meta = result["metadata"]
-    axes.set_title(f"Fisher spectrum by {meta['block_structure']}, N = {meta['n_samples']}")
+    title = f"Fisher spectrum by {meta['block_structure']}, N = {meta['n_samples']}"
+    if len(shown) < len(blocks):
+        title += f"; {len(shown)} of {len(blocks)} blocks (largest traces)"
+    axes.set_title(title, fontsize=9)
     if shown:
         axes.legend(fontsize=7, frameon=False)
     _save(figure, target)

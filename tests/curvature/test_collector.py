@@ -14,7 +14,7 @@ from fisher_lab.analyzer import UnifiedConfig, UnifiedModelAnalyzer
 from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.api_collector import AdvancedFisherCollector
 from fisher_lab.curvature import losses
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.group import GroupFisher
 from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
 from tests.curvature.spectra_support import ARCHITECTURES, batch_of, reference_rows, tiny
@@ -82,14 +82,35 @@ def test_the_cache_feeds_group_fisher_and_the_spectrum(unit, monkeypatch):
         torch.testing.assert_close(
             collector.group.fisher_mean["t"][name], value, rtol=1e-12, atol=1e-18
         )
-    config = SpectralConfig(sample_unit=unit, linear_gram="never")
-    fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
-    calls = []
     run = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or run(*a, **k))
-    again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
-    assert again.compute_fisher_spectrum(model, batch)["per_block"] == fresh["per_block"]
-    assert calls == []
+    for linear_gram in ("auto", "never"):
+        config = SpectralConfig(sample_unit=unit, linear_gram=linear_gram)
+        fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
+        calls = []
+        monkeypatch.setattr(
+            torch.autograd, "grad", lambda *a, c=calls, **k: c.append(1) or run(*a, **k)
+        )
+        again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
+        found = again.compute_fisher_spectrum(model, batch)
+        assert calls == []
+        assert found["per_block"] == fresh["per_block"]
+        assert found["metadata"]["cache_exact"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_documented_use_of_the_cache_is_exact(architecture):
+    """As in docs/accumulation.md: the spectrum with its defaults, float32, products included."""
+    model, batch = tiny(architecture, tied=False).float(), batch_of(architecture)
+    collector = AdvancedFisherCollector(damping=1e-4, group_unit="token", cache_gradients=True)
+    collector.collect(model, batch)
+    engine = FisherSpectral(gradient_cache=collector.gradient_cache)
+    found = engine.compute_fisher_spectrum(model, batch)
+    fresh = FisherSpectral().compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+    assert found["metadata"]["factored_weights"] == fresh["metadata"]["factored_weights"]
+    assert found["metadata"]["factored_weights"]
+    assert found["per_block"] == fresh["per_block"]
+    assert found["global"] == fresh["global"]
 
 
 def test_without_a_cache_the_spectrum_goes_on_by_itself():
@@ -134,6 +155,29 @@ def test_true_fisher_and_a_callers_loss():
     found = collector.natural_gradient(model)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_batch_is_refused_whole():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    nothing = {key: value[:0] for key, value in batch.items()}
+    for unit in ("batch", "token"):
+        collector = AdvancedFisherCollector(group_unit=unit)
+        for empty in ([], nothing, [batch, nothing]):
+            with pytest.raises(BatchError, match=r"^batch: empty; allowed: .*$"):
+                collector.collect(model, empty)
+        assert collector.summary()["n_batches"] == 0
+        assert collector.group.tasks == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_forward_passes_are_as_many_as_documented(cached):
+    """docs/accumulation.md: 1 + B a batch, and with the cache one more, without a graph."""
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    batches = [batch, {key: value[:2] for key, value in batch.items()}]
+    counter = CountingForward(model)
+    collector = AdvancedFisherCollector(group_unit="token", cache_gradients=cached)
+    collector.collect(model, batches)
+    assert counter.calls == (1 + 3 + cached) + (1 + 2 + cached)
 
 
 def test_what_cannot_be_done_says_why():
@@ -201,6 +245,26 @@ def test_several_models_are_compared():
         analyzer.analyze_models([{"name": "x"}, {"name": "x"}])
     with pytest.raises(ValueError, match="none given"):
         analyzer.analyze_models([])
+
+
+def test_the_analysis_leaves_model_and_generator_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2)
+    ).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    batch = (torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 1, 0]))
+    config = UnifiedConfig(lanczos_k=2)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    loss = losses.CrossEntropy()
+    result = UnifiedModelAnalyzer(config).analyze_model(model, [batch], loss)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    wanted = nn.functional.cross_entropy(model.eval()(batch[0]), batch[1])
+    assert result["loss"] == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_switched_off_methods_are_left_out():

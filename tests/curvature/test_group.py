@@ -190,6 +190,28 @@ def test_model_and_batch_are_left_alone(case):
     assert all(torch.equal(case.batch[key], before[key]) for key in before)
 
 
+def test_an_empty_batch_is_an_error_in_every_unit():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    for unit in ("batch", "sequence", "token"):
+        for empty in ([], {key: value[:0] for key, value in batch.items()}):
+            collector = GroupFisher(unit)
+            with pytest.raises(BatchError, match=r"^task default: no (label|batch).*$"):
+                collector.collect(model, empty)
+            assert collector.tasks == []
+
+
+def test_a_loss_that_reaches_only_frozen_parameters_has_zero_moments():
+    model = tiny("gpt2").requires_grad_(False)
+    model.transformer.h[0].register_parameter("idle", nn.Parameter(torch.ones(2)))
+    for unit in ("batch", "token"):
+        collector = GroupFisher(unit)
+        collector.collect(model, batch_of("gpt2"))
+        means = collector.fisher_mean["default"]
+        assert {name: mean.tolist() for name, mean in means.items()} == {
+            "transformer.h.0.idle": [0.0, 0.0]
+        }
+
+
 def test_no_label_is_an_error():
     batch = batch_of("gpt2")
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -382,6 +404,21 @@ def test_export_narrows_and_says_its_unit(case, collected):
     assert {m.dtype for m in exported["mean"].values()} == {torch.float16}
     assert {m.dtype for m in collected.fisher_mean["t"].values()} == {torch.float64}
     assert collected.export("t")["variance"].keys() == collected.fisher_mean["t"].keys()
+
+
+def test_a_refused_merge_changes_nothing():
+    mine, other = GroupFisher(), GroupFisher()
+    for collector, size in ((mine, 2), (other, 3)):
+        collector.update_fisher_welford("a", {"w": torch.ones(2)}, 2)
+        collector.update_fisher_welford("b", {"v": torch.ones(1), "w": torch.ones(size)}, 2)
+    other.update_fisher_welford("a", {"w": 3 * torch.ones(2)}, 5)
+    other.update_fisher_welford("b", {"v": 3 * torch.ones(1)}, 5)
+    before = json.dumps(mine.state()[1])
+    with pytest.raises(CurvatureError, match="task b: w has another shape"):
+        mine.merge(other)
+    assert json.dumps(mine.state()[1]) == before
+    assert mine.fisher_mean["a"]["w"].tolist() == [1.0, 1.0]
+    assert mine.fisher_mean["b"]["v"].tolist() == [1.0]
 
 
 def test_states_of_other_units_do_not_merge():

@@ -191,6 +191,38 @@ def test_float32_model_is_decomposed_in_float64(case):
     assert min(result["global"]["eigenvalues"]) >= 0.0
 
 
+def test_a_float32_solver_knows_its_own_rounding():
+    """Noise of the solver next to zero is no eigenvalue: rank 7 of 4 repeated sequences."""
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    batch = {key: torch.cat([value] * 4) for key, value in batch.items()}
+    records64, records32 = (
+        spectrum(model, batch, structure="module", dtype_eigensolve=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert records32["metadata"]["nonzero_threshold"] == (
+        "max(N, P) * eps(float32) * largest eigenvalue"
+    )
+    assert "eps(float64)" in records64["metadata"]["nonzero_threshold"]
+    for block in ("transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"):
+        exact, found = (r["per_block"][block] for r in (records64, records32))
+        assert exact["n_nonzero"] == 7
+        assert found["n_nonzero"] <= 7
+        assert found["threshold"] == pytest.approx(
+            max(28, found["n_params"]) * 2.0**-23 * found["largest_eigenvalue"]
+        )
+        assert found["condition_number"] <= 1.01 * exact["condition_number"]
+    whole = records32["global"]
+    assert whole["threshold"] == pytest.approx(
+        max(28, whole["n_params"]) * 2.0**-23 * whole["largest_eigenvalue"]
+    )
+
+
+def test_a_threshold_above_the_largest_eigenvalue_leaves_that_one():
+    solved = records.Solved(torch.tensor([4.0, 1.0]).double(), 5.0)
+    found = records.describe(solved, n=2, p=2**24, top_k=None, dtype=torch.float32)
+    assert (found["n_nonzero"], found["condition_number"], found["effective_rank"]) == (1, 1.0, 1.0)
+
+
 def test_batches_add_up_and_the_callers_batch_stays(case):
     parts = [{key: value[i : i + 1] for key, value in case.batch.items()} for i in range(3)]
     before = {key: value.clone() for key, value in case.batch.items()}
@@ -215,6 +247,28 @@ def test_mode_generator_and_gradients_are_left_alone(case):
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_seeds_do_not_reach_a_cuda_that_is_not_in_use(monkeypatch):
+    """A seed that waits for CUDA to start would change the caller's random numbers then."""
+    model, seeded = tiny("gpt2"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    spectrum(model, batch_of("gpt2"), storage_mode="sketch")
+    assert seeded == []
+
+
+@pytest.mark.gpu
+def test_generators_of_cuda_devices_are_left_alone():
+    """Also with the model on the host, where no device of the model's says which to keep."""
+    torch.cuda.init()
+    for device in ("cpu", "cuda"):
+        model = tiny("gpt2").to(device)
+        torch.cuda.manual_seed_all(5)
+        before = torch.cuda.get_rng_state_all()
+        spectrum(model, batch_of("gpt2"), storage_mode="sketch")
+        after = torch.cuda.get_rng_state_all()
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_batch_norm_is_not_updated():
@@ -348,6 +402,109 @@ def test_a_cache_of_another_unit_or_size_is_an_error(case):
         FisherSpectral(gradient_cache=short).compute_fisher_spectrum(case.model, case.batch)
 
 
+@pytest.mark.parametrize("mode", [*EXACT_MODES, "sketch"])
+@pytest.mark.parametrize("linear_gram", ["auto", "never"])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_cache_with_rows_and_products_serves_every_engine_exactly(
+    case, mode, linear_gram, center, monkeypatch
+):
+    monkeypatch.setattr(
+        "fisher_lab.curvature.spectra.gradients.linear_cost",
+        lambda *_: SimpleNamespace(factored_is_cheaper=True),
+    )
+    collecting = FisherSpectral(SpectralConfig(chunk_size=4))
+    cache = collecting.collect_gradients(case.model, case.batch, keep_rows=True)
+    config = SpectralConfig(chunk_size=4, storage_mode=mode, linear_gram=linear_gram)
+    arguments = (case.model, case.batch, None, "module", center)
+    fresh = FisherSpectral(config).compute_fisher_spectrum(*arguments)
+    again = FisherSpectral(config, gradient_cache=cache).compute_fisher_spectrum(*arguments)
+    assert again["metadata"]["gradient_source"] == "cache"
+    assert again["metadata"]["cache_exact"]
+    assert again["per_block"] == fresh["per_block"]
+    assert again["global"] == fresh["global"]
+    assert again["metadata"]["factored_weights"] == fresh["metadata"]["factored_weights"]
+
+
+def test_a_cached_subsample_is_exact_where_it_was_collected_so(case):
+    config = SpectralConfig(chunk_size=2)
+    fresh = FisherSpectral(config).compute_fisher_spectrum(case.model, case.batch, 5)
+    for collected, exact in ((5, True), (None, False)):
+        cache = FisherSpectral(config).collect_gradients(case.model, case.batch, collected)
+        engine = FisherSpectral(config, gradient_cache=cache)
+        again = engine.compute_fisher_spectrum(case.model, case.batch, 5)
+        assert again["metadata"]["cache_exact"] is exact
+        if exact:
+            assert again["per_block"] == fresh["per_block"]
+    other = FisherSpectral(SpectralConfig(chunk_size=3), gradient_cache=cache)
+    found = other.compute_fisher_spectrum(case.model, case.batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+    assert found["metadata"]["cache_exact"] is False
+
+
+def test_a_parameter_that_a_cache_lacks_is_computed(case, caplog):
+    names = dict(case.model.named_parameters())
+    rows = {name: case.rows["token"][name] for name in names}
+    left_out = next(name for name in BIG if name in rows)
+    del rows[left_out]
+    engine = FisherSpectral(gradient_cache=SimpleNamespace(per_sample_gradients=rows))
+    found = engine.compute_fisher_spectrum(case.model, case.batch)
+    fresh = FisherSpectral().compute_fisher_spectrum(case.model, case.batch)
+    assert found["per_block"] == fresh["per_block"]
+    assert found["metadata"]["gradient_source"] == "backward"
+    assert caplog.messages == [
+        f"gradient_cache: no gradients of {left_out}; the gradients are computed anew"
+    ]
+    # What the cache says it covered, and is not there, is what the loss does not reach.
+    covered = SimpleNamespace(per_sample_gradients=rows, parameters=frozenset(names))
+    found = FisherSpectral(gradient_cache=covered).compute_fisher_spectrum(case.model, case.batch)
+    assert found["metadata"]["gradient_source"] == "cache"
+
+
+BIG = (
+    "transformer.h.0.mlp.c_fc.weight", "model.layers.0.mlp.up_proj.weight",
+    "bert.encoder.layer.0.output.dense.weight", "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+)  # fmt: skip
+
+
+def test_a_cache_of_a_model_that_was_partly_frozen():
+    model, batch = tiny("gpt2"), batch_of("gpt2")
+    model.transformer.h[0].requires_grad_(False)
+    cache = FisherSpectral().collect_gradients(model, batch)
+    engine = FisherSpectral(gradient_cache=cache)
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["cache_exact"]
+    assert_no_number(found["per_block"]["transformer.h.0"])
+    model.requires_grad_(True)
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "backward"
+    assert found["per_block"] == FisherSpectral().compute_fisher_spectrum(model, batch)["per_block"]
+
+
+@pytest.mark.parametrize("what", ["weight", "statistics"])
+def test_a_stale_cache_is_left_aside(what, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    batch = (torch.randn(5, 4).double(), torch.tensor([0, 1, 0, 1, 1]))
+    loss = losses.CrossEntropy()
+    cache = FisherSpectral(loss_fn=loss).collect_gradients(model, batch)
+    engine = FisherSpectral(gradient_cache=cache, loss_fn=loss)
+    assert engine.compute_fisher_spectrum(model, batch)["metadata"]["cache_exact"]
+    with torch.no_grad():
+        if what == "weight":
+            # The last bit of one number.
+            model[0].weight[0, 0] = torch.nextafter(model[0].weight[0, 0], torch.tensor(9.0))
+        else:
+            model(batch[0])
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert found["metadata"]["gradient_source"] == "backward"
+    fresh = FisherSpectral(loss_fn=loss).compute_fisher_spectrum(model, batch)
+    assert found["per_block"] == fresh["per_block"]
+    assert caplog.messages == [
+        "gradient_cache: the model's weights have changed since it was collected; "
+        "the gradients are computed anew"
+    ]
+
+
 # --- samples ---------------------------------------------------------------------------------
 
 
@@ -419,6 +576,28 @@ def test_processes_with_other_hash_seeds_choose_the_same_samples():
 
 
 # --- degenerate blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*EXACT_MODES, "sketch"])
+def test_a_model_with_nothing_to_train_is_degenerate(mode):
+    model, batch = tiny("gpt2").requires_grad_(False), batch_of("gpt2")
+    result = spectrum(model, batch, storage_mode=mode)
+    assert result["metadata"]["n_samples"] == 7
+    for record in (*result["per_block"].values(), result["global"]):
+        assert_no_number(record)
+    assert {record["reason"] for record in result["per_block"].values()} == {"no gradient"}
+    assert FisherSpectral().collect_gradients(model, batch).keys
+
+
+def test_a_loss_that_reaches_only_frozen_parameters_is_degenerate():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    model["used"].requires_grad_(False)
+    model.forward = lambda x: model["used"](x)
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    engine = FisherSpectral(loss_fn=losses.CrossEntropy())
+    result = engine.compute_fisher_spectrum(model, batch, block_structure="module")
+    assert_no_number(result["per_block"]["idle"])
+    assert_no_number(result["global"])
 
 
 def assert_no_number(record):

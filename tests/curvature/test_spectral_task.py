@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from fisher_lab import cli
 from fisher_lab.api_group import FisherCollector
 from fisher_lab.config import schema
+from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.fields import problems
 from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
 from fisher_lab.runs.record import Run
+from fisher_lab.tasks import spectra_figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import run_engines
 from tests.curvature.spectra_support import batch_of, tiny
@@ -101,3 +104,58 @@ def test_configuration_out_of_range_names_the_key(section, key, value):
     assert list(problems(config)) == []
     setattr(getattr(config, section), key, value)
     assert [problem[:2] for problem in problems(config)] == [(f"{section}.{key}", value)]
+
+
+def test_probes_need_reorthogonalisation_before_any_work():
+    config = configured(lanczos=1)
+    config.lanczos.reorthogonalize = False
+    assert list(problems(config)) == [
+        ("lanczos.reorthogonalize", False, "true, or false with lanczos.density_probes=0")
+    ]
+    config.lanczos.density_probes = 0
+    assert list(problems(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("spectral", "eigensolve_device"), ("lanczos", "vector_device")]
+)
+def test_a_device_that_is_not_there_stops_before_any_work(section, key, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("fisher_lab.workbench.content_identity", lambda config: {"data": "abc"})
+    config = configured(spectral=1, lanczos=1)
+    assert cli.preflight(config) == {"data": "abc"}
+    setattr(getattr(config, section), key, "cuda")
+    wanted = rf"^{section}\.{key}=cuda is not allowed: .* must be auto or cpu on a machine"
+    with pytest.raises(ConfigError, match=wanted):
+        cli.preflight(config)
+    # An engine that is off asks for nothing.
+    getattr(config, section).enabled = False
+    assert cli.preflight(config) == {"data": "abc"}
+
+
+def test_dtypes_and_sketch_rank_reach_the_engines(bench, run):
+    config = configured(spectral=1, lanczos=1)
+    config.spectral.storage_mode, config.spectral.sketch_rank = "sketch", 3
+    config.spectral.dtype_eigensolve, config.lanczos.vector_dtype = "float32", "float32"
+    config.lanczos.density_probes = 0
+    metrics = run_engines(config, bench, run, Progress(False))
+    found = json.loads((run.directory / "spectral.json").read_text())
+    assert found["metadata"]["dtype_eigensolve"] == "float32"
+    assert {len(r["eigenvalues"]) for r in found["per_block"].values()} <= {0, 3}
+    # The model is in float64: 8 bytes a number without the setting.
+    assert metrics["lanczos/bytes_per_parameter"] == 4 * 20
+
+
+@pytest.mark.parametrize(("n_blocks", "title"), [(12, "N = 5"), (13, "N = 5; 12 of 13 blocks")])
+def test_the_decay_says_what_it_leaves_out(n_blocks, title, tmp_path, monkeypatch):
+    record = {"status": "ok", "trace": 1.0, "eigenvalues": [1.0, 0.5], "threshold": 0.0}
+    result = {
+        "per_block": {f"b{i}": {**record, "trace": float(i)} for i in range(n_blocks)},
+        "metadata": {"block_structure": "layer", "n_samples": 5},
+    }
+    drawn = []
+    monkeypatch.setattr(spectra_figures, "_save", lambda figure, target: drawn.append(figure))
+    spectra_figures.decay(tmp_path / "decay", result)
+    (axes,) = drawn[0].axes
+    assert axes.get_title().replace(" (largest traces)", "").endswith(title)
+    assert len(axes.lines) == 12

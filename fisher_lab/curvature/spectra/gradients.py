@@ -181,6 +181,7 @@ class PerSampleGradients:
         factored: weights that are to come as products, from :func:`choose_factored`.
         chunk_size: rows of one backward pass, ``c``.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        keep_rows: whether weights that come as products come as rows, too.
     """
 
     def __init__(
@@ -192,11 +193,12 @@ class PerSampleGradients:
         factored: Mapping[str, nn.Module] | None = None,
         chunk_size: int = 32,
         loss_fn: losses.LossFunction | None = None,
+        keep_rows: bool = False,
     ) -> None:
         self._model = model
         self._samples = samples
         self._factored = dict(factored or {})
-        self._dense = {n: p for n, p in parameters.items() if n not in self._factored}
+        self._dense = {n: p for n, p in parameters.items() if keep_rows or n not in self._factored}
         self._chunk_size = chunk_size
         self._scorer = losses.scorer(model, loss_fn)
 
@@ -223,9 +225,11 @@ class PerSampleGradients:
         targets = [out for _, out in calls.values()] + list(self._dense.values())
         for start in range(0, sequence.n_rows, self._chunk_size):
             stop = min(start + self._chunk_size, sequence.n_rows)
-            grads = _rows(values, targets, start, stop, retain=stop < sequence.n_rows)
             chunk = Chunk(sequence.first_row + start, stop - start, index)
-            self._fill(chunk, calls, grads)
+            # Where nothing is to be trained, or the loss reaches none of it, there is no graph.
+            if targets and values.requires_grad:
+                grads = _rows(values, targets, start, stop, retain=stop < sequence.n_rows)
+                self._fill(chunk, calls, grads)
             yield chunk
 
     def _fill(

@@ -23,12 +23,13 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
 
     Args:
         model: any module.
-        seed: seeds torch's generators within.
+        seed: seeds the generators of the host and of every CUDA device within.
         deterministic: turns on ``torch.use_deterministic_algorithms`` and sets
             ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
     """
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    # All devices, not the model's alone: seeding reaches every one of them.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.enable_grad())
@@ -37,8 +38,22 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
             stack.enter_context(deterministic_algorithms())
         stack.callback(_restore, modes)
         model.eval()
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the host's generator and those of all CUDA devices, if CUDA is in use.
+
+    ``torch.manual_seed`` would do more than :func:`isolated` can undo: where CUDA is not in use
+    yet, it leaves a seed behind for the moment at which it is.
+
+    Args:
+        seed: any whole number.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _restore(modes: list[tuple[nn.Module, bool]]) -> None:

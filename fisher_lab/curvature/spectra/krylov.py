@@ -25,7 +25,8 @@ class LanczosResult:
     """Ritz pairs of a symmetric operator.
 
     Attributes:
-        eigenvalues: ``[k]`` float64, most wanted first.
+        eigenvalues: ``[k]`` float64, most wanted first (fewer without reorthogonalisation, where
+            only copies of these were found).
         residuals: ``[k]``, ``|A x - theta x|`` as the last Lanczos vector gives it.
         converged: ``[k]``, residual at most ``tol`` times the largest eigenvalue's magnitude.
         eigenvectors: ``[k, n]``, orthonormal rows, or None.
@@ -202,7 +203,9 @@ def lanczos_algorithm(
             eigenvalue's magnitude.
         seed: of the first vector.
         which: ``largest``, ``smallest`` (algebraically) or ``magnitude``.
-        reorthogonalize: False for the plain three-term recurrence, which never restarts.
+        reorthogonalize: False for the plain three-term recurrence, which never restarts. Copies of
+            eigenvalues that appear as orthogonality is lost are dropped, so that fewer than ``k``
+            pairs may be left; a copy that has yet to converge can only be told by its residual.
         dtype: of the vectors.
         device: of the vectors.
         eigenvectors: whether to return them.
@@ -236,9 +239,12 @@ def lanczos_algorithm(
         values, coordinates = basis.ritz()
         order = _order(values, which)
         residuals = basis.beta * coordinates[-1].abs()
+        if not reorthogonalize:
+            order = _without_copies(order, values, residuals, torch.finfo(dtype).eps)
         done = residuals[order[:k]] <= tol * float(values.abs().max())
         # An invariant subspace says nothing of the eigenvalues outside of it: look there first.
         complete = bool(done.all()) and (basis.beta > 0 or basis.exhausted)
+        complete = complete and len(done) == k
         if complete or basis.n_products >= limit or (basis.size == m and not reorthogonalize):
             break
         if basis.size == m:
@@ -260,6 +266,35 @@ def lanczos_algorithm(
         n_vectors=m,
         memory_bytes=basis.vectors.numel() * basis.vectors.element_size(),
     )
+
+
+def _without_copies(order: Tensor, values: Tensor, residuals: Tensor, eps: float) -> Tensor:
+    """Leaves out Ritz values that only repeat another one.
+
+    A single starting vector shows every eigenvalue once; two Ritz values that lie closer to each
+    other than both to an eigenvalue are one of them and its copy (Paige 1980). Of a cluster the
+    one with the smallest residual stays.
+
+    Args:
+        order: indices into the values, most wanted first.
+        values: all Ritz values.
+        residuals: of these.
+        eps: of the vectors' dtype.
+    """
+    scale = float(values.abs().max())
+    noise = 10 * len(values) * eps * scale
+    # One that is far from converging tells nothing by being near another.
+    sharp = residuals <= 1e-3 * scale
+    kept: list[int] = []
+    for i in sorted(order.tolist(), key=lambda i: float(residuals[i])):
+        near = [
+            j
+            for j in kept
+            if abs(float(values[i] - values[j])) <= float(residuals[i] + residuals[j]) + noise
+        ]
+        if not near or not bool(sharp[i]):
+            kept.append(i)
+    return torch.tensor([i for i in order.tolist() if i in set(kept)], dtype=torch.long)
 
 
 def _sizes(n: int, k: int, max_vectors: int | None, max_products: int | None) -> tuple[int, int]:

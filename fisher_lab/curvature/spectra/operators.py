@@ -115,6 +115,8 @@ class CurvatureOperator:
     def _open(self, batch: Any, loss_fn: losses.LossFunction | None) -> None:
         self._scorer = losses.scorer(self._model, loss_fn)
         for one in as_batches(batch):
+            if losses.is_empty(one):
+                continue
             part = _Part(self, losses.prepare(self._model, one))
             if part.n_labels > 0:
                 self._parts.append(part)

@@ -117,7 +117,9 @@ def sketch(rows: Tensor, rank: int, *, oversample: int = 8, iterations: int = 4)
     return Solved(values.cpu(), trace, exact=False, extra=extra)
 
 
-def describe(solved: Solved, *, n: int, p: int, top_k: int | None) -> dict[str, Any]:
+def describe(
+    solved: Solved, *, n: int, p: int, top_k: int | None, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Returns the record of a spectrum.
 
     Args:
@@ -125,12 +127,14 @@ def describe(solved: Solved, *, n: int, p: int, top_k: int | None) -> dict[str, 
         n: samples, ``N``.
         p: parameters, ``P``.
         top_k: eigenvalues kept in the record, at most ``min(top_k, N, P)``; None keeps all.
+        dtype: of the eigensolver, whose rounding decides what is zero.
     """
     values = solved.eigenvalues
     if len(values) == 0 or float(values[0]) <= 0.0:
         return degenerate("every per-sample gradient is zero", n=n, p=p)
-    threshold = max(n, p) * torch.finfo(torch.float64).eps * float(values[0])
-    nonzero = values[values > threshold]
+    threshold = max(n, p) * torch.finfo(dtype).eps * float(values[0])
+    # In float32 with 8 million parameters the threshold passes the largest one itself.
+    nonzero = values[values > threshold] if threshold < float(values[0]) else values[:1]
     share = nonzero / nonzero.sum()
     # The second eigenvalue of a P x P matrix of rank one is zero, if there is a second one.
     second = float(values[1]) if len(values) > 1 else (0.0 if p > 1 else None)
@@ -168,7 +172,13 @@ def degenerate(reason: str, *, n: int, p: int) -> dict[str, Any]:
 
 
 def union(
-    solved: Iterable[Solved], *, n: int, p: int, top_k: int | None, n_degenerate: int
+    solved: Iterable[Solved],
+    *,
+    n: int,
+    p: int,
+    top_k: int | None,
+    n_degenerate: int,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:
     """Returns the record of the block-diagonal matrix: the blocks' eigenvalues together.
 
@@ -178,6 +188,7 @@ def union(
         p: parameters of those blocks.
         top_k: eigenvalues kept in the record.
         n_degenerate: blocks that were left out.
+        dtype: of the eigensolver.
     """
     parts = list(solved)
     counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}
@@ -190,6 +201,7 @@ def union(
         max(part.regularization for part in parts),
         all(part.exact for part in parts),
     )
-    record = describe(whole, n=n, p=p, top_k=len(joined) if top_k is None else top_k)
+    cut = len(joined) if top_k is None else top_k
+    record = describe(whole, n=n, p=p, top_k=cut, dtype=dtype)
     kept = len(joined) if top_k is None else min(top_k, len(joined))
     return {**record, "eigenvalues": joined[:kept].tolist(), **counts}
