@@ -204,6 +204,7 @@ class GradientAccumulator(_Summing):
 
     Attributes:
         spread: makes of stored columns those of several ranks, where a rank has its share only.
+        eigen: eigenvalues and eigenvectors of the sum, where another rank may have found them.
     """
 
     def __init__(
@@ -218,6 +219,7 @@ class GradientAccumulator(_Summing):
         self.discarded = 0.0
         self.reduction = ""
         self.spread: Callable[[Columns], Columns] = as_they_are
+        self.eigen: tuple[Tensor, Tensor] | None = None
         self._keys: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -311,7 +313,7 @@ class GradientAccumulator(_Summing):
         if self.total is not None and self.reduction != "lossless":
             return DenseFactor(mirror(self.total).mul_(weight))
         if self.total is not None:
-            values, vectors = symmetric_eigen(mirror(self.total))
+            values, vectors = self.decomposed()
             keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
             columns = (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
             return self._gram(columns, weight)
@@ -319,6 +321,13 @@ class GradientAccumulator(_Summing):
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept
         return self._gram(columns, weight)
+
+    def decomposed(self) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues and eigenvectors of the summed matrix, computed once."""
+        assert self.total is not None
+        if self.eigen is None:
+            self.eigen = symmetric_eigen(mirror(self.total))
+        return self.eigen
 
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
         core = self.numerics.core_dtype

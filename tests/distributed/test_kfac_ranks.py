@@ -353,6 +353,27 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
     assert_all(answers, "natural", norms, 1e-10)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size: int) -> None:
+    """With `T > out` in `gram`: each `out x out` matrix on one rank, by cost, for all."""
+    each = [{"batches": own} for own in joined.batches_of("gpt2", size)]
+    setting = Setting("all", "gram")
+    found = ranks.run(joined.counted_decompositions, size, each=each, name="gpt2", setting=setting)
+    tokens = sum(sum(lengths) for lengths in joined.LENGTHS[:size])
+    layers = joined.model_of("gpt2", torch.float64).named_modules()
+    outputs = [m.weight.shape[1] for _, m in layers if type(m).__name__ == "Conv1D"]
+    narrow = sorted(out for out in [*outputs, models.VOCAB] if out < tokens)
+    assert narrow
+    assert sorted(n for sizes, _ in found for n in sizes) == narrow
+    assert max(len(sizes) for sizes, _ in found) == -(-len(narrow) // size)
+    for _, natural in found:
+        assert all(torch.equal(value, found[0][1][name]) for name, value in natural.items())
+    for rank, text in enumerate(
+        ranks.run(joined.fails_on_one, size, each=each, name="gpt2", setting=setting)
+    ):
+        assert text == ("" if rank == 1 else "RankError: rank 1: ") + "ValueError: no room"
+
+
 def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
     each = [{"batches": own} for own in joined.batches_of("tiny", 3, (40, 3, 7))]
     found = ranks.run(joined.not_finite_on_one, 3, each=each, name="tiny")
