@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
+from .plain import plain
 from .reduce import Alone, Communicator
 from .spectra.blocks import select_parameters
 from .spectra.isolation import isolated
@@ -418,6 +419,7 @@ class FisherLanczos:
     def _opened(
         self, model: nn.Module, batch: Any, block: str | None
     ) -> Iterator[CurvatureOperator]:
+        model = plain(model)
         with isolated(model, seed=self.seed):
             yield CurvatureOperator(
                 self.operator,

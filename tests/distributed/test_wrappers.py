@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fisher_lab.curvature.reduce import Alone
 from tests.capturing import random_like
-from tests.distributed import joined
+from tests import reference
+from tests.distributed import joined, spreading
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
 from tests.distributed.pool import Pool
 
@@ -34,3 +36,36 @@ def test_wrapped_models(ranks: Pool, kind: str, name: str, dtype: torch.dtype) -
     if kind == "fsdp":
         assert_all(answers, "shards", truth, bound)
         assert_all(answers, "asked", truth, bound)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float64), ("llama", torch.float32)])
+def test_spectra_lanczos_and_group_fisher(
+    ranks: Pool, kind: str, name: str, dtype: torch.dtype
+) -> None:
+    """Names and values of one process with the plain model, which the wrapped one has not lost."""
+    bound = BOUNDS[dtype]
+    batches = joined.batches_of(name, 2, (12, 5))
+    each = [{"batches": own} for own in batches]
+    found = ranks.run(spreading.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
+    (without, *_) = ranks.run(spreading.in_wrapper, 2, each=each, kind=None, name=name, dtype=dtype)
+    every = spreading.together(batches)
+    one = spreading.in_wrapper(Alone(), None, name, dtype, every)
+    assert list(found[0]["vectors"]) == [
+        n for n, _ in joined.model_of(name, dtype).named_parameters()
+    ]
+    for answer in found:
+        assert list(answer["spectrum"]["per_block"]) == list(one["spectrum"]["per_block"])
+        top = one["spectrum"]["global"]["largest_eigenvalue"]
+        for block, record in one["spectrum"]["per_block"].items():
+            if record["status"] == "ok" and record["trace"] > bound * top:
+                values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
+                got = answer["spectrum"]["per_block"][block]["eigenvalues"]
+                spreading.assert_values(got, values, bound, block)
+        assert answer["top"] == pytest.approx(one["top"], rel=bound)
+        assert answer["group"]["token"][1]["tasks"] == one["group"]["token"][1]["tasks"]
+        assert answer["importance"].keys() == one["importance"].keys()
+        # With "batch" one process would take two batches for two data: the plain model on ranks.
+        for unit, wanted in (("token", one), ("batch", without)):
+            truth = {n: t for n, t in wanted["group"][unit][0].items() if float(t.norm()) > 1e-25}
+            reference.assert_close(answer["group"][unit][0], truth, bound, f"{kind}, {unit}:")
