@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fisher_lab.curvature.reduce import Alone
-from tests.capturing import random_like
 from tests import reference
+from tests.capturing import random_like
 from tests.distributed import joined, spreading
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
 from tests.distributed.pool import Pool
