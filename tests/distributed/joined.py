@@ -85,11 +85,16 @@ def with_labels(model: nn.Module, batch: dict[str, Tensor], count: int) -> dict[
     return {**full, "labels": torch.where(chosen, full["labels"], -100)}
 
 
-def batches_of(name: str, size: int, labels: tuple[int, ...] = LABELS) -> list[list[dict]]:
-    """Every rank's batches: the first sequence a batch of its own where there are several."""
+def batches_of(
+    name: str,
+    size: int,
+    labels: tuple[int, ...] = LABELS,
+    every: tuple[tuple[int, ...], ...] = LENGTHS,
+) -> list[list[dict]]:
+    """Every rank's batches, one each; `every`: the lengths of the ranks' sequences."""
     model = model_of(name, torch.float64)
     result = []
-    for rank, lengths in enumerate(LENGTHS[:size]):
+    for rank, lengths in enumerate(every[:size]):
         if name == "t5":
             batch = models.t5_batch(lengths, tuple(max(2, n - 3) for n in lengths), seed=rank + 3)
         else:

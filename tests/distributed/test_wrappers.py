@@ -1,4 +1,4 @@
-"""K-FAC of models in DDP and under `fully_shard`, with the names and values of the plain model."""
+"""Models in DDP and under `fully_shard`, with the names and values of the plain model."""
 
 from __future__ import annotations
 
@@ -15,27 +15,59 @@ from tests.distributed.pool import Pool
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
+OTHERS = [
+    Setting("all", "gather"),
+    Setting("auto", "gram"),
+    Setting("small_only", "gather"),
+    Setting("all", "gram").also(ekfac=True),
+    Setting("small_only", "gather").also(ekfac=True),
+]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_wrapped_models(ranks: Pool, kind: str, name: str, dtype: torch.dtype) -> None:
-    setting = Setting("hybrid", "gram")
-    each = [{"batches": own} for own in joined.batches_of(name, 3)]
-    answers = ranks.run(
-        joined.in_wrapper, 3, each=each, kind=kind, name=name, dtype=dtype, setting=setting
-    )
-    one = Joined(name, dtype, answers, sum(LABELS))
-    own, bound = one.own(), BOUNDS[dtype]
-    assert answers[0]["names"] == sorted(n for n, _ in one.model.named_parameters())
-    assert_all(answers, "own", own, bound)
-    truth = one.truth.natural_gradient(own, setting.damping)
-    for key in ("natural", "general", "captured"):
-        assert_all(answers, key, truth, bound)
-    vectors = random_like(answers[0]["own"])
-    assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
-    if kind == "fsdp":
-        assert_all(answers, "shards", truth, bound)
-        assert_all(answers, "asked", truth, bound)
+    check_wrapped(ranks, 3, kind, name, dtype, [Setting("hybrid", "gram")])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("size", "name", "dtype"),
+    [
+        (1, "gpt2", torch.float64),
+        (2, "llama", torch.float64),
+        (2, "gpt2", torch.float32),
+        (3, "gpt2", torch.float64),
+    ],
+)
+def test_wrapped_models_in_other_policies_and_modes(
+    ranks: Pool, kind: str, size: int, name: str, dtype: torch.dtype
+) -> None:
+    check_wrapped(ranks, size, kind, name, dtype, OTHERS)
+
+
+def check_wrapped(
+    ranks: Pool, size: int, kind: str, name: str, dtype: torch.dtype, settings: list[Setting]
+) -> None:
+    each = [{"batches": own} for own in joined.batches_of(name, size)]
+    for setting in settings:
+        answers = ranks.run(
+            joined.in_wrapper, size, each=each, kind=kind, name=name, dtype=dtype, setting=setting
+        )
+        one = Joined(name, dtype, answers, sum(LABELS[:size]))
+        own, bound = one.own(), BOUNDS[dtype]
+        assert answers[0]["names"] == sorted(n for n, _ in one.model.named_parameters())
+        assert_all(answers, "own", own, bound)
+        ekfac = dict(setting.more).get("ekfac")
+        solve = one.truth.ekfac if ekfac else one.truth.natural_gradient
+        truth = solve(own, setting.damping)
+        shards = ("shards", "asked") if kind == "fsdp" else ()
+        for key in ("natural", "general", "captured", *shards):
+            assert_all(answers, key, truth, bound)
+        if not ekfac:
+            vectors = random_like(answers[0]["own"])
+            assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
