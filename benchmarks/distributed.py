@@ -1,170 +1,380 @@
 """Time, bytes and memory of `gather` against `gram`, beside the formulas of docs/math.md, 7.
 
-    python benchmarks/distributed.py [--ranks 1 2 4] [--out 4096 16384] [--tokens 256] [--json F]
+    python benchmarks/distributed.py [--ranks 1 2 4] [--widths 1024 4096] [--tokens 128 512]
+                                     [--max-columns 768] [--out DIRECTORY]
     python benchmarks/distributed.py --plan     # the same formulas for 64 and 1024 GPUs
 
 One linear layer (512 inputs, no bias) under a softmax loss, `--tokens` a rank, token gradients in
-float32, factors and products in float64; gloo on the loopback device. Every case runs in R fresh
-processes. `bytes` are those that a rank sends; `formula` is what section 7 gives for them.
+float32, factors and products in float64; gloo on the loopback device, one thread a rank. Every
+case runs in R fresh processes. With `--max-columns`, the widest layer once more at the most tokens,
+with that many columns kept of the tokens of all ranks.
+
+Seconds and memory are those of the slowest and the largest rank. `sent` are the bytes that a rank
+sends by the counters (which know the algorithms, not the wire), `formula` what section 7 gives for
+them; `kernel / sent` is what the kernel saw on the loopback device meanwhile in units of the sum
+of `sent`, with headers and whatever else used the device. Exit code 1 if bytes and formula, or the
+shares of `U` that a rank keeps in `gram` as R grows, are more than 10 % apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import platform
 import socket
-import subprocess
 import sys
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 INPUTS = 512
+STEPS = ("collect", "factor", "apply")
 FLOAT, CORE = 4, 8  # bytes of a token gradient's entry, and of a factor's
-TIMEOUT_S = 900
+MAX_COLUMNS, MAX_DENSE = 8192, 16384  # the defaults
+TIMEOUT_S = 300
+WITHIN = 0.1
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def expected_bytes(mode: str, ranks: int, out: int, tokens: int) -> dict[str, float]:
-    """Bytes that a rank sends on average, by what they are for.
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
 
-    Args:
+    Attributes:
         mode: `gather` or `gram`.
         ranks: R.
         out: outputs of the layer.
-        tokens: T, of all ranks.
+        per_rank: tokens of each rank.
+        most: columns kept of all ranks' tokens; None for the defaults.
+        passes: factors, decompositions and one application each.
+        inputs: of the layer.
     """
+
+    mode: str
+    ranks: int
+    out: int
+    per_rank: int
+    most: int | None = None
+    passes: int = 1
+    inputs: int = INPUTS
+
+    @property
+    def tokens(self) -> int:
+        """T, of all ranks."""
+        return self.ranks * self.per_rank
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Settings; columns are reduced only where the `out x out` matrix is too large."""
+        if self.most is None:
+            return {"max_columns": MAX_COLUMNS, "max_dense_dim": MAX_DENSE}
+        return {"max_columns": self.most, "max_dense_dim": self.inputs}
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the summed `out x out` matrix is taken instead of columns."""
+        most, dense = self.limits["max_columns"], self.limits["max_dense_dim"]
+        wide = self.mode == "gram" and self.ranks > 1 and self.tokens > self.out
+        return self.out <= dense and (wide or self.tokens > most)
+
+    @property
+    def columns(self) -> int:
+        """Columns of `U` after any reduction, over all outputs."""
+        return self.out if self.matrix else min(self.tokens, self.limits["max_columns"])
+
+
+def expected_bytes(case: Case) -> dict[str, float]:
+    """Bytes that a rank sends on average, by what they are for."""
+    ranks, out, t, width = case.ranks, case.out, case.columns, case.inputs
     others, ring = ranks - 1, 2 * (ranks - 1) / ranks
-    own = tokens / ranks
-    # Each of the two decompositions comes from one rank: others copies over R ranks.
+    share = others / ranks
+    # A decomposition comes from one rank: others copies over R ranks.
     found = {
-        "A": ring * INPUTS**2 * CORE,
-        "gradient": ring * out * INPUTS * CORE,
-        "decompositions": others / ranks * (INPUTS**2 + min(tokens, out) ** 2) * CORE,
+        "A": ring * width**2 * CORE,
+        "gradient": ring * out * width * CORE,
+        "decompositions": share * (width**2 + t**2) * CORE,
     }
-    if mode == "gather":
-        inputs = others * own * INPUTS * FLOAT
-        return {**found, "columns": others * own * out * FLOAT, "inputs": inputs}
-    if tokens > out:  # the all-reduced out x out matrix takes over; its columns are spread no more
-        return {**found, "matrix": ring * out**2 * CORE}
+    if case.matrix:  # its columns, from its eigenvectors, are spread no more
+        return {**found, "matrix": ring * out**2 * CORE, "eigenvectors": share * out**2 * CORE}
+    whole = t == case.tokens
+    if not whole:
+        found["keys"] = share * case.tokens * CORE
+    if case.mode == "gather":
+        inputs = {"inputs": share * t * width * FLOAT} if whole else {}
+        return {**found, **inputs, "columns": share * t * out * FLOAT}
+    # The factors' own gradient goes by its tokens; any other by a product summed over the ranks.
+    applied = share * t * width * CORE if whole else ring * t * width * CORE
     return {
         **found,
-        "columns": others / ranks * own * out * FLOAT,
-        "kernel": ring * tokens**2 * CORE,
-        "inputs": others * own * INPUTS * CORE,
-        "rows": others * out / ranks * INPUTS * CORE,
+        "columns": share * t / ranks * out * FLOAT,
+        "kernel": ring * t**2 * CORE,
+        "applied": applied,
+        "rows": share * out * width * CORE,
     }
 
 
-def columns_bytes(mode: str, ranks: int, out: int, tokens: int) -> float:
+def columns_bytes(case: Case) -> float:
     """Bytes of token columns that a rank keeps: `out x T`, or `(out / R) x T`."""
-    if mode == "gram" and tokens > out:
-        return out * out * CORE
-    return out * tokens * FLOAT / (ranks if mode == "gram" else 1)
+    if case.matrix:
+        return case.out * case.columns * CORE
+    return case.out * case.columns * FLOAT / (case.ranks if case.mode == "gram" else 1)
 
 
-def one_rank(mode: str, out: int, per_rank: int) -> dict[str, Any]:
+# ---- a case --------------------------------------------------------------------------------------
+
+
+def loopback_bytes() -> int | None:
+    """Bytes that the kernel has sent on the loopback device so far; None where it does not say."""
+    try:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split(":")[1].split() for line in lines if line.strip().startswith("lo:")]
+    return int(found[0][8]) if found else None
+
+
+def one_rank(case: Case, rank: int, port: int, answer: Connection) -> None:
+    """Runs on a rank: measures, and sends what it found."""
     import torch
 
-    from fisher_lab import KFACNaturalGradient
-    from fisher_lab.curvature.losses import CrossEntropy
-    from fisher_lab.distributed.communicator import world
     from fisher_lab.distributed.session import session
-    from fisher_lab.tasks.memory import PeakMemory
 
+    size = str(case.ranks)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
+    os.environ |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with session("gloo", "cpu", timeout_s=TIMEOUT_S) as communicator:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(INPUTS, out, bias=False)
-        torch.manual_seed(1 + communicator.rank)
-        batch = (torch.randn(per_rank, INPUTS), torch.randint(0, out, (per_rank,)))
-        kfac = KFACNaturalGradient(1e-3, kfac_distributed_reduce=mode, track_diagonal=False)
-        marks = [perf_counter()]
-        ranks = world()
-        communicator.reset()
-        with PeakMemory(torch.device("cpu")) as memory:
-            kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(), keep_gradient=True)
-            marks.append(perf_counter())
-            kfac.engine.prepare_inverses()
-            marks.append(perf_counter())
-            natural = kfac.compute_natural_gradient(None, model)
-            marks.append(perf_counter())
-        traffic = {} if ranks is None else dict(ranks.traffic)
-        own = {
-            "collect_s": marks[1] - marks[0],
-            "factor_s": marks[2] - marks[1],
-            "apply_s": marks[3] - marks[2],
-            "comm_s": sum(t.seconds for t in traffic.values()),
-            "sent": sum(t.sent for t in traffic.values()),
-            "peak_mb": memory.growth_mib,
-            "columns": kfac.kfac_factors[""].G.nbytes(),
-            "norm": float(natural["weight"].double().norm()),
-        }
-        every = communicator.share(own)
-    return {
-        **{key: max(one[key] for one in every) for key in own},
-        "sent": sum(one["sent"] for one in every) / len(every),
+        answer.send(measured(case, communicator))
+
+
+def measured(case: Case, communicator: Any) -> dict[str, Any]:
+    """Measures a case on this rank; collective.
+
+    The first pass loads and connects what there is, the next one is measured for bytes and memory,
+    the others for seconds; a single one is all of these.
+    """
+    import torch
+
+    from fisher_lab.tasks.memory import PeakMemory
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(case.inputs, case.out, bias=False)
+    torch.manual_seed(1 + communicator.rank)
+    batch = (torch.randn(case.per_rank, case.inputs), torch.randint(case.out, (case.per_rank,)))
+    if case.passes > 1:
+        one_pass(case, communicator, model, batch)
+    communicator.share(None)
+    before = loopback_bytes()
+    with PeakMemory(torch.device("cpu")) as memory:
+        first, kfac, natural = one_pass(case, communicator, model, batch)
+    traffic = {name: t.sent for name, t in communicator.traffic.items()}
+    communicator.share(None)
+    after = loopback_bytes()
+    g = kfac.kfac_factors[""].G
+    found = {
+        "sent": sum(traffic.values()),
+        "by_collective": traffic,
+        "loopback": None if before is None or after is None else after - before,
+        "peak_mib": memory.growth_mib,
+        "kept": g.nbytes(),
+        "K": 0 if g._kernel is None else g._kernel.numel() * g._kernel.element_size(),
+        "norm": float(natural["weight"].double().norm()),
     }
+    del kfac, g
+    rest = [one_pass(case, communicator, model, batch)[0] for _ in range(case.passes - 2)]
+    timed = rest or [first]
+    return {**{key: median(one[key] for one in timed) for key in first}, **found}
 
 
-def case(mode: str, ranks: int, out: int, per_rank: int) -> dict[str, Any]:
-    """Runs one case in fresh processes; the numbers are the largest of a rank, bytes the mean."""
+def one_pass(
+    case: Case, communicator: Any, model: Any, batch: Any
+) -> tuple[dict[str, float], Any, dict[str, Any]]:
+    """Factors, decompositions and one application: seconds, the engine and its answer."""
+    from fisher_lab import KFACNaturalGradient
+    from fisher_lab.curvature.losses import CrossEntropy
+
+    kfac = KFACNaturalGradient(
+        1e-3, kfac_distributed_reduce=case.mode, track_diagonal=False,
+        communicator=communicator, **case.limits,
+    )  # fmt: skip
+    communicator.share(None)  # all begin together
+    communicator.reset()
+    marks = [perf_counter()]
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(), keep_gradient=True)
+    marks.append(perf_counter())
+    kfac.engine.prepare_inverses()
+    marks.append(perf_counter())
+    natural = kfac.compute_natural_gradient(None, model)
+    marks.append(perf_counter())
+    seconds = {f"{step}_s": marks[i + 1] - marks[i] for i, step in enumerate(STEPS)}
+    moving = sum(t.seconds for t in communicator.traffic.values())
+    return {**seconds, "moving_s": moving}, kfac, natural
+
+
+def run(case: Case, context: Any) -> dict[str, Any]:
+    """Runs a case in fresh processes: the largest number of a rank, bytes sent their mean.
+
+    Raises:
+        SystemExit: a rank failed or did not answer in time.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).resolve().parents[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, "--rank", mode, "--out", str(out)]
-    command += ["--tokens", str(per_rank)]
-    processes = [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE, text=True,
-        )
-        for r in range(ranks)
-    ]  # fmt: skip
+    ends, processes = [], []
+    for rank in range(case.ranks):
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=one_rank, args=(case, rank, port, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        ends.append(mine)
+        processes.append(process)
     try:
-        answers = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+        every = [_answer(case, end) for end in ends]
+        for process in processes:
+            process.join(TIMEOUT_S)
     finally:
         for process in processes:
             process.kill()
-    found = json.loads(answers[0])
-    tokens = ranks * per_rank
-    formula = sum(expected_bytes(mode, ranks, out, tokens).values())
-    kept = columns_bytes(mode, ranks, out, tokens)
+    if len({f"{one['norm']:.9g}" for one in every}) > 1:
+        raise SystemExit(f"{case}: the ranks' natural gradients differ")
+    sent = sum(one["sent"] for one in every)
+    most = {key: max(one[key] for one in every) for key in every[0] if key.endswith(("_s", "_mib"))}
+    seen = every[0]["loopback"]
     return {
-        "mode": mode, "ranks": ranks, "out": out, "tokens": tokens, **found,
-        "formula": formula, "columns_formula": kept,
+        **asdict(case), "tokens": case.tokens, "columns": case.columns, "matrix": case.matrix,
+        **most, "sent": sent / case.ranks, "sent_formula": sum(expected_bytes(case).values()),
+        "parts": expected_bytes(case), "by_collective": [one["by_collective"] for one in every],
+        "seen_by_kernel": seen / sent if sent and seen is not None else None,
+        "kept": max(one["kept"] for one in every), "kept_formula": columns_bytes(case),
+        "K": max(one["K"] for one in every), "K_formula": case.columns**2 * CORE,
+        "norm": every[0]["norm"],
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    heads = [
-        "mode",
-        "R",
-        "out",
-        "T",
-        "collect_s",
-        "factor_s",
-        "apply_s",
-        "moving_s",
-        "sent_MB",
-        "formula_MB",
-    ]
-    heads += ["columns_MB", "formula_MB", "peak_MiB"]
-    print("| " + " | ".join(heads) + " |")
-    print("|---|" + "---:|" * 12)
-    for r in rows:
-        seconds = [f"{r[key]:.2f}" for key in ("collect_s", "factor_s", "apply_s", "comm_s")]
-        kept = [f"{r[key] / 1e6:.1f}" for key in ("sent", "formula", "columns", "columns_formula")]
-        head = [r["mode"], str(r["ranks"]), str(r["out"]), str(r["tokens"])]
-        print("| " + " | ".join([*head, *seconds, *kept, f"{r['peak_mb']:.0f}"]) + " |")
+def _answer(case: Case, end: Connection) -> dict[str, Any]:
+    if not wait([end], TIMEOUT_S):
+        raise SystemExit(f"{case}: no answer within {TIMEOUT_S} s")
+    try:
+        return end.recv()
+    except EOFError:
+        raise SystemExit(f"{case}: a rank has failed") from None
 
+
+# ---- what comes of it ----------------------------------------------------------------------------
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """What does not hold: bytes beside their formula, and the flat share of `U` in `gram`."""
+    found = []
+    for r in rows:
+        of = f"{r['mode']}, R={r['ranks']}, out={r['out']}, T={r['tokens']}"
+        for key in ("sent", "kept"):
+            measured, formula = r[key], r[f"{key}_formula"]
+            if formula and abs(measured / formula - 1) > WITHIN:
+                found.append(f"{of}: {key} {measured:.4g} bytes, by the formula {formula:.4g}")
+    for (out, per_rank), kept in shares(rows).items():
+        if max(kept.values()) > (1 + WITHIN) * min(kept.values()):
+            found.append(f"gram, out={out}, {per_rank} tokens a rank: share of U by R: {kept}")
+    return found
+
+
+def shares(rows: list[dict[str, Any]]) -> dict[tuple[int, int], dict[int, int]]:
+    """By width and tokens a rank: R -> bytes of `U` on a rank in `gram`, while it is columns."""
+    found: dict[tuple[int, int], dict[int, int]] = {}
+    for r in rows:
+        if r["mode"] == "gram" and not r["matrix"] and r["columns"] == r["tokens"]:
+            found.setdefault((r["out"], r["per_rank"]), {})[r["ranks"]] = r["kept"]
+    return found
+
+
+HEADS = (
+    "mode", "R", "out", "T", "form", "collect s", "factor s", "apply s", "moving s", "sent MB",
+    "formula", "kernel / sent", "U MB", "formula", "K MB", "formula", "peak MiB",
+)  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of all cases."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|---|---:|---:|---:|---|" + "---:|" * 12]
+    for r in rows:
+        form = f"{r['columns']} columns" if r["columns"] < r["tokens"] else "columns"
+        cells = [r["mode"], str(r["ranks"]), str(r["out"]), str(r["tokens"])]
+        cells.append("out x out" if r["matrix"] else form)
+        cells += [f"{r[key]:.2f}" for key in ("collect_s", "factor_s", "apply_s", "moving_s")]
+        cells += [f"{r[key] / 1e6:.1f}" for key in ("sent", "sent_formula")]
+        seen = r["seen_by_kernel"]
+        cells.append("" if seen is None else f"{seen:.3f}")
+        kept = ("kept", "kept_formula", "K", "K_formula")
+        cells += [f"{r[key] / 1e6:.1f}" for key in kept]
+        lines.append("| " + " | ".join([*cells, f"{r['peak_mib']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def growth(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of what a rank keeps in `gram` as R grows, tokens a rank fixed."""
+    lines = [
+        "| out | tokens a rank | R | T | U MB | K MB | K, in those of the first R |",
+        "|" + "---:|" * 7,
+    ]
+    first: dict[tuple[int, int], int] = {}
+    for r in rows:
+        if r["mode"] != "gram" or r["most"] is not None:
+            continue
+        base = first.setdefault((r["out"], r["per_rank"]), r["K"])
+        cells = [r["out"], r["per_rank"], r["ranks"], r["tokens"]]
+        cells += [f"{r['kept'] / 1e6:.1f}", f"{r['K'] / 1e6:.1f}", f"{r['K'] / base:.1f}"]
+        note = " (`out x out`)" if r["matrix"] else ""
+        lines.append("| " + " | ".join(map(str, cells)) + note + " |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """Describes the machine, without its name."""
+    import torch
+
+    model = "unknown"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
+        "system": platform.system(), "python": platform.python_version(),
+        "torch": torch.__version__, "threads a rank": 1,
+    }  # fmt: skip
+
+
+def write(directory: Path, rows: list[dict[str, Any]], failed: list[str], seconds: float) -> None:
+    """Writes `distributed.json` and `distributed.md`."""
+    about = machine()
+    directory.mkdir(parents=True, exist_ok=True)
+    everything = {"machine": about, "seconds": round(seconds, 1), "failed": failed, "rows": rows}
+    (directory / "distributed.json").write_text(json.dumps(everything, indent=1) + "\n")
+    described = ", ".join(f"{key} {value}" for key, value in about.items())
+    outcome = "\n".join(f"- {text}" for text in failed) or (
+        f"Bytes sent and kept are within {WITHIN:.0%} of their formulas, and the share of `U` in "
+        f"`gram` is flat within {WITHIN:.0%} as R grows."
+    )
+    text = (
+        f"# `gather` against `gram`\n\nMachine: {described}. {seconds:.0f} s in all.\n\n"
+        f"One layer of {INPUTS} inputs, gloo. Seconds (medians) and MiB of the slowest and largest "
+        "rank; MB sent by a rank as counted; `kernel / sent`: what the kernel saw on the loopback "
+        "device.\n\n"
+        f"{table(rows)}\n\n## What a rank keeps in `gram`\n\n{growth(rows)}\n\n"
+        f"## Checks\n\n{outcome}\n"
+    )
+    (directory / "distributed.md").write_text(text)
+
+
+# ---- the plan ------------------------------------------------------------------------------------
 
 PLAN_LAYERS = {"head": (131072, 4096), "MLP": (14336, 4096), "attention": (4096, 4096)}
-MAX_COLUMNS, MAX_DENSE = 8192, 16384  # the defaults
 HALF = 2  # bytes of a token gradient in bfloat16
 
 
@@ -214,31 +424,50 @@ def show_plan() -> None:
                     print("| " + " | ".join(cells) + " |")
 
 
+def cases(given: argparse.Namespace) -> list[Case]:
+    """All cases, both modes of a size one after the other."""
+    sizes = [(out, tokens, None) for out in given.widths for tokens in given.tokens]
+    if given.max_columns:
+        sizes.append((max(given.widths), max(given.tokens), given.max_columns))
+    return [
+        Case(mode, ranks, out, tokens, most, given.passes)
+        for out, tokens, most in sizes
+        for ranks in given.ranks
+        if most is None or ranks * tokens > most
+        for mode in ("gather", "gram")
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--out", type=int, nargs="+", default=[4096, 16384])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rank", choices=("gather", "gram"), help=argparse.SUPPRESS)
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="of each rank")
+    parser.add_argument("--max-columns", type=int, default=768, help="0 leaves that case out")
+    parser.add_argument("--passes", type=int, default=5, help="seconds: medians after two")
+    parser.add_argument("--out", type=Path, help="folder for distributed.json and distributed.md")
     parser.add_argument("--plan", action="store_true", help="only print the formulas' table")
     given = parser.parse_args()
     if given.plan:
         show_plan()
         return
-    if given.rank:
-        print(json.dumps(one_rank(given.rank, given.out[0], given.tokens[0])))
-        return
-    rows = [
-        case(mode, ranks, out, tokens)
-        for out in given.out
-        for tokens in given.tokens
-        for ranks in given.ranks
-        for mode in ("gather", "gram")
-    ]
-    show(rows)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(ROOT))
+    # Every rank is a fresh process, forked from one that has only imported what they need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "fisher_lab.api"])
+    start, rows = perf_counter(), []
+    for case in cases(given):
+        rows.append(run(case, context))
+        print(f"{perf_counter() - start:.0f} s: {case}", file=sys.stderr, flush=True)
+    failed = failures(rows)
+    print(f"{table(rows)}\n\n{growth(rows)}")
+    if given.out:
+        write(given.out, rows, failed, perf_counter() - start)
+    for text in failed:
+        print(f"more than {WITHIN:.0%} apart: {text}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

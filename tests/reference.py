@@ -508,7 +508,8 @@ class Truth:
                 a = torch.nn.functional.one_hot(tokens.a, len(mA)).double()
             else:
                 a = tokens.augmented
-            S = ((tokens.g[0] @ VG) ** 2).T @ ((a @ VA) ** 2) / tokens.count
+            S = sum(((g @ VG) ** 2).T @ ((a @ VA) ** 2) for g in tokens.g)
+            S = S / (tokens.count * len(tokens.g))
             S = S + damping.A * mG[:, None] + damping.G * mA[None] + damping.A * damping.G
             if damping.kappa is not None:
                 S = torch.maximum(S, S.max() / damping.kappa**2)

@@ -204,6 +204,7 @@ class GradientAccumulator(_Summing):
 
     Attributes:
         spread: makes of stored columns those of several ranks, where a rank has its share only.
+        eigen: eigenvalues and eigenvectors of the sum, where another rank may have found them.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class GradientAccumulator(_Summing):
         self.reduction = ""
         self.spread: Callable[[Columns], Columns] = as_they_are
         self._device: torch.device | None = None
+        self.eigen: tuple[Tensor, Tensor] | None = None
         self._keys: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -259,6 +261,8 @@ class GradientAccumulator(_Summing):
         """See :class:`_Summing`."""
         self.total = None if self.total is None else self.total.to(HOST)
         self.parts = [part.to(HOST) for part in self.parts]
+        if self.eigen is not None:
+            self.eigen = self.eigen[0].to(HOST), self.eigen[1].to(HOST)
 
     def joined(self) -> Tensor:
         """Returns all columns at hand, ``[kept, out]``."""
@@ -338,10 +342,16 @@ class GradientAccumulator(_Summing):
 
     def _lossless(self) -> Tensor:
         """Columns with the very same sum: as many as it has eigenvalues above rounding."""
-        assert self.total is not None
-        values, vectors = symmetric_eigen(mirror(self.total))
+        values, vectors = self.decomposed()
         keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
         return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
+
+    def decomposed(self) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues and eigenvectors of the summed matrix, computed once."""
+        assert self.total is not None
+        if self.eigen is None:
+            self.eigen = symmetric_eigen(mirror(self.total))
+        return self.eigen
 
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
         core = self.numerics.core_dtype

@@ -24,6 +24,7 @@ from . import losses
 from .errors import BatchError, CurvatureError, NonFiniteError
 from .groups.layout import GROUPS, Slot, from_json, group_scores, layout_of, to_json
 from .groups.welford import Moments
+from .plain import plain
 from .spectra.gradients import Chunk, PerSampleGradients
 from .spectra.isolation import isolated
 from .spectra.samples import SampleSet, as_batches, draw_samples
@@ -140,6 +141,7 @@ class GroupFisher:
         Raises:
             BatchError: no label counts.
         """
+        model = plain(model)
         self._layout = layout_of(model)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with isolated(model, seed=0):
@@ -207,6 +209,7 @@ class GroupFisher:
         """
         if self.unit == "batch":
             raise CurvatureError("unit: 'batch'; per-sample gradients need 'sequence' or 'token'")
+        model = plain(model)
         self._layout = layout_of(model)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._take(model, self._draw(model, batch, task), chunks, parameters, task)
@@ -415,7 +418,7 @@ class GroupFisher:
 
     def describe(self, model: nn.Module) -> None:
         """Remembers how the model's parameters fall into groups (``collect`` does it itself)."""
-        self._layout = layout_of(model)
+        self._layout = layout_of(plain(model))
 
     # ---- state -----------------------------------------------------------------------------
 

@@ -23,12 +23,13 @@ from .accumulate import (
     MomentAccumulator,
     NormAccumulator,
 )
+from .decompose import owners
 from .errors import CurvatureError
 from .factors import Columns, ShardedColumns
 from .layers import Kind, Layer
 from .linalg import add_second_moment, gram, symmetric_eigen
 from .policy import wants_woodbury
-from .reduce import Communicator, dtype_name, shares
+from .reduce import Communicator, dtype_name, shares, together
 
 if TYPE_CHECKING:
     from .build import FactorBuilder
@@ -92,6 +93,7 @@ class _Join:
         self._join_inputs(present, groups)
         for layer in present:
             self._join_layer(layer)
+        self._decompose_matrices(present)
         self._join_head()
         self._join_named("gradients", self.builder.gradients)
         self._join_named("diagonal", self.builder.diagonal)
@@ -252,6 +254,26 @@ class _Join:
                 add_second_moment(total, part.to(total.device))
             g.parts.clear()
         g.total = self.communicator.all_reduce(total)
+
+    def _decompose_matrices(self, present: Sequence[Layer]) -> None:
+        """Decomposes each matrix that stands for columns on one rank, for all of them."""
+        every = [self.builder.side_of(layer).g for layer in present]
+        summed = [g for g in every if isinstance(g, GradientAccumulator) and g.reduction]
+        summed = [g for g in summed if g.total is not None]
+        owner = owners([g.out for g in summed], self.communicator.size)
+
+        def decompose_own() -> None:
+            for g, rank in zip(summed, owner, strict=True):
+                if rank == self.communicator.rank:
+                    g.guarded(g.decomposed)
+
+        together(self.communicator, decompose_own)
+        for g, rank in zip(summed, owner, strict=True):
+            assert g.total is not None
+            mine = g.eigen or (g.total.new_empty(g.out), torch.empty_like(g.total))
+            # Its owner too takes what was sent: libraries return columns, and rows arrive.
+            values, vectors = (self.communicator.broadcast(x.contiguous(), rank) for x in mine)
+            g.eigen = values, vectors
 
     def _local_columns(self, layer: Layer, g: GradientAccumulator) -> Tensor:
         if not g.parts:

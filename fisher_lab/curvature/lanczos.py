@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
+from .plain import plain
 from .reduce import Alone, Communicator
 from .settings import SettingError
 from .spectra.blocks import select_parameters
@@ -448,6 +449,7 @@ class FisherLanczos:
     def _opened(
         self, model: nn.Module, batch: Any, block: str | None
     ) -> Iterator[CurvatureOperator]:
+        model = plain(model)
         with isolated(model, seed=self.seed):
             yield CurvatureOperator(
                 self.operator,

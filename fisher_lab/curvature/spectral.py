@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .errors import CurvatureError
+from .plain import plain
 from .reduce import Alone, Communicator, same_everywhere, together
 from .spectra import records
 from .spectra.blocks import architecture_of, parameter_blocks
@@ -166,7 +167,8 @@ class FisherSpectral:
         """Computes the spectrum of every block.
 
         Args:
-            model: any module whose labelling is known, or any with a ``loss_fn``.
+            model: any module whose labelling is known, or any with a ``loss_fn``; DDP and
+                ``fully_shard`` are looked through (:func:`fisher_lab.curvature.plain.plain`).
             batch: one batch or an iterable of batches; on several ranks this rank's own.
             n_samples: size of the subsample of all ranks' samples; None takes all.
             block_structure: ``layer``, ``module``, ``parameter`` or ``full``.
@@ -182,6 +184,7 @@ class FisherSpectral:
             BatchError: a batch has no labels.
             RankError: another rank has an error.
         """
+        model = plain(model)
         blocks = parameter_blocks(model, block_structure)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
@@ -241,6 +244,7 @@ class FisherSpectral:
         """
         if self._ranks.size > 1:
             raise CurvatureError("collect_gradients: several ranks; allowed: one process")
+        model = plain(model)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
             samples = self._draw(model, batch, n_samples)

@@ -50,6 +50,18 @@ def in_shares(
     return merged(collector, comm).state()
 
 
+def of_own_batches(
+    comm: Any, units: list[str], name: str, batches: list[dict], dtype: torch.dtype
+) -> dict[str, tuple[dict, dict]]:
+    """By unit: every rank's own batches, of which some have no label; as many on every rank."""
+    found, model = {}, joined.model_of(name, dtype)
+    for unit in units:
+        collector = GroupFisher(unit)
+        collect_shares(collector, model, batches, "train", comm)
+        found[unit] = merged(collector, comm).state()
+    return found
+
+
 def without_labels(comm: Any, unit: str, name: str, batches: list[dict]) -> str:
     collector = GroupFisher(unit)
     try:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +85,16 @@ def with_labels(model: nn.Module, batch: dict[str, Tensor], count: int) -> dict[
     return {**full, "labels": torch.where(chosen, full["labels"], -100)}
 
 
-def batches_of(name: str, size: int, labels: tuple[int, ...] = LABELS) -> list[list[dict]]:
-    """Every rank's batches: the first sequence a batch of its own where there are several."""
+def batches_of(
+    name: str,
+    size: int,
+    labels: tuple[int, ...] = LABELS,
+    every: tuple[tuple[int, ...], ...] = LENGTHS,
+) -> list[list[dict]]:
+    """Every rank's batches, one each; `every`: the lengths of the ranks' sequences."""
     model = model_of(name, torch.float64)
     result = []
-    for rank, lengths in enumerate(LENGTHS[:size]):
+    for rank, lengths in enumerate(every[:size]):
         if name == "t5":
             batch = models.t5_batch(lengths, tuple(max(2, n - 3) for n in lengths), seed=rank + 3)
         else:
@@ -322,6 +329,34 @@ def saved(comm: Any, name: str, batches: list[dict], setting: Setting) -> dict[s
     alone.load_state_dict(state, model)
     after = alone.compute_natural_gradient(own, model)
     return {"before": before, "after": after, "tensors": state["tensors"]}
+
+
+def counted_decompositions(
+    comm: Any, name: str, setting: Setting, batches: list[dict]
+) -> tuple[list[int], dict[str, Tensor]]:
+    """Sides of the matrices that this rank decomposed for its factors, and what came of it."""
+    model = model_of(name, torch.float64)
+    kfac, sizes, solve = setting.engine(comm), [], torch.linalg.eigh
+
+    def counting(matrix: Tensor) -> Any:
+        sizes.append(len(matrix))
+        return solve(matrix)
+
+    with patch("torch.linalg.eigh", counting):
+        kfac.collect_kfac_factors(model, batches, keep_gradient=True)
+    return sizes, kfac.compute_natural_gradient(None, model)
+
+
+def fails_on_one(comm: Any, name: str, setting: Setting, batches: list[dict]) -> str:
+    """Rank 1 fails in its decompositions: every rank must say so."""
+    kfac = setting.engine(comm)
+    step = "fisher_lab.curvature.accumulate.symmetric_eigen"
+    try:
+        with patch(step, side_effect=ValueError("no room")) if comm.rank == 1 else nullcontext():
+            kfac.collect_kfac_factors(model_of(name, torch.float64), batches)
+    except (CurvatureError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def tokens_of(model: nn.Module, rec: Record, batches: list[dict]) -> dict[str, Tokens]:

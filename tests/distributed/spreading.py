@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.group import GroupFisher
+from fisher_lab.curvature.groups.ranks import collect_shares, merged
 from fisher_lab.curvature.lanczos import FisherLanczos
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.reduce import Alone
@@ -192,6 +194,48 @@ def everything(
     result["hutch"] = vars(engine.trace(model, batches, n_products=6))
     result["dimension"] = vars(engine.effective_dimension(model, batches, 1e-3, **steps))
     result["alone"] = engine.spectral_density(model, batches, **steps)
+    return result
+
+
+# ---- wrappers ------------------------------------------------------------------------------------
+
+
+def in_wrapper(
+    comm: Any, kind: str | None, name: str, dtype: torch.dtype, batches: list[dict]
+) -> dict[str, Any]:
+    """On a rank: a spectrum, Lanczos and group Fisher of a wrapped model (None: the plain one)."""
+    model = joined.model_of(name, dtype)
+    model = model if kind is None else joined.wrapped(comm, model, kind)
+    model.train()
+    before = {n: (type(p), p.shape) for n, p in model.named_parameters()}
+    job = Job("layer", config={"storage_mode": "chunked"})
+    lanczos = FisherLanczos(k=2, tol=1e-9, communicator=comm)
+    vectors = lanczos.top_eigenpairs(model, batches, eigenvectors=True)
+    group = {unit: GroupFisher(unit) for unit in ("token", "batch")}
+    for unit, collector in group.items():
+        collect_shares(collector, model, batches, "train", comm)
+        group[unit] = merged(collector, comm)
+    if not all(module.training for module in model.modules()):
+        raise AssertionError("the model's mode has changed")
+    if before != {n: (type(p), p.shape) for n, p in model.named_parameters()}:
+        raise AssertionError("the model's parameters have changed")
+    result = {
+        "spectrum": job.run(comm, model, batches),
+        "top": vectors["eigenvalues"],
+        "vectors": vectors["eigenvectors"],
+        "group": {unit: collector.state() for unit, collector in group.items()},
+        "importance": group["token"].importance("train", "head"),
+    }
+    if kind is not None:
+        # It still trains, and what the wrapper does in a pass is still done.
+        (batch,) = batches
+        reference.summed_loss(
+            getattr(model, "module", model),
+            model(**{k: v for k, v in batch.items() if k != "labels"}).logits,
+            batch,
+        )[0].backward()
+        if any(p.grad is None or type(p.grad) is not type(p.data) for p in model.parameters()):
+            raise AssertionError("a backward pass left no gradient like its parameter")
     return result
 
 

@@ -104,6 +104,58 @@ def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> No
                 reference.assert_close(means, truth, bound, f"{size} ranks, {unit}:")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("labels", [(40,), (40, 0), joined.LABELS, (0, 6), (0, 6, 7)])
+def test_uneven_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
+    """40, 0 and 7 labels, or a first rank with none: means from the explicit gradients."""
+    size = len(labels)
+    batches = joined.batches_of(name, size, labels)
+    each = [{"batches": own} for own in batches]
+    every = spreading.together(batches)
+    model = joined.model_of(name, torch.float64).eval()
+    counting = [reference.counting_labels(model, batch) for batch in every]
+    active = torch.cat([
+        batch["attention_mask"].sum(1)[(counts != reference.IGNORE).any(1)]
+        for batch, counts in zip(every, counting, strict=True)
+    ])  # fmt: skip
+    rows = {unit: spreading.rows_of(model, every, unit) for unit in ("token", "sequence")}
+    truths = {
+        "token": {n: r.square().mean(0) for n, r in rows["token"].items()},
+        "sequence": {
+            n: (active[:, None] * r.square()).sum(0) / active.sum()
+            for n, r in rows["sequence"].items()
+        },
+        "batch": {n: g.square() for n, g in mean_gradient(model, every).items()},
+    }
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        found = ranks.run(
+            grouping.of_own_batches, size, each=each, units=list(truths), name=name, dtype=dtype
+        )
+        for unit, truth in truths.items():
+            # A key's bias has a gradient of zero in exact arithmetic.
+            truth = {n: t for n, t in truth.items() if float(t.norm()) > 1e-14}
+            assert len(truth) >= len(rows["token"]) - 1
+            for answer in found:
+                tensors, about = answer[unit]
+                updates = {"token": len(rows["token"][next(iter(truth))]), "batch": 1}
+                assert about["tasks"][0]["n_updates"] == updates.get(unit, len(active))
+                means = {n: tensors[f"0/mean/{n}"].flatten() for n in truth}
+                reference.assert_close(means, truth, bound, f"{size} ranks, {unit}, {dtype}:")
+
+
+def mean_gradient(model: torch.nn.Module, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """Of the mean loss over all labels, by sums: LLaMA's norms round these in float32."""
+    named, total, count = dict(model.named_parameters()), {}, 0
+    for batch in batches:
+        loss, labels = reference.summed_loss(model, spreading.forward(model, batch), batch)
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        count += int(labels)
+        for (name, p), g in zip(named.items(), grads, strict=True):
+            g = torch.zeros_like(p) if g is None else g
+            total[name] = total.get(name, 0) + g.flatten()
+    return {name: g / count for name, g in total.items()}
+
+
 @pytest.mark.parametrize("unit", ["token", "batch"])
 def test_no_label_on_any_rank(ranks: Pool, unit: str) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (0, 0))]

@@ -116,49 +116,88 @@ def test_clipping_and_what_is_derived(ranks: Pool, kappa: float | None, size: in
             assert found == answers[0]["derived"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("labels", [(0, 40, 7), (0, 7)])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_ekfac(ranks: Pool, name: str, size: int) -> None:
-    settings = [
-        Setting(policy, mode).also(ekfac=True) for policy in ("all", "small_only") for mode in MODES
-    ]
-    batches = joined.two_batches(joined.batches_of(name, size))
-    for setting, answers in zip(
-        settings, answers_of(ranks, name, size, settings, batches=batches), strict=True
-    ):
-        one = Joined(name, torch.float64, answers, sum(LABELS[:size]))
-        truth = one.truth.ekfac(one.own(), setting.damping)
+def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
+    """What the others take from the first rank that has something must not be rank 0's."""
+    lengths = tuple({40: (30, 24), 0: (9,), 7: (5, 8)}[count] for count in labels)
+    size = len(labels)
+    batches = joined.batches_of(name, size, labels, lengths)
+    settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
+    settings += [Setting("all", mode).also(ekfac=True) for mode in MODES]
+    found = answers_of(ranks, name, size, settings, batches=batches)
+    for setting, answers in zip(settings, found, strict=True):
+        one = Joined(name, torch.float64, answers, sum(labels))
+        own = one.own()
+        assert_all(answers, "own", own, 1e-10)
+        ekfac = dict(setting.more).get("ekfac")
+        solve = one.truth.ekfac if ekfac else one.truth.natural_gradient
+        truth = solve(own, setting.damping)
         assert_all(answers, "natural", truth, 1e-10)
         assert_all(answers, "general", truth, 1e-10)
+        if not ekfac:
+            vectors = random_like(answers[0]["own"])
+            assert_all(answers, "product", one.truth.fisher_vector_product(vectors), 1e-10)
 
 
-@pytest.mark.parametrize("kind", ["mc", "true"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_fisher_kinds(ranks: Pool, kind: str, size: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ekfac(ranks: Pool, name: str, size: int, dtype: torch.dtype) -> None:
+    settings = [Setting(policy, mode).also(ekfac=True) for policy in POLICIES for mode in MODES]
+    batches = joined.two_batches(joined.batches_of(name, size))
+    wants = ("own", "natural", "general")
+    found = answers_of(ranks, name, size, settings, dtype=dtype, batches=batches, wants=wants)
+    for setting, answers in zip(settings, found, strict=True):
+        one = Joined(name, dtype, answers, sum(LABELS[:size]))
+        truth = one.truth.ekfac(one.own(), setting.damping)
+        assert_all(answers, "natural", truth, BOUNDS[dtype])
+        assert_all(answers, "general", truth, BOUNDS[dtype])
+
+
+KINDS = [
+    ("llama", "mc", torch.float64),
+    ("llama", "true", torch.float64),
+    ("gpt2", "mc", torch.float64),
+    ("gpt2", "true", torch.float64),
+    ("llama", "true", torch.float32),
+    ("gpt2", "mc", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "dtype"), KINDS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_fisher_kinds(ranks: Pool, name: str, kind: str, dtype: torch.dtype, size: int) -> None:
     more = {"fisher": kind, "n_samples": 2, "true_max_classes": 2}
     settings = [Setting("all", mode).also(**more) for mode in MODES]
-    found = answers_of(ranks, "llama", size, settings, wants=("own", "natural"))
+    if kind == "mc":
+        settings += [one.also(ekfac=True) for one in settings]
+    found = answers_of(ranks, name, size, settings, dtype=dtype, wants=("own", "natural"))
+    bound = BOUNDS[dtype]
     for setting, answers in zip(settings, found, strict=True):
         assert all(answer["fisher"] == "mc" for answer in answers)
         # The last backward pass is that of the data's own loss, for the gradient.
         sampled = [_passes(answer, slice(None, -1)) for answer in answers]
         data = [_passes(answer, slice(-1, None)) for answer in answers]
         labels = sum(LABELS[:size])
-        own = Joined("llama", torch.float64, data, labels).own()
-        one = Joined("llama", torch.float64, sampled, labels)
-        assert_all(answers, "own", own, 1e-10)
+        own = Joined(name, dtype, data, labels).own()
+        one = Joined(name, dtype, sampled, labels)
+        assert_all(answers, "own", own, bound)
         if kind == "true":
             head = one.truth.tokens["lm_head"]
-            logits = head.a @ head.module.weight.detach().T
-            scored = torch.cat([_scored(a) for a in joined.batches_of("llama", size)])
+            logits = head.a @ head.module.weight.detach().T.to(head.a)
+            scored = torch.cat([_scored(name, a) for a in joined.batches_of(name, size)])
             G = reference.true_fisher_of_softmax(logits[scored], len(head.a))
             one.truth.G_override["lm_head"] = G
             truth = one.truth.true_head_natural_gradient(own, setting.damping, "lm_head")
+        elif dict(setting.more).get("ekfac"):
+            truth = one.truth.ekfac(own, setting.damping)
         else:
             truth = one.truth.natural_gradient(own, setting.damping)
-        skipped = {n for n in truth if "norm" in n}  # the reference has their first draw only
+        # Of norm layers the reference has the first draw only.
+        skipped = {n for n in truth if "norm" in n or ".ln_" in n}
         truth = {n: value for n, value in truth.items() if n not in skipped}
-        assert_all(answers, "natural", truth, 1e-10)
+        assert_all(answers, "natural", truth, bound)
 
 
 def _passes(answer: dict, which: slice) -> dict:
@@ -169,9 +208,9 @@ def _passes(answer: dict, which: slice) -> dict:
     return {**answer, "tokens": tokens}
 
 
-def _scored(batches: list[dict]) -> torch.Tensor:
+def _scored(name: str, batches: list[dict]) -> torch.Tensor:
     """Which tokens of a rank carry a label, in the order of the tokens."""
-    model = joined.model_of("llama", torch.float64)
+    model = joined.model_of(name, torch.float64)
     (batch,) = batches
     counted = reference.counting_labels(model, batch) != reference.IGNORE
     return counted[batch["attention_mask"].bool()]
@@ -351,6 +390,27 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
     norms = {n: v for n, v in alone["natural"].items() if "norm" in n}
     assert norms
     assert_all(answers, "natural", norms, 1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size: int) -> None:
+    """With `T > out` in `gram`: each `out x out` matrix on one rank, by cost, for all."""
+    each = [{"batches": own} for own in joined.batches_of("gpt2", size)]
+    setting = Setting("all", "gram")
+    found = ranks.run(joined.counted_decompositions, size, each=each, name="gpt2", setting=setting)
+    tokens = sum(sum(lengths) for lengths in joined.LENGTHS[:size])
+    layers = joined.model_of("gpt2", torch.float64).named_modules()
+    outputs = [m.weight.shape[1] for _, m in layers if type(m).__name__ == "Conv1D"]
+    narrow = sorted(out for out in [*outputs, models.VOCAB] if out < tokens)
+    assert narrow
+    assert sorted(n for sizes, _ in found for n in sizes) == narrow
+    assert max(len(sizes) for sizes, _ in found) == -(-len(narrow) // size)
+    for _, natural in found:
+        assert all(torch.equal(value, found[0][1][name]) for name, value in natural.items())
+    for rank, text in enumerate(
+        ranks.run(joined.fails_on_one, size, each=each, name="gpt2", setting=setting)
+    ):
+        assert text == ("" if rank == 1 else "RankError: rank 1: ") + "ValueError: no room"
 
 
 def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:

@@ -1,36 +1,103 @@
-"""K-FAC of models in DDP and under `fully_shard`, with the names and values of the plain model."""
+"""Models in DDP and under `fully_shard`, with the names and values of the plain model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fisher_lab.curvature.reduce import Alone
+from tests import reference
 from tests.capturing import random_like
-from tests.distributed import joined
+from tests.distributed import joined, spreading
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
 from tests.distributed.pool import Pool
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
+OTHERS = [
+    Setting("all", "gather"),
+    Setting("auto", "gram"),
+    Setting("small_only", "gather"),
+    Setting("all", "gram").also(ekfac=True),
+    Setting("small_only", "gather").also(ekfac=True),
+]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_wrapped_models(ranks: Pool, kind: str, name: str, dtype: torch.dtype) -> None:
-    setting = Setting("hybrid", "gram")
-    each = [{"batches": own} for own in joined.batches_of(name, 3)]
-    answers = ranks.run(
-        joined.in_wrapper, 3, each=each, kind=kind, name=name, dtype=dtype, setting=setting
-    )
-    one = Joined(name, dtype, answers, sum(LABELS))
-    own, bound = one.own(), BOUNDS[dtype]
-    assert answers[0]["names"] == sorted(n for n, _ in one.model.named_parameters())
-    assert_all(answers, "own", own, bound)
-    truth = one.truth.natural_gradient(own, setting.damping)
-    for key in ("natural", "general", "captured"):
-        assert_all(answers, key, truth, bound)
-    vectors = random_like(answers[0]["own"])
-    assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
-    if kind == "fsdp":
-        assert_all(answers, "shards", truth, bound)
-        assert_all(answers, "asked", truth, bound)
+    check_wrapped(ranks, 3, kind, name, dtype, [Setting("hybrid", "gram")])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("size", "name", "dtype"),
+    [
+        (1, "gpt2", torch.float64),
+        (2, "llama", torch.float64),
+        (2, "gpt2", torch.float32),
+        (3, "gpt2", torch.float64),
+    ],
+)
+def test_wrapped_models_in_other_policies_and_modes(
+    ranks: Pool, kind: str, size: int, name: str, dtype: torch.dtype
+) -> None:
+    check_wrapped(ranks, size, kind, name, dtype, OTHERS)
+
+
+def check_wrapped(
+    ranks: Pool, size: int, kind: str, name: str, dtype: torch.dtype, settings: list[Setting]
+) -> None:
+    each = [{"batches": own} for own in joined.batches_of(name, size)]
+    for setting in settings:
+        answers = ranks.run(
+            joined.in_wrapper, size, each=each, kind=kind, name=name, dtype=dtype, setting=setting
+        )
+        one = Joined(name, dtype, answers, sum(LABELS[:size]))
+        own, bound = one.own(), BOUNDS[dtype]
+        assert answers[0]["names"] == sorted(n for n, _ in one.model.named_parameters())
+        assert_all(answers, "own", own, bound)
+        ekfac = dict(setting.more).get("ekfac")
+        solve = one.truth.ekfac if ekfac else one.truth.natural_gradient
+        truth = solve(own, setting.damping)
+        shards = ("shards", "asked") if kind == "fsdp" else ()
+        for key in ("natural", "general", "captured", *shards):
+            assert_all(answers, key, truth, bound)
+        if not ekfac:
+            vectors = random_like(answers[0]["own"])
+            assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float64), ("llama", torch.float32)])
+def test_spectra_lanczos_and_group_fisher(
+    ranks: Pool, kind: str, name: str, dtype: torch.dtype
+) -> None:
+    """Names and values of one process with the plain model, which the wrapped one has not lost."""
+    bound = BOUNDS[dtype]
+    batches = joined.batches_of(name, 2, (12, 5))
+    each = [{"batches": own} for own in batches]
+    found = ranks.run(spreading.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
+    (without, *_) = ranks.run(spreading.in_wrapper, 2, each=each, kind=None, name=name, dtype=dtype)
+    every = spreading.together(batches)
+    one = spreading.in_wrapper(Alone(), None, name, dtype, every)
+    assert list(found[0]["vectors"]) == [
+        n for n, _ in joined.model_of(name, dtype).named_parameters()
+    ]
+    for answer in found:
+        assert list(answer["spectrum"]["per_block"]) == list(one["spectrum"]["per_block"])
+        top = one["spectrum"]["global"]["largest_eigenvalue"]
+        for block, record in one["spectrum"]["per_block"].items():
+            if record["status"] == "ok" and record["trace"] > bound * top:
+                values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
+                got = answer["spectrum"]["per_block"][block]["eigenvalues"]
+                spreading.assert_values(got, values, bound, block)
+        assert answer["top"] == pytest.approx(one["top"], rel=bound)
+        assert answer["group"]["token"][1]["tasks"] == one["group"]["token"][1]["tasks"]
+        assert answer["importance"].keys() == one["importance"].keys()
+        # With "batch" one process would take two batches for two data: the plain model on ranks.
+        for unit, wanted in (("token", one), ("batch", without)):
+            truth = {n: t for n, t in wanted["group"][unit][0].items() if float(t.norm()) > 1e-25}
+            reference.assert_close(answer["group"][unit][0], truth, bound, f"{kind}, {unit}:")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BatchError, CurvatureError
 from ..group import GroupFisher, active_tokens
+from ..plain import plain
 from ..reduce import Communicator, raise_others, together
 from ..spectra.isolation import isolated
 
@@ -46,6 +47,7 @@ def collect_shares(
         BatchError: no label counts on any rank.
         RankError: another rank has an error.
     """
+    model = plain(model)
     own.describe(model)
     if own.unit == "batch":
         for batch in shares:
