@@ -14,12 +14,16 @@ from ..linalg import (
     Clipped,
     clip,
     largest_eigenvalue,
+    largest_eigenvalues,
     robust_cholesky,
     symmetric_eigen,
     upper_bound,
 )
 from ..settings import Numerics, SettingError
 from .base import Factor, FactorReport, Movable, clipped_logdet
+
+LARGE = 1024
+"""Side from which a few eigenvalues come cheaper by Lanczos than by a decomposition."""
 
 
 class DenseFactor(Factor):
@@ -58,6 +62,11 @@ class DenseFactor(Factor):
     def spectrum(self) -> tuple[Tensor, int]:
         """See :meth:`Factor.spectrum`."""
         return self.eigen()[0], 0
+
+    def _top(self, k: int) -> Tensor:
+        if self._eigen is None and self.dim >= k * LARGE:
+            return largest_eigenvalues(lambda v: self.matrix @ v, self.matrix, self.dim, k)
+        return super()._top(k)
 
     def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedDense:
         """See :meth:`Factor.damped`."""

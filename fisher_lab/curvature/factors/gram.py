@@ -20,12 +20,13 @@ from ..linalg import (
     clip,
     gram,
     largest_eigenvalue,
+    largest_eigenvalues,
     power_of_two_scale,
     symmetric_eigen,
 )
 from ..settings import Numerics
 from .base import Factor, FactorReport, clipped_logdet
-from .dense import Decomposing, check_power
+from .dense import LARGE, Decomposing, check_power
 
 
 class Columns:
@@ -216,6 +217,11 @@ class GramFactor(Factor):
         keep = min(self.dim, values.numel())
         # eigh sorts ascending: where T > out, the first T - out are the false zeros of K.
         return values[values.numel() - keep :], self.dim - keep
+
+    def _top(self, k: int) -> Tensor:
+        if self._eigen is None and (size := self.kernel.shape[0]) >= k * LARGE:
+            return largest_eigenvalues(lambda v: self.kernel @ v, self.kernel, size, k)
+        return super()._top(k)
 
     def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedGram:
         """See :meth:`Factor.damped`."""
