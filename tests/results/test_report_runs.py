@@ -132,6 +132,7 @@ def configurations(text):
 def test_settings_that_follow_an_axis_are_told_of_every_configuration(tmp_path):
     for i, (name, width) in enumerate((("gpt2", 128), ("gpt2", 128), ("llama", 96), ("llama", 96))):
         config = {**DEFAULTS, "model.name": name, "model.width": width, "seed": i % 2}
+        config["sweep.dir"] = f"elsewhere-{i}"  # changes no result
         run = Run.start(
             tmp_path / "results" / "models" / str(i),
             config=nested(config),
@@ -186,7 +187,7 @@ def test_no_path_host_or_process_of_the_machine_is_in_the_page(tmp_path, monkeyp
     for i, (name, error) in enumerate(lost.items()):
         run = Run.start(
             root / name,
-            config={"seed": i, "cache_dir": f"{tmp_path}/home/cache", "kfac": {"damping": 0.1}},
+            config={"seed": i, "data": {"path": f"{tmp_path}/home/text"}, "kfac": {"damping": 0.1}},
             overrides=[f"seed={i}", f"sweep.dir={tmp_path}/results"],
             provenance=PRIVATE,
         )
@@ -199,7 +200,7 @@ def test_no_path_host_or_process_of_the_machine_is_in_the_page(tmp_path, monkeyp
         assert secret not in text
     shown = html.unescape(text)
     for words in ("FileNotFoundError: no file s/a/x.json", "'~/data/text.txt' is no text",
-                  "model.bin too", ">s/a<", "s/e: run.json: not JSON", "~/cache",
+                  "model.bin too", ">s/a<", "s/e: run.json: not JSON", "data.path: ~/text",
                   '[{"rank": 0}]', "a processor"):  # fmt: skip
         assert words in shown
     assert json.loads((root / "a" / "run.json").read_text())["provenance"]["pid"] == 424242

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..axes import SEED, find_axes
+from ..axes import SEED, UNINTERESTING, find_axes
 from ..cells import CORRUPT, MISSING
 from ..figures import cell_names
 from ..frames import Frame, only
@@ -92,6 +92,7 @@ def _shared(frame: Frame) -> Mapping[str, Any]:
 
 def _configurations(frame: Frame, shared: Mapping[str, Any], places: Places) -> Iterable[str]:
     own = [c for c in frame.attrs.get("config", []) if c not in shared and c != SEED]
+    own = [c for c in own if c.partition(".")[0] not in UNINTERESTING]
     for sweep in dict.fromkeys(frame["sweep"]):
         part = only(frame, sweep)
         axes = [name for name in find_axes(part).names if name in own]
