@@ -24,7 +24,12 @@ from typing import Any
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
 from fisher_lab.tasks import aggregate
+from fisher_lab.tracking import Stopped
 
+BUDGET_S = 60.0
+"""Seconds that ``--aggregate`` waits: here nothing else does."""
+ROWS = 12
+"""Rows of an aggregate that get bars."""
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
 METRICS = ("loss/heldout", "ng/heldout_loss_decrease", "kfac/total_s", "kfac/peak_mb")
 SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimizer.name", "seed")
@@ -34,15 +39,15 @@ SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimiz
 
 
 def curve_panels() -> list[Any]:
-    """A line for each group of runs, with the deviation as a band."""
+    """A line for each cell, the mean over its seeds, with the deviation as a band."""
     import wandb_workspaces.reports.v2 as wr
 
     return [
         wr.LinePlot(
             title=name,
-            x="Step",
+            x="curve/step",
             y=[f"curve/{name}"],
-            groupby="Group",
+            groupby=wr.Config("cell"),
             groupby_aggfunc="mean",
             groupby_rangefunc="stddev",
             log_y=name in ("lr", "grad_norm"),
@@ -51,20 +56,33 @@ def curve_panels() -> list[Any]:
     ]
 
 
-def result_panels() -> list[Any]:
-    """Bars with error bars over groups, damping against metric, parallel coordinates."""
+def aggregate_panels() -> list[Any]:
+    """Bars of the means in an aggregate, each with the ends of its interval.
+
+    W&B draws error bars over runs alone, and the runs of a sweep are not all of one cell.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    bars = [
-        wr.BarPlot(
-            title=f"{name}, mean and standard error",
-            metrics=[name],
-            groupby="Group",
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stderr",
+    def bars(metric: str) -> Any:
+        titles = {
+            f"{aggregate.GROUPS}/{row}/{metric}/{key}": f"row {row}, {what}"
+            for row in range(ROWS)
+            for key, what in (("mean", "mean"), ("low", "95 % from"), ("high", "95 % to"))
+        }
+        return wr.BarPlot(
+            title=f"{metric}, mean and 95 % interval over seeds",
+            metrics=[*titles],
+            line_titles=titles,
+            max_bars_to_show=len(titles),
         )
-        for name in METRICS
-    ]
+
+    return [bars(name) for name in METRICS]
+
+
+def result_panels() -> list[Any]:
+    """Damping against metric, parallel coordinates."""
+    import wandb_workspaces.reports.v2 as wr
+
     scatter = [
         wr.ScatterPlot(
             title=f"damping against {name}",
@@ -76,7 +94,7 @@ def result_panels() -> list[Any]:
     ]
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SETTINGS]
     columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(METRICS[0])))
-    return [*bars, *scatter, wr.ParallelCoordinatesPlot(title="settings", columns=columns)]
+    return [*scatter, wr.ParallelCoordinatesPlot(title="settings", columns=columns)]
 
 
 def comparison_panels() -> list[Any]:
@@ -91,6 +109,7 @@ def workspace(entity: str, project: str) -> Any:
     import wandb_workspaces.workspaces as ws
 
     sections = {
+        "Aggregates": aggregate_panels(),
         "Results": result_panels(),
         "Learning curves": curve_panels(),
         "Settings that differ": comparison_panels(),
@@ -109,8 +128,12 @@ def report(entity: str, project: str) -> Any:
     """The report for a paper's appendix."""
     import wandb_workspaces.reports.v2 as wr
 
-    def grid(panels: list[Any]) -> Any:
-        return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
+    table = f"table/{Path(aggregate.TABLE).stem}"
+
+    def grid(panels: list[Any], kind: str) -> Any:
+        filters = f"JobType {kind} '{aggregate.JOB_TYPE}'"
+        runs = wr.Runset(entity=entity, project=project, filters=filters)
+        return wr.PanelGrid(runsets=[runs], panels=panels)
 
     return wr.Report(
         entity=entity or "-",
@@ -119,14 +142,19 @@ def report(entity: str, project: str) -> Any:
         description="Made by scripts/wandb_dashboard.py.",
         blocks=[
             wr.TableOfContents(),
+            wr.H1("Aggregates"),
+            wr.P(
+                "Means over seeds and the ends of their 95 % intervals (Student), from the "
+                "aggregate of each sweep. A row's settings are in the table."
+            ),
+            grid([*aggregate_panels(), wr.WeavePanelSummaryTable(table_name=table)], "="),
             wr.H1("Results"),
-            wr.P("Bars are means over seeds with their standard error."),
-            grid(result_panels()),
+            grid(result_panels(), "!="),
             wr.H1("Learning curves"),
-            wr.P("Means over seeds; the band is the standard deviation."),
-            grid(curve_panels()),
+            wr.P("Means over the seeds of a cell; the band is the standard deviation."),
+            grid(curve_panels(), "!="),
             wr.H1("Settings that differ"),
-            grid(comparison_panels()),
+            grid(comparison_panels(), "!="),
         ],
     )
 
@@ -159,10 +187,19 @@ def main(argv: list[str]) -> int:
         rows = aggregate.aggregate(args.aggregate)
         if not rows:
             parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
-        chosen = TrackerConfig(mode=args.mode, project=args.project, entity=args.entity or None)
-        aggregate.send(rows, args.aggregate, chosen)
+        chosen = TrackerConfig(
+            mode=args.mode,
+            project=args.project,
+            entity=args.entity or None,
+            budget_s=BUDGET_S,
+        )
+        try:
+            done = aggregate.send(rows, args.aggregate, chosen)
+        except Stopped as error:
+            print(f"not sent: {error}", file=sys.stderr)
+            return 1
         print(f"{len(rows)} groups")
-        return 0
+        return 0 if done else 1
     try:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:

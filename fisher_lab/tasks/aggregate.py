@@ -12,14 +12,16 @@ import hashlib
 import json
 import logging
 import math
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fisher_lab import tracking
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
-from fisher_lab.tracking import Guarded, RemoteTracker, Start
+from fisher_lab.tracking import RemoteTracker, Start
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,12 @@ TABLE = "aggregate.csv"
 SENT_FILE = "aggregate.json"
 """In the tracker's directory of the sweep: what was sent last."""
 
-BUDGET_S = 60.0
-"""Seconds that the sink may take; no run waits for it."""
+STATISTICS = ("mean", "sd", "low", "high", "n")
+GROUPS = "groups"
+"""Before the number of a row and a name, in the summary: what a bar chart can show."""
+KEPT = ("table.csv", "table.tex")
+FIGURES = "figures"
+"""What the end of a sweep leaves beside its runs (`fisher_lab.results.finishing`)."""
 
 
 def at_end(directory: Path, config: TrackerConfig) -> bool:
@@ -42,16 +48,17 @@ def at_end(directory: Path, config: TrackerConfig) -> bool:
         config: the section ``tracker`` of its cells.
 
     Returns:
-        Whether it was sent.
+        Whether it was sent, or written where `scripts/wandb_sync.sh` finds it.
     """
-    if "wandb" not in config.sinks or config.mode == "disabled":
+    if "wandb" not in config.sinks or tracking.disabled(config, os.environ):
         return False
     try:
         rows = aggregate(directory)
         mark = directory / "tracker" / SENT_FILE
         if not rows or _sent(mark) == digest_of(rows):
             return False
-        send(rows, directory, config)
+        if not send(rows, directory, config):
+            return False  # it was warned of; the next end of the sweep tries again
         atomic.write_json(mark, {"rows": digest_of(rows)})
     except Exception as error:
         log.warning("the aggregate of %s was not sent: %s", directory, error)
@@ -121,19 +128,25 @@ def moments(values: list[float]) -> dict[str, float | int | None]:
     return result
 
 
-def send(rows: list[dict[str, Any]], directory: Path, config: TrackerConfig) -> None:
+def send(rows: list[dict[str, Any]], directory: Path, config: TrackerConfig) -> bool:
     """Send an aggregate to W&B as a run, whose name is that of its content.
 
     Args:
         rows: of :func:`aggregate`.
         directory: of the sweep; its name is the run's group.
-        config: the section ``tracker``.
+        config: the section ``tracker``; this waits for ``budget_s`` at most.
+
+    Returns:
+        Whether all was done within that time.
+
+    Raises:
+        fisher_lab.tracking.Stopped: the sink failed.
     """
     digest = digest_of([directory.name, *rows])
     group = config.group or directory.resolve().name
     where = Path(config.directory) if config.directory else directory / "tracker"
     config = dataclasses.replace(config, sinks=["wandb"])
-    tracker = Guarded(RemoteTracker("wandb", config, BUDGET_S))
+    tracker = RemoteTracker("wandb", config, config.budget_s)
     tracker.start(
         Start(
             run_id=digest,
@@ -150,8 +163,16 @@ def send(rows: list[dict[str, Any]], directory: Path, config: TrackerConfig) -> 
     for number, row in enumerate(rows):
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
         tracker.log(numbers, number)
+        found = {k: v for k, v in numbers.items() if k.rpartition("/")[2] in STATISTICS}
+        tracker.summary({f"{GROUPS}/{number}/{name}": value for name, value in found.items()})
     tracker.table(TABLE, rows)
+    for name in KEPT:
+        if (directory / name).exists():
+            tracker.artifact(name, directory / name, "tables")
+    for path in sorted((directory / FIGURES).glob("*.png")):
+        tracker.image(path.stem, path)
     tracker.finish("completed")
+    return tracker.finished
 
 
 def digest_of(content: list[Any]) -> str:

@@ -16,7 +16,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
 
 from .base import Guarded, NoTracker, Start, Tracker
-from .remote import RemoteTracker
+from .remote import RemoteTracker, Stopped
 from .wandb_sink import disabled
 
 _SINKS: dict[str, Callable[[str, TrackerConfig, float], Tracker]] = {
@@ -30,6 +30,7 @@ __all__ = [
     "NoTracker",
     "RemoteTracker",
     "Start",
+    "Stopped",
     "Tracker",
     "active",
     "check",

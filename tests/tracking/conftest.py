@@ -66,6 +66,19 @@ def end(tracker: RemoteTracker) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Iterator[None]:
+    """Ends what goes on by itself after a test, such as a sink that waits for its service."""
+    before = set(psutil.Process().children())
+    yield
+    left = [one for one in psutil.Process().children() if one not in before]
+    family = [other for one in left for other in (*one.children(recursive=True), one)]
+    for one in family:
+        if one.is_running():
+            one.kill()
+    psutil.wait_procs(family, timeout=20)
+
+
 @pytest.fixture
 def service() -> Callable[[RemoteTracker], psutil.Process]:
     """The process of W&B's service under a tracker's."""
@@ -81,12 +94,17 @@ def service() -> Callable[[RemoteTracker], psutil.Process]:
 
 @pytest.fixture
 def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``small_task("tracker=wandb", ...)`` runs a task that logs, records and ends."""
+    """``small_task("tracker=wandb", ...)`` runs a task that logs, records and ends.
+
+    What ``small_task.after[STEP]`` holds is called after that step.
+    """
     module = types.ModuleType("small_task")
+    after: dict[int, Callable[[], None]] = {}
 
     def run(config, run) -> None:
         for step in range(1, 4):
             tracking.active().log({"loss": 1.0 / step}, step)
+            after.get(step, lambda: None)()
         run.metrics({"loss": 0.5 + config.seed, "kfac/total_s": 0.25, "loss/heldout": None})
         run.table("layers.csv", [{"name": "a", "clipped": None, "dim": 3}])
         if config.seed == 13:
@@ -106,6 +124,7 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def call(*arguments: str) -> int:
         return cli.main(list(arguments))
 
+    call.after = after  # type: ignore[attr-defined]
     return call
 
 
