@@ -25,6 +25,7 @@ class Start:
         config: the resolved configuration, nested as in the YAML.
         directory: where a sink may keep files of its own; it need not exist.
         name: for people: the overrides.
+        cell: what runs that differ in nothing but the seed have in common: the other overrides.
         group: the sweep that the run belongs to, or None.
         job_type: the task.
         tags: of the configuration.
@@ -36,6 +37,7 @@ class Start:
     config: Mapping[str, Any]
     directory: Path
     name: str = ""
+    cell: str = ""
     group: str | None = None
     job_type: str = ""
     tags: Sequence[str] = field(default_factory=tuple)

@@ -50,6 +50,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
     """
     tracker_id, attempt = identity.claim(run.directory, run.run_id)
     directory = Path(config.directory) if config.directory else run.directory / DIRECTORY
+    cell = " ".join(one for one in overrides if not one.startswith("seed="))
     name = config.run_name or " ".join(overrides) or task
     return Start(
         run_id=run.run_id,
@@ -58,6 +59,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
         config=run.record["config"],
         directory=directory.absolute(),
         name=name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…",
+        cell=cell or task,
         group=config.group or sweep_of(run.directory),
         job_type=task,
         tags=tuple(config.tags),

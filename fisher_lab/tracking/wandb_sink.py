@@ -24,6 +24,11 @@ INIT_S = 20.0
 """Seconds that the service may take to accept an online run; then the run is written offline."""
 CURVE = "curve/"
 """Before the names of logged numbers, so that they do not run into those of the summary."""
+STEP = CURVE + "step"
+"""The step of the run, which charts go by. W&B's own is no use there: where a later attempt is sent
+by ``wandb sync``, its steps are counted on from where the first one ended."""
+SENT = ".sent"
+"""After the name of a ``.wandb`` file: its size when it was sent (scripts/wandb_sync.sh)."""
 SPECTRUM = ("eigenvalue", "eigenvalues")
 """Columns of which a histogram is drawn beside the table."""
 
@@ -81,6 +86,9 @@ class WandbSink:
         self._run: Any = None
         self._wandb: Any = None
         self._id = ""
+        self._online = False
+        self._later = False
+        self._known: Last | None = None
 
     def start(self, start: Start) -> None:
         """Begin a run, or go on with the one of this name."""
@@ -94,6 +102,13 @@ class WandbSink:
         import wandb
 
         self._wandb, self._id = wandb, start.tracker_id
+        self._later = start.attempt > 1
+        self._known = Last(directory / f"{start.tracker_id}.step", keep=self._later)
+        self._begin(start, mode)
+        self._run.define_metric(CURVE + "*", step_metric=STEP)
+
+    def _begin(self, start: Start, mode: str) -> None:
+        self._online = mode == "online"
         try:
             self._run = self._init(start, mode)
         except Exception as error:
@@ -101,7 +116,8 @@ class WandbSink:
                 raise
             self._say(f"{self._reason(error)}: the run is written offline", warning=True)
             # The service still holds the run that has timed out, and would refuse its id.
-            wandb.teardown(exit_code=1)
+            self._wandb.teardown(exit_code=1)
+            self._online = False
             self._run = self._init(start, "offline")
 
     def _reason(self, error: Exception) -> str:
@@ -126,9 +142,15 @@ class WandbSink:
             group=start.group,
             job_type=start.job_type,
             tags=[*start.tags],
-            config={**start.config, "run_id": start.run_id, "attempt": start.attempt},
+            config={
+                **start.config,
+                "run_id": start.run_id,
+                "attempt": start.attempt,
+                "cell": start.cell,
+            },
             mode=mode,
-            resume="allow",
+            # The first attempt has its id for itself; sent again, it replaces what is there.
+            resume="allow" if self._later else None,
             settings=self._wandb.Settings(
                 silent=True,
                 console="off",
@@ -144,9 +166,21 @@ class WandbSink:
         )
 
     def log(self, values: Numbers, step: int | None = None) -> None:
-        """Numbers of a step, under ``curve/``; those that are not finite are left out."""
+        """Numbers of a step, under ``curve/``; those that are not finite are left out.
+
+        A run that was killed goes on at its last saved state and makes some steps again: those that
+        were sent before are not sent twice.
+        """
         kept = {CURVE + name: value for name, value in values.items() if value is not None}
-        self._run.log(kept, step=step)
+        if step is None:
+            self._run.log(kept)
+            return
+        assert self._known is not None
+        if step <= self._known.step:
+            return
+        counted_on = self._later and self._online  # the service knows better where it is
+        self._run.log({**kept, STEP: step}, step=None if counted_on else step)
+        self._known.write(step)
 
     def summary(self, values: Numbers) -> None:
         """The metrics, under their own names."""
@@ -182,4 +216,28 @@ class WandbSink:
     def finish(self, status: str) -> None:
         """End; every status but ``completed`` shows as failed."""
         self._run.summary.update({"status": status})
+        file = Path(self._run.settings.sync_file)
         self._run.finish(exit_code=0 if status == "completed" else 1)
+        if self._online:
+            self._wandb.teardown()  # only then is the file whole
+            file.with_name(file.name + SENT).write_text(f"{file.stat().st_size}\n")
+
+
+class Last:
+    """The last step that was handed on, kept in a file for the attempts that follow.
+
+    Args:
+        file: where; its directory exists.
+        keep: whether what an earlier attempt has left counts.
+    """
+
+    def __init__(self, file: Path, *, keep: bool) -> None:
+        self.step = -1
+        if keep and file.exists():
+            self.step = int(file.read_text() or -1)
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def write(self, step: int) -> None:
+        """Keep a step."""
+        self.step = step
+        os.pwrite(self._file, f"{step:<20}\n".encode(), 0)

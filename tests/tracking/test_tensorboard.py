@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
+from fisher_lab import tracking
 from fisher_lab.tracking import tensorboard_sink
-from tests.tracking.test_wandb import png
+from tests.tracking.offline import until
+from tests.tracking.test_wandb import assert_complete, png, warned
 
 
 def test_event_files_are_read_back(remote, start, tmp_path):
@@ -58,3 +61,31 @@ def test_both_at_once(small_task, tmp_path):
     assert list(kept.rglob("run-*.wandb"))
     assert list(kept.rglob("events.out.tfevents.*"))
     assert " WARNING " not in (tmp_path / "here" / "fisher_lab.log").read_text()
+
+
+def test_a_directory_that_cannot_be_made_is_one_warning(small_task, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    code = small_task(
+        "task=plan", "tracker=tensorboard", "tracker.directory=file/below", "tracker.budget_s=60",
+        "hydra.run.dir=here",
+    )  # fmt: skip
+    assert code == 0
+    assert_complete(tmp_path / "here")
+    (warning,) = warned(tmp_path / "here")
+    assert "the tracker tensorboard failed" in warning
+
+
+def test_its_process_is_killed_in_mid_run(small_task, tmp_path):
+    pytest.importorskip("tensorboard")
+
+    def kill() -> None:
+        (sink,) = tracking.active()._sinks  # type: ignore[attr-defined]
+        psutil.Process(sink.pid).kill()
+        until(lambda: sink._problem)
+
+    small_task.after[2] = kill
+    assert small_task("task=plan", "tracker=tensorboard", "hydra.run.dir=here") == 0
+    assert_complete(tmp_path / "here")
+    (warning,) = warned(tmp_path / "here")
+    assert "its process ended before the run did" in warning
