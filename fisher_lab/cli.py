@@ -321,7 +321,7 @@ def _run(hydra: Hydra, cfg: DictConfig) -> int:
 
 def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
     from hydra._internal.callbacks import Callbacks
-    from hydra.core.utils import run_job
+    from hydra.core.utils import env_override, run_job
     from hydra.types import HydraContext, RunMode
 
     cfg.hydra.mode = RunMode.RUN
@@ -334,17 +334,35 @@ def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
 
         outcomes.append(job.execute(task_cfg))
 
-    result = run_job(
-        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
-        task_function=task,
-        config=cfg,
-        job_dir_key="hydra.run.dir",
-        job_subdir_key=None,
-    )
+    with env_override(_take_environment(cfg)):
+        result = run_job(
+            hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+            task_function=task,
+            config=cfg,
+            job_dir_key="hydra.run.dir",
+            job_subdir_key=None,
+        )
     callbacks.on_run_end(config=cfg, config_name=cfg.hydra.job.config_name, job_return=result)
     if not outcomes:
         _ = result.return_value  # raises what kept the run from being recorded at all
     return outcomes[0].report()
+
+
+def _take_environment(cfg: DictConfig) -> dict[str, str]:
+    """What ``hydra.job.env_set`` asks for, taken out: Hydra writes the rest down, in ``.hydra``.
+
+    A key or a token is what such a variable often holds.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    variables: Any = OmegaConf.to_container(cfg.hydra.job.env_set, resolve=True)
+    with open_dict(cfg.hydra):
+        cfg.hydra.job.env_set = {}
+        cfg.hydra.overrides.hydra = [
+            f"{text.partition('=')[0]}=(not recorded)" if "hydra.job.env_set" in text else text
+            for text in cfg.hydra.overrides.hydra
+        ]
+    return {str(name): str(value) for name, value in variables.items()}
 
 
 def _check_single(cfg: DictConfig, config: Config) -> None:

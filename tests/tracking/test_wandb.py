@@ -167,7 +167,7 @@ def test_no_key_or_token_is_recorded(remote, start, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("argument", "code"),
-    [("hydra.job.env_set.WANDB_API_KEY", 0), ("+x.api_key", 2), ("+tracker.api_key", 2)],
+    [("+hydra.job.env_set.WANDB_API_KEY", 0), ("+x.api_key", 2), ("+tracker.api_key", 2)],
 )
 def test_no_key_on_the_command_line_is_recorded(argument, code, small_task, tmp_path):
     given = [f"{argument}={SECRET}", "tracker.mode=offline", "tracker.budget_s=60"]

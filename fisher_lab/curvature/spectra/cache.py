@@ -132,7 +132,7 @@ def fingerprint_of(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         sha.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(memoryview(raw.numpy()))
+        sha.update(raw.numpy().data)
     return sha.hexdigest()
 
 
