@@ -30,9 +30,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 INPUTS = 512
+MODES: tuple[Literal["gather", "gram"], ...] = ("gather", "gram")
 STEPS = ("collect", "factor", "apply")
 FLOAT, CORE = 4, 8  # bytes of a token gradient's entry, and of a factor's
 MAX_COLUMNS, MAX_DENSE = 8192, 16384  # the defaults
@@ -55,7 +56,7 @@ class Case:
         inputs: of the layer.
     """
 
-    mode: str
+    mode: Literal["gather", "gram"]
     ranks: int
     out: int
     per_rank: int
@@ -69,7 +70,7 @@ class Case:
         return self.ranks * self.per_rank
 
     @property
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, Any]:
         """Settings; columns are reduced only where the `out x out` matrix is too large."""
         if self.most is None:
             return {"max_columns": MAX_COLUMNS, "max_dense_dim": MAX_DENSE}
@@ -434,12 +435,12 @@ def cases(given: argparse.Namespace) -> list[Case]:
         for out, tokens, most in sizes
         for ranks in given.ranks
         if most is None or ranks * tokens > most
-        for mode in ("gather", "gram")
+        for mode in MODES
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="of each rank")
