@@ -6,6 +6,12 @@ every optimiser. A cell is written when it is done, and is not done again::
 
     python benchmarks/optimizers.py --steps 400 --seeds 3 --out outputs/optimizers
 
+Seconds of cells that were run at different hours are no comparison. ``--rounds`` times the steps
+apart from the losses: one short training of each optimiser a round, at its best rate of the grid,
+nothing kept::
+
+    python benchmarks/optimizers.py --steps 120 --rounds 3 --timed-steps 40
+
 ``hidden-sgd`` is a control: what ``kfac`` does, with a damping so large that the preconditioner is
 a multiple of the identity, and no clipping: SGD in the hidden layers, AdamW where ``kfac`` has it.
 """
@@ -82,7 +88,17 @@ def cell(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict[str,
     file = args.out / f"{name}_{lr:g}_{seed}_{args.steps}.json"
     if file.exists():
         return json.loads(file.read_text())
-    config = configured(name, lr, seed, args.steps, args.more)
+    content = trained(name, lr, seed, args.steps, args)
+    atomic.write_text(file, json.dumps(content))
+    print(f"{name:10s} lr {lr:<8g} seed {seed}: {content['loss']}", flush=True)
+    return content
+
+
+def trained(
+    name: str, lr: float, seed: int, steps: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train once; what a cell's file holds."""
+    config = configured(name, lr, seed, steps, args.more)
     if args.materials is None:
         args.materials = bench.prepare(config)
     model = models.with_dtype(args.materials.untrained(seed), config.model.dtype)
@@ -109,8 +125,6 @@ def cell(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict[str,
     }
     loss = content["metrics"]["loss/heldout"]
     content["loss"] = loss if math.isfinite(loss) and not content["metrics"]["diverged"] else None
-    atomic.write_text(file, json.dumps(content))
-    print(f"{name:10s} lr {lr:<8g} seed {seed}: {content['loss']}", flush=True)
     return content
 
 
@@ -154,29 +168,25 @@ def grid_table(args: argparse.Namespace) -> str:
 
 
 def seeds_table(args: argparse.Namespace) -> str:
-    """Mean over the seeds against steps, the paired difference from SGD, and seconds."""
+    """Mean over the seeds against steps, and the paired difference from SGD."""
     heads = "".join(f" loss at {share:.0%} |" for share in POINTS)
     lines = [
-        f"| optimiser | rate |{heads} less SGD's (95 %) | ms a step | s to SGD's final loss |",
-        "|---|---|" + "---|" * (len(POINTS) + 3),
+        f"| optimiser | rate |{heads} less SGD's (95 %) |",
+        "|---|---|" + "---|" * (len(POINTS) + 1),
     ]
     reference = tuned("sgd", args)
-    goal = max(c["loss"] for c in reference)
     for name in args.optimizers:
         cells = tuned(name, args)
         if not cells or any(c["loss"] is None for c in cells):
-            lines.append(f"| {name} | diverged |" + " |" * (len(POINTS) + 3))
+            lines.append(f"| {name} | diverged |" + " |" * (len(POINTS) + 1))
             continue
         losses = [_at(cells, share, args.steps) for share in POINTS]
         final = [c["loss"] for c in cells]
         spread = statistics.stdev(final) if len(final) > 1 else math.nan
         middle = "".join(f" {loss:.3f} |" for loss in losses[:-1])
         middle += f" {losses[-1]:.3f} ± {spread:.3f} |"
-        step = statistics.median(c["metrics"]["train/seconds"] / args.steps for c in cells)
-        lines.append(
-            f"| {name} | {shown_rate(name, cells[0]['lr'])} |{middle} {_less(final, reference)} | "
-            f"{1000 * step:.0f} | {_reached(cells, goal)} |"
-        )
+        rate = shown_rate(name, cells[0]["lr"])
+        lines.append(f"| {name} | {rate} |{middle} {_less(final, reference)} |")
     return "\n".join(lines)
 
 
@@ -196,14 +206,35 @@ def _less(final: list[float], reference: list[dict[str, Any]]) -> str:
     return f"{mean:+.3f} ± {half:.3f}"
 
 
-def _reached(cells: list[dict[str, Any]], goal: float) -> str:
-    """Median seconds of training until an evaluation is at or under a loss."""
-    times = [
-        next((seconds for _, loss, seconds in c["heldout"] if loss <= goal), math.inf)
-        for c in cells
+def timed_table(args: argparse.Namespace) -> str:
+    """Seconds of a step, the optimisers in turn: medians, and ratios to SGD's of the same round."""
+    rates = {name: tuned(name, args)[0]["lr"] for name in dict.fromkeys(["sgd", *args.optimizers])}
+    taken: dict[str, list[float]] = {name: [] for name in rates}
+    for _ in range(args.rounds):
+        for name, lr in rates.items():
+            metrics = trained(name, lr, 0, args.timed_steps, args)["metrics"]
+            taken[name].append(metrics["train/seconds"] / args.timed_steps)
+    lines = [
+        "| optimiser | ms a step | of SGD's | s to SGD's final loss, of SGD's |",
+        "|---|---|---|---|",
     ]
-    middle = statistics.median(times)
-    return f"{middle:.0f}" if math.isfinite(middle) else "not reached"
+    goal = max(c["loss"] for c in tuned("sgd", args))
+    whole = _steps_to(tuned("sgd", args), goal)
+    for name in args.optimizers:
+        ratio = statistics.median(t / s for t, s in zip(taken[name], taken["sgd"], strict=True))
+        steps = _steps_to(tuned(name, args), goal)
+        share = f"{ratio * steps / whole:.2f}" if math.isfinite(steps) else "not reached"
+        middle = 1000 * statistics.median(taken[name])
+        lines.append(f"| {name} | {middle:.0f} | {ratio:.2f} | {share} |")
+    return "\n".join(lines)
+
+
+def _steps_to(cells: list[dict[str, Any]], goal: float) -> float:
+    """Median of the steps until an evaluation is at or under a loss."""
+    found = (
+        next((step for step, loss, _ in c["heldout"] if loss <= goal), math.inf) for c in cells
+    )
+    return statistics.median(found)
 
 
 def main() -> None:
@@ -212,6 +243,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=0, help="time the steps, in so many rounds")
+    parser.add_argument("--timed-steps", type=int, default=40, help="steps of a timed training")
     parser.add_argument("--out", type=Path, default=Path("outputs/optimizers"))
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("more", nargs="*", help="further overrides, for every cell")
@@ -227,6 +260,9 @@ def main() -> None:
     print(grid_table(args))
     print(f"\nat the best rate, {args.seeds} seeds:\n")
     print(seeds_table(args))
+    if args.rounds:
+        print(f"\ntimed apart, {args.rounds} rounds of {args.timed_steps} steps:\n")
+        print(timed_table(args))
 
 
 if __name__ == "__main__":
