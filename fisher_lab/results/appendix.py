@@ -31,11 +31,11 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
         The files that were written, ``appendix.tex`` last.
     """
     places = Places(frame)
+    verdicts = claims.evaluate(places.reasons(frame))
     frame = places.shown(frame)
     files: list[Path] = []
     body = ["\\section{Methods}", "\\input{methods}"]
     texts = {"methods.tex": methods.latex(frame), "methods.md": methods.markdown(frame)}
-    verdicts = claims.evaluate(frame)
     texts[CLAIMS_FILE] = verdicts_text(verdicts)
     if verdicts:
         texts["claims.tex"] = claims_table(verdicts)

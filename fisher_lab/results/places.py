@@ -7,9 +7,11 @@ directory, and any other absolute one as the file's name.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +52,7 @@ class Places:
             text = re.sub(rf"{path}/?(?![\w./-])", instead, text)
         return ABSOLUTE.sub(lambda found: Path(found[0]).name, text)
 
-    def shown(self, frame: Frame) -> Frame:
+    def reasons(self, frame: Frame) -> Frame:
         """The runs with shortened reasons, and so is the reason of what was left out."""
         told = frame.assign(
             reason=frame["reason"].map(lambda r: self.short(r) if isinstance(r, str) else r)
@@ -61,6 +63,31 @@ class Places:
         ]
         told.attrs = {**frame.attrs, "left_out": Shared(left)}
         return told
+
+    def shown(self, frame: Frame) -> Frame:
+        """As :meth:`reasons`, with the settings that are paths shortened too.
+
+        Claims are not to be judged by these: they name settings in full.
+        """
+        told = self.reasons(frame)
+        for name in frame.attrs.get("config", []):
+            values = [v for v in dict.fromkeys(frame[name]) if isinstance(v, str) and "/" in v]
+            if values:
+                told[name] = frame[name].replace(self._distinct(values))
+        return told
+
+    def _distinct(self, values: Sequence[str]) -> dict[str, str]:
+        """Value -> its short form; a number tells apart those that would be the same."""
+        found: dict[str, str] = {}
+        for value in values:
+            short = text = self.short(value)
+            taken = set(found.values())
+            for number in itertools.count(2):
+                if text not in taken:
+                    break
+                text = f"{short} ({number})"
+            found[value] = text
+        return found
 
     def command(self, overrides: str) -> str:
         """What runs one cell, and nothing else, again.

@@ -204,3 +204,20 @@ def test_no_path_host_or_process_of_the_machine_is_in_the_page(tmp_path, monkeyp
                   '[{"rank": 0}]', "a processor"):  # fmt: skip
         assert words in shown
     assert json.loads((root / "a" / "run.json").read_text())["provenance"]["pid"] == 424242
+
+
+def test_settings_that_are_paths_are_shortened_and_stay_apart(tmp_path):
+    for i, path in enumerate(("/far/a/text.txt", "/far/b/text.txt", f"{tmp_path}/text.txt")):
+        make_run(tmp_path / "s" / str(i), {"data.path": path, "seed": 0}, {"m": float(i)})
+    frame = load(tmp_path / "s")
+    shown = Places(frame).shown(frame)
+    assert shown["data.path"].tolist() == ["text.txt", "text.txt (2)", "text.txt (3)"]
+    assert frame["data.path"].tolist()[0] == "/far/a/text.txt"
+    where = {"data.path": "/far/a/text.txt"}
+    claim = {"type": "bounded", "metric": "m", "at_most": 0, "where": where, "text": "bounded"}
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps({"name": "s", "claims": [claim]}))
+    text = page(load(tmp_path / "s"))
+    assert "1</b> claims: holds" in text  # which names the setting in full
+    for command in (line for block in commands(text) for line in block):
+        text = text.replace(html.escape(command), "")  # and so must a command
+    assert "/far/" not in text

@@ -56,12 +56,12 @@ def write_report(frame: Frame, output: Path) -> list[Path]:
 def page(frame: Frame) -> str:
     """The report as text."""
     places = Places(frame)
+    verdicts = claims.evaluate(places.reasons(frame))
     frame = places.shown(frame)
     sweeps = list(dict.fromkeys(frame["sweep"]))
-    verdicts = claims.evaluate(frame)
     sections = [_head(sweeps), _summary(frame, sweeps, verdicts)]
     if verdicts:
-        sections.append(_claims(verdicts))
+        sections.append(_claims(verdicts, places))
     for number, sweep in enumerate(sweeps):
         sections.append(_sweep(only(frame, sweep), sweep, number, places))
     sections += [runs.failures(frame, places), runs.runs(frame, places)]
@@ -125,14 +125,14 @@ def _summary(frame: Frame, sweeps: Sequence[str], verdicts: Sequence[claims.Verd
     return f'<nav><ul>{nav}</ul></nav><ul class="counts">{items}</ul>{shown}'
 
 
-def _claims(verdicts: Sequence[claims.Verdict]) -> str:
+def _claims(verdicts: Sequence[claims.Verdict], places: Places) -> str:
     rows = []
     for v in verdicts:
         needed = "" if v.seeds_needed is None else str(v.seeds_needed)
         cells = [
             (f"word verdict {v.verdict.replace(' ', '-')}", v.verdict), ("word long", v.text),
-            ("word long", v.why), ("", str(v.seeds)), ("", needed), ("word long", v.test),
-            ("word", v.sweep),
+            ("word long", places.short(v.why)), ("", str(v.seeds)), ("", needed),
+            ("word long", v.test), ("word", v.sweep),
         ]  # fmt: skip
         rows.append(cells)
     heads = ["verdict", "claim", "numbers", "n", "n needed", "test", "sweep"]
