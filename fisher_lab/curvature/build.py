@@ -683,7 +683,7 @@ class FactorBuilder:
         )
         if self.settings.ekfac:
             empty = torch.empty(0, side.layer.n_out, device=self.device)
-            factors.tokens_g = _joined(side.last_g, side.g.what()) if side.last_g else empty
+            factors.tokens_g = _joined(side.last_g, accumulator.what()) if side.last_g else empty
             nowhere = torch.empty(0, dtype=torch.int64, device=self.device)
             factors.order = torch.cat([nowhere, *side.order])
         factors.exact = accumulator.exact_factor(weight)
