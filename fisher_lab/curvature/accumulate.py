@@ -291,14 +291,13 @@ class GradientAccumulator(_Summing):
         keys = self.keys(self.kept)
         chosen = keys.topk(self.policy.max_columns, largest=False).indices.sort().values
         self._keys = keys[chosen]
-
-        def some() -> Tensor:
-            joined = self._joined()
-            return joined[chosen.to(joined.device)]
-
-        self.parts = [self.guarded(some)]
+        self.parts = [self.guarded(lambda: self._chosen(chosen))]
         self.kept = self.policy.max_columns
         self.discarded = 1.0 - self.kept / self.seen
+
+    def _chosen(self, chosen: Tensor) -> Tensor:
+        joined = self._joined()
+        return joined[chosen.to(joined.device)]
 
     def keys(self, kept: int) -> Tensor:
         """Returns the random keys of the columns at hand, ``[kept]``: the smallest ones stay."""
@@ -308,18 +307,18 @@ class GradientAccumulator(_Summing):
 
     def _truncate(self) -> None:
         """Keeps the leading directions; the trace that goes is added up."""
-
-        def leading() -> tuple[Tensor, Tensor]:
-            joined = self._joined()
-            values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
-            return values, vectors[:, -self.policy.max_columns :].to(joined).T @ joined
-
-        values, kept = self.guarded(leading)
+        values, kept = self.guarded(self._leading)
         self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.policy.max_columns].sum())
         self.parts = [kept]
         self.kept = self.policy.max_columns
         total = self._lost + float(values[-self.policy.max_columns :].sum())
         self.discarded = self._lost / total if total > 0 else 0.0
+
+    def _leading(self) -> tuple[Tensor, Tensor]:
+        """All eigenvalues of the columns' Gram matrix, and the columns in the leading ones."""
+        joined = self._joined()
+        values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
+        return values, vectors[:, -self.policy.max_columns :].to(joined).T @ joined
 
     def tokens_in_order(self) -> bool:
         """Says whether the columns are the tokens as they came (push-through needs that)."""

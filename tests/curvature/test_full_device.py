@@ -93,8 +93,9 @@ def stages():
 
     two = {"batches": 2}
     few = {"max_columns": 8, "max_dense_dim": 40, "exclude": ["*mlp.c_proj"]}
+    low = two | few | {"column_reduction": "lowrank"}
     head, pooled = {"kfac_true_fisher_head": True}, {"tied": "sum"}
-    work, joined = (GradientAccumulator, "guarded"), (GradientAccumulator, "factor")
+    joined = (GradientAccumulator, "factor")
     return {
         "sum of A": (MomentAccumulator, "add", "A side", "all", {}),
         "room for A": (MomentAccumulator, "__init__", "A side", "all", {}),
@@ -104,8 +105,8 @@ def stages():
         "unrounded columns": (
             GradientAccumulator, "exact_factor", "G side", "all", two | {"woodbury_dtype": "fp16"},
         ),
-        "subsample": (*work, "G side", "all", two | few),
-        "low rank": (*work, "G side", "all", two | few | {"column_reduction": "lowrank"}),
+        "subsample": (GradientAccumulator, "_chosen", "G side", "all", two | few),
+        "low rank": (GradientAccumulator, "_leading", "G side", "all", low),
         "lossless": (*joined, "G side", "all", {"max_columns": 8}),
         "tokens kept": (build, "_joined", "side", "all", two | {"ekfac": True}),
         "A or G, application": (DampedDense, "power", "side", "small_only", {}),

@@ -139,8 +139,13 @@ def test_largest_eigenvalues_come_as_often_as_they_are_there():
 
 
 def test_a_full_device_is_no_solver_that_fails(monkeypatch):
-    def full(_):
-        raise torch.OutOfMemoryError("no room (stub)")
+    solver, calls = torch.linalg.eigh, []
+
+    def full(matrix):
+        calls.append(matrix)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room (stub)")
+        return solver(matrix)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", full)
