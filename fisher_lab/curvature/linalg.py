@@ -7,6 +7,7 @@ Cholesky factorisation section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,9 @@ def _ratio(top: float, low: float) -> float:
 def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
     """Eigendecomposition of a positive semi-definite matrix: (values >= 0, vectors).
 
-    A device's solver that fails to converge is followed by the host's in float64.
+    A solver that fails to converge is followed by the host's in float64, of the matrix scaled to
+    entries of at most 1, and that one by a singular value decomposition, which is the same for such
+    a matrix and goes another way.
 
     Args:
         matrix: ``[n, n]`` symmetric.
@@ -155,9 +158,22 @@ def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, T
         raise
     except RuntimeError:  # torch.linalg.LinAlgError is one
         pass
-    values, vectors = torch.linalg.eigh(matrix.cpu().double()) if found is None else found
+    values, vectors = _decomposed_again(matrix) if found is None else found
     values, vectors = values.to(matrix), vectors.to(matrix)
     return values.clamp(min=0.0), vectors
+
+
+def _decomposed_again(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`symmetric_eigen` tries last; ascending, float64, on the host."""
+    work = matrix.cpu().double()
+    size = float(work.abs().max())
+    scale = 2.0 ** math.frexp(size)[1] if 0.0 < size < math.inf else 1.0
+    try:
+        values, vectors = torch.linalg.eigh(work / scale)
+    except RuntimeError:
+        vectors, values, _ = torch.linalg.svd(work / scale)
+        values, vectors = values.flip(0), vectors.flip(1)
+    return values * scale, vectors
 
 
 @dataclass(frozen=True)
