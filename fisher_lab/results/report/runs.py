@@ -28,7 +28,7 @@ def commands(table: Table, frame: Frame, places: Places) -> str:
     lines: dict[str, dict[str, None]] = {}
     for directory, overrides in zip(frame["directory"], frame["overrides"], strict=True):
         of_cell = lines.setdefault(names.get(directory, "?"), {})
-        of_cell[places.command(overrides or "")] = None
+        of_cell[places.command(_text(overrides))] = None
     return "".join(
         parts.folded(f"{cell} ({len(of_cell)})", "\n".join(of_cell))
         for cell, of_cell in lines.items()
@@ -46,17 +46,23 @@ def failures(frame: Frame, places: Places) -> str:
     for run in lost[
         ["sweep", "status", "reason", "not_finite", "overrides", "directory"]
     ].itertuples(index=False):
-        words = [run.reason or "", f"not finite: {run.not_finite}" if run.not_finite else ""]
+        not_finite = _text(run.not_finite)
+        words = [_text(run.reason), f"not finite: {not_finite}" if not_finite else ""]
         rows.append(
             [
                 ("word", run.sweep), (f"word {run.status}", run.status),
                 ("word long", "; ".join(w for w in words if w)),
-                ("word long", places.short(run.overrides or "")),
+                ("word long", places.short(_text(run.overrides))),
                 ("word long", places.run(run.directory)),
             ]
         )  # fmt: skip
     heads = ["sweep", "status", "reason", "overrides", "directory"]
     return f'<h2 id="failures">Failures</h2>{parts.table(heads, rows)}'
+
+
+def _text(value: object) -> str:
+    """A text, or nothing: where only some runs have one, pandas puts NaN for the others."""
+    return value if isinstance(value, str) else ""
 
 
 def runs(frame: Frame, places: Places) -> str:
