@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from .frames import Frame, only
 from .latex import breakable
 from .values import label, levels
@@ -118,12 +120,15 @@ def _models(runs: Frame) -> list[str]:
         size = "provenance.workbench.model.parameters"
         count = f" ({_range(runs, size, ',.0f')} parameters)" if _has(runs, size) else ""
         parts.append(f"Models: {_list(runs, 'model.name')}{count}, on {_list(runs, 'data.name')}.")
-    if _has(runs, "tokens", "data.seq_len"):
+    trained = _trained(runs)
+    analysed = runs[~trained]
+    if _has(analysed, "tokens", "data.seq_len"):
         parts.append(
-            f"Factors were built from {_range(runs, 'tokens', ',.0f')} tokens "
-            f"({_batches(runs)} of {_list(runs, 'data.batch_size')} sequences of "
-            f"{_list(runs, 'data.seq_len')} tokens)."
+            f"Factors were built from {_range(analysed, 'tokens', ',.0f')} tokens "
+            f"({_batches(analysed)} of {_list(analysed, 'data.batch_size')} sequences of "
+            f"{_list(analysed, 'data.seq_len')} tokens)."
         )
+    parts += _training(runs[trained])
     if _has(runs, "seed"):
         numbers = sorted({own["seed"].nunique() for _, own in runs.groupby("sweep")})
         words = "1 seed" if numbers == [1] else f"{join([str(n) for n in numbers])} seeds"
@@ -132,7 +137,29 @@ def _models(runs: Frame) -> list[str]:
     return parts
 
 
+def _trained(runs: Frame) -> pd.Series:
+    """Which runs are trainings."""
+    if "task.name" not in runs:
+        return pd.Series(False, index=runs.index)
+    return runs["task.name"] == "train"
+
+
+def _training(runs: Frame) -> list[str]:
+    if not _has(runs, "tokens", "train/steps", "optimizer.name"):
+        return []
+    each = runs.assign(step=runs["tokens"] / runs["train/steps"])
+    rate = _list(runs, "optimizer.lr", "of the recipe")
+    steps, tokens = _range(runs, "train/steps", ",.0f"), _range(each, "step", ",.0f")
+    return [
+        f"Trained with the optimiser {_list(runs, 'optimizer.name')} (learning rate {rate}) for "
+        f"{steps} steps of {tokens} tokens."
+    ]
+
+
 def _kfac(runs: Frame) -> list[str]:
+    trained = _trained(runs)
+    if "optimizer.name" in runs:  # other optimisers have no use for the section kfac
+        runs = runs[~trained | runs["optimizer.name"].isin(["kfac", "ekfac"])]
     if not _has(runs, "kfac.damping"):
         return []
     kinds = [WORDS.get(str(k), str(k)) for k in _values(runs, "kfac.fisher")]
@@ -142,6 +169,9 @@ def _kfac(runs: Frame) -> list[str]:
         if _has(runs, key)
     ]
     more = f" ({join(sides)} where set apart)" if sides else ""
+    ratios = [r for r in _values(runs[_trained(runs)], "optimizer.damping_ratio") if r != 1]
+    if ratios:
+        more += f", in the trainings {join([label(r) for r in ratios])} times that on the A side"
     parts = [
         f"Curvature is K-FAC with {join(kinds)}; which layers take the Woodbury identity on the G "
         f"side was decided by the policy {_list(runs, 'kfac.policy')}.",
@@ -160,10 +190,8 @@ def _kfac(runs: Frame) -> list[str]:
 
 def _refreshed(runs: Frame) -> str:
     """How often a training makes its factors anew; ``task=analyze`` makes them once."""
-    if "task.name" not in runs or "kfac.update_freq" not in runs:
-        return ""
-    trained = runs[runs["task.name"] == "train"]
-    if trained.empty:
+    trained = runs[_trained(runs)]
+    if trained.empty or "kfac.update_freq" not in runs:
         return ""
     which = "" if len(trained) == len(runs) else " in the trainings"
     return f"factors are refreshed every {_list(trained, 'kfac.update_freq')} steps{which}"

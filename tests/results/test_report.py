@@ -98,6 +98,19 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
     assert "\\_" in methods.markdown(load(results))
 
 
+def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_path):
+    kfac = {"optimizer.name": "kfac", "optimizer.lr": 0.03, "optimizer.damping_ratio": 300.0}
+    sgd = {**kfac, "optimizer.name": "sgd"}
+    numbers = {"tokens": 5120.0, "train/steps": 5}
+    for name, settings in {"kfac": kfac, "sgd": sgd}.items():
+        make_run(tmp_path / name / "0", {"task.name": "train", "seed": 0, **settings}, numbers)
+    text = " ".join(methods.sentences(load(tmp_path / "kfac")))
+    assert "optimiser kfac (learning rate 0.03) for 5 steps of 1,024 tokens." in text
+    assert "on each factor, in the trainings 300 times that on the A side" in text
+    assert "Factors were built from" not in text
+    assert "K-FAC" not in " ".join(methods.sentences(load(tmp_path / "sgd")))
+
+
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
@@ -108,7 +121,8 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
 )
 def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):
     for i, task in enumerate(tasks):
-        make_run(tmp_path / "s" / str(i), {"task.name": task, "seed": i, "kfac.ekfac": True})
+        settings = {"task.name": task, "optimizer.name": "kfac", "kfac.ekfac": True}
+        make_run(tmp_path / "s" / str(i), {**settings, "seed": i})
     text = " ".join(methods.sentences(load(tmp_path / "s")))
     assert "(EKFAC)." in text
     assert said in text if said else "refreshed" not in text

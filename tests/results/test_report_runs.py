@@ -221,3 +221,13 @@ def test_settings_that_are_paths_are_shortened_and_stay_apart(tmp_path):
     for command in (line for block in commands(text) for line in block):
         text = text.replace(html.escape(command), "")  # and so must a command
     assert "/far/" not in text
+
+
+def test_a_run_without_a_reason_beside_one_with_one(tmp_path):
+    make_run(tmp_path / "s" / "0", {"seed": 0}, error=MemoryError("no room"))
+    make_run(tmp_path / "s" / "1", {"seed": 1}, status="running")
+    frame = load(tmp_path / "s")
+    text = runs.failures(frame, Places(frame))
+    assert "no room" in text
+    assert "running" in text
+    assert "nan" not in text.lower()
