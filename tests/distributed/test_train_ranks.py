@@ -220,11 +220,11 @@ def test_other_ranks_are_another_training(data: str) -> None:
 
 
 def test_the_watcher_tells_a_signal_from_a_failure() -> None:
-    from fisher_lab.distributed.launch import Failure, RanksFailed
+    from fisher_lab.distributed.launch import Failure
 
     def ended(*codes: int) -> Any:
         failures = [Failure(rank, 10 + rank, code) for rank, code in enumerate(codes)]
-        return ranks_module.stopped_by(RanksFailed(failures))
+        return ranks_module.stopped_by(failures)
 
     assert ended(128 + signal.SIGUSR2, 128 + signal.SIGUSR2) == signal.SIGUSR2
     assert ended(-signal.SIGTERM, 128 + signal.SIGUSR2) == signal.SIGUSR2

@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fisher_lab.runs import record
@@ -78,14 +79,24 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
 
 
 @pytest.mark.usefixtures("small_workers")
-def test_a_job_that_slurm_kills_outright_is_seen_without_accounting(door, runs, until):
+def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs, until):
     """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
     process = launch_small("-m", f"seed={small_worker.WAITS},1", *CPU)
     until(lambda: statuses(runs).get(small_worker.WAITS) == "running")
     sweep = layout()
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
     job = jobs(sweep)[directory.name]
-    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True, timeout=60)
+    (pid,) = [
+        entry["pid"]
+        for entry in sweep.journal.read()
+        if entry["event"] == "started" and entry["run_id"] == directory.name
+    ]
+    worker = psutil.Process(pid)
+    job_itself = worker.parent()
+    assert job_itself is not None
+    worker.suspend()  # or it would get a SIGTERM as its parent dies, and have a last word
+    job_itself.kill()
+    worker.kill()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert statuses(runs) == {1: "completed", small_worker.WAITS: "failed"}
