@@ -76,7 +76,7 @@ class LanczosConfig:
         None, "Basis vectors; null: max(2k + 10, 20).", whole(3) | null
     )
     max_products: int | None = setting(
-        None, "Products at most; null: 20 a vector.", whole(1) | null
+        None, "Products at most; null: 20 a vector, 300 at least.", whole(1) | null
     )
     tol: float = setting(1e-6, "Residual over the largest eigenvalue at convergence.", above(0))
     which: str = setting(
