@@ -363,7 +363,10 @@ class KFACNaturalGradient:
         return self.engine.powered(gradients, model, power)
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """Returns factors, header and counters; tensors and plain values only."""
+        """Returns factors, header and counters; tensors and plain values only.
+
+        With several ranks the factors come whole, and every rank has to call it.
+        """
         tensors, header = self.engine.export(model)
         return {
             "tensors": tensors,
@@ -389,6 +392,8 @@ class KFACNaturalGradient:
 
     def save(self, path: str | Path, model: nn.Module) -> None:
         """Writes the factors to a safetensors file: under a temporary name, then renamed.
+
+        With several ranks the factors are written whole, and every rank has to call it.
 
         Args:
             path: of the file.

@@ -55,7 +55,7 @@ class SpectralConfig:
         sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
             token-summed loss).
         eigensolve_device: ``cpu``, ``cuda``, or ``auto`` (the host, but the model's GPU from
-            ``N = 2048`` on).
+            a side of 2048 on).
         regularization: added to the diagonal, times the mean diagonal, only after the eigensolver
             failed; the record says what was added.
         dtype_eigensolve: ``torch.float64`` or ``torch.float32``.

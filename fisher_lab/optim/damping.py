@@ -40,7 +40,7 @@ class LevenbergMarquardt:
     """More damping after steps that the quadratic model promised too much for, less after others.
 
     Martens & Grosse 2015, section 6.5: the multiplier grows where the reduction ratio is under
-    ``low`` and shrinks where it is over ``high``. The ratio that is not finite counts as low.
+    ``low`` and shrinks where it is over ``high``. NaN and minus infinity count as low.
 
     Attributes:
         factor: what the multiplier is divided or multiplied by, between 0 and 1.

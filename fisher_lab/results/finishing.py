@@ -115,14 +115,15 @@ def standard_output() -> Console:
 
 
 def finish_if_due(directory: Path, *, console: Console | None = None) -> Finished | None:
-    """Finish a sweep whose launcher is gone, if its last cell is done and it was not finished yet.
+    """Finish a sweep, as its launcher does at its end, if its last cell is done.
 
     Args:
         directory: of a sweep; anything else is left alone.
         console: gets the table and the verdicts where the sweep is finished by this call.
 
     Returns:
-        What was made, its ``files`` empty where all was there before; None where cells are open.
+        What was made, its ``files`` empty where all was there before; None where cells
+        are open, or where the directory cannot be read or written.
     """
     if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
         return None

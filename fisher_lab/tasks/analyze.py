@@ -47,7 +47,8 @@ def run(config: Config, run: Run) -> None:
 
     Args:
         config: the validated configuration.
-        run: the run's record; gets ``metrics.json``, ``layers.csv`` and, with ranks, ``ranks.csv``.
+        run: the run's record; gets ``metrics.json``, ``layers.csv``, with ranks ``ranks.csv`` and,
+            where ``kfac.save_factors`` asks for them, ``factors.safetensors``.
 
     Raises:
         ConfigError: text or model cannot be had as configured.

@@ -2,7 +2,8 @@
 
 Each step writes its files into the run directory and returns flat metrics. Files: ``spectral.json``
 and ``spectral.csv``; ``lanczos.json`` and ``density.csv``; ``group_fisher.json``,
-``group_fisher/`` (the state) and ``group_fisher.csv``; a PDF and a PNG for every figure.
+``group_fisher/`` (the state), ``group_fisher.csv`` and ``group_fisher_export.safetensors``; a PDF
+and a PNG for every figure.
 
 On several ranks each takes its sequences of every batch, whatever ``kfac.reduce`` says, and the
 numbers are those of all of them; rank 0 writes.
