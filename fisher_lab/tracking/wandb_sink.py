@@ -218,8 +218,10 @@ class WandbSink:
         self._run.summary.update({"status": status})
         file = Path(self._run.settings.sync_file)
         self._run.finish(exit_code=0 if status == "completed" else 1)
+        # Only then is the file whole: `finish` does not wait for the service to have closed it, and
+        # the service gives up what it has yet to write when this process ends.
+        self._wandb.teardown()
         if self._online:
-            self._wandb.teardown()  # only then is the file whole
             file.with_name(file.name + SENT).write_text(f"{file.stat().st_size}\n")
 
 

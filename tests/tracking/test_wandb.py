@@ -320,6 +320,36 @@ def process(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+FINISHED = """
+import os, psutil, sys
+from pathlib import Path
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.tracking import Start
+from fisher_lab.tracking.wandb_sink import make
+
+sink = make(TrackerConfig(mode="offline"), print)
+sink.start(Start("abc", "abc-1", 1, {}, Path(sys.argv[1])))
+sink.log({"loss": 0.5}, 1)
+before = len(psutil.Process().children(recursive=True))
+sink.finish("completed")
+print(before, len(psutil.Process().children(recursive=True)), flush=True)
+os._exit(0)
+"""
+
+
+def test_the_service_is_through_when_finish_returns(tmp_path):
+    """It gives up what it has yet to write when the process that started it ends."""
+    answer = subprocess.run(
+        [sys.executable, "-c", FINISHED, str(tmp_path)],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(paths.root())},
+    )  # fmt: skip
+    before, after = map(int, answer.stdout.split()[-2:])
+    assert (before > 0, after) == (True, 0), answer.stderr
+    (file,) = files(tmp_path)
+    assert read(file).curve("loss") == [(1, 0.5)]
+
+
 def test_a_run_killed_by_sigkill_has_all_that_it_logged(tmp_path):
     run = process(tmp_path, "7", "kill")
     out, _ = run.communicate(timeout=120)
