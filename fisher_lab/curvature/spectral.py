@@ -49,7 +49,7 @@ class SpectralConfig:
     Attributes:
         seed: of the subsample and the sketch.
         use_deterministic: ``torch.use_deterministic_algorithms`` and a fixed cuBLAS workspace
-            during the call. Bit-identical from run to run; 1 % slower where it was measured, on a
+            during the call. Bit-identical from run to run; no slower where it was measured, on a
             CPU (``docs/benchmarks.md``; a GPU can lose more), and an operation without a
             deterministic form is an error.
         sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
