@@ -53,6 +53,9 @@ class Replay:
         """Returns the recorded gradients; parameters outside the layers are not asked about."""
         return self.found, [None] * len(parameters)
 
+    def close(self) -> None:
+        """There is no hook to take away."""
+
 
 def bench() -> Any:
     """The default workbench: model and one batch of 4 x 128 tokens."""
