@@ -22,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -338,17 +337,9 @@ def machine() -> dict[str, Any]:
     """Describes the machine, without its name."""
     import torch
 
-    model = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
-        "system": platform.system(), "python": platform.python_version(),
-        "torch": torch.__version__, "threads a rank": 1,
-    }  # fmt: skip
+    from fisher_lab.runs import provenance
+
+    return {**provenance.machine(), "torch": torch.__version__, "threads a rank": 1}
 
 
 def write(directory: Path, rows: list[dict[str, Any]], failed: list[str], seconds: float) -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -25,6 +23,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fisher_lab.runs import provenance
 
 DAMPINGS = [10.0 ** -(i / 4) for i in range(20)]
 POLICIES = ["all", "auto", "hybrid", "small_only"]
@@ -117,15 +117,7 @@ def measure(root: Path, layers: bool) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """Describes the machine, without its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": models[0] if models else "unknown", "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1), "system": platform.system(),
-        "python": platform.python_version(), "pandas": metadata.version("pandas"),
-    }  # fmt: skip
+    return {**provenance.machine(), "pandas": metadata.version("pandas")}
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from fisher_lab.runs import provenance
 
 LENGTH = 128
 
@@ -227,21 +228,12 @@ def alternating(samples: int, repeats: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Describes the machine, without its name, and the versions of what is measured."""
-    model = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = {}
     for name in ("torch", "transformers", "numpy", "scipy", "curvlinops-for-pytorch"):
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {
-        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
-        "system": platform.system(), "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "versions": versions,
-    }  # fmt: skip
+    about = {"threads": torch.get_num_threads(), "versions": versions}
+    return {**provenance.machine(), **about}
 
 
 def main() -> None:

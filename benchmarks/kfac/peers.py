@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +28,8 @@ import torch
 from libraries import LIBRARIES, dampings, mean_gradient
 from safetensors.torch import load_file, save_file
 from workloads import WORKLOADS, Workload, describe
+
+from fisher_lab.runs import provenance
 
 STEPS = ("factors", "invert", "apply")
 DAMPING = 1e-3
@@ -189,17 +190,8 @@ def run(
 
 def machine() -> dict[str, Any]:
     """Describes the machine, without its name."""
-    model = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1),
-        "system": platform.system(), "python": platform.python_version(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {**provenance.machine(), **about}
 
 
 COLUMNS = (

@@ -126,6 +126,18 @@ def host() -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """The machine without its name, as a benchmark's table tells it; memory in GiB."""
+    found = host()
+    return {
+        "processor": found["cpu"],
+        "cores": found["cpus"],
+        "memory_gib": round(found["memory_mb"] / 2**10, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
 def _allowed_cpus() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

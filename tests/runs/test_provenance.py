@@ -90,3 +90,11 @@ def test_the_environment_is_not_copied(monkeypatch):
     text = json.dumps(provenance.collect())
     assert "a-very-secret-key" not in text
     assert "WANDB_API_KEY" not in text
+
+
+def test_a_machine_is_told_without_its_name():
+    host, machine = provenance.host(), provenance.machine()
+    assert (machine["processor"], machine["cores"]) == (host["cpu"], host["cpus"])
+    assert machine["memory_gib"] * 1024 == pytest.approx(host["memory_mb"], abs=52)  # 0.05 GiB
+    assert not {"name", "pid"} & machine.keys()
+    assert set(machine) == {"processor", "cores", "memory_gib", "system", "python"}
