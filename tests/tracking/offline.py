@@ -31,8 +31,11 @@ class Recorded:
 
 
 def files(directory: Path) -> list[Path]:
-    """The ``.wandb`` files under a directory, oldest first."""
-    return sorted(directory.rglob("run-*.wandb"), key=lambda path: path.parent.name)
+    """The ``.wandb`` files under a directory, in the order in which they were last written.
+
+    Not by name: the library names them by the second, and two runs may begin within one.
+    """
+    return sorted(directory.rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def read(file: Path) -> Recorded:
