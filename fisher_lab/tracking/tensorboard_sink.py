@@ -28,26 +28,47 @@ def make(config: TrackerConfig, say: Say) -> TensorBoardSink:
 
 
 class TensorBoardSink:
-    """Event files in ``tensorboard/`` of the tracker's directory."""
+    """Event files in ``tensorboard/`` of the tracker's directory.
+
+    An attempt that goes on where an earlier one was killed makes some steps again: the file that
+    it opens says from which step on the earlier ones are void, and TensorBoard leaves those out.
+    """
 
     def __init__(self) -> None:
-        self._writer: Any = None
+        self._start: Start | None = None
+        self._opened: Any = None
         self._step = 0
 
     def start(self, start: Start) -> None:
-        """Open the event file; configuration and name go in as text."""
+        """Open the event file; a later attempt's only with its first number, which has a step."""
         if not installed():
             raise ModuleNotFoundError(MISSING)
+        self._start = start
+        if start.attempt == 1:
+            self._open()
+
+    def _open(self, void_from: int | None = None) -> None:
+        """Configuration and name go in as text."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(start.directory / "tensorboard"))
+        assert self._start is not None
+        start = self._start
+        self._opened = SummaryWriter(str(start.directory / "tensorboard"), purge_step=void_from)
         about = {"id": start.tracker_id, "name": start.name, "group": start.group}
-        self._writer.add_text("run", _code(about | {"job_type": start.job_type}))
-        self._writer.add_text("config", _code(start.config))
+        self._opened.add_text("run", _code(about | {"job_type": start.job_type}))
+        self._opened.add_text("config", _code(start.config))
+
+    @property
+    def _writer(self) -> Any:
+        if self._opened is None:
+            self._open()
+        return self._opened
 
     def log(self, values: Numbers, step: int | None = None) -> None:
         """Numbers of a step, under ``curve/``."""
         self._step = self._step + 1 if step is None else step
+        if self._opened is None:
+            self._open(self._step)
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(CURVE + name, value, self._step)

@@ -40,6 +40,40 @@ def test_event_files_are_read_back(remote, start, tmp_path):
     assert b'"damping": 0.0001' in config.tensor_proto.string_val[0]
 
 
+def test_steps_that_are_made_again_are_shown_once(remote, start, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, second = remote("tensorboard"), remote("tensorboard")
+    first.start(start())
+    for step in range(1, 5):
+        first.log({"loss": float(step)}, step)
+    first.finish("killed")
+    second.start(start(attempt=2))
+    for step in range(3, 6):
+        second.log({"loss": 10.0 * step}, step)
+    second.finish("completed")
+    assert len(list((tmp_path / "tracker" / "tensorboard").iterdir())) == 2
+    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("curve/loss")]
+    assert curve == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_a_later_attempt_without_a_curve_is_written(remote, start, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = remote("tensorboard")
+    tracker.start(start(attempt=2))
+    tracker.summary({"loss": 0.25})
+    tracker.finish("completed")
+    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("summary/loss")[0].value == 0.25
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
 def test_a_missing_package_is_said_before_anything_is_done(
     small_task, monkeypatch, capfd, tmp_path
 ):
