@@ -22,7 +22,9 @@ class Library(Protocol):
 
     Attributes:
         convention: what the damping means: ``factors`` (both factors get it), ``product`` (its
-            square is added to the Kronecker product) or ``pi`` (split by the ratio of traces).
+            square is added to the Kronecker product) or ``pi`` (split by the ratio of traces);
+            ``augmented`` is ``factors`` where A has the bias's column, whose gradient is zero, or
+            the batch's in ``augmented, own``.
     """
 
     convention: str
@@ -52,8 +54,6 @@ def mean_gradient(workload: Workload) -> dict[str, Tensor]:
 class FisherLab:
     """This project: ``own`` preconditions by push-through, else any gradient that is given."""
 
-    convention = "factors"
-
     def __init__(
         self, workload: Workload, damping: float, *, own: bool = False, kappa: float | None = None,
         dtype: Any = "float32", **options: Any,
@@ -74,6 +74,10 @@ class FisherLab:
             **options,
         )
         modules = dict(workload.model.named_modules())
+        with_bias = any(modules[name].bias is not None for name in workload.layers)
+        self.convention = "factors"
+        if with_bias:
+            self.convention = "augmented, own" if own else "augmented"
         parameters = {p: n for n, p in workload.model.named_parameters()}
         self.weights = {name: parameters[modules[name].weight] for name in workload.layers}  # type: ignore[index]
         self.gradient = None if own else mean_gradient(workload)
@@ -296,12 +300,12 @@ LIBRARIES: dict[str, Any] = {
 }
 
 
-def dampings(convention: str, a: Tensor, g: Tensor, damping: float) -> tuple[float, float]:
-    """Damping of A and of G where a library damps the factors.
+def dampings(convention: str, a: float, g: float, damping: float) -> tuple[float, float]:
+    """Damping of A and of G where a library damps the factors, from their mean diagonals.
 
     ``pi`` is Martens & Grosse 2015, section 6.3, on the square of the damping.
     """
-    if convention == "factors":
+    if convention != "pi":
         return damping, damping
-    ratio = math.sqrt(float(a.diagonal().mean() / g.diagonal().mean()))
+    ratio = math.sqrt(a / g)
     return damping * ratio, damping / ratio
