@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ekfac, state
-from .build import Built, FactorBuilder, LayerFactors
+from .build import FactorBuilder
 from .capture import Capture, TokenMasks
 from .decompose import prepare_together, same_vectors
 from .errors import BatchError, CurvatureError, FactorFileError, LayerError, LossError
 from .factors import Damped, Factor, FactorReport, GramFactor
+from .layer_factors import Built, LayerFactors
 from .layers import Kind, Layer, Layers, discover
 from .linalg import all_finite, full_precision
 from .losses import (

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import LayerFactors
 from .errors import FactorFileError, LayerError
 from .factors import (
     Columns,
@@ -27,11 +26,12 @@ from .factors import (
     GramFactor,
     ShardedColumns,
 )
-from .join import Spread
+from .layer_factors import LayerFactors
 from .layers import Kind, Layer, Layers
 from .losses import device_of, unwrap
 from .reduce import Communicator, share
 from .settings import Storage
+from .spread import Spread
 from .storage import put_back
 
 VERSION = 2
