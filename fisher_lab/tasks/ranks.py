@@ -142,7 +142,7 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
         return (_lead if meeting.leads else _follow)(work, own, meeting)
 
 
-def _watch(path: Path, where: launch.Place, meeting: nodes.Meeting | None) -> Ended:
+def _watch(path: Path, where: nodes.Place, meeting: nodes.Meeting | None) -> Ended:
     """Starts this node's ranks and waits for them."""
     failures: tuple[launch.Failure, ...] = ()
     try:
@@ -162,7 +162,7 @@ def _watch(path: Path, where: launch.Place, meeting: nodes.Meeting | None) -> En
     return Ended(failures, _errors_here(path.parent, where))
 
 
-def _errors_here(folder: Path, where: launch.Place) -> tuple[dict[str, Any], ...]:
+def _errors_here(folder: Path, where: nodes.Place) -> tuple[dict[str, Any], ...]:
     """The errors of this node's ranks."""
     return tuple(e for e in read_errors(folder) if e["rank"] // where.nproc == where.node)
 
