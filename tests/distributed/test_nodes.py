@@ -32,8 +32,8 @@ from fisher_lab.sweeping.cell import Cell, Frozen, freeze, new_submission
 from fisher_lab.sweeping.layout import Layout
 from fisher_lab.tasks import endings, ranks
 from fisher_lab.tasks.endings import Endings
-from fisher_lab.tasks.job import Work
 from fisher_lab.tasks.ranks import Ended
+from fisher_lab.tasks.work import Work
 
 WAIT_S = 60
 
