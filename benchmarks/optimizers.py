@@ -37,6 +37,7 @@ from fisher_lab.config.validate import validate
 from fisher_lab.runs import atomic
 from fisher_lab.tasks import natural, train
 from fisher_lab.workbench import bench, models, training
+from fisher_lab.workbench.materials import prepare
 
 IDENTITY = 1e3
 """Damping of both factors in the control; a step is ``IDENTITY ** -2`` times the gradient's."""
@@ -100,7 +101,7 @@ def trained(
     """Train once; what a cell's file holds."""
     config = configured(name, lr, seed, steps, args.more)
     if args.materials is None:
-        args.materials = bench.prepare(config)
+        args.materials = prepare(config)
     model = models.with_dtype(args.materials.untrained(seed), config.model.dtype)
     job = train.make_job(config, {})
     with tempfile.TemporaryDirectory() as directory:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .curvature.build import LayerFactors
 from .curvature.capture import Capture
 from .curvature.errors import FactorFileError
-from .curvature.kfac import KFACEngine, Progress, no_progress
+from .curvature.kfac import KFACEngine
+from .curvature.layer_factors import LayerFactors
 from .curvature.losses import LossFunction
+from .curvature.progress import Progress, no_progress
 from .curvature.reduce import Communicator
 from .curvature.settings import (
     COMPUTE_DTYPES,

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .build import LayerFactors
 from .factors import Columns, DenseFactor, DiagonalFactor, GramFactor, ShardedColumns
-from .join import columns_for_rows
+from .layer_factors import LayerFactors
 from .linalg import blocks
 from .reduce import dtype_name
 from .retreat import HOST, on_host_if_full
 from .settings import Damping, Numerics, SettingError
+from .spread import columns_for_rows
 
 
 @dataclass(kw_only=True)

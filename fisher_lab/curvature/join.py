@@ -1,9 +1,9 @@
 """Joins the ranks' sums into those of all tokens (``docs/math.md``, section 7).
 
 Every rank has captured its own batches; nothing was exchanged so far. :func:`join` makes each
-rank's :class:`~.build.FactorBuilder` hold what one process would have summed up over the joined
-batches: sums are added, token columns gathered (``gather``) or exchanged for rows (``gram``). The
-tokens of the joined batches are those of rank 0, then those of rank 1, and so on.
+rank's :class:`~.sums.Sums` what one process would have summed up over the joined batches: sums
+are added, token columns gathered (``gather``) or exchanged for rows (``gram``). The tokens of the
+joined batches are those of rank 0, then those of rank 1, and so on.
 """
 
 from __future__ import annotations
@@ -12,114 +12,86 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .accumulate import (
-    CountAccumulator,
-    GradientAccumulator,
-    MomentAccumulator,
-    NormAccumulator,
-)
+from .accumulate import GradientAccumulator, NormAccumulator
 from .decompose import owners
 from .errors import CurvatureError
 from .factors import Columns, ShardedColumns
 from .layers import Kind, Layer
 from .linalg import add_second_moment, gram, symmetric_eigen
 from .policy import wants_woodbury
-from .reduce import Communicator, dtype_name, shares, together
-
-if TYPE_CHECKING:
-    from .build import FactorBuilder
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Tokens of which every rank holds its own.
-
-    Attributes:
-        communicator: of the ranks.
-        rows: tokens of each rank.
-    """
-
-    communicator: Communicator
-    rows: tuple[int, ...]
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Returns the rows of all ranks, ``[T, ...]``; collective."""
-        return self.communicator.all_gather(x, self.rows)
+from .reduce import Communicator, dtype_name, together
+from .spread import Spread, columns_for_rows
+from .sums import InputSum, Side, Sums
 
 
-def rank_seed(seed: int, rank: int) -> int:
-    """Returns the seed of a rank's own draws: rank 0 draws what one process draws."""
-    return (seed + rank * 0x9E3779B1) % 2**63
-
-
-def join(builder: FactorBuilder, communicator: Communicator) -> None:
-    """Makes the sums of a builder those of all ranks; collective.
+def join(sums: Sums, communicator: Communicator) -> None:
+    """Makes the sums of this rank those of all ranks; collective.
 
     Args:
-        builder: after its last batch, before ``finish``.
+        sums: of this rank, after its last batch.
         communicator: of the ranks.
 
     Raises:
         CurvatureError: the ranks have different models, layers or settings.
     """
-    _Join(builder, communicator).run()
+    _Join(sums, communicator).run()
 
 
-def _fingerprint(builder: FactorBuilder) -> str:
-    layers = [(x.name, x.n_in, x.n_out, x.bias) for x in builder.everyone()]
-    text = f"{layers} {builder.settings} {builder.keep_gradient}"
+def _fingerprint(sums: Sums) -> str:
+    layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
+    text = f"{layers} {sums.settings} {sums.keep_gradient}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Join:
-    def __init__(self, builder: FactorBuilder, communicator: Communicator) -> None:
-        self.builder, self.communicator = builder, communicator
-        self.sharded = builder.settings.reduce == "gram"
-        self.core = builder.settings.numerics.core_dtype
-        self.device = builder.device
+    def __init__(self, sums: Sums, communicator: Communicator) -> None:
+        self.sums, self.communicator = sums, communicator
+        self.sharded = sums.settings.reduce == "gram"
+        self.core = sums.settings.numerics.core_dtype
+        self.device = sums.device
         self.told: list[dict[str, Any]] = []
 
     def run(self) -> None:
         """Joins everything, in an order that is the same on all ranks."""
         self.told = self.communicator.share(self._tell())
         self._take_counts()
-        present = [x for x in self.builder.everyone() if any(self._of(x.name, "tokens"))]
+        present = [x for x in self.sums.everyone() if any(self._of(x.name, "tokens"))]
         groups = {x.name: self._of(x.name, "group", -1) for x in present}
         self._join_inputs(present, groups)
         for layer in present:
             self._join_layer(layer)
         self._decompose_matrices(present)
         self._join_head()
-        self._join_named("gradients", self.builder.gradients)
-        self._join_named("diagonal", self.builder.diagonal)
+        self._join_named("gradients", self.sums.uncovered.gradients)
+        self._join_named("diagonal", self.sums.uncovered.diagonal)
 
     # ---- what the ranks tell each other ------------------------------------------------------
 
     def _tell(self) -> dict[str, Any]:
-        b = self.builder
+        sums = self.sums
         return {
-            "model": _fingerprint(b),
-            "n_labels": b.n_labels,
-            "n_batches": b.n_batches,
-            "fisher": b.fisher_kind,
-            "head": b.head_name,
-            "called": sorted(b.called),
-            "skipped": b.skipped,
-            "sides": {name: self._tell_side(name) for name in b.sides},
-            "inputs": {str(group): x.tokens for group, x in b.inputs.items()},
-            "gradients": sorted(b.gradients),
-            "diagonal": sorted(b.diagonal),
-            "rows": sum(len(p) for p in b.head.get("parts", [])),
-            "logits": next((dtype_name(p.dtype) for p in b.head.get("parts", [])), None),
+            "model": _fingerprint(sums),
+            "n_labels": sums.n_labels,
+            "n_batches": sums.n_batches,
+            "fisher": sums.fisher_kind,
+            "head": sums.head.name,
+            "called": sorted(sums.called),
+            "skipped": sums.skipped,
+            "sides": {name: self._tell_side(name) for name in sums.sides},
+            "inputs": {str(group): x.tokens for group, x in sums.inputs.items()},
+            "gradients": sorted(sums.uncovered.gradients),
+            "diagonal": sorted(sums.uncovered.diagonal),
+            "rows": sum(len(p) for p in sums.head.parts),
+            "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
         }
 
     def _tell_side(self, name: str) -> dict[str, Any]:
-        side = self.builder.sides[name]
+        side = self.sums.sides[name]
         told: dict[str, Any] = {"tokens": side.tokens, "group": side.group}
         if side.inputs:
             told["a_dtype"] = dtype_name(side.inputs[0].dtype)
@@ -139,33 +111,33 @@ class _Join:
         return self.core if found is None else getattr(torch, found)
 
     def _take_counts(self) -> None:
-        b, told = self.builder, self.told
+        sums, told = self.sums, self.told
         for rank, other in enumerate(told):
             if other["model"] != told[0]["model"]:
                 raise CurvatureError(
                     f"rank {rank}: its covered layers, K-FAC settings or keep_gradient are not "
                     "those of rank 0; allowed: the same on all ranks"
                 )
-        b.n_labels = sum(other["n_labels"] for other in told)
-        b.n_batches = sum(other["n_batches"] for other in told)
-        b.called = set().union(*(other["called"] for other in told))
+        sums.n_labels = sum(other["n_labels"] for other in told)
+        sums.n_batches = sum(other["n_batches"] for other in told)
+        sums.called = set().union(*(other["called"] for other in told))
         for other in told:
-            b.skipped = {**other["skipped"], **b.skipped}
+            sums.skipped = {**other["skipped"], **sums.skipped}
         seen = [other for other in told if other["n_batches"]]
         if seen:
-            b.fisher_kind = seen[0]["fisher"]
-        b.head_name = next((other["head"] for other in told if other["head"] is not None), None)
+            sums.fisher_kind = seen[0]["fisher"]
+        sums.head.name = next((other["head"] for other in told if other["head"] is not None), None)
 
     # ---- inputs ------------------------------------------------------------------------------
 
     def _join_inputs(self, present: Sequence[Layer], groups: Mapping[str, list[int]]) -> None:
         """Sums the A sides; layers share one where they do on every rank."""
         joined: dict[tuple[int, ...], int] = {}
-        local = self.builder.inputs
-        result: dict[int, MomentAccumulator | CountAccumulator] = {}
+        local = self.sums.inputs
+        result: dict[int, InputSum] = {}
         uses = [key[self.communicator.rank] for key in {tuple(g) for g in groups.values()}]
         for layer in present:
-            side = self.builder.side_of(layer)
+            side = self.sums.side_of(layer)
             if layer.kind is Kind.NORM:
                 continue
             key = tuple(groups[layer.name])
@@ -174,7 +146,7 @@ class _Join:
                 own = key[self.communicator.rank]
                 mine = local.get(own)
                 if mine is None:
-                    mine = self.builder.input_of(layer)
+                    mine = self.sums.input_of(layer)
                 elif uses.count(own) > 1:
                     mine = deepcopy(mine)
                 tokens = sum(
@@ -184,21 +156,21 @@ class _Join:
                 mine.join(self.communicator, tokens)
                 result[joined[key]] = mine
             side.group = joined[key]
-        self.builder.inputs = result
+        self.sums.inputs = result
 
     # ---- a layer -----------------------------------------------------------------------------
 
     def _join_layer(self, layer: Layer) -> None:
-        b = self.builder
-        side = b.side_of(layer)
+        sums = self.sums
+        side = sums.side_of(layer)
         rows = tuple(self._of(layer.name, "tokens"))
         side.tokens = sum(rows)
         if isinstance(side.g, NormAccumulator):
             side.g.total = self.communicator.all_reduce(side.g.total)
-        elif layer.name != b.head_name:
+        elif layer.name != sums.head.name:
             self._join_gradients(layer, side.g)
-            self._join_tokens(layer, side, rows)
-        if b.keep_gradient and not layer.tied:
+            self._join_tokens(layer, side, side.g, rows)
+        if sums.keep_gradient and not layer.tied:
             width = side.g.total.shape[0] if isinstance(side.g, NormAccumulator) else 0
             shape = (width, 1) if width else (layer.n_out, layer.dim_a)
             own = side.own
@@ -206,10 +178,12 @@ class _Join:
                 own = torch.zeros(shape, dtype=self.core, device=self.device)
             side.own = self.communicator.all_reduce(own.contiguous())
 
-    def _join_tokens(self, layer: Layer, side: Any, rows: tuple[int, ...]) -> None:
+    def _join_tokens(
+        self, layer: Layer, side: Side, g: GradientAccumulator, rows: tuple[int, ...]
+    ) -> None:
         """Inputs and unreduced gradients of the tokens, where push-through or EKFAC want them."""
-        ekfac = self.builder.settings.ekfac
-        if not (ekfac or side.g.tokens_in_order()):
+        ekfac = self.sums.settings.ekfac
+        if not (ekfac or g.tokens_in_order()):
             side.inputs.clear()
             return
         if not side.inputs:
@@ -257,7 +231,7 @@ class _Join:
 
     def _decompose_matrices(self, present: Sequence[Layer]) -> None:
         """Decomposes each matrix that stands for columns on one rank, for all of them."""
-        every = [self.builder.side_of(layer).g for layer in present]
+        every = [self.sums.side_of(layer).g for layer in present]
         summed = [g for g in every if isinstance(g, GradientAccumulator) and g.reduction]
         summed = [g for g in summed if g.total is not None]
         owner = owners([g.out for g in summed], self.communicator.size)
@@ -318,25 +292,25 @@ class _Join:
 
     def _join_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
-        b = self.builder
+        sums = self.sums
         rows = [told["rows"] for told in self.told]
-        if b.head_name is None or not any(rows):
+        if sums.head.name is None or not any(rows):
             return
-        classes = next(x.n_out for x in b.everyone() if x.name == b.head_name)
+        classes = sums.head.classes
         named = next(told["logits"] for told in self.told if told["logits"] is not None)
-        parts = b.head.get("parts", [])
+        parts = sums.head.parts
         device = parts[0].device if parts else self.device
         p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
-        chosen = b.head_rows(sum(rows))
+        chosen = sums.head.chosen(sum(rows))
         if chosen is not None:
-            b.head["share"] = sum(rows) / len(chosen)
+            sums.head.share = sum(rows) / len(chosen)
             bounds = torch.tensor([0, *rows]).cumsum(0)
             of_rank = torch.bucketize(chosen, bounds, right=True) - 1
             mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
             p, rows = p[mine.to(p.device)], of_rank.bincount(minlength=len(rows)).tolist()
-        b.head["parts"] = [self._put_together(p, rows)]
+        sums.head.parts = [self._put_together(p, rows)]
         if self.sharded:
-            b.head["spread"] = _Sharding(classes, self.communicator)
+            sums.head.spread = _Sharding(classes, self.communicator)
 
     def _join_named(self, key: str, sums: dict[str, Tensor]) -> None:
         """Sums over parameters that any rank has."""
@@ -344,7 +318,7 @@ class _Join:
         for name in names:
             mine = sums.get(name)
             if mine is None:
-                shape = self.builder.uncovered[name].shape
+                shape = self.sums.uncovered.parameters[name].shape
                 mine = torch.zeros(shape, dtype=self.core, device=self.device)
             sums[name] = self.communicator.all_reduce(mine)
 
@@ -358,22 +332,3 @@ class _Sharding:
 
     def __call__(self, columns: Columns) -> Columns:
         return ShardedColumns(columns, self.out, self.communicator)
-
-
-def columns_for_rows(x: Tensor, rows: Sequence[int], communicator: Communicator) -> Tensor:
-    """Exchanges a rank's tokens of all outputs for all tokens of its share of the outputs.
-
-    Args:
-        x: ``[rows[rank], out]``.
-        rows: tokens of each rank.
-        communicator: of the ranks.
-
-    Returns:
-        ``[sum(rows), out_r]``.
-    """
-    widths = shares(x.shape[1], communicator.size)
-    mine = widths[communicator.rank]
-    flat = torch.cat([piece.reshape(-1) for piece in x.split(widths, dim=1)])
-    sent = [len(x) * width for width in widths]
-    received = [n * mine for n in rows]
-    return communicator.exchange(flat, sent, received).view(sum(rows), mine)

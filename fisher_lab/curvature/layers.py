@@ -277,3 +277,8 @@ def every_module(layers: Iterable[Layer]) -> list[tuple[Layer, nn.Module]]:
         if layer.partner is not None:
             pairs += [(layer.partner, module) for module in layer.partner.modules]
     return pairs
+
+
+def every_layer(layers: Iterable[Layer]) -> list[Layer]:
+    """Returns each layer once, tied partners too, in the order in which they come."""
+    return list({layer.name: layer for layer, _ in every_module(layers)}.values())

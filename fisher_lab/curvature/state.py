@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import LayerFactors
 from .errors import FactorFileError, LayerError
 from .factors import (
     Columns,
@@ -27,11 +26,12 @@ from .factors import (
     GramFactor,
     ShardedColumns,
 )
-from .join import Spread
+from .layer_factors import LayerFactors
 from .layers import Kind, Layer, Layers
 from .losses import device_of, unwrap
 from .reduce import Communicator, share
 from .settings import Storage
+from .spread import Spread
 from .storage import put_back
 
 VERSION = 2
@@ -67,35 +67,7 @@ def export(
     """
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
-    layers: dict[str, Any] = {}
-    for name, f in factors.items():
-        entry: dict[str, Any] = {
-            "method": f.method,
-            "tokens": f.tokens,
-            "n_labels": f.n_labels,
-            "n_draws": f.n_draws,
-            "fisher": f.fisher,
-            "push": f.push,
-            "storage_error": f.storage_error,
-            "augmented": f.layer.augmented,
-            "in": f.layer.n_in,
-            "out": f.layer.n_out,
-            "G": _export_factor(f.G, f"{name}/G", tensors),
-            "A": None,
-        }
-        if f.A is not None:
-            owner = owners.get(id(f.A))
-            entry["A"] = {"same_as": owner} if owner else _export_factor(f.A, f"{name}/A", tensors)
-            owners.setdefault(id(f.A), name)
-        if f.spread is not None:
-            entry["rows"] = list(f.spread.rows)
-            if f.tokens_g is not None:
-                entry["rows_g"] = f.spread.communicator.share(len(f.tokens_g))
-        for key in KEPT:
-            value = f.gathered(key)
-            if value is not None:
-                tensors[f"{name}/{key}"] = value.detach().contiguous().clone()
-        layers[name] = entry
+    layers = {name: _export_layer(name, f, tensors, owners) for name, f in factors.items()}
     header = {
         "version": VERSION,
         "conventions": CONVENTIONS,
@@ -103,6 +75,39 @@ def export(
         "layers": layers,
     }
     return tensors, header
+
+
+def _export_layer(
+    name: str, f: LayerFactors, tensors: dict[str, Tensor], owners: dict[int, str]
+) -> dict[str, Any]:
+    """Puts a layer's tensors to the others; returns its entry of the header."""
+    entry: dict[str, Any] = {
+        "method": f.method,
+        "tokens": f.tokens,
+        "n_labels": f.n_labels,
+        "n_draws": f.n_draws,
+        "fisher": f.fisher,
+        "push": f.push,
+        "storage_error": f.storage_error,
+        "augmented": f.layer.augmented,
+        "in": f.layer.n_in,
+        "out": f.layer.n_out,
+        "G": _export_factor(f.G, f"{name}/G", tensors),
+        "A": None,
+    }
+    if f.A is not None:
+        owner = owners.get(id(f.A))
+        entry["A"] = {"same_as": owner} if owner else _export_factor(f.A, f"{name}/A", tensors)
+        owners.setdefault(id(f.A), name)
+    if f.spread is not None:
+        entry["rows"] = list(f.spread.rows)
+        if f.tokens_g is not None:
+            entry["rows_g"] = f.spread.communicator.share(len(f.tokens_g))
+    for key in KEPT:
+        value = f.gathered(key)
+        if value is not None:
+            tensors[f"{name}/{key}"] = value.detach().contiguous().clone()
+    return entry
 
 
 def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -18,12 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .nodes import NodeError
-
-if TYPE_CHECKING:
-    from .nodes import Meeting
+from .nodes import Meeting, NodeError, Place
 
 SHUTDOWN_S = 10
 """A rank that has not ended this long after it was asked to is killed."""
@@ -81,25 +78,6 @@ class RanksFailed(RuntimeError):
     def __init__(self, failures: Sequence[Failure]) -> None:
         self.failures = tuple(failures)
         super().__init__("; ".join(failure.text for failure in failures))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where ranks are started.
-
-    Attributes:
-        nproc: ranks on each node.
-        nodes: number of nodes.
-        node: this node, from 0.
-        address: host of node 0.
-        port: a free one on node 0, where there are several nodes.
-    """
-
-    nproc: int
-    nodes: int = 1
-    node: int = 0
-    address: str = "127.0.0.1"
-    port: int = 0
 
 
 def place(nproc: int, nodes: int, environment: Mapping[str, str]) -> Place:

@@ -13,13 +13,12 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    from .launch import Place
 
 LOOK_EVERY_S = 0.1
 ALARM_EVERY_S = 0.5
@@ -42,6 +41,25 @@ class NodeError(RuntimeError):
 
 class Elsewhere(Exception):
     """Another node's ranks have failed, or it was told to stop: this node's ranks are stopped."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks are started.
+
+    Attributes:
+        nproc: ranks on each node.
+        nodes: number of nodes.
+        node: this node, from 0.
+        address: host of node 0.
+        port: a free one on node 0, where there are several nodes.
+    """
+
+    nproc: int
+    nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
 
 
 class Meeting:

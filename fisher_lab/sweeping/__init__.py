@@ -4,7 +4,8 @@
 
 `layout` says where things lie, `plan` which cells there are and how they stand, `frozen` what a job
 is given, `worker` runs one cell under its claim, `supervisor` watches over one worker process,
-`serial`, `pool` and `slurm` are the launchers, `session` the course of one multirun and `commands`
-what ``fisher-lab status`` and ``cancel`` do. Nothing here imports torch; a worker does when its
-task needs it.
+`serial`, `pool`, `slurm` and `debug_cluster` are the launchers (`waiting` has what those that run
+some cells at a time have yet to start), `session` the course of one multirun and `commands` what
+``fisher-lab status`` and ``cancel`` do. Nothing here imports torch; a worker does when its task
+needs it.
 """

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.launcher_schema import SlurmSettings
 from fisher_lab.runs.signals import Watch
 
 from .cell import CANCELLED_FILE, Cell, Frozen
-from .elsewhere import Elsewhere
 from .progress import Tally
 from .slurm import executor, job_of
 from .supervisor import ask_owner, brief, give_up, importable
+from .waiting import Waiting
 
 TICK_S = 0.05
-LOOK_EVERY_S = 0.5
-"""Seconds between two looks for a wish to cancel."""
 
 
 def run(
@@ -40,22 +36,19 @@ def run(
 
 
 class _Queue:
-    """Who runs, who waits, and who is run by others."""
+    """Who runs and who waits."""
 
     def __init__(
         self, work: list[tuple[Cell, Frozen]], tally: Tally, settings: SlurmSettings
     ) -> None:
-        self._waiting = deque(work)
+        self._waiting = Waiting(work, tally)
         self._running: list[tuple[Cell, Frozen, Any]] = []
-        self._elsewhere = Elsewhere()
         self._tally = tally
         self._settings = settings
-        self._submissions = {frozen.submission for _, frozen in work}
-        self._looked = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running or self._elsewhere.cells)
+        return bool(self._waiting or self._running)
 
     def step(self) -> None:
         """Take note of what has ended or is no longer wanted; start what there is room for."""
@@ -63,12 +56,10 @@ class _Queue:
             if one[2].done():
                 self._running.remove(one)
                 self._end(*one[:2])
-        self._look_for_wishes()
-        if self._tally.exhausted:
-            self._drop(self._submissions)
-        self._waiting.extend(self._elsewhere.look(self._tally))
-        while self._waiting and self._has_room(self._waiting[0][0]):
-            self._start(*self._waiting.popleft())
+        self._waiting.drop_cancelled()
+        self._waiting.refill()
+        while (work := self._next()) is not None:
+            self._start(*work)
 
     def _start(self, cell: Cell, frozen: Frozen) -> None:
         folder, requeues = frozen.submission / "slurm" / "%j", cell.config.sweep.max_requeues
@@ -77,10 +68,9 @@ class _Queue:
             job = made.submit(job_of(self._settings), str(frozen.path))
         self._running.append((cell, frozen, job))
 
-    def _has_room(self, cell: Cell) -> bool:
-        if cell.alone or any(other.alone for other, _, _ in self._running):
-            return not self._running
-        return len(self._running) < self._settings.array_parallelism
+    def _next(self) -> tuple[Cell, Frozen] | None:
+        running = [cell for cell, _, _ in self._running]
+        return self._waiting.next(running, self._settings.array_parallelism)
 
     def _end(self, cell: Cell, frozen: Frozen) -> None:
         state = cell.layout.state(cell.run_id, frozen.stale_after_s)
@@ -88,25 +78,13 @@ class _Queue:
             give_up(frozen, "died", "the job ended and left no result")
             state = cell.layout.state(cell.run_id, frozen.stale_after_s)
         if state == "running":
-            self._elsewhere.add(cell, frozen)
+            self._waiting.elsewhere.add(cell, frozen)
             return
         message = brief(frozen.directory) if state == "failed" else None
         self._tally.end(cell, state, message, None)
-        self._looked = 0.0  # perhaps the whole sweep is cancelled: look before the next one starts
+        self._waiting.look_soon()
         if state == "failed" and cell.config.sweep.fail_fast:
-            for submission in self._submissions:
+            for submission in self._waiting.submissions:
                 (submission / CANCELLED_FILE).touch()  # for jobs that have not come to their cell
             for _, other, _ in self._running:
                 ask_owner(other.layout, other.run_id, other.stale_after_s)
-
-    def _look_for_wishes(self) -> None:
-        """Whether a sweep of ours is cancelled."""
-        if time.monotonic() - self._looked < LOOK_EVERY_S:
-            return
-        self._looked = time.monotonic()
-        self._drop({one for one in self._submissions if (one / CANCELLED_FILE).exists()})
-
-    def _drop(self, submissions: set[Path]) -> None:
-        for cell, frozen in [one for one in self._waiting if one[1].submission in submissions]:
-            self._waiting.remove((cell, frozen))
-            self._tally.end(cell, "not started", None, None)

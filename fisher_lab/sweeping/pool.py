@@ -7,21 +7,19 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fisher_lab.config.launcher_schema import LocalSettings
 from fisher_lab.runs.signals import Watch
 
-from .cell import CANCELLED_FILE, Cell, Frozen
-from .elsewhere import Elsewhere
+from .cell import Cell, Frozen
 from .progress import Tally
 from .supervisor import Job, give_up
+from .waiting import Waiting
 
 TICK_S = 0.02
-LOOK_EVERY_S = 0.5
-"""Seconds between two looks for a wish to cancel."""
 
 
 def run(
@@ -73,24 +71,21 @@ def _without_terminal() -> Iterator[None]:
 
 
 class _Pool:
-    """Who runs, who waits, and who is run by others."""
+    """Who runs and who waits."""
 
     def __init__(
         self, work: list[tuple[Cell, Frozen]], tally: Tally, settings: LocalSettings
     ) -> None:
-        self._waiting = deque(work)
+        self._waiting = Waiting(work, tally)
         self._running: list[tuple[Cell, Job]] = []
-        self._elsewhere = Elsewhere()
         self._requeues: Counter[str] = Counter()
         self._tally = tally
         self._settings = settings
         self._threads = threads_for(settings)
-        self._submissions = {frozen.submission for _, frozen in work}
-        self._looked = 0.0
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running or self._elsewhere.cells)
+        return bool(self._waiting or self._running)
 
     def step(self) -> None:
         """Take note of what has ended or is no longer wanted; start what there is room for."""
@@ -100,47 +95,43 @@ class _Pool:
                 continue
             self._running.remove((cell, job))
             if ending.status == "cancelled":
-                self._looked = 0.0  # perhaps the whole sweep is: look before the next one starts
+                self._waiting.look_soon()
             if ending.status == "held":
-                self._elsewhere.add(cell, job.frozen)
+                self._waiting.elsewhere.add(cell, job.frozen)
             elif ending.status == "preempted":
                 self._preempted(cell, job)
             else:
                 self._end(cell, ending.status, ending.message, job.seconds)
-        self._look_for_wishes()
-        if self._tally.exhausted:
-            self._drop(set(self._submissions))
-        self._waiting.extend(self._elsewhere.look(self._tally))
-        while self._waiting and self._has_room(self._waiting[0][0]):
-            self._start(*self._waiting.popleft())
+        self._ask(self._waiting.drop_cancelled())
+        self._waiting.refill()
+        while (work := self._next()) is not None:
+            self._start(*work)
 
     def stop(self) -> None:
         """Ask every job to save and end, and wait until they have."""
-        self._ask(self._submissions)
+        self._ask(self._waiting.submissions)
         while self._running:
             for cell, job in list(self._running):
                 if (ending := job.poll()) is not None:
                     self._running.remove((cell, job))
                     self._tally.end(cell, ending.status, ending.message, job.seconds)
             time.sleep(TICK_S)
-        self._drop(self._submissions)
+        self._waiting.drop(self._waiting.submissions)
 
     def _start(self, cell: Cell, frozen: Frozen) -> None:
         if cell.layout.claim(cell.run_id, frozen.stale_after_s).alive() is not None:
-            self._elsewhere.add(cell, frozen)
+            self._waiting.elsewhere.add(cell, frozen)
             return
         job = Job(frozen, threads=self._threads, grace_s=self._settings.grace_s)
         self._running.append((cell, job))
 
-    def _has_room(self, cell: Cell) -> bool:
-        if cell.alone or any(other.alone for other, _ in self._running):
-            return not self._running
-        return len(self._running) < self._settings.n_jobs
+    def _next(self) -> tuple[Cell, Frozen] | None:
+        return self._waiting.next([cell for cell, _ in self._running], self._settings.n_jobs)
 
     def _preempted(self, cell: Cell, job: Job) -> None:
         self._requeues[str(job.frozen.path)] += 1
         if self._requeues[str(job.frozen.path)] <= cell.config.sweep.max_requeues:
-            self._waiting.append((cell, job.frozen))
+            self._waiting.append(cell, job.frozen)
             return
         message = f"preempted more often than sweep.max_requeues={cell.config.sweep.max_requeues}"
         give_up(job.frozen, "max_requeues", message)
@@ -149,22 +140,8 @@ class _Pool:
     def _end(self, cell: Cell, status: str, message: str | None, seconds: float) -> None:
         self._tally.end(cell, status, message, seconds)
         if status == "failed" and cell.config.sweep.fail_fast:
-            self._drop(self._submissions)
-            self._ask(self._submissions)
-
-    def _look_for_wishes(self) -> None:
-        """Whether the user has cancelled a sweep of ours from elsewhere."""
-        if time.monotonic() - self._looked < LOOK_EVERY_S:
-            return
-        self._looked = time.monotonic()
-        cancelled = {one for one in self._submissions if (one / CANCELLED_FILE).exists()}
-        self._drop(cancelled)
-        self._ask(cancelled)
-
-    def _drop(self, submissions: set[Path]) -> None:
-        for cell, frozen in [one for one in self._waiting if one[1].submission in submissions]:
-            self._waiting.remove((cell, frozen))
-            self._tally.end(cell, "not started", None, None)
+            self._waiting.drop(self._waiting.submissions)
+            self._ask(self._waiting.submissions)
 
     def _ask(self, submissions: set[Path]) -> None:
         for _, job in self._running:

@@ -116,7 +116,11 @@ def launch(
 def _launch(
     cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
 ) -> None:
-    if isinstance(settings, SlurmSettings):
+    if isinstance(settings, SlurmSettings) and settings.cluster == "local":
+        from . import debug_cluster
+
+        debug_cluster.run(cells, frozen, tally, settings)
+    elif isinstance(settings, SlurmSettings):
         from . import slurm
 
         slurm.run(cells, frozen, tally, settings)

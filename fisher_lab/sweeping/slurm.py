@@ -1,4 +1,4 @@
-"""``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: job arrays, by submitit.
+"""``hydra/launcher=slurm_cpu`` and ``slurm_gpu``: job arrays, by submitit.
 
 submitit writes the job scripts, submits them and puts preempted jobs back into the queue. How a
 cell ended is read from its record, and whether its job is still there from the queue (`scheduler`):
@@ -39,11 +39,6 @@ def run(
         ConfigError: there is no SLURM here, or it does not take the jobs.
         Interrupted: a signal; the jobs stay in the queue.
     """
-    if settings.cluster == "local":
-        from . import debug_cluster
-
-        debug_cluster.run(cells, frozen, tally, settings)
-        return
     jobs = submit(cells, frozen, settings)
     watch = _Watched(list(zip(cells, frozen, strict=True)), jobs, tally)
     with Watch() as signals, signals.deferred() as pending:

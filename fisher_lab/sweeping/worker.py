@@ -28,7 +28,7 @@ from .cell import Frozen
 if TYPE_CHECKING:
     from fisher_lab.distributed.nodes import Meeting
     from fisher_lab.runs.claims import Claim
-    from fisher_lab.tasks.job import Work
+    from fisher_lab.tasks.work import Work
 
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
 """Exit codes. ``HELD``: somebody else runs the cell."""
@@ -110,10 +110,10 @@ def _run(frozen: Frozen, problem: Exception | None = None) -> int:
 
 
 def _work(frozen: Frozen, directory: Path) -> Work:
-    from fisher_lab.tasks import job
+    from fisher_lab.tasks.work import Work
 
     overrides, content = tuple(frozen.data["overrides"]), frozen.data["content"]
-    return job.Work(frozen.config, directory, overrides, content)
+    return Work(frozen.config, directory, overrides, content)
 
 
 def _perform(frozen: Frozen, claim: Claim, problem: Exception | None = None) -> int:

@@ -16,7 +16,7 @@ from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.factors import FactorReport
-from fisher_lab.curvature.kfac import LayerReport, PairsReport
+from fisher_lab.curvature.reports import LayerReport, PairsReport
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory

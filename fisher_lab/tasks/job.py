@@ -19,6 +19,7 @@ from fisher_lab.config.validate import validate
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
+from fisher_lab.tasks.work import Work
 from fisher_lab.tracking import sending
 
 if TYPE_CHECKING:
@@ -66,40 +67,6 @@ class Outcome:
             return 0
         print(f"fisher_lab: {self.line}", file=sys.stderr)
         return 1
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run is to do, and where.
-
-    Attributes:
-        config: the validated configuration.
-        directory: the run directory.
-        overrides: as typed.
-        frozen: hashes of text and model as they were when the run was submitted; it fails where
-            they have changed since.
-    """
-
-    config: Config
-    directory: Path
-    overrides: tuple[str, ...]
-    frozen: Mapping[str, Any] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON-able values, for the ranks."""
-        return {
-            "config": dataclasses.asdict(self.config),
-            "directory": str(self.directory),
-            "overrides": list(self.overrides),
-            "frozen": None if self.frozen is None else dict(self.frozen),
-        }
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Work:
-        """From what :meth:`plain` gave."""
-        config = validate(plain["config"])
-        directory, overrides = Path(plain["directory"]), tuple(plain["overrides"])
-        return cls(config, directory, overrides, plain["frozen"])
 
 
 def execute(cfg: DictConfig) -> Outcome:

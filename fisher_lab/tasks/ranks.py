@@ -1,7 +1,7 @@
 """One run on several ranks: starting them, what each of them does, and the verdict on all.
 
 ``distributed.nproc=2`` makes the process that Hydra has called the watcher: it starts the ranks
-(``python -m fisher_lab.tasks.ranks``), waits, and where one of them failed writes its error into
+(``python -m fisher_lab.tasks.rank``), waits, and where one of them failed writes its error into
 the record. On several nodes each has a watcher; that of node 0 alone writes, and the others tell it
 how their ranks ended. Under ``torchrun`` every process is a rank from the start. Only rank 0 writes
 the run directory, but for what is in ``ranks/``: a log of each other rank and node, and how each
@@ -11,13 +11,9 @@ rank ended.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import logging.config
 import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,17 +24,13 @@ from omegaconf import OmegaConf
 
 from fisher_lab.distributed import launch, nodes
 from fisher_lab.runs import atomic, provenance, record
-from fisher_lab.runs.leaving import leave
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import STATUS, Interrupted, Watch
 from fisher_lab.tasks.endings import (
     FOLDER,
-    GRACE_S,
     clear,
-    has_told_error,
     is_consequence,
     read_errors,
-    write_error,
 )
 
 if TYPE_CHECKING:
@@ -46,11 +38,13 @@ if TYPE_CHECKING:
 
     from fisher_lab.config.schema import Config
     from fisher_lab.distributed.communicator import TorchCommunicator
-    from fisher_lab.tasks.job import Work
+    from fisher_lab.tasks.work import Work
 
 log = logging.getLogger(__name__)
 
-MODULE = "fisher_lab.tasks.ranks"
+MODULE = "fisher_lab.tasks.rank"
+"""What every rank runs, with the path of the file that says what is to be done."""
+
 WORK_FILE = "work.json"
 
 MEET_S = 300.0
@@ -142,7 +136,7 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
         return (_lead if meeting.leads else _follow)(work, own, meeting)
 
 
-def _watch(path: Path, where: launch.Place, meeting: nodes.Meeting | None) -> Ended:
+def _watch(path: Path, where: nodes.Place, meeting: nodes.Meeting | None) -> Ended:
     """Starts this node's ranks and waits for them."""
     failures: tuple[launch.Failure, ...] = ()
     try:
@@ -162,7 +156,7 @@ def _watch(path: Path, where: launch.Place, meeting: nodes.Meeting | None) -> En
     return Ended(failures, _errors_here(path.parent, where))
 
 
-def _errors_here(folder: Path, where: launch.Place) -> tuple[dict[str, Any], ...]:
+def _errors_here(folder: Path, where: nodes.Place) -> tuple[dict[str, Any], ...]:
     """The errors of this node's ranks."""
     return tuple(e for e in read_errors(folder) if e["rank"] // where.nproc == where.node)
 
@@ -434,57 +428,6 @@ def _share_processors(config: Config) -> None:
         torch.set_num_threads(max(1, (allowed or os.cpu_count() or 1) // here))
 
 
-def main(path: str) -> int:
-    """A rank that :func:`start` has started.
-
-    Args:
-        path: of the file that says what is to be done.
-
-    Returns:
-        The exit code.
-    """
-    launch.end_with_parent()
-    launch.end_in_time()
-    rank = int(os.environ["RANK"])
-    folder = Path(path).parent
-    given = json.loads(Path(path).read_text("utf-8"))
-    if rank > 0:
-        _redirect(folder / f"rank{rank}.log")
-    logging.config.dictConfig(log_config(given["logging"], folder, rank))
-    from fisher_lab.tasks.job import Work, perform
-
-    try:
-        work = Work.of(given)
-        with joined(work.config) as communicator:
-            outcome = perform(work, communicator)
-            if outcome.error is not None:
-                raise outcome.error
-    except Interrupted as stop:
-        return 128 + stop.signum
-    except Exception as error:
-        if not has_told_error(folder, rank):  # it came before or after the task
-            write_error(folder, rank, error)
-        if rank > 0:
-            log.exception("rank %d failed", rank)
-        if is_consequence(type(error).__name__, str(error)):
-            threading.Event().wait(GRACE_S)
-        return 1
-    return 0
-
-
-def _redirect(path: Path) -> None:
-    """Standard output and error of ranks other than 0, native code's included, go to their log."""
-    stream = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for target in (1, 2):
-        os.dup2(stream, target)
-    os.close(stream)
-
-
-def log_config(given: Mapping[str, Any], folder: Path, rank: int) -> dict[str, Any]:
-    """Returns the logging configuration of a rank: rank 0 as given, the others one file each."""
-    return dict(given) if rank == 0 else log_of(given, folder / f"rank{rank}.log")
-
-
 def log_of(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Returns a logging configuration that writes one file alone, in the format that is given."""
     formatters = dict(given.get("formatters", {}))
@@ -498,7 +441,3 @@ def log_of(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "root": {"level": "INFO", "handlers": ["file"]},
         "disable_existing_loggers": False,
     }
-
-
-if __name__ == "__main__":
-    leave(main(sys.argv[1]))

@@ -31,6 +31,7 @@ from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.team import Team
 from fisher_lab.workbench import bench, cache, models, training
+from fisher_lab.workbench.materials import Materials, prepare
 from fisher_lab.workbench.passes import Passes
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def run(config: Config, run: Run) -> None:
         fisher_lab.runs.signals.Interrupted: A signal came; what resuming needs is saved.
     """
     progress = Progress(config.progress)
-    materials = bench.prepare(config)
+    materials = prepare(config)
     model, origin = _initial(materials, progress, run)
     run.note(workbench={**materials.record, "initial": origin})
     team, crew = Team.of(config), crews.of(config)
@@ -127,7 +128,7 @@ def _curvature(config: Config) -> dict[str, Any]:
 
 
 def _initial(
-    materials: bench.Materials, progress: Progress, run: Run
+    materials: Materials, progress: Progress, run: Run
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The weights to begin with, and what they are."""
     cfg = materials.cfg
@@ -153,7 +154,7 @@ def _check_length(job: training.Job, model: nn.Module) -> None:
 
 def _save(
     model: nn.Module,
-    materials: bench.Materials,
+    materials: Materials,
     directory: Path,
     weights: dict[str, Tensor] | None,
 ) -> str:

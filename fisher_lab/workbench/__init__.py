@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from fisher_lab.config.schema import Config
     from fisher_lab.runs.signals import Watch
 
-    from .bench import Bench, ProgressLike
+    from .bench import Bench
+    from .materials import ProgressLike
 
 __all__ = ["build", "content_identity"]
 

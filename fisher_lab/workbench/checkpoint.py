@@ -18,7 +18,7 @@ from . import cache, models, training
 from .snapshot import SnapshotError
 
 if TYPE_CHECKING:
-    from .bench import Materials, ProgressLike
+    from .materials import Materials, ProgressLike
 
 log = logging.getLogger(__name__)
 

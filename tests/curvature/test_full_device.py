@@ -85,11 +85,11 @@ def through(device, policy, monkeypatch, stage=None, at=None, *, batches=1, **se
 
 
 def stages():
-    from fisher_lab.curvature import build
-    from fisher_lab.curvature.build import FactorBuilder
+    from fisher_lab.curvature import forming
     from fisher_lab.curvature.factors.dense import DampedDense
     from fisher_lab.curvature.factors.diagonal import DampedDiagonal, DampedDiagonalLowRank
     from fisher_lab.curvature.factors.gram import DampedGram
+    from fisher_lab.curvature.head import Head
 
     two = {"batches": 2}
     few = {"max_columns": 8, "max_dense_dim": 40, "exclude": ["*mlp.c_proj"]}
@@ -108,15 +108,15 @@ def stages():
         "subsample": (GradientAccumulator, "_chosen", "G side", "all", two | few),
         "low rank": (GradientAccumulator, "_leading", "G side", "all", low),
         "lossless": (*joined, "G side", "all", {"max_columns": 8}),
-        "tokens kept": (build, "_joined", "side", "all", two | {"ekfac": True}),
+        "tokens kept": (forming, "joined", "side", "all", two | {"ekfac": True}),
         "A or G, application": (DampedDense, "power", "side", "small_only", {}),
         "G, application": (DampedGram, "push_through", "G side", "all", {}),
         "embedding": (DampedDiagonal, "power", "A side", "all", {}),
-        "true head, probabilities": (FactorBuilder, "_add_head", "G side", "all", head),
-        "true head": (FactorBuilder, "_head_factor", "G side", "all", two | head),
+        "true head, probabilities": (Head, "add", "G side", "all", head),
+        "true head": (Head, "factor", "G side", "all", two | head),
         "true head, application": (DampedDiagonalLowRank, "power", "G side", "all", head),
-        "pooled": (FactorBuilder, "_pool", "side", "all", pooled),
-        "pooled, dense": (FactorBuilder, "_pool", "side", "small_only", pooled),
+        "pooled": (forming, "pool", "side", "all", pooled),
+        "pooled, dense": (forming, "pool", "side", "small_only", pooled),
         "pooled, application": (DampedDiagonalLowRank, "power", "G side", "all", pooled),
     }  # fmt: skip
 

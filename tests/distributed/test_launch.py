@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from fisher_lab.distributed import launch
-from fisher_lab.distributed.launch import Failure, LaunchError, Place, RanksFailed
+from fisher_lab.distributed.launch import Failure, LaunchError, RanksFailed
+from fisher_lab.distributed.nodes import Place
 from fisher_lab.tasks import ranks as ranks_module
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,8 @@ from fisher_lab.config.launcher_schema import LocalSettings, SlurmSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.distributed import nodes
 from fisher_lab.distributed.communicator import CommunicationError
-from fisher_lab.distributed.launch import Failure, Place
-from fisher_lab.distributed.nodes import Elsewhere, Meeting, NodeError
+from fisher_lab.distributed.launch import Failure
+from fisher_lab.distributed.nodes import Elsewhere, Meeting, NodeError, Place
 from fisher_lab.runs import record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
@@ -32,8 +32,8 @@ from fisher_lab.sweeping.cell import Cell, Frozen, freeze, new_submission
 from fisher_lab.sweeping.layout import Layout
 from fisher_lab.tasks import endings, ranks
 from fisher_lab.tasks.endings import Endings
-from fisher_lab.tasks.job import Work
 from fisher_lab.tasks.ranks import Ended
+from fisher_lab.tasks.work import Work
 
 WAIT_S = 60
 

@@ -18,8 +18,9 @@ from fisher_lab.distributed import sharding
 from fisher_lab.runs.signals import Interrupted, Watch
 from fisher_lab.tasks import natural, train
 from fisher_lab.tasks.crew import RankCrew
-from fisher_lab.workbench import bench, models, snapshot, training
+from fisher_lab.workbench import models, snapshot, training
 from fisher_lab.workbench.crew import ALONE
+from fisher_lab.workbench.materials import Materials, prepare
 
 STEPS = 5
 
@@ -57,14 +58,14 @@ def text_in(directory: Path) -> str:
     return str(directory)
 
 
-_MADE: dict[tuple[Any, ...], bench.Materials] = {}
+_MADE: dict[tuple[Any, ...], Materials] = {}
 
 
-def materials_of(config: Config) -> bench.Materials:
+def materials_of(config: Config) -> Materials:
     """Text and tokenizer, read once a process."""
     key = (config.data.path, config.model.type)
     if key not in _MADE:
-        _MADE[key] = bench.prepare(config)
+        _MADE[key] = prepare(config)
     return dataclasses.replace(_MADE[key], cfg=config)
 
 

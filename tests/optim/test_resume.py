@@ -22,8 +22,9 @@ from fisher_lab.config.workbench_schema import (
 )
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import natural, train
-from fisher_lab.workbench import bench, optimizers, training
+from fisher_lab.workbench import optimizers, training
 from fisher_lab.workbench.crew import Crew
+from fisher_lab.workbench.materials import prepare
 
 STEPS = 8
 KILLS = (1, 3, 4, 8)
@@ -65,7 +66,7 @@ def materials(tmp_path_factory):
             value = dataclasses.replace(getattr(config, section), **values)
             setattr(config, section, value)
         if kind not in made:
-            made[kind] = bench.prepare(config)
+            made[kind] = prepare(config)
         return config, made[kind]
 
     return make

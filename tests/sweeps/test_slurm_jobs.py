@@ -13,6 +13,7 @@ from fisher_lab.sweeping import array_job, debug_cluster, pool, scheduler, slurm
 from fisher_lab.sweeping.array_job import CellJob
 from fisher_lab.sweeping.cell import CANCELLED_FILE, Cell, Frozen
 from fisher_lab.sweeping.progress import Tally
+from fisher_lab.sweeping.waiting import Waiting
 from tests.sweeps.launching import launch_small
 from tests.sweeps.made import begin, submitted
 from tests.sweeps.small_worker import RAISES, WAITS
@@ -186,7 +187,8 @@ def test_one_cell_at_a_time_where_times_are_compared(launcher):
         ([beside, other], other, False),
     ):
         one._running = [entry(work) for work in held]
-        assert one._has_room(wanted[0]) is room
+        one._waiting = Waiting([wanted], Tally(0))
+        assert one._next() == (wanted if room else None)
 
 
 def test_the_options_of_sbatch(tmp_path, monkeypatch):

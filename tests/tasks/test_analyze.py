@@ -149,7 +149,7 @@ def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
     kfac.engine.prepare_inverses()
     clipped = pairs = 0
     for row in rows:
-        basis = kfac.engine._bases.get(row["name"])
+        basis = kfac.engine._inverses.bases.get(row["name"])
         if basis is None:
             assert row["method"] == "norm"
             assert row["ekfac_clipped"] == ""

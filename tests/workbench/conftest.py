@@ -10,7 +10,8 @@ import pytest
 
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workbench_schema import DataConfig, ModelConfig, RecipeConfig, TrainConfig
-from fisher_lab.workbench import bench, text
+from fisher_lab.workbench import text
+from fisher_lab.workbench.materials import Materials, prepare
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +57,12 @@ def config(text_directory: Path, cache_directory: Path) -> Callable[..., Config]
 
 
 @pytest.fixture(scope="session")
-def materials(config: Callable[..., Config]) -> Callable[..., bench.Materials]:
-    made: dict[str, bench.Materials] = {}
+def materials(config: Callable[..., Config]) -> Callable[..., Materials]:
+    made: dict[str, Materials] = {}
 
-    def get(kind: str) -> bench.Materials:
+    def get(kind: str) -> Materials:
         if kind not in made:
-            made[kind] = bench.prepare(config(kind))
+            made[kind] = prepare(config(kind))
         return made[kind]
 
     return get

@@ -9,6 +9,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workbench_schema import ModelConfig
 from fisher_lab.curvature import losses
 from fisher_lab.workbench import bench, identity, models
+from fisher_lab.workbench.materials import prepare
 
 KINDS = ["gpt2", "llama", "bert", "t5", "mlp"]
 
@@ -40,14 +41,14 @@ def test_what_is_configured_is_built(config, materials, kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5"])
 def test_a_head_may_be_wider_than_the_tokenizer(config, kind):
     asked = config(kind)
-    made = bench.prepare(replace(asked, model=replace(asked.model, outputs=421)))
+    made = prepare(replace(asked, model=replace(asked.model, outputs=421)))
     assert (len(made.tokenizer), made.task.classes) == (400, 421)
     shapes = {tuple(p.shape) for p in made.untrained(0).parameters()}
     assert (421, 16) in shapes
     assert (400, 16) not in shapes
-    assert made.checkpoint_key != bench.prepare(asked).checkpoint_key
+    assert made.checkpoint_key != prepare(asked).checkpoint_key
     with pytest.raises(ConfigError, match=r"model\.outputs=399 is not allowed: .* at least 400"):
-        bench.prepare(replace(asked, model=replace(asked.model, outputs=399)))
+        prepare(replace(asked, model=replace(asked.model, outputs=399)))
 
 
 def test_topics_are_no_vocabulary(config):

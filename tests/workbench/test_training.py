@@ -261,11 +261,12 @@ import os, random, signal, sys
 from pathlib import Path
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workbench_schema import *
-from fisher_lab.workbench import bench, models, training
+from fisher_lab.workbench import models, training
+from fisher_lab.workbench.materials import prepare
 text, cache, directory, kill_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 model = ModelConfig(layers=1, width=16, heads=2, dropout=0.3, recipe=RecipeConfig(seq_len=32))
 data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2, seq_len=32)
-made = bench.prepare(Config(device="cpu", cache_dir=cache, model=model, data=data))
+made = prepare(Config(device="cpu", cache_dir=cache, model=model, data=data))
 built = models.build(model, made.tokenizer, classes=made.task.classes, seed=1)
 job = training.Job(9, 2, 32, 1e-2, 5, OptimizerConfig(), 4)
 def after_step(done):
