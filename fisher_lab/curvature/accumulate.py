@@ -403,30 +403,65 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
         return functional_call(module, {**values, "weight": values["weight"] + 1}, (x,)) - at_zero
 
 
-class NormAccumulator:
+def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> Tensor:
+    """Returns per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``.
+
+    Args:
+        xhat: normalised inputs, ``[T, n]``.
+        g: gradients of the layer's outputs, ``[T, n]``.
+        shift: whether the layer has one.
+        dtype: of the result.
+    """
+    xhat, g = xhat.to(dtype), g.to(dtype)
+    return torch.cat([g * xhat, g], dim=1) if shift else g * xhat
+
+
+class NormAccumulator(_Summing):
     """``sum v v^T`` with ``v = [g * xhat; g]``, the per-token gradient of scale and shift.
 
     Args:
-        dim: entries of ``v``: features, twice that with a shift.
+        n: features.
+        shift: whether the layer has a shift beside its scale.
         dense: whether the matrix is kept, else its diagonal.
         dtype: core dtype.
         device: where the sum lives.
+        label: the layer, for the log.
     """
 
-    def __init__(self, dim: int, dense: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.dense, self.tokens = dense, 0
-        shape = (dim, dim) if dense else (dim,)
-        self.total = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(
+        self, n: int, shift: bool, dense: bool, dtype: torch.dtype, device: torch.device, label: str
+    ) -> None:
+        self.dense, self.shift, self.tokens, self.label = dense, shift, 0, label
+        dim = 2 * n if shift else n
+        self._shape = (dim, dim) if dense else (dim,)
+        self.total = torch.empty(0)
+        self.total = self.guarded(
+            lambda: torch.zeros(self._shape, dtype=dtype, device=HOST if self.hosted else device)
+        )
 
-    def add(self, v: Tensor) -> None:
-        """Adds per-token gradients ``[T, dim]``."""
+    def what(self) -> str:
+        """See :class:`_Summing`."""
+        return f"{self.label}: scale and shift (entries={self._shape[0]}, tokens={self.tokens})"
+
+    def move(self) -> None:
+        """See :class:`_Summing`."""
+        self.total = self.total.to(HOST)
+
+    def add(self, xhat: Tensor, g: Tensor) -> None:
+        """Adds tokens: normalised inputs and gradients of the outputs, ``[T, n]`` each."""
+        self.guarded(lambda: self._add(xhat, g))
+        self.tokens += len(g)
+
+    def _add(self, xhat: Tensor, g: Tensor) -> None:
+        xhat, g = xhat.to(self.total.device), g.to(self.total.device)
+        v = norm_gradients(xhat, g, self.shift, self.total.dtype)
         if self.dense:
             add_second_moment(self.total, v)
         else:
-            self.total += v.to(self.total.dtype).square().sum(dim=0)
+            self.total += v.square().sum(dim=0)
 
     def factor(self, weight: float) -> DenseFactor | DiagonalFactor:
-        """Returns ``weight * sum v v^T``, or its diagonal."""
+        """Returns ``weight * sum v v^T``, or its diagonal; nothing can be added after it."""
         if self.dense:
             return DenseFactor(mirror(self.total).mul_(weight))
-        return DiagonalFactor(self.total * weight)
+        return DiagonalFactor(self.total.mul_(weight))

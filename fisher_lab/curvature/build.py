@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accumulate import NormAccumulator, Where, normalised
+from .accumulate import NormAccumulator, Where, norm_gradients, normalised
 from .capture import Call, Capture, TokenMasks, any_token, share_key
 from .errors import BatchError
 from .fisher import Draw, draws, resolve
@@ -167,7 +167,7 @@ class FactorBuilder:
 
     def _add_g(self, side: Side, a: Tensor, g: Tensor, first: bool) -> None:
         if isinstance(side.g, NormAccumulator):
-            side.g.add(self._norm_tokens(side.layer, a, g))
+            side.g.add(normalised(side.layer.modules[0], a), g)
             return
         if side.layer.name == self.sums.head.name:
             return
@@ -181,12 +181,6 @@ class FactorBuilder:
             side.inputs += [a] if first else []
         else:
             side.inputs.clear()
-
-    def _norm_tokens(self, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-        """Per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``."""
-        dtype = self.settings.numerics.core_dtype
-        xhat, g = normalised(layer.modules[0], x).to(dtype), g.to(dtype)
-        return g * xhat if layer.bias is None else torch.cat([g * xhat, g], dim=1)
 
     # ---- the own gradient --------------------------------------------------------------------
 
@@ -203,7 +197,8 @@ class FactorBuilder:
         if layer.tied:
             return
         if layer.kind is Kind.NORM:
-            part = self._norm_tokens(layer, a, g).sum(dim=0)[:, None]
+            xhat, shift = normalised(layer.modules[0], a), layer.bias is not None
+            part = norm_gradients(xhat, g, shift, dtype).sum(dim=0)[:, None]
         elif layer.kind is Kind.EMBEDDING:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T

@@ -110,9 +110,10 @@ class Sums:
         if layer.name not in self.sides:
             s = self.settings
             if layer.kind is Kind.NORM:
-                width = layer.n_out * (1 if layer.bias is None else 2)
+                shift = layer.bias is not None
                 dense = layer.n_out <= s.coverage.norm_max_dim
-                g: Any = NormAccumulator(width, dense, s.numerics.core_dtype, self.device)
+                core, label = s.numerics.core_dtype, f"layer {layer.name}"
+                g: Any = NormAccumulator(layer.n_out, shift, dense, core, self.device, label)
             else:
                 g = GradientAccumulator(
                     layer.name, layer.n_out, s.policy, s.numerics, s.storage, self.seed

@@ -17,7 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fisher_lab.curvature import accumulate, retreat
-from fisher_lab.curvature.accumulate import GradientAccumulator, MomentAccumulator
+from fisher_lab.curvature.accumulate import (
+    GradientAccumulator,
+    MomentAccumulator,
+    NormAccumulator,
+)
 from fisher_lab.curvature.factors import DenseFactor, GramFactor
 from tests import models, reference
 from tests.capturing import engine
@@ -77,7 +81,7 @@ def warnings(caplog) -> list[str]:
 def through(device, policy, monkeypatch, stage=None, at=None, *, batches=1, **settings):
     """Collects and applies, the stub watching one stage; returns result, engine and stub."""
     model, batch = case_on(device, tied="tied" in settings)
-    kfac = engine(policy, Damping(1e-3, 1e-3, 50.0), norm_layers=False, **settings)
+    kfac = engine(policy, Damping(1e-3, 1e-3, 50.0), **{"norm_layers": False, **settings})
     stub = FullOnce(at)
     with nullcontext() if stage is None else only(monkeypatch, *stage, stub):
         kfac.collect_kfac_factors(model, [batch] * batches, keep_gradient=True)
@@ -95,7 +99,7 @@ def stages():
     few = {"max_columns": 8, "max_dense_dim": 40, "exclude": ["*mlp.c_proj"]}
     low = two | few | {"column_reduction": "lowrank"}
     head, pooled = {"kfac_true_fisher_head": True}, {"tied": "sum"}
-    joined = (GradientAccumulator, "factor")
+    joined, norms = (GradientAccumulator, "factor"), {"norm_layers": True}
     return {
         "sum of A": (MomentAccumulator, "add", "A side", "all", {}),
         "room for A": (MomentAccumulator, "__init__", "A side", "all", {}),
@@ -111,6 +115,8 @@ def stages():
         "tokens kept": (forming, "joined", "side", "all", two | {"ekfac": True}),
         "A or G, application": (DampedDense, "power", "side", "small_only", {}),
         "G, application": (DampedGram, "push_through", "G side", "all", {}),
+        "sum of a norm layer": (NormAccumulator, "add", "scale and shift", "all", norms),
+        "room for a norm layer": (NormAccumulator, "__init__", "scale and shift", "all", norms),
         "embedding": (DampedDiagonal, "power", "A side", "all", {}),
         "true head, probabilities": (Head, "add", "G side", "all", head),
         "true head": (Head, "factor", "G side", "all", two | head),
@@ -143,6 +149,26 @@ def test_a_full_device_sends_a_side_to_the_host(name, device, monkeypatch, caplo
         assert len({id(f) for f in hosted}) <= 1, (
             "one side of one layer (or of those that share it)"
         )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_diagonal_of_a_wide_norm_layer_goes_on_on_the_host(device, caplog):
+    torch.manual_seed(0)
+    batches = torch.randn(2, 2, 5, 6, device=device)
+    expected = sum((torch.cat([g * x, g], 1).double() ** 2).sum(0) for x, g in batches).cpu()
+    at, hosted = 1, True
+    while hosted:
+        caplog.clear()
+        norm = NormAccumulator(6, True, False, torch.float64, batches.device, "layer ln")
+        with FullOnce(at):
+            for x, g in batches:
+                norm.add(x, g)
+        hosted = norm.hosted
+        assert len(warnings(caplog)) == int(hosted)
+        assert not hosted or norm.total.device.type == "cpu"
+        torch.testing.assert_close(norm.factor(1.0).diagonal.cpu(), expected)
+        at += 1
+    assert at > 4, "every operation was hit, until there was none left"
 
 
 @pytest.mark.parametrize("device", DEVICES)
