@@ -16,6 +16,7 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeping import worker
 from fisher_lab.sweeping.layout import Layout
+from tests.sweeps.launching import HOLDING_WORKER
 
 TRAIN = [
     *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
@@ -36,7 +37,7 @@ def curve(directory: Path) -> list[dict[str, str]]:
 
 def start(frozen: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fisher_lab.sweeping.worker", str(frozen)],
+        [sys.executable, str(HOLDING_WORKER), str(frozen)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -56,8 +57,9 @@ def test_usr2_and_a_second_start_change_no_bit(door):
     layout = Layout(Path("results/preempted").resolve())
     directory = layout.run_directory(frozen.stem)
 
+    Path("hold").touch()
     first, pause = start(moved), threading.Event()
-    while not (directory / "state.safetensors").exists():
+    while not Path("held").exists():
         assert first.poll() is None
         pause.wait(0.02)
     first.send_signal(signal.SIGUSR2)
