@@ -32,7 +32,7 @@ from tests.distributed.test_launch import (
 )
 from tests.ports import free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NODES = (
     "distributed.nproc=1",

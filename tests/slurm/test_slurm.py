@@ -19,7 +19,7 @@ from tests.sweeps.launching import HOLDING_WORKER, launch_small
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
     pytest.mark.xdist_group("slurm"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 QUICK = ["hydra.launcher.poll_s=0.3", "hydra.launcher.grace_s=5"]

@@ -44,7 +44,7 @@ def start(frozen: Path) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_usr2_and_a_second_start_change_no_bit(door):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     answer = door(*TRAIN, "sweep.name=alone")
@@ -63,7 +63,7 @@ def test_usr2_and_a_second_start_change_no_bit(door):
         assert first.poll() is None
         pause.wait(0.02)
     first.send_signal(signal.SIGUSR2)
-    assert first.wait(timeout=60) == worker.PREEMPTED
+    assert first.wait(timeout=120) == worker.PREEMPTED
     assert (record.status_of(directory), record.read(directory)["reason"]) == (
         "preempted",
         "SIGUSR2",
@@ -79,6 +79,6 @@ def test_usr2_and_a_second_start_change_no_bit(door):
     )
     same = [name for name in ours if "_s" not in name and "seconds" not in name]
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
-    assert start(moved).wait(timeout=60) == worker.COMPLETED  # and is not run a third time
+    assert start(moved).wait(timeout=120) == worker.COMPLETED  # and is not run a third time
     events = [entry["event"] for entry in layout.journal.read()]
     assert events == ["started", "preempted", "started", "completed"]

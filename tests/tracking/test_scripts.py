@@ -289,7 +289,7 @@ def test_what_the_service_refuses_does_not_count_as_sent(remote, start, tmp_path
                     "WANDB_API_KEY": "0" * 40,
                     "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
                 },
-                timeout=60,
+                timeout=200,
                 capture_output=True,
             )
         finally:
