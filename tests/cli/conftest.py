@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -64,10 +66,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Callable[[], list[tuple[Path, dict[str, Any]]]]:
-    """All run directories under the working directory, with their records, by name."""
+    """All run directories under the working directory, with their records, by name.
+
+    Also while a sweep goes on: directories and records may go as soon as they have been seen.
+    """
 
     def find() -> list[tuple[Path, dict[str, Any]]]:
-        files = sorted(tmp_path.rglob("run.json"))
-        return [(file.parent, json.loads(file.read_text())) for file in files]
+        found = []
+        for file in sorted(Path(place, "run.json") for place, _, _ in os.walk(tmp_path)):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file.parent, json.loads(file.read_text())))
+        return found
 
     return find

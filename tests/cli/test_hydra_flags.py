@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +35,12 @@ def test_help_of_what_is_misspelt(door):
 
 def test_help_takes_less_than_two_seconds(tmp_path):
     """Of processor time, which other work on the machine does not stretch as it does the clock."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "fisher_lab", "--help"]
-    done = subprocess.run(command, capture_output=True, timeout=60, cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    _, status, used = os.wait4(process.pid, 0)  # of this one alone, whatever else has ended
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_utime + used.ru_stime < 2
 
 
 @pytest.mark.parametrize("flag", [["--cfg", "job"], ["-c", "job"]])

@@ -80,7 +80,7 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, size: int) -> None:
 
 
 def test_a_collective_that_waits_in_vain_ends_and_is_named(ranks: Pool) -> None:
-    first, second = ranks.run(collectives.stuck, 2, seconds=2.0)
+    first, second = ranks.run(collectives.stuck, 2, seconds=5.0)
     assert "rank 0 of 2: all_reduce of float32[3] failed after" in first
     assert second == "waited"
 

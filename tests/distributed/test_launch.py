@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ SMALL = (
     "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
     "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
 )  # fmt: skip
-SOON_S = 15
+SOON_S = 30
 """What "the others are stopped within seconds" means on a busy machine."""
 
 TIMES = ("_s", "seconds", "_mb", "bytes")
@@ -86,6 +86,17 @@ def at_work(directory: Path, *programs: Any) -> Callable[[], list[dict[str, Any]
         return about["distributed"]["ranks"] if "workbench" in about else None
 
     return found
+
+
+def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run, but for a moment in which the kernel takes them down."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    left = []
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    return left
 
 
 def run(directory: Path, *arguments: str) -> tuple[int, str]:
@@ -181,7 +192,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path, rank:
     expected = f"rank {rank} (process {pids[rank]}) was ended by SIGKILL"
     assert found["error"]["message"] == expected
     assert seconds < 30
-    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left_of(everyone)
     assert not list(directory.rglob("*.tmp*"))
     if rank == 1:
         return
@@ -204,7 +215,7 @@ def test_a_signal_to_the_watcher_ends_all_ranks(tmp_path: Path, signum: int) -> 
     assert process.returncode == 128 + signum
     expected = "cancelled" if signum == signal.SIGTERM else "preempted"
     assert record_of(directory)["status"] == expected
-    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left_of(everyone)
 
 
 def _provenance(directory: Path) -> dict[str, Any]:
@@ -242,6 +253,7 @@ def test_torchrun_and_a_killed_rank(tmp_path: Path, rank: int) -> None:
     arguments = (*SMALL, "kfac.n_batches=4000", "data.batch_size=2", f"hydra.run.dir={directory}")
     with program(*arguments, module=TORCHRUN) as process:
         pids = [one["pid"] for one in until(at_work(directory, process), 300, "the ranks at work")]
+        everyone = [psutil.Process(pid) for pid in pids]
         os.kill(pids[rank], signal.SIGKILL)
         out, _ = process.communicate(timeout=60)
     found = record_of(directory)
@@ -249,7 +261,7 @@ def test_torchrun_and_a_killed_rank(tmp_path: Path, rank: int) -> None:
     assert (found["error"]["type"], found["error"]["rank"]) == ("RankKilled", rank)
     assert found["error"]["message"].startswith(f"rank {rank} (process {pids[rank]}) is gone")
     assert process.returncode == 1
-    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not left_of(everyone)
 
 
 @pytest.mark.slow

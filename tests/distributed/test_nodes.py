@@ -34,6 +34,7 @@ from fisher_lab.tasks import endings, ranks
 from fisher_lab.tasks.endings import Endings
 from fisher_lab.tasks.ranks import Ended
 from fisher_lab.tasks.work import Work
+from tests.ports import free_ports
 
 WAIT_S = 60
 
@@ -42,15 +43,9 @@ def place(node: int, port: int) -> Place:
     return Place(1, 2, node, "127.0.0.1", port)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def both(*actions: Callable[[Meeting], Any], timeout_s: float = 20.0) -> list[Any]:
     """What each node's action returns, or the error that it raises."""
-    port = free_port()
+    port = free_ports()
 
     def on(node: int) -> Any:
         try:
@@ -116,7 +111,7 @@ def test_nodes_wait_for_each_other_with_a_time_out(monkeypatch: pytest.MonkeyPat
     (led,) = both(lambda meeting: meeting.together(), timeout_s=0.3)
     assert str(led) == "distributed.nodes=2, but node 1 did not come within 0.3 s"
     missing = r"node 0 was not at 127\.0\.0\.1:\d+ within 0\.3 s"
-    with pytest.raises(NodeError, match=missing), nodes.meeting(place(1, free_port()), 0.3):
+    with pytest.raises(NodeError, match=missing), nodes.meeting(place(1, free_ports()), 0.3):
         pass
 
 

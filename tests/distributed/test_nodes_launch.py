@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +21,18 @@ import pytest
 
 from fisher_lab.sweeping.cell import Cell, freeze, new_submission
 from fisher_lab.sweeping.layout import Layout
-from tests.distributed.test_launch import SMALL, at_work, metrics_of, program, record_of, until
+from tests.distributed.test_launch import (
+    SMALL,
+    at_work,
+    left_of,
+    metrics_of,
+    program,
+    record_of,
+    until,
+)
+from tests.ports import free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NODES = (
     "distributed.nproc=1",
@@ -40,17 +48,11 @@ FAILING = ("kfac/reduce=none", "data.batch_size=1")
 """One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 @contextmanager
 def two_nodes(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Iterator[list[Any]]:
     """The same program as node 0 and as node 1, on loopback."""
     common = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()), "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": DEVICES,
     }  # fmt: skip
     with ExitStack() as stack:
@@ -77,7 +79,7 @@ def kill_rank_1(programs: list[Any], directory: Path) -> tuple[int, list[str], l
     killed = time.monotonic()
     codes, outputs = ended(programs)
     assert time.monotonic() - killed < SOON_S
-    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left_of(everyone)
     return pid, outputs, codes
 
 

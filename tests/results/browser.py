@@ -67,6 +67,7 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
         return self
 
     def __exit__(
@@ -106,8 +107,13 @@ class Browser:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=file.resolve().as_uri())
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+        loader = self.call("Page.navigate", url=file.resolve().as_uri())["loaderId"]
+        # Of this very page: the empty one that the browser begins with may still be loading.
+        while not any(
+            event["method"] == "Page.lifecycleEvent"
+            and (event["params"]["name"], event["params"]["loaderId"]) == ("load", loader)
+            for event in self.events
+        ):
             self._next()
 
     def ask(self, expression: str) -> Any:

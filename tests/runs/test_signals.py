@@ -96,13 +96,14 @@ def test_outside_the_main_thread_nothing_is_installed():
 
 
 SCRIPT = """
-import sys, types, signal
+import sys, time, types
 from fisher_lab import cli
 from fisher_lab.tasks import job
 module = types.ModuleType("waiting")
 def run(config, run):
     print("ready", flush=True)
-    signal.pause()
+    while True:  # a signal just before one long wait would be seen only at its end
+        time.sleep(0.05)
 module.run = run
 sys.modules["waiting"] = module
 job.TASKS["plan"] = "waiting"

@@ -35,7 +35,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A requeued job waits for the credential of its first start to expire.
-AuthInfo=cred_expire=5,socket=$dir/munge.socket
+AuthInfo=cred_expire=10,socket=$dir/munge.socket
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -56,6 +56,10 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 KillWait=5
+# A busy machine: starting a job and answering may take a while; and tests ask for jobs of long ago.
+BatchStartTimeout=60
+MessageTimeout=60
+MinJobAge=3600
 MaxArraySize=${SLURM_MAX_ARRAY:-1001}
 GresTypes=gpu
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus Sockets=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=16000 Gres=gpu:$gpus State=UNKNOWN
@@ -78,7 +82,7 @@ up() {
   slurmctld -c -f "$SLURM_CONF"
   slurmd -N "$host" -f "$SLURM_CONF"
   # The node is known as idle before it can run anything; a job tells.
-  if ! wait_for 30 bash -c '[ "$(sinfo -h -o %T)" = idle ]'; then
+  if ! wait_for 60 bash -c '[ "$(sinfo -h -o %T)" = idle ]'; then
     sinfo -R >&2
     tail -n 20 "$dir"/log/*.log >&2
     return 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
 from tests.sweeps.conftest import door, runs, seen, small_workers
 
 __all__ = ["cluster", "door", "runs", "seen", "small_workers", "until"]
@@ -37,12 +38,12 @@ def _node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # Sockets have short names.
     directory = tmp_path_factory.mktemp("slurm")
     # Workers may share the tests out: each has a node of its own, on ports of its own.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    os.environ["SLURM_PORT"] = str(16817 + 10 * int(worker))
+    ports = {"SLURM_PORT": str(free_ports(2))}
     try:
         done = subprocess.run(
-            [str(SCRIPT), "up", str(directory)], capture_output=True, text=True, timeout=120
-        )
+            [str(SCRIPT), "up", str(directory)],
+            capture_output=True, text=True, timeout=180, env={**os.environ, **ports},
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         yield done.stdout.strip().splitlines()[-1]
     finally:

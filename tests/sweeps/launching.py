@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 SMALL_WORKER = Path(__file__).with_name("small_worker.py")
+HOLDING_WORKER = Path(__file__).with_name("holding_worker.py")
 
 
 def launch(

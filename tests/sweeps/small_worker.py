@@ -36,6 +36,7 @@ def run(config: Any, run: Any) -> None:
         case 17:
             # Deaf to everything but SIGKILL.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
+            print("and deaf", flush=True)
             threading.Event().wait(60)
         case 18:
             threading.Event().wait(60)

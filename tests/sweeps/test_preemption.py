@@ -16,6 +16,7 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeping import worker
 from fisher_lab.sweeping.layout import Layout
+from tests.sweeps.launching import HOLDING_WORKER
 
 TRAIN = [
     *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
@@ -36,14 +37,14 @@ def curve(directory: Path) -> list[dict[str, str]]:
 
 def start(frozen: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fisher_lab.sweeping.worker", str(frozen)],
+        [sys.executable, str(HOLDING_WORKER), str(frozen)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_usr2_and_a_second_start_change_no_bit(door):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     answer = door(*TRAIN, "sweep.name=alone")
@@ -56,12 +57,13 @@ def test_usr2_and_a_second_start_change_no_bit(door):
     layout = Layout(Path("results/preempted").resolve())
     directory = layout.run_directory(frozen.stem)
 
+    Path("hold").touch()
     first, pause = start(moved), threading.Event()
-    while not (directory / "state.safetensors").exists():
+    while not Path("held").exists():
         assert first.poll() is None
         pause.wait(0.02)
     first.send_signal(signal.SIGUSR2)
-    assert first.wait(timeout=60) == worker.PREEMPTED
+    assert first.wait(timeout=120) == worker.PREEMPTED
     assert (record.status_of(directory), record.read(directory)["reason"]) == (
         "preempted",
         "SIGUSR2",
@@ -77,6 +79,6 @@ def test_usr2_and_a_second_start_change_no_bit(door):
     )
     same = [name for name in ours if "_s" not in name and "seconds" not in name]
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
-    assert start(moved).wait(timeout=60) == worker.COMPLETED  # and is not run a third time
+    assert start(moved).wait(timeout=120) == worker.COMPLETED  # and is not run a third time
     events = [entry["event"] for entry in layout.journal.read()]
     assert events == ["started", "preempted", "started", "completed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import types
@@ -56,12 +57,17 @@ def remote() -> Iterator[Callable[..., RemoteTracker]]:
 
 def end(tracker: RemoteTracker) -> None:
     """End a tracker's process and those that it started."""
-    if tracker.pid is None or not psutil.pid_exists(tracker.pid):
+    if tracker.pid is None:
         return
-    process = psutil.Process(tracker.pid)
-    family = [*process.children(recursive=True), process]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        kill_all([psutil.Process(tracker.pid)])
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """End processes and those that they started; any of them may end by itself meanwhile."""
+    family = [other for one in processes for other in (*one.children(recursive=True), one)]
     for one in family:
-        if one.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(family, timeout=20)
 
@@ -71,12 +77,7 @@ def _no_worker_is_left() -> Iterator[None]:
     """Ends what goes on by itself after a test, such as a sink that waits for its service."""
     before = set(psutil.Process().children())
     yield
-    left = [one for one in psutil.Process().children() if one not in before]
-    family = [other for one in left for other in (*one.children(recursive=True), one)]
-    for one in family:
-        if one.is_running():
-            one.kill()
-    psutil.wait_procs(family, timeout=20)
+    kill_all([one for one in psutil.Process().children() if one not in before])
 
 
 @pytest.fixture
@@ -86,8 +87,14 @@ def service() -> Callable[[RemoteTracker], psutil.Process]:
     def find(tracker: RemoteTracker) -> psutil.Process:
         assert tracker.pid is not None
         process = psutil.Process(tracker.pid)
-        (found,) = until(lambda: process.children())
+        (found,) = until(lambda: [one for one in process.children() if is_service(one)])
         return found
+
+    def is_service(one: psutil.Process) -> bool:
+        try:
+            return one.name().startswith("wandb-core")
+        except psutil.NoSuchProcess:  # something else that the library has run for a moment
+            return False
 
     return find
 

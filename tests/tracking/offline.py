@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @dataclass
 class Recorded:
@@ -63,6 +65,36 @@ def read(file: Path) -> Recorded:
             case "exit":
                 recorded.exit_code = content.get("exit_code", 0)
     return recorded
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended (it may be a zombie, or go while one looks)."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Clock:
+    """Seconds since it was made in which this thread ran or waited for something.
+
+    Without those in which it could have run and the machine had no processor for it (Linux): a
+    bound on what is waited for says nothing of these.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def __call__(self) -> float:
+        return self._now() - self._began
+
+    @staticmethod
+    def _now() -> float:
+        try:
+            held_up_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            held_up_ns = 0
+        return time.monotonic() - held_up_ns / 1e9
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
