@@ -267,6 +267,49 @@ def test_tied_weights(build, tied, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("excluded", "tied"), [("*wte", "head"), ("lm_head", "embedding")])
+def test_the_own_gradient_of_a_tied_weight_whose_other_use_is_excluded(excluded, tied, policy):
+    """It is that of both uses, whichever has the factors: no push-through of one use's tokens."""
+    model, damping = models.seeded(models.gpt2, DOUBLE), Damping(1e-3, 1e-3, 1e3)
+    kfac = engine(policy, damping, exclude=[excluded])
+    batch = models.language_batch(models.FEW)
+    truth, labels = shared_capture(kfac, model, batch, keep_gradient=True, tied=tied)
+    own = truth.own_gradient(labels)
+    reference.assert_close(kfac.engine.own_gradients(model), own, 1e-10)
+    expected = truth.natural_gradient(own, damping)
+    reference.assert_close(kfac.compute_natural_gradient(None, model), expected, 1e-8)
+
+
+class Siamese(nn.Module):
+    """Two linear layers and two norms, each pair with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other_norm = nn.LayerNorm(7), nn.LayerNorm(7)
+        self.first, self.second = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.other_norm.weight, self.other_norm.bias = self.norm.weight, self.norm.bias
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        self.out = nn.Linear(7, 4)
+
+    def forward(self, x):
+        return self.out(self.second(self.other_norm(torch.tanh(self.first(self.norm(x))))))
+
+
+@pytest.mark.parametrize("excluded", ["first", "second", "norm", "other_norm"])
+def test_the_own_gradient_where_a_module_with_the_same_weight_is_excluded(excluded):
+    model = models.seeded(Siamese, DOUBLE)
+    kfac = engine("all", Damping(1e-3, 1e-3, None), exclude=[excluded])
+    batch = mlp_batch()
+    kfac.collect_kfac_factors(model, batch, cross_entropy, n_labels=6, keep_gradient=True)
+    model.zero_grad()
+    cross_entropy(model(batch["x"]), batch).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    reference.assert_close(kfac.engine.own_gradients(model), expected, 1e-10)
+    own = kfac.compute_natural_gradient(None, model)
+    reference.assert_close(own, kfac.compute_natural_gradient(expected, model), 1e-10)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("kappa", [None, 5.0])
 def test_embedding(kappa, tokens, policy):

@@ -42,7 +42,8 @@ class Layer:
         bias: name of its bias, or None.
         n_in: inputs, without the bias column.
         n_out: outputs.
-        tied: whether the weight is shared between embedding and head.
+        tied: whether another use of the weight is not among these modules (embedding and head
+            share it, or the other module is excluded): its gradient is more than these tokens'.
         partner: the other use of a tied weight where both are pooled (``tied=sum``).
     """
 
@@ -74,9 +75,15 @@ class Layer:
     def to_matrix(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns the gradient as ``[out, in]``, or ``[out, in + 1]`` where there is a bias.
 
-        A bias that exists but has no gradient counts as zero.
+        Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``. A bias that exists but has
+        no gradient counts as zero.
         """
         matrix = weight.detach().to(dtype)
+        if self.kind is Kind.NORM:
+            if self.bias is None:
+                return matrix[:, None]
+            shift = torch.zeros_like(matrix) if bias is None else bias.detach().to(matrix)
+            return torch.cat([matrix, shift])[:, None]
         matrix = matrix.T if self.transposed else matrix
         if not self.augmented:
             return matrix
@@ -85,6 +92,9 @@ class Layer:
 
     def from_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits a matrix of :meth:`to_matrix`'s shape into weight and bias, as stored."""
+        if self.kind is Kind.NORM:
+            shift = matrix[self.n_out :, 0] if self.bias is not None else None
+            return matrix[: self.n_out, 0], shift
         weight = matrix[:, : self.n_in]
         weight = weight.T if self.transposed else weight
         bias = matrix[:, self.n_in] if self.augmented else None
@@ -192,7 +202,7 @@ def discover(model: nn.Module, coverage: Coverage | None = None) -> Layers:
                 n_out=n_out,
             )
         )
-    layers = _join_shared(found, coverage.tied, skipped)
+    layers = _mark_shared(model, _join_shared(found, coverage.tied, skipped))
     if not any(layer.kind is not Kind.NORM for layer in layers):
         raise LayerError(_nothing_found(model, coverage, skipped))
     known = input_embeddings(model)
@@ -236,6 +246,21 @@ def _join_shared(found: Sequence[Layer], tied: str, skipped: dict[str, str]) -> 
     for layer in found:
         groups.setdefault(layer.weight, []).append(layer)
     return [layer for group in groups.values() for layer in _join_group(group, tied, skipped)]
+
+
+def _mark_shared(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Marks layers whose weight or bias is also held by a module that is not theirs."""
+    holders: dict[int, set[int]] = {}
+    for module in unwrap(model).modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    marked = []
+    for layer in layers:
+        own = {id(module) for _, module in every_module([layer])}
+        held = (getattr(layer.modules[0], name, None) for name in ("weight", "bias"))
+        elsewhere = any(holders.get(id(p), own) - own for p in held if p is not None)
+        marked.append(replace(layer, tied=True) if elsewhere else layer)
+    return marked
 
 
 def _join_group(group: list[Layer], tied: str, skipped: dict[str, str]) -> list[Layer]:

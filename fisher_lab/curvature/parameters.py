@@ -94,12 +94,7 @@ def matrix_of(layer: Layer, vectors: Mapping[str, Tensor], dtype: torch.dtype) -
     _check_shapes(layer, vectors)
     weight = vectors[layer.weight]
     bias = vectors.get(layer.bias) if layer.bias is not None else None
-    if layer.kind is not Kind.NORM:
-        return layer.to_matrix(weight, bias, dtype)
-    parts = [weight]
-    if layer.bias is not None:
-        parts.append(torch.zeros_like(weight) if bias is None else bias)
-    return torch.cat([p.detach().to(dtype) for p in parts])[:, None]
+    return layer.to_matrix(weight, bias, dtype)
 
 
 def named_of(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
@@ -109,10 +104,7 @@ def named_of(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         layer: the layer.
         matrix: ``[out, dim_a]``, or ``[n, 1]`` for a norm layer.
     """
-    if layer.kind is Kind.NORM:
-        weight, bias = matrix[: layer.n_out, 0], matrix[layer.n_out :, 0]
-    else:
-        weight, bias = layer.from_matrix(matrix)
+    weight, bias = layer.from_matrix(matrix)
     named = {layer.weight: weight}
     if layer.bias is not None and bias is not None:
         named[layer.bias] = bias
