@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fisher_lab.curvature.layers import discover
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import POLICIES, engine, inputs_of, own_collect, random_like, shared_capture
@@ -278,6 +279,16 @@ def test_the_own_gradient_of_a_tied_weight_whose_other_use_is_excluded(excluded,
     reference.assert_close(kfac.engine.own_gradients(model), own, 1e-10)
     expected = truth.natural_gradient(own, damping)
     reference.assert_close(kfac.compute_natural_gradient(None, model), expected, 1e-8)
+
+
+def test_a_bias_that_a_head_names_as_its_own_is_no_other_use():
+    """Where nothing else has the weight, push-through holds for BERT's head."""
+    model = models.seeded(models.bert, DOUBLE)
+    decoder = model.get_output_embeddings()
+    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+    assert decoder.bias is model.cls.predictions.bias
+    tied = {layer.name: layer.tied for layer in discover(model).layers.values()}
+    assert not any(tied.values())
 
 
 class Siamese(nn.Module):

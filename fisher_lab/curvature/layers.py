@@ -249,11 +249,14 @@ def _join_shared(found: Sequence[Layer], tied: str, skipped: dict[str, str]) -> 
 
 
 def _mark_shared(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """Marks layers whose weight or bias is also held by a module that is not theirs."""
+    """Marks layers whose weight or bias another module has too, which is not theirs."""
     holders: dict[int, set[int]] = {}
     for module in unwrap(model).modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), set()).add(id(module))
+        # A module that names its layer's bias as its own (BERT's head) is not another use of it.
+        alone = getattr(module, "weight", None) is None
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (alone and name == "bias"):
+                holders.setdefault(id(parameter), set()).add(id(module))
     marked = []
     for layer in layers:
         own = {id(module) for _, module in every_module([layer])}
