@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from fisher_lab.distributed import launch
 from fisher_lab.distributed.launch import Failure, LaunchError, RanksFailed
 from fisher_lab.distributed.nodes import Place
 from fisher_lab.tasks import ranks as ranks_module
+from tests.processes import is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
     "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
 )  # fmt: skip
-SOON_S = 30
+SOON_S = 15
 """What "the others are stopped within seconds" means on a busy machine."""
 
 TIMES = ("_s", "seconds", "_mb", "bytes")
@@ -91,12 +92,7 @@ def at_work(directory: Path, *programs: Any) -> Callable[[], list[dict[str, Any]
 def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that still run, but for a moment in which the kernel takes them down."""
     _, alive = psutil.wait_procs(processes, timeout=5)
-    left = []
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                left.append(process)
-    return left
+    return [process for process in alive if not is_gone(process.pid)]
 
 
 def run(directory: Path, *arguments: str) -> tuple[int, str]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 
 @dataclass
 class Recorded:
@@ -65,14 +63,6 @@ def read(file: Path) -> Recorded:
             case "exit":
                 recorded.exit_code = content.get("exit_code", 0)
     return recorded
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended (it may be a zombie, or go while one looks)."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class Clock:

@@ -21,7 +21,8 @@ from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.tracking import remote as remote_module
 from fisher_lab.tracking.base import Guarded
 from fisher_lab.tracking.wandb_sink import has_login, mode_of
-from tests.tracking.offline import Clock, files, is_gone, read, until
+from tests.processes import is_gone
+from tests.tracking.offline import Clock, files, read, until
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
