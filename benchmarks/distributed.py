@@ -142,7 +142,7 @@ def one_rank(case: Case, rank: int, port: int, answer: Connection) -> None:
     """Runs on a rank: measures, and sends what it found."""
     import torch
 
-    from fisher_lab.distributed.session import session
+    from fisher_lab.distributed.process_group import session
 
     size = str(case.ranks)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}

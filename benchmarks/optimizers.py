@@ -31,13 +31,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from fisher_lab.config import paths, store
+from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate
 from fisher_lab.runs import atomic
 from fisher_lab.tasks import natural, train
-from fisher_lab.workbench import bench, models, training
-from fisher_lab.workbench.materials import prepare
+from fisher_lab.workload import build, models, training_loop
+from fisher_lab.workload.inputs import prepare
 
 IDENTITY = 1e3
 """Damping of both factors in the control; a step is ``IDENTITY ** -2`` times the gradient's."""
@@ -105,8 +105,8 @@ def trained(
     model = models.with_dtype(args.materials.untrained(seed), config.model.dtype)
     job = train.make_job(config, {})
     with tempfile.TemporaryDirectory() as directory:
-        result = training.train(
-            model.to(bench.device_of(config)),
+        result = training_loop.train(
+            model.to(build.device_of(config)),
             args.materials.task,
             job,
             Path(directory),
@@ -253,7 +253,7 @@ def main() -> None:
     args.materials = None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    store.register()
+    sweep_files.register()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.optimizers:
         tuned(name, args)

@@ -73,7 +73,7 @@ def straightforward(samples: int) -> dict[str, Any]:
 
 
 def spectrum(samples: int, **config: Any) -> dict[str, Any]:
-    from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+    from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 
     model, batch = make(samples)
     result = FisherSpectral(SpectralConfig(**config)).compute_fisher_spectrum(model, batch)
@@ -94,8 +94,8 @@ def best(run: Callable[[], Any], repeats: int = 5) -> float:
 def products(samples: int) -> dict[str, Any]:
     """A product of each operator against one plain forward and backward pass."""
     from fisher_lab.curvature import losses
+    from fisher_lab.curvature.evaluation_mode import isolated
     from fisher_lab.curvature.spectra.blocks import select_parameters
-    from fisher_lab.curvature.spectra.isolation import isolated
     from fisher_lab.curvature.spectra.operators import CurvatureOperator
 
     model, batch = make(samples)
@@ -120,7 +120,7 @@ def products(samples: int) -> dict[str, Any]:
 
 
 def lanczos(samples: int) -> dict[str, Any]:
-    from fisher_lab.curvature.lanczos import FisherLanczos
+    from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 
     model, batch = make(samples)
     found = FisherLanczos(k=10, operator="true").top_eigenpairs(model, batch)

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import sys, types
 from fisher_lab.tasks import job, ranks, screen
-from fisher_lab.sweeping import worker
-from fisher_lab.workbench import identity
+from fisher_lab.sweeps import worker
+from fisher_lab.workload import identity
 module = types.ModuleType("nothing")
 module.run = lambda config, run: run.metrics({"loss": 1.0})
 sys.modules["nothing"] = module
@@ -96,7 +96,7 @@ def sweep(cells: int, *arguments: str) -> tuple[Spent, Spent]:
     """Run one; returns what all of it and what composing took."""
     from fisher_lab import cli
     from fisher_lab.config import compose
-    from fisher_lab.config import sweep as sweeps
+    from fisher_lab.config import compose as sweeps
 
     composing = Spent()
     _timed(sweeps.Composer, "__call__", composing)
@@ -134,22 +134,22 @@ def serial(cells: int) -> Row:
     import hydra.core.utils  # noqa: F401
 
     from fisher_lab.results import finishing  # noqa: F401
-    from fisher_lab.sweeping import session  # noqa: F401
-    from fisher_lab.tasks import job, screen  # noqa: F401
+    from fisher_lab.sweeps import run as session  # noqa: F401
+    from fisher_lab.tasks import runner, summary  # noqa: F401
 
     module = types.ModuleType("nothing")
     module.run = lambda config, run: run.metrics({"loss": 1.0})  # type: ignore[attr-defined]
     sys.modules["nothing"] = module
-    job.TASKS = dict.fromkeys(job.TASKS, "nothing")
-    job._prepare = lambda config: {}
+    runner.TASKS = dict.fromkeys(runner.TASKS, "nothing")
+    runner._prepare = lambda config: {}
     return Row("serial", *sweep(cells, "sweep.name=serial"), Spent())
 
 
 def local(cells: int, n_jobs: int) -> Row:
     """In processes of their own, whose imports run side by side."""
-    from fisher_lab.sweeping import supervisor
+    from fisher_lab.sweeps import worker_process
 
-    supervisor.WORKER = (str(Path("worker.py").resolve()),)
+    worker_process.WORKER = (str(Path("worker.py").resolve()),)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     tries = 5
     began = Spent.now()

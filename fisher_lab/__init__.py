@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_lab.analyzer import UnifiedConfig as UnifiedConfig
-    from fisher_lab.analyzer import UnifiedModelAnalyzer as UnifiedModelAnalyzer
+    from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
+    from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
     from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.api_collector import AdvancedFisherCollector as AdvancedFisherCollector
-    from fisher_lab.api_group import FisherCollector as FisherCollector
-    from fisher_lab.curvature.lanczos import FisherLanczos as FisherLanczos
-    from fisher_lab.curvature.spectral import FisherSpectral as FisherSpectral
-    from fisher_lab.curvature.spectral import SpectralConfig as SpectralConfig
+    from fisher_lab.curvature.group_fisher.saved import FisherCollector as FisherCollector
+    from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
+    from fisher_lab.curvature.spectra.spectrum import FisherSpectral as FisherSpectral
+    from fisher_lab.curvature.spectra.spectrum import SpectralConfig as SpectralConfig
     from fisher_lab.optim import KFACOptimizer as KFACOptimizer
 
 __version__ = "0.1.0"
@@ -25,13 +25,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "KFACNaturalGradient": "fisher_lab.api",
     "KFACOptimizer": "fisher_lab.optim",
-    "FisherSpectral": "fisher_lab.curvature.spectral",
-    "SpectralConfig": "fisher_lab.curvature.spectral",
-    "FisherLanczos": "fisher_lab.curvature.lanczos",
-    "FisherCollector": "fisher_lab.api_group",
+    "FisherSpectral": "fisher_lab.curvature.spectra.spectrum",
+    "SpectralConfig": "fisher_lab.curvature.spectra.spectrum",
+    "FisherLanczos": "fisher_lab.curvature.spectra.lanczos",
+    "FisherCollector": "fisher_lab.curvature.group_fisher.saved",
     "AdvancedFisherCollector": "fisher_lab.api_collector",
-    "UnifiedConfig": "fisher_lab.analyzer",
-    "UnifiedModelAnalyzer": "fisher_lab.analyzer",
+    "UnifiedConfig": "fisher_lab.analysis",
+    "UnifiedModelAnalyzer": "fisher_lab.analysis",
 }
 """Public name -> the module that defines it."""
 

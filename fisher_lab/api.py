@@ -13,14 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .curvature.capture import Capture
-from .curvature.errors import FactorFileError
-from .curvature.kfac import KFACEngine
-from .curvature.layer_factors import LayerFactors
-from .curvature.losses import LossFunction
-from .curvature.progress import Progress, no_progress
-from .curvature.reduce import Communicator
-from .curvature.settings import (
+from fisher_lab.config.kfac import (
     COMPUTE_DTYPES,
     Coverage,
     Damping,
@@ -42,9 +35,14 @@ from .curvature.settings import (
     in_range,
     one_of,
 )
-from .distributed import sharding
-from .distributed.communicator import world
-from .runs import atomic
+from fisher_lab.curvature import wrappers
+from fisher_lab.curvature.collectives import Communicator, Progress, no_progress, world
+from fisher_lab.curvature.errors import FactorFileError
+from fisher_lab.curvature.kfac.capture import Capture
+from fisher_lab.curvature.kfac.engine import KFACEngine
+from fisher_lab.curvature.kfac.layer_factors import LayerFactors
+from fisher_lab.curvature.losses import LossFunction
+from fisher_lab.runs import atomic
 
 _HEADER = "fisher_lab.factors"
 
@@ -326,16 +324,16 @@ class KFACNaturalGradient:
             LayerError: factors, gradients and model do not match.
             CurvatureError: no factors yet.
         """
-        whole = None if gradients is None else sharding.whole(gradients)
+        whole = None if gradients is None else wrappers.whole(gradients)
         result = self.engine.natural_gradient(whole, model)
-        return sharding.as_given(result, gradients, model, shards)
+        return wrappers.as_given(result, gradients, model, shards)
 
     def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
     ) -> dict[str, Tensor]:
         """Returns ``(T/N) G V A``: no floor, no damping unless ``damped``; shards for shards."""
-        result = self.engine.fisher_vector(sharding.whole(vectors), model, damped=damped)
-        return sharding.as_given(result, vectors, model)
+        result = self.engine.fisher_vector(wrappers.whole(vectors), model, damped=damped)
+        return wrappers.as_given(result, vectors, model)
 
     def trace(self) -> dict[str, float]:
         """Returns layer name -> trace ``(T/N) tr(G) tr(A)`` of its block, undamped."""

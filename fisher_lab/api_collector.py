@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import KFACNaturalGradient
-from .api_group import FisherCollector
-from .curvature import losses
-from .curvature.errors import BatchError, CurvatureError
-from .curvature.group import active_tokens
-from .curvature.losses import LossFunction
-from .curvature.spectra.cache import GradientCache
-from .curvature.spectra.isolation import isolated
-from .curvature.spectra.samples import as_batches
-from .curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.group_fisher.collector import active_tokens
+from fisher_lab.curvature.group_fisher.saved import FisherCollector
+from fisher_lab.curvature.losses import LossFunction
+from fisher_lab.curvature.spectra.gradient_cache import GradientCache
+from fisher_lab.curvature.spectra.samples import as_batches
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 
 
 class AdvancedFisherCollector:
@@ -49,7 +49,7 @@ class AdvancedFisherCollector:
     Attributes:
         kfac_handler: the ``KFACNaturalGradient`` that is driven, or None.
         group: the ``FisherCollector`` that is fed, or None.
-        gradient_cache: for :class:`fisher_lab.curvature.spectral.FisherSpectral`; its
+        gradient_cache: for :class:`fisher_lab.curvature.spectra.spectrum.FisherSpectral`; its
             ``per_sample_gradients`` are None unless ``cache_gradients``.
         gradients: mean gradient of the last batch, by parameter.
 

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
-    from fisher_lab.tasks.job import Outcome
+    from fisher_lab.tasks.runner import Outcome
 
 COMMANDS = {
-    "cancel": "fisher_lab.sweeping.commands:cancel",
+    "cancel": "fisher_lab.sweeps.commands:cancel",
     "claims": "fisher_lab.results.commands:claims",
     "diff": "fisher_lab.results.commands:diff",
     "report": "fisher_lab.results.commands:report",
-    "status": "fisher_lab.sweeping.commands:status",
+    "status": "fisher_lab.sweeps.commands:status",
     "table": "fisher_lab.results.commands:table",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
@@ -117,13 +117,13 @@ def _application(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return _hydra_flag(args, argv)
     from hydra.types import RunMode
 
-    from fisher_lab.config import compose, sweep
+    from fisher_lab.config import compose
 
     with _hydra(args) as hydra:
         name = args.config_name or CONFIG_NAME
         multirun = args.multirun
         if multirun:
-            sweep.requested(args.overrides)  # +sweeps=a,b has a message of its own
+            compose.requested(args.overrides)  # +sweeps=a,b has a message of its own
         cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=multirun)
         if cfg.hydra.mode == RunMode.MULTIRUN and not multirun:
             multirun = True
@@ -140,10 +140,10 @@ def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
-    from fisher_lab.config import store
+    from fisher_lab.config import sweep_files
 
     version.setbase(VERSION_BASE)
-    store.register()
+    sweep_files.register()
     path = Path(args.config_path).resolve() if args.config_path else paths.conf()
     search_path = create_config_search_path(str(path))
     if args.config_dir is not None:
@@ -215,7 +215,7 @@ def preflight(config: Config) -> Mapping[str, Any]:
             exist; a tracker whose package is missing.
     """
     from fisher_lab import tracking
-    from fisher_lab.workbench import content_identity
+    from fisher_lab.workload.content_identity import content_identity
 
     tracking.check(config.tracker)
     content = content_identity(config)
@@ -330,9 +330,9 @@ def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
     outcomes: list[Outcome] = []
 
     def task(task_cfg: DictConfig) -> None:
-        from fisher_lab.tasks import job
+        from fisher_lab.tasks import runner
 
-        outcomes.append(job.execute(task_cfg))
+        outcomes.append(runner.execute(task_cfg))
 
     with env_override(_take_environment(cfg)):
         result = run_job(
@@ -367,9 +367,9 @@ def _take_environment(cfg: DictConfig) -> dict[str, str]:
 
 def _check_single(cfg: DictConfig, config: Config) -> None:
     """Refuse what only a sweep understands, rather than run something else than was meant."""
-    from fisher_lab.config import sweep
+    from fisher_lab.config import compose
 
-    names, _ = sweep.requested(list(cfg.hydra.overrides.task))
+    names, _ = compose.requested(list(cfg.hydra.overrides.task))
     if names:
         raise ConfigError(f"+sweeps={','.join(names)} names a sweep: add -m to run it")
     for key, on in (("dry_run", config.sweep.dry_run), ("detach", config.sweep.detach)):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
+from fisher_lab.config.kfac import SettingError
 from fisher_lab.curvature.errors import CurvatureError, LayerError, NonFiniteError
-from fisher_lab.curvature.settings import SettingError
 from tests import models, reference
 from tests.capturing import POLICIES, Calls, engine, random_like, shared_capture
 from tests.reference import Damping, Truth

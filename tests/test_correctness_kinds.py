@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fisher_lab.curvature.layers import discover
+from fisher_lab.curvature.kfac.layers import discover
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import POLICIES, engine, inputs_of, own_collect, random_like, shared_capture

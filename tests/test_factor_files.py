@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.curvature import state as state_module
+from fisher_lab.config.kfac import Storage
 from fisher_lab.curvature.errors import FactorFileError, LayerError
-from fisher_lab.curvature.settings import Storage
-from fisher_lab.curvature.storage import put_back
+from fisher_lab.curvature.kfac import serialization as state_module
+from fisher_lab.curvature.kfac.policy import put_back
 from tests import models
 from tests.capturing import random_like
 

@@ -27,9 +27,9 @@ import fisher_lab.curvature.losses as losses
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.config.paths import conf
 from fisher_lab.config.validate import validate
-from fisher_lab.curvature.capture import Capture
+from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.workbench import build
+from fisher_lab.workload.build import build
 
 DAMPINGS = [10.0**-k for k in range(3, 11)]
 STORAGE = ("fp64", "fp32", "bf16", "fp16")

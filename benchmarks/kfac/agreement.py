@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from workloads import Workload, llama
 
 from fisher_lab import KFACNaturalGradient
+from fisher_lab.config.kfac import Damping
 from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.settings import Damping
 
 EXACT = 1e-10
 LAMBDA = 1e-3

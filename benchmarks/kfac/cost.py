@@ -21,8 +21,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from fisher_lab.curvature.factors import Columns, GramFactor
-from fisher_lab.curvature.settings import Numerics
+from fisher_lab.config.kfac import Numerics
+from fisher_lab.curvature.kfac.factors import Columns, GramFactor
 
 WIDTH = 256
 OUTS = (4096, 8192, 16384, 32768, 65536, 131072)

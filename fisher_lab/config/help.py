@@ -6,9 +6,86 @@ copies all registered configurations each time and takes longer than a help page
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
-from .document import groups
+from fisher_lab.config import paths, sweep_files
+from fisher_lab.config.errors import show
+from fisher_lab.config.schema import Config
+from fisher_lab.config.validate import allowed_text
+
+_PAGE_HEAD = """\
+# Configuration
+
+Every key, its default, what it may be and what it means. This page is made from
+`fisher_lab/config/schema.py` by `python scripts/document_configuration.py`; a test holds the two
+together.
+
+A key is set as `kfac.damping=1e-5`, an option of a group as `kfac/policy=all`. Groups set plain
+keys, and a key on the command line wins over its group. Values that are not allowed, keys that do
+not exist (also with `+`) and options that are misspelt end in one line and exit code 2, before
+anything is built or written.
+"""
+
+_GROUPS_HEAD = """
+## Groups
+
+| group | options |
+|---|---|
+"""
+
+_TABLE_HEAD = "\n| key | default | must be | meaning |\n|---|---|---|---|\n"
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [_PAGE_HEAD, _GROUPS_HEAD]
+    parts += [f"| `{group}` | {_codes(names)} |\n" for group, names in groups().items()]
+    root = Config()
+    parts += ["\n## Top level\n", _TABLE_HEAD, *_rows(root, "")]
+    for item in dataclasses.fields(root):
+        section = getattr(root, item.name)
+        if dataclasses.is_dataclass(section):
+            about = (type(section).__doc__ or "").strip().splitlines()[0]
+            parts += [f"\n## {item.name}\n\n{about}\n", _TABLE_HEAD]
+            parts += _rows(section, f"{item.name}.", deep=True)
+    return "".join(parts)
+
+
+def groups(*, own: bool = False) -> dict[str, list[str]]:
+    """Group -> its options, from the files under ``conf/`` and ``sweeps/``.
+
+    Args:
+        own: also the sweeps in the working directory.
+    """
+    found: dict[str, list[str]] = {}
+    for file in sorted(paths.conf().rglob("*.yaml")):
+        group = file.parent.relative_to(paths.conf()).as_posix()
+        if group != "." and not group.startswith("hydra/"):
+            found.setdefault(group, []).append(file.stem)
+    found["sweeps"] = sorted(file.stem for file in paths.sweeps().glob("*.yaml"))
+    if own:
+        found["sweeps"] = list(sweep_files.all_files())
+    return dict(sorted(found.items()))
+
+
+def _codes(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _rows(section: Any, prefix: str, *, deep: bool = False) -> Iterator[str]:
+    for item in dataclasses.fields(section):
+        key, value = f"{prefix}{item.name}", getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            if deep:
+                yield from _rows(value, f"{key}.", deep=True)
+            continue
+        cells = (f"`{key}`", f"`{show(value)}`", allowed_text(key), item.metadata["meaning"])
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
 
 _HEAD = """\
 fisher_lab: K-FAC, Fisher spectra and their records, on real transformers.

@@ -6,10 +6,11 @@ among them. ``docs/configuration.md`` is made from this module. Nothing here imp
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from .distributed_schema import DistributedConfig
-from .fields import (
+from fisher_lab.config.fields import (
+    Allowed,
     above,
     at_least,
     each_of,
@@ -21,9 +22,84 @@ from .fields import (
     setting,
     whole,
 )
-from .spectra_schema import GroupFisherConfig, LanczosConfig, SpectralConfig, on_ranks
-from .sweep_schema import ResumeConfig, SweepConfig
-from .workbench_schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from fisher_lab.config.spectra import GroupFisherConfig, LanczosConfig, SpectralConfig, on_ranks
+from fisher_lab.config.workload import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+file_name = Allowed(
+    "letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
+    lambda value: value is not None and _NAME.fullmatch(value) is not None,
+)
+
+
+@dataclass
+class SweepConfig:
+    """How a sweep is run (`docs/sweeps.md`)."""
+
+    name: str | None = setting(
+        None,
+        "Name of the sweep's directory; null: its file's, or `adhoc-<hash>` without a file.",
+        file_name | null,
+    )
+    dir: str = setting("results", "Where the directories of sweeps lie.")
+    dry_run: bool = setting(
+        False, "Compose and validate every cell, print what would be done, and stop."
+    )
+    detach: bool = setting(False, "Start or submit the cells and return at once.")
+    max_failures: int | None = setting(
+        None, "No further cell is started after this many have failed.", whole(1) | null
+    )
+    fail_fast: bool = setting(
+        False, "The first failure also stops the cells that are running; they can be resumed."
+    )
+    timeout_s: float | None = setting(
+        None,
+        "Seconds that a cell may take; may differ between cells; not for `hydra/launcher=serial`.",
+        above(0) | null,
+    )
+    max_requeues: int = setting(
+        3, "How often a preempted job goes back to the queue before it has failed.", whole(0)
+    )
+
+
+@dataclass
+class ResumeConfig:
+    """What running a sweep again does with the cells that are there."""
+
+    retry_failed: bool = setting(True, "Run cells that failed once more.")
+    stale_after_s: float = setting(
+        60.0,
+        "Seconds without a sign of life after which a cell on another host counts as dead.",
+        above(1),
+    )
+
+
+@dataclass
+class DistributedConfig:
+    """Several ranks: how many, where, and how long they wait for each other."""
+
+    nproc: int = setting(
+        1, "Ranks on each node; more than one are started by the run itself.", whole(1)
+    )
+    nodes: int = setting(
+        1, "Nodes; which one this is comes from SLURM or `NODE_RANK`, `MASTER_ADDR`.", whole(1)
+    )
+    backend: str = setting(
+        "auto",
+        "What moves the data; auto: nccl between CUDA devices, else gloo.",
+        one_of("auto", "gloo", "nccl"),
+    )
+    wrapper: str = setting(
+        "ddp",
+        "`task=train`: `ddp`: every rank has the whole model; `fsdp`: each has shards of it "
+        "(`fully_shard`).",
+        one_of("ddp", "fsdp"),
+    )
+    timeout_s: float = setting(
+        1800.0, "A collective that waits for another rank longer than this ends the run.", above(0)
+    )
+
 
 POLICIES = ("all", "auto", "hybrid", "small_only")
 STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")

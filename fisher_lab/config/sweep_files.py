@@ -18,17 +18,20 @@ Hydra configuration that is merged at the top level, but for these keys, which a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from . import paths
-from .errors import ConfigError, show
+from fisher_lab.config import paths
+from fisher_lab.config.errors import ConfigError, show
+from fisher_lab.config.schema import Config
 
 METADATA = ("title", "params", "alone", "claims", "sweeps")
 
@@ -159,3 +162,33 @@ def node(file: SweepFile) -> dict[str, Any]:
         sweeper = merged.setdefault("hydra", {}).setdefault("sweeper", {})
         sweeper["params"] = {**(sweeper.get("params") or {}), **file.params}
     return merged
+
+
+DEFAULTS = "schema_defaults"
+"""The entry of the defaults list in ``conf/config.yaml`` that brings every key of the schema."""
+
+
+def register() -> None:
+    """Register the schema's defaults and the sweeps. May be called more than once."""
+    # Plain values, not the dataclass: its types would make Hydra raise in its own words.
+    store = ConfigStore.instance()
+    store.store(name=DEFAULTS, node=dataclasses.asdict(Config()), provider="fisher_lab")
+    _register_sweeps()
+
+
+def _register_sweeps() -> None:
+    """Make every sweep file an option of the group ``sweeps``.
+
+    Their folders are not put on Hydra's search path: the parents would have to be, and every other
+    folder there would turn into a group.
+    """
+    store = ConfigStore.instance()
+    store.repo.pop("sweeps", None)  # those of a working directory that is no longer ours
+    for name, path in all_files().items():
+        try:
+            merged = node(load(path))
+        except ConfigError:
+            merged = {}  # whoever asks for it is told by `sweep_files.expand`
+        store.store(
+            group="sweeps", name=name, node=merged, package="_global_", provider="fisher_lab"
+        )

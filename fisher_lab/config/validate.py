@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError, show
-from .fields import Allowed, problems
-from .schema import Config
+from fisher_lab.config.errors import ConfigError, show
+from fisher_lab.config.fields import Allowed, problems
+from fisher_lab.config.schema import Config
 
 _TYPE_TEXT = {
     bool: "true or false",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import BatchError, LossError
+from fisher_lab.curvature.errors import BatchError, LossError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .nodes import Meeting, NodeError, Place
+from fisher_lab.distributed.nodes import Meeting, NodeError, Place
 
 SHUTDOWN_S = 10
 """A rank that has not ended this long after it was asked to is killed."""

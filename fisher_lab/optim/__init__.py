@@ -5,9 +5,9 @@ It knows the engine's face and nothing of configuration, runs, files or tasks.
 
 from __future__ import annotations
 
-from .clipping import Clipping
-from .damping import ConstantDamping, DampingSchedule, LevenbergMarquardt
-from .kfac import KFACOptimizer
+from fisher_lab.optim.clipping import Clipping
+from fisher_lab.optim.damping import ConstantDamping, DampingSchedule, LevenbergMarquardt
+from fisher_lab.optim.kfac import KFACOptimizer
 
 __all__ = [
     "Clipping",

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fisher_lab.curvature.settings import in_range, one_of
+from fisher_lab.config.kfac import in_range, one_of
 
 ClipName = Literal["unit", "kl", "trust", "none"]
 

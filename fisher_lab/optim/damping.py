@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from fisher_lab.curvature.settings import in_range
+from fisher_lab.config.kfac import in_range
 
 
 class DampingSchedule(Protocol):

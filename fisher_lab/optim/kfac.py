@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.config.kfac import SettingError, in_range
+from fisher_lab.curvature import wrappers
+from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import LossFunction, unwrap
-from fisher_lab.curvature.reduce import Alone, Communicator
-from fisher_lab.curvature.settings import SettingError, in_range
-from fisher_lab.distributed import sharding
-
-from .clipping import Clipping
-from .damping import ConstantDamping, DampingSchedule
+from fisher_lab.optim.clipping import Clipping
+from fisher_lab.optim.damping import ConstantDamping, DampingSchedule
 
 COVERED, REST = 0, 1
 """Indices of the two parameter groups."""
@@ -253,14 +252,14 @@ class KFACOptimizer(torch.optim.Optimizer):
         group = self.param_groups[COVERED]
         lr = float(group["lr"])
         natural = self._natural(gradients)
-        decrement = sharding.inner(gradients, natural)
+        decrement = wrappers.inner(gradients, natural)
         scale = 1.0
         if self.clipping.kind in ("unit", "kl"):
             length = 1.0 if self.clipping.kind == "unit" else lr
             scale = self.clipping.scale(length * length * decrement)
         steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
         if self.clipping.kind == "trust":
-            scale = self.clipping.scale(lr * lr * sharding.inner(steps, self._product(steps)))
+            scale = self.clipping.scale(lr * lr * wrappers.inner(steps, self._product(steps)))
         shorten = scale if self.clipping.kind == "trust" else 1.0
         for name, step in steps.items():
             parameter = self._names[name]
@@ -298,7 +297,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         Raises:
             CurvatureError: no rank has factors, or one cannot compute; the same on all.
         """
-        whole = sharding.whole(given)
+        whole = wrappers.whole(given)
         own: dict[str, Tensor] = {}
         weight, problem = 0, None
         if self.kfac.kfac_factors:
@@ -322,7 +321,7 @@ class KFACOptimizer(torch.optim.Optimizer):
             value = own[name] * (weight / total) if name in covered else None
             like = torch.zeros_like(whole[name], dtype=torch.float64)
             mean[name] = self.ranks.all_reduce(like if value is None else value.double())
-        return sharding.as_given(mean, given, self.model)
+        return wrappers.as_given(mean, given, self.model)
 
     def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
         decay = self.param_groups[COVERED]["momentum"]
@@ -350,8 +349,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         gradients: dict[str, Tensor] = {n: named[n].grad for n in change}  # type: ignore[misc]
         covered = {name: d for name, d in change.items() if name in self._names}
         product = self._product(covered)
-        linear = sharding.inner(gradients, change) / cut
-        return linear + 0.5 * sharding.inner(covered, product)
+        linear = wrappers.inner(gradients, change) / cut
+        return linear + 0.5 * wrappers.inner(covered, product)
 
     # ---- state -------------------------------------------------------------------------------
 

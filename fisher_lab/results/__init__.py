@@ -15,13 +15,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .axes import Axes, find_axes
-    from .claims import evaluate
-    from .compare import diff
-    from .finishing import at_end, finish
-    from .loading import load, load_layers, load_table
-    from .report import write_report
-    from .table import Table, tabulate
+    from fisher_lab.results.axes import Axes, find_axes
+    from fisher_lab.results.claims import evaluate
+    from fisher_lab.results.compare import diff
+    from fisher_lab.results.finishing import at_end, finish
+    from fisher_lab.results.loading import load, load_layers, load_table
+    from fisher_lab.results.report import write_report
+    from fisher_lab.results.table import Table, tabulate
 
 __all__ = [
     "load",

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fisher_lab.results import claims, export, figures, latex, paper
+from fisher_lab.results.finishing import CLAIMS_FILE, claimed_metrics, verdicts_text
+from fisher_lab.results.places import Places
+from fisher_lab.results.plotting import file_name
+from fisher_lab.results.table import tabulate
+from fisher_lab.results.values import Frame, ResultsError, only
 from fisher_lab.runs import atomic
-
-from . import claims, figures, latex, methods, render
-from .errors import ResultsError
-from .finishing import CLAIMS_FILE, claimed_metrics, verdicts_text
-from .frames import Frame, only
-from .places import Places
-from .plotting import file_name
-from .table import tabulate
 
 DOCUMENT = "appendix.tex"
 PARAGRAPH = "\\par\\medskip\\noindent"
@@ -23,7 +21,7 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
     """Write ``appendix.tex``, which compiles in its directory, and everything that it shows.
 
     Args:
-        frame: from :func:`fisher_lab.results.load`.
+        frame: from :func:`fisher_lab.results.loading`.
         directory: made where it is missing; a directory for each sweep goes into it.
         siunitx: numbers by that package.
 
@@ -35,7 +33,7 @@ def write_appendix(frame: Frame, directory: Path, *, siunitx: bool = False) -> l
     frame = places.shown(frame)
     files: list[Path] = []
     body = ["\\section{Methods}", "\\input{methods}"]
-    texts = {"methods.tex": methods.latex(frame), "methods.md": methods.markdown(frame)}
+    texts = {"methods.tex": paper.latex(frame), "methods.md": paper.markdown(frame)}
     texts[CLAIMS_FILE] = verdicts_text(verdicts)
     if verdicts:
         texts["claims.tex"] = claims_table(verdicts)
@@ -65,8 +63,8 @@ def _sweep(
         return []
     texts = {
         "table.tex": latex.to_latex(table, siunitx=siunitx),
-        "table.csv": render.to_csv(figures.complete(table, frame)),
-        "table.md": render.to_markdown(table),
+        "table.csv": export.to_csv(figures.complete(table, frame)),
+        "table.md": export.to_markdown(table),
     }
     for file, text in texts.items():
         atomic.write_text(directory / folder / file, text)

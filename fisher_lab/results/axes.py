@@ -15,9 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import ResultsError
-from .frames import Column, Frame
-from .values import levels, meaning, same
+from fisher_lab.results.values import Column, Frame, ResultsError, levels, meaning, same
 
 SEED = "seed"
 UNINTERESTING = ("cache_dir", "progress", "tracker", "hydra", "resume", "sweep", "launcher")
@@ -49,7 +47,7 @@ def find_axes(frame: Frame) -> Axes:
     """The axes of a frame of runs.
 
     Args:
-        frame: from :func:`fisher_lab.results.load`, or some of its rows.
+        frame: from :func:`fisher_lab.results.loading`, or some of its rows.
 
     Returns:
         The axes, those that were swept on the command line or in a sweep file first.

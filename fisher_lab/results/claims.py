@@ -17,14 +17,12 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from fisher_lab.results import stats
+from fisher_lab.results.axes import select
+from fisher_lab.results.hypotheses import Claim, check, parse
+from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN, TEST, Finding, findings
+from fisher_lab.results.values import Frame, ResultsError
 from fisher_lab.runs.record import strict
-
-from . import stats
-from .axes import select
-from .claim_spec import Claim, check, parse
-from .errors import ResultsError
-from .frames import Frame
-from .verdicts import FAILS, HOLDS, OPEN, TEST, Finding, findings
 
 __all__ = ["INVALID", "Verdict", "check", "evaluate", "evaluate_one", "to_rich"]
 
@@ -91,7 +89,7 @@ def evaluate(frame: Frame) -> list[Verdict]:
     """Answer the claims of every sweep in a frame by its own runs.
 
     Args:
-        frame: from :func:`fisher_lab.results.load`.
+        frame: from :func:`fisher_lab.results.loading`.
 
     Returns:
         A verdict a claim, in the order of sweeps and claims.

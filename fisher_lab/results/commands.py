@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
-
-from .errors import ResultsError
 
 OK, BAD_INPUT = 0, 2
 FORMATS = ("terminal", "csv", "md", "tex", "html")
@@ -54,7 +53,7 @@ def _parser(name: str, what: str) -> _Parser:
 
 
 def _console() -> Console:
-    from .finishing import standard_output
+    from fisher_lab.results.finishing import standard_output
 
     return standard_output()
 
@@ -82,14 +81,14 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _tell_left_out(frame: Any) -> None:
-    from .finishing import left_out_lines
+    from fisher_lab.results.finishing import left_out_lines
 
     for line in left_out_lines(frame):
         print(f"fisher_lab: {line}", file=sys.stderr)
 
 
 def _loaded(paths: Sequence[str]) -> Any:
-    from .loading import load
+    from fisher_lab.results.loading import load
 
     frame = load(paths)
     _tell_left_out(frame)
@@ -122,8 +121,8 @@ def _table(argv: Sequence[str]) -> int:
     add("--standalone", action="store_true", help="LaTeX: a document that compiles as it is")
     add("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
-    from .finishing import claimed_metrics, finish_if_due
-    from .table import tabulate
+    from fisher_lab.results.finishing import claimed_metrics, finish_if_due
+    from fisher_lab.results.table import tabulate
 
     frame = _loaded(args.paths)
     table = tabulate(
@@ -149,21 +148,21 @@ def _table(argv: Sequence[str]) -> int:
 
 
 def _print_table(table: Any, args: argparse.Namespace) -> None:
-    from . import latex, render
-    from .finishing import PIPE_WIDTH
+    from fisher_lab.results import export, latex
+    from fisher_lab.results.finishing import PIPE_WIDTH
 
     suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
     form = args.format or (suffix if suffix in FORMATS else "terminal")
     if form == "terminal" and args.output is None:
         console = _console()
-        console.print(render.to_terminal(table, console.width))
+        console.print(export.to_terminal(table, console.width))
         return
     if form == "tex":
         text = latex.to_latex(table, siunitx=args.siunitx)
         text = latex.document(text) if args.standalone else text
     else:
-        makers = {"csv": render.to_csv, "md": render.to_markdown, "html": render.to_html}
-        text = makers[form](table) if form in makers else render.to_text(table, PIPE_WIDTH)
+        makers = {"csv": export.to_csv, "md": export.to_markdown, "html": export.to_html}
+        text = makers[form](table) if form in makers else export.to_text(table, PIPE_WIDTH)
     _emit(text, args.output)
 
 
@@ -178,8 +177,8 @@ def _claims(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="all numbers, as claims.json has them")
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
-    from .claims import INVALID, evaluate, evaluate_one, to_rich
-    from .finishing import verdicts_text
+    from fisher_lab.results.claims import INVALID, evaluate, evaluate_one, to_rich
+    from fisher_lab.results.finishing import verdicts_text
 
     frame = _loaded(args.paths)
     if args.claims:
@@ -229,12 +228,12 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
     parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
     args = parser.parse_args(list(argv))
-    from .report import write_report
+    from fisher_lab.results.report import write_report
 
     frame = _loaded(args.paths)
     files = write_report(frame, Path(args.output))
     if args.appendix:
-        from .appendix import write_appendix
+        from fisher_lab.results.appendix import write_appendix
 
         files.append(write_appendix(frame, Path(args.appendix))[-1])
     for file in files:
@@ -249,7 +248,7 @@ def _diff(argv: Sequence[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=0.0,
                         help="numbers that differ by less than this share are equal")  # fmt: skip
     args = parser.parse_args(list(argv))
-    from .compare import diff, to_rich
+    from fisher_lab.results.compare import diff, to_rich
 
     found = diff(args.a, args.b, tolerance=args.tolerance)
     _console().print(to_rich(found))

@@ -13,13 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fisher_lab.results.export import NONE
+from fisher_lab.results.loading import load_layers, read_run
+from fisher_lab.results.values import Frame, ResultsError, label, same
 from fisher_lab.runs.record import RUN_FILE
-
-from .errors import ResultsError
-from .frames import Frame
-from .loading import load_layers, read_run
-from .render import NONE
-from .values import label, same
 
 ALWAYS_DIFFERENT = ("provenance.pid",)
 """Of no interest: they differ between any two runs."""

@@ -14,22 +14,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import plotting
-from .errors import ResultsError
-from .frames import Column, Frame
-from .lines import block_figure, line_figure
-from .loading import load_layers, load_table
-from .metric_figures import (
+from fisher_lab.results import plotting
+from fisher_lab.results.lines import block_figure, line_figure
+from fisher_lab.results.loading import load_layers, load_table
+from fisher_lab.results.metric_figures import (
     complete,
     metric_figure,
     scaling_figure,
     short,
     trade_figure,
 )
-from .metrics import known
-from .spectra_figures import decay_plans, density_figure
-from .table import Table
-from .values import label
+from fisher_lab.results.spectra_figures import decay_plans, density_figure
+from fisher_lab.results.table import Table
+from fisher_lab.results.values import Column, Frame, ResultsError, known, label
 
 MOST_COLUMNS = 30
 CURVE_FILE, DENSITY_FILE = "curve.csv", "density.csv"

@@ -19,17 +19,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from fisher_lab.results import claims, export, latex
+from fisher_lab.results.figures import complete, draw
+from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
+from fisher_lab.results.table import UNFINISHED, Table, tabulate
+from fisher_lab.results.values import Frame, ResultsError
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import strict
-
-from . import claims, latex, render
-from .cells import UNFINISHED
-from .discover import MULTIRUN_FILE, SWEEP_FILE
-from .errors import ResultsError
-from .figures import complete, draw
-from .frames import Frame
-from .loading import load
-from .table import Table, tabulate
 
 CLAIMS_FILE = "claims.json"
 TABLE_FILE = "table"
@@ -140,7 +136,7 @@ def finish_if_due(directory: Path, *, console: Console | None = None) -> Finishe
 def show(done: Finished, console: Console) -> None:
     """Print the table, the verdicts, and what was left out."""
     if done.table is not None:
-        console.print(render.to_terminal(done.table, console.width))
+        console.print(export.to_terminal(done.table, console.width))
     if done.verdicts:
         console.print()
         console.print(claims.to_rich(done.verdicts))
@@ -169,8 +165,8 @@ def _write(done: Finished) -> None:
     texts = {CLAIMS_FILE: verdicts_text(done.verdicts)}
     if done.table is not None:
         texts |= {
-            f"{TABLE_FILE}.csv": render.to_csv(complete(done.table, done.frame)),
-            f"{TABLE_FILE}.md": render.to_markdown(done.table),
+            f"{TABLE_FILE}.csv": export.to_csv(complete(done.table, done.frame)),
+            f"{TABLE_FILE}.md": export.to_markdown(done.table),
             f"{TABLE_FILE}.tex": latex.to_latex(done.table),
         }
     for name, text in texts.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from .render import (
+from fisher_lab.results.export import (
     BEST,
     DIFFERENCE_HEADINGS,
     NONE,
@@ -20,8 +20,8 @@ from .render import (
     differences,
     shown,
 )
-from .table import Table
-from .values import label
+from fisher_lab.results.table import Table
+from fisher_lab.results.values import label
 
 SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import plotting
-from .frames import Frame
-from .metric_figures import MOST_SERIES
+from fisher_lab.results import plotting
+from fisher_lab.results.metric_figures import MOST_SERIES
+from fisher_lab.results.values import Frame
 
 
 def line_values(rows: Frame, cells: Mapping[str, str], x: str, y: str) -> dict[str, Frame]:

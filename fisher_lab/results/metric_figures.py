@@ -15,11 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import plotting
-from .frames import Frame
-from .metrics import known
-from .table import Table, tabulate
-from .values import label, levels, meaning
+from fisher_lab.results import plotting
+from fisher_lab.results.table import Table, tabulate
+from fisher_lab.results.values import Frame, known, label, levels, meaning
 
 MOST_SERIES = 7
 TIME, MEMORY = "kfac/total_s", "kfac/peak_mb"

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fisher_lab.results.values import Frame, Shared
 from fisher_lab.runs.identity import LEFT_OUT
-
-from .frames import Frame, Shared
 
 # Two parts at least, and not the rest of a relative path, of a URL or of a unit ("tokens /s").
 ABSOLUTE = re.compile(r"(?<![\w.~:/$}-])(?:/[^\s/'\"`,;:()<>\[\]{}|=]+){2,}/?")

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fisher_lab.results.axes import GROUP_KEYS, SEED
+from fisher_lab.results.table import CORRUPT, MISSING
+from fisher_lab.results.values import meaning
 from fisher_lab.runs.record import RUN_FILE
 
-from .axes import GROUP_KEYS, SEED
-from .cache import Row, Run
-from .cells import CORRUPT, MISSING
-from .discover import Found, Sweep
-from .values import meaning
+if TYPE_CHECKING:
+    from fisher_lab.results.loading import Found, Row, Run, Sweep
 
 
 def complete(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
@@ -27,6 +27,8 @@ def complete(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
         rows: what was read.
         sweeps: directory -> sweep.
     """
+    from fisher_lab.results.loading import Found
+
     done = list(rows)
     for sweep in sweeps.values():
         cells = [c for c in sweep.about.get("cells") or [] if _is_cell(c)]

@@ -20,9 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from fisher_lab.results.values import label, meaning
 from fisher_lab.runs import atomic
-
-from .values import label, meaning
 
 T = TypeVar("T")
 

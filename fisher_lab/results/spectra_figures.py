@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .errors import ResultsError
-from .frames import Frame
-from .lines import line_figure
-from .plotting import file_name
+from fisher_lab.results.lines import line_figure
+from fisher_lab.results.plotting import file_name
+from fisher_lab.results.values import Frame, ResultsError
 
 SPECTRUM_FILE = "spectral.json"
 LANCZOS_FILE = "lanczos.json"

@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from .frames import Column
+from fisher_lab.results.values import Column
 
 Floats = NDArray[np.float64]
 

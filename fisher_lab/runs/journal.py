@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .claims import Claim, ClaimTimeout
+from fisher_lab.runs.lock import Claim, ClaimTimeout
 
 STALE_AFTER = 20.0
 TIMEOUT = 120.0

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import atomic
-from .identity import run_id
-from .signals import Watch
+from fisher_lab.runs import atomic
+from fisher_lab.runs.identity import run_id
+from fisher_lab.runs.signals import Watch
 
 SCHEMA = "fisher_lab.run/1"
 RUN_FILE = "run.json"

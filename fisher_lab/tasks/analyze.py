@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
-from fisher_lab.curvature.factors import FactorReport
-from fisher_lab.curvature.reports import LayerReport, PairsReport
+from fisher_lab.curvature.kfac.factors import FactorReport
+from fisher_lab.curvature.kfac.report import LayerReport, PairsReport
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import refuse, run_engines
 from fisher_lab.tasks.team import Team
-from fisher_lab.workbench import build
-from fisher_lab.workbench.bench import Bench
+from fisher_lab.workload.build import Bench, build
 
 log = logging.getLogger(__name__)
 

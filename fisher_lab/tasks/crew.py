@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS
+from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
+from fisher_lab.curvature import wrappers
+from fisher_lab.curvature.collectives import TorchCommunicator, share, shares, together
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import IGNORE_INDEX
-from fisher_lab.curvature.reduce import share, shares, together
-from fisher_lab.distributed import sharding
-from fisher_lab.distributed.communicator import TorchCommunicator
 from fisher_lab.tasks import ranks
-from fisher_lab.workbench import snapshot
-from fisher_lab.workbench.crew import ALONE, Crew, cut
-from fisher_lab.workbench.tasks import Batch
+from fisher_lab.workload import snapshot
+from fisher_lab.workload.data_parallel import ALONE, Crew, cut
+from fisher_lab.workload.objectives import Batch
 
 _DDP = nn.parallel.DistributedDataParallel
 # Renamed in torch 2.13.
@@ -110,7 +109,7 @@ class RankCrew(Crew):
             from torch.distributed.device_mesh import DeviceMesh
 
             kind = next(model.parameters()).device.type
-            sharding.shard(model, DeviceMesh.from_group(self.communicator.group, kind))
+            wrappers.shard(model, DeviceMesh.from_group(self.communicator.group, kind))
 
     def called(self, model: nn.Module) -> nn.Module:
         """See :class:`Crew`: the model in DDP, or itself under ``fully_shard``."""
@@ -145,7 +144,7 @@ class RankCrew(Crew):
     def settle(self, model: nn.Module) -> None:
         """See :class:`Crew`."""
         if self.sharded:
-            sharding.at_rest(model)
+            wrappers.at_rest(model)
 
     # ---- data --------------------------------------------------------------------------------
 
@@ -199,7 +198,7 @@ class RankCrew(Crew):
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
         """See :class:`Crew`."""
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        return float(sharding.whole({"norm": norm})["norm"])
+        return float(wrappers.whole({"norm": norm})["norm"])
 
     def agree(self, signum: int, due: bool) -> tuple[int, bool]:
         """See :class:`Crew`."""
@@ -239,7 +238,7 @@ class RankCrew(Crew):
 
     def whole(self, state: Any) -> Any:
         """See :class:`Crew`."""
-        return sharding.gathered(state, self.rank == 0) if self.sharded else state
+        return wrappers.gathered(state, self.rank == 0) if self.sharded else state
 
     def weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """See :class:`Crew`."""
@@ -260,11 +259,11 @@ class RankCrew(Crew):
 
     def fill(self, tensor: Tensor, value: Tensor) -> None:
         """See :class:`Crew`."""
-        tensor.copy_(sharding.like(value, tensor))
+        tensor.copy_(wrappers.like(value, tensor))
 
     def held(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """See :class:`Crew`."""
-        return sharding.scattered(state, list(_parameters(optimizer))) if self.sharded else state
+        return wrappers.scattered(state, list(_parameters(optimizer))) if self.sharded else state
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

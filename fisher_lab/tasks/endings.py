@@ -21,7 +21,7 @@ from fisher_lab.runs import atomic, record
 from fisher_lab.runs.signals import Interrupted
 
 if TYPE_CHECKING:
-    from fisher_lab.distributed.communicator import TorchCommunicator
+    from fisher_lab.curvature.collectives import TorchCommunicator
     from fisher_lab.runs.record import Run
 
 FOLDER = "ranks"

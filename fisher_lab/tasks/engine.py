@@ -6,7 +6,7 @@ from typing import Any
 
 from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
-from fisher_lab.curvature.reduce import Communicator
+from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.tasks.progress import Progress
 
 

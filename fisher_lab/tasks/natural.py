@@ -13,10 +13,10 @@ from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[reportPrivateImportUsage]
 
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS, OptimizerConfig
+from fisher_lab.config.workload import CURVATURE_OPTIMIZERS, OptimizerConfig
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.errors import BatchError, CurvatureError
-from fisher_lab.curvature.reduce import Communicator
 from fisher_lab.optim import (
     Clipping,
     ConstantDamping,
@@ -25,11 +25,11 @@ from fisher_lab.optim import (
     LevenbergMarquardt,
 )
 from fisher_lab.tasks.engine import kfac_engine
-from fisher_lab.workbench import optimizers
-from fisher_lab.workbench.crew import ALONE, Crew
-from fisher_lab.workbench.optimizers import Diverged, Further, MakeUpdater, Updater
-from fisher_lab.workbench.passes import Gradient, Passes
-from fisher_lab.workbench.tasks import Batch
+from fisher_lab.workload import optimizers
+from fisher_lab.workload.data_parallel import ALONE, Crew
+from fisher_lab.workload.gradient import Gradient, Passes
+from fisher_lab.workload.objectives import Batch
+from fisher_lab.workload.optimizers import Diverged, Further, MakeUpdater, Updater
 
 log = logging.getLogger(__name__)
 

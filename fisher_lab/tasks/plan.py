@@ -14,19 +14,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.config.schema import POLICIES, Config
 from fisher_lab.curvature import losses
-from fisher_lab.curvature.capture import Capture, count_tokens
 from fisher_lab.curvature.errors import LayerError
-from fisher_lab.curvature.layers import Kind, Layer, Layers, discover
-from fisher_lab.curvature.policy import Cost, check, cost_a, cost_g, cost_norm, method
-from fisher_lab.curvature.settings import KFACSettings
-from fisher_lab.curvature.storage import storage_dtype
+from fisher_lab.curvature.kfac.capture import Capture, count_tokens
+from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, discover
+from fisher_lab.curvature.kfac.policy import (
+    Cost,
+    check,
+    cost_a,
+    cost_g,
+    cost_norm,
+    method,
+    storage_dtype,
+)
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.workbench import build
-from fisher_lab.workbench.bench import Bench
+from fisher_lab.workload.build import Bench, build
 
 PLAN_FILE = "plan.csv"
 

@@ -1,11 +1,11 @@
 """One run on several ranks: starting them, what each of them does, and the verdict on all.
 
 ``distributed.nproc=2`` makes the process that Hydra has called the watcher: it starts the ranks
-(``python -m fisher_lab.tasks.rank``), waits, and where one of them failed writes its error into
-the record. On several nodes each has a watcher; that of node 0 alone writes, and the others tell it
-how their ranks ended. Under ``torchrun`` every process is a rank from the start. Only rank 0 writes
-the run directory, but for what is in ``ranks/``: a log of each other rank and node, and how each
-rank ended.
+(``python -m fisher_lab.tasks.rank_main``), waits, and where one of them failed writes its error
+into the record. On several nodes each has a watcher; that of node 0 alone writes, and the others
+tell it how their ranks ended. Under ``torchrun`` every process is a rank from the start. Only rank
+0 writes the run directory, but for what is in ``ranks/``: a log of each other rank and node, and
+how each rank ended.
 """
 
 from __future__ import annotations
@@ -26,23 +26,18 @@ from fisher_lab.distributed import launch, nodes
 from fisher_lab.runs import atomic, provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import STATUS, Interrupted, Watch
-from fisher_lab.tasks.endings import (
-    FOLDER,
-    clear,
-    is_consequence,
-    read_errors,
-)
+from fisher_lab.tasks.endings import FOLDER, clear, is_consequence, read_errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
-    from fisher_lab.distributed.communicator import TorchCommunicator
-    from fisher_lab.tasks.work import Work
+    from fisher_lab.curvature.collectives import TorchCommunicator
+    from fisher_lab.tasks.run_spec import Work
 
 log = logging.getLogger(__name__)
 
-MODULE = "fisher_lab.tasks.rank"
+MODULE = "fisher_lab.tasks.rank_main"
 """What every rank runs, with the path of the file that says what is to be done."""
 
 WORK_FILE = "work.json"
@@ -381,7 +376,7 @@ def of_one_run(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> It
 @contextmanager
 def joined(config: Config) -> Iterator[TorchCommunicator]:
     """This process as a rank: in the process group, with its share of the processors."""
-    from fisher_lab.distributed.session import session
+    from fisher_lab.distributed.process_group import session
 
     d = config.distributed
     _share_processors(config)
@@ -413,7 +408,7 @@ def current() -> TorchCommunicator | None:
     """Returns the communicator of the ranks that this process is one of, if it is one."""
     if not launch.inside():
         return None
-    from fisher_lab.distributed.communicator import world
+    from fisher_lab.curvature.collectives import world
 
     return world()
 

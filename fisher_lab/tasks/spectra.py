@@ -20,20 +20,20 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from fisher_lab.api_group import FisherCollector
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.spectra_schema import GroupFisherConfig, LanczosConfig, on_ranks
-from fisher_lab.curvature.groups.ranks import collect_shares, merged
-from fisher_lab.curvature.lanczos import FisherLanczos
+from fisher_lab.config.spectra import GroupFisherConfig, LanczosConfig, on_ranks
+from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
+from fisher_lab.curvature.group_fisher.saved import FisherCollector
 from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.curvature.spectra.lanczos import FisherLanczos
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import spectra_figures as figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.team import Team
-from fisher_lab.workbench.bench import Bench
+from fisher_lab.workload.build import Bench
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fisher_lab.curvature.reduce import Alone, share
+from fisher_lab.curvature.collectives import Alone, share
 
 if TYPE_CHECKING:
     from fisher_lab.config.schema import Config
-    from fisher_lab.curvature.reduce import Communicator
-    from fisher_lab.distributed.communicator import TorchCommunicator
+    from fisher_lab.curvature.collectives import Communicator, TorchCommunicator
 
 COLLECTIVES = ("all_reduce", "all_gather", "exchange", "broadcast")
 TOTALS = ("comm_s", "sent_bytes", "received_bytes")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import CURVATURE_OPTIMIZERS
+from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import crew as crews
@@ -30,9 +30,9 @@ from fisher_lab.tasks.analyze import RANKS_FILE
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.team import Team
-from fisher_lab.workbench import bench, cache, models, training
-from fisher_lab.workbench.materials import Materials, prepare
-from fisher_lab.workbench.passes import Passes
+from fisher_lab.workload import build, cache, models, training_loop
+from fisher_lab.workload.gradient import Passes
+from fisher_lab.workload.inputs import Materials, prepare
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run(config: Config, run: Run) -> None:
 
     Raises:
         ConfigError: Text or model cannot be had as configured.
-        fisher_lab.workbench.snapshot.SnapshotError: The run directory has another training's state.
+        fisher_lab.workload.snapshot.SnapshotError: The run directory has another training's state.
         fisher_lab.runs.signals.Interrupted: A signal came; what resuming needs is saved.
     """
     progress = Progress(config.progress)
@@ -62,11 +62,11 @@ def run(config: Config, run: Run) -> None:
     job = make_job(config, crews.origin(crew, origin))
     _check_length(job, model)
     crews.check(config, crew, job.batch_size)
-    model = model.to(bench.device_of(config))
+    model = model.to(build.device_of(config))
     crew.adopt(model)
     team.reset()
-    with PeakMemory(bench.device_of(config)) as memory:
-        result = training.train(
+    with PeakMemory(build.device_of(config)) as memory:
+        result = training_loop.train(
             model,
             materials.task,
             job,
@@ -95,14 +95,14 @@ def _send_row(row: Mapping[str, Any]) -> None:
     tracking.active().log(strict(values), int(row["step"]))
 
 
-def make_job(config: Config, origin: dict[str, Any]) -> training.Job:
+def make_job(config: Config, origin: dict[str, Any]) -> training_loop.Job:
     """What is trained, from the sections ``train`` and ``optimizer`` and the model's recipe."""
     recipe = config.model.recipe
     lr = config.optimizer.lr or recipe.lr
     optimizer = dataclasses.replace(
         config.optimizer, lr=lr, rest_lr=config.optimizer.rest_lr or recipe.lr
     )
-    return training.Job(
+    return training_loop.Job(
         steps=config.train.steps or recipe.steps,
         batch_size=config.train.batch_size or recipe.batch_size,
         seq_len=config.train.seq_len or recipe.seq_len,
@@ -133,7 +133,7 @@ def _initial(
     """The weights to begin with, and what they are."""
     cfg = materials.cfg
     if cfg.train.from_checkpoint or materials.pretrained is not None:
-        model, about = bench.trained(materials, progress, run.signals)
+        model, about = build.trained(materials, progress, run.signals)
         return model, {**about, "dtype": cfg.model.dtype}
     model = models.with_dtype(materials.untrained(cfg.seed), cfg.model.dtype)
     models.set_attention(model, cfg.model.attn_implementation)
@@ -146,7 +146,7 @@ def _initial(
     return model, about
 
 
-def _check_length(job: training.Job, model: nn.Module) -> None:
+def _check_length(job: training_loop.Job, model: nn.Module) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and job.seq_len > limit:
         raise ConfigError.value("train.seq_len", job.seq_len, f"at most the model's {limit}")
@@ -168,7 +168,7 @@ def _save(
 
 
 def metrics(
-    result: training.Result, job: training.Job, target: float | None
+    result: training_loop.Result, job: training_loop.Job, target: float | None
 ) -> dict[str, float | int | None]:
     """What a training came to, for ``metrics.json``.
 

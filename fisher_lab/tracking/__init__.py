@@ -14,10 +14,9 @@ from contextvars import ContextVar
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
-
-from .base import Guarded, NoTracker, Start, Tracker
-from .remote import RemoteTracker, Stopped
-from .wandb_sink import disabled
+from fisher_lab.tracking.base import Guarded, NoTracker, Start, Tracker
+from fisher_lab.tracking.remote import RemoteTracker, Stopped
+from fisher_lab.tracking.wandb import disabled
 
 _SINKS: dict[str, Callable[[str, TrackerConfig, float], Tracker]] = {
     "wandb": RemoteTracker,
@@ -59,7 +58,7 @@ def check(config: TrackerConfig) -> None:
         ConfigError: one is missing; the line says how to get it.
     """
     if "tensorboard" in config.sinks:
-        from .tensorboard_sink import MISSING, installed
+        from fisher_lab.tracking.tensorboard import MISSING, installed
 
         if not installed():
             raise ConfigError(MISSING)

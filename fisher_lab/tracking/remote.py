@@ -25,8 +25,7 @@ from typing import Any
 import fisher_lab
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs.record import strict
-
-from .base import Numbers, Start
+from fisher_lab.tracking.base import Numbers, Start
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from fisher_lab.config.schema import TrackerConfig
-
-from .base import Start, Tracker
+from fisher_lab.tracking.base import Start, Tracker
 
 SINKS = {
-    "wandb": "fisher_lab.tracking.wandb_sink",
-    "tensorboard": "fisher_lab.tracking.tensorboard_sink",
+    "wandb": "fisher_lab.tracking.wandb",
+    "tensorboard": "fisher_lab.tracking.tensorboard",
 }
 """Sink -> the module whose ``make(config, say)`` makes it; only then its library is imported."""
 

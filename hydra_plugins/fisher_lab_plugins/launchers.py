@@ -1,4 +1,4 @@
-"""The launchers, as Hydra finds them; what they do is in `fisher_lab.sweeping`."""
+"""The launchers, as Hydra finds them; what they do is in `fisher_lab.sweeps`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class CellLauncher(Launcher):
-    """Settings by name; runs the cells that `fisher_lab.sweeping.session` gives it.
+    """Settings by name; runs the cells that `fisher_lab.sweeps.run` gives it.
 
     Args:
-        settings: see `fisher_lab.config.launcher_schema`, which checks them.
+        settings: see `fisher_lab.config.launchers`, which checks them.
     """
 
     kind = ""

@@ -18,9 +18,9 @@ class FisherLabSearchPath(SearchPathPlugin):
         ours = paths.conf()
         for element in search_path.get_path():
             if element.provider == "main" and _local(element.path) == ours:
-                from fisher_lab.config import store
+                from fisher_lab.config import sweep_files
 
-                store.register()
+                sweep_files.register()
                 return
 
 

@@ -1,4 +1,4 @@
-"""The sweeper: hands the command line to `fisher_lab.sweeping.session`."""
+"""The sweeper: hands the command line to `fisher_lab.sweeps.run`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ValidatingSweeper(Sweeper):
         """
         from fisher_lab.cli import preflight
         from fisher_lab.config.errors import ConfigError
-        from fisher_lab.sweeping import session
+        from fisher_lab.sweeps import run
 
         launcher = self._launcher
         if not isinstance(launcher, CellLauncher):
@@ -52,6 +52,6 @@ class ValidatingSweeper(Sweeper):
             raise ConfigError.value(
                 "hydra/launcher", chosen, "one of serial, local, slurm_cpu, slurm_gpu, slurm_debug"
             )
-        return session.run(
+        return run.run(
             self._loader, self._master, arguments, launcher.kind, launcher.settings, preflight
         )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fisher_lab import cli
-from fisher_lab.tasks import job
+from fisher_lab.tasks import runner
 
 
 @dataclass
@@ -58,8 +58,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     module = types.ModuleType("fake_task")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_task", module)
-    monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "fake_task"))
-    monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
+    monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "fake_task"))
+    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
     monkeypatch.setattr(cli, "preflight", lambda config: {"data": "abc"})
     return configs
 

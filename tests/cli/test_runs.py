@@ -94,9 +94,9 @@ def test_a_failing_run_is_recorded_in_full_and_said_in_one_line(door, seen, runs
 
 
 def test_a_run_whose_content_cannot_be_read_fails_with_a_record(door, seen, runs, monkeypatch):
-    from fisher_lab.tasks import job
+    from fisher_lab.tasks import runner
 
-    monkeypatch.setattr(job, "_content", lambda config: ({}, OSError("the text is gone")))
+    monkeypatch.setattr(runner, "_content", lambda config: ({}, OSError("the text is gone")))
     assert door().code == 1
     ((_, record),) = runs()
     assert (record["status"], record["error"]["message"]) == ("failed", "the text is gone")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.accumulate import GradientAccumulator
-from fisher_lab.curvature.factors import DenseFactor, GramFactor
-from fisher_lab.curvature.settings import Numerics, Policy, Storage
+from fisher_lab.config.kfac import Numerics, Policy, Storage
+from fisher_lab.curvature.kfac.accumulators import GradientAccumulator
+from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor
 
 
 def columns(t: int, out: int, seed: int = 0) -> torch.Tensor:

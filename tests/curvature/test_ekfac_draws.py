@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature import ekfac
+from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import engine

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.factors import DenseFactor, GramFactor, dense
-from fisher_lab.curvature.factors.gram import Columns
+from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor, dense
+from fisher_lab.curvature.kfac.factors.woodbury import Columns
 
 DOUBLE = torch.float64
 
@@ -21,7 +21,7 @@ def columns(tokens: int, out: int) -> torch.Tensor:
 @pytest.mark.parametrize("k", [1, 3])
 def test_top_of_large_factors_needs_no_decomposition(k, monkeypatch):
     monkeypatch.setattr(dense, "LARGE", 10)
-    monkeypatch.setattr("fisher_lab.curvature.factors.gram.LARGE", 10)
+    monkeypatch.setattr("fisher_lab.curvature.kfac.factors.woodbury.LARGE", 10)
     g = columns(40, 60)
     expected = torch.linalg.eigvalsh(g.T @ g / 40).flip(0)[:k]
     full = DenseFactor(g.T @ g / 40)

@@ -16,19 +16,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fisher_lab.curvature import accumulate, retreat
-from fisher_lab.curvature.accumulate import (
+from fisher_lab.curvature import memory
+from fisher_lab.curvature.kfac import accumulators
+from fisher_lab.curvature.kfac.accumulators import (
     GradientAccumulator,
     MomentAccumulator,
     NormAccumulator,
 )
-from fisher_lab.curvature.factors import DenseFactor, GramFactor
+from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor
 from tests import models, reference
 from tests.capturing import engine
 from tests.reference import Damping
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-LOGGER = "fisher_lab.curvature.retreat"
+LOGGER = "fisher_lab.curvature.memory"
 
 
 def storage_of(x: torch.Tensor) -> int:
@@ -89,11 +90,14 @@ def through(device, policy, monkeypatch, stage=None, at=None, *, batches=1, **se
 
 
 def stages():
-    from fisher_lab.curvature import forming
-    from fisher_lab.curvature.factors.dense import DampedDense
-    from fisher_lab.curvature.factors.diagonal import DampedDiagonal, DampedDiagonalLowRank
-    from fisher_lab.curvature.factors.gram import DampedGram
-    from fisher_lab.curvature.head import Head
+    from fisher_lab.curvature.kfac import refresh
+    from fisher_lab.curvature.kfac.factors.dense import DampedDense
+    from fisher_lab.curvature.kfac.factors.diagonal import (
+        DampedDiagonal,
+        DampedDiagonalLowRank,
+    )
+    from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
+    from fisher_lab.curvature.kfac.statistics import Head
 
     two = {"batches": 2}
     few = {"max_columns": 8, "max_dense_dim": 40, "exclude": ["*mlp.c_proj"]}
@@ -112,7 +116,7 @@ def stages():
         "subsample": (GradientAccumulator, "_chosen", "G side", "all", two | few),
         "low rank": (GradientAccumulator, "_leading", "G side", "all", low),
         "lossless": (*joined, "G side", "all", {"max_columns": 8}),
-        "tokens kept": (forming, "joined", "side", "all", two | {"ekfac": True}),
+        "tokens kept": (refresh, "joined", "side", "all", two | {"ekfac": True}),
         "A or G, application": (DampedDense, "power", "side", "small_only", {}),
         "G, application": (DampedGram, "push_through", "G side", "all", {}),
         "sum of a norm layer": (NormAccumulator, "add", "scale and shift", "all", norms),
@@ -121,8 +125,8 @@ def stages():
         "true head, probabilities": (Head, "add", "G side", "all", head),
         "true head": (Head, "factor", "G side", "all", two | head),
         "true head, application": (DampedDiagonalLowRank, "power", "G side", "all", head),
-        "pooled": (forming, "pool", "side", "all", pooled),
-        "pooled, dense": (forming, "pool", "side", "small_only", pooled),
+        "pooled": (refresh, "pool", "side", "all", pooled),
+        "pooled, dense": (refresh, "pool", "side", "small_only", pooled),
         "pooled, application": (DampedDiagonalLowRank, "power", "G side", "all", pooled),
     }  # fmt: skip
 
@@ -181,7 +185,7 @@ def test_a_device_that_is_full_twice_is_an_error(device, monkeypatch):
     kfac.collect_kfac_factors(model, batch, keep_gradient=True)
     before = dict(kfac.kfac_factors)
     with monkeypatch.context() as patch:
-        patch.setattr(accumulate, "add_second_moment", full)
+        patch.setattr(accumulators, "add_second_moment", full)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             kfac.collect_kfac_factors(model, batch)
     assert dict(kfac.kfac_factors) == before
@@ -196,7 +200,7 @@ def test_no_other_error_is_taken_for_a_full_device(error, monkeypatch, caplog):
     model, batch = case_on("cpu")
     kfac = engine("all", Damping(1e-3, 1e-3, None))
     with monkeypatch.context() as patch:
-        patch.setattr(accumulate, "add_second_moment", fails)
+        patch.setattr(accumulators, "add_second_moment", fails)
         with pytest.raises(type(error)):
             kfac.collect_kfac_factors(model, batch)
     assert not warnings(caplog)
@@ -206,7 +210,7 @@ def test_no_other_error_is_taken_for_a_full_device(error, monkeypatch, caplog):
 def test_what_had_been_taken_is_freed(device):
     """The core that was formed before the device was full is gone when the work goes on."""
     g = torch.randn(6, 40, dtype=torch.float64, device=device)
-    from fisher_lab.curvature.factors import Columns
+    from fisher_lab.curvature.kfac.factors import Columns
 
     factor = GramFactor(Columns(g, 1.0, g.device), 1 / 6, torch.float64)
     numerics = engine("all").settings.numerics
@@ -229,7 +233,7 @@ def test_what_had_been_taken_is_freed(device):
 
 
 def test_the_retreat_is_asked_once():
-    assert retreat.on_host_if_full(lambda: 7, lambda: pytest.fail("no need"), "x") == 7
+    assert memory.on_host_if_full(lambda: 7, lambda: pytest.fail("no need"), "x") == 7
 
 
 @pytest.mark.parametrize("device", DEVICES)

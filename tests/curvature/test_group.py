@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fisher_lab.api_group import FisherCollector
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, FactorFileError, NonFiniteError
-from fisher_lab.curvature.group import GroupFisher, active_tokens
+from fisher_lab.curvature.group_fisher.collector import GroupFisher, active_tokens
+from fisher_lab.curvature.group_fisher.saved import FisherCollector
 from tests.curvature.spectra_support import (
     ARCHITECTURES,
     batch_of,

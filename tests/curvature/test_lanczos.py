@@ -16,21 +16,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fisher_lab.curvature import lanczos as module
-from fisher_lab.curvature import losses
+from fisher_lab.config.kfac import SettingError
+from fisher_lab.curvature import losses, memory
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
-from fisher_lab.curvature.lanczos import FisherLanczos, lanczos_algorithm
-from fisher_lab.curvature.settings import SettingError
-from fisher_lab.curvature.spectra import memory
+from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.spectra import lanczos as module
 from fisher_lab.curvature.spectra.blocks import select_parameters
-from fisher_lab.curvature.spectra.isolation import isolated
 from fisher_lab.curvature.spectra.krylov import KrylovBasis
+from fisher_lab.curvature.spectra.lanczos import FisherLanczos, lanczos_algorithm
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
-from fisher_lab.curvature.spectra.quadrature import (
-    hutch_plus_plus,
-    quadrature,
-)
-from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.curvature.spectra.quadrature import hutch_plus_plus, quadrature
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra_support import (
     ARCHITECTURES,
     batch_of,
@@ -526,7 +522,7 @@ def test_memory_is_said_before_it_is_allocated_and_checked(monkeypatch):
 
 def test_memory_is_said_where_nobody_set_logging_up():
     script = (
-        "from fisher_lab.curvature.lanczos import FisherLanczos\n"
+        "from fisher_lab.curvature.spectra.lanczos import FisherLanczos\n"
         "FisherLanczos().lanczos_algorithm(lambda v: 0 * v, 1000, 2, eigenvectors=False)"
     )
     done = subprocess.run(

@@ -17,12 +17,15 @@ from torch import nn
 
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
-from fisher_lab.curvature.spectra import records, stores
+from fisher_lab.curvature.spectra import eigensolve, spill
 from fisher_lab.curvature.spectra.blocks import architecture_of, parameter_blocks
-from fisher_lab.curvature.spectra.cost import linear_cost
-from fisher_lab.curvature.spectra.gradients import PerSampleGradients, choose_factored
+from fisher_lab.curvature.spectra.per_sample_gradients import (
+    PerSampleGradients,
+    choose_factored,
+    linear_cost,
+)
 from fisher_lab.curvature.spectra.samples import draw_samples
-from fisher_lab.curvature.spectral import FisherSpectral, GradientCache, SpectralConfig
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, GradientCache, SpectralConfig
 from tests.curvature.spectra_support import (
     ARCHITECTURES,
     assert_same_spectrum,
@@ -114,10 +117,10 @@ def test_products_give_the_gram_matrix_of_the_gradients(architecture, unit, cent
     """Every linear layer forced onto the way without per-sample gradients, and spilled."""
     model, batch = tiny(architecture, tied=False), batch_of(architecture)
     monkeypatch.setattr(
-        "fisher_lab.curvature.spectra.gradients.linear_cost",
+        "fisher_lab.curvature.spectra.per_sample_gradients.linear_cost",
         lambda *_: SimpleNamespace(factored_is_cheaper=True),
     )
-    monkeypatch.setattr(stores, "TILE_BYTES", 2048)
+    monkeypatch.setattr(spill, "TILE_BYTES", 2048)
     result = spectrum(
         model, batch, structure="module", sample_unit=unit, center=center, memory_budget_mb=0
     )
@@ -130,10 +133,10 @@ def test_products_give_the_gram_matrix_of_the_gradients(architecture, unit, cent
 
 
 def test_spilled_gradients_give_the_same_bits(case, monkeypatch):
-    monkeypatch.setattr(stores, "TILE_BYTES", 4096)
+    monkeypatch.setattr(spill, "TILE_BYTES", 4096)
     opened = []
 
-    class Counting(stores.FileBytes):
+    class Counting(spill.FileBytes):
         def __init__(self):
             super().__init__()
             opened.append(self)
@@ -149,16 +152,16 @@ def test_spilled_gradients_give_the_same_bits(case, monkeypatch):
 def test_chunked_holds_no_more_than_a_chunk_and_a_tile(monkeypatch):
     """The largest tensor that the spilled mode forms, next to N x P of the whole model."""
     model, batch = tiny("gpt2"), batch_of("gpt2")
-    monkeypatch.setattr(stores, "TILE_BYTES", 8 * 20 * 16)
+    monkeypatch.setattr(spill, "TILE_BYTES", 8 * 20 * 16)
     widest = []
-    original = stores.DenseRows.tiles
+    original = spill.DenseRows.tiles
 
     def watched(self):
         for tile in original(self):
             widest.append(tile.numel())
             yield tile
 
-    monkeypatch.setattr(stores.DenseRows, "tiles", watched)
+    monkeypatch.setattr(spill.DenseRows, "tiles", watched)
     result = spectrum(model, batch, memory_budget_mb=0, linear_gram="never")
     n = result["metadata"]["n_samples"]
     assert max(widest) <= 20 * 16
@@ -218,8 +221,8 @@ def test_a_float32_solver_knows_its_own_rounding():
 
 
 def test_a_threshold_above_the_largest_eigenvalue_leaves_that_one():
-    solved = records.Solved(torch.tensor([4.0, 1.0]).double(), 5.0)
-    found = records.describe(solved, n=2, p=2**24, top_k=None, dtype=torch.float32)
+    solved = eigensolve.Solved(torch.tensor([4.0, 1.0]).double(), 5.0)
+    found = eigensolve.describe(solved, n=2, p=2**24, top_k=None, dtype=torch.float32)
     assert (found["n_nonzero"], found["condition_number"], found["effective_rank"]) == (1, 1.0, 1.0)
 
 
@@ -409,7 +412,7 @@ def test_a_cache_with_rows_and_products_serves_every_engine_exactly(
     case, mode, linear_gram, center, monkeypatch
 ):
     monkeypatch.setattr(
-        "fisher_lab.curvature.spectra.gradients.linear_cost",
+        "fisher_lab.curvature.spectra.per_sample_gradients.linear_cost",
         lambda *_: SimpleNamespace(factored_is_cheaper=True),
     )
     collecting = FisherSpectral(SpectralConfig(chunk_size=4))
@@ -540,7 +543,7 @@ _PROCESS = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra_support import batch_of, tiny
 config = SpectralConfig(use_deterministic=bool(int(sys.argv[1])))
 result = FisherSpectral(config).compute_fisher_spectrum(tiny("gpt2"), batch_of("gpt2"), 6)
@@ -604,7 +607,7 @@ def assert_no_number(record):
     assert record["status"] == "degenerate"
     assert record["eigenvalues"] == []
     assert record["reason"]
-    assert all(record[key] is None for key in records.NUMBERS)
+    assert all(record[key] is None for key in eigensolve.NUMBERS)
     json.dumps(record, allow_nan=False)
 
 
@@ -757,7 +760,7 @@ def test_products_are_chosen_where_positions_are_fewer_than_inputs(n, s, b, d_in
 
 def test_a_shared_weight_never_comes_as_a_product(monkeypatch):
     monkeypatch.setattr(
-        "fisher_lab.curvature.spectra.gradients.linear_cost",
+        "fisher_lab.curvature.spectra.per_sample_gradients.linear_cost",
         lambda *_: SimpleNamespace(factored_is_cheaper=True),
     )
     model, batch = tiny("gpt2"), batch_of("gpt2")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature import storage
-from fisher_lab.curvature.factors import Columns
-from fisher_lab.curvature.settings import SettingError, Storage
+from fisher_lab.config.kfac import SettingError, Storage
+from fisher_lab.curvature.kfac import policy
+from fisher_lab.curvature.kfac.factors import Columns
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -23,34 +23,32 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     ],
 )
 def test_placement(megabytes, choice, compute, expected):
-    assert storage.place(megabytes * 10**6, Storage(device=choice), compute) == expected
+    assert policy.place(megabytes * 10**6, Storage(device=choice), compute) == expected
 
 
 def test_placement_limit_is_a_setting():
     small = Storage(limit_mb=10)
-    assert storage.place(9_000_000, small, CUDA) == CUDA
-    assert storage.place(11_000_000, small, CUDA) == CPU
+    assert policy.place(9_000_000, small, CUDA) == CUDA
+    assert policy.place(11_000_000, small, CUDA) == CPU
 
 
 def test_bytes_of_a_large_head():
     # 50257 x 512 in 16 bits: the columns take 51.5 MB (49.1 MiB), the core 2.1 MB more.
-    assert (
-        storage.bytes_of(512, 50257, torch.float16, torch.float64) == 50257 * 512 * 2 + 512**2 * 8
-    )
+    assert policy.bytes_of(512, 50257, torch.float16, torch.float64) == 50257 * 512 * 2 + 512**2 * 8
 
 
 def test_own_dtype_is_kept_unless_asked():
     few = (7, 64)
-    assert storage.storage_dtype(Storage(), torch.bfloat16, few) == torch.bfloat16
-    assert storage.storage_dtype(Storage(dtype="fp32"), torch.bfloat16, few) == torch.float32
+    assert policy.storage_dtype(Storage(), torch.bfloat16, few) == torch.bfloat16
+    assert policy.storage_dtype(Storage(dtype="fp32"), torch.bfloat16, few) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_sixteen_bits_are_for_fewer_columns_than_outputs(dtype):
     asked = Storage(dtype=dtype)
-    assert storage.storage_dtype(asked, torch.float32, (63, 64)).itemsize == 2
-    assert storage.storage_dtype(asked, torch.float32, (64, 64)) == torch.float32
-    assert storage.storage_dtype(asked, torch.float64, (500, 64)) == torch.float64
+    assert policy.storage_dtype(asked, torch.float32, (63, 64)).itemsize == 2
+    assert policy.storage_dtype(asked, torch.float32, (64, 64)) == torch.float32
+    assert policy.storage_dtype(asked, torch.float64, (500, 64)) == torch.float64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisher_lab.curvature.collectives import TorchCommunicator, same_everywhere, shares, together
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.reduce import same_everywhere, shares, together
-from fisher_lab.distributed.communicator import TorchCommunicator
 
 COUNTS = [40, 0, 7]
 

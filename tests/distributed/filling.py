@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 
-from fisher_lab.curvature import ekfac
-from fisher_lab.curvature.accumulate import GradientAccumulator, MomentAccumulator
-from fisher_lab.curvature.factors import Columns
-from fisher_lab.curvature.factors.dense import DampedDense
-from fisher_lab.curvature.factors.gram import DampedGram
+from fisher_lab.curvature.kfac import ekfac
+from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, MomentAccumulator
+from fisher_lab.curvature.kfac.factors import Columns
+from fisher_lab.curvature.kfac.factors.dense import DampedDense
+from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
 from tests import reference
 from tests.capturing import random_like
 from tests.curvature.test_full_device import LOGGER, FullOnce

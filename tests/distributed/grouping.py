@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.group import GroupFisher
-from fisher_lab.curvature.groups.ranks import collect_shares, merged
+from fisher_lab.curvature.group_fisher.collector import GroupFisher
+from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
 from fisher_lab.tasks.team import Team
 from tests.distributed import joined
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.curvature import join
+from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.factors import Columns
-from fisher_lab.curvature.reduce import Alone
+from fisher_lab.curvature.kfac import reduce as join
+from fisher_lab.curvature.kfac.factors import Columns
 from tests import models, reference
 from tests.capturing import POLICIES, engine, random_like
 from tests.reference import Damping, Record, Tokens, Truth
@@ -350,7 +350,7 @@ def counted_decompositions(
 def fails_on_one(comm: Any, name: str, setting: Setting, batches: list[dict]) -> str:
     """Rank 1 fails in its decompositions: every rank must say so."""
     kfac = setting.engine(comm)
-    step = "fisher_lab.curvature.accumulate.symmetric_eigen"
+    step = "fisher_lab.curvature.kfac.accumulators.symmetric_eigen"
     try:
         with patch(step, side_effect=ValueError("no room")) if comm.rank == 1 else nullcontext():
             kfac.collect_kfac_factors(model_of(name, torch.float64), batches)

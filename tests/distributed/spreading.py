@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.group import GroupFisher
-from fisher_lab.curvature.groups.ranks import collect_shares, merged
-from fisher_lab.curvature.lanczos import FisherLanczos
+from fisher_lab.curvature.group_fisher.collector import GroupFisher
+from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
 from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.reduce import Alone
-from fisher_lab.curvature.spectra import stores
-from fisher_lab.curvature.spectra.cost import LinearCost
-from fisher_lab.curvature.spectral import FisherSpectral, SpectralConfig
+from fisher_lab.curvature.spectra import spill
+from fisher_lab.curvature.spectra.lanczos import FisherLanczos
+from fisher_lab.curvature.spectra.per_sample_gradients import LinearCost
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests import reference
 from tests.distributed import joined
 
@@ -48,8 +48,8 @@ class Job:
         config = SpectralConfig(**{"chunk_size": 8, **self.config})
         engine = FisherSpectral(config, communicator=comm)
         cheaper = LinearCost(1.0, 0.0, 1, 0) if self.products else LinearCost(0.0, 1.0, 0, 1)
-        cost = "fisher_lab.curvature.spectra.gradients.linear_cost"
-        with patch(cost, lambda *_: cheaper), patch.object(stores, "TILE_BYTES", self.tile):
+        cost = "fisher_lab.curvature.spectra.per_sample_gradients.linear_cost"
+        with patch(cost, lambda *_: cheaper), patch.object(spill, "TILE_BYTES", self.tile):
             return engine.compute_fisher_spectrum(
                 model, batches, self.n_samples, self.structure, self.center
             )
@@ -284,7 +284,7 @@ def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> 
             with patch(step, side_effect=ValueError("a product failed")):
                 engine.top_eigenpairs(model, batches)
         elif kind == "basis":
-            with patch("fisher_lab.curvature.lanczos.free_memory", lambda device: 0):
+            with patch("fisher_lab.curvature.spectra.lanczos.free_memory", lambda device: 0):
                 engine.top_eigenpairs(model, batches)
         else:
             engine.top_eigenpairs(model, batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.reduce import Alone, share, shares
+from fisher_lab.curvature.collectives import Alone, share, shares
 from tests.distributed import collectives
 from tests.distributed.collectives import COUNTS, block
 from tests.distributed.pool import Pool

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fisher_lab.curvature.spread import rank_seed
+from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, random_like
 from tests.distributed import joined

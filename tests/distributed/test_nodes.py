@@ -17,23 +17,23 @@ from typing import Any
 import pytest
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.launcher_schema import LocalSettings, SlurmSettings
+from fisher_lab.config.launchers import LocalSettings, SlurmSettings
 from fisher_lab.config.schema import Config
+from fisher_lab.curvature.collectives import CommunicationError
 from fisher_lab.distributed import nodes
-from fisher_lab.distributed.communicator import CommunicationError
 from fisher_lab.distributed.launch import Failure
 from fisher_lab.distributed.nodes import Elsewhere, Meeting, NodeError, Place
 from fisher_lab.runs import record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
-from fisher_lab.sweeping import session
-from fisher_lab.sweeping.array_job import CellFailed, CellJob
-from fisher_lab.sweeping.cell import Cell, Frozen, freeze, new_submission
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeps import run as session
+from fisher_lab.sweeps.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.directory import Layout
+from fisher_lab.sweeps.slurm import CellFailed, CellJob
 from fisher_lab.tasks import endings, ranks
 from fisher_lab.tasks.endings import Endings
 from fisher_lab.tasks.ranks import Ended
-from fisher_lab.tasks.work import Work
+from fisher_lab.tasks.run_spec import Work
 from tests.ports import free_ports
 
 WAIT_S = 60

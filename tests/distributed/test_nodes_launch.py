@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fisher_lab.sweeping.cell import Cell, freeze, new_submission
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeps.cell import Cell, freeze, new_submission
+from fisher_lab.sweeps.directory import Layout
 from tests.distributed.test_launch import (
     SMALL,
     at_work,
@@ -149,12 +149,12 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     """A cell as SLURM's job gets it."""
     from hydra import compose, initialize_config_dir
 
-    from fisher_lab.config import paths, store
+    from fisher_lab.config import paths, sweep_files
     from fisher_lab.config.validate import validate
     from fisher_lab.runs.identity import run_id
-    from fisher_lab.workbench import content_identity
+    from fisher_lab.workload import content_identity
 
-    store.register()
+    sweep_files.register()
     with initialize_config_dir(str(paths.conf()), version_base="1.3"):
         config = validate(compose("config", overrides=[*SMALL, *NODES, *arguments]))
     content = content_identity(config)
@@ -172,7 +172,7 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     return frozen
 
 
-WORKER = ("fisher_lab.sweeping.worker",)
+WORKER = ("fisher_lab.sweeps.worker",)
 
 
 def events(frozen: Any) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fisher_lab.distributed import session
-from fisher_lab.distributed.communicator import CommunicationError, TorchCommunicator
+from fisher_lab.curvature.collectives import CommunicationError, TorchCommunicator
+from fisher_lab.distributed import process_group
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_nccl_is_asked_to_raise_unless_the_user_has_said_else(
     given: dict[str, str], watchdog: bool, expected: dict[str, str]
 ) -> None:
     environment = dict(given)
-    session.make_errors_raise(environment, watchdog=watchdog)
+    process_group.make_errors_raise(environment, watchdog=watchdog)
     assert environment == expected
 
 
@@ -49,7 +49,7 @@ def test_it_is_asked_before_the_group_is_made(
         raise Made
 
     monkeypatch.setattr(dist, "init_process_group", make)
-    with pytest.raises(Made), session.session(backend, "cpu", timeout_s=7):
+    with pytest.raises(Made), process_group.session(backend, "cpu", timeout_s=7):
         pass
     assert seen == [(backend, expected, timedelta(seconds=7))]
 
@@ -69,7 +69,7 @@ def test_a_time_out_that_comes_with_the_wait_names_the_collective(
 
     for name in ("all_reduce", "broadcast", "all_to_all_single"):
         monkeypatch.setattr(dist, name, started)
-    monkeypatch.setattr("fisher_lab.distributed.communicator._gather_into", started)
+    monkeypatch.setattr("fisher_lab.curvature.collectives._gather_into", started)
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")

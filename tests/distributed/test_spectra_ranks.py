@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fisher_lab.curvature.reduce import Alone
+from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from fisher_lab.curvature.spectra.pairs import meetings
+from fisher_lab.curvature.spectra.pairwise_gram import meetings
 from tests.distributed import joined, spreading
 from tests.distributed.pool import Pool
 from tests.distributed.spreading import Job

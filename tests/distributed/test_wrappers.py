@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.reduce import Alone
+from fisher_lab.curvature.collectives import Alone
 from tests import reference
 from tests.capturing import random_like
 from tests.distributed import joined, spreading

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import DataConfig, ModelConfig, RecipeConfig
-from fisher_lab.distributed import sharding
+from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig
+from fisher_lab.curvature import wrappers
 from fisher_lab.runs.signals import Interrupted, Watch
 from fisher_lab.tasks import natural, train
 from fisher_lab.tasks.crew import RankCrew
-from fisher_lab.workbench import models, snapshot, training
-from fisher_lab.workbench.crew import ALONE
-from fisher_lab.workbench.materials import Materials, prepare
+from fisher_lab.workload import models, snapshot, training_loop
+from fisher_lab.workload.data_parallel import ALONE
+from fisher_lab.workload.inputs import Materials, prepare
 
 STEPS = 5
 
@@ -98,7 +98,7 @@ def trained(
         disturb(model)
     crew.adopt(model)
     rows: list[dict[str, Any]] = []
-    result = training.train(
+    result = training_loop.train(
         model,
         materials.task,
         train.make_job(config, {}),
@@ -132,7 +132,7 @@ def initial(config: Config) -> dict[str, Tensor]:
 
 def whole(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters, without shards."""
-    return {n: t.clone() for n, t in sharding.whole(named(model)).items()}
+    return {n: t.clone() for n, t in wrappers.whole(named(model)).items()}
 
 
 def named(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def signalled(comm: Any, config: Config, run: str, rank: int, signum: int) -> di
         try:
             trained(comm, config, run, after_step=after_step, signals=signals)
         except Interrupted as stop:
-            path = Path(run, training.STATE_FILE)
+            path = Path(run, training_loop.STATE_FILE)
             return {"signal": int(stop.signum), "steps": snapshot.load(path)["steps"]}
     raise AssertionError("the signal did not end the training")
 

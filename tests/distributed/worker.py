@@ -32,7 +32,7 @@ def main(address: str, rank: int, processes: int, store: str, seconds: float) ->
     import torch
     import torch.distributed as dist
 
-    from fisher_lab.distributed.communicator import TorchCommunicator
+    from fisher_lab.curvature.collectives import TorchCommunicator
 
     torch.set_num_threads(1)
     timeout = timedelta(seconds=seconds)

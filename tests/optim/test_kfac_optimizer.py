@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fisher_lab import KFACNaturalGradient
+from fisher_lab.config.kfac import SettingError
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.settings import SettingError
 from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
 from tests import models
 

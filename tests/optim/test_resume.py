@@ -12,7 +12,7 @@ import torch
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import (
+from fisher_lab.config.workload import (
     OPTIMIZERS,
     DataConfig,
     ModelConfig,
@@ -22,9 +22,9 @@ from fisher_lab.config.workbench_schema import (
 )
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import natural, train
-from fisher_lab.workbench import optimizers, training
-from fisher_lab.workbench.crew import Crew
-from fisher_lab.workbench.materials import prepare
+from fisher_lab.workload import optimizers, training_loop
+from fisher_lab.workload.data_parallel import Crew
+from fisher_lab.workload.inputs import prepare
 
 STEPS = 8
 KILLS = (1, 3, 4, 8)
@@ -83,7 +83,7 @@ def go(config, materials, directory, die_at=None, **more):
         if done == die_at:
             raise Killed
 
-    result = training.train(
+    result = training_loop.train(
         model,
         materials.task,
         train.make_job(config, {}),

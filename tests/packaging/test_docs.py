@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.config import document, paths
+from fisher_lab.config import help, paths
 from fisher_lab.config.validate import all_keys
 
 ROOT = paths.root()
@@ -18,11 +18,11 @@ PAGES = sorted(
 
 def test_the_page_of_the_configuration_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == document.markdown(), "run python scripts/document_configuration.py"
+    assert page == help.markdown(), "run python scripts/document_configuration.py"
 
 
 def test_every_key_is_on_it():
-    page = document.markdown()
+    page = help.markdown()
     assert [key for key in all_keys() if f"| `{key}` |" not in page] == []
 
 

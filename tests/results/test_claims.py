@@ -11,10 +11,10 @@ import pytest
 from scipy import stats as scipy_stats
 
 from fisher_lab.results import evaluate, load
-from fisher_lab.results.claim_spec import TYPES, check
 from fisher_lab.results.claims import INVALID, evaluate_one
-from fisher_lab.results.errors import ResultsError
-from fisher_lab.results.verdicts import FAILS, HOLDS, OPEN
+from fisher_lab.results.hypotheses import TYPES, check
+from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN
+from fisher_lab.results.values import ResultsError
 from tests.results.made import make_run, make_sweep
 
 A, B = {"kfac.policy": "all"}, {"kfac.policy": "auto"}

@@ -10,8 +10,8 @@ import pytest
 
 from fisher_lab import cli
 from fisher_lab.results import at_end, diff, finish
-from fisher_lab.results.errors import ResultsError
 from fisher_lab.results.finishing import STAMP_FILE, finish_if_due
+from fisher_lab.results.values import ResultsError
 from tests.results.made import make_run, make_sweep
 
 CLAIM = {"type": "equivalent", "text": "policies agree", "metric": "m", "margin": 0.5,

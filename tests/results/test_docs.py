@@ -8,7 +8,7 @@ import yaml
 
 from fisher_lab.config import paths
 from fisher_lab.results import stats
-from fisher_lab.results.claim_spec import TYPES, check
+from fisher_lab.results.hypotheses import TYPES, check
 from fisher_lab.results.values import meaning
 
 PAGE = (paths.root() / "docs" / "results.md").read_text()

@@ -207,12 +207,7 @@ def test_curves_are_means_over_runs(tmp_path):
 def trained(directory, seed):
     """A real training of four steps, with a held-out evaluation after every second."""
     from fisher_lab.config.schema import Config
-    from fisher_lab.config.workbench_schema import (
-        DataConfig,
-        ModelConfig,
-        RecipeConfig,
-        TrainConfig,
-    )
+    from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig, TrainConfig
     from fisher_lab.tasks import train
 
     text = directory.parent / "text.txt"

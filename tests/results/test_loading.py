@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from fisher_lab.results import cache, load, load_layers, load_table
-from fisher_lab.results.errors import ResultsError
+from fisher_lab.results import load, load_layers, load_table
+from fisher_lab.results.values import ResultsError
 from tests.results.made import make_run, make_sweep
 
 LAYERS = [
@@ -174,43 +173,6 @@ def test_a_table_that_was_cut_short_is_left_out(tmp_path):
     frame = load_layers(tmp_path / "s")
     assert frame.empty
     assert frame.attrs["left_out"][0].reason == "layers.csv: line 2 has 1 fields, the first 2"
-
-
-@pytest.fixture
-def many(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "WORTH_IT", 3)
-    cells = [({"seed": i, "kfac.damping": 1e-4}, {"a": i + 0.5, "b": math.nan}) for i in range(4)]
-    return make_sweep(tmp_path / "s", cells)
-
-
-def test_the_cache_gives_the_same_frame(many):
-    first = load(many)
-    assert (many / cache.CACHE_FILE).is_file()
-    pd.testing.assert_frame_equal(load(many), first)
-    pd.testing.assert_frame_equal(load(many, use_cache=False), first)
-
-
-def test_the_cache_is_used_and_is_keyed_by_the_files(many, monkeypatch):
-    load(many)
-    read = []
-    real = cache._state
-
-    from fisher_lab.results import loading
-
-    original = loading.read_run
-    monkeypatch.setattr(loading, "read_run", lambda d: (read.append(d.name), original(d))[1])
-    assert load(many)["a"].tolist() == [0.5, 1.5, 2.5, 3.5]
-    assert read == []
-    make_run(many / "2", {"seed": 2}, {"a": 9.0})
-    assert load(many)["a"].tolist() == [0.5, 1.5, 9.0, 3.5]
-    assert read == ["2"]
-    assert real(many / "2") != real(many / "1")
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "names": ["0"]}', "[]"])
-def test_a_broken_cache_is_passed_over(many, text):
-    (many / cache.CACHE_FILE).write_text(text)
-    assert load(many)["a"].tolist() == [0.5, 1.5, 2.5, 3.5]
 
 
 def test_nothing_here_imports_torch():

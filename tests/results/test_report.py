@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fisher_lab.config import paths
-from fisher_lab.results import load, methods, write_report
+from fisher_lab.results import load, paper, write_report
 from fisher_lab.results.appendix import write_appendix
 from fisher_lab.results.report.page import page
 from tests.results.browser import Browser, executable
@@ -80,7 +80,7 @@ def test_the_report_is_one_file_that_loads_nothing(results, tmp_path):
 
 
 def test_the_methods_paragraph_says_what_the_records_say(results):
-    text = " ".join(methods.sentences(load(results / "damping")))
+    text = " ".join(paper.sentences(load(results / "damping")))
     for words in (
         "Tikhonov damping was 1e-5 and 1e-4",
         "kappa = 1e6, which clipped 25.00% of A and 0.00% of G",
@@ -95,7 +95,7 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
         "Of 13 runs, 1 failed",
     ):
         assert words in text
-    assert "\\_" in methods.markdown(load(results))
+    assert "\\_" in paper.markdown(load(results))
 
 
 def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_path):
@@ -104,11 +104,11 @@ def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_pa
     numbers = {"tokens": 5120.0, "train/steps": 5}
     for name, settings in {"kfac": kfac, "sgd": sgd}.items():
         make_run(tmp_path / name / "0", {"task.name": "train", "seed": 0, **settings}, numbers)
-    text = " ".join(methods.sentences(load(tmp_path / "kfac")))
+    text = " ".join(paper.sentences(load(tmp_path / "kfac")))
     assert "optimiser kfac (learning rate 0.03) for 5 steps of 1,024 tokens." in text
     assert "on each factor, in the trainings 300 times that on the A side" in text
     assert "Factors were built from" not in text
-    assert "K-FAC" not in " ".join(methods.sentences(load(tmp_path / "sgd")))
+    assert "K-FAC" not in " ".join(paper.sentences(load(tmp_path / "sgd")))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):
     for i, task in enumerate(tasks):
         settings = {"task.name": task, "optimizer.name": "kfac", "kfac.ekfac": True}
         make_run(tmp_path / "s" / str(i), {**settings, "seed": i})
-    text = " ".join(methods.sentences(load(tmp_path / "s")))
+    text = " ".join(paper.sentences(load(tmp_path / "s")))
     assert "(EKFAC)." in text
     assert said in text if said else "refreshed" not in text
 
@@ -134,7 +134,7 @@ def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
             make_run(tmp_path / name / str(seed), {"kfac.damping": damping, "seed": seed})
     make_run(tmp_path / "void" / "0", {}, error=RuntimeError("x"))
     frame = load(tmp_path)
-    (first, shared), *rest = methods.paragraphs(frame)
+    (first, shared), *rest = paper.paragraphs(frame)
     assert first == ""
     assert "Every setting was run with 2 seeds." in shared
     assert any("PyTorch 2.13.0" in text for text in shared)
@@ -143,14 +143,14 @@ def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
         (sentence,) = text
         assert sentence.startswith(f"Tikhonov damping was {damping} on each factor")
     assert rest[2][1] == ["No run has completed."]
-    assert "\n\n### two\\_x\n\nTikhonov" in methods.markdown(frame)
-    assert "\\paragraph{two" in methods.latex(frame)
+    assert "\n\n### two\\_x\n\nTikhonov" in paper.markdown(frame)
+    assert "\\paragraph{two" in paper.latex(frame)
     assert "<h3>one</h3><p>Tikhonov damping was 0.001 on" in page(frame)
 
 
 def test_the_methods_of_nothing(tmp_path):
     make_run(tmp_path / "s" / "0", {}, error=RuntimeError("x"))
-    assert methods.sentences(load(tmp_path / "s")) == ["No run has completed."]
+    assert paper.sentences(load(tmp_path / "s")) == ["No run has completed."]
 
 
 def test_the_report_in_a_real_browser(results, tmp_path):

@@ -19,7 +19,7 @@ from fisher_lab.results.report import runs
 from fisher_lab.results.report.page import page
 from fisher_lab.runs.identity import run_id
 from fisher_lab.runs.record import Run
-from fisher_lab.sweeping import plan
+from fisher_lab.sweeps import plan
 from tests.results.made import DEFAULTS, make_run, make_sweep, nested
 
 CONTENT = {"data": "x"}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from fisher_lab.results import load, render, tabulate
-from fisher_lab.results.errors import ResultsError
+from fisher_lab.results import export, load, tabulate
 from fisher_lab.results.latex import breakable, document, escape, to_latex
+from fisher_lab.results.values import ResultsError
 from tests.results.made import make_run, make_sweep
 
 VALUES = {  # (policy, damping) -> a number a seed
@@ -61,7 +61,7 @@ def test_rows_and_columns_as_asked(sweep):
     )
     assert table.rows == [(1e-5,), (1e-4,)]
     assert table.cols == [("all",), ("auto",)]
-    assert render.heading_row(table) == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
+    assert export.heading_row(table) == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
 
 
 def test_a_setting_that_was_forgotten_becomes_a_row_and_is_not_averaged(sweep):
@@ -75,7 +75,7 @@ def test_a_setting_that_was_forgotten_becomes_a_row_and_is_not_averaged(sweep):
 def test_times_are_medians_with_quartiles(sweep):
     table = tabulate(load(sweep))
     assert table.statistic == {"ng/cosine": "mean", "kfac/total_s": "median"}
-    text = render.to_text(table, 120)
+    text = export.to_text(table, 120)
     assert "0.909 [0.871, 0.955]" in text  # 1, 1/1.1, 1/1.2
 
 
@@ -110,7 +110,7 @@ def test_the_confidence_goes_for_marks_and_differences_too(sweep):
         d = table.comparisons[row, "ng/cosine", ()].difference
         known = scipy_stats.ttest_rel(VALUES["auto", 1e-4], VALUES["all", 1e-4])
         assert (d.low, d.high) == pytest.approx(tuple(known.confidence_interval(confidence)))
-        text = render.to_text(table)
+        text = export.to_text(table)
         percent = {0.95: "95%", 0.999: "99.9%"}[confidence]
         assert f"mean ± half the {percent} interval; over seed, n = 3" in text
         assert f"mean ± half the {percent} interval, paired t test" in text
@@ -122,7 +122,7 @@ def marks(tmp_path, metric, cells, **more):
     runs = [({"kfac.damping": d, "seed": s}, {metric: v})
             for d, numbers in cells.items() for s, v in enumerate(numbers)]  # fmt: skip
     table = tabulate(load(make_sweep(tmp_path / "s", runs)), metrics=[metric], **more)
-    return {row[0]: render.shown(table, (row, metric, ())).mark for row in table.rows}
+    return {row[0]: export.shown(table, (row, metric, ())).mark for row in table.rows}
 
 
 def test_what_no_reader_can_see_is_no_better(tmp_path):
@@ -163,17 +163,17 @@ def test_standard_deviation_and_n_are_shown_on_demand(sweep):
     frame = load(sweep)
     plain, table = tabulate(frame), tabulate(frame, details=True)
     row = tuple({"kfac.policy": "all", "kfac.damping": 1e-4}[n] for n in table.row_names)
-    assert render.shown(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
-    assert render.shown(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
-    assert render.shown(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
-    for text in (render.to_text(table, 120), render.to_markdown(table), render.to_html(table)):
+    assert export.shown(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
+    assert export.shown(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
+    assert export.shown(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
+    for text in (export.to_text(table, 120), export.to_markdown(table), export.to_html(table)):
         assert "2.10 ± 0.25 (sd 0.10, n 3)" in text
         assert "sd is the standard deviation" in text
     assert r"$2.10 \pm 0.25$ {\footnotesize (sd $0.10$, n 3)}" in to_latex(table)
     assert r"{\footnotesize (sd \num[separate-uncertainty]{0.10}, n 3)}" in to_latex(
         table, siunitx=True
     )
-    assert render.to_csv(table) == render.to_csv(plain)
+    assert export.to_csv(table) == export.to_csv(plain)
 
 
 def test_a_difference_of_rounding_reads_identical(tmp_path):
@@ -181,9 +181,9 @@ def test_a_difference_of_rounding_reads_identical(tmp_path):
              for p, numbers in (("all", [0.3, 0.6]), ("auto", [0.1 + 0.2, 0.6]))
              for s, v in enumerate(numbers)]  # fmt: skip
     table = tabulate(load(make_sweep(tmp_path / "s", cells)), baseline={"kfac.policy": "all"})
-    ((_, comparison),) = render.differences(table)
+    ((_, comparison),) = export.differences(table)
     assert 0 < comparison.difference.mean < 1e-16
-    assert render.difference_words(comparison) == ("identical", "", "", "2")
+    assert export.difference_words(comparison) == ("identical", "", "", "2")
 
 
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
@@ -228,7 +228,7 @@ def lost(tmp_path):
 
 def test_what_is_lost_is_shown_and_never_averaged_away(lost):
     table = tabulate(load(lost), metrics=["ng/cosine"])
-    shown = {row[0]: render.shown(table, (row, "ng/cosine", ())).plain for row in table.rows}
+    shown = {row[0]: export.shown(table, (row, "ng/cosine", ())).plain for row in table.rows}
     assert shown["all"].startswith("0.10 ± 0.25")
     assert shown["auto"] == "0.9000 (1 diverged, 1 failed of 3)"
     assert shown["hybrid"] == "failed"
@@ -236,7 +236,7 @@ def test_what_is_lost_is_shown_and_never_averaged_away(lost):
     assert table.cells[("hybrid",), "ng/cosine", ()].reasons == ("MemoryError: no room",)
     assert table.best == set()  # only one cell is whole
     details = tabulate(load(lost), metrics=["ng/cosine"], details=True)
-    part = render.shown(details, (("auto",), "ng/cosine", ()))
+    part = export.shown(details, (("auto",), "ng/cosine", ()))
     assert part.plain == "0.9000 (n 1; 1 diverged, 1 failed of 3)"
     assert any("3 of 4 cells lack runs" in note for note in table.notes)
 
@@ -247,7 +247,7 @@ def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     )
     table = tabulate(load(sweep))
     assert table.notes[0] == "one run a cell: no interval can be given"
-    assert "±" not in render.to_text(table).replace(table.notes[0], "")
+    assert "±" not in export.to_text(table).replace(table.notes[0], "")
 
 
 def test_a_seed_that_was_run_twice_counts_once(sweep):
@@ -270,7 +270,7 @@ def test_a_grid_with_a_hole(sweep):
         if name.isdecimal() and int(name) >= 9:
             os.remove(sweep / name / "run.json")
     table = tabulate(load(sweep), cols=["kfac.policy"], metrics=["ng/cosine"])
-    shown = render.shown(table, ((1e-4,), "ng/cosine", ("auto",)))
+    shown = export.shown(table, ((1e-4,), "ng/cosine", ("auto",)))
     assert shown.plain == "missing"
 
 
@@ -304,7 +304,7 @@ def nasty(tmp_path):
 
 def test_csv_holds_all_numbers_in_full(sweep):
     table = tabulate(load(sweep), baseline={"kfac.policy": "all"})
-    lines = list(csv.DictReader(io.StringIO(render.to_csv(table))))
+    lines = list(csv.DictReader(io.StringIO(export.to_csv(table))))
     assert len(lines) == 8
     for line in lines:
         key = tuple(float(line[n]) if n == "kfac.damping" else line[n] for n in table.row_names)
@@ -316,18 +316,18 @@ def test_csv_holds_all_numbers_in_full(sweep):
 
 
 def test_csv_is_no_formula(nasty):
-    assert "'=1+1" in render.to_csv(nasty)
+    assert "'=1+1" in export.to_csv(nasty)
 
 
 def test_html_is_escaped_and_sortable(nasty):
-    text = render.to_html(nasty)
+    text = export.to_html(nasty)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert 'data-sort="1.0"' in text
 
 
 def test_markdown_is_escaped(nasty):
-    text = render.to_markdown(nasty)
+    text = export.to_markdown(nasty)
     assert "<script" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     bars = {len([c for i, c in enumerate(r) if c == "|" and r[i - 1] != "\\"]) for r in rows}
@@ -356,13 +356,13 @@ def test_wide_tables_are_split_in_latex_and_on_the_terminal(tmp_path):
         tmp_path / "s", [({"seed": s}, dict.fromkeys(names, s / 3)) for s in range(3)]
     )
     table = tabulate(load(sweep), metrics=names)
-    assert max(map(len, render.to_text(table, 100).splitlines())) <= 100
+    assert max(map(len, export.to_text(table, 100).splitlines())) <= 100
     assert to_latex(table).count(r"\begin{table}") > 1
-    assert all(render.to_text(table, 100).count(name) == 1 for name in names)
+    assert all(export.to_text(table, 100).count(name) == 1 for name in names)
 
 
 def test_the_table_is_the_same_when_made_again(sweep):
-    texts = {render.to_csv(tabulate(load(sweep))) for _ in range(2)}
+    texts = {export.to_csv(tabulate(load(sweep))) for _ in range(2)}
     assert len(texts) == 1
 
 
@@ -375,5 +375,5 @@ def test_infinite_and_missing_metrics_are_no_numbers(tmp_path):
         )
     table = tabulate(load(root), metrics=["a", "b"])
     (row,) = table.rows
-    assert render.shown(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
-    assert render.shown(table, (row, "b", ())).plain == "2"
+    assert export.shown(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
+    assert export.shown(table, (row, "b", ())).plain == "2"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fisher_lab.runs import atomic, claims
+from fisher_lab.runs import atomic, lock
 
 WAIT = 60  # seconds after which a test gives a child process up
 
@@ -29,7 +29,7 @@ def as_of_another_host(path, *, age):
 
 
 def test_only_one_of_two_holds_a_claim(tmp_path):
-    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
     assert first.acquire()
     assert not second.acquire()
     assert first.held
@@ -47,12 +47,12 @@ def test_only_one_of_two_holds_a_claim(tmp_path):
 
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="stale_after=0"):
-        claims.Claim(tmp_path / "x", stale_after=0)
+        lock.Claim(tmp_path / "x", stale_after=0)
     with pytest.raises(ValueError, match="heartbeat=3"):
-        claims.Claim(tmp_path / "x", stale_after=2, heartbeat=3)
-    with pytest.raises(RuntimeError, match="acquire"), claims.Claim(tmp_path / "x"):
+        lock.Claim(tmp_path / "x", stale_after=2, heartbeat=3)
+    with pytest.raises(RuntimeError, match="acquire"), lock.Claim(tmp_path / "x"):
         pass
-    claim = claims.Claim(tmp_path / "x")
+    claim = lock.Claim(tmp_path / "x")
     with pytest.raises(RuntimeError, match="held by this object already"):
         assert claim.acquire()
         assert claim.acquire()
@@ -60,9 +60,9 @@ def test_bad_arguments(tmp_path):
 
 
 def test_another_hosts_claim_counts_until_its_heartbeat_is_old(tmp_path):
-    left = claims.Claim(tmp_path / "x")
+    left = lock.Claim(tmp_path / "x")
     assert left.acquire()
-    taker = claims.Claim(tmp_path / "x", stale_after=10)
+    taker = lock.Claim(tmp_path / "x", stale_after=10)
     as_of_another_host(tmp_path / "x.claim.0", age=5)
     assert not taker.acquire()
     as_of_another_host(tmp_path / "x.claim.0", age=11)
@@ -75,7 +75,7 @@ def test_another_hosts_claim_counts_until_its_heartbeat_is_old(tmp_path):
 
 
 def test_a_frozen_owner_learns_that_it_lost(tmp_path):
-    frozen = claims.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    frozen = lock.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
     assert frozen.acquire()
     (tmp_path / "x.claim.0").unlink()  # what a taker-over does once it has the next generation
     assert frozen.lost.wait(WAIT)
@@ -84,7 +84,7 @@ def test_a_frozen_owner_learns_that_it_lost(tmp_path):
 
 
 def test_the_heartbeat_keeps_a_claim_fresh(tmp_path):
-    holder = claims.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    holder = lock.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
     assert holder.acquire()
     file = tmp_path / "x.claim.0"
     os.utime(file, (1, 1))
@@ -98,21 +98,21 @@ def test_the_heartbeat_keeps_a_claim_fresh(tmp_path):
 
 def test_a_rival_that_appears_between_create_and_listing_makes_us_give_way(tmp_path, monkeypatch):
     """A third process that saw an empty directory makes generation 0 while we take over 3."""
-    stale = claims.Claim(tmp_path / "x")
+    stale = lock.Claim(tmp_path / "x")
     assert stale.acquire()
     stale._stop.set()
     (tmp_path / "x.claim.0").rename(tmp_path / "x.claim.3")
     as_of_another_host(tmp_path / "x.claim.3", age=1e4)
     rival = tmp_path / "x.claim.0"
-    create = claims._create
+    create = lock._create
 
     def with_rival(candidate, path):
         made = create(candidate, path)
         rival.write_text(json.dumps({"token": "rival"}))
         return made
 
-    monkeypatch.setattr(claims, "_create", with_rival)
-    ours = claims.Claim(tmp_path / "x", stale_after=60)
+    monkeypatch.setattr(lock, "_create", with_rival)
+    ours = lock.Claim(tmp_path / "x", stale_after=60)
     assert not ours.acquire()
     assert rival.exists()
     assert not (tmp_path / "x.claim.4").exists()
@@ -123,7 +123,7 @@ def test_without_hard_links_the_create_is_still_exclusive(tmp_path, monkeypatch)
         raise PermissionError("no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
     assert first.acquire()
     assert not second.acquire()
     first.release()
@@ -135,14 +135,14 @@ def test_many_threads_one_winner_each_round(tmp_path):
     """Every round begins with a stale claim, so all of them take over at once."""
     for round_ in range(5):
         path = tmp_path / f"x{round_}"
-        left = claims.Claim(path)
+        left = lock.Claim(path)
         assert left.acquire()
         left._stop.set()
         as_of_another_host(tmp_path / f"{path.name}.claim.0", age=1e4)
         barrier, won = threading.Barrier(8), []
 
         def race(path=path, barrier=barrier, won=won):
-            claim = claims.Claim(path)
+            claim = lock.Claim(path)
             barrier.wait(WAIT)
             if claim.acquire():
                 won.append(claim)
@@ -165,8 +165,8 @@ def test_once_builds_when_missing_and_only_then(tmp_path):
         atomic.write_text(path, "built")
 
     atomic.write_text(tmp_path / ".x.1-2.tmp", "a killed builder's")
-    assert claims.once(tmp_path / "x", build)
-    assert not claims.once(tmp_path / "x", build)
+    assert lock.once(tmp_path / "x", build)
+    assert not lock.once(tmp_path / "x", build)
     assert calls == [tmp_path / "x"]
     assert os.listdir(tmp_path) == ["x"]
 
@@ -176,18 +176,18 @@ def test_once_hands_the_builders_error_on_and_frees_the_claim(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        claims.once(tmp_path / "x", broken)
+        lock.once(tmp_path / "x", broken)
     with pytest.raises(RuntimeError, match="not ready although its builder returned"):
-        claims.once(tmp_path / "x", lambda path: None)
+        lock.once(tmp_path / "x", lambda path: None)
     assert os.listdir(tmp_path) == []
 
 
 def test_once_gives_up_after_its_timeout(tmp_path):
-    holder = claims.Claim(tmp_path / "x")
+    holder = lock.Claim(tmp_path / "x")
     assert holder.acquire()
     waits = []
-    with pytest.raises(claims.ClaimTimeout, match=f"pid={os.getpid()}"):
-        claims.once(tmp_path / "x", lambda path: None, timeout=0.05, on_wait=waits.append)
+    with pytest.raises(lock.ClaimTimeout, match=f"pid={os.getpid()}"):
+        lock.once(tmp_path / "x", lambda path: None, timeout=0.05, on_wait=waits.append)
     assert [owner.pid for owner in waits] == [os.getpid()]
     holder.release()
 
@@ -268,7 +268,7 @@ def test_a_builder_killed_while_others_wait(tmp_path):
 
     def wait_for_it():
         built.append(
-            claims.once(
+            lock.once(
                 target,
                 lambda path: atomic.write_text(path, "second"),
                 timeout=WAIT,
@@ -287,7 +287,7 @@ def test_a_builder_killed_while_others_wait(tmp_path):
 
 
 def test_who_is_alive_and_waiting_for_a_limited_time(tmp_path):
-    first, second = claims.Claim(tmp_path / "x"), claims.Claim(tmp_path / "x")
+    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
     assert first.alive() is None
     assert first.acquire_within(1.0)
     owner = second.alive()
@@ -300,9 +300,9 @@ def test_who_is_alive_and_waiting_for_a_limited_time(tmp_path):
 
 
 def test_a_stale_owner_is_not_alive(tmp_path):
-    claim = claims.Claim(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
+    claim = lock.Claim(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
     assert claim.acquire()
     (file,) = tmp_path.glob("x.claim.*")
     os.utime(file, (0, 0))
-    assert claims.Claim(tmp_path / "x", stale_after=600).alive() is None
+    assert lock.Claim(tmp_path / "x", stale_after=600).alive() is None
     claim.release()

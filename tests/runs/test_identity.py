@@ -10,8 +10,7 @@ import sys
 
 import pytest
 
-from fisher_lab.config.schema import Config, TrackerConfig
-from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
+from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig, TrackerConfig
 from fisher_lab.config.validate import all_keys
 from fisher_lab.runs import identity
 from fisher_lab.runs.identity import run_id

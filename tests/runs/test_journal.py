@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.runs import journal
-from fisher_lab.runs.claims import Claim, ClaimTimeout
 from fisher_lab.runs.journal import Journal
+from fisher_lab.runs.lock import Claim, ClaimTimeout
 
 WRITER = """
 import sys

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.sweeping import scheduler, supervisor
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeps import slurm, worker_process
+from fisher_lab.sweeps.directory import Layout
 from tests.sweeps import small_worker
 from tests.sweeps.launching import HOLDING_WORKER, launch_small
 
@@ -73,8 +73,8 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
     assert len(submitted) == 3
     assert submitted[-1] < ended  # at once, and not one after the other
     numbers = jobs(sweep)
-    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers.values()).values())))
-    seen_by_slurm = scheduler.states(numbers.values())
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    seen_by_slurm = slurm.states(numbers.values())
     for directory, found in runs():
         expected = {"completed": "COMPLETED", "failed": "FAILED"}[found["status"]]
         assert seen_by_slurm[numbers[directory.name]] == expected
@@ -136,7 +136,7 @@ def test_fail_fast_stops_what_runs_and_what_waits(door, runs, until):
     assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
     assert count(layout(), "failed") == 1
     numbers = jobs(layout()).values()
-    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers).values())))
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
 
 
 @pytest.mark.usefixtures("small_workers")
@@ -185,7 +185,7 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs, until):
     assert shown["seed=1"]["job"] in numbers.values()
     answer = door("cancel", "away")
     assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
-    until(lambda: not any(map(scheduler.is_active, scheduler.states(numbers.values()).values())))
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
     assert count(layout(), "requeued") == 0
 
@@ -224,7 +224,7 @@ def curve(directory: Path) -> list[dict[str, str]]:
 def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, until, monkeypatch):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     sweep = ["-m", *TRAIN, "seed=0,1"]
-    monkeypatch.setattr(supervisor, "WORKER", (str(HOLDING_WORKER),))
+    monkeypatch.setattr(worker_process, "WORKER", (str(HOLDING_WORKER),))
     Path("hold").touch()
     assert door(*sweep, "sweep.name=away", "sweep.detach=true", *CPU).code == 0
     away = Layout(Path("results/away").resolve())
@@ -278,4 +278,4 @@ def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs,
     }
     assert [len(one) for one in numbers.values()] == [1, 1]
     both = [job for one in numbers.values() for job in one]
-    until(lambda: set(scheduler.states(both).values()) == {"COMPLETED"})
+    until(lambda: set(slurm.states(both).values()) == {"COMPLETED"})

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from fisher_lab.runs import atomic
-from fisher_lab.runs.leaving import leave
-from fisher_lab.sweeping import worker
+from fisher_lab.runs.signals import leave
+from fisher_lab.sweeps import worker
 
 ORDER = Path("kill-a-writer")
 _flush = atomic._flush

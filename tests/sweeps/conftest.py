@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fisher_lab.sweeping import supervisor
+from fisher_lab.sweeps import worker_process
 from tests.cli.conftest import door, runs, seen
 from tests.sweeps.launching import SMALL_WORKER
 
@@ -14,4 +14,4 @@ __all__ = ["door", "runs", "seen", "small_workers"]
 @pytest.fixture
 def small_workers(seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes run `small_worker`; the launcher plans with the same identities."""
-    monkeypatch.setattr(supervisor, "WORKER", (str(SMALL_WORKER),))
+    monkeypatch.setattr(worker_process, "WORKER", (str(SMALL_WORKER),))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.runs import atomic
-from fisher_lab.runs.leaving import leave
-from fisher_lab.sweeping import worker
-from fisher_lab.workbench import training
+from fisher_lab.runs.signals import leave
+from fisher_lab.sweeps import worker
+from fisher_lab.workload import training_loop
 
 ORDER, HELD = Path("hold"), Path("held")
 AT_STEP = 50
-_train = training.train
+_train = training_loop.train
 
 
 def held(model: Any, task: Any, job: Any, directory: Path, *, signals: Any, **more: Any) -> Any:
@@ -43,5 +43,5 @@ def held(model: Any, task: Any, job: Any, directory: Path, *, signals: Any, **mo
 
 
 if __name__ == "__main__":
-    training.train = held
+    training_loop.train = held
     leave(worker.main(sys.argv[1:]))

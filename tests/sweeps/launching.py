@@ -29,10 +29,10 @@ def launch(
     chosen = ""
     if worker is not None:
         chosen = (
-            "from fisher_lab.sweeping import session, supervisor; "
+            "from fisher_lab.sweeps import session, supervisor; "
             f"supervisor.WORKER = ({str(worker)!r},); "
         )
-        background = f"{chosen}from fisher_lab.sweeping.background import main; main(sys.argv[1:])"
+        background = f"{chosen}from fisher_lab.sweeps.background import main; main(sys.argv[1:])"
         chosen += f"session.BACKGROUND = ('-c', {'import sys; ' + background!r}); "
     if identity is not None:
         chosen += f"cli.preflight = lambda config: {identity!r}; "

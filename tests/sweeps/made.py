@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.config.schema import Config
-from fisher_lab.config.sweep_schema import ResumeConfig, SweepConfig
-from fisher_lab.sweeping.cell import Cell, Frozen, freeze, new_submission
-from fisher_lab.sweeping.layout import LAUNCH_FILE, SWEEP_FILE, Layout
+from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig
+from fisher_lab.sweeps.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout
 
 
 def submitted(

@@ -9,9 +9,9 @@ import threading
 import types
 from typing import Any
 
-from fisher_lab.runs.leaving import leave
-from fisher_lab.sweeping import worker
-from fisher_lab.tasks import job
+from fisher_lab.runs.signals import leave
+from fisher_lab.sweeps import worker
+from fisher_lab.tasks import runner
 
 RAISES, KILLED, CRASHES, EXITS, HANGS, WAITS, PREEMPTED = 13, 14, 15, 16, 17, 18, 19
 """Seeds for which the task does something else than to succeed."""
@@ -52,7 +52,7 @@ if __name__ == "__main__":
     module = types.ModuleType("small_task")
     module.run = run  # type: ignore[attr-defined]
     sys.modules["small_task"] = module
-    job.TASKS = dict.fromkeys(job.TASKS, "small_task")
-    job._content = lambda config: ({"data": "abc"}, None)
-    job._prepare = lambda config: {}
+    runner.TASKS = dict.fromkeys(runner.TASKS, "small_task")
+    runner._content = lambda config: ({"data": "abc"}, None)
+    runner._prepare = lambda config: {}
     leave(worker.main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeps.directory import Layout
 from fisher_lab.tasks import ranks
 from tests.sweeps.launching import launch
 

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.sweeping import supervisor, worker
-from fisher_lab.sweeping.cell import CANCELLED_FILE, Frozen
-from fisher_lab.sweeping.supervisor import Ending, Job
+from fisher_lab.sweeps import worker, worker_process
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Frozen
+from fisher_lab.sweeps.worker_process import Ending, Job
 from tests.sweeps.made import begin, submitted
 
 
@@ -109,4 +109,4 @@ def test_the_end_of_the_log_is_kept_with_an_error_that_the_worker_recorded_itsel
     assert found["reason"] == "ValueError: no room"
     assert found["error"]["message"] == "no room\nat all"
     assert found["error"]["log_tail"] == "the last word"
-    assert supervisor.brief(frozen.directory) == "ValueError: no room"
+    assert worker_process.brief(frozen.directory) == "ValueError: no room"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fisher_lab import cli
-from fisher_lab.config import compose, paths, sweep, sweep_files
-from fisher_lab.results import claim_spec
-from fisher_lab.sweeping import plan
+from fisher_lab.config import compose, paths, sweep_files
+from fisher_lab.results import hypotheses
+from fisher_lab.sweeps import plan
 
 FILES = {file.stem: sweep_files.load(file) for file in sorted(paths.sweeps().glob("*.yaml"))}
 SWEEPS = [name for name, file in FILES.items() if not file.sweeps]
@@ -35,7 +35,7 @@ def test_every_sweep_of_the_project_composes_with_its_seeds_and_fitting_claims(n
     (one,) = planned(f"+sweeps={name}")
     assert len({cell.config.seed for cell in one.cells}) >= (5 if FILES[name].claims else 3)
     assert one.repeated == 0
-    for claim in claim_spec.check(FILES[name].claims):  # speaks of settings that the sweep varies
+    for claim in hypotheses.check(FILES[name].claims):  # speaks of settings that the sweep varies
         stated = [claim.get(key, {}) for key in ("where", "a", "b", "groups", "cells")]
         named = {setting for part in stated for setting in part} | {claim.get("axis")} - {None}
         for setting in named:
@@ -153,9 +153,9 @@ def test_cells_whose_times_are_compared_are_interleaved():
 
 
 def test_a_dry_run_lists_states_and_starts_nothing(door, seen, monkeypatch, tmp_path):
-    from fisher_lab.sweeping import dry_run
+    from fisher_lab.sweeps import plan
 
-    monkeypatch.setattr(dry_run, "_estimate", lambda config: "1.5")
+    monkeypatch.setattr(plan, "_estimate", lambda config: "1.5")
     door("-m", "seed=12,13")
     before = sorted(tmp_path.rglob("*"))
     answer = door("-m", "seed=12,13,14", "sweep.dry_run=true")
@@ -173,9 +173,9 @@ def test_a_dry_run_lists_states_and_starts_nothing(door, seen, monkeypatch, tmp_
 
 
 def test_a_dry_run_lists_every_invalid_cell_and_ends_with_2(door, seen, monkeypatch, tmp_path):
-    from fisher_lab.sweeping import dry_run
+    from fisher_lab.sweeps import plan
 
-    monkeypatch.setattr(dry_run, "_estimate", lambda config: "1.5")
+    monkeypatch.setattr(plan, "_estimate", lambda config: "1.5")
     answer = door("-m", "seed=1,2", "model.width=128,130,-1", "sweep.dry_run=true")
     assert answer.code == 2
     assert "6 cells: 4 invalid, 2 to run" in answer.out
@@ -205,8 +205,8 @@ def test_cells_are_composed_as_hydra_does():
     with cli._hydra(args) as hydra:
         loader = hydra.config_loader
         master = compose.load(loader, [*args.overrides, *extra], multirun=True)
-        composer = sweep.Composer(loader, master)
-        batch = sweep.cells(None, [*args.overrides, *extra])
+        composer = compose.Composer(loader, master)
+        batch = compose.cells(None, [*args.overrides, *extra])
         assert len(batch) == 8
         for overrides in batch:
             assert composer(overrides) == compose.load_cell(loader, master, overrides)[1]

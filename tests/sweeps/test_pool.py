@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.config.launcher_schema import LocalSettings
-from fisher_lab.sweeping import pool, supervisor
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.config.launchers import LocalSettings
+from fisher_lab.sweeps import local, worker_process
+from fisher_lab.sweeps.directory import Layout
 from tests.sweeps import small_worker
 from tests.sweeps.launching import launch_small
 
@@ -70,13 +70,13 @@ def test_a_cell_past_its_time_is_killed_and_failed(door, runs, monkeypatch):
     """The one that hangs; its time begins when it does: starting a process may take long too."""
     deaf: dict[str, float] = {}
 
-    def seconds(job: supervisor.Job) -> float:
+    def seconds(job: worker_process.Job) -> float:
         log = job.frozen.layout.job_log(job.frozen.run_id)
         if "deaf" not in log.read_text():
             return 0.0
         return time.monotonic() - deaf.setdefault(job.frozen.run_id, time.monotonic())
 
-    monkeypatch.setattr(supervisor.Job, "seconds", property(seconds))
+    monkeypatch.setattr(worker_process.Job, "seconds", property(seconds))
     answer = door("-m", f"seed=1,{small_worker.HANGS}", "sweep.timeout_s=1", *LOCAL)
     assert answer.code == 1
     found = by_seed(runs)
@@ -196,8 +196,8 @@ def test_two_launchers_at_once_run_every_cell_once(runs):
 def test_threads_of_a_job(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert pool.threads_for(LocalSettings(n_jobs=3)) == 2
-    assert pool.threads_for(LocalSettings(n_jobs=16)) == 1
-    assert pool.threads_for(LocalSettings(n_jobs=3, threads=5)) == 5
+    assert local.threads_for(LocalSettings(n_jobs=3)) == 2
+    assert local.threads_for(LocalSettings(n_jobs=16)) == 1
+    assert local.threads_for(LocalSettings(n_jobs=3, threads=5)) == 5
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert pool.threads_for(LocalSettings(n_jobs=3)) == 4
+    assert local.threads_for(LocalSettings(n_jobs=3)) == 4

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.sweeping import worker
-from fisher_lab.sweeping.layout import Layout
+from fisher_lab.sweeps import worker
+from fisher_lab.sweeps.directory import Layout
 from tests.sweeps.launching import HOLDING_WORKER
 
 TRAIN = [

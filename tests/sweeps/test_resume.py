@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.sweeping.cell import CANCELLED_FILE
-from fisher_lab.sweeping.layout import Layout
-from fisher_lab.sweeping.progress import Tally
+from fisher_lab.sweeps.cell import CANCELLED_FILE
+from fisher_lab.sweeps.directory import Layout
+from fisher_lab.sweeps.tally import Tally
 from tests.sweeps.made import begin, submitted
 
 
@@ -161,7 +161,7 @@ def test_an_interrupted_cell_is_run_again(door, seen, runs):
 
 def test_a_cell_that_somebody_else_runs_is_waited_for(door, seen, runs, monkeypatch):
     """The other launcher completes it while we look."""
-    from fisher_lab.sweeping import elsewhere
+    from fisher_lab.sweeps import elsewhere
 
     door("-m", "seed=1,2")
     directory, record = runs()[0]
@@ -188,7 +188,7 @@ def test_a_cell_that_somebody_else_runs_is_waited_for(door, seen, runs, monkeypa
 @pytest.mark.parametrize("own", [False, True])
 def test_a_cell_of_a_launch_that_is_being_cancelled_is_run_by_the_next_one(own):
     """It is not ours to give up, unless it is our launch that the user has cancelled."""
-    from fisher_lab.sweeping.elsewhere import Elsewhere
+    from fisher_lab.sweeps.elsewhere import Elsewhere
 
     ((_, before),) = submitted(1)
     (before.submission / CANCELLED_FILE).touch()
@@ -272,9 +272,9 @@ def test_another_version_of_the_code_is_said_and_kept(door, seen, runs):
 def test_a_text_that_changed_after_submission_fails_with_a_clear_message(
     door, seen, runs, monkeypatch
 ):
-    from fisher_lab.tasks import job
+    from fisher_lab.tasks import runner
 
-    monkeypatch.setattr(job, "_content", lambda config: ({"data": "changed"}, None))
+    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "changed"}, None))
     answer = door("-m", "seed=1,2")
     assert answer.code == 1
     assert "data changed since this cell was submitted" in answer.lines[0]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.launcher_schema import SlurmSettings
+from fisher_lab.config.launchers import SlurmSettings
 from fisher_lab.runs import record
-from fisher_lab.sweeping import array_job, debug_cluster, pool, scheduler, slurm
-from fisher_lab.sweeping.array_job import CellJob
-from fisher_lab.sweeping.cell import CANCELLED_FILE, Cell, Frozen
-from fisher_lab.sweeping.progress import Tally
-from fisher_lab.sweeping.waiting import Waiting
+from fisher_lab.sweeps import debug_cluster, local, slurm
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Frozen
+from fisher_lab.sweeps.slurm import CellJob
+from fisher_lab.sweeps.tally import Tally
+from fisher_lab.sweeps.waiting import Waiting
 from tests.sweeps.launching import launch_small
 from tests.sweeps.made import begin, submitted
 from tests.sweeps.small_worker import RAISES, WAITS
@@ -29,15 +29,15 @@ class Queue:
         self.states: dict[str, list[str]] = {}
         self.cancelled: list[str] = []
         self.batches: list[list[str]] = []
-        monkeypatch.setattr(scheduler, "states", self.look)
-        monkeypatch.setattr(scheduler, "cancel", lambda jobs: self.cancel(jobs))
+        monkeypatch.setattr(slurm, "states", self.look)
+        monkeypatch.setattr(slurm, "cancel", lambda jobs: self.cancel(jobs))
         monkeypatch.setattr(slurm, "_submit", lambda batch, settings: self.submit(batch, settings))
 
     def look(self, jobs) -> dict[str, str]:
         return {job: self._next(job) for job in jobs}
 
     def _next(self, job: str) -> str:
-        left = self.states.get(job, [scheduler.GONE])
+        left = self.states.get(job, [slurm.GONE])
         return left.pop(0) if len(left) > 1 else left[0]
 
     def cancel(self, jobs) -> bool:
@@ -173,7 +173,7 @@ class Held:
 def test_one_cell_at_a_time_where_times_are_compared(launcher):
     (alone, *_), (beside, other) = submitted(1, alone=True), submitted(2, 3)
     if launcher == "pool":
-        one = pool._Pool([], Tally(0), pool.LocalSettings(n_jobs=2))
+        one = local._Pool([], Tally(0), local.LocalSettings(n_jobs=2))
         entry = lambda work: (work[0], Held())  # noqa: E731
     else:
         one = debug_cluster._Queue([], Tally(0), SlurmSettings(array_parallelism=2))
@@ -235,8 +235,8 @@ def test_the_options_of_sbatch(tmp_path, monkeypatch):
 )
 def test_how_many_cells_an_array_may_have(told, size, monkeypatch):
     asked = []
-    monkeypatch.setattr(scheduler, "_ask", lambda command: asked.append(command) or told)
-    assert scheduler.max_array_size() == size
+    monkeypatch.setattr(slurm, "_ask", lambda command: asked.append(command) or told)
+    assert slurm.max_array_size() == size
     assert asked == [["scontrol", "show", "config"]]
 
 
@@ -284,7 +284,7 @@ def test_a_preempted_job_comes_back_at_most_so_often_since_it_was_submitted():
     for event in ("preempted", "preempted", "submitted", "preempted"):
         about = {"jobs": {"seed1": "7"}} if event == "submitted" else {"run_id": "seed1"}
         journal.append(event, **about)
-    assert array_job._preemptions(file) == 1
+    assert slurm._preemptions(file) == 1
     assert cell_job()._may_come_back(file, Lasted(1.0))
     journal.append("preempted", run_id="seed1")
     assert not cell_job()._may_come_back(file, Lasted(1.0))

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.runs.claims import Claim
-from fisher_lab.sweeping import commands, scheduler
-from fisher_lab.sweeping import status as stand
-from fisher_lab.sweeping.cell import CANCELLED_FILE, Frozen
-from fisher_lab.sweeping.layout import LAUNCHER, Layout
-from fisher_lab.sweeping.status import CellStatus
+from fisher_lab.runs.lock import Claim
+from fisher_lab.sweeps import commands, slurm
+from fisher_lab.sweeps import status as stand
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Frozen
+from fisher_lab.sweeps.directory import LAUNCHER, Layout
+from fisher_lab.sweeps.status import CellStatus
 from tests.sweeps.made import begin, submitted
 
 
@@ -30,7 +30,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Job -> state, as SLURM would tell."""
     known: dict[str, str] = {}
     monkeypatch.setattr(
-        scheduler, "states", lambda jobs: {job: known.get(job, scheduler.GONE) for job in jobs}
+        slurm, "states", lambda jobs: {job: known.get(job, slurm.GONE) for job in jobs}
     )
     return known
 
@@ -53,7 +53,7 @@ def shown(door) -> dict[str, dict]:
     ("job_state", "status", "message"),
     [
         ("NODE_FAIL", "failed", "the job 7 ended as NODE_FAIL and left no result"),
-        (scheduler.GONE, "failed", "the job 7 ended as GONE and left no result"),
+        (slurm.GONE, "failed", "the job 7 ended as GONE and left no result"),
         ("CANCELLED", "cancelled", None),
     ],
 )

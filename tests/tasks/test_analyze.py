@@ -12,14 +12,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from fisher_lab.config import paths, store
+from fisher_lab.config import paths, sweep_files
+from fisher_lab.config.kfac import SettingError
 from fisher_lab.config.validate import validate
-from fisher_lab.curvature.settings import SettingError
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import MIB, PeakMemory
-from fisher_lab.workbench import build
+from fisher_lab.workload.build import build
 
 TINY = [
     "model.init=random",
@@ -59,7 +59,7 @@ REQUIRED = [
 
 
 def config(*overrides: str):
-    store.register()
+    sweep_files.register()
     with initialize_config_dir(config_dir=str(paths.conf()), version_base="1.3"):
         return validate(compose("config", overrides=[*TINY, *overrides]))
 
@@ -169,7 +169,7 @@ def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
 
 @pytest.mark.parametrize("ekfac", [False, True])
 def test_one_line_a_layer_at_info(tmp_path, caplog, ekfac):
-    with caplog.at_level(logging.INFO, "fisher_lab.curvature.kfac"):
+    with caplog.at_level(logging.INFO, "fisher_lab.curvature.kfac.engine"):
         _, rows, _ = analysed(tmp_path, "kfac.damping=0.1", f"kfac.ekfac={ekfac}")
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("layer ")]
     assert len(lines) == len(rows)

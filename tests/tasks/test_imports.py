@@ -9,7 +9,7 @@ import sys
 def test_a_worker_imports_no_library_that_few_cells_need():
     dear = ("matplotlib", "pandas", "statsmodels", "wandb", "torch.distributed.tensor", "sympy")
     script = (
-        "import sys; import fisher_lab.sweeping.worker, fisher_lab.tasks.analyze; "
+        "import sys; import fisher_lab.sweeps.worker, fisher_lab.tasks.analyze; "
         f"print([name for name in {dear} if name in sys.modules])"
     )
     done = subprocess.run(

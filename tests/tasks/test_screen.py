@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks import screen
+from fisher_lab.tasks import summary
 
 METRICS = {
     "loss": 4.3812345,
@@ -29,7 +29,7 @@ def shown(metrics, rows=(), width=80, directory="/somewhere/" + 100 * "x", tmp_p
     if rows:
         run.table("layers.csv", rows)
     out = io.StringIO()
-    screen.show(run, console=Console(file=out, width=width, highlight=False))
+    summary.show(run, console=Console(file=out, width=width, highlight=False))
     return out.getvalue()
 
 
@@ -76,13 +76,13 @@ def test_layers_are_listed_and_summed_up(tmp_path):
 
 
 def test_many_layers_are_cut_and_said(tmp_path):
-    text = shown(METRICS, layers(screen.MAX_ROWS + 5), tmp_path=tmp_path)
-    assert text.count("Conv1D") == screen.MAX_ROWS
+    text = shown(METRICS, layers(summary.MAX_ROWS + 5), tmp_path=tmp_path)
+    assert text.count("Conv1D") == summary.MAX_ROWS
     assert "... 5 more" in text
 
 
 def test_many_other_numbers_are_cut_and_said(tmp_path):
-    text = shown({f"x/{n}": n for n in range(screen.MAX_OTHERS + 3)}, tmp_path=tmp_path)
+    text = shown({f"x/{n}": n for n in range(summary.MAX_OTHERS + 3)}, tmp_path=tmp_path)
     assert "... 3 more" in text
 
 
@@ -104,4 +104,4 @@ def test_a_run_without_numbers_still_says_where_it_is(tmp_path):
     ],
 )
 def test_number(value, form, text):
-    assert screen.number(value, form) == text
+    assert summary.number(value, form) == text

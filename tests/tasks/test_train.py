@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fisher_lab import workbench
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workbench_schema import (
+from fisher_lab.config.workload import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,8 +21,10 @@ from fisher_lab.config.workbench_schema import (
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import train
-from fisher_lab.workbench import training
-from fisher_lab.workbench.snapshot import SnapshotError
+from fisher_lab.workload import training_loop
+from fisher_lab.workload.build import build
+from fisher_lab.workload.content_identity import content_identity
+from fisher_lab.workload.snapshot import SnapshotError
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def start(cfg, directory):
         directory,
         config=dataclasses.asdict(cfg),
         overrides=[],
-        identity=workbench.content_identity(cfg),
+        identity=content_identity(cfg),
         provenance={},
     )
     train.run(cfg, run)
@@ -76,7 +77,7 @@ def start(cfg, directory):
 
 def test_a_run_leaves_curve_metrics_and_a_model(config, tmp_path):
     run = start(config(), tmp_path / "run")
-    curve = training.Curve.read(run.directory / "curve.csv", 4)
+    curve = training_loop.Curve.read(run.directory / "curve.csv", 4)
     metrics = json.loads((run.directory / "metrics.json").read_text())
     assert metrics["loss/heldout"] == curve.rows[-1]["heldout_loss"]
     assert metrics["loss"] == curve.rows[-1]["loss"]
@@ -84,7 +85,7 @@ def test_a_run_leaves_curve_metrics_and_a_model(config, tmp_path):
     assert metrics["train/steps"] == 4
     assert metrics["loss/baseline"] > 0
     cfg = config(model=ModelConfig(type="pretrained", name_or_path=str(run.directory / "model")))
-    loaded = workbench.build(cfg)
+    loaded = build(cfg)
     assert loaded.record["model"]["heldout_loss"] == pytest.approx(metrics["loss/heldout"], rel=0.2)
     provenance = json.loads((run.directory / "run.json").read_text())["provenance"]
     assert len(provenance["weights_sha256"]) == 64
@@ -95,7 +96,7 @@ def test_the_checkpoint_is_what_this_task_trains(config, tmp_path):
     """One loop, two doors: with nothing else said the weights are the checkpoint's, to the bit."""
     run = start(config(), tmp_path / "run")
     trained = load_file(run.directory / "model" / "model.safetensors")
-    model = workbench.build(config()).model
+    model = build(config()).model
     assert trained
     for name, tensor in trained.items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -108,7 +109,7 @@ def test_what_is_configured_is_what_is_done(config, tmp_path):
         optimizer=OptimizerConfig(lr=0.5, schedule="constant", warmup=0.0),
     )
     run = start(cfg, tmp_path / "run")
-    rows = training.Curve.read(run.directory / "curve.csv", 3).rows
+    rows = training_loop.Curve.read(run.directory / "curve.csv", 3).rows
     assert [row["tokens"] for row in rows] == [16, 32, 48]
     assert {row["lr"] for row in rows} == {0.5}
     assert all("heldout_loss" in row for row in rows)
@@ -121,9 +122,9 @@ def test_what_is_configured_is_what_is_done(config, tmp_path):
 def test_from_the_checkpoint(config, tmp_path):
     cfg = config(train=TrainConfig(steps=1, from_checkpoint=True, eval_every=1))
     cfg.model.recipe.steps = 40
-    checkpoint = workbench.build(cfg).record["model"]
+    checkpoint = build(cfg).record["model"]
     run = start(cfg, tmp_path / "run")
-    rows = training.Curve.read(run.directory / "curve.csv", 1).rows
+    rows = training_loop.Curve.read(run.directory / "curve.csv", 1).rows
     assert rows[0]["loss"] < checkpoint["baseline_loss"]
     initial = run.record["provenance"]["workbench"]["initial"]
     assert initial["checkpoint_sha256"] == checkpoint["checkpoint_sha256"]
@@ -138,7 +139,7 @@ def test_stopped_and_started_again_in_the_same_directory(
     whole = start(config(), tmp_path / "whole")
     cfg = config()
     run = Run.start(tmp_path / "run", config=dataclasses.asdict(cfg), overrides=[], identity={})
-    loop = training.train
+    loop = training_loop.train
 
     def with_signal(*arguments, **more):
         def after_step(done):
@@ -148,7 +149,7 @@ def test_stopped_and_started_again_in_the_same_directory(
         return loop(*arguments, **more, after_step=after_step)
 
     with monkeypatch.context() as patch, run.signals:
-        patch.setattr(training, "train", with_signal)
+        patch.setattr(training_loop, "train", with_signal)
         with pytest.raises(Interrupted) as stop:
             train.run(cfg, run)
     run.end(stop.value.status, stop.value.signum.name)

@@ -14,7 +14,7 @@ import pytest
 
 from fisher_lab import cli, tracking
 from fisher_lab.config.schema import Config, TrackerConfig
-from fisher_lab.tasks import job
+from fisher_lab.tasks import runner
 from fisher_lab.tracking import RemoteTracker, Start
 from tests.tracking.offline import until
 
@@ -119,8 +119,8 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "small_task", module)
-    monkeypatch.setattr(job, "TASKS", dict.fromkeys(job.TASKS, "small_task"))
-    monkeypatch.setattr(job, "_content", lambda config: ({"data": "abc"}, None))
+    monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "small_task"))
+    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
 
     def preflight(config: Config) -> dict[str, str]:
         tracking.check(config.tracker)

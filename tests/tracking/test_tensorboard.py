@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from fisher_lab import tracking
-from fisher_lab.tracking import tensorboard_sink
+from fisher_lab.tracking import tensorboard
 from tests.tracking.offline import until
 from tests.tracking.test_wandb import assert_complete, png, warned
 
@@ -77,7 +77,7 @@ def test_a_later_attempt_without_a_curve_is_written(remote, start, tmp_path):
 def test_a_missing_package_is_said_before_anything_is_done(
     small_task, monkeypatch, capfd, tmp_path
 ):
-    monkeypatch.setattr(tensorboard_sink, "installed", lambda: False)
+    monkeypatch.setattr(tensorboard, "installed", lambda: False)
     assert small_task("task=plan", "tracker=tensorboard") == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "pip install 'fisher-lab[tensorboard]'" in line

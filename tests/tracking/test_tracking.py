@@ -11,7 +11,7 @@ import pytest
 from fisher_lab import tracking
 from fisher_lab.config.schema import TRACKERS, TrackerConfig
 from fisher_lab.runs.record import Run
-from fisher_lab.tracking import Guarded, NoTracker, Start, identity, sending, worker
+from fisher_lab.tracking import Guarded, NoTracker, Start, identity, send, worker
 
 START = Start("id", "id-1", 1, {"seed": 0}, Path("here"))
 
@@ -140,11 +140,11 @@ def test_the_cells_of_a_sweep_are_a_group(small_task, monkeypatch):
 def test_the_sweep_of_a_directory(tmp_path):
     cell = tmp_path / "damping" / "abc"
     cell.mkdir(parents=True)
-    assert sending.sweep_of(cell) is None
+    assert send.sweep_of(cell) is None
     (cell.parent / "multirun.yaml").touch()
-    assert sending.sweep_of(cell) == f"{tmp_path.name}/damping"
+    assert send.sweep_of(cell) == f"{tmp_path.name}/damping"
     (cell.parent / "sweep.json").touch()
-    assert sending.sweep_of(cell) == "damping"
+    assert send.sweep_of(cell) == "damping"
 
 
 def test_what_is_sent_at_the_end(tmp_path):
@@ -156,7 +156,7 @@ def test_what_is_sent_at_the_end(tmp_path):
         (run.directory / name).write_bytes(b"x")
     run.complete()
     sink = Sink()
-    sending.send(run, TrackerConfig(), sink)
+    send.send(run, TrackerConfig(), sink)
     assert [call for call in sink.calls if call[0] != "artifact"] == [
         ("summary", ({"loss": 1.0},)),
         ("table", ("layers.csv", [{"name": "a"}])),
@@ -171,19 +171,19 @@ def test_what_is_sent_at_the_end(tmp_path):
         "spectral.json": "spectra",
     }
     sink = Sink()
-    sending.send(run, TrackerConfig(artifacts=False), sink)
+    send.send(run, TrackerConfig(artifacts=False), sink)
     assert "artifact" not in {name for name, _ in sink.calls}
 
 
 def test_the_eigenvalues_of_a_run_are_a_table(tmp_path):
     file = tmp_path / "spectral.json"
-    assert sending.eigenvalues(file) == []
+    assert send.eigenvalues(file) == []
     file.write_text("{")
-    assert sending.eigenvalues(file) == []
+    assert send.eigenvalues(file) == []
     file.write_text(json.dumps({"per_block": {"a": {"eigenvalues": [2.0, 1.0]}, "b": {}}}))
-    assert sending.eigenvalues(file) == []
+    assert send.eigenvalues(file) == []
     file.write_text(json.dumps({"per_block": {"a": {"eigenvalues": [2.0, 1.0]}}}))
-    assert sending.eigenvalues(file) == [
+    assert send.eigenvalues(file) == [
         {"block": "a", "index": 0, "eigenvalue": 2.0},
         {"block": "a", "index": 1, "eigenvalue": 1.0},
     ]

@@ -20,7 +20,7 @@ from fisher_lab.config import paths
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.tracking import remote as remote_module
 from fisher_lab.tracking.base import Guarded
-from fisher_lab.tracking.wandb_sink import has_login, mode_of
+from fisher_lab.tracking.wandb import has_login, mode_of
 from tests.processes import is_gone
 from tests.tracking.offline import Clock, files, read, until
 
@@ -240,7 +240,7 @@ TRAIN = [
 KILLED = """
 import os, signal, sys
 from fisher_lab import cli, tracking
-from fisher_lab.workbench import training
+from fisher_lab.workload import training
 
 save, train = training._Loop.save, training.train
 
@@ -326,7 +326,7 @@ import os, psutil, sys
 from pathlib import Path
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.tracking import Start
-from fisher_lab.tracking.wandb_sink import make
+from fisher_lab.tracking.wandb import make
 
 sink = make(TrackerConfig(mode="offline"), print)
 sink.start(Start("abc", "abc-1", 1, {}, Path(sys.argv[1])))

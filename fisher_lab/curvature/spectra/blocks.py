@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ..errors import CurvatureError
+from fisher_lab.curvature.errors import CurvatureError
 
 BlockStructure = Literal["layer", "module", "parameter", "full"]
 STRUCTURES: tuple[str, ...] = get_args(BlockStructure)

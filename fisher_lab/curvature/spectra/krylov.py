@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CurvatureError, NonFiniteError
+from fisher_lab.curvature.errors import CurvatureError, NonFiniteError
 
 MatVec = Callable[[Tensor], Tensor]
 WHICH = ("largest", "smallest", "magnitude")

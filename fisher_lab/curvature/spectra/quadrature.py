@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CurvatureError
-from .krylov import KrylovBasis, MatVec
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.spectra.krylov import KrylovBasis, MatVec
 
 Function = Callable[[Tensor], Tensor]
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import losses
-from ..errors import BatchError, CurvatureError
-from ..reduce import Alone, Communicator, together
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.collectives import Alone, Communicator, together
+from fisher_lab.curvature.errors import BatchError, CurvatureError
 
 SAMPLE_UNITS = ("token", "sequence")
 

@@ -17,15 +17,13 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fisher_lab.results import claims, export, figures, paper, plotting
+from fisher_lab.results.finishing import claimed_metrics
+from fisher_lab.results.places import Places
+from fisher_lab.results.report import parts, runs
+from fisher_lab.results.table import Table, tabulate
+from fisher_lab.results.values import Frame, ResultsError, only
 from fisher_lab.runs import atomic
-
-from .. import claims, figures, methods, plotting, render
-from ..errors import ResultsError
-from ..finishing import claimed_metrics
-from ..frames import Frame, only
-from ..places import Places
-from ..table import Table, tabulate
-from . import parts, runs
 
 MOST_FIGURES = 24
 """Figures of one sweep that go into the file; ``figures/`` beside the runs has all of them."""
@@ -37,7 +35,7 @@ def write_report(frame: Frame, output: Path) -> list[Path]:
     """Write the report and, beside it, ``methods.md`` and ``methods.tex``.
 
     Args:
-        frame: from :func:`fisher_lab.results.load`.
+        frame: from :func:`fisher_lab.results.loading`.
         output: the HTML file.
 
     Returns:
@@ -45,8 +43,8 @@ def write_report(frame: Frame, output: Path) -> list[Path]:
     """
     texts = {
         output: page(frame),
-        output.with_name("methods.md"): methods.markdown(frame),
-        output.with_name("methods.tex"): methods.latex(frame),
+        output.with_name("methods.md"): paper.markdown(frame),
+        output.with_name("methods.tex"): paper.latex(frame),
     }
     for file, text in texts.items():
         atomic.write_text(file, text)
@@ -154,7 +152,7 @@ def _sweep(frame: Frame, name: str, number: int, places: Places) -> str:
     except ResultsError as error:
         words = html.escape(places.short(str(error)))
         return "".join([*sections, f'<p class="failed">{words}</p>'])
-    sections.append(render.to_html(figures.complete(table, frame)))
+    sections.append(export.to_html(figures.complete(table, frame)))
     sections.append(_figures(table, frame))
     sections.append(f"<h3>To run it again</h3>{runs.commands(table, frame, places)}")
     return "\n".join(sections)
@@ -192,8 +190,8 @@ def _figure(figure: Figure, name: str) -> str:
 
 def _methods(frame: Frame) -> str:
     sections = []
-    for heading, text in methods.paragraphs(frame):
+    for heading, text in paper.paragraphs(frame):
         sections += [f"<h3>{html.escape(heading)}</h3>"] if heading else []
         sections.append(f"<p>{html.escape(' '.join(text))}</p>")
-    source = parts.folded("LaTeX", methods.latex(frame))
+    source = parts.folded("LaTeX", paper.latex(frame))
     return f'<h2 id="methods">Methods</h2>{"".join(sections)}{source}'

@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..axes import SEED, UNINTERESTING, find_axes
-from ..cells import CORRUPT, MISSING
-from ..figures import cell_names
-from ..frames import Frame, only
-from ..metric_figures import short
-from ..places import Places
-from ..table import Table
-from ..values import label
-from . import parts
+from fisher_lab.results.axes import SEED, UNINTERESTING, find_axes
+from fisher_lab.results.figures import cell_names
+from fisher_lab.results.metric_figures import short
+from fisher_lab.results.places import Places
+from fisher_lab.results.report import parts
+from fisher_lab.results.table import CORRUPT, MISSING, Table
+from fisher_lab.results.values import Frame, label, only
 
 PRIVATE = ("host.name", "host.system", "pid")
 """Provenance that is of one machine's or process's name, and stays in ``run.json``."""

@@ -1,0 +1,457 @@
+"""What the engine needs of other ranks, and its implementation for one process.
+
+The mathematics of several ranks (``docs/math.md``, section 7) is written against
+:class:`Communicator`; who moves the data is the caller's affair (:mod:`fisher_lab.distributed`
+does it with ``torch.distributed``). Every method is collective: all ranks call it, in one order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fisher_lab.curvature.errors import CurvatureError, RankError
+
+
+class Communicator(Protocol):
+    """Moves tensors between ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Returns the sum of ``x`` over the ranks; ``x`` itself may hold it afterwards."""
+        ...
+
+    def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns the ranks' ``x`` one under the other, in the order of the ranks.
+
+        Args:
+            x: ``[rows[rank], ...]``.
+            rows: what each rank brings; the remaining dimensions are alike.
+        """
+        ...
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Sends consecutive pieces of a flat tensor to the ranks (all-to-all).
+
+        Args:
+            x: ``[sum(sent)]``.
+            sent: elements for each rank.
+            received: elements from each rank.
+
+        Returns:
+            ``[sum(received)]``, in the order of the ranks.
+        """
+        ...
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """Returns ``source``'s ``x``; the other ranks bring a tensor of the same shape."""
+        ...
+
+    def share(self, value: Any) -> list[Any]:
+        """Returns the JSON-able values of all ranks, in the order of the ranks."""
+        ...
+
+
+class Alone:
+    """One process: everything is at hand already."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See :class:`Communicator`."""
+        return x
+
+    def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """See :class:`Communicator`."""
+        return x
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`Communicator`."""
+        return x
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """See :class:`Communicator`."""
+        return x
+
+    def share(self, value: Any) -> list[Any]:
+        """See :class:`Communicator`."""
+        return [value]
+
+
+def share(length: int, rank: int, size: int) -> slice:
+    """Returns a rank's share of ``range(length)``: contiguous, sizes differ by one at most."""
+    base, more = divmod(length, size)
+    start = rank * base + min(rank, more)
+    return slice(start, start + base + int(rank < more))
+
+
+def shares(length: int, size: int) -> list[int]:
+    """Returns the sizes of all ranks' shares of ``range(length)``."""
+    return [len(range(length)[share(length, rank, size)]) for rank in range(size)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns ``float32`` for ``torch.float32``, to be told to other ranks."""
+    return str(dtype).removeprefix("torch.")
+
+
+def together(communicator: Communicator, step: Callable[[], None]) -> None:
+    """Does a step on every rank; an error of one is raised on all, so that none waits in vain.
+
+    Args:
+        communicator: of the ranks.
+        step: what this rank does by itself, without collectives.
+
+    Raises:
+        RankError: another rank has an error; names the rank.
+        Exception: this rank's own.
+    """
+    if communicator.size == 1:
+        step()
+        return
+    try:
+        step()
+    except Exception as error:
+        communicator.share(f"{type(error).__name__}: {error}")
+        raise
+    raise_others(communicator.share(None))
+
+
+def raise_others(errors: Sequence[str | None]) -> None:
+    """Raises where a rank told of an error.
+
+    Raises:
+        RankError: names the first such rank.
+    """
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise RankError(f"rank {rank}: {text}")
+
+
+def same_everywhere(communicator: Communicator, what: str, value: Any) -> None:
+    """Checks that all ranks bring the same JSON-able value.
+
+    Raises:
+        CurvatureError: they do not; names the ranks and both values.
+    """
+    if communicator.size == 1:
+        return
+    found = communicator.share(value)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise CurvatureError(
+                f"{what}: rank 0 has {found[0]!r}, rank {rank} has {other!r}; allowed: the same "
+                "on all ranks"
+            )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tokens of which every rank holds its own.
+
+    Attributes:
+        communicator: of the ranks.
+        rows: tokens of each rank.
+    """
+
+    communicator: Communicator
+    rows: tuple[int, ...]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Returns the rows of all ranks, ``[T, ...]``; collective."""
+        return self.communicator.all_gather(x, self.rows)
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """Returns the seed of a rank's own draws: rank 0 draws what one process draws."""
+    return (seed + rank * 0x9E3779B1) % 2**63
+
+
+def columns_for_rows(x: Tensor, rows: Sequence[int], communicator: Communicator) -> Tensor:
+    """Exchanges a rank's tokens of all outputs for all tokens of its share of the outputs.
+
+    Args:
+        x: ``[rows[rank], out]``.
+        rows: tokens of each rank.
+        communicator: of the ranks.
+
+    Returns:
+        ``[sum(rows), out_r]``.
+    """
+    widths = shares(x.shape[1], communicator.size)
+    mine = widths[communicator.rank]
+    flat = torch.cat([piece.reshape(-1) for piece in x.split(widths, dim=1)])
+    sent = [len(x) * width for width in widths]
+    received = [n * mine for n in rows]
+    return communicator.exchange(flat, sent, received).view(sum(rows), mine)
+
+
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+"""``progress(items, label, total)`` yields the items; how it shows them is the caller's affair."""
+
+
+def no_progress(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """Shows nothing."""
+    return items
+
+
+class CommunicationError(CurvatureError):
+    """A collective failed or took too long; names it, its size and the rank."""
+
+
+@dataclass
+class Traffic:
+    """What one collective has moved on this rank.
+
+    Bytes are those of the usual algorithms: a ring for all-reduce (``2 (R-1)/R`` of the tensor
+    sent and as much received) and all-gather (``R-1`` padded pieces each way), pairs for the
+    exchange (everything but the own piece), a flat tree for the broadcast.
+
+    Attributes:
+        calls: how often.
+        sent: bytes sent by this rank.
+        received: bytes received by this rank.
+        seconds: spent in it, waiting for other ranks included.
+    """
+
+    calls: int = 0
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+
+
+class TorchCommunicator:
+    """Collectives of one process group, counted.
+
+    Args:
+        group: the process group; None takes the default one.
+        pairwise: build the exchange from sends and receives (what backends without all-to-all
+            get by themselves).
+
+    Attributes:
+        traffic: name of a collective -> what it has moved.
+        patience: how long a collective is waited for where the backend would go on by itself
+            (nccl); None leaves the time-out to the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, pairwise: bool = False) -> None:
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise RuntimeError("several ranks need a process group: call init_process_group first")
+        self.group: dist.ProcessGroup = group
+        self.traffic: dict[str, Traffic] = {}
+        self.patience: timedelta | None = None
+        self._rank = dist.get_rank(self.group)
+        self._size = dist.get_world_size(self.group)
+        self._pairwise = pairwise
+        nccl = "nccl" in dist.get_backend(self.group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
+
+    @property
+    def rank(self) -> int:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        return self._size
+
+    # ---- collectives -------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        here = x.to(self.device).contiguous()
+        moved = 2 * (self.size - 1) * _bytes(here) // self.size
+        with self._counted("all_reduce", here, moved, moved):
+            self._finish(dist.all_reduce(here, group=self.group, async_op=True))
+        return here.to(x.device)
+
+    def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`: padded to the longest."""
+        if len(rows) != self.size or x.shape[0] != rows[self.rank]:
+            raise ValueError(f"all_gather: {x.shape[0]} rows on rank {self.rank}, told {rows}")
+        longest = max(rows)
+        piece = x.to(self.device).contiguous()
+        if piece.shape[0] < longest:
+            padded = piece.new_zeros(longest, *piece.shape[1:])
+            padded[: piece.shape[0]] = piece
+            piece = padded
+        if piece.numel() == 0:
+            return x.new_empty(sum(rows), *x.shape[1:])
+        every = piece.new_empty(self.size * longest, *piece.shape[1:])
+        moved = (self.size - 1) * _bytes(piece)
+        with self._counted("all_gather", piece, moved, moved):
+            self._finish(
+                _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group, async_op=True)
+            )
+        if any(n != longest for n in rows):
+            pieces = every.view(self.size, longest, *piece.shape[1:])
+            every = torch.cat([pieces[r, :n] for r, n in enumerate(rows)])
+        return every.to(x.device)
+
+    def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        here = x.to(self.device).contiguous()
+        result = here.new_empty(sum(received))
+        size, own = here.element_size(), self.rank
+        going = (sum(sent) - sent[own]) * size
+        coming = (sum(received) - received[own]) * size
+        source, target = _as_bytes(here), _as_bytes(result)
+        out_sizes = [n * size for n in sent]
+        in_sizes = [n * size for n in received]
+        with self._counted("exchange", here, going, coming):
+            if not self._pairwise:
+                try:
+                    self._finish(
+                        dist.all_to_all_single(
+                            target, source, in_sizes, out_sizes, group=self.group, async_op=True
+                        )
+                    )
+                except RuntimeError as error:
+                    if "support" not in str(error).lower():
+                        raise
+                    self._pairwise = True  # known before anything was sent, on every rank alike
+            if self._pairwise:
+                self._send_and_receive(target, source, in_sizes, out_sizes)
+        return result.to(x.device)
+
+    def _send_and_receive(
+        self, target: Tensor, source: Tensor, in_sizes: Sequence[int], out_sizes: Sequence[int]
+    ) -> None:
+        outgoing, incoming = source.split(list(out_sizes)), target.split(list(in_sizes))
+        incoming[self.rank].copy_(outgoing[self.rank])
+        work: list[Any] = []
+        for other in range(self.size):
+            if other == self.rank:
+                continue
+            peer = dist.get_global_rank(self.group, other)  # type: ignore[arg-type]
+            if in_sizes[other]:
+                work.append(dist.irecv(incoming[other], peer, group=self.group))
+            if out_sizes[other]:
+                work.append(dist.isend(outgoing[other].contiguous(), peer, group=self.group))
+        for each in work:
+            self._finish(each)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        here = x.to(self.device).contiguous()
+        if here.numel() == 0:
+            return x
+        root = source == self.rank
+        sent = (self.size - 1) * _bytes(here) if root else 0
+        with self._counted("broadcast", here, sent, 0 if root else _bytes(here)):
+            peer = dist.get_global_rank(self.group, source)  # type: ignore[arg-type]
+            self._finish(dist.broadcast(_as_bytes(here), peer, group=self.group, async_op=True))
+        return here.to(x.device)
+
+    def share(self, value: Any) -> list[Any]:
+        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
+        text = json.dumps(value).encode()
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([len(text)]), [1] * self.size).tolist()
+        every = self.all_gather(data, sizes).cpu().numpy().tobytes()
+        result, start = [], 0
+        for size in sizes:
+            result.append(json.loads(every[start : start + size]))
+            start += size
+        return result
+
+    def _finish(self, work: Any) -> None:
+        """Waits for a collective that was started with ``async_op=True``.
+
+        Without it, newer versions of torch put an nccl collective on the stream and return no
+        work: a time-out is then the watchdog's, which ends the process and names nothing.
+        """
+        if work is None:
+            return
+        if self.patience is None:
+            work.wait()
+        else:
+            work.wait(self.patience)
+
+    # ---- counting ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _counted(self, name: str, x: Tensor, sent: int, received: int) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CommunicationError(
+                f"rank {self.rank} of {self.size}: {name} of {str(x.dtype).removeprefix('torch.')}"
+                f"{list(x.shape)} failed after {perf_counter() - start:.1f} s ({reason}); another "
+                "rank has ended, is stuck, or calls something else"
+            ) from error
+        entry = self.traffic.setdefault(name, Traffic())
+        entry.calls += 1
+        entry.sent += sent
+        entry.received += received
+        entry.seconds += perf_counter() - start
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        self.traffic = {}
+
+    def totals(self) -> Traffic:
+        """Returns the sum over the collectives."""
+        total = Traffic()
+        for entry in self.traffic.values():
+            total.calls += entry.calls
+            total.sent += entry.sent
+            total.received += entry.received
+            total.seconds += entry.seconds
+        return total
+
+
+_CPU = torch.device("cpu")
+# Renamed in torch 2.13.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
+_WORLD: dict[int, TorchCommunicator] = {}
+
+
+def world() -> TorchCommunicator | None:
+    """Returns the communicator of the default process group; None on a single rank.
+
+    It is one and the same as long as the group lives, so that its counters add up.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.group.WORLD
+    found = _WORLD.get(id(group))
+    if found is None:
+        _WORLD.clear()
+        found = _WORLD[id(group)] = TorchCommunicator(group)
+    return found

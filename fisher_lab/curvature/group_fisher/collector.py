@@ -1,0 +1,534 @@
+"""Group Fisher: running moments of the squared gradient (``docs/math.md``, section 9).
+
+The state of a task is, for each parameter, the weighted mean and ``M2`` of the squared gradient in
+float64. What was squared is the collector's ``unit`` and travels with every export:
+
+- ``batch``: the batch's mean gradient. Cheap, and *not* the diagonal of the Fisher matrix.
+- ``sequence``: the gradient of a sequence's token-summed loss.
+- ``token``: the gradient of a labelled token's own loss.
+
+Weights are active tokens: of the batch, of the sequence, one for a token. With ``unit=token`` the
+mean is the diagonal of section 8's matrix; with ``unit=sequence`` it is where all sequences have
+as many active tokens, or with ``sequence_weight="one"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
+from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.group_fisher.moments import Moments
+from fisher_lab.curvature.group_fisher.parameter_groups import (
+    GROUPS,
+    Slot,
+    from_json,
+    group_scores,
+    layout_of,
+    to_json,
+)
+from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
+from fisher_lab.curvature.spectra.samples import SampleSet, as_batches, draw_samples
+from fisher_lab.curvature.wrappers import plain
+
+UNITS = ("batch", "sequence", "token")
+SCHEMA = 1
+"""Version of the state that :meth:`GroupFisher.state` returns."""
+
+
+class GroupFisher:
+    """Collects the moments of squared gradients, by task and parameter.
+
+    Args:
+        unit: ``batch``, ``sequence`` or ``token``; see the module.
+        sequence_weight: of a sequence: ``tokens`` (its active tokens) or ``one``.
+        chunk_size: per-sample gradients of one backward pass.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+
+    Attributes:
+        token_total: task to ``W``, the sum of its updates' weights.
+
+    Raises:
+        CurvatureError: an argument has another name or is out of range.
+    """
+
+    def __init__(
+        self,
+        unit: str = "batch",
+        *,
+        sequence_weight: str = "tokens",
+        chunk_size: int = 16,
+        loss_fn: losses.LossFunction | None = None,
+    ) -> None:
+        _one_of("unit", unit, UNITS)
+        _one_of("sequence_weight", sequence_weight, ("tokens", "one"))
+        if chunk_size < 1:
+            raise CurvatureError(f"chunk_size: {chunk_size}; allowed: 1 or more")
+        self.unit, self.sequence_weight, self.chunk_size = unit, sequence_weight, chunk_size
+        self.token_total: dict[str, float] = {}
+        self.n_updates: dict[str, int] = {}
+        self._moments: dict[str, dict[str, Moments]] = {}
+        self._layout: dict[str, list[Slot]] | None = None
+        self._loss_fn = loss_fn
+
+    # ---- collecting ------------------------------------------------------------------------
+
+    def update_fisher_welford(
+        self, task: str, gradients: Mapping[str, Tensor], weight: float
+    ) -> None:
+        """Takes in one gradient.
+
+        Args:
+            task: any name.
+            gradients: parameter name to gradient (it is squared here).
+            weight: active tokens of the update, above 0.
+
+        Raises:
+            CurvatureError: the weight is not above 0, or a shape differs from before.
+            NonFiniteError: a gradient holds NaN or infinity.
+        """
+        self.update_rows(
+            task, {n: g.detach()[None] for n, g in gradients.items()}, torch.tensor([weight])
+        )
+
+    def update_rows(self, task: str, gradients: Mapping[str, Tensor], weights: Tensor) -> None:
+        """Takes in several gradients at once.
+
+        Args:
+            task: any name.
+            gradients: parameter name to gradients ``[c, *shape]``.
+            weights: ``[c]``, above 0.
+
+        Raises:
+            CurvatureError: a weight is not above 0, or a shape differs from before.
+            NonFiniteError: a gradient holds NaN or infinity.
+        """
+        weights = weights.double()
+        if not bool((weights > 0).all() & torch.isfinite(weights).all()):
+            raise CurvatureError(f"weight: {weights.tolist()}; allowed: finite and above 0")
+        state = self._moments.get(task, {})
+        # Everything is checked before anything changes: a refused update leaves no half of itself.
+        for name, rows in gradients.items():
+            if not bool(torch.isfinite(rows).all()):
+                raise NonFiniteError(f"task {task}: the gradient of {name} holds NaN or infinity")
+            if name in state and state[name].mean.shape != rows.shape[1:]:
+                raise CurvatureError(
+                    f"task {task}: {name} of shape {tuple(rows.shape[1:])}; so far it was "
+                    f"{tuple(state[name].mean.shape)}"
+                )
+        for name, rows in gradients.items():
+            new = Moments.of(rows.detach().double().square(), weights)
+            if name in state:
+                state[name].merge(new)
+            else:
+                state[name] = new
+        self._moments[task] = state
+        self.token_total[task] = self.token_total.get(task, 0.0) + float(weights.sum())
+        self.n_updates[task] = self.n_updates.get(task, 0) + len(weights)
+
+    def collect(
+        self, model: nn.Module, batch: Any, task: str = "default", *, may_be_empty: bool = False
+    ) -> None:
+        """Takes in the gradients of a model on one batch or an iterable of batches.
+
+        The model is evaluated in ``eval()`` mode and left as it was found. Parameters that the loss
+        does not reach have a gradient of zero.
+
+        Args:
+            model: any module whose labelling is known, or any with a ``loss_fn``.
+            batch: one batch or an iterable of batches.
+            task: any name.
+            may_be_empty: samples in which no label counts are then nothing, and no error.
+
+        Raises:
+            BatchError: no label counts.
+        """
+        model = plain(model)
+        self._layout = layout_of(model)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        with isolated(model, seed=0):
+            if self.unit == "batch":
+                batches = as_batches(batch)
+                if not batches and not may_be_empty:
+                    raise BatchError(f"task {task}: no batch; allowed: one or more")
+                for one in batches:
+                    self._collect_mean(model, one, parameters, task)
+            else:
+                self._collect_samples(model, batch, parameters, task, may_be_empty)
+
+    def _collect_mean(
+        self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
+    ) -> None:
+        grads, n_labels = self.summed_gradient(model, batch, parameters)
+        if n_labels == 0:
+            raise BatchError(f"task {task}: no label of the batch counts")
+        means = {name: g / n_labels for name, g in grads.items()}
+        self.update_fisher_welford(task, means, active_tokens(model, batch))
+
+    def summed_gradient(
+        self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor], int]:
+        """Returns the gradient of a batch's token-summed loss, and the labels that count.
+
+        Args:
+            model: in the mode that it is to be evaluated in.
+            batch: one batch.
+            parameters: those wanted, by name.
+        """
+        if losses.is_empty(batch):
+            return {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
+        scored = losses.score(model, batch, self._loss_fn)
+        return losses.gradients_of(losses.summed_loss(scored), parameters), scored.n_labels
+
+    def _collect_samples(
+        self,
+        model: nn.Module,
+        batch: Any,
+        parameters: Mapping[str, nn.Parameter],
+        task: str,
+        may_be_empty: bool,
+    ) -> None:
+        samples = self._draw(model, batch, task, may_be_empty=may_be_empty)
+        rows = PerSampleGradients(
+            model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
+        )
+        self._take(model, samples, rows, parameters, task)
+
+    def update_from(
+        self, model: nn.Module, batch: Any, chunks: Iterable[Chunk], task: str = "default"
+    ) -> None:
+        """Takes in per-sample gradients that are there already; no backward pass is made.
+
+        Args:
+            model: the model that they belong to.
+            batch: the batch or batches that they were collected on, without subsampling.
+            chunks: all rows, as ``GradientCache.chunks`` keeps them.
+            task: any name.
+
+        Raises:
+            CurvatureError: the unit is ``batch``.
+            BatchError: no label counts.
+        """
+        if self.unit == "batch":
+            raise CurvatureError("unit: 'batch'; per-sample gradients need 'sequence' or 'token'")
+        model = plain(model)
+        self._layout = layout_of(model)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._take(model, self._draw(model, batch, task), chunks, parameters, task)
+
+    def _draw(
+        self, model: nn.Module, batch: Any, task: str, *, may_be_empty: bool = False
+    ) -> SampleSet:
+        samples = draw_samples(
+            model, batch, unit=self.unit, n_samples=None, seed=0, loss_fn=self._loss_fn
+        )
+        if samples.n == 0 and not may_be_empty:
+            raise BatchError(f"task {task}: no label of the batch counts")
+        return samples
+
+    def _take(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        chunks: Iterable[Chunk],
+        parameters: Mapping[str, nn.Parameter],
+        task: str,
+    ) -> None:
+        for chunk in chunks:
+            weights = torch.ones(chunk.n, dtype=torch.float64)
+            if self.unit == "sequence" and self.sequence_weight == "tokens":
+                weights *= active_tokens(model, samples.sequences[chunk.sequence].batch)
+            rows = {
+                name: _rows(chunk, name, p).view(-1, *p.shape) for name, p in parameters.items()
+            }
+            self.update_rows(task, rows, weights)
+
+    def merge(self, other: GroupFisher) -> None:
+        """Takes in another collector's state, of other data; exact.
+
+        Raises:
+            CurvatureError: the other has another unit, sequence weight or shape; nothing of it
+                has been taken in then.
+        """
+        for name in ("unit", "sequence_weight"):
+            if getattr(self, name) != getattr(other, name):
+                raise CurvatureError(
+                    f"{name}: {getattr(other, name)!r} cannot be merged into "
+                    f"{getattr(self, name)!r}"
+                )
+        # Everything is checked before anything changes.
+        for task, theirs in other._moments.items():
+            mine = self._moments.get(task, {})
+            for name, moments in theirs.items():
+                if name in mine and mine[name].mean.shape != moments.mean.shape:
+                    raise CurvatureError(f"task {task}: {name} has another shape in the other")
+        for task, theirs in other._moments.items():
+            mine = self._moments.setdefault(task, {})
+            for name, moments in theirs.items():
+                if name in mine:
+                    mine[name].merge(moments)
+                else:
+                    mine[name] = moments.clone()
+            self.token_total[task] = self.token_total.get(task, 0.0) + other.token_total[task]
+            self.n_updates[task] = self.n_updates.get(task, 0) + other.n_updates[task]
+        self._layout = self._layout or other._layout
+
+    # ---- reading ---------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks with at least one update."""
+        return list(self._moments)
+
+    @property
+    def fisher_mean(self) -> dict[str, dict[str, Tensor]]:
+        """Task, then parameter, to the float64 mean of the squared gradient."""
+        return {t: {n: m.mean for n, m in state.items()} for t, state in self._moments.items()}
+
+    @property
+    def fisher_variance(self) -> dict[str, dict[str, Tensor]]:
+        """Task, then parameter, to the float64 variance with frequency weights."""
+        return {
+            t: {n: m.variance() for n, m in state.items()} for t, state in self._moments.items()
+        }
+
+    def variance(self, task: str, weights: str = "frequency") -> dict[str, Tensor]:
+        """Returns the variance by parameter; ``weights`` is ``frequency`` or ``general``.
+
+        Raises:
+            CurvatureError: no such task, or another kind of weights.
+        """
+        _one_of("weights", weights, ("frequency", "general"))
+        return {name: m.variance(weights) for name, m in self._task(task).items()}
+
+    def export(self, task: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Returns mean and variance in a narrower dtype, with what they mean.
+
+        Args:
+            task: which task.
+            dtype: of the exported tensors; the state stays in float64.
+
+        Raises:
+            CurvatureError: no such task.
+        """
+        state = self._task(task)
+        return {
+            "unit": self.unit,
+            "sequence_weight": self.sequence_weight,
+            "task": task,
+            "token_total": self.token_total[task],
+            "n_updates": self.n_updates[task],
+            "mean": {name: m.mean.to(dtype) for name, m in state.items()},
+            "variance": {name: m.variance().to(dtype) for name, m in state.items()},
+        }
+
+    def importance(
+        self, task: str, group: str = "layer", *, reduce: str = "mean"
+    ) -> dict[str, float]:
+        """Returns a score for each group: the mean (or sum) of its elements' Fisher values.
+
+        Args:
+            task: which task.
+            group: ``layer``, ``head``, ``neuron`` (a linear layer's output unit) or ``parameter``.
+            reduce: ``mean`` or ``sum``.
+
+        Raises:
+            CurvatureError: no such task or group, or the model's layout is not known.
+        """
+        _one_of("reduce", reduce, ("mean", "sum"))
+        means = {name: m.mean for name, m in self._task(task).items()}
+        return group_scores(means, self._slots(task, group), reduce)
+
+    def top_k(
+        self, task: str, k: int, group: str = "layer", *, reduce: str = "mean"
+    ) -> list[tuple[str, float]]:
+        """Returns the ``k`` groups of the highest importance, highest first."""
+        scores = self.importance(task, group, reduce=reduce)
+        return sorted(scores.items(), key=lambda item: -item[1])[:k]
+
+    def overlap(
+        self, first: str, second: str, *, share: float = 0.1, group: str | None = None
+    ) -> dict[str, float | None]:
+        """Compares what matters to two tasks.
+
+        Args:
+            first: a task.
+            second: another.
+            share: of the entries, above 0 and at most 1: what counts as the top.
+            group: None compares element by element, else group by group.
+
+        Returns:
+            ``cosine`` of the Fisher values and ``jaccard`` of the top shares (entries above zero
+            only, so that disjoint supports do not meet in their zeros); None where a task has no
+            value above zero.
+
+        Raises:
+            CurvatureError: no such task or group, or the share is out of range.
+        """
+        if not 0 < share <= 1:
+            raise CurvatureError(f"share: {share}; allowed: above 0, at most 1")
+        a, b = self._vectors(first, second, group)
+        if float(a.max()) <= 0 or float(b.max()) <= 0:
+            return {"cosine": None, "jaccard": None}
+        # Scaled first: squares of Fisher values of 1e-200 would vanish.
+        x, y = a / a.max(), b / b.max()
+        cosine = float(x @ y) / float((x @ x).sqrt() * (y @ y).sqrt())
+        count = max(1, round(share * len(a)))
+        top_a, top_b = (_top(values, count) for values in (a, b))
+        both = float((top_a & top_b).sum())
+        return {"cosine": cosine, "jaccard": both / float((top_a | top_b).sum())}
+
+    def _vectors(self, first: str, second: str, group: str | None) -> tuple[Tensor, Tensor]:
+        if group is not None:
+            left, right = self.importance(first, group), self.importance(second, group)
+            names = sorted(set(left) | set(right))
+            rows = [[scores.get(name, 0.0) for name in names] for scores in (left, right)]
+            return (*torch.tensor(rows, dtype=torch.float64),)  # type: ignore[return-value]
+        left, right = self._task(first), self._task(second)
+        sizes = {n: m.mean.numel() for n, m in (left | right).items()}
+        flat = [
+            torch.cat(
+                [
+                    state[n].mean.flatten().cpu()
+                    if n in state
+                    else torch.zeros(size, dtype=torch.float64)
+                    for n, size in sorted(sizes.items())
+                ]
+            )
+            for state in (left, right)
+        ]
+        if len(flat[0]) != len(flat[1]):
+            raise CurvatureError(f"tasks {first} and {second} hold parameters of other shapes")
+        return flat[0], flat[1]
+
+    def _task(self, task: str) -> dict[str, Moments]:
+        if task not in self._moments:
+            raise CurvatureError(f"task: {task!r}; there are: {', '.join(self._moments) or 'none'}")
+        return self._moments[task]
+
+    def _slots(self, task: str, group: str) -> list[Slot]:
+        _one_of("group", group, GROUPS)
+        if self._layout is not None:
+            slots = self._layout[group]
+        elif group == "parameter":
+            slots = [Slot(n, n, tuple(m.mean.shape)) for n, m in self._task(task).items()]
+        else:
+            raise CurvatureError(f"group: {group!r} needs the model's layout; call describe(model)")
+        if not slots:
+            raise CurvatureError(f"group: {group!r}; the model has none that is known")
+        return slots
+
+    def describe(self, model: nn.Module) -> None:
+        """Remembers how the model's parameters fall into groups (``collect`` does it itself)."""
+        self._layout = layout_of(plain(model))
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the whole state as float64 tensors and plain values.
+
+        Returns:
+            Tensors under ``<task number>/<mean|m2>/<parameter>``, and what belongs into JSON.
+        """
+        tensors: dict[str, Tensor] = {}
+        tasks = []
+        for number, (task, state) in enumerate(self._moments.items()):
+            for name, moments in state.items():
+                tensors[f"{number}/mean/{name}"] = moments.mean
+                tensors[f"{number}/m2/{name}"] = moments.m2
+            tasks.append(
+                {
+                    "name": task,
+                    "token_total": self.token_total[task],
+                    "n_updates": self.n_updates[task],
+                    "weights": {name: [m.w, m.w2] for name, m in state.items()},
+                }
+            )
+        plain = {
+            "schema": SCHEMA,
+            "unit": self.unit,
+            "sequence_weight": self.sequence_weight,
+            "tasks": tasks,
+            "layout": None if self._layout is None else to_json(self._layout),
+        }
+        return tensors, plain
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Replaces the state by what :meth:`state` returned.
+
+        Raises:
+            CurvatureError: another schema, or tensors are missing.
+        """
+        if plain.get("schema") != SCHEMA:
+            raise CurvatureError(f"schema: {plain.get('schema')!r}; allowed: {SCHEMA}")
+        _one_of("unit", plain["unit"], UNITS)
+        moments: dict[str, dict[str, Moments]] = {}
+        try:
+            for number, task in enumerate(plain["tasks"]):
+                moments[task["name"]] = {
+                    name: Moments(
+                        tensors[f"{number}/mean/{name}"].double(),
+                        tensors[f"{number}/m2/{name}"].double(),
+                        float(w),
+                        float(w2),
+                    )
+                    for name, (w, w2) in task["weights"].items()
+                }
+        except KeyError as error:
+            raise CurvatureError(f"state: {error} is missing") from error
+        self.unit, self.sequence_weight = plain["unit"], plain["sequence_weight"]
+        self._moments = moments
+        self.token_total = {t["name"]: float(t["token_total"]) for t in plain["tasks"]}
+        self.n_updates = {t["name"]: int(t["n_updates"]) for t in plain["tasks"]}
+        self._layout = None if plain["layout"] is None else from_json(plain["layout"])
+
+
+def _rows(chunk: Chunk, name: str, parameter: nn.Parameter) -> Tensor:
+    """Returns a parameter's rows ``[c, numel]``; zeros where the loss does not reach it."""
+    if name in chunk.dense:
+        return chunk.dense[name]
+    if name in chunk.factored:
+        return chunk.factored[name].dense()
+    return parameter.new_zeros(chunk.n, parameter.numel()).detach()
+
+
+def active_tokens(model: nn.Module, batch: Any) -> int:
+    """Counts the active positions where the loss is (``docs/math.md``, section 1).
+
+    In an encoder-decoder model these are the decoder's: its mask, or else the labels that count.
+    Without a mask every position of the labels is active.
+    """
+    labels = losses.labels_of(batch)
+    config = getattr(losses.unwrap(model), "config", None)
+    if not isinstance(batch, Mapping):
+        return 0 if labels is None else labels.numel()
+    if getattr(config, "is_encoder_decoder", False):
+        mask = batch.get("decoder_attention_mask")
+        if mask is None and labels is not None:
+            mask = labels != losses.IGNORE_INDEX
+    else:
+        mask = batch.get("attention_mask")
+    if mask is None or labels is None or mask.shape != labels.shape:
+        return 0 if labels is None else labels.numel()
+    return int((mask != 0).sum())
+
+
+def _top(values: Tensor, count: int) -> Tensor:
+    """Marks the ``count`` largest entries above zero; the first of equal ones."""
+    order = values.argsort(descending=True, stable=True)[:count]
+    marked = torch.zeros(len(values), dtype=torch.bool)
+    marked[order] = True
+    return marked & (values > 0)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise CurvatureError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
+
+
+__all__ = ["GroupFisher", "active_tokens"]

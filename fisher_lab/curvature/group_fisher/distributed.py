@@ -1,0 +1,126 @@
+"""Group Fisher of several ranks: the states are merged exactly, in the order of the ranks.
+
+Chan et al. 1979: the merge of moments is that of all data together (``docs/math.md``, section 9).
+Each rank's state travels by itself, so that a rank never holds more than two of them besides its
+own. With ``unit="batch"`` a rank's batch is one datum: the joined state is that of all batches,
+not that of a joined batch; where ranks have shares of one batch, :func:`collect_shares` takes the
+joined batch's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.curvature.collectives import Communicator, raise_others, together
+from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.group_fisher.collector import GroupFisher, active_tokens
+from fisher_lab.curvature.wrappers import plain
+
+Collector = TypeVar("Collector", bound=GroupFisher)
+
+
+def collect_shares(
+    own: GroupFisher,
+    model: nn.Module,
+    shares: Sequence[Any | None],
+    task: str,
+    communicator: Communicator,
+) -> None:
+    """Takes in batches of which every rank has some sequences; collective.
+
+    Afterwards :func:`merged` is the state of one process that has seen the whole batches.
+
+    Args:
+        own: this rank's collector.
+        model: the same on all ranks.
+        shares: this rank's sequences of each batch, None where it has none of it; as many batches
+            on every rank.
+        task: any name.
+        communicator: of the ranks.
+
+    Raises:
+        BatchError: no label counts on any rank.
+        RankError: another rank has an error.
+    """
+    model = plain(model)
+    own.describe(model)
+    if own.unit == "batch":
+        for batch in shares:
+            _collect_joined(own, model, batch, task, communicator)
+        return
+    mine = [batch for batch in shares if batch is not None]
+    before = own.n_updates.get(task, 0)
+    together(communicator, lambda: own.collect(model, mine, task, may_be_empty=True))
+    if not any(communicator.share(own.n_updates.get(task, 0) - before)):
+        raise BatchError(f"task {task}: no label of the batch counts")
+
+
+def _collect_joined(
+    own: GroupFisher, model: nn.Module, batch: Any | None, task: str, communicator: Communicator
+) -> None:
+    """The joined batch's mean gradient, weighted by labels; rank 0's collector takes it in."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    flat = [torch.zeros(p.numel(), dtype=torch.float64) for p in parameters.values()]
+    counts = [0, 0]
+
+    def own_share() -> None:
+        if batch is None:
+            return
+        with isolated(model, seed=0):
+            grads, counts[0] = own.summed_gradient(model, batch, parameters)
+        counts[1] = active_tokens(model, batch)
+        flat[:] = [g.double().cpu().flatten() for g in grads.values()]
+
+    together(communicator, own_share)
+    n_labels, tokens = map(sum, zip(*communicator.share(counts), strict=True))
+    if n_labels == 0:
+        raise BatchError(f"task {task}: no label of the batch counts")
+    joined = communicator.all_reduce(torch.cat(flat)) / n_labels
+    pieces = joined.split([p.numel() for p in parameters.values()])
+    means = {n: x.view_as(p) for (n, p), x in zip(parameters.items(), pieces, strict=True)}
+
+    def take() -> None:
+        if communicator.rank == 0:
+            own.update_fisher_welford(task, means, tokens)
+
+    together(communicator, take)
+
+
+def merged(own: Collector, communicator: Communicator) -> Collector:
+    """Returns the collector of all ranks' data, the same on every rank; collective.
+
+    Args:
+        own: this rank's collector; it may have seen nothing yet. It stays as it is.
+        communicator: of the ranks.
+
+    Raises:
+        CurvatureError: the ranks' collectors have other units, weights or shapes.
+    """
+    tensors, plain = own.state()
+    shapes = {name: list(t.shape) for name, t in tensors.items()}
+    told: list[dict[str, Any]] = communicator.share({"plain": plain, "shapes": shapes})
+    result: Collector | None = None
+    problem: str | None = None
+    for rank, other in enumerate(told):
+        state: dict[str, Tensor] = {}
+        for name, shape in other["shapes"].items():
+            mine = tensors[name].cpu() if rank == communicator.rank else None
+            empty = torch.empty(shape, dtype=torch.float64)
+            state[name] = communicator.broadcast(empty if mine is None else mine, rank)
+        one = type(own)(own.unit, sequence_weight=own.sequence_weight)
+        one.restore(state, other["plain"])
+        try:
+            if result is None:
+                result = one
+            else:
+                result.merge(one)
+        except CurvatureError as error:
+            problem = problem or str(error)  # the other ranks' states still have to be taken
+    raise_others([problem])
+    assert result is not None
+    return result

@@ -1,0 +1,1 @@
+"""K-FAC: the engine and its parts."""

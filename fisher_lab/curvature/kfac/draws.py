@@ -1,0 +1,111 @@
+"""Which signals are sent back from the logits: one a draw (``docs/math.md``, section 1).
+
+``empirical`` sends the gradient of the data's loss. ``mc`` sends that of labels drawn from the
+model. ``true`` sends, for each labelled position and class ``c``, ``sqrt(p_c) (p - e_c)``: summed
+over all of them the outer products are the expectation over the model's own distribution.
+
+One pass a class over all positions at once would add cross terms between positions wherever
+layers mix tokens (attention): for positions ``t`` and ``u`` it adds
+``J_t^T (sum_c sqrt(p_tc p_uc) (p_t - e_c)(p_u - e_c)^T) J_u``, which does not vanish. Sequences
+of a batch do not mix, so one pass serves the same position of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_lab.config.kfac import Fisher, SettingError
+from fisher_lab.curvature.losses import Scored, SummedLoss
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One backward pass.
+
+    Attributes:
+        output: scalar loss, or logits.
+        grad_output: gradient of the logits; None for a scalar.
+        last: whether the graph can go afterwards.
+    """
+
+    output: Tensor
+    grad_output: Tensor | None
+    last: bool
+
+
+def resolve(fisher: Fisher, n_classes: int | None) -> str:
+    """Returns the kind that inner layers get: ``true`` becomes ``mc`` beyond the class limit."""
+    if fisher.kind == "true" and (n_classes is None or n_classes > fisher.true_max_classes):
+        return "mc"
+    return fisher.kind
+
+
+def n_draws(kind: str, fisher: Fisher) -> int:
+    """Returns by how many draws the sums are divided."""
+    return fisher.n_samples if kind == "mc" else 1
+
+
+def draws(loss: SummedLoss, fisher: Fisher, generator: torch.Generator) -> Iterator[Draw]:
+    """Yields the backward passes of one batch.
+
+    Args:
+        loss: the batch's loss, with its logits for ``mc`` and ``true``.
+        fisher: kind, number of samples, class limit.
+        generator: host generator of the drawn labels.
+
+    Raises:
+        SettingError: the kind needs logits and the loss has none.
+    """
+    if fisher.kind == "empirical":
+        yield Draw(loss.loss, None, True)
+        return
+    scored = scored_of(loss, fisher.kind)
+    if scored.n_labels == 0:
+        yield Draw(loss.loss, None, True)
+        return
+    with torch.no_grad():
+        probabilities = scored.logits.softmax(dim=-1)
+    if resolve(fisher, probabilities.shape[1]) == "mc":
+        for k in range(fisher.n_samples):
+            signal = _sampled(probabilities, generator)
+            yield Draw(scored.logits, signal, k == fisher.n_samples - 1)
+        return
+    yield from _expected(scored, probabilities)
+
+
+def scored_of(loss: SummedLoss, kind: str) -> Scored:
+    """Returns the logits behind a loss.
+
+    Raises:
+        SettingError: there are none.
+    """
+    if loss.scored is None:
+        raise SettingError(
+            f"fisher: {kind!r} needs the logits, and this loss is the caller's own; allowed: "
+            "'empirical', or loss=fisher_lab.curvature.losses.CrossEntropy(...)"
+        )
+    return loss.scored
+
+
+def _sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    labels = torch.multinomial(probabilities.cpu().double(), 1, generator=generator)
+    return probabilities.scatter_add(
+        1, labels.to(probabilities.device), -torch.ones_like(probabilities[:, :1])
+    )
+
+
+def _expected(scored: Scored, probabilities: Tensor) -> Iterator[Draw]:
+    positions = scored.positions.unique().tolist()
+    n_classes = probabilities.shape[1]
+    for index, position in enumerate(positions):
+        here = (scored.positions == position)[:, None]
+        for c in range(n_classes):
+            signal = probabilities.clone()
+            signal[:, c] -= 1.0
+            signal *= probabilities[:, c : c + 1].sqrt() * here
+            last = index == len(positions) - 1 and c == n_classes - 1
+            yield Draw(scored.logits, signal, last)

@@ -1,0 +1,165 @@
+"""The factors of one layer, and what a refresh of a whole model ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_lab.curvature.collectives import Spread
+from fisher_lab.curvature.kfac.factors import Factor, GramFactor
+from fisher_lab.curvature.kfac.layers import Layer
+
+
+@dataclass
+class LayerFactors(Mapping[str, Any]):
+    """The factors of one layer, with what they were made from.
+
+    Also a mapping: ``G_type`` (``"woodbury"``, ``"eig"``, ``"true_head"`` or ``"norm"``),
+    ``A_bias_augmented``, ``tokens``, ``n_labels``, ``A``, ``G``, ``columns``, ``reduction``,
+    ``discarded``, ``storage_error``.
+
+    Attributes:
+        layer: the layer.
+        A: input factor, or None for a norm layer (one block over scale and shift).
+        G: output factor.
+        method: structure of the G side.
+        tokens: ``T``.
+        n_labels: ``N``.
+        n_draws: draws of Monte-Carlo labels.
+        fisher: kind of Fisher matrix that this layer got.
+        a: token inputs ``[T, in]`` for push-through and EKFAC, where they are kept.
+        own: the factors' own mean gradient ``[out, in (+ 1)]``, where it was asked for.
+        push: whether push-through holds for these factors.
+        tokens_g: token gradients ``[T n, out]``, where EKFAC needs them.
+        exact: the same G with unrounded columns, until the storage error is known.
+        storage_error: relative error of ``G^-1 dW`` that rounding the columns costs.
+        spread: the other ranks' ``a`` and ``tokens_g``, where these are this rank's own only.
+        order: ``[T n]`` which row of ``a`` each row of ``tokens_g`` belongs to.
+    """
+
+    layer: Layer
+    A: Factor | None
+    G: Factor
+    method: str
+    tokens: int
+    n_labels: int
+    n_draws: int = 1
+    fisher: str = "empirical"
+    a: Tensor | None = field(default=None, repr=False)
+    own: Tensor | None = field(default=None, repr=False)
+    push: bool = False
+    tokens_g: Tensor | None = field(default=None, repr=False)
+    storage_error: float | None = None
+    exact: GramFactor | None = field(default=None, repr=False)
+    spread: Spread | None = field(default=None, repr=False)
+    order: Tensor | None = field(default=None, repr=False)
+
+    _KEYS = (
+        "G_type", "A_bias_augmented", "tokens", "n_labels", "A", "G", "columns", "reduction",
+        "discarded", "storage_error",
+    )  # fmt: skip
+
+    def __getitem__(self, key: str) -> Any:
+        match key:
+            case "G_type":
+                return self.method
+            case "A_bias_augmented":
+                return self.layer.augmented
+            case "tokens" | "n_labels" | "A" | "G" | "storage_error":
+                return getattr(self, key)
+            case "columns":
+                return getattr(self.G, "n_columns", 0)
+            case "reduction" | "discarded":
+                return getattr(self.G, key, "" if key == "reduction" else 0.0)
+            case _:
+                raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._KEYS)
+
+    def __len__(self) -> int:
+        return len(self._KEYS)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def ratio(self) -> float:
+        """``T / N``, by which products, traces and log-determinants are multiplied."""
+        return self.tokens / self.n_labels
+
+    def gathered(self, key: str) -> Tensor | None:
+        """Returns ``a``, ``own``, ``tokens_g`` or ``order`` of all ranks; collective.
+
+        Args:
+            key: which of them.
+        """
+        value: Tensor | None = getattr(self, key)
+        if value is None or self.spread is None or key == "own":
+            return value
+        if key == "a":
+            return self.spread.gather(value)
+        communicator = self.spread.communicator
+        if key == "order":
+            value = value + sum(self.spread.rows[: communicator.rank])
+        return communicator.all_gather(value, communicator.share(len(value)))
+
+    def stored(self) -> tuple[str, str]:
+        """Returns dtype and device of what the G side is kept as: columns, else its matrix."""
+        tensors = self.G.tensors()
+        kept = tensors.get("columns", next(iter(tensors.values())))
+        return str(kept.dtype).removeprefix("torch."), kept.device.type
+
+    def nbytes(self) -> int:
+        """Returns the bytes that both factors take."""
+        return self.G.nbytes() + (0 if self.A is None else self.A.nbytes())
+
+    def trace(self) -> float:
+        """Returns the trace ``(T/N) tr(G) tr(A)`` of the layer's block."""
+        return self.ratio * self.G.trace() * (1.0 if self.A is None else self.A.trace())
+
+    def top_eigenvalues(self, k: int) -> Tensor:
+        """Returns the ``k`` largest eigenvalues of the layer's block ``(T/N) G (x) A``.
+
+        By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
+
+        Args:
+            k: how many.
+
+        Returns:
+            ``[min(k, dim)]``, float64, descending.
+        """
+        top = self.G.top(k)
+        if self.A is not None:
+            top = torch.outer(top, self.A.top(k)).flatten()
+        return (self.ratio * top).sort(descending=True).values[:k]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a refresh ends in.
+
+    Attributes:
+        factors: by layer name.
+        skipped: layer name -> why it has no factors this time.
+        gradients: own mean gradients of uncovered parameters, where they were asked for.
+        diagonal: diagonal Fisher of uncovered parameters, where it was asked for.
+        called: names of the layers that were called.
+        fisher: kind that the inner layers got.
+        rank_counts: tokens and labels of each rank.
+    """
+
+    factors: dict[str, LayerFactors]
+    skipped: dict[str, str]
+    gradients: dict[str, Tensor]
+    diagonal: dict[str, Tensor]
+    called: frozenset[str]
+    fisher: str
+    rank_counts: tuple[dict[str, int], ...]

@@ -1,0 +1,254 @@
+"""Which structure for which layer, and what it costs (``docs/math.md``, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_lab.config.kfac import STORAGE_DTYPES, Policy, SettingError, Storage
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.kfac.factors.woodbury import Columns
+from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.memory import HOST, on_host_if_full
+
+
+def wants_woodbury(policy: Policy, out: int, columns: int | None) -> bool:
+    """Says whether a policy sends a layer to the Woodbury path.
+
+    Args:
+        policy: the policy with its thresholds.
+        out: outputs of the layer.
+        columns: token columns (``T``, or ``T n`` for ``n`` draws); None while not known.
+    """
+    match policy.name:
+        case "all":
+            return True
+        case "small_only":
+            return False
+        case "auto" if columns is not None:
+            return columns <= policy.auto_rho * out and columns <= policy.auto_t_max
+        case _:
+            return out >= policy.big_threshold
+
+
+def method(policy: Policy, layer: Layer, columns: int | None) -> str:
+    """Returns the structure of a layer's G factor: ``woodbury`` or ``eig``.
+
+    A layer that a policy sends to the dense path although its dense factor is too large takes
+    Woodbury with reduced columns.
+    """
+    if layer.kind is Kind.NORM:
+        return "norm"
+    if wants_woodbury(policy, layer.n_out, columns) or layer.n_out > policy.max_dense_dim:
+        return "woodbury"
+    return "eig"
+
+
+def check(policy: Policy, layer: Layer) -> None:
+    """Checks before any work that a layer's factors may be formed.
+
+    Raises:
+        LayerError: ``small_only`` on a layer whose dense G is over ``max_dense_dim``, or any
+            policy on a layer whose dense A is.
+    """
+    limit = policy.max_dense_dim
+    if policy.name == "small_only" and layer.n_out > limit:
+        gigabytes = layer.n_out**2 * 8 / 1e9
+        raise LayerError(
+            f"layer {layer.name}: its dense G factor is {layer.n_out} x {layer.n_out} "
+            f"({gigabytes:.1f} GB), policy small_only; allowed: out <= max_dense_dim = {limit}, "
+            "or another policy"
+        )
+    if layer.kind in (Kind.LINEAR, Kind.CONV1D) and layer.dim_a > limit:
+        raise LayerError(
+            f"layer {layer.name}: its A factor is {layer.dim_a} x {layer.dim_a}; allowed: "
+            f"in <= max_dense_dim = {limit}, or exclude the layer"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory and arithmetic of one side of one layer.
+
+    Attributes:
+        bytes: what the factor and its decomposition keep.
+        flops_factor: to build and decompose it.
+        flops_apply: to apply its inverse once.
+    """
+
+    bytes: int
+    flops_factor: float
+    flops_apply: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.bytes + other.bytes,
+            self.flops_factor + other.flops_factor,
+            self.flops_apply + other.flops_apply,
+        )
+
+
+def cost_g(
+    layer: Layer, chosen: str, columns: int, *, itemsize: int = 4, core_itemsize: int = 8
+) -> Cost:
+    """Returns the cost of a layer's G side.
+
+    Args:
+        layer: the layer.
+        chosen: ``woodbury`` or ``eig``.
+        columns: token columns.
+        itemsize: bytes of a stored column entry.
+        core_itemsize: bytes of an entry of the decomposed matrix.
+    """
+    out, m, t = layer.n_out, layer.dim_a, columns
+    if chosen == "woodbury":
+        return Cost(
+            out * t * itemsize + 2 * t * t * core_itemsize,
+            float(out) * t * t + t**3 / 3,
+            4.0 * out * t * m + 2.0 * t * t * m,
+        )
+    return Cost(2 * out * out * core_itemsize, float(out) ** 2 * t + out**3 / 3, 2.0 * out**2 * m)
+
+
+def cost_a(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
+    """Returns the cost of a layer's A side; an embedding's is a diagonal."""
+    n = layer.dim_a
+    if layer.kind is Kind.EMBEDDING:
+        return Cost(n * core_itemsize, float(tokens), float(n) * layer.n_out)
+    if layer.kind is Kind.NORM:
+        return Cost(0, 0.0, 0.0)
+    return Cost(
+        2 * n * n * core_itemsize,
+        float(n) ** 2 * tokens + n**3 / 3,
+        2.0 * n**2 * layer.n_out,
+    )
+
+
+def cost_norm(layer: Layer, tokens: int, *, dense: bool, core_itemsize: int = 8) -> Cost:
+    """Returns the cost of a norm layer's block over scale and shift."""
+    n = layer.n_out * (2 if layer.bias is not None else 1)
+    if not dense:
+        return Cost(n * core_itemsize, 2.0 * n * tokens, float(n))
+    return Cost(2 * n * n * core_itemsize, float(n) ** 2 * tokens + n**3 / 3, 2.0 * n**2)
+
+
+MB = 1e6
+
+
+def storage_dtype(storage: Storage, own: torch.dtype, shape: tuple[int, int]) -> torch.dtype:
+    """Returns the dtype in which columns are kept.
+
+    Sixteen bits are for columns that are fewer than the outputs. Where there are as many or more,
+    rounding them perturbs the small eigenvalues of ``G`` itself, in which the natural gradient is
+    large (an error of 1e-1 at damping 1e-4), and a dense matrix would take no more room: such
+    columns stay as they came.
+
+    Args:
+        storage: the setting.
+        own: dtype in which the columns came.
+        shape: their number and the layer's outputs, over all ranks.
+    """
+    if storage.dtype == "auto":
+        return own
+    dtype = STORAGE_DTYPES[storage.dtype]
+    columns, out = shape
+    return own if dtype.itemsize < 4 and columns >= out else dtype
+
+
+def place(n_bytes: int, storage: Storage, compute: torch.device) -> torch.device:
+    """Decides where a layer's columns and core are kept.
+
+    Args:
+        n_bytes: what columns and core take together.
+        storage: the setting.
+        compute: device of the model.
+
+    Returns:
+        ``compute`` for ``cuda``, and for ``auto`` while ``n_bytes`` is under the limit; else the
+        host.
+    """
+    if compute.type == "cpu" or storage.device == "cpu":
+        return torch.device("cpu")
+    if storage.device == "cuda" or n_bytes < storage.limit_mb * MB:
+        return compute
+    return torch.device("cpu")
+
+
+def bytes_of(columns: int, out: int, dtype: torch.dtype, core: torch.dtype) -> int:
+    """Returns the bytes of ``[columns, out]`` in ``dtype`` plus a square core."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    core_size = torch.empty(0, dtype=core).element_size()
+    return columns * out * size + columns * columns * core_size
+
+
+def check_device_supports(storage: Storage, device: torch.device) -> None:
+    """Checks that the device can compute in the storage dtype.
+
+    Raises:
+        SettingError: bfloat16 on a CUDA device without it.
+    """
+    if storage.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise SettingError("woodbury_dtype: 'bf16', but the device has no bfloat16; allowed: fp16")
+
+
+def store_columns(
+    g: Tensor,
+    out: int,
+    storage: Storage,
+    core: torch.dtype,
+    name: str,
+    compute: torch.device | None = None,
+) -> Columns:
+    """Rounds and places token gradients; out of device memory, and only then, on the host.
+
+    Args:
+        g: ``[T, out]`` as captured, or this rank's share of the outputs, ``[T, out_r]``.
+        out: outputs of the layer.
+        storage: the setting.
+        core: core dtype (its square core counts for the placement).
+        name: of the layer, for the log.
+        compute: where products are formed; None where ``g`` is. Columns that had to leave it
+            for want of room stay on the host.
+    """
+    compute = compute or g.device
+    dtype = storage_dtype(storage, g.dtype, (g.shape[0], out))
+    wanted = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, compute)
+    places = [HOST if g.device != compute else wanted]
+
+    def retreat() -> bool:
+        places.append(HOST)
+        return len(places) == 2
+
+    what = f"layer {name}: G side (out={g.shape[1]}, columns={g.shape[0]}), storage"
+    stored = on_host_if_full(lambda: Columns.store(g, dtype, places[-1]), retreat, what)
+    return Columns(stored.data, stored.scale, compute)
+
+
+def put_back(
+    data: Tensor, scale: float, storage: Storage, core: torch.dtype, compute: torch.device
+) -> Columns:
+    """Places columns that were stored before, as :func:`store_columns` places new ones.
+
+    Args:
+        data: ``[T, out]``, rounded and scaled.
+        scale: power of two by which they are multiplied on use.
+        storage: the setting.
+        core: core dtype.
+        compute: where products are formed.
+    """
+    columns, out = data.shape
+    places = [place(bytes_of(columns, out, data.dtype, core), storage, compute)]
+
+    def retreat() -> bool:
+        places.append(HOST)
+        return len(places) == 2
+
+    def moved() -> Tensor:
+        there = data.to(places[-1])
+        pinned = there.device.type == "cpu" and compute.type == "cuda"
+        return there.pin_memory() if pinned else there
+
+    what = f"token columns (out={out}, columns={columns}) from a file"
+    return Columns(on_host_if_full(moved, retreat, what), scale, compute)

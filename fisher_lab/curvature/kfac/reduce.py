@@ -1,0 +1,339 @@
+"""Joins the ranks' sums into those of all tokens (``docs/math.md``, section 7).
+
+Every rank has captured its own batches; nothing was exchanged so far. :func:`join` makes each
+rank's :class:`~.sums.Sums` what one process would have summed up over the joined batches: sums
+are added, token columns gathered (``gather``) or exchanged for rows (``gram``). The tokens of the
+joined batches are those of rank 0, then those of rank 1, and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_lab.curvature.collectives import (
+    Communicator,
+    Spread,
+    columns_for_rows,
+    dtype_name,
+    together,
+)
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
+from fisher_lab.curvature.kfac.factors import Columns, ShardedColumns
+from fisher_lab.curvature.kfac.inverses import owners
+from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.policy import wants_woodbury
+from fisher_lab.curvature.kfac.statistics import InputSum, Side, Sums
+from fisher_lab.curvature.linalg import add_second_moment, gram, symmetric_eigen
+
+
+def join(sums: Sums, communicator: Communicator) -> None:
+    """Makes the sums of this rank those of all ranks; collective.
+
+    Args:
+        sums: of this rank, after its last batch.
+        communicator: of the ranks.
+
+    Raises:
+        CurvatureError: the ranks have different models, layers or settings.
+    """
+    _Join(sums, communicator).run()
+
+
+def _fingerprint(sums: Sums) -> str:
+    layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
+    text = f"{layers} {sums.settings} {sums.keep_gradient}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Join:
+    def __init__(self, sums: Sums, communicator: Communicator) -> None:
+        self.sums, self.communicator = sums, communicator
+        self.sharded = sums.settings.reduce == "gram"
+        self.core = sums.settings.numerics.core_dtype
+        self.device = sums.device
+        self.told: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Joins everything, in an order that is the same on all ranks."""
+        self.told = self.communicator.share(self._tell())
+        self._take_counts()
+        present = [x for x in self.sums.everyone() if any(self._of(x.name, "tokens"))]
+        groups = {x.name: self._of(x.name, "group", -1) for x in present}
+        self._join_inputs(present, groups)
+        for layer in present:
+            self._join_layer(layer)
+        self._decompose_matrices(present)
+        self._join_head()
+        self._join_named("gradients", self.sums.uncovered.gradients)
+        self._join_named("diagonal", self.sums.uncovered.diagonal)
+
+    # ---- what the ranks tell each other ------------------------------------------------------
+
+    def _tell(self) -> dict[str, Any]:
+        sums = self.sums
+        return {
+            "model": _fingerprint(sums),
+            "n_labels": sums.n_labels,
+            "n_batches": sums.n_batches,
+            "fisher": sums.fisher_kind,
+            "head": sums.head.name,
+            "called": sorted(sums.called),
+            "skipped": sums.skipped,
+            "sides": {name: self._tell_side(name) for name in sums.sides},
+            "inputs": {str(group): x.tokens for group, x in sums.inputs.items()},
+            "gradients": sorted(sums.uncovered.gradients),
+            "diagonal": sorted(sums.uncovered.diagonal),
+            "rows": sum(len(p) for p in sums.head.parts),
+            "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
+        }
+
+    def _tell_side(self, name: str) -> dict[str, Any]:
+        side = self.sums.sides[name]
+        told: dict[str, Any] = {"tokens": side.tokens, "group": side.group}
+        if side.inputs:
+            told["a_dtype"] = dtype_name(side.inputs[0].dtype)
+        if isinstance(side.g, GradientAccumulator):
+            g = side.g
+            told |= {"seen": g.seen, "kept": g.kept, "matrix": g.total is not None}
+            told |= {"reduction": g.reduction, "lost": getattr(g, "_lost", 0.0)}
+            told["dtype"] = dtype_name(g.parts[0].dtype) if g.parts else None
+        return told
+
+    def _of(self, name: str, key: str, missing: Any = 0) -> list[Any]:
+        return [told["sides"].get(name, {}).get(key, missing) for told in self.told]
+
+    def _dtype(self, name: str, key: str) -> torch.dtype:
+        """The dtype of a piece, from the first rank that has it."""
+        found = next((d for d in self._of(name, key, None) if d is not None), None)
+        return self.core if found is None else getattr(torch, found)
+
+    def _take_counts(self) -> None:
+        sums, told = self.sums, self.told
+        for rank, other in enumerate(told):
+            if other["model"] != told[0]["model"]:
+                raise CurvatureError(
+                    f"rank {rank}: its covered layers, K-FAC settings or keep_gradient are not "
+                    "those of rank 0; allowed: the same on all ranks"
+                )
+        sums.n_labels = sum(other["n_labels"] for other in told)
+        sums.n_batches = sum(other["n_batches"] for other in told)
+        sums.called = set().union(*(other["called"] for other in told))
+        for other in told:
+            sums.skipped = {**other["skipped"], **sums.skipped}
+        seen = [other for other in told if other["n_batches"]]
+        if seen:
+            sums.fisher_kind = seen[0]["fisher"]
+        sums.head.name = next((other["head"] for other in told if other["head"] is not None), None)
+
+    # ---- inputs ------------------------------------------------------------------------------
+
+    def _join_inputs(self, present: Sequence[Layer], groups: Mapping[str, list[int]]) -> None:
+        """Sums the A sides; layers share one where they do on every rank."""
+        joined: dict[tuple[int, ...], int] = {}
+        local = self.sums.inputs
+        result: dict[int, InputSum] = {}
+        uses = [key[self.communicator.rank] for key in {tuple(g) for g in groups.values()}]
+        for layer in present:
+            side = self.sums.side_of(layer)
+            if layer.kind is Kind.NORM:
+                continue
+            key = tuple(groups[layer.name])
+            if key not in joined:
+                joined[key] = len(joined)
+                own = key[self.communicator.rank]
+                mine = local.get(own)
+                if mine is None:
+                    mine = self.sums.input_of(layer)
+                elif uses.count(own) > 1:
+                    mine = deepcopy(mine)
+                tokens = sum(
+                    told["inputs"].get(str(group), 0)
+                    for told, group in zip(self.told, key, strict=True)
+                )
+                mine.join(self.communicator, tokens)
+                result[joined[key]] = mine
+            side.group = joined[key]
+        self.sums.inputs = result
+
+    # ---- a layer -----------------------------------------------------------------------------
+
+    def _join_layer(self, layer: Layer) -> None:
+        sums = self.sums
+        side = sums.side_of(layer)
+        rows = tuple(self._of(layer.name, "tokens"))
+        side.tokens = sum(rows)
+        if isinstance(side.g, NormAccumulator):
+            side.g.total = self.communicator.all_reduce(side.g.total)
+        elif layer.name != sums.head.name:
+            self._join_gradients(layer, side.g)
+            self._join_tokens(layer, side, side.g, rows)
+        if sums.keep_gradient and not layer.tied:
+            width = side.g.total.shape[0] if isinstance(side.g, NormAccumulator) else 0
+            shape = (width, 1) if width else (layer.n_out, layer.dim_a)
+            own = side.own
+            if own is None:
+                own = torch.zeros(shape, dtype=self.core, device=self.device)
+            side.own = self.communicator.all_reduce(own.contiguous())
+
+    def _join_tokens(
+        self, layer: Layer, side: Side, g: GradientAccumulator, rows: tuple[int, ...]
+    ) -> None:
+        """Inputs and unreduced gradients of the tokens, where push-through or EKFAC want them."""
+        ekfac = self.sums.settings.ekfac
+        if not (ekfac or g.tokens_in_order()):
+            side.inputs.clear()
+            return
+        if not side.inputs:
+            shape = (0,) if layer.kind is Kind.EMBEDDING else (0, layer.n_in)
+            dtype = self._dtype(layer.name, "a_dtype")
+            side.inputs = [torch.empty(shape, dtype=dtype, device=self.device)]
+        spread = Spread(self.communicator, rows)
+        if self.sharded or ekfac:
+            side.spread = spread
+            return
+        side.inputs = [spread.gather(torch.cat(side.inputs))]
+
+    # ---- token gradients ---------------------------------------------------------------------
+
+    def _join_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
+        name, policy = layer.name, g.policy
+        kept, matrix = sum(self._of(name, "kept")), any(self._of(name, "matrix", False))
+        g.seen = sum(self._of(name, "seen"))
+        woodbury = wants_woodbury(policy, g.out, g.seen)
+        wide = self.sharded and g.seen > g.out
+        if g.dense_allowed and (matrix or not woodbury or wide or kept > policy.max_columns):
+            g.reduction = "lossless" if woodbury else ""
+            self._sum_matrix(g)
+            return
+        columns = self._local_columns(layer, g)
+        rows = self._of(name, "kept")
+        reduced = any(self._of(name, "reduction", ""))
+        if policy.column_reduction == "subsample" and (kept > policy.max_columns or reduced):
+            columns, rows = self._subsample(g, columns, rows)
+        g.parts = [self._put_together(columns, rows)]
+        g.kept = sum(rows)
+        if self.sharded:
+            g.spread = _Sharding(g.out, self.communicator)
+        if policy.column_reduction == "lowrank" and (kept > policy.max_columns or reduced):
+            self._truncate(g, sum(self._of(name, "lost", 0.0)))
+
+    def _sum_matrix(self, g: GradientAccumulator) -> None:
+        total = g.total
+        if total is None:
+            total = torch.zeros(g.out, g.out, dtype=self.core, device=self.device)
+            for part in g.parts:
+                add_second_moment(total, part.to(total.device))
+            g.parts.clear()
+        g.total = self.communicator.all_reduce(total)
+
+    def _decompose_matrices(self, present: Sequence[Layer]) -> None:
+        """Decomposes each matrix that stands for columns on one rank, for all of them."""
+        every = [self.sums.side_of(layer).g for layer in present]
+        summed = [g for g in every if isinstance(g, GradientAccumulator) and g.reduction]
+        summed = [g for g in summed if g.total is not None]
+        owner = owners([g.out for g in summed], self.communicator.size)
+
+        def decompose_own() -> None:
+            for g, rank in zip(summed, owner, strict=True):
+                if rank == self.communicator.rank:
+                    g.guarded(g.decomposed)
+
+        together(self.communicator, decompose_own)
+        for g, rank in zip(summed, owner, strict=True):
+            assert g.total is not None
+            mine = g.eigen or (g.total.new_empty(g.out), torch.empty_like(g.total))
+            # Its owner too takes what was sent: libraries return columns, and rows arrive.
+            values, vectors = (self.communicator.broadcast(x.contiguous(), rank) for x in mine)
+            g.eigen = values, vectors
+
+    def _local_columns(self, layer: Layer, g: GradientAccumulator) -> Tensor:
+        if not g.parts:
+            dtype = self._dtype(layer.name, "dtype")
+            return torch.empty(0, g.out, dtype=dtype, device=self.device)
+        return g.joined()
+
+    def _subsample(
+        self, g: GradientAccumulator, columns: Tensor, rows: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Keeps the columns with the smallest keys over all ranks: uniform over all tokens."""
+        keys = self.communicator.all_gather(g.keys(len(columns)), rows)
+        most = min(g.policy.max_columns, len(keys))
+        chosen = keys.topk(most, largest=False).indices.sort().values
+        g.reduction, g.discarded = "subsample", 1.0 - most / g.seen
+        bounds = torch.tensor([0, *rows]).cumsum(0)
+        of_rank = torch.bucketize(chosen, bounds, right=True) - 1
+        mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
+        return columns[mine.to(columns.device)], of_rank.bincount(minlength=len(rows)).tolist()
+
+    def _put_together(self, columns: Tensor, rows: Sequence[int]) -> Tensor:
+        """All tokens of all outputs (``gather``), or of this rank's share of them (``gram``)."""
+        if not self.sharded:
+            return self.communicator.all_gather(columns, rows)
+        return columns_for_rows(columns, rows, self.communicator)
+
+    def _truncate(self, g: GradientAccumulator, lost: float) -> None:
+        """The leading directions of the joined columns; the trace that goes is added up."""
+        joined, most = g.parts[0], g.policy.max_columns
+        kernel = gram(joined, self.core)
+        if self.sharded:
+            kernel = self.communicator.all_reduce(kernel)
+        values, vectors = symmetric_eigen(kernel)
+        vectors = self.communicator.broadcast(vectors, 0)
+        lost += float(values[:-most].sum())
+        g.parts = [vectors[:, -most:].to(joined).T @ joined]
+        total = lost + float(values[-most:].sum())
+        g.kept, g.reduction = len(g.parts[0]), "lowrank"
+        g.discarded = lost / total if total > 0 else 0.0
+
+    # ---- head, uncovered parameters ----------------------------------------------------------
+
+    def _join_head(self) -> None:
+        """Probabilities of the head's labelled tokens, subsampled before they are moved."""
+        sums = self.sums
+        rows = [told["rows"] for told in self.told]
+        if sums.head.name is None or not any(rows):
+            return
+        classes = sums.head.classes
+        named = next(told["logits"] for told in self.told if told["logits"] is not None)
+        parts = sums.head.parts
+        device = parts[0].device if parts else self.device
+        p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
+        chosen = sums.head.chosen(sum(rows))
+        if chosen is not None:
+            sums.head.share = sum(rows) / len(chosen)
+            bounds = torch.tensor([0, *rows]).cumsum(0)
+            of_rank = torch.bucketize(chosen, bounds, right=True) - 1
+            mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
+            p, rows = p[mine.to(p.device)], of_rank.bincount(minlength=len(rows)).tolist()
+        sums.head.parts = [self._put_together(p, rows)]
+        if self.sharded:
+            sums.head.spread = _Sharding(classes, self.communicator)
+
+    def _join_named(self, key: str, sums: dict[str, Tensor]) -> None:
+        """Sums over parameters that any rank has."""
+        names = sorted(set().union(*(told[key] for told in self.told)))
+        for name in names:
+            mine = sums.get(name)
+            if mine is None:
+                shape = self.sums.uncovered.parameters[name].shape
+                mine = torch.zeros(shape, dtype=self.core, device=self.device)
+            sums[name] = self.communicator.all_reduce(mine)
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """Makes of a rank's stored share the columns of all ranks."""
+
+    out: int
+    communicator: Communicator
+
+    def __call__(self, columns: Columns) -> Columns:
+        return ShardedColumns(columns, self.out, self.communicator)

@@ -1,0 +1,339 @@
+"""What has been summed of a refresh's batches: the state between capture and factors.
+
+:class:`~.build.FactorBuilder` adds to it batch by batch, :func:`~.join.join` makes it that of all
+ranks, and :func:`~.forming.form` divides it into factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from fisher_lab.config.kfac import KFACSettings
+from fisher_lab.curvature.collectives import Spread, rank_seed
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.kfac.accumulators import (
+    CountAccumulator,
+    GradientAccumulator,
+    MomentAccumulator,
+    NormAccumulator,
+    as_they_are,
+)
+from fisher_lab.curvature.kfac.capture import Call, Capture
+from fisher_lab.curvature.kfac.draws import scored_of
+from fisher_lab.curvature.kfac.factors import Columns, DiagonalLowRankFactor
+from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
+from fisher_lab.curvature.kfac.policy import store_columns
+from fisher_lab.curvature.losses import SummedLoss, token_losses
+from fisher_lab.curvature.memory import HOST, on_host_if_full
+
+
+class Uncovered:
+    """Sums over the trainable parameters whose gradients do not come from the layers' tokens.
+
+    Args:
+        model: the model, without its wrappers.
+        layers: its K-FAC layers.
+        settings: all choices.
+
+    Attributes:
+        parameters: by name.
+        gradients: sums of their gradients by name, in the core dtype.
+        diagonal: sums of the squared gradients of each sequence's loss, the same.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
+        self._layers, self._settings = layers, settings
+        covered = set()
+        for layer in layers.layers.values():
+            # A tied weight's own gradient comes from both uses: autograd adds them up.
+            if layer.name not in layers.candidates and not layer.tied:
+                covered |= {layer.weight, layer.bias}
+        named = dict(model.named_parameters())
+        self.parameters = {n: p for n, p in named.items() if n not in covered and p.requires_grad}
+        self.gradients: dict[str, Tensor] = {}
+        self.diagonal: dict[str, Tensor] = {}
+
+    @property
+    def wants_diagonal(self) -> bool:
+        """Whether the diagonal was asked for, of at least one parameter."""
+        return self._settings.coverage.uncovered == "diagonal" and bool(self.parameters)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Adds gradients of a token-summed loss.
+
+        Args:
+            grads: in the order of :attr:`parameters`; empty where they were not asked for.
+        """
+        for name, grad in zip(self.parameters, grads, strict=False):
+            if grad is not None:
+                old = self.gradients.get(name)
+                grad = grad.to(self._settings.numerics.core_dtype)
+                self.gradients[name] = grad if old is None else old + grad
+
+    def add_diagonal(self, loss: SummedLoss, capture: Capture) -> None:
+        """Adds squared gradients of each sequence's token-summed loss.
+
+        Args:
+            loss: of the batch, with its logits.
+            capture: of the batch's forward pass.
+
+        Raises:
+            SettingError: the loss has no logits.
+        """
+        scored = scored_of(loss, "uncovered=diagonal")
+        losses = token_losses(scored)
+        rows = scored.rows.unique().tolist()
+        tied = {layer.weight for layer in self._layers.layers.values() if layer.tied}
+        names = [name for name in self.parameters if name not in tied]
+        parameters = capture.live([self.parameters[name] for name in names])
+        for row in rows:
+            grads = torch.autograd.grad(
+                losses[scored.rows == row].sum(),
+                parameters,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for name, grad in zip(names, grads, strict=True):
+                if grad is not None:
+                    square = grad.to(self._settings.numerics.core_dtype).square()
+                    old = self.diagonal.get(name)
+                    self.diagonal[name] = square if old is None else old + square
+
+
+class Head:
+    """Which layer is the head, and the probabilities of its labelled tokens.
+
+    Args:
+        layers: the model's K-FAC layers.
+        settings: all choices.
+        device: the model's.
+
+    Attributes:
+        name: of the layer; None before the first batch, or where no such head is wanted.
+        parts: probabilities ``[labels, classes]``, a batch each.
+        share: labelled tokens for each one that is kept.
+        spread: makes of stored columns those of several ranks, where a rank has its share only.
+    """
+
+    def __init__(self, layers: Layers, settings: KFACSettings, device: torch.device) -> None:
+        self._layers, self._settings, self._device = layers, settings, device
+        self.name: str | None = None
+        self.parts: list[Tensor] = []
+        self.share = 1.0
+        self.spread: Callable[[Columns], Columns] = as_they_are
+        self._hosted = False
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the layer, once it is found."""
+        every = every_layer(self._layers.layers.values())
+        return next(layer.n_out for layer in every if layer.name == self.name)
+
+    def find(self, loss: SummedLoss, calls: Mapping[str, list[Call]]) -> None:
+        """Finds the layer whose output *is* the logits, where the true-Fisher head is wanted.
+
+        Args:
+            loss: of a batch, with its logits.
+            calls: of each layer in the batch's forward pass.
+
+        Raises:
+            SettingError: the loss has no logits.
+            LayerError: no covered layer's output is the logits.
+        """
+        fisher = self._settings.fisher
+        if not (fisher.true_head or fisher.kind == "true") or self.name is not None:
+            return
+        scored_of(loss, "true")
+        # By the graph's edge: an address may have been another tensor's before.
+        wanted = None if loss.logits is None else get_gradient_edge(loss.logits)
+        for layer in self._layers.layers.values():
+            linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
+            if linear and any(c.edge == wanted for c in calls[layer.name]):
+                self.name = layer.name
+                return
+        raise LayerError(
+            "true Fisher head: the output of no covered layer is the logits themselves; allowed: "
+            "kfac_true_fisher_head=False, or a model whose head is covered and ends in the logits"
+        )
+
+    def add(self, loss: SummedLoss) -> None:
+        """Adds the probabilities of a batch's labelled tokens."""
+        if self.name is None or loss.scored is None or loss.scored.n_labels == 0:
+            return
+        logits = [loss.scored.logits.detach()]
+
+        def retreat() -> bool:
+            logits.append(logits[-1].to(HOST))
+            return len(logits) == 2
+
+        what = f"{self._label(len(logits[0]))}, probabilities"
+        p = on_host_if_full(lambda: logits[-1].softmax(dim=-1), retreat, what)
+        parts = self.parts
+        parts.append(p if all(part.device == p.device for part in parts) else p.to(HOST))
+        if parts[-1].device != parts[0].device:
+            self._to_host()
+
+    def chosen(self, labels: int) -> Tensor | None:
+        """Returns which labelled tokens the factor is made of; None for all of them.
+
+        Args:
+            labels: labelled tokens of all batches and ranks.
+
+        Returns:
+            ``[max_columns]`` their indices, ascending.
+        """
+        most = self._settings.policy.max_columns
+        if labels <= most:
+            return None
+        generator = torch.Generator().manual_seed(self._settings.fisher.seed)
+        return torch.randperm(labels, generator=generator)[:most].sort().values
+
+    def factor(self, tokens: int) -> DiagonalLowRankFactor:
+        """Returns the layer's G.
+
+        Args:
+            tokens: ``T`` of the layer.
+        """
+        rows = sum(len(part) for part in self.parts)
+        share = self.share
+        chosen = self.chosen(rows)
+        if chosen is not None:
+            share = rows / len(chosen)
+
+        def some() -> Tensor:
+            p = torch.cat(self.parts)
+            return p if chosen is None else p[chosen.to(p.device)]
+
+        label = self._label(rows)
+        p = on_host_if_full(some, self._to_host, f"{label}, probabilities")
+        name, core = self.name or "", self._settings.numerics.core_dtype
+        stored = store_columns(p, self.classes, self._settings.storage, core, name, self._device)
+        return DiagonalLowRankFactor.of_rows(self.spread(stored), share / tokens, core, label)
+
+    def _label(self, rows: int) -> str:
+        return f"layer {self.name}: G side (out={self.classes}, columns={rows})"
+
+    def _to_host(self) -> bool:
+        """Moves the probabilities; False where they are there already."""
+        if self._hosted:
+            return False
+        self.parts = [part.to(HOST) for part in self.parts]
+        self._hosted = True
+        return True
+
+
+InputSum = MomentAccumulator | CountAccumulator
+"""The sum of an A side."""
+
+
+@dataclass
+class Side:
+    """What is being summed for one layer.
+
+    Attributes:
+        layer: the layer.
+        g: the sum of its G side (of its whole block, for a norm layer).
+        group: key of its A side in :attr:`Sums.inputs`, which layers may share; -1 for none.
+        inputs: its tokens ``[T, in]``, a batch each, as long as they may be wanted.
+        own: ``sum_t g_t a_t^T``, ``[out, dim_a]`` in the core dtype, where it was asked for.
+        tokens: ``T``.
+        last_g: its token gradients ``[T, out]``, a draw each, where EKFAC needs them.
+        order: which row of ``inputs`` each row of ``last_g`` belongs to, a draw each.
+        spread: the other ranks' tokens, where ``inputs`` are this rank's own only.
+    """
+
+    layer: Layer
+    g: GradientAccumulator | NormAccumulator
+    group: int = -1
+    inputs: list[Tensor] = field(default_factory=list)
+    own: Tensor | None = None
+    tokens: int = 0
+    last_g: list[Tensor] = field(default_factory=list)
+    order: list[Tensor] = field(default_factory=list)
+    spread: Spread | None = None
+
+
+class Sums:
+    """The sums of one refresh; of this process, and after :func:`~.join.join` of all ranks.
+
+    Args:
+        model: the model, without its wrappers.
+        layers: its K-FAC layers.
+        settings: all choices.
+        device: the model's.
+        keep_gradient: whether the factors' own mean gradient is summed too.
+        rank: this rank, whose draws are its own.
+
+    Attributes:
+        n_labels: ``N``.
+        n_batches: how many have come, those without a token included.
+        called: names of the layers that were called.
+        skipped: layer name -> why it has no factors this time.
+        sides: by layer name; layers without a gradient so far have none.
+        inputs: the A sides, by :attr:`Side.group`.
+        fisher_kind: kind of Fisher matrix that the inner layers get.
+        head: the true-Fisher head.
+        uncovered: parameters that belong to no layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        settings: KFACSettings,
+        device: torch.device,
+        *,
+        keep_gradient: bool,
+        rank: int,
+    ) -> None:
+        self.layers, self.settings, self.keep_gradient = layers, settings, keep_gradient
+        self.device = device
+        self.seed = rank_seed(settings.fisher.seed, rank)
+        self.n_labels = 0
+        self.n_batches = 0
+        self.called: set[str] = set()
+        self.skipped: dict[str, str] = {}
+        self.sides: dict[str, Side] = {}
+        self.inputs: dict[int, InputSum] = {}
+        self.fisher_kind: str = settings.fisher.kind
+        self.head = Head(layers, settings, device)
+        self.uncovered = Uncovered(model, layers, settings)
+
+    def everyone(self) -> list[Layer]:
+        """Returns all layers, tied partners too, in the model's order."""
+        return every_layer(self.layers.layers.values())
+
+    def side_of(self, layer: Layer) -> Side:
+        """Returns what is being summed for a layer; begins it where nothing is there yet."""
+        if layer.name not in self.sides:
+            s = self.settings
+            if layer.kind is Kind.NORM:
+                shift = layer.bias is not None
+                dense = layer.n_out <= s.coverage.norm_max_dim
+                core, label = s.numerics.core_dtype, f"layer {layer.name}"
+                g: Any = NormAccumulator(layer.n_out, shift, dense, core, self.device, label)
+            else:
+                g = GradientAccumulator(
+                    layer.name, layer.n_out, s.policy, s.numerics, s.storage, self.seed
+                )
+            self.sides[layer.name] = Side(layer, g)
+        return self.sides[layer.name]
+
+    def input_of(self, layer: Layer) -> InputSum:
+        """Returns an empty sum for a layer's A side."""
+        dtype = self.settings.numerics.core_dtype
+        if layer.kind is Kind.EMBEDDING:
+            return CountAccumulator(layer.n_in, dtype, self.device)
+        side = f"layer {layer.name}: A side"
+        return MomentAccumulator(layer.n_in, layer.augmented, dtype, self.device, side)
+
+    def counts(self) -> dict[str, int]:
+        """Returns tokens and labels that have been summed."""
+        tokens = max((side.tokens for side in self.sides.values()), default=0)
+        return {"tokens": tokens, "labels": self.n_labels}

@@ -1,0 +1,139 @@
+"""Out of device memory, and only then: one side of one layer goes on on the host.
+
+``torch.OutOfMemoryError`` comes from a device's allocator alone; the host's own raises something
+else, so that nothing here hides a full host.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.linalg import full_precision
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+HOST = torch.device("cpu")
+
+
+def on_host_if_full(work: Callable[[], T], retreat: Callable[[], bool], what: str) -> T:
+    """Runs ``work``, without autocast; where the device is full, makes room and runs it again.
+
+    Args:
+        work: changes nothing when it fails, so that it can be run again.
+        retreat: moves to the host what ``work`` needs and lets go of what it had taken on the
+            device; False where that was done before, and the error stands.
+        what: layer, side, both dimensions and step, for the log.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full again after the retreat.
+    """
+    try:
+        with full_precision():
+            return work()
+    except torch.OutOfMemoryError as error:
+        # Its frames hold what had been taken so far.
+        full = error.with_traceback(None)
+    if not retreat():
+        raise full
+    log.warning("%s: out of device memory; goes on on the host", what)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with full_precision():
+        return work()
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def check_device(name: str, device: str) -> None:
+    """Checks that a device that was asked for is there.
+
+    Args:
+        name: of the setting.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        CurvatureError: ``cuda`` on a machine without.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CurvatureError(f"{name}: 'cuda', but no CUDA device; allowed: auto, cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a device.
+
+    On the host: what the system has available, or less where a control group (v1 or v2) of a
+    container or a job scheduler leaves less.
+
+    Args:
+        device: any.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([int(psutil.virtual_memory().available), *cgroup_free()])
+
+
+def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
+    """Returns the bytes that each of this process's control groups still allows.
+
+    Args:
+        root: where the control groups are mounted.
+        own: names the groups of this process.
+    """
+    found = []
+    for group, names in _groups(root, own):
+        limit, used = (_number(group / name) for name in names[:2])
+        if limit is not None and used is not None:
+            # The page cache counts as used and is given back on demand.
+            found.append(max(limit - used + _stat(group / "memory.stat", names[2]), 0))
+    return found
+
+
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _groups(root: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yields this process's groups and those above them, with the names of their files."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = (root / "memory", _V1) if controllers else (root, _V2)
+        # A path of the host's that is not visible in here is skipped; the mount itself is not.
+        group = top / path.lstrip("/")
+        yield from ((one, names) for one in (group, *group.parents) if one.is_relative_to(top))
+
+
+def _number(path: Path) -> int | None:
+    """A file's number, or None where there is no file or no limit (``max``)."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _stat(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
+
+
+__all__ = ["cgroup_free", "check_device", "free_memory"]

@@ -1,0 +1,315 @@
+"""From a symmetric matrix to the numbers of a block's record (``docs/math.md``, section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_lab.curvature.collectives import Communicator, together
+from fisher_lab.curvature.spectra.block_matrices import BlockMatrix
+from fisher_lab.curvature.spectra.pairwise_gram import joined_matrix
+
+NUMBERS = (
+    "largest_eigenvalue",
+    "condition_number",
+    "effective_rank",
+    "spectral_gap",
+    "trace",
+    "n_nonzero",
+    "threshold",
+)
+"""Keys of a record that hold one number, or None where the block is degenerate."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Eigenvalues of a block, descending, before they are cut to the top ``k``.
+
+    Attributes:
+        eigenvalues: ``[min(N, P)]`` float64, clamped at zero; fewer from a sketch.
+        trace: the exact trace of ``F``.
+        regularization: what was added to the diagonal after a failure, else 0.
+        exact: False for a sketch, whose derived numbers see only the top eigenvalues.
+        extra: further entries of the record.
+    """
+
+    eigenvalues: Tensor
+    trace: float
+    regularization: float = 0.0
+    exact: bool = True
+    extra: Mapping[str, Any] | None = None
+
+
+class SolveError(RuntimeError):
+    """An eigensolver failed, also with regularisation; the block becomes degenerate."""
+
+
+def solve(
+    matrix: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    regularization: float,
+) -> Solved:
+    """Decomposes ``(1/N) J J^T`` or ``(1/N) J^T J``.
+
+    Args:
+        matrix: symmetric, float64.
+        size: ``min(N, P)``, the number of eigenvalues that can differ from zero.
+        dtype: of the eigensolver.
+        device: of the eigensolver.
+        regularization: added to the diagonal, times the mean diagonal, only after a failure.
+
+    Raises:
+        SolveError: the solver failed twice.
+    """
+    trace = float(matrix.diagonal().sum())
+    work = matrix.to(device=device, dtype=dtype)
+    used = 0.0
+    try:
+        values = torch.linalg.eigvalsh(work)
+    except RuntimeError:
+        used = regularization * max(trace / len(matrix), torch.finfo(dtype).tiny)
+        shift = used * torch.eye(len(work), dtype=dtype, device=device)
+        try:
+            values = torch.linalg.eigvalsh(work + shift) - used
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SolveError(f"the eigensolver failed: {reason}") from error
+    if not bool(torch.isfinite(values).all()):
+        raise SolveError("the eigensolver returned non-finite eigenvalues")
+    values = values.flip(0)[:size].clamp(min=0.0)
+    return Solved(values.double().cpu(), trace, used)
+
+
+def sketch(rows: Tensor, rank: int, *, oversample: int = 8, iterations: int = 4) -> Solved:
+    """Approximates the top eigenvalues of ``(1/N) J^T J`` by a randomised SVD.
+
+    The error estimate is a posteriori: within each pair's residual ``|F v - l v|`` there is a
+    true eigenvalue of ``F``; what the sketch did not see is the discarded trace.
+
+    Args:
+        rows: ``J`` ``[N, P]`` float64, centred already where asked for.
+        rank: eigenvalues wanted.
+        oversample: further columns of the random projection.
+        iterations: power iterations (Halko et al. 2011, algorithm 4.4).
+
+    Raises:
+        SolveError: the SVD failed.
+    """
+    n, p = rows.shape
+    scaled = rows / n**0.5
+    q = min(rank + oversample, n, p)
+    try:
+        _, singular, right = torch.svd_lowrank(scaled, q=q, niter=iterations)
+    except RuntimeError as error:
+        raise SolveError(f"the sketch failed: {str(error).splitlines()[0]}") from error
+    values, right = singular[:rank].square(), right[:, :rank]
+    residuals = (scaled.T @ (scaled @ right) - right * values).norm(dim=0)
+    trace = float(scaled.square().sum())
+    largest = float(values[0]) if len(values) else 0.0
+    extra = {
+        "residuals": residuals.tolist(),
+        "error_estimate": float(residuals.max()) / largest if largest > 0 else None,
+        "discarded_trace": max(trace - float(values.sum()), 0.0),
+    }
+    return Solved(values.cpu(), trace, exact=False, extra=extra)
+
+
+def describe(
+    solved: Solved, *, n: int, p: int, top_k: int | None, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Returns the record of a spectrum.
+
+    Args:
+        solved: all eigenvalues, descending.
+        n: samples, ``N``.
+        p: parameters, ``P``.
+        top_k: eigenvalues kept in the record, at most ``min(top_k, N, P)``; None keeps all.
+        dtype: of the eigensolver, whose rounding decides what is zero.
+    """
+    values = solved.eigenvalues
+    if len(values) == 0 or float(values[0]) <= 0.0:
+        return degenerate("every per-sample gradient is zero", n=n, p=p)
+    threshold = max(n, p) * torch.finfo(dtype).eps * float(values[0])
+    # In float32 with 8 million parameters the threshold passes the largest one itself.
+    nonzero = values[values > threshold] if threshold < float(values[0]) else values[:1]
+    share = nonzero / nonzero.sum()
+    # The second eigenvalue of a P x P matrix of rank one is zero, if there is a second one.
+    second = float(values[1]) if len(values) > 1 else (0.0 if p > 1 else None)
+    return {
+        "status": "ok",
+        "reason": None,
+        "eigenvalues": values[: min(n, p) if top_k is None else min(top_k, n, p)].tolist(),
+        "largest_eigenvalue": float(values[0]),
+        "condition_number": float(nonzero[0] / nonzero[-1]),
+        "effective_rank": float(torch.exp(-(share * share.log()).sum())),
+        "spectral_gap": None if second is None else float(values[0]) - second,
+        "trace": solved.trace,
+        "n_nonzero": len(nonzero),
+        "threshold": threshold,
+        "n_params": p,
+        "n_samples": n,
+        "exact": solved.exact,
+        "regularization_used": solved.regularization,
+        **(solved.extra or {}),
+    }
+
+
+def degenerate(reason: str, *, n: int, p: int) -> dict[str, Any]:
+    """Returns the record of a block without a spectrum."""
+    return {
+        "status": "degenerate",
+        "reason": reason,
+        "eigenvalues": [],
+        **dict.fromkeys(NUMBERS),
+        "n_params": p,
+        "n_samples": n,
+        "exact": None,
+        "regularization_used": 0.0,
+    }
+
+
+def union(
+    solved: Iterable[Solved],
+    *,
+    n: int,
+    p: int,
+    top_k: int | None,
+    n_degenerate: int,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Returns the record of the block-diagonal matrix: the blocks' eigenvalues together.
+
+    Args:
+        solved: the blocks that are not degenerate.
+        n: samples, ``N``.
+        p: parameters of those blocks.
+        top_k: eigenvalues kept in the record.
+        n_degenerate: blocks that were left out.
+        dtype: of the eigensolver.
+    """
+    parts = list(solved)
+    counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}
+    if not parts:
+        return {**degenerate("every block is degenerate", n=n, p=p), **counts}
+    joined = torch.cat([part.eigenvalues for part in parts]).sort(descending=True).values
+    whole = Solved(
+        joined,
+        sum(part.trace for part in parts),
+        max(part.regularization for part in parts),
+        all(part.exact for part in parts),
+    )
+    cut = len(joined) if top_k is None else top_k
+    record = describe(whole, n=n, p=p, top_k=cut, dtype=dtype)
+    kept = len(joined) if top_k is None else min(top_k, len(joined))
+    return {**record, "eigenvalues": joined[:kept].tolist(), **counts}
+
+
+Solver = Callable[[str, Tensor | None], Solved]
+"""``solver(block, matrix)``; the matrix is None where the block's own collector forms it."""
+
+Found = Solved | str
+"""A block's spectrum, or why there is none."""
+
+
+def solve_blocks(
+    collectors: Mapping[str, BlockMatrix],
+    sizes: Mapping[str, int],
+    rows: Sequence[int],
+    communicator: Communicator,
+    solver: Solver,
+    *,
+    center: bool,
+) -> dict[str, Found]:
+    """Decomposes the matrices of all blocks; collective.
+
+    Args:
+        collectors: block to what was collected of it on this rank.
+        sizes: block to its number of parameters, ``P``.
+        rows: samples of each rank.
+        communicator: of the ranks.
+        solver: gives a block's spectrum.
+        center: whether the mean row is subtracted.
+
+    Returns:
+        Block to its spectrum or the reason why there is none; the same on every rank. Blocks that
+        no rank's loss reaches are left out.
+    """
+    told = communicator.share({name: c.touched for name, c in collectors.items()})
+    reached = [name for name in collectors if any(other[name] for other in told)]
+    if communicator.size == 1:
+        return {name: _attempt(solver, name, None) for name in reached}
+    found: dict[str, Found] = {}
+    order = sorted(reached, key=lambda name: -sizes[name])
+    turns = _turns(order, sizes)
+    for start in range(0, len(order), communicator.size):
+        mine: list[tuple[str, Tensor]] = []
+        for owner, name in enumerate(order[start : start + communicator.size]):
+            matrix = joined_matrix(
+                collectors[name], rows, communicator, owner=owner, turn=turns[name], center=center
+            )
+            if matrix is not None:
+                mine.append((name, matrix))
+        together(communicator, partial(_decompose, solver, mine, found))
+    return _told_to_all(order, found, communicator)
+
+
+def _decompose(solver: Solver, mine: Sequence[tuple[str, Tensor]], found: dict[str, Found]) -> None:
+    found.update({name: _attempt(solver, name, matrix) for name, matrix in mine})
+
+
+def _attempt(solver: Solver, name: str, matrix: Tensor | None) -> Found:
+    try:
+        return solver(name, matrix)
+    except SolveError as error:
+        return str(error)
+
+
+def _turns(order: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Which of two opposite ranks forms their block of the Gram matrix: as much work for each."""
+    loads, turns = [0, 0], {}
+    for name in order:
+        turn = turns[name] = loads.index(min(loads))
+        loads[turn] += sizes[name]
+    return turns
+
+
+def _told_to_all(
+    order: Sequence[str], own: Mapping[str, Found], communicator: Communicator
+) -> dict[str, Found]:
+    """Returns all ranks' spectra: the eigenvalues as they are, the rest as JSON."""
+    told = communicator.share({name: _plain(one) for name, one in own.items()})
+    result: dict[str, Found] = {}
+    for index, name in enumerate(order):
+        owner = index % communicator.size
+        about = told[owner][name]
+        if isinstance(about, str):
+            result[name] = about
+            continue
+        here = own.get(name)
+        empty = torch.empty(about["size"], dtype=torch.float64)
+        values = communicator.broadcast(
+            here.eigenvalues if isinstance(here, Solved) else empty, owner
+        )
+        result[name] = Solved(values, about["trace"], about["regularization"])
+    return result
+
+
+def _plain(found: Found) -> dict[str, Any] | str:
+    if isinstance(found, str):
+        return found
+    return {
+        "size": len(found.eigenvalues),
+        "trace": found.trace,
+        "regularization": found.regularization,
+    }
+
+
+__all__ = ["solve_blocks"]

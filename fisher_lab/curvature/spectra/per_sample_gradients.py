@@ -1,0 +1,334 @@
+"""Per-sample gradients, a chunk of rows of ``J`` at a time, never all of them.
+
+Each sequence is run on its own (its samples depend on nothing else), and one batched backward
+pass gives a chunk of its rows. A linear layer whose Gram matrix is cheaper without gradients
+(:mod:`.cost`) yields its inputs and output gradients instead of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.curvature import losses
+from fisher_lab.curvature.collectives import Alone, Communicator, together
+from fisher_lab.curvature.spectra.samples import SampleSet, SequenceSamples
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Multiplications of both ways for one weight, and the numbers that each has to keep.
+
+    Attributes:
+        dense_flops: form the ``N`` gradients, then their Gram matrix's lower triangle.
+        factored_flops: input products, output gradients mixed by them, then the same triangle.
+        dense_numbers: elements kept, ``N in out``.
+        factored_numbers: elements kept, ``N S out + T in``.
+    """
+
+    dense_flops: float
+    factored_flops: float
+    dense_numbers: int
+    factored_numbers: int
+
+    @property
+    def factored_is_cheaper(self) -> bool:
+        """Whether the factored way takes fewer multiplications."""
+        return self.factored_flops < self.dense_flops
+
+
+def linear_cost(n: int, positions: int, total: int, d_in: int, d_out: int) -> LinearCost:
+    """Counts the multiplications of both ways.
+
+    Args:
+        n: samples, ``N``.
+        positions: positions of one sequence at this layer, ``S``.
+        total: positions of all sequences, ``T``.
+        d_in: inputs of the layer.
+        d_out: outputs of the layer.
+
+    Returns:
+        Dense ``N S in out + N^2 in out / 2`` against factored
+        ``T^2 in / 2 + N T S out / 2 + N^2 S out / 2``.
+    """
+    return LinearCost(
+        dense_flops=n * positions * d_in * d_out + n * n * d_in * d_out / 2,
+        factored_flops=(total * total * d_in + n * total * positions * d_out) / 2
+        + n * n * positions * d_out / 2,
+        dense_numbers=n * d_in * d_out,
+        factored_numbers=n * positions * d_out + total * d_in,
+    )
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Some rows of ``J`` for one weight, as a product.
+
+    Attributes:
+        inputs: ``[S, in]``, shared by the rows.
+        outputs: ``[c, S, out]``, each row's loss by the layer's outputs.
+        transposed: the weight is stored ``[in, out]`` (Hugging Face's ``Conv1D``).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    transposed: bool
+
+    def dense(self) -> Tensor:
+        """Returns the rows themselves, ``[c, in * out]`` in the weight's own order."""
+        rows = torch.einsum("cso,si->coi", self.outputs, self.inputs)
+        return (rows.mT if self.transposed else rows).flatten(1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of ``J``.
+
+    Attributes:
+        first: index of the first row.
+        n: number of rows.
+        sequence: index of the sequence that they come from.
+        dense: parameter name to ``[n, numel]``; a parameter that the loss does not reach is
+            absent.
+        factored: weight name to its rows as a product.
+    """
+
+    first: int
+    n: int
+    sequence: int
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    factored: dict[str, Factored] = field(default_factory=dict)
+
+
+def factored_of(chunks: PerSampleGradients | Iterable[Chunk]) -> set[str]:
+    """Returns the names of the weights that come as products in any chunk."""
+    if isinstance(chunks, PerSampleGradients):
+        return chunks.factored
+    return {name for chunk in chunks for name in chunk.factored}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Says whether a module is Hugging Face's ``Conv1D`` (known by its class name)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def linear_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Returns the linear layers whose weight belongs to them alone, by the weight's name."""
+    wanted = set(names)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        plain = isinstance(module, nn.Linear) or is_conv1d(module)
+        if plain and name in wanted and owners[id(module.weight)] == 1:
+            found[name] = module
+    return found
+
+
+def choose_factored(
+    model: nn.Module,
+    samples: SampleSet,
+    names: Iterable[str],
+    communicator: Communicator | None = None,
+) -> dict[str, nn.Module]:
+    """Picks the linear layers whose Gram matrix is cheaper without per-sample gradients.
+
+    Layers are looked at in one forward pass a batch, without gradient: a layer that is called
+    more than once, or not on ``[1, S, in]`` or ``[1, in]``, is left out. Ranks pick the same
+    layers, those that one process would; collective.
+
+    Args:
+        model: any module.
+        samples: the samples.
+        names: the weights in question.
+        communicator: of the ranks that the samples are spread over.
+    """
+    ranks = communicator or Alone()
+    linear = linear_weights(model, names)
+    if not linear or samples.total == 0:
+        return {}
+    own: dict[str, list[int] | None] = {}
+    together(ranks, lambda: own.update(_positions(model, linear, samples)))
+    told = ranks.share({n: seen and [max(seen), sum(seen)] for n, seen in own.items()})
+    chosen = {}
+    for name, module in linear.items():
+        seen = [other[name] for other in told if name in other]
+        if not seen or None in seen:
+            continue
+        longest, positions = max(s[0] for s in seen), sum(s[1] for s in seen)
+        d_in, d_out = _dims(module)
+        if linear_cost(samples.total, longest, positions, d_in, d_out).factored_is_cheaper:
+            chosen[name] = module
+    return chosen
+
+
+def _dims(module: nn.Module) -> tuple[int, int]:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    d_in, d_out = weight.shape if is_conv1d(module) else weight.shape[::-1]
+    return d_in, d_out
+
+
+def _positions(
+    model: nn.Module, linear: Mapping[str, nn.Module], samples: SampleSet
+) -> dict[str, list[int] | None]:
+    """Returns, by layer, the positions of every sequence at it; None for those that do not fit."""
+    by_group: dict[int, dict[str, int | None]] = {}
+    result: dict[str, list[int] | None] = {}
+    for sequence in samples.sequences:
+        if sequence.group not in by_group:
+            by_group[sequence.group] = _probe(model, linear, sequence)
+        for name, count in by_group[sequence.group].items():
+            seen = result.setdefault(name, [])
+            if count is None or seen is None:
+                result[name] = None
+            else:
+                seen.append(count)
+    return result
+
+
+def _probe(
+    model: nn.Module, linear: Mapping[str, nn.Module], sequence: SequenceSamples
+) -> dict[str, int | None]:
+    calls: dict[str, list[torch.Size]] = {name: [] for name in linear}
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in linear.items():
+            hook = module.register_forward_hook(
+                lambda _m, args, _out, name=name: calls[name].append(args[0].shape)
+            )
+            stack.callback(hook.remove)
+        losses.forward(model, sequence.batch)
+    return {name: _fit(shapes) for name, shapes in calls.items()}
+
+
+def _fit(shapes: list[torch.Size]) -> int | None:
+    if len(shapes) != 1 or len(shapes[0]) not in (2, 3) or shapes[0][0] != 1:
+        return None
+    return shapes[0][1] if len(shapes[0]) == 3 else 1
+
+
+class PerSampleGradients:
+    """Yields the rows of ``J`` chunk by chunk.
+
+    Args:
+        model: any module, already in the mode it is to be evaluated in.
+        samples: which rows.
+        parameters: the columns, by name.
+        factored: weights that are to come as products, from :func:`choose_factored`.
+        chunk_size: rows of one backward pass, ``c``.
+        loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
+        keep_rows: whether weights that come as products come as rows, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: SampleSet,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        factored: Mapping[str, nn.Module] | None = None,
+        chunk_size: int = 32,
+        loss_fn: losses.LossFunction | None = None,
+        keep_rows: bool = False,
+    ) -> None:
+        self._model = model
+        self._samples = samples
+        self._factored = dict(factored or {})
+        self._dense = {n: p for n, p in parameters.items() if keep_rows or n not in self._factored}
+        self._chunk_size = chunk_size
+        self._scorer = losses.scorer(model, loss_fn)
+
+    @property
+    def factored(self) -> set[str]:
+        """Names of the weights that come as products."""
+        return set(self._factored)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for index, sequence in enumerate(self._samples.sequences):
+            yield from self._sequence(index, sequence)
+
+    def _sequence(self, index: int, sequence: SequenceSamples) -> Iterator[Chunk]:
+        calls: dict[str, tuple[Tensor, Tensor]] = {}
+        with ExitStack() as stack:
+            for name, module in self._factored.items():
+                stack.callback(module.register_forward_hook(_recorder(calls, name)).remove)
+            outputs = losses.forward(self._model, sequence.batch)
+        values = losses.token_losses(self._scorer.score(outputs, sequence.batch))
+        if self._samples.unit == "sequence":
+            values = values.sum()[None]
+        else:
+            values = values[list(sequence.chosen)]
+        targets = [out for _, out in calls.values()] + list(self._dense.values())
+        for start in range(0, sequence.n_rows, self._chunk_size):
+            stop = min(start + self._chunk_size, sequence.n_rows)
+            chunk = Chunk(sequence.first_row + start, stop - start, index)
+            # Where nothing is to be trained, or the loss reaches none of it, there is no graph.
+            if targets and values.requires_grad:
+                grads = _rows(values, targets, start, stop, retain=stop < sequence.n_rows)
+                self._fill(chunk, calls, grads)
+            yield chunk
+
+    def _fill(
+        self,
+        chunk: Chunk,
+        calls: dict[str, tuple[Tensor, Tensor]],
+        grads: list[Tensor | None],
+    ) -> None:
+        n = chunk.n
+        for (name, (inputs, _)), grad in zip(calls.items(), grads, strict=False):
+            if grad is not None:
+                chunk.factored[name] = Factored(
+                    inputs.detach().reshape(-1, inputs.shape[-1]),
+                    grad.reshape(n, -1, grad.shape[-1]),
+                    transposed=is_conv1d(self._factored[name]),
+                )
+        for name, grad in zip(self._dense, grads[len(calls) :], strict=True):
+            if grad is not None:
+                chunk.dense[name] = grad.reshape(n, -1)
+
+
+def _recorder(
+    calls: dict[str, tuple[Tensor, Tensor]], name: str
+) -> Callable[[nn.Module, Any, Any], None]:
+    def record(_module: nn.Module, args: Any, output: Any) -> None:
+        calls[name] = (args[0], output)
+
+    return record
+
+
+def _rows(
+    values: Tensor, targets: list[Any], start: int, stop: int, *, retain: bool
+) -> list[Tensor | None]:
+    """Differentiates ``values[start:stop]`` one by one, in a batched backward pass where it can."""
+    if stop - start == 1:
+        grads = torch.autograd.grad(values[start], targets, retain_graph=retain, allow_unused=True)
+        return [None if g is None else g[None] for g in grads]
+    cotangents = torch.eye(len(values), dtype=values.dtype, device=values.device)[start:stop]
+    try:
+        return list(
+            torch.autograd.grad(
+                values,
+                targets,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        )
+    except RuntimeError as error:
+        # An operation without a batching rule (a custom autograd function): row by row instead.
+        if "vmap" not in str(error) and "batching rule" not in str(error):
+            raise
+    single = [_rows(values, targets, i, i + 1, retain=True) for i in range(start, stop)]
+    return [
+        None if columns[0] is None else torch.cat([c for c in columns if c is not None])
+        for columns in zip(*single, strict=True)
+    ]

@@ -1,0 +1,228 @@
+"""A model without its wrappers, for engines that make passes of their own on each rank.
+
+A forward pass under FSDP2 (``fully_shard``) is collective, and its backward pass puts parameters
+away again; neither goes with per-sample gradients, forward-mode products or ranks that have
+different numbers of sequences.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_lab.curvature.losses import is_shard, is_sharded, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Returns the module inside DDP and ``torch.compile``; a whole copy of one that is sharded.
+
+    The copy has the same names, modes and buffers (these are shared), and parameters of its own,
+    whole and in the dtype in which they are kept: as much memory as the model takes on one
+    process. A mixed-precision policy of ``fully_shard`` has no part in it.
+
+    Args:
+        model: any module; where it is sharded, the call is collective over its ranks.
+    """
+    inner = unwrap(model)
+    sharded = [module for module in inner.modules() if is_sharded(module)]
+    if not sharded:
+        return inner
+    for module in sharded:  # a pass may have left parameters whole, in another dtype
+        module.reshard()  # type: ignore[operator]
+    return _Copy().of(inner)
+
+
+class _Copy:
+    """Copies a tree of modules; what has several places in it keeps them."""
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._modules:
+            return self._modules[id(module)]
+        cls = _class_before(module)
+        copy: nn.Module = cls.__new__(cls)
+        self._modules[id(module)] = copy
+        state = {key: _without_fsdp(value) for key, value in vars(module).items()}
+        parameters = module._parameters.items()
+        children = module._modules.items()
+        state["_parameters"] = {n: p if p is None else self._whole(p) for n, p in parameters}
+        state["_modules"] = {n: m if m is None else self.of(m) for n, m in children}
+        state["_buffers"] = dict(module._buffers)
+        vars(copy).update(state)
+        return copy
+
+    def _whole(self, parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in self._parameters:
+            value: Tensor = parameter.detach()
+            gather = getattr(value, "full_tensor", None)  # a DTensor's
+            value = value if gather is None else gather()
+            whole = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            self._parameters[id(parameter)] = whole
+        return self._parameters[id(parameter)]
+
+
+def _class_before(module: nn.Module) -> type[nn.Module]:
+    """The module's class before ``fully_shard`` put one of its own in its place."""
+    cls = type(module)
+    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)] if is_sharded(module) else cls
+
+
+def _without_fsdp(value: Any) -> Any:
+    """A module's entry; of a dictionary of hooks those that are not FSDP's."""
+    if type(value) is not OrderedDict:
+        return value
+    return OrderedDict((k, v) for k, v in value.items() if not _is_fsdp(v))
+
+
+def _is_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+__all__ = ["plain"]
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns whole tensors in the place of shards; collective where there are any."""
+    return {name: t.full_tensor() if is_shard(t) else t for name, t in tensors.items()}
+
+
+def as_given(
+    result: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None,
+    model: nn.Module,
+    shards: bool | None = None,
+) -> dict[str, Tensor]:
+    """Returns results as whole tensors or as shards like the model's parameters.
+
+    Args:
+        result: whole tensors by parameter name, the same on all ranks.
+        given: the gradients that they were made from.
+        model: whose parameters say how shards lie.
+        shards: whether shards are wanted; None: where shards were given.
+    """
+    parameters = dict(unwrap(model).named_parameters()) if shards is not False else {}
+    found: dict[str, Tensor] = {}
+    for name, value in result.items():
+        like = parameters.get(name)
+        wanted = shards or is_shard((given or {}).get(name))
+        if wanted and is_shard(like):
+            found[name] = _cut(value, like)
+        else:
+            found[name] = value
+    return found
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards a model in place: the elements of each ``ModuleList``, then what remains.
+
+    Every part is put away after its forward pass, the outermost too: outside of passes the
+    parameters are shards, whatever was computed before.
+
+    Args:
+        model: the same on all ranks.
+        mesh: of the ranks, one-dimensional.
+    """
+    from torch.distributed.fsdp import fully_shard  # not in every torch that K-FAC runs on
+
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost lists that have parameters."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in child if next(block.parameters(), None) is not None)
+        else:
+            yield from _blocks(child)
+
+
+def at_rest(model: nn.Module) -> None:
+    """Puts away what a pass without an end, such as that of the factors, has left whole."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """Returns this rank's shard of a whole tensor, as ``model`` lies; nothing is sent."""
+    return _cut(value.to(model.device), model) if is_shard(model) else value
+
+
+def _cut(value: Tensor, like: DTensor) -> Tensor:
+    """Every rank has the whole tensor already: its shard is cut out, nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """Returns nested mappings and sequences with whole tensors on the CPU; collective.
+
+    Args:
+        state: the same structure on all ranks.
+        keep: whether this rank wants them; else None is in the place of every tensor.
+    """
+    if is_shard(state):
+        full = state.full_tensor().detach()
+        return full.cpu() if keep else None
+    if isinstance(state, Tensor):
+        return state if keep else None
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value, keep) for value in state)
+    return state
+
+
+def scattered(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns the state of an optimiser with shards in the place of whole tensors.
+
+    Args:
+        state: ``state_dict`` of the optimiser, with whole tensors.
+        parameters: of the optimiser, in the order of its groups.
+    """
+    entries = {
+        index: {
+            key: like(value, parameters[int(index)])
+            if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
+            else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Returns ``<left, right>`` over the names of both, in float64; collective where sharded."""
+    total, part, mesh = 0.0, 0.0, None
+    for name, one in left.items():
+        if name not in right:
+            continue
+        other = right[name]
+        if is_shard(one) and is_shard(other):
+            mesh = one.device_mesh
+            part += float((one.to_local().double() * other.to_local().double()).sum())
+        else:
+            total += float((one.double() * other.double()).sum())
+    if mesh is None:
+        return total
+    from torch.distributed.tensor import DTensor, Partial
+
+    device = torch.device(mesh.device_type)
+    sums = torch.tensor(part, dtype=torch.float64, device=device)
+    joined = DTensor.from_local(sums, mesh, [Partial()])
+    return total + float(joined.full_tensor())

@@ -1,0 +1,477 @@
+"""How each type of claim is answered: what is compared, by which test, and what would decide it.
+
+A finding is the answer for one comparison (a pair of groups in one stratum). Findings become one
+verdict in :mod:`fisher_lab.results.claims`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fisher_lab.results import stats
+from fisher_lab.results.axes import find_axes, resolve, select
+from fisher_lab.results.hypotheses import Claim
+from fisher_lab.results.table import UNFINISHED, Cell, make_cell
+from fisher_lab.results.values import Frame, label, levels, meaning, same
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of a claim.
+
+    Attributes:
+        about: what was compared, in words.
+        verdict: holds, does not hold or inconclusive, before the correction for many.
+        n: seeds (pairs, or runs) that it rests on.
+        says: the numbers in words.
+        p_holds: of the test that it holds; NaN where there was no test.
+        p_fails: of the test that it does not; NaN likewise.
+        needed: how many seeds would decide, None where that is not known.
+        seeds_at: the same, where the level is shared between so many comparisons.
+        values: the numbers themselves.
+        lost: runs that should be there and are not: what became of them, to how many.
+        exact: the pairs do not vary, and were compared as numbers without a test.
+    """
+
+    about: str
+    verdict: str
+    n: int
+    says: str
+    p_holds: float = math.nan
+    p_fails: float = math.nan
+    needed: int | None = None
+    values: Mapping[str, float] | None = None
+    lost: Mapping[str, int] | None = None
+    seeds_at: Callable[[int], int | None] | None = None
+    exact: bool = False
+
+    @property
+    def tested(self) -> bool:
+        """Whether a statistical test stands behind it."""
+        return not math.isnan(self.p_fails)
+
+
+TEST = {
+    "equivalent": "two one-sided paired t tests",
+    "stable": "two one-sided paired t tests for every pair of values",
+    "faster": "one-sided paired t test of log ratios",
+    "smaller": "one-sided paired t test of log ratios",
+    "matches": "every pair or run",
+    "bounded": "every run",
+    "fails": "share of runs, Clopper and Pearson",
+    "share": "share of runs, Clopper and Pearson",
+}
+"""Type -> what is done, in words."""
+
+
+def findings(claim: Claim, runs: Frame) -> list[Finding]:
+    """All comparisons of a claim.
+
+    Args:
+        claim: a checked one.
+        runs: those that it is about; not empty, with its metric.
+
+    Raises:
+        ResultsError: a setting that the runs do not have.
+    """
+    answer: dict[str, Callable[[Claim, _Stratum], list[Finding]]] = {
+        "equivalent": _equivalent,
+        "stable": _stable,
+        "faster": _faster,
+        "smaller": _faster,
+        "matches": _matches,
+        "bounded": _bounded,
+        "fails": _fails,
+        "share": _share,
+    }
+    found: list[Finding] = []
+    for stratum in _strata(claim, runs):
+        found += answer[claim.type](claim, stratum)
+    return found
+
+
+# ---- strata and cells ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stratum:
+    """Runs that differ only in what the claim compares, and in seeds."""
+
+    name: str
+    runs: Frame
+    over: list[str]
+    expected: int
+    compared: set[str]
+
+    def cell(self, where: Mapping[str, Any], metric: str) -> Cell:
+        runs = select(self.runs, where)
+        keys = _over_keys(runs, self.over)
+        last = {key: i for i, key in sorted(enumerate(keys), key=lambda ik: _age(runs, ik[0]))}
+        # Settings that the claim pools beside the seed make more runs than seeds.
+        return make_cell(runs.iloc[list(last.values())], metric, list(last), self.expected)
+
+    def about(self, words: str) -> str:
+        return ", ".join(part for part in (words, self.name) if part)
+
+
+def _age(runs: Frame, i: int) -> tuple[bool, str]:
+    row = runs.iloc[i]
+    return (row["status"] == "completed", row["finished"] or "")
+
+
+def _over_keys(runs: Frame, over: Sequence[str]) -> list[Any]:
+    return [tuple(meaning(v) for v in row) for row in runs[list(over)].itertuples(index=False)]
+
+
+def _strata(claim: Claim, runs: Frame) -> list[_Stratum]:
+    over = [resolve(runs, name) for name in claim.get("over", ["seed"])]
+    compared = {resolve(runs, name) for name in _compared(claim)}
+    axes = find_axes(runs)
+    # A setting that moves with a compared one, or that a compared one moves with, is no stratum.
+    tied = {f for axis in compared for f in axes.followers.get(axis, [])}
+    tied |= {axis for axis, followers in axes.followers.items() if compared & set(followers)}
+    pooled = compared | tied | set(over)
+    rest = [name for name in axes.values if name not in pooled]
+    by = [resolve(runs, name) for name in claim.get("by", rest)]
+    if claim.type == "share":
+        by = [resolve(runs, name) for name in claim.get("by", [])]
+        over = [*over, *(a for a in axes.values if a not in {*over, *by})]
+    strata = []
+    for values in itertools.product(*(levels(runs[name]) for name in by)):
+        chosen = select(runs, dict(zip(by, values, strict=True)))
+        if chosen.empty:
+            continue
+        name = ", ".join(f"{n}={label(v)}" for n, v in zip(by, values, strict=True))
+        expected = len(set(_over_keys(chosen, over)))
+        strata.append(_Stratum(name, chosen, over, expected, compared))
+    return strata
+
+
+def _compared(claim: Claim) -> list[str]:
+    """Settings that the claim compares."""
+    names = [name for key in ("groups", "a", "b", "cells") for name in claim.get(key, {})]
+    return [*names, *([claim.get("axis")] if claim.get("axis") else [])]
+
+
+def _words(where: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={label(value)}" for name, value in where.items())
+
+
+def _lost(*cells: Cell) -> dict[str, int]:
+    lost: dict[str, int] = {}
+    for cell in cells:
+        for what, count in (*cell.lost.items(), ("missing", cell.missing)):
+            if count:
+                lost[what] = lost.get(what, 0) + count
+    return lost
+
+
+def _pairs(a: Cell, b: Cell) -> tuple[np.ndarray, np.ndarray]:
+    both = a.values.index.intersection(b.values.index, sort=False)
+    return a.values[both].to_numpy(), b.values[both].to_numpy()
+
+
+def _nothing(about: str, lost: Mapping[str, int]) -> Finding:
+    return Finding(about, OPEN, 0, "nothing to compare", lost=lost)
+
+
+# ---- the types -----------------------------------------------------------------------------------
+
+
+def _equivalent(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    ((axis, values),) = claim.get("groups").items()
+    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
+    ratio = claim.get("ratio")
+    return [
+        _within(claim, stratum, axis, one, other, ratio)
+        for one, other in itertools.combinations(cells, 2)
+    ]
+
+
+def _stable(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    axis, at = claim.get("axis"), claim.get("at")
+    there = levels(stratum.runs[resolve(stratum.runs, axis)])
+    values = claim.get("values") or _range(claim, there)
+    found = [
+        Finding(stratum.about(f"{axis}={label(value)}"), OPEN, 0, "nothing was run there")
+        for value in _absent(claim, there)
+    ]
+    if len(values) < 2:
+        return found or [_nothing(stratum.about(f"{axis}: fewer than two values in the range"), {})]
+    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
+    for pair in itertools.combinations(cells, 2):
+        if at is None or any(same(at, value) for value, _ in pair):
+            finding = _within(claim, stratum, axis, *pair, claim.get("factor"))
+            found.append(_broken(finding, _evidence(claim, pair)))
+    return found
+
+
+def _evidence(claim: Claim, pair: Iterable[tuple[Any, Cell]]) -> int:
+    """Diverged runs that speak against stability.
+
+    Where ``not`` says that one value is unstable, what diverged at another does not show it.
+    """
+    at = claim.get("at") if claim.get("not", False) else None
+    return sum(cell.diverged for value, cell in pair if at is None or same(at, value))
+
+
+def _broken(finding: Finding, diverged: int) -> Finding:
+    """A run that diverged within the range has left it; what else was lost tells nothing."""
+    if not diverged:
+        return finding
+    says = f"{diverged} diverged within the range"
+    return Finding(finding.about, FAILS, finding.n, says, lost=finding.lost)
+
+
+SLACK = 1 + 1e-12
+
+
+def _range(claim: Claim, values: Sequence[Any]) -> list[Any]:
+    """The values of an axis that a claim is about: all, or the numbers between two ends."""
+    low, high = claim.get("from", -math.inf), claim.get("to", math.inf)
+    if (low, high) == (-math.inf, math.inf):
+        return list(values)
+    numbers = [v for v in values if isinstance(meaning(v), float)]
+    return [v for v in numbers if low / SLACK <= meaning(v) <= high * SLACK]
+
+
+def _absent(claim: Claim, values: Sequence[Any]) -> list[Any]:
+    """What a claim names of an axis and no run has: a range is not known to its ends then."""
+    named = [claim.get(key) for key in ("from", "to", "at")]
+    return [v for v in named if v is not None and not any(same(v, one) for one in values)]
+
+
+def _within(
+    claim: Claim,
+    stratum: _Stratum,
+    axis: str,
+    one: tuple[Any, Cell],
+    other: tuple[Any, Cell],
+    ratio: float | None,
+) -> Finding:
+    """Whether two cells are equal, to the claim's margin or to a ratio."""
+    (first, a), (second, b) = one, other
+    about = stratum.about(f"{axis}: {label(second)} against {label(first)}")
+    x, y = _pairs(b, a)
+    lost, margin = _lost(a, b), claim.get("margin")
+    if x.size == 0:
+        return _nothing(about, lost)
+    if margin is not None:
+        return _tested(about, x - y, margin, _size(x, y), claim.alpha, lost)
+    return _ratio_within(about, x, y, ratio or 1.0, claim.alpha, lost)
+
+
+def _ratio_within(
+    about: str, x: np.ndarray, y: np.ndarray, ratio: float, alpha: float, lost: Mapping[str, int]
+) -> Finding:
+    if np.array_equal(x, y) and x.size > 1:
+        values = {"difference": 0.0}
+        return Finding(about, HOLDS, x.size, "identical", values=values, lost=lost, exact=True)
+    if (x * y <= 0).any():
+        apart = x.size > 1 and (np.sign(x) != np.sign(y)).all()
+        words = "the sign changes: no factor holds" if apart else "zeros or signs: give a margin"
+        return Finding(about, FAILS if apart else OPEN, x.size, words, lost=lost)
+    d = np.log(np.abs(x)) - np.log(np.abs(y))
+    return _tested(about, d, math.log(ratio), 1.0, alpha, lost, as_ratio=True)
+
+
+def _size(x: np.ndarray, y: np.ndarray) -> float:
+    return float(max(np.abs(x).max(), np.abs(y).max()))
+
+
+def _tested(
+    about: str,
+    d: np.ndarray,
+    bound: float | tuple[float, float],
+    scale: float,
+    alpha: float,
+    lost: Mapping[str, int],
+    as_ratio: bool = False,
+) -> Finding:
+    """Two one-sided tests of differences, or of logarithms of ratios."""
+    low, high = bound if isinstance(bound, tuple) else (-bound, bound)
+    e = stats.equivalence(d, low, high, alpha, scale)
+    shape = math.exp if as_ratio else float
+    values = {"mean": shape(e.mean), "low": shape(e.low), "high": shape(e.high), "std": e.std}
+    name = "ratio" if as_ratio else "difference"
+    if e.n == 1:
+        # Nothing is known of the spread yet: two are the least that can be tested.
+        says = f"{name} {values['mean']:.4g}: one seed, no test"
+        return Finding(about, OPEN, 1, says, needed=2, values=values, lost=lost)
+    if e.exact:
+        verdict = HOLDS if e.p_inside < alpha else FAILS
+        worst = float(np.abs(d).max())
+        says = (
+            f"exact to {worst:.2g}" if verdict == HOLDS else f"{name} {values['mean']:.6g}, exact"
+        )
+        if as_ratio and verdict == HOLDS and worst > 1e-9:
+            says = f"ratio {values['mean']:.6g}, exact"
+        return Finding(about, verdict, e.n, says, values=values, lost=lost, exact=True)
+    verdict = HOLDS if e.p_inside < alpha else FAILS if e.p_outside < alpha else OPEN
+    ends = f"[{values['low']:.4g}, {values['high']:.4g}]"
+    says = f"{name} {values['mean']:.4g}, {_interval(alpha)} {ends}"
+
+    def seeds_at(many: int) -> int | None:
+        return stats.seeds_for(e, low, high, alpha, many)
+
+    return Finding(about, verdict, e.n, says, e.p_inside, e.p_outside, None, values, lost, seeds_at)
+
+
+def _interval(alpha: float) -> str:
+    """The interval that tests at this level on either side ask of: a table's is another one."""
+    return f"{100 * (1 - 2 * alpha):g}% interval"
+
+
+def _faster(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    a, b = claim.get("a"), claim.get("b")
+    about = stratum.about(f"{_words(b)} over {_words(a)}")
+    one, other = stratum.cell(a, claim.metric), stratum.cell(b, claim.metric)
+    x, y = _pairs(one, other)
+    lost = _lost(one, other)
+    if x.size == 0:
+        return [_nothing(about, lost)]
+    if min(x.min(), y.min()) <= 0:
+        return [Finding(about, OPEN, x.size, "not all numbers are above 0: no ratio", lost=lost)]
+    most = claim.get("at_most")
+    bounds = (math.log(claim.get("at_least", 1.0)), math.log(most) if most else math.inf)
+    return [_tested(about, np.log(y / x), bounds, 1.0, claim.alpha, lost, as_ratio=True)]
+
+
+def _matches(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    if claim.get("value") is not None:
+        cell = stratum.cell({}, claim.metric)
+        x, lost = cell.values.to_numpy(), _lost(cell)
+        y = np.full_like(x, claim.get("value"))
+        about = stratum.about(f"against {claim.get('value'):g}")
+    else:
+        a, b = (
+            stratum.cell(claim.get("a"), claim.metric),
+            stratum.cell(claim.get("b"), claim.metric),
+        )
+        x, y = _pairs(a, b)
+        lost = _lost(a, b)
+        about = stratum.about(f"{_words(claim.get('a'))} against {_words(claim.get('b'))}")
+    if x.size == 0:
+        return [_nothing(about, lost)]
+    relative = claim.get("relative", True)
+    error = float(_errors(x, y, relative).max())
+    verdict = HOLDS if error <= claim.get("tolerance") else FAILS
+    words = "relative" if relative else "absolute"
+    says = f"exact to {error:.2g} ({words})" if verdict == HOLDS else f"{words} error {error:.3g}"
+    return [Finding(about, verdict, x.size, says, values={"error": error}, lost=lost)]
+
+
+def _errors(x: np.ndarray, y: np.ndarray, relative: bool) -> np.ndarray:
+    error = np.abs(x - y)
+    if not relative:
+        return error
+    return np.divide(error, np.abs(y), out=np.where(error == 0, 0.0, np.inf), where=y != 0)
+
+
+def _bounded(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    cell = stratum.cell({}, claim.metric)
+    x, about = cell.values.to_numpy(), stratum.about(claim.metric)
+    if x.size == 0:
+        return [_nothing(about, _lost(cell))]
+    low, high = claim.get("at_least", -math.inf), claim.get("at_most", math.inf)
+    verdict = HOLDS if low <= x.min() and x.max() <= high else FAILS
+    says = f"from {x.min():.4g} to {x.max():.4g}"
+    values = {"least": float(x.min()), "most": float(x.max())}
+    return [Finding(about, verdict, x.size, says, values=values, lost=_lost(cell))]
+
+
+def _fails(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    wanted = {
+        name: value if isinstance(value, list | tuple) else [value]
+        for name, value in claim.get("cells").items()
+    }
+    found = []
+    for values in itertools.product(*wanted.values()):
+        where = dict(zip(wanted, values, strict=True))
+        runs = select(stratum.runs, where)
+        ended = runs[~runs["status"].isin([*UNFINISHED, "cancelled"])]
+        broken = sum(_is_broken(claim, row) for row in ended.to_dict("records"))
+        lost = {"missing": len(runs) - len(ended)} if len(runs) > len(ended) else {}
+        bounds = (claim.get("share", 0.5), 1.0)
+        found.append(
+            _shares(
+                stratum.about(_words(where)), broken, len(ended), bounds, claim.alpha, lost,
+                "failed or diverged",
+            )
+        )  # fmt: skip
+    return found
+
+
+def _is_broken(claim: Claim, row: Mapping[str, Any]) -> bool:
+    if row["status"] != "completed":
+        return True
+    names = str(row["not_finite"] or "").split()
+    if not claim.metric:
+        return bool(names)
+    value = row[claim.metric]
+    beyond = value > claim.get("above", math.inf) or value < claim.get("below", -math.inf)
+    return claim.metric in names or beyond
+
+
+def _share(claim: Claim, stratum: _Stratum) -> list[Finding]:
+    cell = stratum.cell({}, claim.metric)
+    count = int((cell.values > claim.get("above", 0.0)).sum())
+    least = claim.get("at_least", 0.0)
+    bounds = (least if least > 0 else -math.inf, claim.get("at_most", 1.0))
+    words = f"above {claim.get('above', 0.0):g}"
+    about = stratum.about(f"{claim.metric} {words}")
+    return [_shares(about, count, len(cell.values), bounds, claim.alpha, _lost(cell), words)]
+
+
+def _shares(
+    about: str,
+    count: int,
+    n: int,
+    bounds: tuple[float, float],
+    alpha: float,
+    lost: Mapping[str, int],
+    words: str,
+) -> Finding:
+    """Whether a share of runs lies between two bounds."""
+    if n == 0:
+        return _nothing(about, lost)
+    verdict, low, high = _share_verdict(count, n, bounds, alpha, alpha)
+    p_holds, p_fails = stats.share_tests(count, n, *bounds)
+    says = f"{count} of {n} {words}: {count / n:.0%}, {_interval(alpha)} [{low:.0%}, {high:.0%}]"
+    values = {"share": count / n, "low": low, "high": high}
+
+    def runs_at(many: int) -> int | None:
+        part, level = count / n, alpha / many
+        return _first_decided(
+            lambda m: _share_verdict(round(part * m), m, bounds, alpha, level)[0], n
+        )
+
+    return Finding(about, verdict, n, says, p_holds, p_fails, None, values, lost, runs_at)
+
+
+def _share_verdict(
+    count: int, n: int, bounds: tuple[float, float], alpha: float, fails_at: float
+) -> tuple[str, float, float]:
+    """The verdict on a share, and its interval; ``fails_at`` is the level of "does not hold"."""
+    low, high = stats.share_interval(count, n, alpha)
+    if (low > bounds[0] or bounds[0] < 0) and (high < bounds[1] or bounds[1] >= 1):
+        return HOLDS, low, high
+    if stats.share_tests(count, n, *bounds)[1] < fails_at:
+        return FAILS, low, high
+    return OPEN, low, high
+
+
+def _first_decided(verdict: Callable[[int], str], n: int) -> int | None:
+    """How many runs would decide, the share being what it is."""
+    for number in range(n + 1, stats.MAX_SEEDS + 1):
+        if verdict(number) != OPEN:
+            return number
+    return None

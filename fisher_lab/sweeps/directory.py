@@ -1,0 +1,109 @@
+"""Where everything of a sweep lies.
+
+Under ``results/<sweep>/``:
+
+``sweep.json``
+    What the sweep is: its file, axes, claims and cells.
+``events.jsonl``
+    What happened to which cell, append-only.
+``<run_id>/``
+    A cell's run directory; ``job.log`` in it is what its processes printed.
+``.sweep/claims/``
+    Who runs a cell now.
+``.sweep/submissions/``
+    The frozen cells of every launch, and the launch's own files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fisher_lab.runs import record
+from fisher_lab.runs.journal import Journal
+from fisher_lab.runs.lock import STALE_AFTER, Claim
+
+SWEEP_FILE = "sweep.json"
+EVENTS_FILE = "events.jsonl"
+JOB_LOG, RUN_LOG = "job.log", "fisher_lab.log"
+LAUNCH_FILE = "launch.json"
+"""Who launched what, in each submission."""
+LAUNCHER = "launcher"
+"""What a launcher claims, in the directory of each of its submissions, for as long as it lives."""
+SCHEMA = "fisher_lab.sweep/1"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The directory of a sweep."""
+
+    directory: Path
+
+    @property
+    def sweep_file(self) -> Path:
+        """What the sweep is."""
+        return self.directory / SWEEP_FILE
+
+    @property
+    def hidden(self) -> Path:
+        """What no reader of results needs."""
+        return self.directory / ".sweep"
+
+    @property
+    def claims(self) -> Path:
+        """The claims on cells and on the journal."""
+        return self.hidden / "claims"
+
+    @property
+    def submissions(self) -> Path:
+        """A directory for every launch."""
+        return self.hidden / "submissions"
+
+    @property
+    def journal(self) -> Journal:
+        """What happened."""
+        return Journal(self.directory / EVENTS_FILE, self.claims)
+
+    def run_directory(self, run_id: str) -> Path:
+        """Where a cell's record lies."""
+        return self.directory / run_id
+
+    def job_log(self, run_id: str) -> Path:
+        """What the processes of a cell printed, one attempt after the other."""
+        return self.run_directory(run_id) / JOB_LOG
+
+    def node_log(self, run_id: str, node: int) -> Path:
+        """The same for the processes of another node than the first."""
+        return self.run_directory(run_id) / "ranks" / f"node{node}.{JOB_LOG}"
+
+    def claim(self, run_id: str, stale_after: float = STALE_AFTER) -> Claim:
+        """The claim on a cell."""
+        return Claim(self.claims / run_id, stale_after)
+
+    def frozen(self) -> dict[str, Path]:
+        """Identity -> the cell as it was last submitted."""
+        files = sorted(self.submissions.glob("*/cells/*.json"))  # their names sort by time
+        return {file.stem: file for file in files}
+
+    def has_launcher(self) -> bool:
+        """Whether a launcher of the sweep lives."""
+        files = self.submissions.glob(f"*/{LAUNCHER}.claim.*")
+        return any(Claim(file.parent / LAUNCHER).alive() is not None for file in files)
+
+    def state(self, run_id: str, stale_after: float = STALE_AFTER) -> str:
+        """How a cell stands.
+
+        Returns:
+            ``missing``, ``interrupted`` (its process is gone without a word), or a status of
+            :mod:`fisher_lab.runs.record`.
+        """
+        status = record.status_of(self.run_directory(run_id))
+        if status == "completed":
+            return status
+        if self.claim(run_id, stale_after).alive() is not None:
+            return "running"
+        # It may have ended between the two looks.
+        status = record.status_of(self.run_directory(run_id))
+        if status is None:
+            return "missing"
+        return "interrupted" if status == "running" else status

@@ -1,0 +1,354 @@
+"""The plan of a multirun: which cells there are, how each stands, and what is to be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from fisher_lab.config import compose as cells_of
+from fisher_lab.config import sweep_files
+from fisher_lab.config.compose import load, parse
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import Config
+from fisher_lab.config.sweep_files import SweepFile
+from fisher_lab.runs import atomic
+from fisher_lab.runs.identity import LEFT_OUT, run_id
+from fisher_lab.sweeps.cell import Cell
+from fisher_lab.sweeps.directory import SCHEMA, Layout
+
+Identify = Callable[[Config], Mapping[str, Any]]
+"""A configuration's content hashes; raises ConfigError for what cannot be."""
+
+TO_RUN = ("missing", "preempted", "cancelled", "interrupted")
+"""States of a cell in which it is run (and ``failed``, where that is asked for)."""
+
+
+_OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
+"""Overrides that say what this launch does, and nothing of its cells."""
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A cell that cannot run, and why."""
+
+    overrides: tuple[str, ...]
+    axes: Mapping[str, str]
+    reason: str
+
+
+@dataclass
+class SweepPlan:
+    """One sweep of a multirun.
+
+    Attributes:
+        layout: where it lies.
+        name: of its directory.
+        cells: those that can run, in the order in which they are run; each identity once.
+        axes: swept key -> its values, as text.
+        overrides: what all cells have in common, as typed.
+        file: the sweep file, where there is one.
+        invalid: cells that cannot run.
+        repeated: how many cells were the same as an earlier one.
+    """
+
+    layout: Layout
+    name: str
+    cells: list[Cell]
+    axes: dict[str, list[str]]
+    overrides: list[str]
+    file: SweepFile | None = None
+    invalid: list[Invalid] = field(default_factory=list)
+    repeated: int = 0
+
+    def write(self) -> None:
+        """Write ``sweep.json``; cells of earlier launches that are no longer swept are kept."""
+        path = self.layout.sweep_file
+        current = {cell.run_id for cell in self.cells}
+        before = _read(path)
+        earlier = [
+            *(one for one in before.get("earlier", []) if one["run_id"] not in current),
+            *(one for one in before.get("cells", []) if one["run_id"] not in current),
+        ]
+        content = {
+            "schema": SCHEMA,
+            "name": self.name,
+            "title": self.file.title if self.file else "",
+            "file": str(self.file.path) if self.file else None,
+            "alone": self.file.alone if self.file else False,
+            "axes": self.axes,
+            "claims": self.file.claims if self.file else [],
+            "config": self.file.config if self.file else {},
+            "overrides": self.overrides,
+            "cells": [_entry(cell) for cell in self.cells],
+            "earlier": earlier,
+        }
+        if {**before, "updated": None} == {**content, "updated": None}:
+            return
+        content["updated"] = datetime.now(UTC).isoformat(timespec="seconds")
+        atomic.write_json(path, content)
+
+
+def _entry(cell: Cell) -> dict[str, Any]:
+    return {"run_id": cell.run_id, "axes": dict(cell.axes), "overrides": list(cell.overrides)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def make(
+    loader: ConfigLoader,
+    master: DictConfig,
+    arguments: Sequence[str],
+    identify: Identify,
+    *,
+    strict: bool = True,
+) -> list[SweepPlan]:
+    """Plan a multirun.
+
+    Args:
+        loader: Hydra's configuration loader.
+        master: the composed configuration that was started with.
+        arguments: the overrides of the command line.
+        identify: hashes text and model, and refuses what this machine cannot do.
+        strict: raise for the first cell that cannot run; else list such cells in the plan.
+
+    Returns:
+        One plan for each sweep that was asked for; for values on the command line alone, one.
+
+    Raises:
+        ConfigError: nothing to sweep over, or a cell that cannot run.
+    """
+    names, others = cells_of.requested(arguments)
+    known = _Known(identify)
+    if not names:
+        return [_one(loader, master, others, None, known, strict)]
+    name = str(master.hydra.job.config_name)
+    plans = []
+    files = sweep_files.expand(names)
+    if len(files) > 1 and (chosen := _named(master)) is not None:
+        raise ConfigError.value("sweep.name", chosen, "null for several sweeps at once")
+    for file in files:
+        overrides = [f"+{cells_of.GROUP}={file.name}", *others]
+        own = load(loader, overrides, name=name, multirun=True)
+        plans.append(_one(loader, own, overrides, file, known, strict))
+    return plans
+
+
+def _named(master: DictConfig) -> str | None:
+    return OmegaConf.select(master, "sweep.name")
+
+
+def _one(
+    loader: ConfigLoader,
+    master: DictConfig,
+    arguments: Sequence[str],
+    file: SweepFile | None,
+    known: _Known,
+    strict: bool,
+) -> SweepPlan:
+    params = OmegaConf.to_container(master.hydra.sweeper.params or OmegaConf.create({}))
+    assert isinstance(params, dict)
+    kept = [text for text in arguments if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
+    batch = cells_of.cells({str(key): value for key, value in params.items()}, kept)
+    swept = _swept([*(str(key) for key in params), *_swept_keys(arguments)], batch)
+    fixed = [text for text in kept if parse([text])[0].key_or_group not in swept]
+    layout, name = _place(master, file, fixed, list(swept))
+    plan = SweepPlan(layout, name, [], swept, fixed, file)
+    composer = cells_of.Composer(loader, master)
+    seen: set[str] = set()
+    for overrides in batch:
+        axes = {key: value for key, value in _pairs(overrides) if key in swept}
+        try:
+            config = composer(overrides)
+            content = known(config)
+        except ConfigError as error:
+            if strict:
+                raise
+            plan.invalid.append(Invalid(tuple(overrides), axes, str(error)))
+            continue
+        identity = run_id(dataclasses.asdict(config), content)
+        if identity in seen:
+            plan.repeated += 1
+            continue
+        seen.add(identity)
+        alone = file is not None and file.alone
+        plan.cells.append(Cell(layout, identity, tuple(overrides), axes, config, content, alone))
+    if file is not None and file.alone:
+        # Interleaved: whatever the machine does over the hours, it does to every setting alike.
+        plan.cells.sort(key=lambda cell: cell.config.seed)
+    return plan
+
+
+class _Known:
+    """Content hashes, taken once for all cells that point to the same text and model."""
+
+    def __init__(self, identify: Identify) -> None:
+        self._identify = identify
+        self._known: dict[str, Mapping[str, Any]] = {}
+
+    def __call__(self, config: Config) -> Mapping[str, Any]:
+        asked = (config.model, config.data, config.train)
+        key = json.dumps([config.device, *map(dataclasses.asdict, asked)], sort_keys=True)
+        if key not in self._known:
+            self._known[key] = self._identify(config)
+        return self._known[key]
+
+
+def _pairs(overrides: Iterable[str]) -> list[tuple[str, str]]:
+    found = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        found.append((key.lstrip("+~"), value))
+    return found
+
+
+def _swept_keys(arguments: Sequence[str]) -> list[str]:
+    return [one.key_or_group for one in parse(arguments) if one.is_sweep_override()]
+
+
+def _swept(keys: Iterable[str], batch: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Axis -> its values in their order, for the keys of a sweep file and those swept by hand."""
+    values: dict[str, dict[str, None]] = {key: {} for key in keys}
+    for overrides in batch:
+        for key, value in _pairs(overrides):
+            if key in values:
+                values[key][value] = None
+    return {key: list(found) for key, found in values.items()}
+
+
+def _place(
+    master: DictConfig, file: SweepFile | None, fixed: Sequence[str], swept: Sequence[str]
+) -> tuple[Layout, str]:
+    """The directory of a sweep, and its name."""
+    typed = [text.lstrip("+") for text in master.hydra.overrides.hydra]
+    if any(text.startswith("hydra.sweep.dir=") for text in typed):
+        directory = Path(str(master.hydra.sweep.dir)).absolute()
+        return Layout(directory), directory.name
+    name = _named(master) or (file.name if file else f"adhoc-{_digest(fixed, swept)}")
+    return Layout(Path(str(master.sweep.dir)).absolute() / name), name
+
+
+def _digest(fixed: Sequence[str], swept: Sequence[str]) -> str:
+    """Names an ad-hoc sweep: by what is fixed and by which keys are swept, not over which values.
+
+    So a grid that is typed again with more values finds the cells that are there.
+    """
+    kept = [text.lstrip("+") for text in fixed if not _is_neutral(text)]
+    text = json.dumps([sorted(kept), sorted(swept)])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _is_neutral(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+    return any(key == out or key.startswith(f"{out}.") for out in LEFT_OUT)
+
+
+def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, str]]:
+    """What is to be done.
+
+    Returns:
+        The cells that a launcher is given (those that another launcher runs now among them, to be
+        waited for), and the state of every cell by run directory: two sweeps of one multirun may
+        hold cells of the same identity.
+    """
+    wanted, states = [], {}
+    for cell in cells:
+        state = cell.layout.state(cell.run_id, cell.config.resume.stale_after_s)
+        states[cell.directory] = state
+        retry = state == "failed" and cell.config.resume.retry_failed
+        if state in TO_RUN or state == "running" or retry:
+            wanted.append(cell)
+    return wanted, states
+
+
+OK, BAD_INPUT = 0, 2
+WIDTH = 100
+_WORDS = {"missing": "to run", "interrupted": "to run (interrupted)"}
+
+
+def show(plans: Sequence[SweepPlan]) -> int:
+    """Print every cell with its state; returns 2 where a cell cannot run, else 0."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=WIDTH)
+    memory = _Memory()
+    counted: Counter[str] = Counter()
+    for one in plans:
+        console.print(_table(one, memory, counted))
+        if one.repeated:
+            console.print(f"{one.repeated} cells are the same as another one and run once")
+    counts = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
+    console.print(f"{sum(counted.values())} cells: {counts}")
+    for one in plans:
+        for cell in one.invalid:
+            print(f"fisher_lab: {cell.reason}", file=sys.stderr)
+    return BAD_INPUT if any(one.invalid for one in plans) else OK
+
+
+def _table(one: SweepPlan, memory: _Memory, counted: Counter[str]) -> Table:
+    table = Table(title=f"{one.name}: {one.layout.directory}", title_justify="left", box=None)
+    for axis in one.axes:
+        table.add_column(axis, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    table.add_column("factors, MiB", justify="right", no_wrap=True)
+    wanted, states = to_run(one.cells)
+    for cell in one.cells:
+        state = states[cell.directory]
+        state = f"{state}, to run" if _again(cell, state, wanted) else _WORDS.get(state, state)
+        counted[state] += 1
+        table.add_row(*(cell.axes.get(axis, "") for axis in one.axes), state, memory(cell.config))
+    for bad in one.invalid:
+        counted["invalid"] += 1
+        table.add_row(*(bad.axes.get(axis, "") for axis in one.axes), "invalid", "")
+    return table
+
+
+def _again(cell: Cell, state: str, wanted: Sequence[Cell]) -> bool:
+    return state in ("failed", "preempted", "cancelled") and cell in wanted
+
+
+class _Memory:
+    """The plan's estimate of the factors' memory; once for cells that differ in nothing else."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def __call__(self, config: Config) -> str:
+        if config.task.name == "train":
+            return ""
+        plain = dataclasses.asdict(config)
+        for key in ("seed", "sweep", "resume", "tracker"):
+            plain.pop(key, None)
+        for key in ("damping", "damping_A", "damping_G", "max_condition_number", "update_freq"):
+            plain["kfac"].pop(key, None)
+        key = json.dumps(plain, sort_keys=True)
+        if key not in self._known:
+            self._known[key] = _estimate(config)
+        return self._known[key]
+
+
+def _estimate(config: Config) -> str:
+    from fisher_lab.tasks import plan as task  # torch, for this table alone
+
+    try:
+        return f"{task.estimate(config)['plan/bytes'] / 2**20:.1f}"
+    except (RuntimeError, ValueError, OSError) as error:
+        return f"? ({type(error).__name__})"

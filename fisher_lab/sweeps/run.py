@@ -1,0 +1,301 @@
+"""The course of one multirun: plan, look at what is there, freeze, launch, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig, OmegaConf
+
+from fisher_lab.config import launchers
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.launchers import LocalSettings, Settings, SlurmSettings
+from fisher_lab.config.schema import SweepConfig
+from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs.lock import Claim
+from fisher_lab.runs.signals import Interrupted
+from fisher_lab.sweeps import plan, worker
+from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.directory import LAUNCH_FILE, LAUNCHER
+from fisher_lab.sweeps.plan import Identify, SweepPlan
+from fisher_lab.sweeps.tally import Tally, report, say
+from fisher_lab.sweeps.worker_process import importable
+
+LAUNCHER_LOG = "launcher.log"
+BACKGROUND = ("-m", "fisher_lab.sweeps.background")
+"""What Python is given to run the launcher of a detached sweep."""
+
+
+def run(
+    loader: ConfigLoader,
+    master: DictConfig,
+    arguments: Sequence[str],
+    kind: str,
+    given: Mapping[str, Any],
+    identify: Identify,
+) -> int:
+    """Run a multirun from its command line to its exit code.
+
+    Args:
+        loader: Hydra's configuration loader.
+        master: the composed configuration that was started with.
+        arguments: the overrides of the command line.
+        kind: of the launcher, a key of `launcher_schema.KINDS`.
+        given: the launcher's settings.
+        identify: hashes text and model, and refuses what this machine cannot do.
+
+    Raises:
+        ConfigError: a cell that cannot run, or settings that are not allowed; nothing is written.
+        Interrupted: a signal ended it.
+    """
+    settings = launchers.check(kind, given)
+    options = SweepConfig(**_section(master, "sweep"))
+    plans = plan.make(loader, master, arguments, identify, strict=not options.dry_run)
+    if options.dry_run:
+        return plan.show(plans)
+    _check(plans, kind, settings)
+    if options.detach and isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        _check_detached(options)
+    cells = [cell for one in plans for cell in one.cells]
+    for one in plans:
+        one.layout.directory.mkdir(parents=True, exist_ok=True)
+        one.write()
+    todo, states = plan.to_run(cells)
+    _look_at_what_is_done(plans, states)
+    say(f"{len(cells)} cells: {_summary(states)}")
+    for one in plans:
+        say(f"{one.name}: {one.layout.directory}")
+    failed = [cell for cell in cells if states[cell.directory] == "failed" and cell not in todo]
+    if not todo:
+        finish(cells)  # its launcher may have been killed before, and claims may have changed
+        return report(cells, _tally_of(failed))
+    frozen = _submit(todo, master, kind, settings)
+    tally = _tally_of(failed, len(todo), options.max_failures)
+    if options.detach:
+        return _detach(todo, frozen, kind, settings)
+    try:
+        launch(todo, frozen, tally, settings)
+    except Interrupted:
+        say("interrupted; run the same command again to go on", error=True)
+        raise
+    finish(cells)  # sweeps too whose last cell ended under an earlier launcher that was killed
+    return report(cells, tally)
+
+
+def finish(cells: Sequence[Cell]) -> None:
+    """Tables, verdicts and figures of the sweeps of which cells have ended now."""
+    from fisher_lab.results import finishing
+    from fisher_lab.tasks import aggregate
+
+    for directory, tracker in {c.layout.directory: c.config.tracker for c in cells}.items():
+        finishing.at_end(directory)
+        aggregate.at_end(directory, tracker)
+
+
+def launch(
+    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
+) -> None:
+    """Run frozen cells with a launcher, until they have ended."""
+    with contextlib.ExitStack() as stack:
+        for submission in dict.fromkeys(one.submission for one in frozen):
+            alive = Claim(submission / LAUNCHER)  # for `fisher-lab status --watch`
+            if alive.acquire():
+                stack.enter_context(alive)
+        _launch(cells, frozen, tally, settings)
+
+
+def _launch(
+    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
+) -> None:
+    if isinstance(settings, SlurmSettings) and settings.cluster == "local":
+        from fisher_lab.sweeps import debug_cluster
+
+        debug_cluster.run(cells, frozen, tally, settings)
+    elif isinstance(settings, SlurmSettings):
+        from fisher_lab.sweeps import slurm
+
+        slurm.run(cells, frozen, tally, settings)
+    elif isinstance(settings, LocalSettings):
+        from fisher_lab.sweeps import local
+
+        local.run(cells, frozen, tally, settings)
+    else:
+        from fisher_lab.sweeps import serial
+
+        serial.run(cells, frozen, tally)
+
+
+def _check(plans: Sequence[SweepPlan], kind: str, settings: Settings) -> None:
+    for cell in (cell for one in plans for cell in one.cells):
+        _check_nodes(cell.config.distributed.nodes, kind, settings)
+    if kind != "serial":
+        return
+    for one in plans:
+        for cell in one.cells:
+            if cell.config.sweep.timeout_s is not None:
+                raise ConfigError.value(
+                    "sweep.timeout_s",
+                    cell.config.sweep.timeout_s,
+                    "null with hydra/launcher=serial, which cannot end a cell; take "
+                    "hydra/launcher=local",
+                )
+
+
+def _check_nodes(nodes: int, kind: str, settings: Settings) -> None:
+    """A job has the nodes that its cell is to run on; on this machine there is one."""
+    if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        if nodes != settings.nodes:
+            raise ConfigError.value(
+                "distributed.nodes", nodes, f"hydra.launcher.nodes={settings.nodes}, the job's"
+            )
+    elif nodes > 1:
+        raise ConfigError.value(
+            "distributed.nodes", nodes, f"1 with hydra/launcher={kind}; SLURM gives several"
+        )
+
+
+def _check_detached(options: SweepConfig) -> None:
+    """What takes somebody who watches the jobs is refused where nobody does."""
+    for key, value, allowed in (
+        ("sweep.max_failures", options.max_failures, "null"),
+        ("sweep.fail_fast", options.fail_fast, "false"),
+    ):
+        if value:
+            raise ConfigError.value(
+                key,
+                value,
+                f"{allowed} with sweep.detach=true on SLURM, where no launcher stays to count "
+                "failures; leave out sweep.detach, for instance under tmux or nohup",
+            )
+
+
+def _section(master: DictConfig, name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(master[name], resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _summary(states: Mapping[Path, str]) -> str:
+    counted = sorted(states.values())
+    return ", ".join(f"{len(list(group))} {state}" for state, group in groupby(counted))
+
+
+def _tally_of(failed: Sequence[Cell], total: int = 0, limit: int | None = None) -> Tally:
+    """A tally that knows of the failures of before that are not tried again."""
+    tally = Tally(len(failed), quiet=True)
+    for cell in failed:
+        tally.end(cell, "failed", None, None)
+    tally.total, tally.quiet, tally.max_failures = total + len(failed), False, limit
+    return tally
+
+
+def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[Path, str]) -> None:
+    """Complete the journal where a worker was killed before it could; compare the versions."""
+    now, others = None, set()
+    for one in plans:
+        done = [cell for cell in one.cells if states[cell.directory] == "completed"]
+        if not done:
+            continue
+        noted = {
+            entry.get("run_id")
+            for entry in one.layout.journal.read()
+            if entry.get("event") == "completed"
+        }
+        now = now or provenance.git()
+        for cell in done:
+            if cell.run_id not in noted:
+                _note(cell)
+            found = record.read(one.layout.run_directory(cell.run_id))
+            commit = (found.get("provenance", {}).get("git") or {}).get("commit")
+            if commit != now["commit"]:
+                others.add(str(commit)[:12])
+    if others and now is not None:
+        say(
+            f"fisher_lab: completed cells are of another version of the code "
+            f"({', '.join(sorted(others))}; now {str(now['commit'])[:12]}); they are kept",
+            error=True,
+        )
+
+
+def _note(cell: Cell) -> None:
+    claim = cell.layout.claim(cell.run_id)
+    if claim.acquire():
+        with claim:
+            worker.note_completed(cell.layout.journal, cell.run_id)
+
+
+def _submit(
+    cells: Sequence[Cell], master: DictConfig, kind: str, settings: Settings
+) -> list[Frozen]:
+    """Freeze cells, each in its own sweep, and write down who launched what."""
+    logging = _logging(master)
+    frozen: dict[Path, Frozen] = {}
+    for layout in dict.fromkeys(cell.layout for cell in cells):
+        submission = new_submission(layout)
+        own = [cell for cell in cells if cell.layout == layout]
+        for cell, file in zip(own, freeze(submission, own, logging), strict=True):
+            frozen[cell.layout.run_directory(cell.run_id)] = file
+        atomic.write_json(
+            submission / LAUNCH_FILE,
+            {
+                "kind": kind,
+                "settings": asdict(settings),
+                "host": os.uname().nodename,
+                "pid": os.getpid(),
+                "cells": [cell.run_id for cell in own],
+            },
+        )
+        layout.journal.append("launched", launcher=kind, cells=len(own), submission=submission.name)
+    return [frozen[cell.layout.run_directory(cell.run_id)] for cell in cells]
+
+
+def _logging(master: DictConfig) -> dict[str, Any]:
+    """The logging of a job, with a name in the place of the run directory."""
+    copied = master.copy()
+    OmegaConf.update(copied, "hydra.runtime.output_dir", RUN_DIRECTORY, force_add=True)
+    found = OmegaConf.to_container(copied.hydra.job_logging, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings: Settings) -> int:
+    """Hand the cells to the scheduler, or to a process of their own, and return."""
+    names = ", ".join(sorted({str(cell.layout.directory) for cell in cells}))
+    if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
+        from fisher_lab.sweeps import slurm
+
+        slurm.submit(cells, frozen, settings)
+    else:
+        listing = _listing(frozen, kind, settings)
+        log = listing.with_name(LAUNCHER_LOG)
+        with open(log, "ab") as stream, importable():
+            subprocess.Popen(
+                [sys.executable, *BACKGROUND, str(listing)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        say(f"the launcher goes on in the background; its log is {log}")
+    say(f"detached: fisher-lab status {names}")
+    return 0
+
+
+def _listing(frozen: Sequence[Frozen], kind: str, settings: Settings) -> Path:
+    """Write down what the background process is to do."""
+    path = frozen[0].submission / "background.json"
+    content = {
+        "kind": kind,
+        "settings": asdict(settings),
+        "cells": [os.path.relpath(one.path, path.parent) for one in frozen],
+    }
+    atomic.write_json(path, content)
+    return path

@@ -1,0 +1,257 @@
+"""How a sweep stands, from its files and the queue; neither torch nor its launcher is needed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.runs import record
+from fisher_lab.sweeps.cell import Frozen
+from fisher_lab.sweeps.directory import JOB_LOG, LAUNCH_FILE, RUN_LOG, SWEEP_FILE, Layout
+from fisher_lab.sweeps.slurm import is_active
+from fisher_lab.sweeps.worker_process import brief, tail
+
+QUEUED, LOST = "queued", "lost"
+ENDED = ("completed", "failed")
+WAITING = ("missing", QUEUED, "preempted", "interrupted")
+LOGS = (RUN_LOG, JOB_LOG)
+LOOK_AGAIN_S = 2.0
+"""Seconds after which a job that has left no result is looked for once more before its cell has
+failed: records travel slowly over network file systems."""
+STARTING_S = 30.0
+"""Seconds that the launcher of a detached sweep may take until it shows that it lives."""
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """One cell, as far as its files tell.
+
+    Attributes:
+        run_id: its identity, the name of its directory.
+        label: its axes as on the command line.
+        state: of `layout.Layout.state`, or ``queued``, or ``lost`` with the job that had it.
+        seconds: that it took, or has taken so far; None where it has not begun.
+        metrics: what it has measured.
+        log: path of its log; None where there is none yet.
+        last_line: of the log.
+        reason: why it failed or ended early.
+        job: its number in the queue.
+        lost: the number of a job that has ended and left no result, and how the queue says that it
+            ended.
+    """
+
+    run_id: str
+    label: str
+    state: str
+    seconds: float | None
+    metrics: Mapping[str, Any]
+    log: str | None
+    last_line: str
+    reason: str | None
+    job: str | None
+    lost: tuple[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """What the queue and the journal say of a sweep's jobs.
+
+    Attributes:
+        last: identity -> job and its state, None where SLURM does not answer.
+        past: jobs whose end says nothing of their cells.
+    """
+
+    last: Mapping[str, tuple[str, str | None]]
+    past: frozenset[str]
+
+
+def find(name: str) -> Layout:
+    """The sweep of a directory, or of a name under ``results/``.
+
+    Raises:
+        ConfigError: there is no sweep there.
+    """
+    for directory in (Path(name), Path("results") / name):
+        if (directory / SWEEP_FILE).is_file():
+            return Layout(directory.resolve())
+    raise ConfigError(
+        f"{name} is no sweep: give the directory of one (with a {SWEEP_FILE}) or its name under "
+        "results/"
+    )
+
+
+def look(layout: Layout) -> list[CellStatus]:
+    """Every cell of the sweep's last launch.
+
+    Raises:
+        ConfigError: ``sweep.json`` cannot be read.
+    """
+    try:
+        cells = json.loads(layout.sweep_file.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{layout.sweep_file} cannot be read: {error}") from None
+    jobs, frozen = _jobs(layout), layout.frozen()
+    return [_cell(layout, one, jobs, frozen.get(str(one["run_id"]))) for one in cells]
+
+
+def settle(layout: Layout, before: Sequence[CellStatus]) -> list[CellStatus]:
+    """Look again, and end the records of cells that were lost and still are.
+
+    Where nobody waits for the jobs (``sweep.detach=true``) there is nobody else to do it.
+
+    Args:
+        layout: of the sweep.
+        before: what :func:`look` has found some time ago.
+    """
+    from fisher_lab.sweeps import slurm
+
+    lost = {cell.run_id: cell.lost for cell in before if cell.lost is not None}
+    cells = look(layout)
+    if layout.has_launcher():
+        return cells  # it is the launcher's business
+    still = {
+        cell.run_id: cell.lost
+        for cell in cells
+        if cell.lost is not None and cell.lost == lost.get(cell.run_id)
+    }
+    if not still:
+        return cells
+    frozen = layout.frozen()
+    for run_id, job in still.items():
+        slurm.end_cell(Frozen.load(frozen[run_id]), *job)
+    return look(layout)
+
+
+def is_over(layout: Layout, cells: Sequence[CellStatus]) -> bool:
+    """Whether all is said: no cell runs, is queued or has yet to be settled, no launcher lives."""
+    if all(cell.state in ENDED for cell in cells):
+        return True
+    if any(cell.state in ("running", QUEUED, LOST) for cell in cells):
+        return False
+    return not is_launched(layout)
+
+
+def is_launched(layout: Layout) -> bool:
+    """Whether a launcher of the sweep lives, or has only just been started."""
+    files = layout.submissions.glob(f"*/{LAUNCH_FILE}")
+    return layout.has_launcher() or any(
+        time.time() - file.stat().st_mtime < STARTING_S for file in files
+    )
+
+
+def _jobs(layout: Layout) -> _Jobs:
+    if not any(entry["event"] == "submitted" for entry in layout.journal.read()):
+        return _Jobs({}, frozenset())
+    from fisher_lab.sweeps import slurm
+
+    return _Jobs(slurm.last_jobs(layout), frozenset(_past(layout)))
+
+
+def _past(layout: Layout) -> set[str]:
+    """Jobs whose end says nothing of their cells: something came after them."""
+    submitted: set[str] = set()
+    past: set[str] = set()
+    for entry in layout.journal.read():
+        if entry["event"] == "submitted":
+            submitted.update(entry["jobs"].values())
+        elif entry["event"] == "cancel" or (
+            entry["event"] == "launched" and entry["launcher"] != "slurm"
+        ):
+            past.update(submitted)
+    return past
+
+
+def _cell(
+    layout: Layout,
+    entry: Mapping[str, Any],
+    jobs: _Jobs,
+    file: Path | None,
+) -> CellStatus:
+    run_id = str(entry["run_id"])
+    directory = layout.run_directory(run_id)
+    frozen = Frozen.load(file) if file is not None else None
+    state = layout.state(run_id, frozen.stale_after_s) if frozen else layout.state(run_id)
+    job, job_state = jobs.last.get(run_id, (None, None))
+    lost = why = None
+    if job is not None and is_active(job_state) and state not in ("running", *ENDED):
+        state = QUEUED
+    elif frozen is not None and frozen.cancelled and state == "missing":
+        state = "cancelled"
+    elif frozen is not None and state in ("missing", "interrupted", "preempted"):
+        current = frozen.cancelled or job not in jobs.past
+        if job is not None and job_state is not None and current:
+            state, lost = LOST, (job, job_state)
+            why = f"the job {job} ended as {job_state} and left no result"
+    found = _record(directory)
+    log = next((directory / name for name in LOGS if (directory / name).is_file()), None)
+    reason = why or (brief(directory) if state == "failed" else found.get("reason"))
+    return CellStatus(
+        run_id=run_id,
+        label=" ".join(f"{key}={value}" for key, value in entry["axes"].items()) or run_id,
+        state=state,
+        seconds=_seconds(found, state),
+        metrics=_metrics(directory),
+        log=str(log) if log else None,
+        last_line=(tail(log).splitlines() or [""])[-1] if log else "",
+        reason=reason,
+        job=job if is_active(job_state) else None,
+        lost=lost,
+    )
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    try:
+        return record.read(directory)
+    except (OSError, ValueError):
+        return {}
+
+
+def _metrics(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / record.METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _seconds(found: Mapping[str, Any], state: str) -> float | None:
+    try:
+        began = datetime.fromisoformat(found["started"])
+        ended = found.get("finished")
+        if ended is None and state != "running":
+            return None
+        until = datetime.fromisoformat(ended) if ended else datetime.now(UTC)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (until - began).total_seconds()
+
+
+def counts(cells: Sequence[CellStatus]) -> Counter[str]:
+    """How many cells are in which state."""
+    return Counter(cell.state for cell in cells)
+
+
+def eta_s(cells: Sequence[CellStatus]) -> float | None:
+    """Seconds until the last cell, at the pace of those that are done; None where nobody can say.
+
+    As many as run now are taken to run from here on.
+    """
+    done = [cell.seconds for cell in cells if cell.state == "completed" and cell.seconds]
+    running = [cell for cell in cells if cell.state == "running"]
+    waiting = sum(cell.state in WAITING for cell in cells)
+    if not done or not running:
+        return None
+    each = sum(done) / len(done)
+    left = sum(max(0.0, each - (cell.seconds or 0.0)) for cell in running) + each * waiting
+    return left / len(running)

@@ -1,0 +1,149 @@
+"""The checkpoint that a built model's recipe gives: trained once, then taken from the cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fisher_lab.config.workload import ModelConfig, OptimizerConfig
+from fisher_lab.runs import atomic, lock
+from fisher_lab.runs.signals import Watch
+from fisher_lab.workload import cache, models, training_loop
+from fisher_lab.workload.snapshot import SnapshotError
+
+if TYPE_CHECKING:
+    from fisher_lab.workload.inputs import Materials, ProgressLike
+
+log = logging.getLogger(__name__)
+
+RECORD_FILE = "record.json"
+WEIGHTS_FILE = "model.safetensors"
+EVAL_EVERY = 100
+
+
+class CheckpointError(RuntimeError):
+    """A cached checkpoint is not what its record says."""
+
+
+def cached(
+    materials: Materials, progress: ProgressLike | None = None, signals: Watch | None = None
+) -> Path:
+    """Train the checkpoint unless the cache has it.
+
+    It is trained on the CPU in float32 wherever it is used later, so that a machine's device does
+    not decide what the checkpoint is. A training that is killed goes on where it was, here or in
+    another process that wants the same checkpoint.
+
+    Returns:
+        A directory with ``config.json``, ``model.safetensors``, the tokenizer, ``curve.csv`` and
+        ``record.json``.
+    """
+    model = materials.cfg.model
+    root = cache.directory(materials.cfg.cache_dir)
+    target = root / "checkpoints" / f"{model.type}-{materials.checkpoint_key}"
+
+    def build(path: Path) -> None:
+        partial = path.parent / f"{path.name}.partial"
+        try:
+            _train(materials, path, partial, progress, signals)
+        except SnapshotError as error:
+            log.warning("%s; the training of the checkpoint begins again", error)
+            shutil.rmtree(partial)
+            _train(materials, path, partial, progress, signals)
+        shutil.rmtree(partial)
+
+    def tell(owner: lock.Owner) -> None:
+        log.warning(
+            "waiting for %s, which process %d on %s is training", target, owner.pid, owner.host
+        )
+
+    lock.once(target, build, on_wait=tell)
+    return target
+
+
+def job(model: ModelConfig, origin: str | None) -> training_loop.Job:
+    """The training that makes a model's checkpoint."""
+    recipe = model.recipe
+    return training_loop.Job(
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        seq_len=recipe.seq_len,
+        lr=recipe.lr,
+        seed=model.train_seed,
+        optimizer=OptimizerConfig(),
+        eval_every=EVAL_EVERY,
+        origin={"checkpoint": origin},
+    )
+
+
+def verified_record(directory: Path) -> dict[str, Any]:
+    """The record of a checkpoint whose weights are those that were saved.
+
+    Raises:
+        CheckpointError: They are not; somebody or something changed the cache.
+    """
+    record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
+    found = cache.sha256_of(directory / WEIGHTS_FILE)
+    if record["checkpoint_sha256"] != found:
+        raise CheckpointError(
+            f"{directory / WEIGHTS_FILE} has changed since it was saved; remove {directory}, "
+            "and the next run trains it again"
+        )
+    return record
+
+
+def _train(
+    materials: Materials,
+    path: Path,
+    partial: Path,
+    progress: ProgressLike | None,
+    signals: Watch | None,
+) -> None:
+    config = materials.cfg.model
+    todo = job(config, materials.checkpoint_key)
+    label = f"training {config.type} once"
+    log.info("%s: %d steps, into %s", label, todo.steps, path)
+    model = materials.untrained(config.train_seed)
+    # The training seeds the process's random numbers; what comes after must not see whether
+    # the checkpoint was trained here or found.
+    with torch.random.fork_rng(devices=[]):
+        result = training_loop.train(
+            model,
+            materials.task,
+            todo,
+            partial,
+            label=label,
+            track=progress.track if progress is not None else training_loop.no_track,
+            signals=signals,
+        )
+    with atomic.directory(path, keep_existing=True) as temporary:
+        models.save(model, temporary)
+        materials.tokenizer.save_pretrained(str(temporary))
+        result.curve.write(temporary / training_loop.CURVE_FILE)
+        record = {
+            "checkpoint": materials.checkpoint_key,
+            "checkpoint_sha256": cache.sha256_of(temporary / WEIGHTS_FILE),
+            "train_seed": config.train_seed,
+            "steps": todo.steps,
+            "threads": torch.get_num_threads(),
+            "seconds": result.seconds,
+            "heldout_loss": result.heldout_loss,
+            "baseline_loss": result.baseline_loss,
+            "baseline": materials.task.baseline,
+        }
+        atomic.write_json(temporary / RECORD_FILE, record)
+    log.info(
+        "%s: held-out loss %.3f, %s %.3f, %.0f s",
+        label,
+        result.heldout_loss,
+        materials.task.baseline,
+        result.baseline_loss,
+        result.seconds,
+    )
+    if result.heldout_loss >= result.baseline_loss:
+        log.warning("%s: the recipe does not beat the %s", label, materials.task.baseline)

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.workload import OptimizerConfig
+from fisher_lab.runs.signals import Interrupted, Watch
+from fisher_lab.workload import models, optimizers, snapshot, training_loop
+from fisher_lab.workload.gradient import Passes
+from fisher_lab.workload.snapshot import SnapshotError
+
+STEPS = 9
+
+
+def job(**changes):
+    fields = {
+        "steps": STEPS,
+        "batch_size": 2,
+        "seq_len": 32,
+        "lr": 1e-2,
+        "seed": 5,
+        "optimizer": OptimizerConfig(),
+        "eval_every": 4,
+    }
+    return training_loop.Job(**{**fields, **changes})
+
+
+def fresh(materials, kind="gpt2", dropout=0.3):
+    """A new model; with dropout, so that the random numbers matter."""
+    made = materials(kind)
+    config = made.cfg.model
+    sizes = {name: getattr(config, name) for name in ("type", "layers", "width", "heads", "recipe")}
+    model = type(config)(**sizes, dropout=dropout)
+    return models.build(model, made.tokenizer, classes=made.task.classes, seed=1), made.task
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_seconds(curve):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in curve.rows]
+
+
+class Killed(BaseException):
+    """Stands for a death between two steps: nothing is saved on the way out."""
+
+
+def die_at(step):
+    def after_step(done):
+        if done == step:
+            raise Killed
+
+    return after_step
+
+
+@pytest.fixture(scope="module")
+def undisturbed(materials, tmp_path_factory):
+    model, task = fresh(materials)
+    result = training_loop.train(model, task, job(), tmp_path_factory.mktemp("undisturbed"))
+    return weights(model), result
+
+
+@pytest.mark.parametrize("save_every_s", [0.0, 1e9])
+def test_an_interrupted_training_ends_bit_identical(materials, undisturbed, tmp_path, save_every_s):
+    """With a save at every step, and with none but the one at the start of it all."""
+    for deaths in (3, 7):
+        model, task = fresh(materials)
+        with pytest.raises(Killed):
+            training_loop.train(
+                model,
+                task,
+                job(),
+                tmp_path,
+                save_every_s=save_every_s,
+                after_step=die_at(deaths),
+            )
+    model, task = fresh(materials)
+    random.seed(99)
+    torch.manual_seed(99)
+    result = training_loop.train(model, task, job(), tmp_path)
+    assert result.resumed_at == (7 if save_every_s == 0 else 0)
+    assert_same(weights(model), undisturbed[0])
+    assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)
+    assert result.heldout_loss == undisturbed[1].heldout_loss
+
+
+def test_a_finished_training_is_not_repeated(materials, undisturbed, tmp_path):
+    model, task = fresh(materials)
+    training_loop.train(model, task, job(), tmp_path)
+    again, _ = fresh(materials)
+    calls = []
+    result = training_loop.train(again, task, job(), tmp_path, after_step=calls.append)
+    assert calls == []
+    assert result.resumed_at == STEPS
+    assert_same(weights(again), undisturbed[0])
+    assert result.heldout_loss == undisturbed[1].heldout_loss
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5", "mlp"])
+def test_every_model_trains_and_resumes(materials, tmp_path, kind):
+    whole, task = fresh(materials, kind)
+    before = weights(whole)
+    result = training_loop.train(whole, task, job(steps=4), tmp_path / "whole")
+    assert result.heldout_loss > 0
+    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(whole).items())
+    part, _ = fresh(materials, kind)
+    with pytest.raises(Killed):
+        training_loop.train(
+            part, task, job(steps=4), tmp_path / "part", save_every_s=0, after_step=die_at(2)
+        )
+    resumed, _ = fresh(materials, kind)
+    training_loop.train(resumed, task, job(steps=4), tmp_path / "part")
+    assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_at_the_next_step_and_ends(materials, undisturbed, tmp_path, signum):
+    model, task = fresh(materials)
+
+    def send(done):
+        if done == 4:
+            os.kill(os.getpid(), signum)
+
+    with Watch() as signals, pytest.raises(Interrupted) as stop:
+        training_loop.train(
+            model,
+            task,
+            job(),
+            tmp_path,
+            save_every_s=1e9,
+            signals=signals,
+            after_step=send,
+        )
+    assert stop.value.status == ("cancelled" if signum == signal.SIGTERM else "preempted")
+    assert snapshot.load(tmp_path / training_loop.STATE_FILE)["steps"] == 5
+    model, task = fresh(materials)
+    assert training_loop.train(model, task, job(), tmp_path).resumed_at == 5
+    assert_same(weights(model), undisturbed[0])
+
+
+def test_the_curve(undisturbed, tmp_path):
+    result = undisturbed[1]
+    rows = result.curve.rows
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [4, 8, 9]
+    assert rows[-1]["tokens"] == STEPS * 64
+    assert rows[-1]["heldout_loss"] == result.heldout_loss
+    assert result.best_heldout_loss == min(r["heldout_loss"] for r in rows if "heldout_loss" in r)
+    result.curve.write(tmp_path / "curve.csv")
+    assert training_loop.Curve.read(tmp_path / "curve.csv", STEPS) == result.curve
+    assert training_loop.Curve.read(tmp_path / "curve.csv", 3).rows == rows[:3]
+    with pytest.raises(SnapshotError, match="does not have the steps 1 to 12"):
+        training_loop.Curve.read(tmp_path / "curve.csv", 12)
+    with pytest.raises(SnapshotError, match="cannot be read as a learning curve"):
+        training_loop.Curve.read(tmp_path / "none.csv", 1)
+
+
+def test_another_trainings_state_is_refused(materials, tmp_path):
+    model, task = fresh(materials)
+    training_loop.train(model, task, job(steps=2), tmp_path)
+    for other in (job(steps=3), job(steps=2, seed=6), job(steps=2, origin={"text": "another"})):
+        with pytest.raises(SnapshotError, match="state of another training"):
+            training_loop.train(model, task, other, tmp_path)
+
+
+def test_a_state_cut_short_is_an_error_that_names_it(materials, tmp_path):
+    model, task = fresh(materials)
+    training_loop.train(model, task, job(steps=2), tmp_path)
+    path = tmp_path / training_loop.STATE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SnapshotError, match=r"state\.safetensors cannot be read as the state"):
+        training_loop.train(model, task, job(steps=2), tmp_path)
+
+
+def test_snapshots_keep_types_and_bits(tmp_path):
+    shared = torch.randn(3, dtype=torch.float64)
+    state = {
+        "tensors": [shared, shared, torch.tensor(7, dtype=torch.uint8), torch.zeros(0)],
+        "numbers": {0: (0.1, 1 / 3), "b": [None, True, 2**60]},
+    }
+    snapshot.save(tmp_path / "s", state)
+    loaded = snapshot.load(tmp_path / "s")
+    assert loaded["numbers"] == state["numbers"]
+    assert isinstance(loaded["numbers"][0], tuple)
+    for one, other in zip(state["tensors"], loaded["tensors"], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    with pytest.raises(TypeError, match="a/0: a object cannot be saved"):
+        snapshot.save(tmp_path / "t", {"a": [object()]})
+    assert not (tmp_path / "t").exists()
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    snapshot.save(tmp_path / "s", snapshot.random_state())
+
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    expected = draw()
+    draw()
+    snapshot.restore_random_state(snapshot.load(tmp_path / "s"))
+    assert draw() == expected
+
+
+def test_rates_rise_and_fall():
+    config = OptimizerConfig(warmup=0.1, final_lr=0.1)
+    rates = [optimizers.rate(step, 100, 2.0, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[9] == max(rates) == 2.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+    straight = OptimizerConfig(warmup=0.0, schedule="linear", final_lr=0.0)
+    assert [optimizers.rate(i, 4, 1.0, straight) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    constant = OptimizerConfig(schedule="constant")
+    assert optimizers.rate(99, 100, 1.5, constant) == 1.5
+
+
+def test_one_step_of_adamw_is_the_librarys(materials):
+    """On the mean loss, cut at the norm, decaying matrices alone."""
+    model, task = fresh(materials, dropout=0.0)
+    reference, _ = fresh(materials, dropout=0.0)
+    config = OptimizerConfig(clip_norm=0.05, weight_decay=0.5, eps=1e-4)
+    batch = task.batch("train", 0, seed=0, batch_size=2, seq_len=32)
+    row = optimizers.make(model, None, config, Passes()).step(batch, 0.1, lambda k: batch)
+    loss = reference(**batch).loss
+    loss.backward()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert norm > 0.05
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        gradient = theirs.grad * (0.05 / norm)
+        decay = 0.1 * 0.5 if theirs.dim() >= 2 else 0.0
+        expected = theirs * (1 - decay) - 0.1 * gradient / (gradient.abs() + 1e-4)
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_an_unknown_optimizer_is_named(materials):
+    model, _ = fresh(materials)
+    with pytest.raises(ConfigError, match=r"optimizer\.name=lion .*one of adamw"):
+        optimizers.make(model, None, OptimizerConfig(name="lion"), Passes())
+
+
+CHILD = """
+import os, random, signal, sys
+from pathlib import Path
+from fisher_lab.config.schema import Config
+from fisher_lab.config.workload import *
+from fisher_lab.workload import models, training
+from fisher_lab.workload.inputs import prepare
+text, cache, directory, kill_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+model = ModelConfig(layers=1, width=16, heads=2, dropout=0.3, recipe=RecipeConfig(seq_len=32))
+data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2, seq_len=32)
+made = prepare(Config(device="cpu", cache_dir=cache, model=model, data=data))
+built = models.build(model, made.tokenizer, classes=made.task.classes, seed=1)
+job = training.Job(9, 2, 32, 1e-2, 5, OptimizerConfig(), 4)
+def after_step(done):
+    if done == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.train(built, made.task, job, directory, save_every_s=0.02, after_step=after_step)
+"""
+
+
+def test_sigkill_at_a_random_step(
+    materials, undisturbed, text_directory, cache_directory, tmp_path
+):
+    kill_at = random.randrange(2, STEPS)
+    print(f"killed at step {kill_at}")
+    arguments = [str(text_directory), str(cache_directory), str(tmp_path), str(kill_at)]
+    child = subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=240)
+    assert child.returncode == -signal.SIGKILL
+    model, task = fresh(materials)
+    result = training_loop.train(model, task, job(), tmp_path)
+    assert result.resumed_at <= kill_at
+    assert_same(weights(model), undisturbed[0])
+    assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)
