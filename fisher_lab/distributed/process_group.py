@@ -1,17 +1,23 @@
-"""A rank's time in its process group: joining it, and leaving it in good order."""
+"""The process group of a run: joining and leaving it, each rank's part of the data, the traffic."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from fisher_lab.curvature.collectives import TorchCommunicator, world
+from fisher_lab.curvature.collectives import Alone, Communicator, TorchCommunicator, share, world
+from fisher_lab.distributed import launch
+
+if TYPE_CHECKING:
+    from fisher_lab.config.schema import Config
 
 _SOONER = 0.9
 
@@ -76,3 +82,113 @@ def session(
         communicator.share(None)
     finally:
         dist.destroy_process_group()
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "exchange", "broadcast")
+TOTALS = ("comm_s", "sent_bytes", "received_bytes")
+
+
+class Ranks:
+    """The ranks of a run as a task sees them; a single process is rank 0 of one.
+
+    Args:
+        communicator: of the ranks; None for a single process.
+        reduces: whether K-FAC's numbers are those of all ranks (``kfac.reduce`` is not ``none``).
+
+    Attributes:
+        communicator: the same.
+        world: of all ranks.
+        reduced: of the ranks whose tokens K-FAC reduces: all of them, or this one alone.
+    """
+
+    def __init__(self, communicator: TorchCommunicator | None = None, reduces: bool = True) -> None:
+        self.communicator = communicator
+        self.world: Communicator = communicator or Alone()
+        self.reduced: Communicator = self.world if reduces else Alone()
+
+    @classmethod
+    def of(cls, config: Config) -> Ranks:
+        """Returns the ranks that this process is one of.
+
+        Args:
+            config: the validated configuration.
+        """
+        return cls(world() if launch.inside() else None, config.kfac.reduce != "none")
+
+    def __len__(self) -> int:
+        return self.world.size
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.world.rank == 0
+
+    def own_batches(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Returns this rank's sequences of every batch; batches without any are left out."""
+        return [own for own in self.own_parts(batches) if own is not None]
+
+    def own_parts(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor] | None]:
+        """Returns this rank's sequences of every batch, None for a batch without any."""
+        found: list[dict[str, Tensor] | None] = []
+        for batch in batches:
+            rows = share(len(next(iter(batch.values()))), self.world.rank, self.world.size)
+            own = {key: value[rows] for key, value in batch.items()}
+            found.append(own if rows.start < rows.stop else None)
+        return found
+
+    def total(self, *values: float) -> tuple[float, ...]:
+        """Returns sums over the ranks that K-FAC reduces; collective."""
+        return tuple(map(sum, zip(*self.reduced.share(list(values)), strict=True)))
+
+    def reset_traffic(self) -> None:
+        """Sets the counters of bytes and seconds to zero."""
+        if self.communicator is not None:
+            self.communicator.reset()
+
+    def traffic_metrics(self, prefix: str) -> dict[str, float]:
+        """Returns the traffic since :meth:`reset_traffic` of the busiest rank; collective.
+
+        Args:
+            prefix: of the metrics' names; there are no metrics for a single process.
+        """
+        if self.communicator is None:
+            return {}
+        own = _traffic(self.communicator)
+        rows = self.communicator.share({key: own[key] for key in TOTALS})
+        return {f"{prefix}/{key}_max": max(row[key] for row in rows) for key in TOTALS}
+
+    def report(
+        self, tokens: int, labels: int, peak_mb: float
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Returns one row of ``ranks.csv`` per rank, and metrics; collective.
+
+        Args:
+            tokens: of this rank.
+            labels: of this rank.
+            peak_mb: growth of this rank's peak memory, MiB.
+        """
+        own: dict[str, Any] = {"tokens": tokens, "labels": labels, "peak_mb": peak_mb}
+        if self.communicator is not None:
+            own |= _traffic(self.communicator)
+        rows = [{"rank": r, **row} for r, row in enumerate(self.world.share(own))]
+        metrics: dict[str, float] = {"kfac/peak_mb": max(row["peak_mb"] for row in rows)}
+        if self.communicator is not None:
+            metrics["dist/world_size"] = len(rows)
+            for key in TOTALS:
+                metrics[f"dist/{key}_max"] = max(row[key] for row in rows)
+        return rows, metrics
+
+
+def _traffic(communicator: TorchCommunicator) -> dict[str, Any]:
+    """Bytes and seconds so far: in all, and by collective."""
+    totals = communicator.totals()
+    row: dict[str, Any] = {
+        "comm_s": totals.seconds,
+        "sent_bytes": totals.sent,
+        "received_bytes": totals.received,
+    }
+    for name in COLLECTIVES:
+        entry = communicator.traffic.get(name)
+        for key in ("calls", "sent", "received", "seconds"):
+            row[f"{name}_{key}"] = 0 if entry is None else getattr(entry, key)
+    return row

@@ -17,12 +17,12 @@ from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.kfac.factors import FactorReport
 from fisher_lab.curvature.kfac.report import LayerReport, PairsReport
+from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import refuse, run_engines
-from fisher_lab.tasks.team import Team
 from fisher_lab.workload.build import Bench, build
 
 log = logging.getLogger(__name__)
@@ -54,19 +54,19 @@ def run(config: Config, run: Run) -> None:
         fisher_lab.curvature.errors.CurvatureError: the factors cannot be formed or applied.
     """
     progress = Progress(config.progress)
-    team = Team.of(config)
-    refuse(config, team)
+    ranks = Ranks.of(config)
+    refuse(config, ranks)
     bench = build(config, progress, run.signals)
     run.note(workbench=bench.record)
-    batches = team.share(bench.batches("train", config.kfac.n_batches, config.seed))
+    batches = ranks.own_batches(bench.batches("train", config.kfac.n_batches, config.seed))
     heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
-    if team.joined.size > 1:
-        heldout = team.share(heldout)
+    if ranks.reduced.size > 1:
+        heldout = ranks.own_batches(heldout)
     engine = kfac_engine(config, progress)
     engine.engine.layers_of(bench.model)  # what does not go with the model is said before the work
-    _record_loss(bench, batches, run, team)
+    _record_loss(bench, batches, run, ranks)
     _time_plain_pass(bench, batches, run)
-    gradient, natural = _precondition(engine, bench, batches, run, team)
+    gradient, natural = _precondition(engine, bench, batches, run, ranks)
     reports = engine.engine.reports()
     run.table(LAYERS_FILE, layer_rows(reports))
     run.metrics(layer_metrics(reports))
@@ -76,20 +76,20 @@ def run(config: Config, run: Run) -> None:
         engine.save(run.directory / FACTORS_FILE, bench.model)
     metrics = gradient_metrics(gradient, natural)
     run.metrics(metrics)
-    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress, team))
-    run_engines(config, bench, run, progress, team)
+    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress, ranks))
+    run_engines(config, bench, run, progress, ranks)
 
 
 # ---- loss and time -------------------------------------------------------------------------------
 
 
-def mean_loss(bench: Bench, batches: Iterable[Any], team: Team | None = None) -> float:
+def mean_loss(bench: Bench, batches: Iterable[Any], ranks: Ranks | None = None) -> float:
     """Returns the mean loss over all labels of some batches, in nats.
 
     Args:
         bench: the model.
         batches: the batches.
-        team: whose batches count together; collective then.
+        ranks: whose batches count together; collective then.
     """
     total, count = 0.0, 0
     with torch.no_grad():
@@ -97,14 +97,14 @@ def mean_loss(bench: Bench, batches: Iterable[Any], team: Team | None = None) ->
             scored = losses.score(bench.model, batch, bench.loss_fn)
             total += float(losses.summed_loss(scored))
             count += scored.n_labels
-    if team is not None:
-        total, count = team.total(total, count)
+    if ranks is not None:
+        total, count = ranks.total(total, count)
     return total / max(count, 1)
 
 
-def _record_loss(bench: Bench, batches: list[Any], run: Run, team: Team) -> None:
+def _record_loss(bench: Bench, batches: list[Any], run: Run, ranks: Ranks) -> None:
     about = bench.record.get("model", {})
-    run.metrics({"loss": mean_loss(bench, batches, team)})
+    run.metrics({"loss": mean_loss(bench, batches, ranks)})
     known = {"loss/heldout": "heldout_loss", "loss/baseline": "baseline_loss"}
     run.metrics({name: about[key] for name, key in known.items() if about.get(key) is not None})
 
@@ -133,7 +133,7 @@ def _wait(bench: Bench) -> None:
 
 
 def _precondition(
-    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run, team: Team
+    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run, ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Collects, factors and applies, timed apart; returns gradient and natural gradient.
 
@@ -146,7 +146,7 @@ def _precondition(
         _wait(bench)
         marks.append(perf_counter())
 
-    team.reset()
+    ranks.reset_traffic()
     with PeakMemory(bench.device) as memory:
         mark()
         engine.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn, keep_gradient=True)
@@ -166,8 +166,8 @@ def _precondition(
             "kfac/total_s": collect + factor + apply,
         }
     )
-    own = engine.engine.rank_counts[team.joined.rank]
-    rows, metrics = team.report(own["tokens"], own["labels"], memory.growth_mib)
+    own = engine.engine.rank_counts[ranks.reduced.rank]
+    rows, metrics = ranks.report(own["tokens"], own["labels"], memory.growth_mib)
     run.metrics(metrics)
     if len(rows) > 1:
         run.table(RANKS_FILE, rows)
@@ -327,17 +327,17 @@ def _steps(
     natural: Mapping[str, Tensor],
     decrement: float,
     progress: Progress,
-    team: Team,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Held-out loss before less after a step along the natural gradient, at several lengths."""
     if not decrement > 0:
         log.warning("decrement %g is not positive: no step is tried", decrement)
         return {"ng/heldout_loss_decrease": math.nan, "ng/heldout_loss_decrease_best": math.nan}
     eta = math.sqrt(2.0 * MODEL_DECREASE / decrement)
-    before = mean_loss(bench, heldout, team)
+    before = mean_loss(bench, heldout, ranks)
     decreases = {}
     for k in progress.track(STEP_POWERS, "held-out steps", len(STEP_POWERS)):
-        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k, team)
+        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k, ranks)
     best = max(decreases, key=lambda k: decreases[k])
     return {
         "ng/eta": eta,
@@ -353,7 +353,7 @@ def loss_after(
     batches: list[Any],
     direction: Mapping[str, Tensor],
     eta: float,
-    team: Team | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
     """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
     parameters = dict(bench.model.named_parameters())
@@ -363,7 +363,7 @@ def loss_after(
             for name, value in direction.items():
                 moved = kept[name].double() - eta * value.double()
                 parameters[name].copy_(moved.to(kept[name].dtype))
-        return mean_loss(bench, batches, team)
+        return mean_loss(bench, batches, ranks)
     finally:
         _put_back(parameters, kept)
 

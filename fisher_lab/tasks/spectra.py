@@ -28,11 +28,11 @@ from fisher_lab.curvature.group_fisher.saved import FisherCollector
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import spectra_figures as figures
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.tasks.team import Team
 from fisher_lab.workload.build import Bench
 
 log = logging.getLogger(__name__)
@@ -42,19 +42,19 @@ GROUP_KINDS = ("layer", "head", "neuron", "parameter")
 Report = Callable[[int, int], None]
 
 
-def refuse(config: Config, team: Team) -> None:
+def refuse(config: Config, ranks: Ranks) -> None:
     """Says what several ranks cannot do, before any work.
 
     Raises:
         ConfigError: the spectrum is to be sketched.
     """
-    if len(team) > 1:
+    if len(ranks) > 1:
         for key, value, allowed in on_ranks(config.spectral):
             raise ConfigError.value(f"spectral.{key}", value, allowed)
 
 
 def run_engines(
-    config: Config, bench: Bench, run: Run, progress: Progress, team: Team | None = None
+    config: Config, bench: Bench, run: Run, progress: Progress, ranks: Ranks | None = None
 ) -> dict[str, Any]:
     """Runs the engines that are switched on, one after another, and records their metrics.
 
@@ -63,7 +63,7 @@ def run_engines(
         bench: model and batches.
         run: the run's record.
         progress: shows which engine is at work.
-        team: the ranks; collective where there are several.
+        ranks: the ranks; collective where there are several.
 
     Returns:
         All their metrics; those of rank 0 are recorded.
@@ -73,14 +73,14 @@ def run_engines(
         ("lanczos", config.lanczos.enabled, "Lanczos", run_lanczos),
         ("group_fisher", config.group_fisher.enabled, "group Fisher", run_group_fisher),
     )
-    team = Team() if team is None else team
+    ranks = Ranks() if ranks is None else ranks
     metrics: dict[str, Any] = {}
     for name, enabled, label, step in steps:
         if enabled:
-            team.reset()
+            ranks.reset_traffic()
             with progress.step(label):
-                found = step(config, bench, run, team)
-            found |= team.moved(name)
+                found = step(config, bench, run, ranks)
+            found |= ranks.traffic_metrics(name)
             run.metrics(found)
             metrics |= found
     return metrics
@@ -90,7 +90,7 @@ def run_engines(
 
 
 def run_spectral(
-    config: Config, bench: Bench, run: Run, team: Team, *, report: Report | None = None
+    config: Config, bench: Bench, run: Run, ranks: Ranks, *, report: Report | None = None
 ) -> dict[str, Any]:
     """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay.
 
@@ -98,7 +98,7 @@ def run_spectral(
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
-        team: the ranks.
+        ranks: the ranks.
         report: gets (done, total) samples.
 
     Returns:
@@ -123,17 +123,17 @@ def run_spectral(
         ),
         loss_fn=_loss(bench),
         progress=report,
-        communicator=team.everyone,
+        communicator=ranks.world,
     )
     result = engine.compute_fisher_spectrum(
         bench.model,
-        _batches(config, bench, team),
+        _batches(config, bench, ranks),
         chosen.n_samples,
         chosen.block_structure,
         chosen.center_gradients,
     )
     seconds = perf_counter() - start  # of the engine, without its files and figures
-    if not team.leads:
+    if not ranks.is_rank_zero:
         return {}
     atomic.write_json(run.directory / "spectral.json", strict(result))
     skipped = {"eigenvalues", "residuals"}
@@ -163,22 +163,22 @@ def run_spectral(
 # ---- Lanczos -------------------------------------------------------------------------------------
 
 
-def run_lanczos(config: Config, bench: Bench, run: Run, team: Team) -> dict[str, Any]:
+def run_lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``.
 
     Args:
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
-        team: the ranks.
+        ranks: the ranks.
 
     Returns:
         Flat metrics under ``lanczos/``; none but on rank 0.
     """
     chosen = config.lanczos
     start = perf_counter()
-    batches = _batches(config, bench, team)
-    result = _lanczos(chosen, bench, team).analyze(
+    batches = _batches(config, bench, ranks)
+    result = _lanczos(chosen, bench, ranks).analyze(
         bench.model,
         batches,
         chosen.block,
@@ -187,7 +187,7 @@ def run_lanczos(config: Config, bench: Bench, run: Run, team: Team) -> dict[str,
         steps=chosen.density_steps,
     )
     seconds = perf_counter() - start
-    if not team.leads:
+    if not ranks.is_rank_zero:
         return {}
     pairs = result["top"]
     metrics: dict[str, Any] = {
@@ -219,7 +219,7 @@ def _write_density(density: Mapping[str, Any], run: Run) -> None:
     figures.density(run.directory / "lanczos_density", density)
 
 
-def _lanczos(chosen: LanczosConfig, bench: Bench, team: Team) -> FisherLanczos:
+def _lanczos(chosen: LanczosConfig, bench: Bench, ranks: Ranks) -> FisherLanczos:
     return FisherLanczos(
         k=chosen.k,
         max_vectors=chosen.max_vectors,
@@ -234,7 +234,7 @@ def _lanczos(chosen: LanczosConfig, bench: Bench, team: Team) -> FisherLanczos:
         products=chosen.products,
         loss_fn=_loss(bench),
         say=_say,
-        communicator=team.everyone,
+        communicator=ranks.world,
     )
 
 
@@ -254,7 +254,7 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
 # ---- group Fisher --------------------------------------------------------------------------------
 
 
-def run_group_fisher(config: Config, bench: Bench, run: Run, team: Team) -> dict[str, Any]:
+def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
 
     Training and held-out text are two tasks, so that their overlap says how stable what matters is.
@@ -263,15 +263,15 @@ def run_group_fisher(config: Config, bench: Bench, run: Run, team: Team) -> dict
         config: the validated configuration.
         bench: model and batches.
         run: the run's record.
-        team: the ranks.
+        ranks: the ranks.
 
     Returns:
         Flat metrics under ``group_fisher/``; none but on rank 0.
     """
     chosen = config.group_fisher
     start = perf_counter()
-    collector = _collected(config, bench, team)
-    if not team.leads:
+    collector = _collected(config, bench, ranks)
+    if not ranks.is_rank_zero:
         return {}
     rows, summary = _scores(collector, chosen)
     overlap = collector.overlap("train", "heldout", share=chosen.share)
@@ -293,7 +293,7 @@ def run_group_fisher(config: Config, bench: Bench, run: Run, team: Team) -> dict
     return metrics
 
 
-def _collected(config: Config, bench: Bench, team: Team) -> FisherCollector:
+def _collected(config: Config, bench: Bench, ranks: Ranks) -> FisherCollector:
     """The moments of all ranks' sequences."""
     chosen = config.group_fisher
     collector = FisherCollector(
@@ -304,12 +304,12 @@ def _collected(config: Config, bench: Bench, team: Team) -> FisherCollector:
     )
     for split in ("train", "heldout"):
         batches = bench.batches(split, config.kfac.n_batches, config.seed)
-        if len(team) == 1:
+        if len(ranks) == 1:
             collector.collect(bench.model, batches, split)
         else:
-            shares = team.shares(batches)
-            collect_shares(collector, bench.model, shares, split, team.everyone)
-    return collector if len(team) == 1 else merged(collector, team.everyone)
+            shares = ranks.own_parts(batches)
+            collect_shares(collector, bench.model, shares, split, ranks.world)
+    return collector if len(ranks) == 1 else merged(collector, ranks.world)
 
 
 def _scores(
@@ -348,8 +348,8 @@ def _export(collector: FisherCollector, chosen: GroupFisherConfig, run: Run) -> 
 # ---- shared --------------------------------------------------------------------------------------
 
 
-def _batches(config: Config, bench: Bench, team: Team) -> list[Any]:
-    return team.share(bench.batches("train", config.kfac.n_batches, config.seed))
+def _batches(config: Config, bench: Bench, ranks: Ranks) -> list[Any]:
+    return ranks.own_batches(bench.batches("train", config.kfac.n_batches, config.seed))
 
 
 def _loss(bench: Bench) -> CrossEntropy | None:

@@ -22,6 +22,7 @@ from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
+from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import crew as crews
@@ -29,7 +30,6 @@ from fisher_lab.tasks import natural
 from fisher_lab.tasks.analyze import RANKS_FILE
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.tasks.team import Team
 from fisher_lab.workload import build, cache, models, training_loop
 from fisher_lab.workload.gradient import Passes
 from fisher_lab.workload.inputs import Materials, prepare
@@ -58,20 +58,20 @@ def run(config: Config, run: Run) -> None:
     materials = prepare(config)
     model, origin = _initial(materials, progress, run)
     run.note(workbench={**materials.record, "initial": origin})
-    team, crew = Team.of(config), crews.of(config)
+    ranks, crew = Ranks.of(config), crews.of(config)
     job = make_job(config, crews.origin(crew, origin))
     _check_length(job, model)
     crews.check(config, crew, job.batch_size)
     model = model.to(build.device_of(config))
     crew.adopt(model)
-    team.reset()
+    ranks.reset_traffic()
     with PeakMemory(build.device_of(config)) as memory:
         result = training_loop.train(
             model,
             materials.task,
             job,
             run.directory,
-            make=natural.maker(config, team.ranks),
+            make=natural.maker(config, ranks.communicator),
             label=f"training {config.model.name}",
             save_every_s=config.train.save_every_s,
             track=progress.track,
@@ -85,7 +85,7 @@ def run(config: Config, run: Run) -> None:
         run.note(weights_sha256=digest, resumed_at=result.resumed_at)
     run.metrics(metrics(result, job, config.train.target_loss))
     if isinstance(crew, crews.RankCrew):
-        rows, about = team.report(crew.tokens, crew.labels, memory.growth_mib)
+        rows, about = ranks.report(crew.tokens, crew.labels, memory.growth_mib)
         run.metrics({name: value for name, value in about.items() if name.startswith("dist/")})
         run.table(RANKS_FILE, rows)
 

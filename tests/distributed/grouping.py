@@ -9,7 +9,7 @@ import torch
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.group_fisher.collector import GroupFisher
 from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
-from fisher_lab.tasks.team import Team
+from fisher_lab.distributed.process_group import Ranks
 from tests.distributed import joined
 
 
@@ -43,10 +43,10 @@ def in_shares(
     comm: Any, unit: str, name: str, batches: list[dict], dtype: torch.dtype, weight: str
 ) -> tuple[dict, dict]:
     """Every rank has its share of the sequences of whole batches."""
-    team = Team(comm)
+    ranks = Ranks(comm)
     collector = GroupFisher(unit, sequence_weight=weight)
     model = joined.model_of(name, dtype)
-    collect_shares(collector, model, team.shares(batches), "train", comm)
+    collect_shares(collector, model, ranks.own_parts(batches), "train", comm)
     return merged(collector, comm).state()
 
 
