@@ -14,19 +14,16 @@ Shapes: ``B`` sequences of ``S`` positions, ``C`` classes, ``N`` labelled positi
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisher_lab.curvature.errors import BatchError, LossError
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from fisher_lab.curvature.wrappers import class_name, device_of, unwrap
 
 IGNORE_INDEX = -100
 """Labels with this value do not count (the value that Hugging Face uses)."""
@@ -108,37 +105,6 @@ class CrossEntropy:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns the tensor itself in float32 and float64, else a float32 copy of it."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside ``torch.compile`` and data-parallel wrappers, or the model."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def class_name(module: nn.Module) -> str:
-    """Returns the name of a module's class; FSDP2 puts a class of its own before it."""
-    name = type(module).__name__
-    return name.removeprefix("FSDP") if is_sharded(module) else name
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Says whether ``fully_shard`` was applied to this very module."""
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__[1:])
-
-
-def is_shard(tensor: object) -> TypeGuard[DTensor]:
-    """Says whether this is a shard; where nobody has imported what makes them there is none.
-
-    The import takes 0.4 s, and hardly any process has shards.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -249,11 +215,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the model's first parameter (CPU for a model without any)."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def prepare(model: nn.Module, batch: Any) -> Any:

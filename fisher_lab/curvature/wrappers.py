@@ -1,24 +1,69 @@
-"""A model without its wrappers, for engines that make passes of their own on each rank.
+"""Looks through what wraps a model: ``torch.compile``, data parallelism, FSDP2.
 
-A forward pass under FSDP2 (``fully_shard``) is collective, and its backward pass puts parameters
-away again; neither goes with per-sample gradients, forward-mode products or ranks that have
-different numbers of sequences.
+:func:`plain` gives a model without its wrappers to engines that make passes of their own on each
+rank; the rest goes between whole tensors and shards. A forward pass under FSDP2 (``fully_shard``)
+is collective, and its backward pass puts parameters away again; neither goes with per-sample
+gradients, forward-mode products or ranks that have different numbers of sequences.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.curvature.losses import is_shard, is_sharded, unwrap
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside ``torch.compile`` and data-parallel wrappers, or the model."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def class_name(module: nn.Module) -> str:
+    """Returns the name of a module's class; FSDP2 puts a class of its own before it."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if is_sharded(module) else name
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Says whether ``fully_shard`` was applied to this very module."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__[1:])
+
+
+def is_shard(tensor: object) -> TypeGuard[DTensor]:
+    """Says whether this is a shard; where nobody has imported what makes them there is none.
+
+    The import takes 0.4 s, and hardly any process has shards.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the model's first parameter (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Says whether a module is a linear layer that stores its weight as ``[in, out]``.
+
+    Hugging Face's ``Conv1D`` is known by its class name, so that nothing imports it.
+    """
+    weight = getattr(module, "weight", None)
+    return class_name(module) == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -87,9 +132,6 @@ def _without_fsdp(value: Any) -> Any:
 
 def _is_fsdp(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
-
-
-__all__ = ["plain"]
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from fisher_lab.config.kfac import SettingError, in_range
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.losses import LossFunction, unwrap
+from fisher_lab.curvature.losses import LossFunction
+from fisher_lab.curvature.wrappers import unwrap
 from fisher_lab.optim.clipping import Clipping
 from fisher_lab.optim.damping import ConstantDamping, DampingSchedule
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.wrappers import device_of
 from fisher_lab.workload.data_parallel import ALONE, Crew
 from fisher_lab.workload.objectives import Batch
 
@@ -64,7 +65,7 @@ class Gradient:
         self.model, self.loss_fn, self.passes, self.crew = model, loss_fn, passes, crew
         self.limit = math.inf if clip_norm is None else clip_norm
         self.optimizers = optimizers
-        self.device = losses.device_of(model)
+        self.device = device_of(model)
         scaled = passes.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         if passes.gradient_checkpointing:

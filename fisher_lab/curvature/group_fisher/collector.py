@@ -34,7 +34,7 @@ from fisher_lab.curvature.group_fisher.parameter_groups import (
 )
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
 from fisher_lab.curvature.spectra.samples import SampleSet, as_batches, draw_samples
-from fisher_lab.curvature.wrappers import plain
+from fisher_lab.curvature.wrappers import plain, unwrap
 
 UNITS = ("batch", "sequence", "token")
 SCHEMA = 1
@@ -504,7 +504,7 @@ def active_tokens(model: nn.Module, batch: Any) -> int:
     Without a mask every position of the labels is active.
     """
     labels = losses.labels_of(batch)
-    config = getattr(losses.unwrap(model), "config", None)
+    config = getattr(unwrap(model), "config", None)
     if not isinstance(batch, Mapping):
         return 0 if labels is None else labels.numel()
     if getattr(config, "is_encoder_decoder", False):

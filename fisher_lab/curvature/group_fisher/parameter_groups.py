@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from fisher_lab.curvature.spectra.per_sample_gradients import is_conv1d
+from fisher_lab.curvature.wrappers import is_conv1d
 
 GroupName = Literal["layer", "head", "neuron", "parameter"]
 GROUPS: tuple[str, ...] = get_args(GroupName)

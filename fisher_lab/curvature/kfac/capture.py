@@ -25,7 +25,8 @@ from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import Where
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_module
 from fisher_lab.curvature.linalg import full_precision
-from fisher_lab.curvature.losses import SummedLoss, is_shard, unwrap
+from fisher_lab.curvature.losses import SummedLoss
+from fisher_lab.curvature.wrappers import is_shard, unwrap
 
 _OF_POSITIONS = ("position", "relative", "wpe")
 """Parts of the names of embeddings that look up positions or distances."""

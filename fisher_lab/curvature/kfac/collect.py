@@ -48,15 +48,14 @@ from fisher_lab.curvature.losses import (
     LossFunction,
     SummedLoss,
     compute_loss,
-    device_of,
     labels_of,
     logits_of,
     prepare,
     scorer,
     shift_of,
     sum_of,
-    unwrap,
 )
+from fisher_lab.curvature.wrappers import device_of, unwrap
 
 
 class FactorBuilder:

@@ -34,7 +34,8 @@ from fisher_lab.curvature.kfac.report import (
     report_of,
 )
 from fisher_lab.curvature.linalg import full_precision
-from fisher_lab.curvature.losses import LossFunction, device_of
+from fisher_lab.curvature.losses import LossFunction
+from fisher_lab.curvature.wrappers import device_of
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisher_lab.config.kfac import Coverage
 from fisher_lab.curvature.errors import LayerError
-from fisher_lab.curvature.losses import class_name, unwrap
+from fisher_lab.curvature.wrappers import class_name, is_conv1d, unwrap
 
 
 class Kind(StrEnum):
@@ -101,11 +101,6 @@ class Layer:
         return weight, bias
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return class_name(module) == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
-
-
 def is_norm(module: nn.Module) -> bool:
     """Says whether a module is a norm layer with a scale for each feature.
 
@@ -122,7 +117,7 @@ def is_norm(module: nn.Module) -> bool:
 def _kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Linear):
         return Kind.LINEAR
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return Kind.CONV1D
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING

@@ -16,7 +16,7 @@ from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.linalg import all_finite
-from fisher_lab.curvature.losses import unwrap
+from fisher_lab.curvature.wrappers import unwrap
 
 log = logging.getLogger(f"{__package__}.kfac")  # the engine speaks, whichever module sees it
 

@@ -31,7 +31,7 @@ from fisher_lab.curvature.kfac.factors import (
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
 from fisher_lab.curvature.kfac.policy import put_back
-from fisher_lab.curvature.losses import device_of, unwrap
+from fisher_lab.curvature.wrappers import device_of, unwrap
 
 VERSION = 2
 """Of the layout; another version is refused."""

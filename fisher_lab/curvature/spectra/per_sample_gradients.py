@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Alone, Communicator, together
 from fisher_lab.curvature.spectra.samples import SampleSet, SequenceSamples
+from fisher_lab.curvature.wrappers import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,6 @@ def factored_of(chunks: PerSampleGradients | Iterable[Chunk]) -> set[str]:
     if isinstance(chunks, PerSampleGradients):
         return chunks.factored
     return {name for chunk in chunks for name in chunk.factored}
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Says whether a module is Hugging Face's ``Conv1D`` (known by its class name)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def linear_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

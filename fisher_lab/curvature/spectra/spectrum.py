@@ -42,7 +42,7 @@ from fisher_lab.curvature.spectra.per_sample_gradients import (
 )
 from fisher_lab.curvature.spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
 from fisher_lab.curvature.spectra.spill import Bytes, FileBytes, MemoryBytes
-from fisher_lab.curvature.wrappers import plain
+from fisher_lab.curvature.wrappers import device_of, plain
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ class FisherSpectral:
     ) -> dict[str, BlockMatrix]:
         parameters = dict(model.named_parameters())
         space = self._space(model, samples, blocks, factored)
-        device = losses.device_of(model)
+        device = device_of(model)
         result: dict[str, BlockMatrix] = {}
         for block, names in blocks.items():
             every = {name: parameters[name].numel() for name in names}
