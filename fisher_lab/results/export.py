@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fisher_lab.results.table import Cell, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
+from fisher_lab.runs.status import Status
 
 BEST, TIE = "*", "~"
 NONE = "\u2013"
@@ -78,7 +79,7 @@ def show_cell(cell: Cell, statistic: str = "mean", mark: str = "", details: bool
     """
     s = cell.summary
     if s.n == 0:
-        return Shown(None, state=cell.state or "missing")
+        return Shown(None, state=cell.state or Status.MISSING)
     number, ends, deviation = cell.rounded(statistic), None, None
     if statistic != "mean" and number.spread is not None:
         ends = (_like(number, s.q1), _like(number, s.q3))

@@ -27,6 +27,7 @@ from fisher_lab.results.metric_figures import (
 from fisher_lab.results.spectra_figures import decay_plans, density_figure
 from fisher_lab.results.table import Table
 from fisher_lab.results.values import Column, Frame, ResultsError, known, label
+from fisher_lab.runs.status import Status
 
 MOST_COLUMNS = 30
 CURVE_FILE, DENSITY_FILE = "curve.csv", "density.csv"
@@ -87,7 +88,7 @@ def plans(table: Table, frame: Frame) -> dict[str, Callable[[], Figure | None]]:
             name = plotting.file_name(f"{metric}-by-{axis}")
             plans[name] = lambda metric=metric, axis=axis: metric_figure(table, metric, axis)
     paths = [
-        d for d, s in zip(frame["directory"], frame["status"], strict=True) if s == "completed"
+        d for d, s in zip(frame["directory"], frame["status"], strict=True) if s == Status.COMPLETED
     ]
     cells = cell_names(table, frame)
     layers = functools.cache(lambda: load_layers(paths))

@@ -22,10 +22,11 @@ from rich.text import Text
 from fisher_lab.results import claims, export, latex
 from fisher_lab.results.figures import complete, draw
 from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
-from fisher_lab.results.table import UNFINISHED, Table, tabulate
+from fisher_lab.results.table import Table, tabulate
 from fisher_lab.results.values import Frame, ResultsError
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import strict
+from fisher_lab.runs.status import UNFINISHED
 
 CLAIMS_FILE = "claims.json"
 TABLE_FILE = "table"

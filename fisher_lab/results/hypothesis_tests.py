@@ -17,8 +17,9 @@ import numpy as np
 from fisher_lab.results import stats
 from fisher_lab.results.axes import find_axes, resolve, select
 from fisher_lab.results.hypotheses import Claim
-from fisher_lab.results.table import UNFINISHED, Cell, make_cell
+from fisher_lab.results.table import Cell, make_cell
 from fisher_lab.results.values import Frame, label, levels, meaning, same
+from fisher_lab.runs.status import UNFINISHED, Status
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 
@@ -124,7 +125,7 @@ class _Stratum:
 
 def _age(runs: Frame, i: int) -> tuple[bool, str]:
     row = runs.iloc[i]
-    return (row["status"] == "completed", row["finished"] or "")
+    return (row["status"] == Status.COMPLETED, row["finished"] or "")
 
 
 def _over_keys(runs: Frame, over: Sequence[str]) -> list[Any]:
@@ -168,7 +169,7 @@ def _words(where: Mapping[str, Any]) -> str:
 def _lost(*cells: Cell) -> dict[str, int]:
     lost: dict[str, int] = {}
     for cell in cells:
-        for what, count in (*cell.lost.items(), ("missing", cell.missing)):
+        for what, count in (*cell.lost.items(), (Status.MISSING, cell.missing)):
             if count:
                 lost[what] = lost.get(what, 0) + count
     return lost
@@ -397,9 +398,11 @@ def _fails(claim: Claim, stratum: _Stratum) -> list[Finding]:
     for values in itertools.product(*wanted.values()):
         where = dict(zip(wanted, values, strict=True))
         runs = select(stratum.runs, where)
-        ended = runs[~runs["status"].isin([*UNFINISHED, "cancelled"])]
+        ended = runs[~runs["status"].isin([*UNFINISHED, Status.CANCELLED])]
         broken = sum(_is_broken(claim, row) for row in ended.to_dict("records"))
-        lost = {"missing": len(runs) - len(ended)} if len(runs) > len(ended) else {}
+        lost: dict[str, int] = (
+            {Status.MISSING: len(runs) - len(ended)} if len(runs) > len(ended) else {}
+        )
         bounds = (claim.get("share", 0.5), 1.0)
         found.append(
             _shares(
@@ -411,7 +414,7 @@ def _fails(claim: Claim, stratum: _Stratum) -> list[Finding]:
 
 
 def _is_broken(claim: Claim, row: Mapping[str, Any]) -> bool:
-    if row["status"] != "completed":
+    if row["status"] != Status.COMPLETED:
         return True
     names = str(row["not_finite"] or "").split()
     if not claim.metric:

@@ -19,9 +19,9 @@ from typing import Any
 import pandas as pd
 
 from fisher_lab.results import planned
-from fisher_lab.results.table import CORRUPT
 from fisher_lab.results.values import Column, ResultsError, Shared
-from fisher_lab.runs.record import METRICS_FILE, RUN_FILE, STATUSES
+from fisher_lab.runs.record import METRICS_FILE, RUN_FILE
+from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
 MULTIRUN_FILE = "multirun.yaml"
@@ -265,8 +265,8 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
         numbers = {}
     except (OSError, ValueError) as problem:
         numbers = {}
-        if record["status"] == "completed":
-            meta |= {"status": CORRUPT, "reason": f"{METRICS_FILE}: {problem}"}
+        if record["status"] == Status.COMPLETED:
+            meta |= {"status": Status.CORRUPT, "reason": f"{METRICS_FILE}: {problem}"}
     meta["not_finite"] = " ".join(n for n, v in numbers.items() if not math.isfinite(v))
     finite = {n: v if math.isfinite(v) else math.nan for n, v in numbers.items()}
     return {
@@ -291,7 +291,7 @@ def _record(directory: Path) -> dict[str, Any]:
         raise ResultsError(
             f"{RUN_FILE}: schema {record.get('schema')!r} is not one of {', '.join(SCHEMAS)}"
         )
-    if record.get("status") not in STATUSES:
+    if record.get("status") not in [one for one in Status if one.is_recorded]:
         raise ResultsError(f"{RUN_FILE}: there is no status {record.get('status')!r}")
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("run_id"), str):
         raise ResultsError(f"{RUN_FILE}: no configuration or no run_id")

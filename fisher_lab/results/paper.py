@@ -13,6 +13,7 @@ import pandas as pd
 
 from fisher_lab.results.latex import breakable
 from fisher_lab.results.values import Frame, label, levels, only
+from fisher_lab.runs.status import Status
 
 WORDS = {
     "empirical": "the empirical Fisher matrix (labels from the data)",
@@ -49,12 +50,12 @@ def sentences(frame: Frame) -> list[str]:
     Args:
         frame: from :func:`fisher_lab.results.loading`.
     """
-    runs = frame[frame["status"] == "completed"]
+    runs = frame[frame["status"] == Status.COMPLETED]
     runs.attrs = frame.attrs
     if runs.empty:
         return [NOTHING]
     parts = [*_models(runs), *_kfac(runs), *_numerics(runs), *_spectra(runs), *_machine(runs)]
-    lost = frame[frame["status"] != "completed"]["status"].value_counts()
+    lost = frame[frame["status"] != Status.COMPLETED]["status"].value_counts()
     if len(lost):
         told = ", ".join(f"{count} {status}" for status, count in lost.items())
         parts.append(f"Of {len(frame)} runs, {told} and are reported as such.")

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab.results.axes import GROUP_KEYS, SEED
-from fisher_lab.results.table import CORRUPT, MISSING
 from fisher_lab.results.values import meaning
 from fisher_lab.runs.record import RUN_FILE
+from fisher_lab.runs.status import Status
 
 if TYPE_CHECKING:
     from fisher_lab.results.loading import Found, Row, Run, Sweep
@@ -64,7 +64,7 @@ def _stand_in(found: Found, config: dict[str, Any], overrides: str | None) -> Ru
     unread = (found.directory / RUN_FILE).exists()
     meta = {
         "run_id": found.directory.name,
-        "status": CORRUPT if unread else MISSING,
+        "status": Status.CORRUPT if unread else Status.MISSING,
         "reason": "its record cannot be read" if unread else "it has not been run",
         "not_finite": "",
         "overrides": overrides,

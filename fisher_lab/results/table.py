@@ -33,16 +33,7 @@ from fisher_lab.results.values import (
     meaning,
     same,
 )
-
-MISSING = "missing"
-UNFINISHED = ("running", "preempted", MISSING)
-"""Statuses of runs that may still come to a number."""
-
-CORRUPT = "corrupt"
-"""The status of a run whose record, or whose metrics though it is completed, cannot be read."""
-
-NOT_FINITE = "diverged"
-"""A completed run whose metric is NaN or infinite."""
+from fisher_lab.runs.status import Status
 
 BROKEN_NUMBERS = ("NonFiniteError", "FloatingPointError", "LinAlgError", "not finite", "non-finite")
 """Words in the reason of a failed run that say its numbers broke down, and not the machine."""
@@ -106,7 +97,7 @@ class Cell:
         if not parts:
             return ""
         if len(parts) == 1 and len(self.values) == 0:
-            return parts[0].partition(" ")[2] if self.expected > 0 else "missing"
+            return parts[0].partition(" ")[2] if self.expected > 0 else Status.MISSING
         return f"{', '.join(parts)} of {self.expected}"
 
 
@@ -136,13 +127,13 @@ def make_cell(
         keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True
     )
     for key, status, reason, not_finite, value in columns:
-        if status != "completed":
+        if status != Status.COMPLETED:
             lost[status] += 1
-            if isinstance(reason, str) and reason and status != MISSING:
+            if isinstance(reason, str) and reason and status != Status.MISSING:
                 reasons.append(reason)
-                broken += status == "failed" and any(word in reason for word in BROKEN_NUMBERS)
+                broken += status == Status.FAILED and any(word in reason for word in BROKEN_NUMBERS)
         elif metric in (not_finite or "").split():
-            lost[NOT_FINITE] += 1
+            lost[Status.DIVERGED] += 1
             broken += 1
         elif value != value:
             lost["not measured"] += 1
@@ -150,8 +141,8 @@ def make_cell(
             values[key] = float(value)
     return Cell(
         pd.Series(values, dtype=float),
-        {what: count for what, count in lost.items() if what != MISSING},
-        max(expected - len(runs), 0) + lost[MISSING],
+        {what: count for what, count in lost.items() if what != Status.MISSING},
+        max(expected - len(runs), 0) + lost[Status.MISSING],
         tuple(dict.fromkeys(reasons)),
         broken,
         confidence,
@@ -434,7 +425,7 @@ def _plain(value: Any) -> Any:
 
 
 def _done(runs: Frame, i: int) -> bool:
-    return bool(runs["status"].iloc[i] == "completed")
+    return bool(runs["status"].iloc[i] == Status.COMPLETED)
 
 
 def _sorted(keys: Iterable[Key]) -> list[Key]:

@@ -18,11 +18,11 @@ from typing import Any
 from fisher_lab.runs import atomic
 from fisher_lab.runs.identity import run_id
 from fisher_lab.runs.signals import Watch
+from fisher_lab.runs.status import Status
 
 SCHEMA = "fisher_lab.run/1"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-STATUSES = ("running", "completed", "failed", "preempted", "cancelled")
 
 
 class Run:
@@ -71,7 +71,7 @@ class Run:
             {
                 "schema": SCHEMA,
                 "run_id": run_id(config, content),
-                "status": "running",
+                "status": Status.RUNNING,
                 "reason": None,
                 "started": _now(),
                 "finished": None,
@@ -91,7 +91,7 @@ class Run:
         Args:
             directory: with a ``run.json``, whatever its status.
         """
-        return cls(Path(directory), {**read(directory), "status": "running"})
+        return cls(Path(directory), {**read(directory), "status": Status.RUNNING})
 
     @property
     def run_id(self) -> str:
@@ -99,9 +99,9 @@ class Run:
         return self.record["run_id"]
 
     @property
-    def status(self) -> str:
-        """One of :data:`STATUSES`."""
-        return self.record["status"]
+    def status(self) -> Status:
+        """How the run stands."""
+        return Status(self.record["status"])
 
     @property
     def values(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Run:
 
     def complete(self) -> None:
         """End with the status ``completed``."""
-        self.end("completed")
+        self.end(Status.COMPLETED)
 
     def fail(self, error: BaseException) -> None:
         """End with the status ``failed`` and the error in full."""
@@ -167,7 +167,7 @@ class Run:
     def fail_with(self, error: Mapping[str, Any]) -> None:
         """End with the status ``failed`` and an error that :func:`describe` made elsewhere."""
         self.record["error"] = dict(error)
-        self.end("failed", headline(error))
+        self.end(Status.FAILED, headline(error))
 
     def amend(self, error: Mapping[str, Any]) -> None:
         """Replace the error of a run that has failed by the one that it came from."""
@@ -178,15 +178,16 @@ class Run:
         """End with any status.
 
         Args:
-            status: one of :data:`STATUSES` but ``running``.
+            status: one that :attr:`Status.has_ended`.
             reason: why, where the status alone does not say it.
 
         Raises:
             ValueError: an unknown status, or a run that has ended before.
         """
-        if status not in STATUSES[1:]:
-            raise ValueError(f"status={status} is not allowed: one of {', '.join(STATUSES[1:])}")
-        if self.record["status"] != "running":
+        allowed = [one for one in Status if one.has_ended]
+        if status not in allowed:
+            raise ValueError(f"status={status} is not allowed: one of {', '.join(allowed)}")
+        if self.status is not Status.RUNNING:
             raise ValueError(f"{self.directory} has ended before, as {self.record['status']}")
         self.record.update(status=status, reason=reason, finished=_now())
         self._write()
@@ -216,13 +217,13 @@ def read(directory: Path) -> dict[str, Any]:
     return json.loads((Path(directory) / RUN_FILE).read_text(encoding="utf-8"))
 
 
-def status_of(directory: Path) -> str | None:
+def status_of(directory: Path) -> Status | None:
     """The status in a run directory's record; None where there is no record that can be read."""
     try:
-        status = read(directory).get("status")
-    except (OSError, ValueError, AttributeError):
+        status = Status(read(directory)["status"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return status if status in STATUSES else None
+    return status if status.is_recorded else None
 
 
 def end_from_outside(
@@ -237,7 +238,7 @@ def end_from_outside(
 
     Args:
         directory: the run directory.
-        status: what the run came to, one of :data:`STATUSES`.
+        status: what the run came to, one that :attr:`Status.has_ended`.
         reason: why.
         error: ``type``, ``message``, ``traceback`` and whatever else is known.
         otherwise: ``run_id``, ``config`` and so on, where the process left no record.
@@ -249,7 +250,7 @@ def end_from_outside(
         found = {"schema": SCHEMA, "run_id": None, "started": _now(), **empty, **(otherwise or {})}
     found.update(status=status, reason=reason, finished=_now())
     # The error of an earlier attempt is none of a run that was cancelled or preempted.
-    kept = found.get("error") if status == "failed" else None
+    kept = found.get("error") if status == Status.FAILED else None
     found["error"] = kept if error is None else strict(error)
     atomic.write_json(Path(directory) / RUN_FILE, found)
 

@@ -26,10 +26,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from fisher_lab.runs.status import Status
+
 STATUS = {
-    signal.SIGINT: "cancelled",
-    signal.SIGTERM: "cancelled",
-    signal.SIGUSR2: "preempted",
+    signal.SIGINT: Status.CANCELLED,
+    signal.SIGTERM: Status.CANCELLED,
+    signal.SIGUSR2: Status.PREEMPTED,
 }
 """What a signal makes of the run: a cancelled run must not come back, a preempted one may."""
 

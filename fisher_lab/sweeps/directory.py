@@ -22,6 +22,7 @@ from pathlib import Path
 from fisher_lab.runs import record
 from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.lock import STALE_AFTER, Claim
+from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
 EVENTS_FILE = "events.jsonl"
@@ -90,20 +91,19 @@ class Layout:
         files = self.submissions.glob(f"*/{LAUNCHER}.claim.*")
         return any(Claim(file.parent / LAUNCHER).alive() is not None for file in files)
 
-    def state(self, run_id: str, stale_after: float = STALE_AFTER) -> str:
+    def state(self, run_id: str, stale_after: float = STALE_AFTER) -> Status:
         """How a cell stands.
 
         Returns:
-            ``missing``, ``interrupted`` (its process is gone without a word), or a status of
-            :mod:`fisher_lab.runs.record`.
+            ``missing``, ``interrupted``, or one that a record may hold.
         """
         status = record.status_of(self.run_directory(run_id))
-        if status == "completed":
+        if status is Status.COMPLETED:
             return status
         if self.claim(run_id, stale_after).alive() is not None:
-            return "running"
+            return Status.RUNNING
         # It may have ended between the two looks.
         status = record.status_of(self.run_directory(run_id))
         if status is None:
-            return "missing"
-        return "interrupted" if status == "running" else status
+            return Status.MISSING
+        return Status.INTERRUPTED if status is Status.RUNNING else status

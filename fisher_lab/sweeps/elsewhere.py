@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 
-from fisher_lab.runs import record
 from fisher_lab.sweeps.cell import Cell, Frozen
 from fisher_lab.sweeps.tally import Tally
 from fisher_lab.sweeps.worker_process import brief
 
 LOOK_EVERY_S = 1.0
-ENDED = ("completed", "failed")
 
 
 class Elsewhere:
@@ -37,7 +35,7 @@ class Elsewhere:
             state = cell.layout.state(cell.run_id, frozen.stale_after_s)
             if state == "running":
                 waiting.append((cell, frozen))
-            elif state in ENDED or (state in record.STATUSES and frozen.cancelled):
+            elif state.is_final or (state.has_ended and frozen.cancelled):
                 directory = cell.layout.run_directory(cell.run_id)
                 tally.end(cell, state, brief(directory) if state == "failed" else None, None)
             else:

@@ -26,14 +26,12 @@ from fisher_lab.config.schema import Config
 from fisher_lab.config.sweep_files import SweepFile
 from fisher_lab.runs import atomic
 from fisher_lab.runs.identity import LEFT_OUT, run_id
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell
 from fisher_lab.sweeps.directory import SCHEMA, Layout
 
 Identify = Callable[[Config], Mapping[str, Any]]
 """A configuration's content hashes; raises ConfigError for what cannot be."""
-
-TO_RUN = ("missing", "preempted", "cancelled", "interrupted")
-"""States of a cell in which it is run (and ``failed``, where that is asked for)."""
 
 
 _OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
@@ -261,7 +259,7 @@ def _is_neutral(override: str) -> bool:
     return any(key == out or key.startswith(f"{out}.") for out in LEFT_OUT)
 
 
-def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, str]]:
+def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, Status]]:
     """What is to be done.
 
     Returns:
@@ -269,12 +267,13 @@ def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, str]]:
         waited for), and the state of every cell by run directory: two sweeps of one multirun may
         hold cells of the same identity.
     """
-    wanted, states = [], {}
+    wanted: list[Cell] = []
+    states: dict[Path, Status] = {}
     for cell in cells:
         state = cell.layout.state(cell.run_id, cell.config.resume.stale_after_s)
         states[cell.directory] = state
-        retry = state == "failed" and cell.config.resume.retry_failed
-        if state in TO_RUN or state == "running" or retry:
+        retry = state is Status.FAILED and cell.config.resume.retry_failed
+        if state.is_resumable or state is Status.RUNNING or retry:
             wanted.append(cell)
     return wanted, states
 

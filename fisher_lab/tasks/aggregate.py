@@ -21,6 +21,7 @@ from typing import Any
 from fisher_lab import tracking
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
+from fisher_lab.runs.status import Status
 from fisher_lab.tracking import RemoteTracker, Start
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def cells(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for file in sorted(directory.rglob("run.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         metrics = file.with_name("metrics.json")
-        if record["status"] == "completed" and metrics.exists():
+        if record["status"] == Status.COMPLETED and metrics.exists():
             yield record["config"], json.loads(metrics.read_text(encoding="utf-8"))
 
 

@@ -19,6 +19,7 @@ import psutil
 
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.signals import Interrupted
+from fisher_lab.runs.status import Status
 
 if TYPE_CHECKING:
     from fisher_lab.curvature.collectives import TorchCommunicator
@@ -67,7 +68,7 @@ class Endings:
 
     def completed(self) -> None:
         """Tells the others that this rank is done; its process may go at any time."""
-        _write_status(self.folder, self.rank, "completed")
+        _write_status(self.folder, self.rank, Status.COMPLETED)
 
     def failed(self, run: Run, error: Exception) -> None:
         """Ends the record of a rank that has an error; first of all with that error.
@@ -103,8 +104,8 @@ class Endings:
         before = [entry for entry in _ranks_of(run) if entry["rank"] < self.rank]
         if not before or not all(_is_gone(self.folder, entry) for entry in before):
             return
-        if record.status_of(self.directory) == "running":
-            record.end_from_outside(self.directory, "failed", str(told["type"]), error=told)
+        if record.status_of(self.directory) == Status.RUNNING:
+            record.end_from_outside(self.directory, Status.FAILED, str(told["type"]), error=told)
 
 
 def cause(

@@ -26,6 +26,7 @@ from fisher_lab.distributed import launch, nodes
 from fisher_lab.runs import atomic, provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import STATUS, Interrupted, Watch
+from fisher_lab.runs.status import Status
 from fisher_lab.tasks.endings import FOLDER, clear, is_consequence, read_errors
 
 if TYPE_CHECKING:
@@ -210,8 +211,8 @@ def _conclude(work: Work, own: Ended, every: Sequence[Ended]) -> dict[str, Any] 
         return error
     name = signal.Signals(signum)
     run = _reopened(work, keep=own.stop is not None)
-    if run.status == "running":
-        run.end(STATUS.get(name, "cancelled"), name.name)
+    if run.status == Status.RUNNING:
+        run.end(STATUS.get(name, Status.CANCELLED), name.name)
     raise Interrupted(signum)
 
 

@@ -21,6 +21,7 @@ from fisher_lab.config.validate import validate
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
+from fisher_lab.runs.status import Status
 from fisher_lab.tasks.run_spec import Work
 from fisher_lab.tracking import send
 
@@ -95,7 +96,7 @@ class Outcome:
     """How a run ended."""
 
     directory: Path
-    status: str
+    status: Status
     message: str | None = None
     error: Exception | None = None
 
@@ -106,7 +107,7 @@ class Outcome:
 
     def report(self) -> int:
         """Print what has to be said; returns the exit code."""
-        if self.status == "completed":
+        if self.status == Status.COMPLETED:
             return 0
         print(f"fisher_lab: {self.line}", file=sys.stderr)
         return 1
@@ -146,8 +147,8 @@ def begin(work: Work, told: Mapping[str, Any]) -> Outcome:
         return perform(work, ranks.current())
     error = ranks.start(work, told)
     if error is None:
-        return Outcome(work.directory, "completed")
-    return Outcome(work.directory, "failed", _brief(error["type"], error["message"]))
+        return Outcome(work.directory, Status.COMPLETED)
+    return Outcome(work.directory, Status.FAILED, _brief(error["type"], error["message"]))
 
 
 def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcome:
@@ -215,7 +216,7 @@ def _perform(work: Work, endings: Endings | None) -> Outcome:
     except Exception as error:
         _log_in_full(error)
         told = run.record["error"] or record.describe(error)
-        return Outcome(directory, "failed", _brief(told["type"], told["message"]), error)
+        return Outcome(directory, Status.FAILED, _brief(told["type"], told["message"]), error)
     else:
         log.info("completed")
     finally:
@@ -224,7 +225,7 @@ def _perform(work: Work, endings: Endings | None) -> Outcome:
         from fisher_lab.tasks import summary
 
         summary.show(run)
-    return Outcome(directory, "completed")
+    return Outcome(directory, Status.COMPLETED)
 
 
 def _do_task(
@@ -254,7 +255,7 @@ def _do_task(
 
 def _end(run: Run, error: Exception | Interrupted, endings: Endings | None) -> None:
     """The record's end where something went wrong here, or on a rank that this one noticed."""
-    if run.status != "running":  # a second SIGINT, while the end was being written
+    if run.status != Status.RUNNING:  # a second SIGINT, while the end was being written
         return
     if isinstance(error, Interrupted):
         if endings is None:

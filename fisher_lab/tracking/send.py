@@ -100,4 +100,4 @@ def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
             for path in sorted(run.directory.glob(pattern)):
                 if path.name not in NOT_KEPT:
                     tracker.artifact(path.name, path, kind)
-    tracker.finish(run.status)
+    tracker.finish(run.status.value)

@@ -11,8 +11,9 @@ from fisher_lab.results.figures import cell_names
 from fisher_lab.results.metric_figures import short
 from fisher_lab.results.places import Places
 from fisher_lab.results.report import parts
-from fisher_lab.results.table import CORRUPT, MISSING, Table
+from fisher_lab.results.table import Table
 from fisher_lab.results.values import Frame, label, only
+from fisher_lab.runs.status import Status
 
 PRIVATE = ("host.name", "host.system", "pid")
 """Provenance that is of one machine's or process's name, and stays in ``run.json``."""
@@ -35,7 +36,7 @@ def commands(table: Table, frame: Frame, places: Places) -> str:
 
 def failures(frame: Frame, places: Places) -> str:
     """Every run that did not complete, or not with finite numbers, and why."""
-    lost = frame[(frame["status"] != "completed") | (frame["not_finite"].fillna("") != "")]
+    lost = frame[(frame["status"] != Status.COMPLETED) | (frame["not_finite"].fillna("") != "")]
     if lost.empty:
         return (
             '<h2 id="failures">Failures</h2><p>None: every run completed with finite numbers.</p>'
@@ -108,7 +109,10 @@ def _configurations(frame: Frame, shared: Mapping[str, Any], places: Places) -> 
             of_cell = part.iloc[members]
             settings = dict(zip(own, key, strict=True))
             words = ", ".join(short(name, settings[name]) for name in axes)
-            if set(of_cell["status"]) <= {MISSING, CORRUPT}:  # known only as far as others tell
+            if set(of_cell["status"]) <= {
+                Status.MISSING,
+                Status.CORRUPT,
+            }:  # known only as far as others tell
                 settings = {c: v for c, v in settings.items() if of_cell[c].notna().any()}
             count = f"{len(members)} run{'' if len(members) == 1 else 's'}"
             title = f"{sweep}{words and f': {words}'} ({count})"
