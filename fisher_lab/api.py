@@ -3,103 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import (
-    COMPUTE_DTYPES,
-    Coverage,
-    Damping,
-    DeviceName,
-    DtypeName,
-    Fisher,
-    FisherName,
-    KFACSettings,
-    Numerics,
-    Policy,
-    PolicyName,
-    ReduceName,
-    ReductionName,
-    SettingError,
-    Storage,
-    StorageName,
-    TiedName,
-    UncoveredName,
-    in_range,
-    one_of,
-)
+from fisher_lab.config.errors import SettingError
+from fisher_lab.config.fields import whole
+from fisher_lab.config.kfac import KFACSettings, documented, require, settings_of
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Communicator, Progress, no_progress, world
 from fisher_lab.curvature.errors import FactorFileError
 from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.engine import KFACEngine
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
+from fisher_lab.curvature.kfac.numerics import EngineSettings, resolve_dtype
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.runs import atomic
 
 _HEADER = "fisher_lab.factors"
 
 
+@documented
 class KFACNaturalGradient:
     """K-FAC factors of a model, and the natural gradient with them.
 
     Conventions and formulas: ``docs/math.md``; Martens & Grosse 2015.
 
     Args:
-        damping: Tikhonov damping of both factors.
-        damping_A: damping of A; None takes ``damping``.
-        damping_G: damping of G; None takes ``damping``.
-        max_condition_number: floor of the damped eigenvalues is their maximum over this; None
-            for no floor.
-        kfac_use_woodbury: False keeps every G dense (policy ``small_only``).
-        kfac_policy: ``all``, ``auto``, ``hybrid`` or ``small_only``.
-        kfac_big_threshold: ``hybrid`` takes Woodbury from this many outputs on.
-        kfac_auto_rho: ``auto`` takes Woodbury up to this many columns an output,
-        kfac_auto_t_max: and up to this many columns.
-        kfac_true_fisher_head: the head's G is the true Fisher of its softmax.
-        kfac_eps: first jitter of a failed Cholesky factorisation, relative to the mean diagonal.
-        woodbury_store_device: ``auto``, ``cuda`` or ``cpu``.
-        woodbury_dtype: ``auto`` (the token gradients' own), ``fp64``, ``fp32``, ``bf16``,
-            ``fp16``; 16 bits where there are fewer of them than outputs, else their own dtype too.
-        use_eigenvalue_correction: damped and floored eigenvalues; off: damped ones only.
-        update_freq: :meth:`step` refreshes the factors every so many calls.
-        ema_decay: of ``diagonal_fisher``, the legacy diagonal, and of nothing else: factors are
-            never averaged over time.
+        settings: all options; None for the defaults.
+        seed: of drawn labels and of the subsample of columns.
         use_gpu_eigh: False decomposes on the host.
-        show_progress: progress bars, where the output is a terminal.
-        kfac_distributed_reduce: how ranks join their tokens (``docs/math.md``, section 7): ``gram``
-            and ``gather`` give what one process gives on the joined batches, with ``none`` every
-            rank is on its own; on one process all are equal.
-        core_dtype: where matrices are accumulated and decomposed.
-        apply_dtype: where the decompositions are applied.
-        push_through: the identity without cancellation for the factors' own gradient.
-        fisher: ``empirical``, ``mc`` or ``true``.
-        n_samples: draws of ``mc``.
-        seed: of the draws and of column subsampling.
-        true_max_classes: most classes for which ``true`` is exact in inner layers.
-        fisher_scale: ``exact`` puts T/N into the natural gradient too.
-        ekfac: eigenvalues corrected in the factors' basis (George et al. 2018).
-        max_columns: columns kept on the Woodbury path.
-        max_dense_dim: no ``out x out`` matrix beyond this ``out``.
-        column_reduction: ``subsample`` or ``lowrank``.
-        store_limit_mb: limit of ``woodbury_store_device=auto``.
-        include: shell patterns of layer names to take; empty takes all.
-        exclude: shell patterns of layer names to leave out.
-        tied: whose factors precondition a tied weight: ``head``, ``embedding`` or ``sum``.
-        norm_layers: cover LayerNorm and RMSNorm.
-        uncovered: ``passthrough`` or ``diagonal``, for the parameters that remain.
         track_diagonal: keep ``diagonal_fisher``; it costs the weight gradients of a refresh, and
             is kept for ``fisher="empirical"`` only (others would need one more backward pass).
-        progress: shows loops; used by the command line.
+        show_progress: progress bars, where the output is a terminal.
+        progress: shows loops in another way; used by the command line.
         communicator: the ranks that join their tokens; None takes the default process group of
             ``torch.distributed`` where there is one with several ranks.
+        {options}
 
     Raises:
         SettingError: an argument is out of range or misspelt.
@@ -115,106 +59,30 @@ class KFACNaturalGradient:
 
     def __init__(
         self,
-        damping: float = 1e-4,
-        damping_A: float | None = None,
-        damping_G: float | None = None,
-        max_condition_number: float | None = 1e6,
-        kfac_use_woodbury: bool = True,
-        kfac_policy: PolicyName = "all",
-        kfac_big_threshold: int = 4096,
-        kfac_auto_rho: float = 1.0,
-        kfac_auto_t_max: int = 8192,
-        kfac_true_fisher_head: bool = False,
-        kfac_eps: float = 1e-6,
-        woodbury_store_device: DeviceName = "auto",
-        woodbury_dtype: StorageName = "auto",
-        use_eigenvalue_correction: bool = True,
-        update_freq: int = 10,
-        ema_decay: float = 0.99,
-        use_gpu_eigh: bool = True,
-        show_progress: bool = False,
-        kfac_distributed_reduce: ReduceName = "gram",
+        settings: KFACSettings | None = None,
         *,
-        core_dtype: DtypeName = "float64",
-        apply_dtype: DtypeName = "float64",
-        push_through: bool = True,
-        fisher: FisherName = "empirical",
-        n_samples: int = 1,
         seed: int = 0,
-        true_max_classes: int = 64,
-        fisher_scale: Literal["natural", "exact"] = "natural",
-        ekfac: bool = False,
-        max_columns: int = 8192,
-        max_dense_dim: int = 16384,
-        column_reduction: ReductionName = "subsample",
-        store_limit_mb: float = 500.0,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        tied: TiedName = "head",
-        norm_layers: bool = True,
-        uncovered: UncoveredName = "passthrough",
+        use_gpu_eigh: bool = True,
         track_diagonal: bool = True,
+        show_progress: bool = False,
         progress: Progress | None = None,
         communicator: Communicator | None = None,
+        **options: Any,
     ) -> None:
-        in_range("damping", damping, 0.0)
-        in_range("update_freq", update_freq, 1, integer=True)
-        in_range("ema_decay", ema_decay, 0.0, 1.0)
-        for name, value in (("core_dtype", core_dtype), ("apply_dtype", apply_dtype)):
-            one_of(name, value, ("auto", *COMPUTE_DTYPES))
-        self.update_freq, self.ema_decay = update_freq, ema_decay
-        self.track_diagonal = track_diagonal and fisher == "empirical"
+        given = settings_of(settings, options)
+        if given.store_device == "cuda" and not torch.cuda.is_available():
+            raise SettingError("woodbury_store_device: 'cuda', but no CUDA device; allowed: cpu")
+        self.update_freq, self.ema_decay = given.update_freq, given.ema_decay
+        self.track_diagonal = track_diagonal and given.fisher == "empirical"
         self.diagonal_fisher: dict[str, Tensor] = {}
         self._steps = 0
-        settings = KFACSettings(
-            damping=Damping(
-                A=damping if damping_A is None else damping_A,
-                G=damping if damping_G is None else damping_G,
-                kappa_max=max_condition_number if use_eigenvalue_correction else None,
-            ),
-            policy=Policy(
-                name=kfac_policy if kfac_use_woodbury else _dense(kfac_policy),
-                big_threshold=kfac_big_threshold,
-                auto_rho=kfac_auto_rho,
-                auto_t_max=kfac_auto_t_max,
-                max_columns=max_columns,
-                max_dense_dim=max_dense_dim,
-                column_reduction=column_reduction,
-            ),
-            numerics=Numerics(
-                core_dtype=resolve_dtype(core_dtype),
-                apply_dtype=resolve_dtype(apply_dtype),
-                eps=kfac_eps,
-                on_host=not use_gpu_eigh,
-                push_through=push_through,
-            ),
-            storage=Storage(
-                device=woodbury_store_device, dtype=woodbury_dtype, limit_mb=store_limit_mb
-            ),
-            fisher=Fisher(
-                kind=fisher,
-                n_samples=n_samples,
-                seed=seed,
-                true_max_classes=true_max_classes,
-                true_head=kfac_true_fisher_head,
-                scale=fisher_scale,
-            ),
-            coverage=Coverage(
-                include=tuple(include),
-                exclude=tuple(exclude),
-                tied=tied,
-                norm_layers=norm_layers,
-                uncovered=uncovered,
-            ),
-            ekfac=ekfac,
-            reduce=kfac_distributed_reduce,
-        )
+        made = EngineSettings.of(given, seed=seed, on_host=not use_gpu_eigh)
         shown = progress or (_progress_bars() if show_progress else no_progress)
-        self.engine = KFACEngine(settings, shown, communicator)
+        self.engine = KFACEngine(made, shown, communicator)
         self._given = communicator
 
     @property
-    def settings(self) -> KFACSettings:
+    def settings(self) -> EngineSettings:
         """All choices, as the engine has them."""
         return self.engine.settings
 
@@ -352,7 +220,7 @@ class KFACNaturalGradient:
         Args:
             k: how many; fewer where the block has fewer.
         """
-        in_range("k", k, 1, integer=True)
+        require("k", k, whole(1), int)
         return self.engine.top_eigenvalues(k)
 
     def compute_powered_natural_gradient(
@@ -438,41 +306,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise FactorFileError(f"factor file {path}: cut short or not one ({error})") from error
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """Returns the dtype behind ``float64``, ``float32`` or ``auto``.
-
-    ``auto`` is float64, except with a CUDA device on which a float64 product takes more than
-    eight times as long as a float32 one, by measurement.
-    """
-    return _measured_dtype() if name == "auto" else COMPUTE_DTYPES[name]
-
-
-@cache
-def _measured_dtype() -> torch.dtype:
-    if not torch.cuda.is_available():
-        return torch.float64
-    wide, narrow = (_product_seconds(dtype) for dtype in (torch.float64, torch.float32))
-    return torch.float32 if wide > 8 * narrow else torch.float64
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Median seconds of a square product on the CUDA device."""
-    x = torch.ones(2048, 2048, dtype=dtype, device="cuda")
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = perf_counter()
-        _ = x @ x
-        torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    return sorted(seconds)[2]
-
-
-def _dense(policy: str) -> PolicyName:
-    one_of("kfac_policy", policy, ("all", "auto", "hybrid", "small_only"))
-    return "small_only"
 
 
 def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:

@@ -208,7 +208,7 @@ class AdvancedFisherCollector:
         """Labels of the model's own need its logits, which a caller's loss tensor hides."""
         kfac = self.kfac_handler
         assert kfac is not None
-        return self._loss_fn is None or kfac.settings.fisher.kind == "empirical"
+        return self._loss_fn is None or kfac.settings.fisher == "empirical"
 
     def _samples(self, model: nn.Module, batches: list[Any], task: str) -> None:
         """Per-sample gradients: kept for the cache, or handed straight on to group Fisher."""

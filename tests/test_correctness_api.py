@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.config.kfac import SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.errors import CurvatureError, LayerError, NonFiniteError
 from tests import models, reference
 from tests.capturing import POLICIES, Calls, engine, random_like, shared_capture

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.config.kfac import Storage
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import FactorFileError, LayerError
 from fisher_lab.curvature.kfac import serialization as state_module
 from fisher_lab.curvature.kfac.policy import put_back
@@ -192,17 +192,17 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_it(name):
 
 
 @pytest.mark.parametrize(
-    ("storage", "where"),
+    ("settings", "where"),
     [
-        (Storage(device="cpu"), "cpu"),
-        (Storage(limit_mb=0.001), "cpu"),
-        (Storage(), "meta"),
+        (KFACSettings(store_device="cpu"), "cpu"),
+        (KFACSettings(store_limit_mb=0.001), "cpu"),
+        (KFACSettings(), "meta"),
     ],
 )
-def test_columns_from_a_file_are_placed_as_new_ones(storage, where):
+def test_columns_from_a_file_are_placed_as_new_ones(settings, where):
     """`meta` stands for a device here: what is placed on it is not on the host."""
     data = torch.ones(7, 40)
-    columns = put_back(data, 2.0, storage, torch.float64, torch.device("meta"))
+    columns = put_back(data, 2.0, settings, torch.float64, torch.device("meta"))
     assert columns.data.device.type == where
     assert columns.device.type == "meta"
     assert columns.scale == 2.0
@@ -212,9 +212,9 @@ def test_the_storage_settings_reach_a_file_that_is_read(monkeypatch):
     kfac, model = collected(woodbury_store_device="cpu", store_limit_mb=3.0)
     seen = []
 
-    def watched(data, scale, storage, core, compute):
-        seen.append((storage.device, storage.limit_mb))
-        return put_back(data, scale, storage, core, compute)
+    def watched(data, scale, settings, core, compute):
+        seen.append((settings.store_device, settings.store_limit_mb))
+        return put_back(data, scale, settings, core, compute)
 
     monkeypatch.setattr(state_module, "put_back", watched)
     kfac.load_state_dict(kfac.state_dict(model), model)

@@ -21,8 +21,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from fisher_lab.config.kfac import Numerics
 from fisher_lab.curvature.kfac.factors import Columns, GramFactor
+from fisher_lab.curvature.kfac.numerics import Numerics
 
 WIDTH = 256
 OUTS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -40,7 +40,7 @@ def timed(work: Callable[..., Any], *arguments: Any) -> float:
 
 def measure(out: int, tokens: int, repeats: int = 3) -> dict[str, Any]:
     """Median seconds of the three steps, and the bytes that are kept."""
-    numerics = Numerics(core_dtype=torch.float32, apply_dtype=torch.float32)
+    numerics = Numerics(core_dtype=torch.float32, apply_dtype=torch.float32, eps=1e-6)
     g = torch.randn(tokens, out, generator=torch.Generator().manual_seed(0))
     y = torch.randn(out, WIDTH, generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {step: [] for step in STEPS}

@@ -1,4 +1,4 @@
-"""The one error that bad configuration raises."""
+"""What bad configuration and bad arguments raise."""
 
 from __future__ import annotations
 
@@ -41,3 +41,7 @@ class ConfigError(ValueError):
             allowed: what is allowed, such as ``a finite number above 0``.
         """
         return cls(f"{key}={show(value)} is not allowed: {key} must be {allowed}")
+
+
+class SettingError(ValueError):
+    """An argument is out of range or misspelt; one line with name, value and what is allowed."""

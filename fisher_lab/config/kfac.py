@@ -1,246 +1,279 @@
-"""How K-FAC is to be computed, as small typed choices: one dataclass a question.
+"""Every option of K-FAC, once: name, meaning, default, range and unit.
 
-Every field has its meaning and default here; ranges are checked when a choice is made, so an
-illegal combination cannot be handed to the engine. ``docs/math.md`` has the definitions.
+The command line's section ``kfac`` is this class, the engine takes it, and ``--help``,
+``docs/configuration.md`` and the docstring of :class:`fisher_lab.KFACNaturalGradient` are printed
+from it. ``docs/math.md`` has the definitions. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import torch
+from fisher_lab.config.errors import SettingError, show
+from fisher_lab.config.fields import (
+    Allowed,
+    above,
+    at_least,
+    fraction,
+    null,
+    one_of,
+    setting,
+    whole,
+)
 
-PolicyName = Literal["all", "auto", "hybrid", "small_only"]
-FisherName = Literal["empirical", "mc", "true"]
-TiedName = Literal["head", "embedding", "sum"]
-ReduceName = Literal["none", "gather", "gram"]
-DtypeName = Literal["auto", "float64", "float32"]
-StorageName = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
-DeviceName = Literal["auto", "cuda", "cpu"]
-ReductionName = Literal["subsample", "lowrank"]
-UncoveredName = Literal["passthrough", "diagonal"]
-
-STORAGE_DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-COMPUTE_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
-
-class SettingError(ValueError):
-    """A setting is out of range or misspelt; one line with name, value and what is allowed."""
+POLICIES = ("all", "auto", "hybrid", "small_only")
+STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")
+COMPUTE_DTYPES = ("float64", "float32", "auto")
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Checks that a name is one of those allowed.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if value not in allowed:
-        raise SettingError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
-
-
-def in_range(
-    name: str, value: Any, low: float, high: float = math.inf, *, integer: bool = False
-) -> None:
-    """Checks that a number is finite, ``low <= value <= high``, and whole where it has to be.
-
-    Raises:
-        SettingError: it is not.
-    """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    whole = isinstance(value, int) if integer else number
-    if not number or not whole or not math.isfinite(value) or not low <= value <= high:
-        kind = "a whole number" if integer else "a finite number"
-        span = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise SettingError(f"{name}: {value!r}; allowed: {kind} {span}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Damping:
-    """Damping and clipping of the two factors (``docs/math.md``, section 2).
-
-    Attributes:
-        A: Tikhonov damping added to the eigenvalues of A; 0 is allowed for powers >= 0 only.
-        G: the same for G.
-        kappa_max: floor of the damped eigenvalues is their maximum over this; None: no floor.
-    """
-
-    A: float = 1e-4
-    G: float = 1e-4
-    kappa_max: float | None = 1e6
-
-    def __post_init__(self) -> None:
-        in_range("damping_A", self.A, 0.0)
-        in_range("damping_G", self.G, 0.0)
-        if self.kappa_max is not None:
-            in_range("max_condition_number", self.kappa_max, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """Which structure the G factor of a layer takes (``docs/math.md``, section 4).
-
-    Attributes:
-        name: ``all``, ``auto``, ``hybrid`` or ``small_only``.
-        big_threshold: ``hybrid`` takes Woodbury from this many outputs on.
-        auto_rho: ``auto`` takes Woodbury up to ``auto_rho * out`` columns,
-        auto_t_max: and up to this many.
-        max_columns: columns kept on the Woodbury path; past them they are reduced.
-        max_dense_dim: no ``out x out`` matrix is formed beyond this ``out``.
-        column_reduction: ``subsample`` (uniform, seeded, unbiased) or ``lowrank``.
-    """
-
-    name: PolicyName = "all"
-    big_threshold: int = 4096
-    auto_rho: float = 1.0
-    auto_t_max: int = 8192
-    max_columns: int = 8192
-    max_dense_dim: int = 16384
-    column_reduction: ReductionName = "subsample"
-
-    def __post_init__(self) -> None:
-        one_of("kfac_policy", self.name, ("all", "auto", "hybrid", "small_only"))
-        one_of("column_reduction", self.column_reduction, ("subsample", "lowrank"))
-        in_range("kfac_big_threshold", self.big_threshold, 1, integer=True)
-        in_range("kfac_auto_rho", self.auto_rho, 0.0)
-        in_range("kfac_auto_t_max", self.auto_t_max, 1, integer=True)
-        in_range("max_columns", self.max_columns, 1, integer=True)
-        in_range("max_dense_dim", self.max_dense_dim, 1, integer=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Numerics:
-    """Precision of the decompositions and of their application (``docs/math.md``, section 3).
-
-    Attributes:
-        core_dtype: where matrices are accumulated and decomposed.
-        apply_dtype: where the decompositions are applied to a gradient.
-        eps: first jitter of a failed Cholesky factorisation, relative to the mean diagonal.
-        on_host: decompose on the host although the factors are on a device.
-        push_through: use the identity without cancellation for the factors' own gradient.
-    """
-
-    core_dtype: torch.dtype = torch.float64
-    apply_dtype: torch.dtype = torch.float64
-    eps: float = 1e-6
-    on_host: bool = False
-    push_through: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("core_dtype", "apply_dtype"):
-            if getattr(self, name) not in (torch.float64, torch.float32):
-                raise SettingError(f"{name}: {getattr(self, name)}; allowed: float64, float32")
-        in_range("kfac_eps", self.eps, 0.0, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """Where and in what precision token gradients are kept (``docs/math.md``, section 3).
-
-    Attributes:
-        device: ``auto`` keeps a layer's columns and core on the device while they take less
-            than ``limit_mb``, else in pinned host memory.
-        dtype: ``auto`` keeps the token gradients' own dtype; 16-bit ones are scaled by a power of
-            two a layer.
-        limit_mb: the limit of ``auto``, in MB (1e6 bytes).
-    """
-
-    device: DeviceName = "auto"
-    dtype: StorageName = "auto"
-    limit_mb: float = 500.0
-
-    def __post_init__(self) -> None:
-        one_of("woodbury_store_device", self.device, ("auto", "cuda", "cpu"))
-        one_of("woodbury_dtype", self.dtype, ("auto", *STORAGE_DTYPES))
-        in_range("store_limit_mb", self.limit_mb, 0.0)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise SettingError("woodbury_store_device: 'cuda', but no CUDA device; allowed: cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fisher:
-    """Whose expectation the token gradients stand for (``docs/math.md``, section 1).
-
-    Attributes:
-        kind: ``empirical`` (the data's labels), ``mc`` (labels drawn from the model) or ``true``
-            (expectation over the model's distribution).
-        n_samples: draws of ``mc``.
-        seed: of the draws, and of column subsampling.
-        true_max_classes: most classes for which ``true`` is exact in inner layers.
-        true_head: the head's G by the diagonal-minus-low-rank form whatever ``kind`` says.
-        scale: ``exact`` puts the factor T/N into the natural gradient too.
-    """
-
-    kind: FisherName = "empirical"
-    n_samples: int = 1
-    seed: int = 0
-    true_max_classes: int = 64
-    true_head: bool = False
-    scale: Literal["natural", "exact"] = "natural"
-
-    def __post_init__(self) -> None:
-        one_of("fisher", self.kind, ("empirical", "mc", "true"))
-        one_of("fisher_scale", self.scale, ("natural", "exact"))
-        in_range("n_samples", self.n_samples, 1, integer=True)
-        in_range("true_max_classes", self.true_max_classes, 1, integer=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """Which parameters K-FAC covers (``docs/math.md``, section 1).
-
-    Attributes:
-        include: shell patterns of layer names; empty takes all.
-        exclude: shell patterns of layer names left out.
-        tied: whose factors precondition a weight shared by embedding and head.
-        norm_layers: cover LayerNorm and RMSNorm by the Fisher of their per-token gradients.
-        norm_max_dim: widest norm layer whose matrix is dense; beyond it, its diagonal.
-        uncovered: ``passthrough`` returns the gradient, ``diagonal`` divides by the damped
-            diagonal Fisher of per-sequence gradients.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    tied: TiedName = "head"
-    norm_layers: bool = True
-    norm_max_dim: int = 2048
-    uncovered: UncoveredName = "passthrough"
-
-    def __post_init__(self) -> None:
-        one_of("tied", self.tied, ("head", "embedding", "sum"))
-        one_of("uncovered", self.uncovered, ("passthrough", "diagonal"))
-        in_range("norm_max_dim", self.norm_max_dim, 0, integer=True)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class KFACSettings:
-    """All choices of the K-FAC engine.
+    """The K-FAC engine (``docs/math.md``, sections 1 to 7)."""
 
-    Attributes:
-        damping: damping and clipping.
-        policy: structure of the G factors.
-        numerics: precision.
-        storage: where the columns live.
-        fisher: kind of Fisher matrix.
-        coverage: which parameters.
-        ekfac: correct the eigenvalues in the factors' basis (``docs/math.md``, section 6).
-        reduce: how ranks join their factors (``docs/math.md``, section 7).
+    policy: str = setting(
+        "all",
+        "Which layers take the Woodbury path on the G side (`docs/math.md`, section 4).",
+        one_of(*POLICIES),
+    )
+    damping: float = setting(
+        1e-4, "Tikhonov damping added to the eigenvalues of A and of G.", above(0)
+    )
+    damping_A: float | None = setting(
+        None, "Damping of the A side alone; null: `damping`.", above(0) | null
+    )
+    damping_G: float | None = setting(
+        None, "Damping of the G side alone; null: `damping`.", above(0) | null
+    )
+    max_condition_number: float | None = setting(
+        1e6,
+        "Damped eigenvalues are raised to the largest one over this number; null: no floor.",
+        at_least(1) | null,
+    )
+    use_woodbury: bool = setting(True, "false: every layer dense, as with the policy `small_only`.")
+    big_threshold: int = setting(
+        4096, "`hybrid` sends a layer to Woodbury from this many outputs on.", whole(1)
+    )
+    auto_rho: float = setting(
+        1.0, "`auto` takes Woodbury while tokens <= auto_rho * outputs.", at_least(0)
+    )
+    auto_t_max: int = setting(8192, "`auto` never takes Woodbury above this many tokens.", whole(1))
+    eps: float = setting(
+        1e-6,
+        "First jitter of a Cholesky factorisation that failed, relative to the mean diagonal.",
+        above(0),
+    )
+    true_fisher_head: bool = setting(
+        False, "The exact Fisher factor of the softmax head (`docs/math.md`, section 5)."
+    )
+    fisher: str = setting(
+        "empirical",
+        "Labels from the data, sampled from the model, or their expectation.",
+        one_of("empirical", "mc", "true"),
+    )
+    n_samples: int = setting(1, "Label draws per token for `fisher=mc`.", whole(1))
+    true_max_classes: int = setting(
+        64, "`fisher=true` is exact for the inner layers up to this many classes.", whole(1)
+    )
+    fisher_scale: str = setting(
+        "natural",
+        "`exact` puts the factor T/N of the mean loss into the natural gradient.",
+        one_of("natural", "exact"),
+    )
+    tied: str = setting(
+        "head",
+        "Whose factors precondition a weight that head and embedding share.",
+        one_of("head", "embedding", "sum"),
+    )
+    ekfac: bool = setting(False, "Correct the eigenvalues in the Kronecker eigenbasis (EKFAC).")
+    eigenvalue_correction: bool = setting(
+        True, "Damped and floored eigenvalues; false: raw damped ones."
+    )
+    update_freq: int = setting(10, "Steps between two refreshes of the factors.", whole(1))
+    ema_decay: float = setting(
+        0.99,
+        "Decay per refresh of the legacy diagonal Fisher; never touches K-FAC factors.",
+        fraction(),
+    )
+    store_device: str = setting(
+        "auto", "Where the Woodbury factors are kept.", one_of("auto", "cuda", "cpu")
+    )
+    store_limit_mb: float = setting(
+        500.0,
+        "`store_device=auto` keeps a layer's factors on the GPU below this many MB (1e6 bytes).",
+        at_least(0),
+    )
+    woodbury_dtype: str = setting(
+        "auto",
+        "How token gradients are stored; auto: their own dtype. 16 bits where they are fewer than "
+        "the outputs, else their own too.",
+        one_of(*STORAGE_DTYPES),
+    )
+    core_dtype: str = setting(
+        "float64",
+        "Dtype of the accumulation and the decompositions; auto: float64, but float32 where it is "
+        "measured to be over 8 times as fast.",
+        one_of(*COMPUTE_DTYPES),
+    )
+    apply_dtype: str = setting(
+        "float64", "Dtype in which the decompositions are applied.", one_of(*COMPUTE_DTYPES)
+    )
+    push_through: bool = setting(
+        True, "The form without cancellation for the factors' own gradient (section 3)."
+    )
+    max_columns: int = setting(
+        8192, "More tokens than this are reduced on the Woodbury path.", whole(1)
+    )
+    max_dense_dim: int = setting(
+        16384, "No square matrix of a larger side is ever formed.", whole(1)
+    )
+    column_reduction: str = setting(
+        "subsample",
+        "How columns past `max_columns` are reduced.",
+        one_of("subsample", "lowrank"),
+    )
+    include: list[str] = setting([], "Only layers that match one of these patterns; empty: all.")
+    exclude: list[str] = setting([], "Layers that match one of these patterns are left out.")
+    norm_layers: bool = setting(True, "Cover the scales and shifts of normalisation layers.")
+    uncovered: str = setting(
+        "passthrough",
+        "What happens to the gradient of parameters that K-FAC does not cover: returned as it is, "
+        "or divided by the damped diagonal Fisher of per-sequence gradients.",
+        one_of("passthrough", "diagonal"),
+    )
+    reduce: str = setting(
+        "gram",
+        "How several processes join their factors; all equal on one process.",
+        one_of("none", "gather", "gram"),
+    )
+
+    @property
+    def lam_A(self) -> float:
+        """Damping of the A sides."""
+        return self.damping if self.damping_A is None else self.damping_A
+
+    @property
+    def lam_G(self) -> float:
+        """Damping of the G sides."""
+        return self.damping if self.damping_G is None else self.damping_G
+
+    @property
+    def kappa_max(self) -> float | None:
+        """The largest condition number that the floor allows; None for no floor."""
+        return self.max_condition_number if self.eigenvalue_correction else None
+
+    @property
+    def policy_in_use(self) -> str:
+        """The policy, or ``small_only`` without Woodbury."""
+        return self.policy if self.use_woodbury else "small_only"
+
+
+ARGUMENTS = {
+    "policy": "kfac_policy",
+    "use_woodbury": "kfac_use_woodbury",
+    "big_threshold": "kfac_big_threshold",
+    "auto_rho": "kfac_auto_rho",
+    "auto_t_max": "kfac_auto_t_max",
+    "true_fisher_head": "kfac_true_fisher_head",
+    "eps": "kfac_eps",
+    "store_device": "woodbury_store_device",
+    "eigenvalue_correction": "use_eigenvalue_correction",
+    "reduce": "kfac_distributed_reduce",
+}
+"""Fields whose keyword of the engine's constructor is not the key of the configuration."""
+
+ZERO_ALLOWED = ("damping", "damping_A", "damping_G")
+"""May be 0 in Python, where positive powers of the factors are applied too: what the command line
+runs inverts them."""
+
+
+def settings_of(settings: KFACSettings | None, options: Mapping[str, Any]) -> KFACSettings:
+    """Returns checked settings from what the engine's constructor was given.
+
+    Args:
+        settings: where to start from; None for the defaults.
+        options: keyword of the constructor -> value; wins over ``settings``.
+
+    Raises:
+        SettingError: a value is out of range or misspelt.
+        TypeError: an unknown keyword.
     """
+    start = settings or KFACSettings()
+    values = {}
+    for item in dataclasses.fields(KFACSettings):
+        argument = ARGUMENTS.get(item.name, item.name)
+        value = options.get(argument, getattr(start, item.name))
+        if not (item.name in ZERO_ALLOWED and value == 0):
+            require(argument, value, item.metadata["allowed"], _kind(item))
+        values[item.name] = list(value) if isinstance(value, list | tuple) else value
+    unknown = set(options) - {ARGUMENTS.get(name, name) for name in values}
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
+    return KFACSettings(**values)
 
-    damping: Damping = field(default_factory=Damping)
-    policy: Policy = field(default_factory=Policy)
-    numerics: Numerics = field(default_factory=Numerics)
-    storage: Storage = field(default_factory=Storage)
-    fisher: Fisher = field(default_factory=Fisher)
-    coverage: Coverage = field(default_factory=Coverage)
-    ekfac: bool = False
-    reduce: ReduceName = "gram"
 
-    def __post_init__(self) -> None:
-        one_of("kfac_distributed_reduce", self.reduce, ("none", "gather", "gram"))
+def require(name: str, value: object, allowed: Allowed | None, kind: type = float) -> None:
+    """Checks a value that comes from Python.
+
+    Args:
+        name: of the argument, for the message.
+        value: the value.
+        allowed: what it may be; None where the type says it all.
+        kind: its type; a ``float`` may be given as a whole number, a ``list`` as a tuple.
+
+    Raises:
+        SettingError: it is of another type, or not allowed. One line.
+    """
+    kinds = {float: (int, float), list: (list, tuple)}.get(kind, (kind,))
+    good = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if value is None or (good and allowed is not None):
+        good = allowed is not None and allowed.test(value)
+    if not good:
+        text = {bool: "True or False", list: "a list"}.get(kind, f"of type {kind.__name__}")
+        raise SettingError(f"{name}: {value!r}; allowed: {allowed.text if allowed else text}")
+
+
+def _kind(item: dataclasses.Field[Any]) -> type:
+    """The type of a field's values; ``float | None`` is ``float``."""
+    if item.default is dataclasses.MISSING:
+        return list
+    return float if item.default is None else type(item.default)
+
+
+Engine = TypeVar("Engine", bound=type)
+
+
+def documented(engine: Engine) -> Engine:
+    """Prints the options into the signature of an engine's class and for ``{options}`` in its text.
+
+    Args:
+        engine: its constructor takes :class:`KFACSettings`, arguments of its own, and the options
+            as further keywords.
+    """
+    own = [p for p in inspect.signature(engine).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    lines = []
+    for item in dataclasses.fields(KFACSettings):
+        argument = ARGUMENTS.get(item.name, item.name)
+        default = getattr(KFACSettings(), item.name)
+        own.append(
+            inspect.Parameter(
+                argument, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=item.type
+            )
+        )
+        allowed = item.metadata["allowed"]
+        must = f"; {allowed.text}" if allowed is not None else ""
+        text = f"{argument}: {item.metadata['meaning']} (default {show(default)}{must})"
+        lines.append(_wrapped(text))
+    engine.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    if engine.__doc__ is not None:  # python -OO has none
+        engine.__doc__ = engine.__doc__.replace("{options}", "\n".join(lines).lstrip())
+    return engine
+
+
+def _wrapped(text: str) -> str:
+    text = text.replace("null", "None")
+    return textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)

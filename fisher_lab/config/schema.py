@@ -14,7 +14,6 @@ from fisher_lab.config.fields import (
     above,
     at_least,
     each_of,
-    fraction,
     name_like,
     null,
     one_of,
@@ -22,6 +21,7 @@ from fisher_lab.config.fields import (
     setting,
     whole,
 )
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.config.spectra import GroupFisherConfig, LanczosConfig, SpectralConfig, on_ranks
 from fisher_lab.config.workload import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
@@ -101,124 +101,18 @@ class DistributedConfig:
     )
 
 
-POLICIES = ("all", "auto", "hybrid", "small_only")
-STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")
-CORE_DTYPES = ("float64", "float32", "auto")
 TASKS = ("analyze", "train", "plan")
 TRACKERS = ("wandb", "tensorboard")
 MAX_SEED = 2**32 - 1
 
 
 @dataclass
-class KfacConfig:
-    """The K-FAC engine (``docs/math.md``, sections 1 to 7)."""
+class KfacConfig(KFACSettings):
+    """The K-FAC engine (``docs/math.md``, sections 1 to 7), and what the tasks do with it."""
 
-    policy: str = setting(
-        "auto",
-        "Which layers take the Woodbury path on the G side (`docs/math.md`, section 4).",
-        one_of(*POLICIES),
-    )
-    damping: float = setting(
-        1e-4, "Tikhonov damping added to the eigenvalues of A and of G.", above(0)
-    )
-    damping_A: float | None = setting(
-        None, "Damping of the A side alone; null: `kfac.damping`.", above(0) | null
-    )
-    damping_G: float | None = setting(
-        None, "Damping of the G side alone; null: `kfac.damping`.", above(0) | null
-    )
-    max_condition_number: float | None = setting(
-        1e6,
-        "Damped eigenvalues are raised to the largest one over this number; null: no floor.",
-        at_least(1) | null,
-    )
-    use_woodbury: bool = setting(True, "false: every layer dense, as with the policy `small_only`.")
-    big_threshold: int = setting(
-        1024, "`hybrid` sends a layer to Woodbury from this many outputs on.", whole(1)
-    )
-    auto_rho: float = setting(
-        1.0, "`auto` takes Woodbury while tokens <= auto_rho * outputs.", above(0)
-    )
-    auto_t_max: int = setting(8192, "`auto` never takes Woodbury above this many tokens.", whole(1))
-    eps: float = setting(
-        1e-6,
-        "First jitter of a Cholesky factorisation that failed, relative to the mean diagonal.",
-        above(0),
-    )
-    true_fisher_head: bool = setting(
-        False, "The exact Fisher factor of the softmax head (`docs/math.md`, section 5)."
-    )
-    fisher: str = setting(
-        "empirical",
-        "Labels from the data, sampled from the model, or their expectation.",
-        one_of("empirical", "mc", "true"),
-    )
-    n_samples: int = setting(1, "Label draws a token for `fisher=mc`.", whole(1))
-    true_max_classes: int = setting(
-        64, "`fisher=true` is exact for the inner layers up to this many classes.", whole(1)
-    )
-    fisher_scale: str = setting(
-        "natural",
-        "`exact` puts the factor T/N of the mean loss into the natural gradient.",
-        one_of("natural", "exact"),
-    )
-    tied: str = setting(
-        "head",
-        "Whose factors precondition a weight that head and embedding share.",
-        one_of("head", "embedding", "sum"),
-    )
-    ekfac: bool = setting(False, "Correct the eigenvalues in the Kronecker eigenbasis (EKFAC).")
-    eigenvalue_correction: bool = setting(
-        True, "Damped and floored eigenvalues; false: raw damped ones."
-    )
-    update_freq: int = setting(10, "Steps between two refreshes of the factors.", whole(1))
-    ema_decay: float = setting(
-        0.99, "Decay of the legacy diagonal Fisher; never touches K-FAC factors.", fraction()
-    )
-    store_device: str = setting(
-        "auto", "Where the Woodbury factors are kept.", one_of("auto", "cuda", "cpu")
-    )
-    store_limit_mb: float = setting(
-        500.0, "`store_device=auto` keeps factors on the GPU below this many MB.", at_least(0)
-    )
-    woodbury_dtype: str = setting(
-        "auto",
-        "How token gradients are stored; auto: their own dtype. 16 bits where they are fewer than "
-        "the outputs, else their own too.",
-        one_of(*STORAGE_DTYPES),
-    )
-    core_dtype: str = setting("float64", "Dtype of the decompositions.", one_of(*CORE_DTYPES))
-    apply_dtype: str = setting("float64", "Dtype of their application.", one_of(*CORE_DTYPES))
-    push_through: bool = setting(
-        True, "The form without cancellation for the factors' own gradient (section 3)."
-    )
-    max_columns: int = setting(
-        8192, "More tokens than this are reduced on the Woodbury path.", whole(1)
-    )
-    max_dense_dim: int = setting(
-        16384, "No square matrix of a larger side is ever formed.", whole(1)
-    )
-    column_reduction: str = setting(
-        "subsample",
-        "How columns past `kfac.max_columns` are reduced.",
-        one_of("subsample", "lowrank"),
-    )
     n_batches: int = setting(1, "Batches that the factors are built from.", whole(1))
-    include: list[str] = setting([], "Only layers that match one of these patterns; empty: all.")
-    exclude: list[str] = setting([], "Layers that match one of these patterns are left out.")
-    norm_layers: bool = setting(True, "Cover the scales and shifts of normalisation layers.")
-    uncovered: str = setting(
-        "passthrough",
-        "What happens to the gradient of parameters that K-FAC does not cover.",
-        one_of("passthrough", "diagonal"),
-    )
     save_factors: bool = setting(
         False, "`task=analyze`: keep the factors in `factors.safetensors` of the run directory."
-    )
-    reduce: str = setting(
-        "gram",
-        "How several processes join their factors; all equal on one process.",
-        one_of("none", "gather", "gram"),
     )
 
 

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fisher_lab.config.kfac import in_range, one_of
+from fisher_lab.config.fields import at_least, one_of
+from fisher_lab.config.kfac import require
 
 ClipName = Literal["unit", "kl", "trust", "none"]
 
@@ -34,8 +35,8 @@ class Clipping:
     limit: float = 1e-3
 
     def __post_init__(self) -> None:
-        one_of("clip", self.kind, ("unit", "kl", "trust", "none"))
-        in_range("clip_limit", self.limit, 0.0)
+        require("clip", self.kind, one_of("unit", "kl", "trust", "none"), str)
+        require("clip_limit", self.limit, at_least(0))
 
     def scale(self, quadratic: float) -> float:
         """The factor, at most 1, by which a step with this ``d^T F d`` is shortened.

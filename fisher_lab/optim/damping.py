@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from fisher_lab.config.kfac import in_range
+from fisher_lab.config.fields import Allowed, fraction
+from fisher_lab.config.kfac import require
 
 
 class DampingSchedule(Protocol):
@@ -59,8 +60,9 @@ class LevenbergMarquardt:
     wants_ratio = True
 
     def __post_init__(self) -> None:
-        in_range("lm_factor", self.factor, 0.0, 1.0)
-        in_range("lm_low", self.low, 0.0, self.high)
+        require("lm_factor", self.factor, fraction())
+        below = Allowed(f"a number from 0 to {self.high:g}", lambda low: 0.0 <= low <= self.high)
+        require("lm_low", self.low, below)
 
     def update(self, multiplier: float, ratio: float) -> float:
         """The next multiplier; see :class:`DampingSchedule`."""

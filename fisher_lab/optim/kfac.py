@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_lab.api import KFACNaturalGradient
-from fisher_lab.config.kfac import SettingError, in_range
+from fisher_lab.config.errors import SettingError
+from fisher_lab.config.fields import at_least, fraction, null, whole
+from fisher_lab.config.kfac import require
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
@@ -97,13 +98,10 @@ class KFACOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         communicator: Communicator | None = None,
     ) -> None:
-        in_range("lr", lr, 0.0)
-        in_range("momentum", momentum, 0.0, 1.0)
-        in_range("weight_decay", weight_decay, 0.0)
-        if inverse_freq is not None:
-            in_range("inverse_freq", inverse_freq, 1, integer=True)
-        if momentum >= 1.0:
-            raise SettingError(f"momentum: {momentum}; allowed: below 1")
+        require("lr", lr, at_least(0))
+        require("momentum", momentum, fraction())
+        require("weight_decay", weight_decay, at_least(0))
+        require("inverse_freq", inverse_freq, whole(1) | null, int)
         self.kfac, self.model = kfac, model
         self.clipping = clipping or Clipping()
         self.damping: DampingSchedule = damping or ConstantDamping()
@@ -112,7 +110,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.ranks: Communicator = communicator if apart else Alone()  # type: ignore[assignment]
         self.multiplier = 1.0
         self.last: dict[str, float] = {}
-        self._damping = kfac.settings.damping
+        self._start = kfac.settings.lam_A, kfac.settings.lam_G
         self._done = 0
         self._names = self._covered_names()
         covered = list(self._names.values())
@@ -204,9 +202,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         if multiplier == self.multiplier:
             return
         self.multiplier = multiplier
-        start = self._damping
-        damping = replace(start, A=start.A * multiplier, G=start.G * multiplier)
-        self.kfac.engine.with_damping(damping)
+        lam_a, lam_g = self._start
+        self.kfac.engine.with_damping(lam_a * multiplier, lam_g * multiplier)
 
     # ---- the step ----------------------------------------------------------------------------
 

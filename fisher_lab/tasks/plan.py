@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fisher_lab.config.kfac import KFACSettings
-from fisher_lab.config.schema import POLICIES, Config
+from fisher_lab.config.kfac import POLICIES
+from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.capture import Capture, count_tokens
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, discover
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import (
+    NORM_MAX_DIM,
     Cost,
     check,
     cost_a,
@@ -76,7 +78,7 @@ def _untrained(config: Config) -> Bench:
 
 def _rows(bench: Bench, config: Config) -> list[dict[str, Any]]:
     settings = kfac_engine(config).settings
-    layers = discover(bench.model, settings.coverage)
+    layers = discover(bench.model, settings)
     return [
         _row(layers.layers[name], count, settings, config)
         for name, count in _tokens(bench, layers, config).items()
@@ -97,7 +99,7 @@ def _tokens(bench: Bench, layers: Layers, config: Config) -> dict[str, int]:
     return totals
 
 
-def _row(layer: Layer, tokens: int, settings: KFACSettings, config: Config) -> dict[str, Any]:
+def _row(layer: Layer, tokens: int, settings: EngineSettings, config: Config) -> dict[str, Any]:
     columns = tokens * (config.kfac.n_samples if config.kfac.fisher == "mc" else 1)
     row: dict[str, Any] = {
         "name": layer.name,
@@ -106,7 +108,7 @@ def _row(layer: Layer, tokens: int, settings: KFACSettings, config: Config) -> d
         "out": layer.n_out,
         "tokens": tokens,
         "tied": layer.tied,
-        "method": _method(settings, settings.policy.name, layer, columns),
+        "method": _method(settings, settings.policy_in_use, layer, columns),
     }
     row |= {name: _method(settings, name, layer, columns) for name in POLICIES}
     a, g = _costs(layer, row["method"], tokens, columns, settings)
@@ -119,24 +121,24 @@ def _row(layer: Layer, tokens: int, settings: KFACSettings, config: Config) -> d
     return row
 
 
-def _method(settings: KFACSettings, name: Any, layer: Layer, columns: int) -> str:
-    policy = dataclasses.replace(settings.policy, name=name)
+def _method(settings: EngineSettings, name: Any, layer: Layer, columns: int) -> str:
+    other = dataclasses.replace(settings, policy=name, use_woodbury=True)
     try:
-        check(policy, layer)
+        check(other, layer)
     except LayerError:
         return "error"
-    return method(policy, layer, columns)
+    return method(other, layer, columns)
 
 
 def _costs(
-    layer: Layer, chosen: str, tokens: int, columns: int, settings: KFACSettings
+    layer: Layer, chosen: str, tokens: int, columns: int, settings: EngineSettings
 ) -> tuple[Cost, Cost]:
     core = torch.empty(0, dtype=settings.numerics.core_dtype).element_size()
     if layer.kind is Kind.NORM:
-        dense = layer.n_out <= settings.coverage.norm_max_dim
+        dense = layer.n_out <= NORM_MAX_DIM
         return Cost(0, 0.0, 0.0), cost_norm(layer, tokens, dense=dense, core_itemsize=core)
-    kept = min(columns, settings.policy.max_columns) if chosen == "woodbury" else columns
-    stored = storage_dtype(settings.storage, torch.float32, (kept, layer.n_out))
+    kept = min(columns, settings.max_columns) if chosen == "woodbury" else columns
+    stored = storage_dtype(settings, torch.float32, (kept, layer.n_out))
     return cost_a(layer, tokens, core_itemsize=core), cost_g(
         layer, chosen, kept, itemsize=stored.itemsize, core_itemsize=core
     )

@@ -44,8 +44,8 @@ def test_the_kfac_defaults_that_the_documentation_promises():
     kfac = validate({}).kfac
     assert kfac.damping == 1e-4
     assert kfac.max_condition_number == 1e6
-    assert kfac.policy == "auto"
-    assert kfac.big_threshold == 1024
+    assert kfac.policy == "all"
+    assert kfac.big_threshold == 4096
     assert kfac.n_batches == 1
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.config.kfac import Numerics, Policy, Storage
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator
 from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 
 
 def columns(t: int, out: int, seed: int = 0) -> torch.Tensor:
@@ -15,7 +15,7 @@ def columns(t: int, out: int, seed: int = 0) -> torch.Tensor:
 
 
 def accumulator(out: int, seed: int = 0, **policy) -> GradientAccumulator:
-    return GradientAccumulator("layer", out, Policy(**policy), Numerics(), Storage(), seed)
+    return GradientAccumulator("layer", out, EngineSettings(**policy), seed)
 
 
 def dense(factor: DenseFactor | GramFactor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def dense(factor: DenseFactor | GramFactor) -> torch.Tensor:
 
 def test_auto_decides_by_all_tokens_although_they_come_in_parts():
     parts = [columns(4, 10, seed) for seed in range(3)]
-    acc = accumulator(10, name="auto")
+    acc = accumulator(10, policy="auto")
     kinds = []
     for part in parts:
         acc.add(part)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fisher_lab.config.kfac import SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature import losses, memory
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
 from fisher_lab.curvature.evaluation_mode import isolated

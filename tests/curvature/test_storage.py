@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.config.kfac import SettingError, Storage
+from fisher_lab import KFACNaturalGradient
+from fisher_lab.config.errors import SettingError
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.kfac import policy
 from fisher_lab.curvature.kfac.factors import Columns
 
@@ -23,11 +25,11 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     ],
 )
 def test_placement(megabytes, choice, compute, expected):
-    assert policy.place(megabytes * 10**6, Storage(device=choice), compute) == expected
+    assert policy.place(megabytes * 10**6, KFACSettings(store_device=choice), compute) == expected
 
 
 def test_placement_limit_is_a_setting():
-    small = Storage(limit_mb=10)
+    small = KFACSettings(store_limit_mb=10)
     assert policy.place(9_000_000, small, CUDA) == CUDA
     assert policy.place(11_000_000, small, CUDA) == CPU
 
@@ -39,13 +41,16 @@ def test_bytes_of_a_large_head():
 
 def test_own_dtype_is_kept_unless_asked():
     few = (7, 64)
-    assert policy.storage_dtype(Storage(), torch.bfloat16, few) == torch.bfloat16
-    assert policy.storage_dtype(Storage(dtype="fp32"), torch.bfloat16, few) == torch.float32
+    assert policy.storage_dtype(KFACSettings(), torch.bfloat16, few) == torch.bfloat16
+    assert (
+        policy.storage_dtype(KFACSettings(woodbury_dtype="fp32"), torch.bfloat16, few)
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_sixteen_bits_are_for_fewer_columns_than_outputs(dtype):
-    asked = Storage(dtype=dtype)
+    asked = KFACSettings(woodbury_dtype=dtype)
     assert policy.storage_dtype(asked, torch.float32, (63, 64)).itemsize == 2
     assert policy.storage_dtype(asked, torch.float32, (64, 64)) == torch.float32
     assert policy.storage_dtype(asked, torch.float64, (500, 64)) == torch.float64
@@ -54,7 +59,7 @@ def test_sixteen_bits_are_for_fewer_columns_than_outputs(dtype):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_an_error():
     with pytest.raises(SettingError, match=r"woodbury_store_device.*cpu"):
-        Storage(device="cuda")
+        KFACNaturalGradient(woodbury_store_device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fisher_lab import KFACNaturalGradient
-from fisher_lab.config.kfac import SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
@@ -201,10 +201,10 @@ def test_the_damping_moves_with_the_multiplier_and_the_factors_stay():
     optimizer.last["predicted"] = -1.0
     assert optimizer.adapt(1.0, 2.0) == -1.0  # it went the wrong way
     assert optimizer.multiplier == 2.0
-    assert (kfac.settings.damping.A, kfac.settings.damping.G) == (0.4, 0.1)
+    assert (kfac.settings.lam_A, kfac.settings.lam_G) == (0.4, 0.1)
     assert kfac.kfac_factors is factors
     assert optimizer.adapt(1.0, 0.0) == 1.0
-    assert (kfac.settings.damping.A, kfac.settings.damping.G) == (0.2, 0.05)
+    assert (kfac.settings.lam_A, kfac.settings.lam_G) == (0.2, 0.05)
 
 
 @pytest.mark.parametrize("ekfac", [False, True])

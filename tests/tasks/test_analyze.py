@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from fisher_lab.config import paths, sweep_files
-from fisher_lab.config.kfac import SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.config.validate import validate
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan

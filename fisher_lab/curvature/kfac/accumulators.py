@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fisher_lab.config.kfac import Numerics, Policy, Storage
 from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.errors import NonFiniteError
 from fisher_lab.curvature.kfac.factors import Columns, DenseFactor, DiagonalFactor, GramFactor
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import storage_dtype, store_columns, wants_woodbury
 from fisher_lab.curvature.linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
 from fisher_lab.curvature.memory import HOST, on_host_if_full
@@ -196,9 +196,7 @@ class GradientAccumulator(_Summing):
     Args:
         name: of the layer.
         out: outputs of the layer.
-        policy: the policy.
-        numerics: core dtype.
-        storage: where and how columns are kept.
+        settings: policy, core dtype, where and how columns are kept.
         seed: of the subsampling.
 
     Attributes:
@@ -206,11 +204,8 @@ class GradientAccumulator(_Summing):
         eigen: eigenvalues and eigenvectors of the sum, where another rank may have found them.
     """
 
-    def __init__(
-        self, name: str, out: int, policy: Policy, numerics: Numerics, storage: Storage, seed: int
-    ) -> None:
-        self.name, self.out, self.policy, self.numerics = name, out, policy, numerics
-        self.storage = storage
+    def __init__(self, name: str, out: int, settings: EngineSettings, seed: int) -> None:
+        self.name, self.out, self.settings = name, out, settings
         self.parts: list[Tensor] = []
         self.total: Tensor | None = None
         self.seen = 0
@@ -226,7 +221,7 @@ class GradientAccumulator(_Summing):
     @property
     def dense_allowed(self) -> bool:
         """Whether an ``out x out`` matrix may be formed."""
-        return self.out <= self.policy.max_dense_dim
+        return self.out <= self.settings.max_dense_dim
 
     def add(self, g: Tensor) -> None:
         """Adds token gradients ``[T, out]`` of one draw."""
@@ -237,9 +232,9 @@ class GradientAccumulator(_Summing):
         self._device = self._device or g.device
         self.parts.append(g.to(HOST) if self.hosted else g)
         self.kept += g.shape[0]
-        if self.dense_allowed and not wants_woodbury(self.policy, self.out, self.seen):
+        if self.dense_allowed and not wants_woodbury(self.settings, self.out, self.seen):
             self._to_matrix()
-        elif self.kept > self.policy.max_columns:
+        elif self.kept > self.settings.max_columns:
             self._reduce()
 
     def _to_matrix(self) -> None:
@@ -247,7 +242,7 @@ class GradientAccumulator(_Summing):
         self.parts.clear()
 
     def _matrix(self) -> Tensor:
-        total = self._room(self.out, self.numerics.core_dtype, self.parts[0].device)
+        total = self._room(self.out, self.settings.numerics.core_dtype, self.parts[0].device)
         for index, part in enumerate(self.parts):
             add_second_moment(total, part.to(total.device), fresh=index == 0)
         return total
@@ -278,7 +273,7 @@ class GradientAccumulator(_Summing):
         if self.dense_allowed:
             self.reduction = "lossless"
             self._to_matrix()
-        elif self.policy.column_reduction == "subsample":
+        elif self.settings.column_reduction == "subsample":
             self.reduction = "subsample"
             self._subsample()
         else:
@@ -288,10 +283,10 @@ class GradientAccumulator(_Summing):
     def _subsample(self) -> None:
         """Keeps the columns with the smallest keys: uniform over all that have come so far."""
         keys = self.keys(self.kept)
-        chosen = keys.topk(self.policy.max_columns, largest=False).indices.sort().values
+        chosen = keys.topk(self.settings.max_columns, largest=False).indices.sort().values
         self._keys = keys[chosen]
         self.parts = [self.guarded(lambda: self._chosen(chosen))]
-        self.kept = self.policy.max_columns
+        self.kept = self.settings.max_columns
         self.discarded = 1.0 - self.kept / self.seen
 
     def _chosen(self, chosen: Tensor) -> Tensor:
@@ -307,17 +302,17 @@ class GradientAccumulator(_Summing):
     def _truncate(self) -> None:
         """Keeps the leading directions; the trace that goes is added up."""
         values, kept = self.guarded(self._leading)
-        self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.policy.max_columns].sum())
+        self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.settings.max_columns].sum())
         self.parts = [kept]
-        self.kept = self.policy.max_columns
-        total = self._lost + float(values[-self.policy.max_columns :].sum())
+        self.kept = self.settings.max_columns
+        total = self._lost + float(values[-self.settings.max_columns :].sum())
         self.discarded = self._lost / total if total > 0 else 0.0
 
     def _leading(self) -> tuple[Tensor, Tensor]:
         """All eigenvalues of the columns' Gram matrix, and the columns in the leading ones."""
         joined = self._joined()
-        values, vectors = symmetric_eigen(gram(joined, self.numerics.core_dtype))
-        return values, vectors[:, -self.policy.max_columns :].to(joined).T @ joined
+        values, vectors = symmetric_eigen(gram(joined, self.settings.numerics.core_dtype))
+        return values, vectors[:, -self.settings.max_columns :].to(joined).T @ joined
 
     def tokens_in_order(self) -> bool:
         """Says whether the columns are the tokens as they came (push-through needs that)."""
@@ -352,8 +347,8 @@ class GradientAccumulator(_Summing):
         return self.eigen
 
     def _gram(self, columns: Tensor, weight: float) -> GramFactor:
-        core = self.numerics.core_dtype
-        stored = store_columns(columns, self.out, self.storage, core, self.name, self._device)
+        core = self.settings.numerics.core_dtype
+        stored = store_columns(columns, self.out, self.settings, core, self.name, self._device)
         return GramFactor(
             self.spread(stored),
             weight,
@@ -367,13 +362,13 @@ class GradientAccumulator(_Summing):
         if self.total is not None or not self.parts:
             return None
         dtype = self.parts[0].dtype
-        if storage_dtype(self.storage, dtype, (self.kept, self.out)) == dtype:
+        if storage_dtype(self.settings, dtype, (self.kept, self.out)) == dtype:
             return None
         columns = self.joined()
         if self.reduction == "subsample":
             weight = weight * self.seen / self.kept
         exact = self.spread(Columns(columns, 1.0, self._device or columns.device))
-        return GramFactor(exact, weight, self.numerics.core_dtype)
+        return GramFactor(exact, weight, self.settings.numerics.core_dtype)
 
 
 def as_they_are(columns: Columns) -> Columns:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import BatchError, LossError
 from fisher_lab.curvature.kfac.accumulators import (
@@ -38,6 +37,7 @@ from fisher_lab.curvature.kfac.capture import (
 from fisher_lab.curvature.kfac.draws import Draw, draws, resolve
 from fisher_lab.curvature.kfac.layer_factors import Built
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.reduce import join
 from fisher_lab.curvature.kfac.refresh import form
 from fisher_lab.curvature.kfac.statistics import Side, Sums
@@ -73,7 +73,7 @@ class FactorBuilder:
         self,
         model: nn.Module,
         layers: Layers,
-        settings: KFACSettings,
+        settings: EngineSettings,
         *,
         keep_gradient: bool,
         communicator: Communicator | None = None,
@@ -118,7 +118,7 @@ class FactorBuilder:
             return
         masks = TokenMasks.of(self.model, batch)
         if loss.scored is not None:
-            sums.fisher_kind = resolve(self.settings.fisher, loss.scored.logits.shape[1])
+            sums.fisher_kind = resolve(self.settings, loss.scored.logits.shape[1])
         self._add_draws(capture, masks, loss)
         if sums.uncovered.wants_diagonal:
             sums.uncovered.add_diagonal(loss, capture)
@@ -132,7 +132,7 @@ class FactorBuilder:
         want_own = self.keep_gradient and sums.fisher_kind != "empirical"
         diagonal = sums.uncovered.wants_diagonal
         first, live = True, {}
-        for draw in draws(loss, self.settings.fisher, self._generator):
+        for draw in draws(loss, self.settings, self._generator):
             keep = not draw.last or want_own or diagonal
             own = draw.grad_output is None
             grads, others = self._backward(capture, draw, keep, own=own)

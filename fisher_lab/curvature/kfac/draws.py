@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import Fisher, SettingError
+from fisher_lab.config.errors import SettingError
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.losses import Scored, SummedLoss
 
 
@@ -37,42 +38,42 @@ class Draw:
     last: bool
 
 
-def resolve(fisher: Fisher, n_classes: int | None) -> str:
+def resolve(settings: KFACSettings, n_classes: int | None) -> str:
     """Returns the kind that inner layers get: ``true`` becomes ``mc`` beyond the class limit."""
-    if fisher.kind == "true" and (n_classes is None or n_classes > fisher.true_max_classes):
+    if settings.fisher == "true" and (n_classes is None or n_classes > settings.true_max_classes):
         return "mc"
-    return fisher.kind
+    return settings.fisher
 
 
-def n_draws(kind: str, fisher: Fisher) -> int:
+def n_draws(kind: str, settings: KFACSettings) -> int:
     """Returns by how many draws the sums are divided."""
-    return fisher.n_samples if kind == "mc" else 1
+    return settings.n_samples if kind == "mc" else 1
 
 
-def draws(loss: SummedLoss, fisher: Fisher, generator: torch.Generator) -> Iterator[Draw]:
+def draws(loss: SummedLoss, settings: KFACSettings, generator: torch.Generator) -> Iterator[Draw]:
     """Yields the backward passes of one batch.
 
     Args:
         loss: the batch's loss, with its logits for ``mc`` and ``true``.
-        fisher: kind, number of samples, class limit.
+        settings: kind, number of samples, class limit.
         generator: host generator of the drawn labels.
 
     Raises:
         SettingError: the kind needs logits and the loss has none.
     """
-    if fisher.kind == "empirical":
+    if settings.fisher == "empirical":
         yield Draw(loss.loss, None, True)
         return
-    scored = scored_of(loss, fisher.kind)
+    scored = scored_of(loss, settings.fisher)
     if scored.n_labels == 0:
         yield Draw(loss.loss, None, True)
         return
     with torch.no_grad():
         probabilities = scored.logits.softmax(dim=-1)
-    if resolve(fisher, probabilities.shape[1]) == "mc":
-        for k in range(fisher.n_samples):
+    if resolve(settings, probabilities.shape[1]) == "mc":
+        for k in range(settings.n_samples):
             signal = _sampled(probabilities, generator)
-            yield Draw(scored.logits, signal, k == fisher.n_samples - 1)
+            yield Draw(scored.logits, signal, k == settings.n_samples - 1)
         return
     yield from _expected(scored, probabilities)
 

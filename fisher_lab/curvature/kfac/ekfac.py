@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import Damping, Numerics, SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.collectives import columns_for_rows, dtype_name
 from fisher_lab.curvature.kfac.factors import (
     Columns,
@@ -23,6 +23,7 @@ from fisher_lab.curvature.kfac.factors import (
     ShardedColumns,
 )
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
+from fisher_lab.curvature.kfac.numerics import EngineSettings, Numerics
 from fisher_lab.curvature.linalg import blocks
 from fisher_lab.curvature.memory import HOST, on_host_if_full
 
@@ -237,29 +238,27 @@ def _spread_basis(factors: LayerFactors, numerics: Numerics) -> Basis:
     return Basis(v_g=v_g, v_a=v_a, m_g=m_g, m_a=m_a, sums=own)
 
 
-def eigenbasis(
-    factors: LayerFactors, basis: Basis, damping: Damping, numerics: Numerics
-) -> Eigenbasis:
+def eigenbasis(factors: LayerFactors, basis: Basis, settings: EngineSettings) -> Eigenbasis:
     """Returns a layer's basis with its damped and floored eigenvalues.
 
     Args:
         factors: of the layer.
         basis: of the layer; ``sums`` over the tokens of all ranks, divided by their number.
-        damping: of both sides, with the largest condition number.
-        numerics: precision.
+        settings: damping of both sides, the largest condition number, and the precision.
     """
     m_g, m_a, s = basis.m_g, basis.m_a, basis.sums
-    damped = s + damping.A * m_g[:, None] + damping.G * m_a[None, :] + damping.A * damping.G
-    complement = damping.G * m_a + damping.A * damping.G
+    lam_a, lam_g, kappa_max = settings.lam_A, settings.lam_G, settings.kappa_max
+    damped = s + lam_a * m_g[:, None] + lam_g * m_a[None, :] + lam_a * lam_g
+    complement = lam_g * m_a + lam_a * lam_g
     rank, out = len(m_g), factors.layer.n_out
     whole, clipped = rank == out, 0
     before = _kappa(damped, None if whole else complement)
-    if damping.kappa_max is not None:
+    if kappa_max is not None:
         top = max(float(damped.max()), 0.0 if whole else float(complement.max()))
-        floor = top / damping.kappa_max**2
+        floor = top / kappa_max**2
         clipped = int((damped < floor).sum()) + (out - rank) * int((complement < floor).sum())
         damped, complement = damped.clamp(min=floor), complement.clamp(min=floor)
-    dtype = numerics.apply_dtype
+    dtype = settings.numerics.apply_dtype
     return Eigenbasis(
         v_g=basis.v_g.cast(dtype),
         v_a=None if basis.v_a is None else basis.v_a.to(dtype),
@@ -282,7 +281,7 @@ def _kappa(damped: Tensor, complement: Tensor | None) -> float:
     return top / low if low > 0 else float("inf")
 
 
-def prepared(factors: LayerFactors, damping: Damping, numerics: Numerics) -> Eigenbasis:
+def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
     """Computes a layer's basis and its damped and floored eigenvalues; collective on ranks.
 
     Where the device is full, what a rank does by itself goes on on its host; what it does together
@@ -290,8 +289,7 @@ def prepared(factors: LayerFactors, damping: Damping, numerics: Numerics) -> Eig
 
     Args:
         factors: collected with ``ekfac`` on.
-        damping: of both sides, with the largest condition number.
-        numerics: precision.
+        settings: damping of both sides, the largest condition number, and the precision.
 
     Raises:
         SettingError: the layer's G has no eigenbasis (a true-Fisher head).
@@ -304,11 +302,9 @@ def prepared(factors: LayerFactors, damping: Damping, numerics: Numerics) -> Eig
         return (factors.A is not None and factors.A.to_host()) or moved
 
     what = f"{factors.G.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
-    found = on_host_if_full(lambda: basis_of(factors, numerics), retreat, what)
+    found = on_host_if_full(lambda: basis_of(factors, settings.numerics), retreat, what)
     found.sums = _joined(factors, found.sums)
-    result = on_host_if_full(
-        lambda: eigenbasis(factors, found, damping, numerics), found.to_host, what
-    )
+    result = on_host_if_full(lambda: eigenbasis(factors, found, settings), found.to_host, what)
     result.label = f"{what}, application"
     return result
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import Damping, KFACSettings, SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, together
 from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac import precondition, saved
@@ -26,6 +26,7 @@ from fisher_lab.curvature.kfac.collect import FactorBuilder, GivenLoss, add_batc
 from fisher_lab.curvature.kfac.inverses import Inverses, same_vectors
 from fisher_lab.curvature.kfac.layer_factors import Built, LayerFactors
 from fisher_lab.curvature.kfac.layers import Layers, discover
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.report import (
     LayerReport,
@@ -64,7 +65,7 @@ class KFACEngine:
 
     def __init__(
         self,
-        settings: KFACSettings,
+        settings: EngineSettings,
         progress: Progress = no_progress,
         communicator: Communicator | None = None,
     ) -> None:
@@ -76,7 +77,7 @@ class KFACEngine:
         self.uncovered: list[str] = []
         self.own_uncovered: dict[str, Tensor] = {}
         self.diagonal: dict[str, Tensor] = {}
-        self.fisher: str = settings.fisher.kind
+        self.fisher: str = settings.fisher
         self.rank_counts: tuple[dict[str, int], ...] = ()
         self.refreshes = 0
         self.capturing: Capture | None = None
@@ -104,15 +105,15 @@ class KFACEngine:
             LayerError: no supported layer, or one whose factors must not be formed.
             SettingError: a setting does not go with the model.
         """
-        layers = discover(model, self.settings.coverage)
+        layers = discover(model, self.settings)
         for layer in layers.layers.values():
-            check(self.settings.policy, layer)
+            check(self.settings, layer)
             if self.settings.ekfac and layer.partner is not None:
                 raise SettingError(
                     f"tied: 'sum' with ekfac, and layer {layer.name} is tied: pooled factors have "
                     "no common eigenbasis; allowed with ekfac: head, embedding"
                 )
-        check_device_supports(self.settings.storage, device_of(model))
+        check_device_supports(self.settings, device_of(model))
         return layers
 
     @contextmanager
@@ -206,9 +207,9 @@ class KFACEngine:
         """Drops the factors."""
         self._replace({})
 
-    def with_damping(self, damping: Damping) -> None:
+    def with_damping(self, lam_A: float, lam_G: float) -> None:
         """Changes the damping; factors and their eigendecompositions stay."""
-        self.settings = replace(self.settings, damping=damping)
+        self.settings = replace(self.settings, damping_A=lam_A, damping_G=lam_G)
         self._inverses = self._inverses.with_settings(self.settings)
 
     # ---- files -------------------------------------------------------------------------------
@@ -291,10 +292,10 @@ class KFACEngine:
         Raises:
             SettingError: a negative power without damping.
         """
-        d = self.settings.damping
-        if power < 0 and (d.A <= 0 or d.G <= 0):
+        lam_a, lam_g = self.settings.lam_A, self.settings.lam_G
+        if power < 0 and (lam_a <= 0 or lam_g <= 0):
             raise SettingError(
-                f"damping: A {d.A:g}, G {d.G:g} with power {power:g}; allowed: above 0 for "
+                f"damping: A {lam_a:g}, G {lam_g:g} with power {power:g}; allowed: above 0 for "
                 "powers < 0"
             )
         if power == -1 and self.communicator.size > 1:
@@ -322,8 +323,10 @@ class KFACEngine:
             model: the model that the factors belong to.
             damped: whether ``(T/N) (G + lam_G I) V (A + lam_A I)`` is wanted.
         """
-        damping = self.settings.damping if damped else None
-        return self._apply(vectors, model, lambda f, y: precondition.product(f, y, damping), None)
+        lam_g, lam_a = (self.settings.lam_G, self.settings.lam_A) if damped else (0.0, 0.0)
+        return self._apply(
+            vectors, model, lambda f, y: precondition.product(f, y, lam_g, lam_a), None
+        )
 
     def own_gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the factors' own mean gradient, by parameter name, in the core dtype.
@@ -353,7 +356,7 @@ class KFACEngine:
         self.uncovered = sorted(self.own_uncovered)
         for name, factors in self.factors.items():
             y = precondition.own_powered(self._inverses, factors, power)
-            precondition.check_finite(name, y, self.settings.damping)
+            precondition.check_finite(name, y, self.settings)
             for parameter, value in precondition.named_of(factors.layer, y).items():
                 result[parameter] = self._narrowed(parameter, value, own[parameter])
         return result

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.collectives import Communicator, raise_others
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import ekfac
@@ -19,6 +18,7 @@ from fisher_lab.curvature.kfac.factors.dense import DampedDense
 from fisher_lab.curvature.kfac.factors.diagonal import DampedDiagonalLowRank
 from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.linalg import Cholesky
 
 Decomposed = DampedDense | DampedGram | DampedDiagonalLowRank
@@ -195,13 +195,13 @@ class Inverses:
         bases: EKFAC's eigenbases so far, by layer name.
     """
 
-    def __init__(self, factors: Mapping[str, LayerFactors], settings: KFACSettings) -> None:
+    def __init__(self, factors: Mapping[str, LayerFactors], settings: EngineSettings) -> None:
         self.factors, self.settings = factors, settings
         self.seconds: dict[str, float] = {}
         self.bases: dict[str, ekfac.Eigenbasis] = {}
         self._damped: dict[tuple[int, float], Damped] = {}
 
-    def with_settings(self, settings: KFACSettings) -> Inverses:
+    def with_settings(self, settings: EngineSettings) -> Inverses:
         """Returns the same factors under another damping; their eigendecompositions stay."""
         other = Inverses(self.factors, settings)
         other.seconds = self.seconds
@@ -213,13 +213,13 @@ class Inverses:
 
     def G(self, factors: LayerFactors) -> Damped:
         """Returns a layer's damped output side."""
-        return self._damped_of(factors.G, self.settings.damping.G)
+        return self._damped_of(factors.G, self.settings.lam_G)
 
     def A(self, factors: LayerFactors) -> Damped | None:
         """Returns a layer's damped input side; None for a norm layer."""
         if factors.A is None:
             return None
-        return self._damped_of(factors.A, self.settings.damping.A)
+        return self._damped_of(factors.A, self.settings.lam_A)
 
     def sides(self, factors: LayerFactors) -> list[Damped]:
         """Returns a layer's damped sides: G, then A where it has one."""
@@ -228,8 +228,7 @@ class Inverses:
     def basis(self, name: str) -> ekfac.Eigenbasis:
         """Returns a layer's eigenbasis under EKFAC; collective the first time."""
         if name not in self.bases:
-            s = self.settings
-            self.bases[name] = ekfac.prepared(self.factors[name], s.damping, s.numerics)
+            self.bases[name] = ekfac.prepared(self.factors[name], self.settings)
         return self.bases[name]
 
     def prepare(self, name: str) -> None:
@@ -276,7 +275,7 @@ class Inverses:
     def _damped_of(self, factor: Factor, lam: float) -> Damped:
         key = (id(factor), lam)
         if key not in self._damped:
-            kappa = self.settings.damping.kappa_max
+            kappa = self.settings.kappa_max
             self._damped[key] = factor.damped(lam, kappa, self.settings.numerics)
         return self._damped[key]
 

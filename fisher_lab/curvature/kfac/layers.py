@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import Coverage
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.wrappers import class_name, is_conv1d, unwrap
 
@@ -163,24 +163,24 @@ def input_embeddings(model: nn.Module) -> set[int]:
     return {id(module.weight)} if isinstance(module, nn.Embedding) else set()
 
 
-def discover(model: nn.Module, coverage: Coverage | None = None) -> Layers:
+def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
     """Finds the K-FAC layers of a model.
 
     Args:
         model: any module; wrappers are looked through.
-        coverage: which layers to take.
+        settings: which layers to take.
 
     Raises:
         LayerError: no supported layer is found.
     """
-    coverage = coverage or Coverage()
+    settings = settings or KFACSettings()
     names, skipped = parameter_names(model), {}
     found: list[Layer] = []
     for name, module in unwrap(model).named_modules():
         kind = _kind_of(module)
-        if kind is None or (kind is Kind.NORM and not coverage.norm_layers):
+        if kind is None or (kind is Kind.NORM and not settings.norm_layers):
             continue
-        reason = _why_not(name, module, kind, coverage)
+        reason = _why_not(name, module, kind, settings)
         if reason is not None:
             skipped[name] = reason
             continue
@@ -197,9 +197,9 @@ def discover(model: nn.Module, coverage: Coverage | None = None) -> Layers:
                 n_out=n_out,
             )
         )
-    layers = _mark_shared(model, _join_shared(found, coverage.tied, skipped))
+    layers = _mark_shared(model, _join_shared(found, settings.tied, skipped))
     if not any(layer.kind is not Kind.NORM for layer in layers):
-        raise LayerError(_nothing_found(model, coverage, skipped))
+        raise LayerError(_nothing_found(model, settings, skipped))
     known = input_embeddings(model)
     candidates = {
         layer.name
@@ -209,24 +209,24 @@ def discover(model: nn.Module, coverage: Coverage | None = None) -> Layers:
     return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates))
 
 
-def _nothing_found(model: nn.Module, coverage: Coverage, skipped: dict[str, str]) -> str:
+def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, str]) -> str:
     kind = type(unwrap(model)).__name__
     reasons = "; ".join(
         f"{name or '(the model)'}: {why}" for name, why in list(skipped.items())[:3]
     )
     return (
         f"model: no K-FAC layer found in {kind} (Linear, Conv1D and Embedding are supported; "
-        f"include={list(coverage.include)}, exclude={list(coverage.exclude)})"
+        f"include={settings.include}, exclude={settings.exclude})"
         + (f"; left out: {reasons}" if reasons else "")
     )
 
 
-def _why_not(name: str, module: nn.Module, kind: Kind, coverage: Coverage) -> str | None:
+def _why_not(name: str, module: nn.Module, kind: Kind, settings: KFACSettings) -> str | None:
     if not module.weight.requires_grad:  # type: ignore[union-attr]
         return "frozen"
-    if coverage.include and not any(fnmatchcase(name, p) for p in coverage.include):
+    if settings.include and not any(fnmatchcase(name, p) for p in settings.include):
         return "not in include"
-    if any(fnmatchcase(name, p) for p in coverage.exclude):
+    if any(fnmatchcase(name, p) for p in settings.exclude):
         return "in exclude"
     if kind is Kind.EMBEDDING:
         options = ("max_norm", "scale_grad_by_freq", "sparse")

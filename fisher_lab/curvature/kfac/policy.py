@@ -7,33 +7,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import STORAGE_DTYPES, Policy, SettingError, Storage
+from fisher_lab.config.errors import SettingError
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.factors.woodbury import Columns
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.memory import HOST, on_host_if_full
 
 
-def wants_woodbury(policy: Policy, out: int, columns: int | None) -> bool:
+def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> bool:
     """Says whether a policy sends a layer to the Woodbury path.
 
     Args:
-        policy: the policy with its thresholds.
+        settings: the policy with its thresholds.
         out: outputs of the layer.
         columns: token columns (``T``, or ``T n`` for ``n`` draws); None while not known.
     """
-    match policy.name:
+    match settings.policy_in_use:
         case "all":
             return True
         case "small_only":
             return False
         case "auto" if columns is not None:
-            return columns <= policy.auto_rho * out and columns <= policy.auto_t_max
+            return columns <= settings.auto_rho * out and columns <= settings.auto_t_max
         case _:
-            return out >= policy.big_threshold
+            return out >= settings.big_threshold
 
 
-def method(policy: Policy, layer: Layer, columns: int | None) -> str:
+def method(settings: KFACSettings, layer: Layer, columns: int | None) -> str:
     """Returns the structure of a layer's G factor: ``woodbury`` or ``eig``.
 
     A layer that a policy sends to the dense path although its dense factor is too large takes
@@ -41,20 +42,20 @@ def method(policy: Policy, layer: Layer, columns: int | None) -> str:
     """
     if layer.kind is Kind.NORM:
         return "norm"
-    if wants_woodbury(policy, layer.n_out, columns) or layer.n_out > policy.max_dense_dim:
+    if wants_woodbury(settings, layer.n_out, columns) or layer.n_out > settings.max_dense_dim:
         return "woodbury"
     return "eig"
 
 
-def check(policy: Policy, layer: Layer) -> None:
+def check(settings: KFACSettings, layer: Layer) -> None:
     """Checks before any work that a layer's factors may be formed.
 
     Raises:
         LayerError: ``small_only`` on a layer whose dense G is over ``max_dense_dim``, or any
             policy on a layer whose dense A is.
     """
-    limit = policy.max_dense_dim
-    if policy.name == "small_only" and layer.n_out > limit:
+    limit = settings.max_dense_dim
+    if settings.policy_in_use == "small_only" and layer.n_out > limit:
         gigabytes = layer.n_out**2 * 8 / 1e9
         raise LayerError(
             f"layer {layer.name}: its dense G factor is {layer.n_out} x {layer.n_out} "
@@ -134,10 +135,20 @@ def cost_norm(layer: Layer, tokens: int, *, dense: bool, core_itemsize: int = 8)
     return Cost(2 * n * n * core_itemsize, float(n) ** 2 * tokens + n**3 / 3, 2.0 * n**2)
 
 
+NORM_MAX_DIM = 2048
+"""The widest norm layer whose block is a dense matrix; beyond it, its diagonal."""
+
 MB = 1e6
 
+_STORAGE_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
-def storage_dtype(storage: Storage, own: torch.dtype, shape: tuple[int, int]) -> torch.dtype:
+
+def storage_dtype(settings: KFACSettings, own: torch.dtype, shape: tuple[int, int]) -> torch.dtype:
     """Returns the dtype in which columns are kept.
 
     Sixteen bits are for columns that are fewer than the outputs. Where there are as many or more,
@@ -146,32 +157,32 @@ def storage_dtype(storage: Storage, own: torch.dtype, shape: tuple[int, int]) ->
     columns stay as they came.
 
     Args:
-        storage: the setting.
+        settings: all choices.
         own: dtype in which the columns came.
         shape: their number and the layer's outputs, over all ranks.
     """
-    if storage.dtype == "auto":
+    if settings.woodbury_dtype == "auto":
         return own
-    dtype = STORAGE_DTYPES[storage.dtype]
+    dtype = _STORAGE_DTYPES[settings.woodbury_dtype]
     columns, out = shape
     return own if dtype.itemsize < 4 and columns >= out else dtype
 
 
-def place(n_bytes: int, storage: Storage, compute: torch.device) -> torch.device:
+def place(n_bytes: int, settings: KFACSettings, compute: torch.device) -> torch.device:
     """Decides where a layer's columns and core are kept.
 
     Args:
         n_bytes: what columns and core take together.
-        storage: the setting.
+        settings: all choices.
         compute: device of the model.
 
     Returns:
         ``compute`` for ``cuda``, and for ``auto`` while ``n_bytes`` is under the limit; else the
         host.
     """
-    if compute.type == "cpu" or storage.device == "cpu":
+    if compute.type == "cpu" or settings.store_device == "cpu":
         return torch.device("cpu")
-    if storage.device == "cuda" or n_bytes < storage.limit_mb * MB:
+    if settings.store_device == "cuda" or n_bytes < settings.store_limit_mb * MB:
         return compute
     return torch.device("cpu")
 
@@ -183,20 +194,24 @@ def bytes_of(columns: int, out: int, dtype: torch.dtype, core: torch.dtype) -> i
     return columns * out * size + columns * columns * core_size
 
 
-def check_device_supports(storage: Storage, device: torch.device) -> None:
+def check_device_supports(settings: KFACSettings, device: torch.device) -> None:
     """Checks that the device can compute in the storage dtype.
 
     Raises:
         SettingError: bfloat16 on a CUDA device without it.
     """
-    if storage.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if (
+        settings.woodbury_dtype == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported()
+    ):
         raise SettingError("woodbury_dtype: 'bf16', but the device has no bfloat16; allowed: fp16")
 
 
 def store_columns(
     g: Tensor,
     out: int,
-    storage: Storage,
+    settings: KFACSettings,
     core: torch.dtype,
     name: str,
     compute: torch.device | None = None,
@@ -206,15 +221,15 @@ def store_columns(
     Args:
         g: ``[T, out]`` as captured, or this rank's share of the outputs, ``[T, out_r]``.
         out: outputs of the layer.
-        storage: the setting.
+        settings: all choices.
         core: core dtype (its square core counts for the placement).
         name: of the layer, for the log.
         compute: where products are formed; None where ``g`` is. Columns that had to leave it
             for want of room stay on the host.
     """
     compute = compute or g.device
-    dtype = storage_dtype(storage, g.dtype, (g.shape[0], out))
-    wanted = place(bytes_of(g.shape[0], g.shape[1], dtype, core), storage, compute)
+    dtype = storage_dtype(settings, g.dtype, (g.shape[0], out))
+    wanted = place(bytes_of(g.shape[0], g.shape[1], dtype, core), settings, compute)
     places = [HOST if g.device != compute else wanted]
 
     def retreat() -> bool:
@@ -227,19 +242,19 @@ def store_columns(
 
 
 def put_back(
-    data: Tensor, scale: float, storage: Storage, core: torch.dtype, compute: torch.device
+    data: Tensor, scale: float, settings: KFACSettings, core: torch.dtype, compute: torch.device
 ) -> Columns:
     """Places columns that were stored before, as :func:`store_columns` places new ones.
 
     Args:
         data: ``[T, out]``, rounded and scaled.
         scale: power of two by which they are multiplied on use.
-        storage: the setting.
+        settings: all choices.
         core: core dtype.
         compute: where products are formed.
     """
     columns, out = data.shape
-    places = [place(bytes_of(columns, out, data.dtype, core), storage, compute)]
+    places = [place(bytes_of(columns, out, data.dtype, core), settings, compute)]
 
     def retreat() -> bool:
         places.append(HOST)

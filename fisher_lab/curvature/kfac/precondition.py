@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import Damping, KFACSettings
 from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.linalg import all_finite
 from fisher_lab.curvature.wrappers import unwrap
 
@@ -221,27 +221,27 @@ def _push_through(inverses: Inverses, factors: LayerFactors, power: float) -> Te
     return side.push_through(b, power) * _scale(inverses.settings, factors, power)
 
 
-def _scale(settings: KFACSettings, factors: LayerFactors, power: float) -> float:
-    return factors.ratio**power if settings.fisher.scale == "exact" else 1.0
+def _scale(settings: EngineSettings, factors: LayerFactors, power: float) -> float:
+    return factors.ratio**power if settings.fisher_scale == "exact" else 1.0
 
 
-def product(factors: LayerFactors, y: Tensor, damping: Damping | None) -> Tensor:
+def product(factors: LayerFactors, y: Tensor, lam_g: float, lam_a: float) -> Tensor:
     """Returns ``(T/N) (G + lam_G I) y (A + lam_A I)`` of a layer, without any floor.
 
     Args:
         factors: the layer's.
         y: ``[out, dim_a]`` in the apply dtype.
-        damping: of both sides; None for none.
+        lam_g: damping of G.
+        lam_a: damping of A.
     """
-    left, right = (0.0, 0.0) if damping is None else (damping.G, damping.A)
-    y = factors.G.product(y) + left * y
+    y = factors.G.product(y) + lam_g * y
     if factors.A is not None:
-        y = factors.A.product(y.T).T + right * y
+        y = factors.A.product(y.T).T + lam_a * y
     return y * factors.ratio
 
 
 def diagonal_power(
-    diagonal: Tensor | None, vector: Tensor, power: float, settings: KFACSettings
+    diagonal: Tensor | None, vector: Tensor, power: float, settings: EngineSettings
 ) -> Tensor | None:
     """Returns ``(d + lam_G)^p v`` for a parameter that no layer covers.
 
@@ -254,9 +254,9 @@ def diagonal_power(
     Returns:
         In the apply dtype; None where the vector is to be passed through as it is.
     """
-    if settings.coverage.uncovered != "diagonal" or diagonal is None:
+    if settings.uncovered != "diagonal" or diagonal is None:
         return None
-    used = (diagonal + settings.damping.G).to(settings.numerics.apply_dtype)
+    used = (diagonal + settings.lam_G).to(settings.numerics.apply_dtype)
     return vector.to(used) * used.pow(power)
 
 
@@ -264,7 +264,7 @@ def to_covered(
     factors: Mapping[str, LayerFactors],
     vectors: Mapping[str, Tensor],
     function: Callable[[LayerFactors, Tensor], Tensor],
-    settings: KFACSettings,
+    settings: EngineSettings,
     narrowed: Narrowing,
 ) -> dict[str, Tensor]:
     """Applies a function to the matrix of each layer whose weight has a vector.
@@ -288,14 +288,14 @@ def to_covered(
         if f.layer.weight not in vectors:
             continue
         y = function(f, matrix_of(f.layer, vectors, settings.numerics.apply_dtype))
-        check_finite(name, y, settings.damping)
+        check_finite(name, y, settings)
         for parameter, value in named_of(f.layer, y).items():
             if parameter in vectors:
                 result[parameter] = narrowed(parameter, value, vectors[parameter])
     return result
 
 
-def check_finite(name: str, y: Tensor, damping: Damping) -> None:
+def check_finite(name: str, y: Tensor, settings: EngineSettings) -> None:
     """Checks the result of a layer.
 
     Raises:
@@ -304,6 +304,6 @@ def check_finite(name: str, y: Tensor, damping: Damping) -> None:
     if not all_finite(y):
         raise CurvatureError(
             f"layer {name}: the result is not finite at damping "
-            f"A {damping.A:g}, G {damping.G:g}; allowed: finite "
+            f"A {settings.lam_A:g}, G {settings.lam_G:g}; allowed: finite "
             "gradients, a larger damping, core_dtype=float64"
         )

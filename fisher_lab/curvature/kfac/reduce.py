@@ -204,25 +204,25 @@ class _Join:
     # ---- token gradients ---------------------------------------------------------------------
 
     def _join_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
-        name, policy = layer.name, g.policy
+        name, settings = layer.name, g.settings
         kept, matrix = sum(self._of(name, "kept")), any(self._of(name, "matrix", False))
         g.seen = sum(self._of(name, "seen"))
-        woodbury = wants_woodbury(policy, g.out, g.seen)
+        woodbury = wants_woodbury(settings, g.out, g.seen)
         wide = self.sharded and g.seen > g.out
-        if g.dense_allowed and (matrix or not woodbury or wide or kept > policy.max_columns):
+        if g.dense_allowed and (matrix or not woodbury or wide or kept > settings.max_columns):
             g.reduction = "lossless" if woodbury else ""
             self._sum_matrix(g)
             return
         columns = self._local_columns(layer, g)
         rows = self._of(name, "kept")
         reduced = any(self._of(name, "reduction", ""))
-        if policy.column_reduction == "subsample" and (kept > policy.max_columns or reduced):
+        if settings.column_reduction == "subsample" and (kept > settings.max_columns or reduced):
             columns, rows = self._subsample(g, columns, rows)
         g.parts = [self._put_together(columns, rows)]
         g.kept = sum(rows)
         if self.sharded:
             g.spread = _Sharding(g.out, self.communicator)
-        if policy.column_reduction == "lowrank" and (kept > policy.max_columns or reduced):
+        if settings.column_reduction == "lowrank" and (kept > settings.max_columns or reduced):
             self._truncate(g, sum(self._of(name, "lost", 0.0)))
 
     def _sum_matrix(self, g: GradientAccumulator) -> None:
@@ -265,7 +265,7 @@ class _Join:
     ) -> tuple[Tensor, list[int]]:
         """Keeps the columns with the smallest keys over all ranks: uniform over all tokens."""
         keys = self.communicator.all_gather(g.keys(len(columns)), rows)
-        most = min(g.policy.max_columns, len(keys))
+        most = min(g.settings.max_columns, len(keys))
         chosen = keys.topk(most, largest=False).indices.sort().values
         g.reduction, g.discarded = "subsample", 1.0 - most / g.seen
         bounds = torch.tensor([0, *rows]).cumsum(0)
@@ -281,7 +281,7 @@ class _Join:
 
     def _truncate(self, g: GradientAccumulator, lost: float) -> None:
         """The leading directions of the joined columns; the trace that goes is added up."""
-        joined, most = g.parts[0], g.policy.max_columns
+        joined, most = g.parts[0], g.settings.max_columns
         kernel = gram(joined, self.core)
         if self.sharded:
             kernel = self.communicator.all_reduce(kernel)

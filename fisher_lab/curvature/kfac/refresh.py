@@ -72,9 +72,9 @@ class _Forming:
 
     def layer(self, layer: Layer) -> LayerFactors:
         """Returns a layer's factors, pooled with those of its partner where it has one."""
-        sums, fisher = self.sums, self.sums.settings.fisher
+        sums = self.sums
         side = sums.sides[layer.name]
-        count = n_draws(sums.fisher_kind, fisher)
+        count = n_draws(sums.fisher_kind, sums.settings)
         weight = 1.0 / (side.tokens * count)
         own = self._tied_own(layer) if layer.tied else side.own
         own = None if own is None else own / sums.n_labels
@@ -123,7 +123,7 @@ class _Forming:
             in_order
             and self.sums.fisher_kind == "empirical"
             and not side.layer.tied
-            and settings.numerics.push_through
+            and settings.push_through
         )
         if settings.ekfac:
             device = self.sums.device

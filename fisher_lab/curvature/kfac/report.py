@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.kfac.factors import FactorReport, GramFactor
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.linalg import full_precision
 
 
@@ -75,7 +75,7 @@ def report_of(inverses: Inverses, name: str, *, kappa: bool = True) -> LayerRepo
             replace(s, clipped=0, kappa_after=s.kappa_before, floor_applied=False) for s in sides
         ]
     a = sides[1] if len(sides) > 1 else None
-    seconds, kappa_max = inverses.seconds.get(name, 0.0), inverses.settings.damping.kappa_max
+    seconds, kappa_max = inverses.seconds.get(name, 0.0), inverses.settings.kappa_max
     return LayerReport(factors, a, sides[0], seconds, kappa_max, pairs)
 
 
@@ -113,7 +113,7 @@ STORAGE_PROBES = 8
 
 
 @full_precision()
-def measure_storage_error(factors: LayerFactors, settings: KFACSettings) -> None:
+def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> None:
     """Finds the relative error of ``G^-1 dW`` on a layer's own gradient that rounding costs.
 
     Estimated on ``dW Z`` with a few seeded normal columns ``Z``: the whole of ``dW`` would
@@ -127,8 +127,8 @@ def measure_storage_error(factors: LayerFactors, settings: KFACSettings) -> None
     factors.exact = None
     if exact is None or not isinstance(g, GramFactor) or factors.a is None:
         return
-    numerics, damping = settings.numerics, settings.damping
-    if damping.G <= 0 or g.n_columns != factors.tokens:
+    numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
+    if lam <= 0 or g.n_columns != factors.tokens:
         return
     if factors.layer.kind is Kind.EMBEDDING:
         return
@@ -139,13 +139,13 @@ def measure_storage_error(factors: LayerFactors, settings: KFACSettings) -> None
         probes = factors.spread.gather(probes)
     probes = probes.to(exact.device)
     dw = exact.columns.transposed_times(probes)
-    reference = exact.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
-    stored = g.damped(damping.G, damping.kappa_max, numerics).power(dw, -1)
+    reference = exact.damped(lam, kappa, numerics).power(dw, -1)
+    stored = g.damped(lam, kappa, numerics).power(dw, -1)
     norm = float(reference.norm())
     factors.storage_error = float((stored - reference).norm()) / norm if norm else 0.0
     if factors.storage_error > STORAGE_ERROR_WARNING:
         log.warning(
             "layer %s: storing its columns in %s changes the natural gradient by %.1e "
             "(relative, at damping %g)",
-            factors.layer.name, g.columns.data.dtype, factors.storage_error, damping.G,
+            factors.layer.name, g.columns.data.dtype, factors.storage_error, lam,
         )  # fmt: skip

@@ -36,7 +36,7 @@ def export(
             tensors[f"{serialization.UNCOVERED}/{key}/{name}"] = value.detach().contiguous().clone()
     header |= {
         "fisher": built.fisher,
-        "uncovered": settings.coverage.uncovered,
+        "uncovered": settings.uncovered,
         "skipped": built.skipped,
         "rank_counts": list(built.rank_counts),
         **{f"uncovered_{key}": sorted(named) for key, named in rest.items()},
@@ -67,7 +67,7 @@ def restore(
             these need.
         LayerError: factors of another model.
     """
-    found = serialization.restore(tensors, header, model, layers, settings.storage, communicator)
+    found = serialization.restore(tensors, header, model, layers, settings, communicator)
     _check(found, header, settings)
     own, diagonal = (
         serialization.uncovered(tensors, header, model, key) for key in ("own", "diagonal")
@@ -99,7 +99,7 @@ def _check(
                 f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
                 "factors of an engine with ekfac=True"
             )
-    wanted = settings.coverage.uncovered
+    wanted = settings.uncovered
     if wanted == "diagonal" and header.get("uncovered") != "diagonal":
         raise FactorFileError(
             f"factors: collected with uncovered={header.get('uncovered')!r}; allowed for "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import Storage
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.collectives import Communicator, Spread, share
 from fisher_lab.curvature.errors import FactorFileError, LayerError
 from fisher_lab.curvature.kfac.factors import (
@@ -135,7 +135,7 @@ def restore(
     header: Mapping[str, Any],
     model: nn.Module,
     layers: Layers,
-    storage: Storage,
+    settings: KFACSettings,
     communicator: Communicator | None = None,
 ) -> dict[str, LayerFactors]:
     """Returns the factors that :func:`export` took apart; the model itself is not changed.
@@ -145,7 +145,7 @@ def restore(
         header: as exported.
         model: the model that they are wanted for.
         layers: its K-FAC layers.
-        storage: where columns are to live.
+        settings: where columns are to live.
         communicator: of ranks that go on together: each takes the share again that it had, where
             they are as many as before, so that sums over the ranks come out to the same bit.
 
@@ -165,7 +165,7 @@ def restore(
             layer = layers.layers.get(name)
             _check_layer(name, entry, layer)
             assert layer is not None
-            read = _Reader(tensors, storage, device_of(model))
+            read = _Reader(tensors, settings, device_of(model))
             factors = _restore_layer(layer, entry, read, result)
             if communicator is not None and communicator.size > 1:
                 _spread_again(factors, entry, communicator)
@@ -206,7 +206,7 @@ def uncovered(
         FactorFileError: a tensor is missing or has another shape than its parameter.
     """
     parameters = dict(unwrap(model).named_parameters())
-    read = _Reader(tensors, Storage(), device_of(model))
+    read = _Reader(tensors, KFACSettings(), device_of(model))
     with reading():
         return {
             name: read.tensor(f"{UNCOVERED}/{key}/{name}", tuple(parameters[name].shape))
@@ -294,7 +294,7 @@ class _Reader:
     """Takes tensors out of a file, checked against the shapes of the layers."""
 
     tensors: Mapping[str, Tensor]
-    storage: Storage
+    settings: KFACSettings
     device: torch.device
 
     def raw(self, name: str, shape: Sequence[int | None]) -> Tensor:
@@ -327,7 +327,7 @@ class _Reader:
             return self._labelled(DiagonalFactor(self._diagonal(prefix, dim)), prefix)
         weight, core = float(entry["weight"]), _dtype(entry["core_dtype"])
         data = self.raw(f"{prefix}/columns", (None, dim))
-        columns = put_back(data, float(entry["scale"]), self.storage, core, self.device)
+        columns = put_back(data, float(entry["scale"]), self.settings, core, self.device)
         if structure == "woodbury":
             discarded, reduction = float(entry["discarded"]), entry["reduction"]
             factor: Factor = GramFactor(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.collectives import Spread, rank_seed
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.accumulators import (
@@ -28,7 +27,8 @@ from fisher_lab.curvature.kfac.capture import Call, Capture
 from fisher_lab.curvature.kfac.draws import scored_of
 from fisher_lab.curvature.kfac.factors import Columns, DiagonalLowRankFactor
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
-from fisher_lab.curvature.kfac.policy import store_columns
+from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, store_columns
 from fisher_lab.curvature.losses import SummedLoss, token_losses
 from fisher_lab.curvature.memory import HOST, on_host_if_full
 
@@ -47,7 +47,7 @@ class Uncovered:
         diagonal: sums of the squared gradients of each sequence's loss, the same.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, settings: EngineSettings) -> None:
         self._layers, self._settings = layers, settings
         covered = set()
         for layer in layers.layers.values():
@@ -62,7 +62,7 @@ class Uncovered:
     @property
     def wants_diagonal(self) -> bool:
         """Whether the diagonal was asked for, of at least one parameter."""
-        return self._settings.coverage.uncovered == "diagonal" and bool(self.parameters)
+        return self._settings.uncovered == "diagonal" and bool(self.parameters)
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Adds gradients of a token-summed loss.
@@ -121,7 +121,7 @@ class Head:
         spread: makes of stored columns those of several ranks, where a rank has its share only.
     """
 
-    def __init__(self, layers: Layers, settings: KFACSettings, device: torch.device) -> None:
+    def __init__(self, layers: Layers, settings: EngineSettings, device: torch.device) -> None:
         self._layers, self._settings, self._device = layers, settings, device
         self.name: str | None = None
         self.parts: list[Tensor] = []
@@ -146,8 +146,8 @@ class Head:
             SettingError: the loss has no logits.
             LayerError: no covered layer's output is the logits.
         """
-        fisher = self._settings.fisher
-        if not (fisher.true_head or fisher.kind == "true") or self.name is not None:
+        settings = self._settings
+        if not (settings.true_fisher_head or settings.fisher == "true") or self.name is not None:
             return
         scored_of(loss, "true")
         # By the graph's edge: an address may have been another tensor's before.
@@ -188,10 +188,10 @@ class Head:
         Returns:
             ``[max_columns]`` their indices, ascending.
         """
-        most = self._settings.policy.max_columns
+        most = self._settings.max_columns
         if labels <= most:
             return None
-        generator = torch.Generator().manual_seed(self._settings.fisher.seed)
+        generator = torch.Generator().manual_seed(self._settings.seed)
         return torch.randperm(labels, generator=generator)[:most].sort().values
 
     def factor(self, tokens: int) -> DiagonalLowRankFactor:
@@ -213,7 +213,7 @@ class Head:
         label = self._label(rows)
         p = on_host_if_full(some, self._to_host, f"{label}, probabilities")
         name, core = self.name or "", self._settings.numerics.core_dtype
-        stored = store_columns(p, self.classes, self._settings.storage, core, name, self._device)
+        stored = store_columns(p, self.classes, self._settings, core, name, self._device)
         return DiagonalLowRankFactor.of_rows(self.spread(stored), share / tokens, core, label)
 
     def _label(self, rows: int) -> str:
@@ -286,7 +286,7 @@ class Sums:
         self,
         model: nn.Module,
         layers: Layers,
-        settings: KFACSettings,
+        settings: EngineSettings,
         device: torch.device,
         *,
         keep_gradient: bool,
@@ -294,14 +294,14 @@ class Sums:
     ) -> None:
         self.layers, self.settings, self.keep_gradient = layers, settings, keep_gradient
         self.device = device
-        self.seed = rank_seed(settings.fisher.seed, rank)
+        self.seed = rank_seed(settings.seed, rank)
         self.n_labels = 0
         self.n_batches = 0
         self.called: set[str] = set()
         self.skipped: dict[str, str] = {}
         self.sides: dict[str, Side] = {}
         self.inputs: dict[int, InputSum] = {}
-        self.fisher_kind: str = settings.fisher.kind
+        self.fisher_kind: str = settings.fisher
         self.head = Head(layers, settings, device)
         self.uncovered = Uncovered(model, layers, settings)
 
@@ -315,13 +315,11 @@ class Sums:
             s = self.settings
             if layer.kind is Kind.NORM:
                 shift = layer.bias is not None
-                dense = layer.n_out <= s.coverage.norm_max_dim
+                dense = layer.n_out <= NORM_MAX_DIM
                 core, label = s.numerics.core_dtype, f"layer {layer.name}"
                 g: Any = NormAccumulator(layer.n_out, shift, dense, core, self.device, label)
             else:
-                g = GradientAccumulator(
-                    layer.name, layer.n_out, s.policy, s.numerics, s.storage, self.seed
-                )
+                g = GradientAccumulator(layer.name, layer.n_out, s, self.seed)
             self.sides[layer.name] = Side(layer, g)
         return self.sides[layer.name]
 

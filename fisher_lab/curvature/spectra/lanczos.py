@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError

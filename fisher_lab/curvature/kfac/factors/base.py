@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import Numerics
+from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import Clipped, clip
 from fisher_lab.curvature.memory import HOST, on_host_if_full
 

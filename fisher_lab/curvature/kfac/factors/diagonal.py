@@ -13,11 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import Numerics, SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.kfac.factors.base import Factor, FactorReport, Movable, clipped_logdet
 from fisher_lab.curvature.kfac.factors.columns import ShardedColumns
 from fisher_lab.curvature.kfac.factors.dense import check_power
 from fisher_lab.curvature.kfac.factors.woodbury import Columns
+from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
     Cholesky,
     Clipped,

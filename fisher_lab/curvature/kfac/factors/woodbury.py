@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fisher_lab.config.kfac import Numerics
 from fisher_lab.curvature.kfac.factors.base import Factor, FactorReport, clipped_logdet
 from fisher_lab.curvature.kfac.factors.dense import LARGE, Decomposing, check_power
+from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
     Clipped,
     blocks,

@@ -1,0 +1,89 @@
+"""The precision in which one engine computes, and its settings with what they come to here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from time import perf_counter
+
+import torch
+
+from fisher_lab.config.kfac import KFACSettings
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Precision and place of the decompositions and of their application.
+
+    Attributes:
+        core_dtype: where matrices are accumulated and decomposed.
+        apply_dtype: where the decompositions are applied to a gradient.
+        eps: first jitter of a failed Cholesky factorisation, relative to the mean diagonal.
+        on_host: decompose on the host although the factors are on a device.
+    """
+
+    core_dtype: torch.dtype
+    apply_dtype: torch.dtype
+    eps: float
+    on_host: bool = False
+
+    @classmethod
+    def of(cls, settings: KFACSettings, *, on_host: bool = False) -> Numerics:
+        """Returns what the settings ask for; ``auto`` dtypes are measured."""
+        dtypes = resolve_dtype(settings.core_dtype), resolve_dtype(settings.apply_dtype)
+        return cls(*dtypes, settings.eps, on_host)
+
+
+@dataclass
+class EngineSettings(KFACSettings):
+    """The settings of one engine, with what the command line and the machine say beside them.
+
+    Attributes:
+        seed: of drawn labels and of the subsample of columns.
+        on_host: decompose on the host although the factors are on a device.
+    """
+
+    seed: int = 0
+    on_host: bool = False
+
+    @classmethod
+    def of(cls, settings: KFACSettings, *, seed: int = 0, on_host: bool = False) -> EngineSettings:
+        """Returns the settings with a seed and a place."""
+        return cls(**asdict(settings), seed=seed, on_host=on_host)
+
+    @property
+    def numerics(self) -> Numerics:
+        """The precision that the settings ask for."""
+        return Numerics.of(self, on_host=self.on_host)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Returns the dtype behind ``float64``, ``float32`` or ``auto``.
+
+    ``auto`` is float64, except with a CUDA device on which a float64 product takes more than
+    eight times as long as a float32 one, by measurement.
+    """
+    return _measured_dtype() if name == "auto" else _DTYPES[name]
+
+
+@cache
+def _measured_dtype() -> torch.dtype:
+    if not torch.cuda.is_available():
+        return torch.float64
+    wide, narrow = (_product_seconds(dtype) for dtype in (torch.float64, torch.float32))
+    return torch.float32 if wide > 8 * narrow else torch.float64
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Median seconds of a square product on the CUDA device."""
+    x = torch.ones(2048, 2048, dtype=dtype, device="cuda")
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        _ = x @ x
+        torch.cuda.synchronize()
+        seconds.append(perf_counter() - start)
+    return sorted(seconds)[2]
