@@ -23,14 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import sys, types
-from fisher_lab.tasks import job, ranks, screen
+from fisher_lab.tasks import ranks, runner, summary
 from fisher_lab.sweeps import worker
-from fisher_lab.workload import identity
+from fisher_lab.workload import content_identity
 module = types.ModuleType("nothing")
 module.run = lambda config, run: run.metrics({"loss": 1.0})
 sys.modules["nothing"] = module
-job.TASKS = dict.fromkeys(job.TASKS, "nothing")
-job._prepare = lambda config: {}
+runner.TASKS = dict.fromkeys(runner.TASKS, "nothing")
+runner.prepare = lambda config: {}
 if len(sys.argv) > 1:
     worker.leave(worker.main(sys.argv[1:]))
 """
@@ -141,7 +141,7 @@ def serial(cells: int) -> Row:
     module.run = lambda config, run: run.metrics({"loss": 1.0})  # type: ignore[attr-defined]
     sys.modules["nothing"] = module
     runner.TASKS = dict.fromkeys(runner.TASKS, "nothing")
-    runner._prepare = lambda config: {}
+    runner.prepare = lambda config: {}
     return Row("serial", *sweep(cells, "sweep.name=serial"), Spent())
 
 

@@ -1,7 +1,9 @@
-"""Starting the ranks of one run on this node, by torch elastic, and telling how they ended.
+"""Starting the ranks of one run on this node by torch elastic, and saying how they ended.
 
-The starting process computes nothing: it watches. When a rank dies, the others are stopped within
-seconds. ``CUDA_VISIBLE_DEVICES`` is handed on as it is; a rank takes the device of its local rank.
+The launcher computes nothing: it watches. When a rank dies, the others are stopped within seconds.
+``CUDA_VISIBLE_DEVICES`` is handed on as it is; a rank takes the device of its local rank. What
+elastic lacks: it leaves signal handlers and environment variables behind, its ranks outlive an
+agent that is killed, and it waits 30 s for a rank that has been asked to end.
 """
 
 from __future__ import annotations
@@ -18,31 +20,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from fisher_lab.distributed.nodes import Meeting, NodeError, Place
+from fisher_lab.distributed.nodes import NodeError, Nodes, Place
+from fisher_lab.runs.signals import STATUS, Interrupted
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousHandler,
+        RendezvousInfo,
+        RendezvousParameters,
+    )
 
 SHUTDOWN_S = 10
 """A rank that has not ended this long after it was asked to is killed."""
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR2")
-"""Handed on to the ranks: the last one is a scheduler's warning before it preempts."""
+SIGNALS = tuple(STATUS)
+"""Handed on to the ranks."""
 
 
 class LaunchError(ValueError):
     """The environment does not say where the ranks are to be started; one line."""
-
-
-class Stopped(Exception):
-    """The starting process got a signal and has stopped its ranks.
-
-    Attributes:
-        signum: the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
 
 
 @dataclass(frozen=True)
@@ -125,50 +123,47 @@ def first_host(hosts: str) -> str:
 
 
 def inside() -> bool:
-    """Says whether this process is a rank that somebody (torchrun, or we) has started."""
+    """Says whether this process is a rank, started by ``torchrun`` or by :func:`start`."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def start(
-    module: str, arguments: Sequence[str], where: Place, meeting: Meeting | None = None
-) -> None:
+def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | None = None) -> None:
     """Runs ``python -m module arguments`` on every rank of this node and waits for all of them.
 
     Args:
         module: what every rank runs.
         arguments: its arguments.
         where: how many ranks, on which nodes.
-        meeting: of the nodes, where there are several.
+        nodes: the nodes, where there are several.
 
     Raises:
         RanksFailed: a rank ended with an error; the others have been stopped.
-        Stopped: this process got a signal; the ranks got it too and have ended.
-        nodes.Elsewhere: another node has failed or was stopped; this node's ranks have ended.
-        nodes.NodeError: the nodes did not come together.
+        Interrupted: this process got a signal; the ranks got it too and have ended.
+        nodes.RunEnded: the run has ended on another node; this node's ranks have ended.
+        nodes.NodeError: the nodes did not find each other.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    several = meeting is not None
-    if several:
+    if nodes is not None:
         _register()
     with tempfile.TemporaryDirectory(prefix="fisher_lab-ranks-") as logs, _as_before():
         config = LaunchConfig(
             min_nodes=where.nodes,
             max_nodes=where.nodes,
             nproc_per_node=where.nproc,
-            run_id=uuid.uuid4().hex if not several else f"fisher_lab-{where.port}",
-            rdzv_backend=_BACKEND if several else "c10d",
+            run_id=uuid.uuid4().hex if nodes is None else f"fisher_lab-{where.port}",
+            rdzv_backend="c10d" if nodes is None else _BACKEND,
             rdzv_endpoint=f"{where.address}:{where.port}",
-            rdzv_configs={"meeting": meeting} if several else {},
-            local_addr=None if several else "127.0.0.1",
+            rdzv_configs={} if nodes is None else {"nodes": nodes},
+            local_addr="127.0.0.1" if nodes is None else None,
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             metrics_cfg={},
-            signals_to_handle=",".join(SIGNALS),
+            signals_to_handle=",".join(signum.name for signum in SIGNALS),
             shutdown_timeout=SHUTDOWN_S,
         )
         _same_code()
@@ -179,7 +174,7 @@ def start(
                 [Failure(rank, f.pid, f.exitcode) for rank, f in sorted(error.failures.items())]
             ) from None
         except SignalException as error:
-            raise Stopped(int(error.sigval)) from None
+            raise Interrupted(int(error.sigval)) from None
         except DistError as error:
             raise NodeError(str(error).strip().splitlines()[0]) from None
 
@@ -193,26 +188,25 @@ def _register() -> None:
     rendezvous_handler_registry.register(_BACKEND, _rendezvous)
 
 
-def _rendezvous(parameters: Any) -> Any:
-    """Elastic's static rendezvous, which also hears when another node gives the alarm."""
+def _rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
+    """Elastic's static rendezvous, which also ends once the run has ended on another node."""
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    meeting: Meeting = parameters.config["meeting"]
+    nodes: Nodes = parameters.config["nodes"]
 
     class Rendezvous(StaticTCPRendezvous):
         def get_backend(self) -> str:
             return _BACKEND
 
-        def next_rendezvous(self) -> Any:
-            meeting.together()
+        def next_rendezvous(self) -> RendezvousInfo:
+            nodes.gather()
             return super().next_rendezvous()
 
-        def num_nodes_waiting(self) -> Any:
-            meeting.look()  # elastic asks all the time while the ranks are at work
+        def num_nodes_waiting(self) -> Literal[0]:
+            nodes.check()  # elastic asks all the time while the ranks are at work
             return 0
 
-    where = meeting.where
-    seconds = max(1, round(meeting.timeout_s))
+    where, seconds = nodes.where, max(1, round(nodes.timeout_s))
     return Rendezvous(
         where.address, where.port, where.node, where.nodes, parameters.run_id, seconds
     )
@@ -229,10 +223,9 @@ def _same_code() -> None:
 @contextmanager
 def _as_before() -> Iterator[None]:
     """Elastic leaves signal handlers and environment variables behind."""
-    names = [getattr(signal, name) for name in SIGNALS]
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {signum: signal.getsignal(signum) for signum in names}
+        handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     environment = dict(os.environ)
     try:
         yield

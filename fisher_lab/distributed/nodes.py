@@ -1,46 +1,50 @@
-"""The nodes of one run: one leads, and all of them learn how the ranks of each have ended.
+"""The nodes of one run: they agree on its directory, and on how it ended, through a store.
 
-On every node a process starts that node's ranks and watches them. These processes talk through a
-small store (torch's ``TCPStore``) that node 0 keeps at ``MASTER_ADDR:MASTER_PORT``, where the ranks
-meet too: which directory the run has, that a node has failed and the others are to stop, how each
-node's ranks ended, and what node 0 made of it all. No file is needed for that, so nothing depends
-on how fast a shared file system shows what another node has written.
+Torch elastic starts the ranks of each node and numbers those of all nodes. It lacks the rest: an
+agent does not learn that another node's ranks have failed or were asked to end (a rendezvous tells
+only of nodes that join), an error is known on its own node alone, and the ``c10d`` rendezvous
+numbers nodes by their addresses and not by ``NODE_RANK``. So the rendezvous is elastic's static
+one, and the launchers keep two words in a ``TCPStore`` beside it, at node 0: the run's directory,
+and how the run ended, said by the first node on which it did. Nothing depends on how fast a shared
+file system shows what another node has written.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-LOOK_EVERY_S = 0.1
-ALARM_EVERY_S = 0.5
-REPORT_S = 25.0
-"""How long node 0 waits for the others to tell how their ranks ended, once one has failed."""
-
-VERDICT_S = 60.0
-"""How long the others wait for node 0 to tell what became of the run."""
-
+POLL_S = 0.1
+CHECK_EVERY_S = 0.5
 GOODBYE_S = 30.0
-"""How long node 0 keeps the store for those that have yet to come, or to read its last word."""
+"""Node 0 keeps the store this long for nodes that still have to read it."""
 
 _CONNECT_S = 3.0
-_RUN, _VERDICT, _ALARM = "run", "verdict", "alarm"
+_DIRECTORY, _END = "directory", "end"
 
 
 class NodeError(RuntimeError):
-    """The nodes of a run did not come together, or one of them is gone; one line."""
+    """The nodes of a run did not find each other, or one of them is gone; one line."""
 
 
-class Elsewhere(Exception):
-    """Another node's ranks have failed, or it was told to stop: this node's ranks are stopped."""
+class RunEnded(Exception):
+    """The run has ended on another node: this node's ranks have to be stopped."""
+
+
+class RunEnd(NamedTuple):
+    """How a run ended that did not complete: its error, as in ``run.json``, or a signal."""
+
+    error: dict[str, Any] | None = None
+    signum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,12 @@ class Place:
     port: int = 0
 
 
-class Meeting:
-    """What the nodes tell each other. Made by :func:`meeting`.
+class Nodes:
+    """The nodes of one run, as one of their launchers sees them. Made by :func:`connect`.
 
     Args:
         where: this node among the others.
-        store: what all of them see.
+        store: that all of them use.
         timeout_s: how long nodes wait for each other at the start.
     """
 
@@ -75,155 +79,124 @@ class Meeting:
         self.where = where
         self.timeout_s = timeout_s
         self._store = store
-        self._looked = 0.0
+        self._checked = 0.0
 
     @property
-    def leads(self) -> bool:
-        """Whether this is node 0, which alone writes the run."""
+    def is_first(self) -> bool:
+        """Whether this is node 0, which alone makes the run directory."""
         return self.where.node == 0
 
-    # ---- the start ---------------------------------------------------------------------------
+    def publish(self, directory: Path | None) -> None:
+        """Gives the others the run directory; None where there will be no run. For node 0."""
+        self._set(_DIRECTORY, None if directory is None else str(directory))
 
-    def announce(self, told: dict[str, Any]) -> None:
-        """Tells the others what is being run, and where; for node 0."""
-        self._say(_RUN, told)
-
-    def announced(self) -> dict[str, Any] | None:
-        """Waits for what node 0 announces; None where it ended without.
+    def directory(self) -> Path | None:
+        """Waits for the run directory that node 0 publishes.
 
         Raises:
-            NodeError: it says nothing in time, or is gone.
+            NodeError: node 0 publishes nothing in time, or is gone.
         """
-        found = self._first((_RUN, _VERDICT), self.timeout_s)
-        if found is None:
+        if not self._wait(lambda: self._has(_DIRECTORY), self.timeout_s):
             raise NodeError(f"node 0 did not say within {self.timeout_s:g} s what is to be run")
-        return found[1] if found[0] == _RUN else None
+        found = self._get(_DIRECTORY)
+        return None if found is None else Path(found)
 
-    def together(self) -> None:
+    def gather(self) -> None:
         """Waits until every node is about to start its ranks.
 
         Raises:
             NodeError: one did not come in time.
-            Elsewhere: one has given up.
+            RunEnded: one has given up.
         """
-        self._say(_ready(self.where.node), True)
-        until = time.monotonic() + self.timeout_s
-        missing = list(range(self.where.nodes))
-        while missing:
-            self.look()
-            missing = [node for node in missing if self._heard(_ready(node)) is None]
-            if missing and time.monotonic() > until:
-                raise NodeError(
-                    f"distributed.nodes={self.where.nodes}, but node "
-                    f"{' and '.join(map(str, missing))} did not come within {self.timeout_s:g} s"
-                )
-            time.sleep(LOOK_EVERY_S if missing else 0)
+        ready = _key("ready")
 
-    # ---- while the ranks are at work ---------------------------------------------------------
+        def came() -> int:
+            self.check()
+            with _connection():
+                return self._store.add(ready, 0)
 
-    def alarm(self) -> None:
-        """Tells the others that the run is over."""
-        self._say(_ALARM, self.where.node)
+        with _connection():
+            self._store.add(ready, 1)
+        if not self._wait(lambda: came() == self.where.nodes, self.timeout_s):
+            raise NodeError(
+                f"distributed.nodes={self.where.nodes}, but only {came()} came within "
+                f"{self.timeout_s:g} s"
+            )
 
-    def look(self) -> None:
-        """Looks, not more than twice a second, whether another node has given the alarm.
+    def check(self) -> None:
+        """Looks, at most twice a second, whether the run has ended on another node.
 
         Raises:
-            Elsewhere: it has, or node 0 is gone.
+            RunEnded: it has.
+            NodeError: node 0 is gone.
         """
-        if time.monotonic() - self._looked < ALARM_EVERY_S:
+        if time.monotonic() - self._checked < CHECK_EVERY_S:
             return
-        self._looked = time.monotonic()
-        try:
-            node = self._heard(_ALARM)
-        except NodeError as error:
-            raise Elsewhere(str(error)) from None
-        if node is not None and node != self.where.node:
-            raise Elsewhere(f"node {node} has given the alarm")
+        self._checked = time.monotonic()
+        if self._has(_END):
+            raise RunEnded
 
-    # ---- the end -----------------------------------------------------------------------------
+    def agree(self, end: RunEnd | None, patience_s: float = 0.0) -> RunEnd | None:
+        """Says how this node's ranks ended; returns how the run ended.
 
-    def report(self, told: dict[str, Any]) -> None:
-        """Tells node 0 how this node's ranks have ended."""
-        self._say(_ended(self.where.node), told)
+        Args:
+            end: None where all ranks of this node did their work, or were stopped for another node.
+            patience_s: how long another node may still be the first, where this node's end may
+                follow from that one's.
 
-    def reports(self) -> dict[int, dict[str, Any]]:
-        """Returns what the other nodes tell of their ranks, by node; for node 0.
-
-        Those that say nothing in time are left out.
+        Returns:
+            What the first node said; None where the run is complete.
         """
-        found: dict[int, dict[str, Any]] = {}
-        until = time.monotonic() + REPORT_S
-        others = range(1, self.where.nodes)
-        while len(found) < len(others) and time.monotonic() < until:
-            for node in others:
-                told = self._heard(_ended(node))
-                if told is not None:
-                    found[node] = told
-            time.sleep(LOOK_EVERY_S)
-        return found
-
-    def decide(self, told: dict[str, Any]) -> None:
-        """Tells the others what became of the run; for node 0, once it is written."""
-        self._say(_VERDICT, told)
-
-    def verdict(self) -> dict[str, Any]:
-        """Waits for what became of the run.
-
-        Raises:
-            NodeError: node 0 says nothing in time, or is gone.
-        """
-        found = self._first((_VERDICT,), VERDICT_S)
-        if found is None:
-            raise NodeError(f"node 0 did not say within {VERDICT_S:g} s how the run ended")
-        return found[1]
+        if end is None:
+            return RunEnd(*self._get(_END)) if self._has(_END) else None
+        self._wait(lambda: self._has(_END), patience_s)
+        with _connection():
+            return RunEnd(*json.loads(self._store.compare_set(_key(_END), "", json.dumps(end))))
 
     def close(self) -> None:
-        """Leaves; node 0 waits for the others, which still have to hear how the run ended."""
-        if not self.leads:
-            with suppress(NodeError):
-                self._say(_bye(self.where.node), True)
+        """Leaves; node 0 waits for the others, which still have to read how the run ended."""
+        if not self.is_first:
+            self._set(f"left/{self.where.node}", True)
             return
-        if self._heard(_VERDICT) is None:
-            self.decide({"status": "not begun"})
+        if not self._has(_DIRECTORY):
+            self.publish(None)
         others = range(1, self.where.nodes)
-        until = time.monotonic() + GOODBYE_S
-        while time.monotonic() < until and not all(self._heard(_bye(n)) for n in others):
-            time.sleep(LOOK_EVERY_S)
+        self._wait(lambda: all(self._has(f"left/{node}") for node in others), GOODBYE_S)
 
     # ---- the store ---------------------------------------------------------------------------
 
-    def _say(self, key: str, value: Any) -> None:
-        with _lost():
-            self._store.set(f"fisher_lab/{key}", json.dumps(value))
+    def _set(self, key: str, value: Any) -> None:
+        with _connection():
+            self._store.set(_key(key), json.dumps(value))
 
-    def _heard(self, key: str) -> Any | None:
-        name = f"fisher_lab/{key}"
-        with _lost():
-            return json.loads(self._store.get(name)) if self._store.check([name]) else None
+    def _get(self, key: str) -> Any:
+        with _connection():
+            return json.loads(self._store.get(_key(key)))
 
-    def _first(self, keys: tuple[str, ...], seconds: float) -> tuple[str, Any] | None:
+    def _has(self, key: str) -> bool:
+        with _connection():
+            return self._store.check([_key(key)])
+
+    @staticmethod
+    def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+        """Polls, so that a signal is noticed: the store's own ``wait`` is native code."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            for key in keys:
-                value = self._heard(key)
-                if value is not None:
-                    return key, value
-            time.sleep(LOOK_EVERY_S)
-        return None
+        while not (holds := condition()) and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return holds
 
 
-_CURRENT: list[Meeting] = []
+_CURRENT: list[Nodes] = []
 
 
-def current() -> Meeting | None:
-    """Returns the meeting that this process takes part in, if there are several nodes."""
+def current() -> Nodes | None:
+    """Returns the nodes that :func:`connect` has connected in this process, if there are any."""
     return _CURRENT[-1] if _CURRENT else None
 
 
 @contextmanager
-def meeting(where: Place, timeout_s: float) -> Iterator[Meeting]:
-    """Brings this node together with the others.
+def connect(where: Place, timeout_s: float) -> Iterator[Nodes]:
+    """Connects this node with the others.
 
     Args:
         where: this node among the others.
@@ -232,36 +205,33 @@ def meeting(where: Place, timeout_s: float) -> Iterator[Meeting]:
     Raises:
         NodeError: node 0 cannot be reached.
     """
-    found = Meeting(where, _store(where, timeout_s), timeout_s)
-    _CURRENT.append(found)
+    nodes = Nodes(where, _open_store(where, timeout_s), timeout_s)
+    _CURRENT.append(nodes)
     try:
-        yield found
+        yield nodes
     finally:
-        _CURRENT.remove(found)
+        _CURRENT.remove(nodes)
         with suppress(NodeError):
-            found.close()
+            nodes.close()
 
 
-def _store(where: Place, timeout_s: float) -> TCPStore:
-    """Short attempts, so that a signal is noticed between them."""
-    from torch.distributed import (
-        DistError,
-        TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-    )
+def _open_store(where: Place, timeout_s: float) -> TCPStore:
+    """Makes short attempts, so that a signal is noticed between them."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     until = time.monotonic() + timeout_s
     while True:
-        left = until - time.monotonic()
+        attempt = max(0.1, min(_CONNECT_S, until - time.monotonic()))
         try:
             store = TCPStore(
                 where.address,
                 where.port,
                 is_master=where.node == 0,
-                timeout=timedelta(seconds=max(0.1, min(_CONNECT_S, left))),
+                timeout=timedelta(seconds=attempt),
                 wait_for_workers=False,
                 multi_tenant=True,  # elastic opens it a second time
             )
-        except (DistError, RuntimeError) as error:
+        except RuntimeError as error:  # torch's DistError is one
             if where.node == 0:
                 raise NodeError(
                     f"MASTER_PORT={where.port} cannot be opened on {where.address}: "
@@ -271,29 +241,21 @@ def _store(where: Place, timeout_s: float) -> TCPStore:
                 raise NodeError(
                     f"node 0 was not at {where.address}:{where.port} within {timeout_s:g} s"
                 ) from None
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
             continue
         store.set_timeout(timedelta(seconds=_CONNECT_S))
         return store
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def _connection() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch's DistError is one
+    except RuntimeError as error:
         raise NodeError(
             f"the connection to node 0 is gone ({str(error).strip().splitlines()[0]})"
         ) from None
 
 
-def _ready(node: int) -> str:
-    return f"ready/{node}"
-
-
-def _ended(node: int) -> str:
-    return f"ended/{node}"
-
-
-def _bye(node: int) -> str:
-    return f"bye/{node}"
+def _key(name: str) -> str:
+    return f"fisher_lab/{name}"

@@ -24,7 +24,7 @@ from fisher_lab.runs.signals import Interrupted, Watch, leave
 from fisher_lab.sweeps.cell import Frozen
 
 if TYPE_CHECKING:
-    from fisher_lab.distributed.nodes import Meeting
+    from fisher_lab.distributed.nodes import Nodes
     from fisher_lab.runs.lock import Claim
     from fisher_lab.tasks.run_spec import Work
 
@@ -61,29 +61,28 @@ def run(frozen: Frozen) -> int:
     from fisher_lab.distributed.nodes import NodeError
     from fisher_lab.tasks import ranks
 
-    leads = frozen.node == 0
+    is_first = frozen.node == 0
     try:
-        with ranks.meeting_of(frozen.config) as meeting:
-            if meeting is None or meeting.leads:
+        with ranks.connected_nodes(frozen.config) as nodes:
+            if nodes is None or nodes.is_first:
                 return _run(frozen)
-            return _follow(frozen, meeting)
+            return _run_ranks(frozen, nodes)
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
-        if leads:
+        if is_first:
             return _run(frozen, error)
         return FAILED
 
 
-def _follow(frozen: Frozen, meeting: Meeting) -> int:
-    """Another node than the first: it runs its ranks where node 0 has claimed the cell."""
+def _run_ranks(frozen: Frozen, nodes: Nodes) -> int:
+    """Runs the ranks of another node than the first, once node 0 has claimed the cell."""
     from fisher_lab.tasks import ranks, runner
 
-    told = meeting.announced()
-    if told is None:
+    directory = nodes.directory()
+    if directory is None:
         return HELD
-    directory = Path(told["directory"])
-    folder, name = ranks.folder_on(meeting.where.node, directory)
-    with _logging(frozen, ranks.log_of(frozen.logging(), folder / f"{name}.log")):
+    log_file = ranks.node_log(nodes.where.node, directory)
+    with _logging(frozen, ranks.log_of(frozen.logging(), log_file)):
         outcome = runner.begin(_work(frozen, directory), frozen.logging())
     return COMPLETED if outcome.status == "completed" else FAILED
 

@@ -1,4 +1,4 @@
-"""What each rank runs that a watcher has started: ``python -m fisher_lab.tasks.rank_main FILE``."""
+"""What each rank of a launcher runs: ``python -m fisher_lab.tasks.rank_main FILE``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from typing import Any
 
 from fisher_lab.distributed import launch
 from fisher_lab.runs.signals import Interrupted, leave
-from fisher_lab.tasks.endings import GRACE_S, has_told_error, is_consequence, write_error
+from fisher_lab.tasks.rank_status import (
+    GRACE_S,
+    has_written_error,
+    is_consequence,
+    write_error,
+)
 from fisher_lab.tasks.ranks import joined, log_of
 
 log = logging.getLogger(__name__)
 
 
 def main(path: str) -> int:
-    """A rank that :func:`.ranks.start` has started.
+    """Works as a rank that :func:`.ranks.start` has started.
 
     Args:
         path: of the file that says what is to be done.
@@ -37,7 +42,7 @@ def main(path: str) -> int:
     if rank > 0:
         _redirect(folder / f"rank{rank}.log")
     logging.config.dictConfig(log_config(given["logging"], folder, rank))
-    # Only now: what the imports have to say is in the rank's log, and they end with the parent.
+    # Only now: what the imports print is in the rank's log, and they end with the parent.
     from fisher_lab.tasks.run_spec import Work
     from fisher_lab.tasks.runner import perform
 
@@ -50,7 +55,7 @@ def main(path: str) -> int:
     except Interrupted as stop:
         return 128 + stop.signum
     except Exception as error:
-        if not has_told_error(folder, rank):  # it came before or after the task
+        if not has_written_error(folder, rank):  # it came before or after the task
             write_error(folder, rank, error)
         if rank > 0:
             log.exception("rank %d failed", rank)

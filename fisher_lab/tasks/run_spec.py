@@ -1,4 +1,4 @@
-"""What a run is to do: between doors, launchers and ranks."""
+"""What a run is to do, as entry points, launchers and ranks hand it on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run from its configuration to its record: what the doors and every launcher call."""
+"""One run from its configuration to its record: what the entry points and every launcher call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import random
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,9 +29,25 @@ if TYPE_CHECKING:
 
     from fisher_lab.config.schema import Config
     from fisher_lab.curvature.collectives import TorchCommunicator
-    from fisher_lab.tasks.endings import Endings
+    from fisher_lab.tasks.rank_status import RankStatus
+
+log = logging.getLogger(__name__)
+
+TASKS = {
+    "analyze": "fisher_lab.tasks.analyze",
+    "plan": "fisher_lab.tasks.plan",
+    "train": "fisher_lab.tasks.train",
+}
+"""Task -> the module whose ``run(config, run)`` does it."""
+
+LOG_FILE = "fisher_lab.log"
+"""Named after ``hydra.job.name``."""
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+class InputsChanged(RuntimeError):
+    """Text or model are not what they were when the run was submitted."""
 
 
 def prepare(config: Config) -> dict[str, Any]:
@@ -73,24 +88,6 @@ def prepare(config: Config) -> dict[str, Any]:
     }
 
 
-log = logging.getLogger(__name__)
-
-TASKS = {
-    "analyze": "fisher_lab.tasks.analyze",
-    "plan": "fisher_lab.tasks.plan",
-    "train": "fisher_lab.tasks.train",
-}
-"""Task -> the module whose ``run(config, run)`` does it."""
-
-
-class RunFailed(RuntimeError):
-    """A run failed; its record and its log say how. The text is the line for the screen."""
-
-
-LOG_FILE = "fisher_lab.log"
-"""Named after ``hydra.job.name``."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
@@ -100,16 +97,12 @@ class Outcome:
     message: str | None = None
     error: Exception | None = None
 
-    @property
-    def line(self) -> str:
-        """The line for the screen where the run failed."""
-        return f"failed: {self.message}; the log is {self.directory / LOG_FILE}"
-
     def report(self) -> int:
-        """Print what has to be said; returns the exit code."""
+        """Prints the line that says why the run failed, if it did; returns the exit code."""
         if self.status == Status.COMPLETED:
             return 0
-        print(f"fisher_lab: {self.line}", file=sys.stderr)
+        path = self.directory / LOG_FILE
+        print(f"fisher_lab: failed: {self.message}; the log is {path}", file=sys.stderr)
         return 1
 
 
@@ -126,16 +119,16 @@ def execute(cfg: DictConfig) -> Outcome:
 
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), tuple(hydra.overrides.task)
-    told: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    return begin(Work(validate(cfg), directory, overrides), told)
+    logging_config: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    return begin(Work(validate(cfg), directory, overrides), logging_config)
 
 
-def begin(work: Work, told: Mapping[str, Any]) -> Outcome:
+def begin(work: Work, logging_config: Mapping[str, Any]) -> Outcome:
     """Run a task: in this process, or in ranks that are started for it.
 
     Args:
         work: what to do.
-        told: how the ranks are to log.
+        logging_config: how the ranks are to log.
 
     Raises:
         Interrupted: a signal ended the run; its record says so.
@@ -145,10 +138,10 @@ def begin(work: Work, told: Mapping[str, Any]) -> Outcome:
     logging.captureWarnings(True)
     if not ranks.wanted(work.config):
         return perform(work, ranks.current())
-    error = ranks.start(work, told)
+    error = ranks.start(work, logging_config)
     if error is None:
         return Outcome(work.directory, Status.COMPLETED)
-    return Outcome(work.directory, Status.FAILED, _brief(error["type"], error["message"]))
+    return Outcome(work.directory, Status.FAILED, record.headline(error))
 
 
 def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcome:
@@ -165,107 +158,108 @@ def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcom
     """
     if communicator is None:
         return _perform(work, None)
-    from fisher_lab.tasks.endings import Endings
+    from fisher_lab.tasks.rank_status import RankStatus
 
-    endings = Endings(communicator, work.directory)
-    with ExitStack() as stack:
-        if communicator.rank > 0:
-            directory = Path(stack.enter_context(TemporaryDirectory(prefix="fisher_lab-rank-")))
-            work = dataclasses.replace(work, directory=directory)
-        return _perform(work, endings)
+    rank = RankStatus(communicator, work.directory)
+    if rank.rank == 0:
+        return _perform(work, rank)
+    with TemporaryDirectory(prefix="fisher_lab-rank-") as directory:
+        return _perform(dataclasses.replace(work, directory=Path(directory)), rank)
 
 
-def _perform(work: Work, endings: Endings | None) -> Outcome:
-    config, directory = work.config, work.directory
-    leads = endings is None or endings.rank == 0
-    content, problem = _content(config)
-    if work.frozen is not None:
-        if problem is None and content != work.frozen:
-            problem = RunFailed(_changed(content, work.frozen))
-        content = dict(work.frozen)
-    run = Run.start(
-        directory,
-        config=dataclasses.asdict(config),
-        overrides=work.overrides,
-        identity=content,
-        provenance=provenance.collect(),
-    )
-    log.info("run %s in %s: task %s", run.run_id, directory, config.task.name)
-    told_to = config.tracker if leads else TrackerConfig()
-    tracker = tracking.make(told_to)
+def _perform(work: Work, rank: RankStatus | None) -> Outcome:
+    run, problem = _start_record(work)
+    is_rank_zero = rank is None or rank.rank == 0
+    tracker_config = work.config.tracker if is_rank_zero else TrackerConfig()
+    tracker = tracking.make(tracker_config)
     tracker.start(
         send.start_of(
             run,
-            told_to,
-            task=config.task.name,
+            tracker_config,
+            task=work.config.task.name,
             overrides=run.record["overrides"],
         )
     )
     try:
         with run.signals:
-            try:
-                _do_task(config, run, endings, problem, tracker)
-            except (Exception, Interrupted) as error:
-                # Whoever started the ranks stops those that are left: it must not break in here.
-                run.signals.ending()
-                _end(run, error, endings)
-                raise
+            _run_task(work.config, run, rank, problem, tracker)
     except Interrupted as stop:
-        log.warning("%s; the run directory is %s", stop, directory)
+        log.warning("%s; the run directory is %s", stop, work.directory)
         raise
     except Exception as error:
         _log_in_full(error)
-        told = run.record["error"] or record.describe(error)
-        return Outcome(directory, Status.FAILED, _brief(told["type"], told["message"]), error)
+        headline = record.headline(run.record["error"] or record.describe(error))
+        return Outcome(work.directory, Status.FAILED, headline, error)
     else:
         log.info("completed")
     finally:
-        send.send(run, told_to, tracker)
-    if leads:
+        send.send(run, tracker_config, tracker)
+    if is_rank_zero:
         from fisher_lab.tasks import summary
 
         summary.show(run)
-    return Outcome(directory, Status.COMPLETED)
+    return Outcome(work.directory, Status.COMPLETED)
 
 
-def _do_task(
+def _start_record(work: Work) -> tuple[Run, Exception | None]:
+    """Begins the record; also returns what is wrong with text or model, for the record to hold."""
+    content, problem = _content(work.config)
+    if work.frozen is not None:
+        if problem is None and content != work.frozen:
+            problem = InputsChanged(_changed(content, work.frozen))
+        content = dict(work.frozen)
+    run = Run.start(
+        work.directory,
+        config=dataclasses.asdict(work.config),
+        overrides=work.overrides,
+        identity=content,
+        provenance=provenance.collect(),
+    )
+    log.info("run %s in %s: task %s", run.run_id, work.directory, work.config.task.name)
+    return run, problem
+
+
+def _run_task(
     config: Config,
     run: Run,
-    endings: Endings | None,
+    rank: RankStatus | None,
     problem: Exception | None,
     tracker: tracking.Tracker,
 ) -> None:
-    """The task itself, and the record's end where all went well."""
+    """Runs the task and ends the record, whether the task succeeds or not."""
     try:
-        if endings is not None:
-            run.note(distributed=endings.about())
-        if problem is not None:
-            raise problem
-        run.note(**_prepare(config))
-        with tracking.current(tracker):
-            import_module(TASKS[config.task.name]).run(config, run)
-    except Exception:
-        run.signals.ending()  # at once: the error is to be recorded, whatever else comes
+        try:
+            if rank is not None:
+                run.note(distributed=rank.about())
+            if problem is not None:
+                raise problem
+            run.note(**prepare(config))
+            with tracking.current(tracker):
+                import_module(TASKS[config.task.name]).run(config, run)
+        finally:
+            # Whoever started the ranks stops those that are left: it must not break in here.
+            run.signals.ending()
+        run.complete()
+        if rank is not None:
+            rank.completed()
+    except (Exception, Interrupted) as error:
+        _end(run, error, rank)
         raise
-    run.signals.ending()
-    run.complete()
-    if endings is not None:
-        endings.completed()
 
 
-def _end(run: Run, error: Exception | Interrupted, endings: Endings | None) -> None:
-    """The record's end where something went wrong here, or on a rank that this one noticed."""
+def _end(run: Run, error: Exception | Interrupted, rank: RankStatus | None) -> None:
+    """Ends the record where something went wrong here, or on a rank that this one noticed."""
     if run.status != Status.RUNNING:  # a second SIGINT, while the end was being written
         return
     if isinstance(error, Interrupted):
-        if endings is None:
+        if rank is None:
             run.end(error.status, error.signum.name)
         else:
-            endings.stopped(run, error)
-    elif endings is None:
+            rank.stopped(run, error)
+    elif rank is None:
         run.fail(error)
     else:
-        endings.failed(run, error)
+        rank.failed(run, error)
 
 
 def _changed(content: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
@@ -286,19 +280,10 @@ def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:
         return {}, error
 
 
-def _prepare(config: Config) -> dict[str, Any]:
-    return prepare(config)
-
-
 def _log_in_full(error: Exception) -> None:
-    """Into the log file alone: the screen gets one line."""
+    """Writes the traceback into the log file alone; standard error gets one line."""
     details = (type(error), error, error.__traceback__)
     entry = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run failed", (), details)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(entry)
-
-
-def _brief(kind: str, message: str) -> str:
-    lines = message.strip().splitlines()
-    return f"{kind.rpartition('.')[2]}: {lines[0] if lines else '(no message)'}"

@@ -20,9 +20,8 @@ import psutil
 import pytest
 
 from fisher_lab.distributed import launch
-from fisher_lab.distributed.launch import Failure, LaunchError, RanksFailed
+from fisher_lab.distributed.launch import LaunchError
 from fisher_lab.distributed.nodes import Place
-from fisher_lab.tasks import ranks as ranks_module
 from tests.processes import is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,7 +198,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path, rank:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_to_the_watcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
+def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
     with program(*arguments, f"hydra.run.dir={directory}") as process:
@@ -330,27 +329,3 @@ def test_place_among_several_nodes() -> None:
         launch.place(1, 2, {})
     with pytest.raises(LaunchError, match="but SLURM has given 2"):
         launch.place(1, 4, slurm)
-
-
-def test_the_verdict_is_the_error_that_the_others_follow_from(tmp_path: Path) -> None:
-    def told(rank: int, kind: str, second: int) -> None:
-        error = {"type": kind, "message": "m", "traceback": "t", "rank": rank}
-        error["time"] = f"2026-01-01T00:00:{second:02}"
-        (tmp_path / f"rank{rank}.error.json").write_text(json.dumps(error))
-
-    ended = RanksFailed([Failure(0, 11, 1), Failure(1, 12, 1)])
-    assert ranks_module.verdict(tmp_path, ended)["message"].startswith("rank 0 (process 11)")
-    told(0, "fisher_lab.curvature.errors.RankError", 1)
-    told(2, "ValueError", 3)
-    told(1, "TypeError", 2)
-    assert ranks_module.verdict(tmp_path, ended) == {
-        "type": "TypeError", "message": "m", "traceback": "t", "rank": 1,
-    }  # fmt: skip
-    stopped = RanksFailed([Failure(0, 11, -15), Failure(2, 13, -9)])
-    assert ranks_module.verdict(tmp_path, stopped)["type"] == "TypeError"
-    (tmp_path / "rank1.error.json").unlink()
-    (tmp_path / "rank2.error.json").unlink()
-    killed = RanksFailed([Failure(0, 11, 1), Failure(2, 13, -9)])
-    found = ranks_module.verdict(tmp_path, killed)
-    assert (found["rank"], found["type"]) == (2, "RankKilled")
-    assert "rank 2 (process 13) was ended by SIGKILL" in found["message"]

@@ -1,4 +1,4 @@
-"""Two nodes on one host: two watchers (or workers of a sweep), each of which takes itself for one.
+"""Two nodes on one host: two launchers (or workers of a sweep), each of which takes itself for one.
 
 What only a second machine can show is not shown here: that the store is reached over a network, and
 that SLURM starts a task on each node.
@@ -152,7 +152,7 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     from fisher_lab.config import paths, sweep_files
     from fisher_lab.config.validate import validate
     from fisher_lab.runs.identity import run_id
-    from fisher_lab.workload import content_identity
+    from fisher_lab.workload.content_identity import content_identity
 
     sweep_files.register()
     with initialize_config_dir(str(paths.conf()), version_base="1.3"):

@@ -10,7 +10,6 @@ import pytest
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.tasks import crew as crews
-from fisher_lab.tasks import ranks as ranks_module
 from fisher_lab.tasks import train
 from fisher_lab.tasks.crew import RankCrew
 from tests.distributed import trained
@@ -217,17 +216,3 @@ def test_other_ranks_are_another_training(data: str) -> None:
         for sharded in (False, True)
     }
     assert len(found) == 4
-
-
-def test_the_watcher_tells_a_signal_from_a_failure() -> None:
-    from fisher_lab.distributed.launch import Failure
-
-    def ended(*codes: int) -> Any:
-        failures = [Failure(rank, 10 + rank, code) for rank, code in enumerate(codes)]
-        return ranks_module.stopped_by(failures)
-
-    assert ended(128 + signal.SIGUSR2, 128 + signal.SIGUSR2) == signal.SIGUSR2
-    assert ended(-signal.SIGTERM, 128 + signal.SIGUSR2) == signal.SIGUSR2
-    assert ended(1, 128 + signal.SIGUSR2) is None
-    assert ended(-signal.SIGKILL) is None
-    assert ended(-signal.SIGTERM) is None

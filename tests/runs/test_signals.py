@@ -98,7 +98,7 @@ def test_outside_the_main_thread_nothing_is_installed():
 SCRIPT = """
 import sys, time, types
 from fisher_lab import cli
-from fisher_lab.tasks import job
+from fisher_lab.tasks import runner
 module = types.ModuleType("waiting")
 def run(config, run):
     print("ready", flush=True)
@@ -106,8 +106,8 @@ def run(config, run):
         time.sleep(0.05)
 module.run = run
 sys.modules["waiting"] = module
-job.TASKS["plan"] = "waiting"
-job._prepare = lambda config: {}  # without torch, which is not what is tested
+runner.TASKS["plan"] = "waiting"
+runner.prepare = lambda config: {}  # without torch, which is not what is tested
 sys.exit(cli.main(["task=plan", "hydra.run.dir=here", *sys.argv[1:]]))
 """
 

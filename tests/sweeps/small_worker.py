@@ -54,5 +54,5 @@ if __name__ == "__main__":
     sys.modules["small_task"] = module
     runner.TASKS = dict.fromkeys(runner.TASKS, "small_task")
     runner._content = lambda config: ({"data": "abc"}, None)
-    runner._prepare = lambda config: {}
+    runner.prepare = lambda config: {}
     leave(worker.main(sys.argv[1:]))

@@ -16,8 +16,8 @@ def console(terminal: bool) -> tuple[Console, io.StringIO]:
 
 
 def test_on_a_terminal_a_bar_is_shown():
-    screen, out = console(True)
-    items = list(Progress(True, console=screen).track([1, 2, 3], "collect"))
+    bar_console, out = console(True)
+    items = list(Progress(True, console=bar_console).track([1, 2, 3], "collect"))
     assert items == [1, 2, 3]
     assert "collect" in out.getvalue()
     assert "3/3" in out.getvalue()
@@ -25,8 +25,8 @@ def test_on_a_terminal_a_bar_is_shown():
 
 @pytest.mark.parametrize(("enabled", "terminal"), [(False, True), (True, False), (False, False)])
 def test_otherwise_nothing_is_written(enabled, terminal):
-    screen, out = console(terminal)
-    progress = Progress(enabled, console=screen)
+    bar_console, out = console(terminal)
+    progress = Progress(enabled, console=bar_console)
     assert list(progress.track(iter("abc"), "collect", total=3)) == ["a", "b", "c"]
     with progress.step("build"):
         pass
@@ -34,16 +34,16 @@ def test_otherwise_nothing_is_written(enabled, terminal):
 
 
 def test_a_step_without_parts_is_named():
-    screen, out = console(True)
-    with Progress(True, console=screen).step("build the model"):
+    bar_console, out = console(True)
+    with Progress(True, console=bar_console).step("build the model"):
         pass
     assert "build the model" in out.getvalue()
 
 
 def test_an_error_inside_passes_through():
-    screen, _ = console(True)
+    bar_console, _ = console(True)
     with pytest.raises(RuntimeError, match="inside"):
-        for _ in Progress(True, console=screen).track(range(3), "collect"):
+        for _ in Progress(True, console=bar_console).track(range(3), "collect"):
             raise RuntimeError("inside")
 
 
@@ -55,7 +55,7 @@ def test_items_are_taken_one_at_a_time():
             taken.append(item)
             yield item
 
-    screen, _ = console(False)
-    iterator = iter(Progress(True, console=screen).track(source(), "collect"))
+    bar_console, _ = console(False)
+    iterator = iter(Progress(True, console=bar_console).track(source(), "collect"))
     next(iterator)
     assert taken == [0]

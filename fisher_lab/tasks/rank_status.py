@@ -1,7 +1,9 @@
-"""How each rank of a run ended: what it leaves for the others, and what they find out without it.
+"""How each rank of a run ended: what it writes into ``ranks/``, and what it finds there.
 
-A rank that is killed leaves nothing. Another rank on its host sees that its process is gone; that,
-and not the broken connection which it noticed first, is then the run's error.
+A launcher says of a rank that was killed that it was. Under ``torchrun`` there is no launcher of
+ours: there the other ranks find out, from the files in ``ranks/`` and from the processes of their
+host, before ``torchrun`` stops them. (Torch elastic's own error files lack the module of an error's
+type, and only the agent knows where they lie.)
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ FOLDER = "ranks"
 CONSEQUENCES = ("CommunicationError", "RankError", "DistBackendError", "DistNetworkError")
 """Errors that a rank has because another one has failed; that one's error is the run's."""
 
+_IN_MESSAGES = ("gloo", "NCCL", "TCPStore", "SIGABRT")
+
 GRACE_S = 5.0
 """A rank with such an error stays this long, so that the other one is seen to have ended first."""
 
-_TOLD = ("type", "message", "traceback", "rank")
 
-
-class Endings:
-    """What one rank tells of its end, and learns of that of the others.
+class RankStatus:
+    """One rank's part of the record of how the ranks ended.
 
     Args:
         communicator: of the ranks.
@@ -67,71 +69,76 @@ class Endings:
         }
 
     def completed(self) -> None:
-        """Tells the others that this rank is done; its process may go at any time."""
-        _write_status(self.folder, self.rank, Status.COMPLETED)
+        """Records that this rank has done its work; its process may go at any time."""
+        self._write(Status.COMPLETED)
 
     def failed(self, run: Run, error: Exception) -> None:
         """Ends the record of a rank that has an error; first of all with that error.
 
         Args:
             run: the rank's record.
-            error: that ended it; another rank's takes its place where it followed from that.
+            error: that ended it; the error of another rank from which it followed replaces it.
         """
         run.fail_with(record.describe(error))  # looking for the cause takes seconds
         write_error(self.folder, self.rank, error)
-        told = cause(self.folder, self.rank, error, _ranks_of(run))
-        if told is not None:
-            run.amend(told)
-            self._stand_in(run, told)
+        found = cause(self.folder, self.rank, error, _ranks_of(run))
+        if found is not None:
+            run.amend(found)
+            self._write_for_rank_zero(run, found)
 
     def stopped(self, run: Run, stop: Interrupted) -> None:
-        """Ends the record of a rank that got a signal: its own, or because another one is gone.
+        """Ends the record of a rank that got a signal: its own, or because another rank is gone.
 
         Args:
             run: the rank's record.
             stop: the signal.
         """
-        told = cause(self.folder, self.rank, stop, _ranks_of(run))
-        if told is None:
+        found = cause(self.folder, self.rank, stop, _ranks_of(run))
+        if found is None:
             run.end(stop.status, stop.signum.name)
         else:
-            run.fail_with(told)
-            self._stand_in(run, told)
-        _write_status(self.folder, self.rank, stop.status)
+            run.fail_with(found)
+            self._write_for_rank_zero(run, found)
+        self._write(stop.status)
 
-    def _stand_in(self, run: Run, told: Mapping[str, Any]) -> None:
-        """Writes the run's record where rank 0 no longer can: the first rank that is left does."""
+    def _write(self, status: Status) -> None:
+        atomic.write_json(
+            _file(self.folder, self.rank, "status"), {"rank": self.rank, "status": status}
+        )
+
+    def _write_for_rank_zero(self, run: Run, error: Mapping[str, Any]) -> None:
+        """Ends the run's record where rank 0 no longer can: the first rank that is left does."""
         before = [entry for entry in _ranks_of(run) if entry["rank"] < self.rank]
         if not before or not all(_is_gone(self.folder, entry) for entry in before):
             return
         if record.status_of(self.directory) == Status.RUNNING:
-            record.end_from_outside(self.directory, Status.FAILED, str(told["type"]), error=told)
+            record.end_from_outside(self.directory, Status.FAILED, str(error["type"]), error=error)
 
 
 def cause(
     folder: Path, rank: int, error: BaseException, known: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any] | None:
-    """Returns another rank's error that this rank's error follows from, where there is one.
+    """Returns another rank's error from which this rank's error follows, where there is one.
 
     Args:
         folder: where the ranks leave their errors.
         rank: this rank.
-        error: of this rank; a consequence of another's, or a signal.
+        error: of this rank: one that follows from another rank's, or a signal.
         known: the record's list of ranks; one whose process is gone without a word was killed.
     """
-    follows = is_consequence(type(error).__name__, str(error))
-    if not (follows or isinstance(error, Interrupted)):
+    interrupted = isinstance(error, Interrupted)
+    if not (interrupted or is_consequence(type(error).__name__, str(error))):
         return None
     waiting = threading.Event()
     for _ in range(20):
-        # Those that are gone first: what a rank has told was written before it went.
+        # Those that are gone first: what a rank has written was written before it went.
         gone = [one for one in known if one["rank"] != rank and _is_gone(folder, one)]
         for found in read_errors(folder):
             if found["rank"] != rank and not is_consequence(found["type"], found["message"]):
-                return {key: found[key] for key in _TOLD}
+                return without_time(found)
         if gone:
             return _killed(gone[0])
-        if isinstance(error, Interrupted):
+        if interrupted:
             return None
         waiting.wait(GRACE_S / 40)
     return None
@@ -140,11 +147,11 @@ def cause(
 def is_consequence(kind: str, message: str) -> bool:
     """Says whether an error is one that a rank has because another one has failed."""
     known = kind.rpartition(".")[2] in CONSEQUENCES
-    return known or any(word in message for word in ("gloo", "NCCL", "TCPStore"))
+    return known or any(word in message for word in _IN_MESSAGES)
 
 
 def clear(folder: Path) -> None:
-    """Makes the folder, and removes what the ranks of an earlier start have told."""
+    """Makes the folder, and removes what the ranks of an earlier start have written."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("error", "status"):
         for old in folder.glob(f"rank*.{kind}.json"):
@@ -158,26 +165,23 @@ def read_errors(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves a rank's error where the watcher and the other ranks find it."""
-    told = {**record.describe(error), "rank": rank, "time": datetime.now(UTC).isoformat()}
-    atomic.write_json(_error_file(folder, rank), told)
+    """Leaves a rank's error where its launcher and the other ranks find it."""
+    about = {**record.describe(error), "rank": rank, "time": datetime.now(UTC).isoformat()}
+    atomic.write_json(_file(folder, rank, "error"), about)
 
 
-def has_told_error(folder: Path, rank: int) -> bool:
+def has_written_error(folder: Path, rank: int) -> bool:
     """Says whether a rank has left its error."""
-    return _error_file(folder, rank).exists()
+    return _file(folder, rank, "error").exists()
 
 
-def _error_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.error.json"
+def without_time(error: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an error that a rank has left, as it stands in ``run.json``."""
+    return {key: error[key] for key in ("type", "message", "traceback", "rank")}
 
 
-def _status_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.status.json"
-
-
-def _write_status(folder: Path, rank: int, status: str) -> None:
-    atomic.write_json(_status_file(folder, rank), {"rank": rank, "status": status})
+def _file(folder: Path, rank: int, kind: str) -> Path:
+    return folder / f"rank{rank}.{kind}.json"
 
 
 def _ranks_of(run: Run) -> list[dict[str, Any]]:
@@ -187,7 +191,7 @@ def _ranks_of(run: Run) -> list[dict[str, Any]]:
 def _is_gone(folder: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a rank of this host has no process any more and has not said why.
 
-    Of other hosts nothing is known here: the watcher of their node tells.
+    Nothing is known here of other hosts.
     """
     if entry["host"] != socket.gethostname():
         return False
@@ -195,8 +199,8 @@ def _is_gone(folder: Path, entry: Mapping[str, Any]) -> bool:
         alive = psutil.Process(entry["pid"]).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         alive = False
-    rank = entry["rank"]
-    return not (alive or _status_file(folder, rank).exists() or _error_file(folder, rank).exists())
+    kinds = ("status", "error")
+    return not (alive or any(_file(folder, entry["rank"], kind).exists() for kind in kinds))
 
 
 def _killed(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Cells of a sweep on several nodes: who settles how a job ended, and what is checked when."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.launchers import LocalSettings, SlurmSettings
+from fisher_lab.config.schema import Config
+from fisher_lab.runs import record
+from fisher_lab.sweeps import run as session
+from fisher_lab.sweeps.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.directory import Layout
+from fisher_lab.sweeps.slurm import CellFailed, CellJob
+
+
+def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> Frozen:
+    for name, value in (("NODE_RANK", str(node)), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    config = Config()
+    config.distributed.nodes = 2
+    layout = Layout(tmp_path / "sweep")
+    cell = Cell(layout, "abc", (), {}, config, {})
+    (frozen,) = freeze(new_submission(layout), [cell], {"version": 1})
+    return frozen
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_node_0_alone_settles_how_a_job_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    frozen = frozen_for(tmp_path, monkeypatch, node)
+    job = CellJob(
+        threads=1, grace_s=5, limit_s=60, signal_delay_s=1,
+        command=("-c", "print('a word'); raise SystemExit(1)"),
+    )  # fmt: skip
+    if node == 0:
+        with pytest.raises(CellFailed):
+            job(str(frozen.path))
+        assert record.read(frozen.directory)["status"] == "failed"
+        assert (frozen.directory / "job.log").read_text() == "a word\n"
+        return
+    assert job(str(frozen.path)) == "failed"
+    written = [p.relative_to(frozen.directory) for p in frozen.directory.rglob("*") if p.is_file()]
+    assert written == [Path("ranks", "node1.job.log")]
+    assert frozen.layout.journal.read() == []
+
+
+def test_a_job_has_as_many_nodes_as_its_cell() -> None:
+    slurm = SlurmSettings(nodes=2)
+    session._check_nodes(2, "slurm", slurm)
+    session._check_nodes(1, "serial", LocalSettings())
+    with pytest.raises(ConfigError, match=r"distributed\.nodes=1.*hydra\.launcher\.nodes=2"):
+        session._check_nodes(1, "slurm", slurm)
+    with pytest.raises(ConfigError, match=r"distributed\.nodes=2.*hydra/launcher=local"):
+        session._check_nodes(2, "local", LocalSettings())
+
+
+def test_a_sweep_is_submitted_where_no_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names the nodes once the job runs, and not before."""
+    from fisher_lab import cli
+
+    for name in ("NODE_RANK", "SLURM_NODEID", "MASTER_ADDR", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    config = Config()
+    config.distributed.nodes = 2
+    config.device = "cpu"
+    cli._preflight_ranks(config)
+    with pytest.raises(ConfigError, match=r"neither SLURM_NODEID"):
+        cli._check_nodes(config)
