@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +25,7 @@ from fisher_lab.distributed.nodes import NodeError, Nodes, Place
 from fisher_lab.runs.signals import STATUS, Interrupted
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
         RendezvousInfo,
@@ -43,39 +43,16 @@ class LaunchError(ValueError):
     """The environment does not say where the ranks are to be started; one line."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How a rank ended.
-
-    Attributes:
-        rank: the rank, over all nodes.
-        pid: its process.
-        exitcode: negative where a signal ended it.
-    """
-
-    rank: int
-    pid: int
-    exitcode: int
-
-    @property
-    def text(self) -> str:
-        """One line."""
-        if self.exitcode < 0:
-            name = signal.Signals(-self.exitcode).name
-            return f"rank {self.rank} (process {self.pid}) was ended by {name}"
-        return f"rank {self.rank} (process {self.pid}) ended with exit code {self.exitcode}"
-
-
 class RanksFailed(RuntimeError):
     """Ranks ended with an error; the others were stopped.
 
     Attributes:
-        failures: those that ended first.
+        failures: rank -> how it ended, of those that ended first.
     """
 
-    def __init__(self, failures: Sequence[Failure]) -> None:
-        self.failures = tuple(failures)
-        super().__init__("; ".join(failure.text for failure in failures))
+    def __init__(self, failures: Mapping[int, ProcessFailure]) -> None:
+        self.failures = failures
+        super().__init__(f"ranks {sorted(failures)} have failed")
 
 
 def place(nproc: int, nodes: int, environment: Mapping[str, str]) -> Place:
@@ -170,9 +147,7 @@ def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | No
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
-            raise RanksFailed(
-                [Failure(rank, f.pid, f.exitcode) for rank, f in sorted(error.failures.items())]
-            ) from None
+            raise RanksFailed(error.failures) from None
         except SignalException as error:
             raise Interrupted(int(error.sigval)) from None
         except DistError as error:

@@ -36,6 +36,7 @@ from fisher_lab.tasks.rank_status import (
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from fisher_lab.config.schema import Config
     from fisher_lab.curvature.collectives import TorchCommunicator
@@ -144,7 +145,7 @@ def _run_own_ranks(path: Path, where: Place, group: Nodes | None) -> RunEnd | No
 
 
 def first_error(
-    errors: Sequence[Mapping[str, Any]], failures: Sequence[launch.Failure]
+    errors: Sequence[Mapping[str, Any]], failures: Mapping[int, ProcessFailure]
 ) -> dict[str, Any]:
     """Finds the error from which those of the other ranks followed.
 
@@ -153,28 +154,33 @@ def first_error(
 
     Args:
         errors: that ranks have left, the first one first.
-        failures: the ranks that ended first; at least one.
+        failures: rank -> how it ended, of the ranks that ended first; at least one.
     """
     causes = [error for error in errors if not _is_lost(error)]
     # An abort, as native code does it when another rank is gone, comes last.
+    codes = {rank: failures[rank].exitcode for rank in sorted(failures)}
     killed = sorted(
-        (f for f in failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM),
-        key=lambda f: f.exitcode == -signal.SIGABRT,
+        (rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM),
+        key=lambda rank: codes[rank] == -signal.SIGABRT,
     )
     if causes or (errors and not killed):
         return without_time((causes or errors)[0])
-    ended = (killed or failures)[0]
-    kind = "RankKilled" if ended.exitcode < 0 else "RankFailed"
-    return {"type": kind, "message": ended.text, "traceback": "", "rank": ended.rank}
+    rank = (killed or list(codes))[0]
+    message = f"rank {rank} (process {failures[rank].pid}) "
+    if codes[rank] < 0:
+        kind, message = "RankKilled", f"{message}was ended by {failures[rank].signal_name()}"
+    else:
+        kind, message = "RankFailed", f"{message}ended with exit code {codes[rank]}"
+    return {"type": kind, "message": message, "traceback": "", "rank": rank}
 
 
-def stopped_by(failures: Sequence[launch.Failure]) -> signal.Signals | None:
+def stopped_by(failures: Mapping[int, ProcessFailure]) -> signal.Signals | None:
     """Finds the signal for which the ranks have agreed to end, whichever of them it had reached.
 
     Args:
-        failures: the ranks that ended first.
+        failures: rank -> how it ended, of the ranks that ended first.
     """
-    codes = {failure.exitcode for failure in failures} - {-signal.SIGTERM}
+    codes = {failure.exitcode for failure in failures.values()} - {-signal.SIGTERM}
     return next((signum for signum in STATUS if codes == {128 + signum}), None)
 
 

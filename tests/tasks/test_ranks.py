@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature.collectives import CommunicationError
 from fisher_lab.distributed import launch, nodes
-from fisher_lab.distributed.launch import Failure, RanksFailed
+from fisher_lab.distributed.launch import RanksFailed
 from fisher_lab.distributed.nodes import NodeError, RunEnd, RunEnded
 from fisher_lab.runs import record
 from fisher_lab.runs.record import Run
@@ -33,6 +34,11 @@ def error(rank: int, kind: str, second: int = 0) -> dict[str, Any]:
     return {"type": kind, "message": "m", "traceback": "t", "rank": rank, "time": time}
 
 
+def failed(codes: dict[int, int]) -> RanksFailed:
+    """Rank -> its exit code."""
+    return RanksFailed({rank: ProcessFailure(0, 10 + rank, c, "") for rank, c in codes.items()})
+
+
 LOST_RANK = error(0, "fisher_lab.curvature.errors.RankError", 1)
 
 
@@ -41,25 +47,25 @@ LOST_RANK = error(0, "fisher_lab.curvature.errors.RankError", 1)
     [
         # The first error that follows from no other.
         ([LOST_RANK, error(1, "TypeError", 2), error(2, "ValueError", 3)],
-         [Failure(0, 11, 1), Failure(1, 12, 1)], "TypeError", 1),
+         {0: 1, 1: 1}, "TypeError", 1),
         ([LOST_RANK, error(1, "TypeError", 2)],
-         [Failure(0, 11, -15), Failure(2, 13, -9)], "TypeError", 1),
+         {0: -15, 2: -9}, "TypeError", 1),
         # A rank that was killed; an abort of native code is what that leads to.
-        ([LOST_RANK], [Failure(0, 11, 1), Failure(2, 13, -9)], "RankKilled", 2),
-        ([], [Failure(0, 9, -6), Failure(1, 8, -9)], "RankKilled", 1),
-        ([LOST_RANK], [Failure(0, 11, 1)], LOST_RANK["type"], 0),
-        ([], [Failure(0, 11, 1), Failure(1, 12, 1)], "RankFailed", 0),
+        ([LOST_RANK], {0: 1, 2: -9}, "RankKilled", 2),
+        ([], {0: -6, 1: -9}, "RankKilled", 1),
+        ([LOST_RANK], {0: 1}, LOST_RANK["type"], 0),
+        ([], {0: 1, 1: 1}, "RankFailed", 0),
     ],
 )  # fmt: skip
 def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(
-    errors: list[dict[str, Any]], failures: list[Failure], kind: str, rank: int
+    errors: list[dict[str, Any]], failures: dict[int, int], kind: str, rank: int
 ) -> None:
-    found = ranks.first_error(errors, failures)
+    found = ranks.first_error(errors, failed(failures).failures)
     assert (found["type"], found["rank"]) == (kind, rank)
     if kind == "RankKilled":
         assert found["message"].endswith("was ended by SIGKILL")
     elif kind == "RankFailed":
-        assert found["message"] == "rank 0 (process 11) ended with exit code 1"
+        assert found["message"] == "rank 0 (process 10) ended with exit code 1"
     else:
         assert (found["message"], found["traceback"]) == ("m", "t")
 
@@ -77,8 +83,7 @@ def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(
 def test_the_launcher_tells_a_signal_from_a_failure(
     codes: list[int], signum: signal.Signals | None
 ) -> None:
-    failures = [Failure(rank, 10 + rank, code) for rank, code in enumerate(codes)]
-    assert ranks.stopped_by(failures) == signum
+    assert ranks.stopped_by(failed(dict(enumerate(codes))).failures) == signum
 
 
 class Group:
@@ -119,8 +124,8 @@ def launched(
     ("raised", "other", "kind", "rank"),
     [
         (RunEnded(), error(1, "ValueError"), "ValueError", 1),
-        (RanksFailed([Failure(0, 9, -6)]), error(1, "RankKilled"), "RankKilled", 1),
-        (RanksFailed([Failure(0, 9, -9)]), None, "RankKilled", 0),
+        (failed({0: -6}), error(1, "RankKilled"), "RankKilled", 1),
+        (failed({0: -9}), None, "RankKilled", 0),
         (NodeError("no port"), None, "fisher_lab.distributed.nodes.NodeError", None),
     ],
 )
@@ -133,7 +138,8 @@ def test_the_record_has_the_error_of_whichever_node(
     found = record.read(tmp_path)
     assert group.published == tmp_path
     # Native code aborts when another rank is gone: then another node may still be the first.
-    assert (group.patience_s > 0) == ("SIGABRT" in str(raised))
+    aborted = isinstance(raised, RanksFailed) and raised.failures[0].exitcode == -6
+    assert (group.patience_s > 0) == aborted
     assert (found["status"], found["error"]) == ("failed", answer)
     assert (found["error"]["type"], found["error"]["rank"]) == (kind, rank)
 
@@ -141,7 +147,7 @@ def test_the_record_has_the_error_of_whichever_node(
 @pytest.mark.parametrize(
     ("raised", "other", "status", "signum"),
     [
-        (RanksFailed([Failure(0, 9, 140)]), None, "preempted", 12),
+        (failed({0: 140}), None, "preempted", 12),
         (RunEnded(), 15, "cancelled", 15),
         (Interrupted(15), None, "cancelled", 15),
     ],
@@ -175,7 +181,7 @@ def test_a_signal_after_the_end_leaves_the_record_as_it_is(
 def test_ranks_that_could_not_begin_a_record_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched(tmp_path, monkeypatch, Group(None), RanksFailed([Failure(0, 9, -9)]))
+    launched(tmp_path, monkeypatch, Group(None), failed({0: -9}))
     found = record.read(tmp_path)
     assert (found["status"], found["config"]["distributed"]["nodes"]) == ("failed", 2)
     assert found["run_id"]
