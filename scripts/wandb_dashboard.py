@@ -7,9 +7,9 @@
     python scripts/wandb_dashboard.py --entity me --project fisher_lab --save
     python scripts/wandb_dashboard.py --aggregate results/train_damping   # mean, sd, interval
 
-``--aggregate`` writes the sweep's table as a run of its own (job type ``aggregate``): a row a group
-of cells that differ in nothing but the seed (`fisher_lab.tasks.aggregate`, which sends it at the
-end of a sweep with ``tracker=wandb`` by itself).
+``--aggregate`` writes the sweep's table as a run of its own (job type ``aggregate``): one row
+per cell, averaged over seeds (`fisher_lab.tracking.send`, which also sends it at the end of a sweep
+with ``tracker=wandb``).
 Needs ``pip install 'fisher-lab[dashboard]'`` but for ``--aggregate``.
 """
 
@@ -23,8 +23,7 @@ from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
-from fisher_lab.tasks import aggregate
-from fisher_lab.tracking import Stopped
+from fisher_lab.tracking import SinkError, send
 
 BUDGET_S = 60.0
 """Seconds that ``--aggregate`` waits: here nothing else does."""
@@ -65,7 +64,7 @@ def aggregate_panels() -> list[Any]:
 
     def bars(metric: str) -> Any:
         titles = {
-            f"{aggregate.GROUPS}/{row}/{metric}/{key}": f"row {row}, {what}"
+            f"{send.GROUPS}/{row}/{metric}/{key}": f"row {row}, {what}"
             for row in range(ROWS)
             for key, what in (("mean", "mean"), ("low", "95 % from"), ("high", "95 % to"))
         }
@@ -128,10 +127,10 @@ def report(entity: str, project: str) -> Any:
     """The report for a paper's appendix."""
     import wandb_workspaces.reports.v2 as wr
 
-    table = f"table/{Path(aggregate.TABLE).stem}"
+    table = f"table/{send.AGGREGATE}"
 
     def grid(panels: list[Any], kind: str) -> Any:
-        filters = f"JobType {kind} '{aggregate.JOB_TYPE}'"
+        filters = f"JobType {kind} '{send.AGGREGATE}'"
         runs = wr.Runset(entity=entity, project=project, filters=filters)
         return wr.PanelGrid(runsets=[runs], panels=panels)
 
@@ -169,7 +168,7 @@ def dumped(entity: str, project: str) -> dict[str, Any]:
     return {"workspace": plain(view), "report": plain(report("", project))}
 
 
-# ---- the door ------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> int:
@@ -184,7 +183,7 @@ def main(argv: list[str]) -> int:
     what.add_argument("--aggregate", type=Path, metavar="SWEEP", help="directory of a sweep")
     args = parser.parse_args(argv)
     if args.aggregate is not None:
-        rows = aggregate.aggregate(args.aggregate)
+        rows = send.aggregate(args.aggregate)
         if not rows:
             parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
         chosen = TrackerConfig(
@@ -194,8 +193,8 @@ def main(argv: list[str]) -> int:
             budget_s=BUDGET_S,
         )
         try:
-            done = aggregate.send(rows, args.aggregate, chosen)
-        except Stopped as error:
+            done = send.send_sweep(rows, args.aggregate, chosen)
+        except SinkError as error:
             print(f"not sent: {error}", file=sys.stderr)
             return 1
         print(f"{len(rows)} groups")

@@ -1,6 +1,12 @@
-"""Whether processes have ended."""
+"""Processes of a test: waiting for what they do, and the time for which they hold up a thread."""
 
 from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -11,3 +17,37 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true value of a condition; fails after ``seconds``."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.02)
+    raise AssertionError(f"not within {seconds} s")
+
+
+class Clock:
+    """Seconds since it was made in which this thread ran or waited for something.
+
+    Without those in which it could have run and the machine had no processor for it (Linux): a
+    bound on what is waited for says nothing of these.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def __call__(self) -> float:
+        return self._now() - self._began
+
+    @staticmethod
+    def _now() -> float:
+        try:
+            held_up_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            held_up_ns = 0
+        return time.monotonic() - held_up_ns / 1e9

@@ -93,11 +93,11 @@ def run(
 def finish(cells: Sequence[Cell]) -> None:
     """Tables, verdicts and figures of the sweeps of which cells have ended now."""
     from fisher_lab.results import finishing
-    from fisher_lab.tasks import aggregate
+    from fisher_lab.tracking import send
 
     for directory, tracker in {c.layout.directory: c.config.tracker for c in cells}.items():
         finishing.at_end(directory)
-        aggregate.at_end(directory, tracker)
+        send.send_sweep_at_end(directory, tracker)
 
 
 def launch(

@@ -1,34 +1,37 @@
-"""The interface of a sink, the sink that does nothing, and the wrapper that no failure passes."""
+"""The interface of a sink, and the loop over all sinks that no failure passes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from typing_extensions import override
 
 log = logging.getLogger(__name__)
 
 Numbers = Mapping[str, float | None]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a sink is told when a run begins.
+    """What a sink gets when a run begins.
 
     Attributes:
         run_id: the run's identity: the same for every repeat of the run.
-        tracker_id: the run's name towards sinks: its own for every repeat, the same when it goes
-            on in its directory (`identity.py`).
+        tracker_id: the run's name in the trackers: every repeat has its own, and a run that is
+            resumed in its directory keeps it (:func:`fisher_lab.tracking.send.name_of`).
         attempt: how often this directory has been started, from 1.
         config: the resolved configuration, nested as in the YAML.
         directory: where a sink may keep files of its own; it need not exist.
         name: for people: the overrides.
-        cell: what runs that differ in nothing but the seed have in common: the other overrides.
+        cell: the overrides without the seed: runs that differ only in the seed share it.
         group: the sweep that the run belongs to, or None.
         job_type: the task.
-        tags: of the configuration.
+        tags: from the configuration.
     """
 
     run_id: str
@@ -40,123 +43,61 @@ class Start:
     cell: str = ""
     group: str | None = None
     job_type: str = ""
-    tags: Sequence[str] = field(default_factory=tuple)
+    tags: Sequence[str] = ()
 
 
-class Say(Protocol):
-    """Tells the run something from the process of a sink."""
-
-    def __call__(self, text: str, *, warning: bool = False) -> None:
-        """A line for the run's log.
-
-        Args:
-            text: the line.
-            warning: whether it says that something went wrong.
-        """
-        ...
-
-
-class Tracker(Protocol):
-    """What a sink takes. Calls come in this order: start, any of the others, finish."""
+class Tracker:
+    """What a sink does: ``start`` is called first and ``finish`` last. This one sends nothing."""
 
     def start(self, start: Start) -> None:
-        """Begin."""
-        ...
+        """Begin a run."""
+        self._call("start", start)
 
     def log(self, values: Numbers, step: int | None = None) -> None:
-        """Numbers at a step of the run; None stands for a number that is not finite."""
-        ...
+        """Take numbers at a step of the run; None stands for a number that is not finite."""
+        self._call("log", values, step)
 
     def summary(self, values: Numbers) -> None:
-        """Numbers of the whole run."""
-        ...
+        """Take numbers that describe the whole run."""
+        self._call("summary", values)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table, one mapping a row."""
-        ...
-
-    def image(self, name: str, path: Path) -> None:
-        """A picture that lies in a file."""
-        ...
-
-    def artifact(self, name: str, path: Path, kind: str) -> None:
-        """A file or directory to keep."""
-        ...
-
-    def finish(self, status: str) -> None:
-        """End, with the status of the run."""
-        ...
-
-
-class NoTracker:
-    """Sends nothing anywhere."""
-
-    def start(self, start: Start) -> None:
-        """Nothing."""
-
-    def log(self, values: Numbers, step: int | None = None) -> None:
-        """Nothing."""
-
-    def summary(self, values: Numbers) -> None:
-        """Nothing."""
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing."""
+    def table(self, name: str, rows: Sequence[Row]) -> None:
+        """Take a table, one mapping per row."""
+        self._call("table", name, rows)
 
     def image(self, name: str, path: Path) -> None:
-        """Nothing."""
+        """Take a picture from a file."""
+        self._call("image", name, path)
 
     def artifact(self, name: str, path: Path, kind: str) -> None:
-        """Nothing."""
+        """Keep a file or a directory."""
+        self._call("artifact", name, path, kind)
 
     def finish(self, status: str) -> None:
-        """Nothing."""
+        """End the run with its status."""
+        self._call("finish", status)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        """Where every method that a subclass does not override ends up."""
 
 
-class Guarded:
-    """Hands every call on to all sinks; one that raises is warned of once and left out.
+class Guarded(Tracker):
+    """Hands every call to all sinks; one that raises is dropped with a warning.
 
     Args:
-        sinks: the sinks; with none of them nothing is sent anywhere.
+        sinks: the sinks.
     """
 
     def __init__(self, *sinks: Tracker) -> None:
-        self._sinks: list[Tracker] = list(sinks)
+        self.sinks = list(sinks)
 
-    def start(self, start: Start) -> None:
-        """Begin; see :class:`Tracker`."""
-        self._each(lambda sink: sink.start(start))
-
-    def log(self, values: Numbers, step: int | None = None) -> None:
-        """Numbers at a step; see :class:`Tracker`."""
-        self._each(lambda sink: sink.log(values, step))
-
-    def summary(self, values: Numbers) -> None:
-        """Numbers of the whole run; see :class:`Tracker`."""
-        self._each(lambda sink: sink.summary(values))
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table; see :class:`Tracker`."""
-        self._each(lambda sink: sink.table(name, rows))
-
-    def image(self, name: str, path: Path) -> None:
-        """A picture; see :class:`Tracker`."""
-        self._each(lambda sink: sink.image(name, path))
-
-    def artifact(self, name: str, path: Path, kind: str) -> None:
-        """A file or directory; see :class:`Tracker`."""
-        self._each(lambda sink: sink.artifact(name, path, kind))
-
-    def finish(self, status: str) -> None:
-        """End; see :class:`Tracker`."""
-        self._each(lambda sink: sink.finish(status))
-
-    def _each(self, call: Callable[[Tracker], None]) -> None:
-        for sink in list(self._sinks):
+    @override
+    def _call(self, name: str, *arguments: object) -> None:
+        for sink in list(self.sinks):
             try:
-                call(sink)
+                getattr(sink, name)(*arguments)
             except Exception as error:
-                self._sinks.remove(sink)
-                name = getattr(sink, "name", type(sink).__name__)
-                log.warning("the tracker %s failed and is left out from here on: %s", name, error)
-                log.info("how the tracker failed", exc_info=error)
+                self.sinks.remove(sink)
+                kind = getattr(sink, "name", type(sink).__name__)
+                log.warning("the tracker %s failed and is not used any more: %s", kind, error)
+                log.info("traceback of the tracker's failure", exc_info=error)

@@ -1,4 +1,4 @@
-"""A small task behind the real door, and trackers that are sure to have ended."""
+"""A small task behind the command line, and sinks whose processes end with the test."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import pytest
 
 from fisher_lab import cli, tracking
 from fisher_lab.config.schema import Config, TrackerConfig
+from fisher_lab.runs.record import Run
 from fisher_lab.tasks import runner
-from fisher_lab.tracking import RemoteTracker, Start
-from tests.tracking.offline import until
+from fisher_lab.tracking import SinkProcess, Start
+from tests.processes import until
+
+T_1 = 12.706
+"""The 97.5 % quantile of Student's t with one degree of freedom."""
 
 
 @pytest.fixture
@@ -41,31 +45,23 @@ def start(tmp_path: Path) -> Callable[..., Start]:
 
 
 @pytest.fixture
-def remote() -> Iterator[Callable[..., RemoteTracker]]:
-    """Trackers with a long budget, whose processes end with the test."""
-    made: list[RemoteTracker] = []
+def sink() -> Callable[..., SinkProcess]:
+    """A sink with a long budget, offline."""
 
-    def make(kind: str = "wandb", budget_s: float = 60.0, **config) -> RemoteTracker:
+    def make(name: str = "wandb", budget_s: float = 60.0, **config) -> SinkProcess:
         settings = TrackerConfig(**{"mode": "offline", "grace_s": 30.0, **config})
-        made.append(RemoteTracker(kind, settings, budget_s))
-        return made[-1]
+        return SinkProcess(name, settings, budget_s)
 
-    yield make
-    for tracker in made:
-        end(tracker)
+    return make
 
 
-def end(tracker: RemoteTracker) -> None:
-    """End a tracker's process and those that it started."""
-    if tracker.pid is None:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess):
-        kill_all([psutil.Process(tracker.pid)])
-
-
-def kill_all(processes: list[psutil.Process]) -> None:
-    """End processes and those that they started; any of them may end by itself meanwhile."""
-    family = [other for one in processes for other in (*one.children(recursive=True), one)]
+@pytest.fixture(autouse=True)
+def _no_sink_is_left() -> Iterator[None]:
+    """Kill the processes that a test has left, such as a sink that waits for its service."""
+    before = set(psutil.Process().children())
+    yield
+    left = [one for one in psutil.Process().children() if one not in before]
+    family = [other for one in left for other in (*one.children(recursive=True), one)]
     for one in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
@@ -73,28 +69,27 @@ def kill_all(processes: list[psutil.Process]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_worker_is_left() -> Iterator[None]:
-    """Ends what goes on by itself after a test, such as a sink that waits for its service."""
-    before = set(psutil.Process().children())
-    yield
-    kill_all([one for one in psutil.Process().children() if one not in before])
+def _no_login(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
 
 @pytest.fixture
-def service() -> Callable[[RemoteTracker], psutil.Process]:
-    """The process of W&B's service under a tracker's."""
-
-    def find(tracker: RemoteTracker) -> psutil.Process:
-        assert tracker.pid is not None
-        process = psutil.Process(tracker.pid)
-        (found,) = until(lambda: [one for one in process.children() if is_service(one)])
-        return found
+def service() -> Callable[[SinkProcess], psutil.Process]:
+    """The process of W&B's service, a child of the sink's."""
 
     def is_service(one: psutil.Process) -> bool:
         try:
             return one.name().startswith("wandb-core")
         except psutil.NoSuchProcess:  # something else that the library has run for a moment
             return False
+
+    def find(sink: SinkProcess) -> psutil.Process:
+        assert sink.child is not None
+        process = psutil.Process(sink.child.pid)
+        (found,) = until(lambda: [one for one in process.children() if is_service(one)])
+        return found
 
     return find
 
@@ -141,3 +136,19 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
     return get
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two dampings of two seeds each, and a run that failed."""
+    root = tmp_path / "damping"
+    losses = {(1e-4, 0): 2.0, (1e-4, 1): 3.0, (1e-3, 0): 5.0, (1e-3, 1): 6.0, (1e-3, 2): None}
+    for number, ((damping, seed), loss) in enumerate(losses.items()):
+        config = {"kfac": {"damping": damping}, "seed": seed, "same": [1]}
+        run = Run.start(root / str(number), config=config, overrides=[], identity={})
+        if loss is None:
+            run.fail(RuntimeError("out of luck"))
+        else:
+            run.metrics({"loss": loss, "none": None})
+            run.complete()
+    return root

@@ -1,12 +1,10 @@
-"""The dashboard's JSON, the aggregate, and what the sync script sends."""
+"""The dashboard's JSON, and what the scripts send."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
@@ -17,11 +15,8 @@ from types import ModuleType
 import pytest
 
 from fisher_lab.config import paths
-from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.runs import atomic
-from fisher_lab.tasks import aggregate
-from tests.tracking.offline import Clock, files, read
-from tests.tracking.test_wandb import png
+from tests.tracking.conftest import T_1
+from tests.tracking.wandb_files import files, read
 
 SCRIPTS = paths.root() / "scripts"
 
@@ -101,99 +96,21 @@ def test_what_the_panels_show_of_which_runs(dashboard):
     assert kinds == [("=", True), ("!=", False), ("!=", False), ("!=", False)]
 
 
-def sweep(directory) -> None:
-    losses = {(1e-4, 0): 2.0, (1e-4, 1): 3.0, (1e-3, 0): 5.0, (1e-3, 1): 6.0}
-    for number, ((damping, seed), loss) in enumerate(losses.items()):
-        cell = directory / str(number)
-        config = {"kfac": {"damping": damping}, "seed": seed, "same": [1]}
-        atomic.write_json(cell / "run.json", {"status": "completed", "config": config})
-        atomic.write_json(cell / "metrics.json", {"loss": loss, "none": None})
-    atomic.write_json(directory / "9" / "run.json", {"status": "failed", "config": {}})
-
-
-def test_the_aggregate(tmp_path):
-    sweep(tmp_path)
-    rows = aggregate.aggregate(tmp_path)
-    assert [row["kfac.damping"] for row in rows] == [1e-4, 1e-3]
-    assert "seed" not in rows[0]
-    assert "same" not in rows[0]
-    assert [row["loss/mean"] for row in rows] == [2.5, 5.5]
-    assert rows[0]["loss/sd"] == pytest.approx(statistics.stdev([2.0, 3.0]))
-    # Student's t with one degree of freedom: 12.706.
-    assert rows[0]["loss/high"] - 2.5 == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert rows[0]["loss/n"] == 2
-    assert rows[0]["none/mean"] is None
-    assert aggregate.moments([1.0])["sd"] is None
-
-
-def test_the_aggregate_is_a_run_of_its_own(dashboard, tmp_path, capsys):
-    sweep(tmp_path / "damping")
-    assert dashboard.main(["--aggregate", str(tmp_path / "damping"), "--mode", "offline"]) == 0
+def test_the_table_of_a_sweep_is_sent_by_the_script(dashboard, sweep, capsys):
+    assert dashboard.main(["--aggregate", str(sweep), "--mode", "offline"]) == 0
     assert capsys.readouterr().out == "2 groups\n"
-    (file,) = files(tmp_path / "damping")
+    (file,) = files(sweep)
     recorded = read(file)
     assert recorded.run["job_type"] == "aggregate"
     assert recorded.run["run_group"] == "damping"
     assert recorded.curve("loss/mean") == [(0, 2.5), (1, 5.5)]
     for row, mean in enumerate([2.5, 5.5]):  # what the dashboard's bars show
-        half = 12.706 * 0.5  # Student's t, one degree of freedom
+        half = T_1 * 0.5
         for name, value in (("mean", mean), ("low", mean - half), ("high", mean + half)):
             found = recorded.summary[f"groups/{row}/loss/{name}"]
             assert found == pytest.approx(value, rel=1e-3)
     with pytest.raises(SystemExit):
-        dashboard.main(["--aggregate", str(tmp_path / "damping" / "9")])
-
-
-def test_a_sweep_sends_its_aggregate_once_and_again_when_it_has_changed(tmp_path):
-    root = tmp_path / "damping"
-    sweep(root)
-    offline = TrackerConfig(sinks=["wandb"], mode="offline", budget_s=60.0)
-    (root / "table.csv").write_text("a,b\n")
-    (root / "figures").mkdir()
-    (root / "figures" / "density.png").write_bytes(png())
-    assert not aggregate.at_end(root, TrackerConfig())
-    assert not aggregate.at_end(root, TrackerConfig(sinks=["wandb"], mode="disabled"))
-    assert not files(root)
-    assert aggregate.at_end(root, offline)
-    assert not aggregate.at_end(root, offline)
-    atomic.write_json(root / "0" / "metrics.json", {"loss": 4.0})
-    assert aggregate.at_end(root, offline)
-    first, second = (read(file) for file in files(root))
-    assert first.run["run_id"] != second.run["run_id"]
-    assert first.run["run_group"] == second.run["run_group"] == "damping"
-    assert second.curve("loss/mean") == [(0, 3.5), (1, 5.5)]
-    kept = [one["name"] for one in second.artifacts if one["type"] == "tables"]
-    assert kept == [f"{second.run['run_id']}-table.csv"]
-    assert "figure/density._type" in set().union(*second.history)
-    low = 3.5 - 12.706 * statistics.stdev([4.0, 3.0]) / 2**0.5
-    assert second.curve("loss/low")[0] == (0, pytest.approx(low, rel=1e-4))
-
-
-def test_an_aggregate_that_cannot_be_sent_is_one_warning(tmp_path, caplog):
-    sweep(tmp_path)
-    (tmp_path / "1" / "metrics.json").write_text("{")
-    assert not aggregate.at_end(tmp_path, TrackerConfig(sinks=["wandb"], mode="offline"))
-    assert "the aggregate of" in caplog.text
-
-
-@pytest.mark.parametrize("what", ["no network", "an unwritable directory"])
-def test_an_aggregate_that_was_not_sent_is_not_marked(what, tmp_path, monkeypatch, warnings_of):
-    root = tmp_path / "damping"
-    sweep(root)
-    aggregate.aggregate(root)  # loads the libraries that it needs
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    config = TrackerConfig(sinks=["wandb"], mode="online", budget_s=2.5)
-    if what == "an unwritable directory":
-        (tmp_path / "file").write_text("")
-        config = dataclasses.replace(config, budget_s=60.0, directory=str(tmp_path / "file" / "x"))
-    clock = Clock()
-    sent = aggregate.at_end(root, config)
-    assert clock() < (2.5 if what == "no network" else 20.0)
-    assert not sent
-    assert not (root / "tracker" / aggregate.SENT_FILE).exists()
-    assert len(warnings_of()) == 1
+        dashboard.main(["--aggregate", str(sweep / "4")])  # it failed
 
 
 FAKE = """#!/usr/bin/env bash
@@ -269,9 +186,9 @@ class Refuses(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_what_the_service_refuses_does_not_count_as_sent(remote, start, tmp_path):
+def test_what_the_service_refuses_does_not_count_as_sent(sink, start, tmp_path):
     """The library itself, which says that all is well."""
-    tracker = remote()
+    tracker = sink()
     tracker.start(start())
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("completed")

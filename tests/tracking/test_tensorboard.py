@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import psutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 
 from fisher_lab import tracking
 from fisher_lab.tracking import tensorboard
-from tests.tracking.offline import until
-from tests.tracking.test_wandb import assert_complete, png, warned
+from tests.processes import until
+from tests.tracking.test_wandb import assert_complete, warned
+from tests.tracking.wandb_files import png
 
-
-def test_event_files_are_read_back(remote, start, tmp_path):
-    pytest.importorskip("tensorboard")
+if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracker = remote("tensorboard")
+pytest.importorskip("tensorboard")
+
+
+def events_in(directory: Path) -> EventAccumulator:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tracker" / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_event_files_are_read_back(sink, start, tmp_path):
+    tracker = sink("tensorboard")
     tracker.start(start())
     for step in range(1, 4):
         tracker.log({"loss": 1.0 / step, "nothing": None}, step)
@@ -25,8 +38,7 @@ def test_event_files_are_read_back(remote, start, tmp_path):
     tracker.image("figure", tmp_path / "figure.png")
     tracker.artifact("model", tmp_path, "checkpoint")
     tracker.finish("completed")
-    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path)
     curve = [(event.step, event.value) for event in events.Scalars("curve/loss")]
     assert curve == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert events.Scalars("summary/loss/heldout")[0].value == 0.25
@@ -40,11 +52,8 @@ def test_event_files_are_read_back(remote, start, tmp_path):
     assert b'"damping": 0.0001' in config.tensor_proto.string_val[0]
 
 
-def test_steps_that_are_made_again_are_shown_once(remote, start, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    first, second = remote("tensorboard"), remote("tensorboard")
+def test_steps_that_are_made_again_are_shown_once(sink, start, tmp_path):
+    first, second = sink("tensorboard"), sink("tensorboard")
     first.start(start())
     for step in range(1, 5):
         first.log({"loss": float(step)}, step)
@@ -54,27 +63,22 @@ def test_steps_that_are_made_again_are_shown_once(remote, start, tmp_path):
         second.log({"loss": 10.0 * step}, step)
     second.finish("completed")
     assert len(list((tmp_path / "tracker" / "tensorboard").iterdir())) == 2
-    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path)
     curve = [(event.step, event.value) for event in events.Scalars("curve/loss")]
     assert curve == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
 
 
-def test_a_later_attempt_without_a_curve_is_written(remote, start, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = remote("tensorboard")
+def test_a_later_attempt_without_a_curve_is_written(sink, start, tmp_path):
+    tracker = sink("tensorboard")
     tracker.start(start(attempt=2))
     tracker.summary({"loss": 0.25})
     tracker.finish("completed")
-    events = EventAccumulator(str(tmp_path / "tracker" / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path)
     assert events.Scalars("summary/loss")[0].value == 0.25
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-def test_a_missing_package_is_said_before_anything_is_done(
+def test_a_missing_package_is_an_error_before_anything_is_written(
     small_task, monkeypatch, capfd, tmp_path
 ):
     monkeypatch.setattr(tensorboard, "installed", lambda: False)
@@ -84,8 +88,7 @@ def test_a_missing_package_is_said_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_both_at_once(small_task, tmp_path):
-    pytest.importorskip("tensorboard")
+def test_both_sinks_write_their_files(small_task, tmp_path):
     code = small_task(
         "task=plan", "tracker=all", "tracker.mode=offline", "tracker.budget_s=120",
         "hydra.run.dir=here",
@@ -98,7 +101,6 @@ def test_both_at_once(small_task, tmp_path):
 
 
 def test_a_directory_that_cannot_be_made_is_one_warning(small_task, tmp_path):
-    pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("")
     code = small_task(
         "task=plan", "tracker=tensorboard", "tracker.directory=file/below", "tracker.budget_s=60",
@@ -110,13 +112,12 @@ def test_a_directory_that_cannot_be_made_is_one_warning(small_task, tmp_path):
     assert "the tracker tensorboard failed" in warning
 
 
-def test_its_process_is_killed_in_mid_run(small_task, tmp_path):
-    pytest.importorskip("tensorboard")
+def test_a_run_whose_sink_is_killed_completes_with_one_warning(small_task, tmp_path):
 
     def kill() -> None:
-        (sink,) = tracking.active()._sinks  # type: ignore[attr-defined]
-        psutil.Process(sink.pid).kill()
-        until(lambda: sink._problem)
+        (sink,) = tracking.active().sinks  # type: ignore[attr-defined]
+        sink.child.kill()
+        until(lambda: sink.problem)
 
     small_task.after[2] = kill
     assert small_task("task=plan", "tracker=tensorboard", "hydra.run.dir=here") == 0

@@ -18,20 +18,13 @@ import pytest
 from fisher_lab import cli, tracking
 from fisher_lab.config import paths
 from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.tracking import remote as remote_module
+from fisher_lab.tracking import process
 from fisher_lab.tracking.base import Guarded
 from fisher_lab.tracking.wandb import has_login, mode_of
-from tests.processes import is_gone
-from tests.tracking.offline import Clock, files, read, until
+from tests.processes import Clock, is_gone, until
+from tests.tracking.wandb_files import files, png, read
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(autouse=True)
-def _no_login(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
 
 def whole_run(tracker, start) -> None:
@@ -42,8 +35,8 @@ def whole_run(tracker, start) -> None:
     tracker.finish("completed")
 
 
-def test_an_offline_run_is_read_back(remote, start, tmp_path, caplog):
-    tracker = remote(mode=None)
+def test_an_offline_run_is_read_back(sink, start, tmp_path, caplog):
+    tracker = sink(mode=None)
     tracker.start(start())
     for step in range(1, 4):
         tracker.log({"loss": 1.0 / step, "nothing": None}, step)
@@ -78,22 +71,7 @@ def test_an_offline_run_is_read_back(remote, start, tmp_path, caplog):
     assert any(key.startswith("figure/figure") for key in logged)
 
 
-def png() -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
-    pixel = zlib.compress(b"\0\xff\0\0")
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
-    )
-
-
-def test_through_the_front_door_it_equals_the_metrics(small_task, tmp_path, capfd):
+def test_the_summary_of_a_run_equals_its_metrics(small_task, tmp_path, capfd):
     code = small_task(
         "task=plan",
         "tracker=wandb",
@@ -152,7 +130,7 @@ def test_the_cells_of_a_sweep_are_a_group_and_equal_their_metrics(small_task, tm
     assert any(key.startswith("table/aggregate") for key in logged)
 
 
-def test_no_key_or_token_is_recorded(remote, start, tmp_path, monkeypatch):
+def test_no_key_or_token_is_recorded(sink, start, tmp_path, monkeypatch):
     """Neither the environment's, nor that of a git remote."""
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
@@ -160,7 +138,7 @@ def test_no_key_or_token_is_recorded(remote, start, tmp_path, monkeypatch):
     subprocess.run([*git, "init", "-q"], check=True, timeout=30)
     url = f"https://user:{SECRET}@example.invalid/x.git"
     subprocess.run([*git, "remote", "add", "origin", url], check=True, timeout=30)
-    whole_run(remote(mode="offline"), start())
+    whole_run(sink(mode="offline"), start())
     written = [path for path in (tmp_path / "tracker").rglob("*") if path.is_file()]
     assert files(tmp_path / "tracker")
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
@@ -178,8 +156,7 @@ def test_no_key_on_the_command_line_is_recorded(argument, code, small_task, tmp_
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_login_and_mode(tmp_path):
-    said: list[str] = []
+def test_a_login_is_found_in_the_environment_or_in_the_netrc(tmp_path):
     none = {"NETRC": str(tmp_path / "none")}
     assert not has_login(none)
     assert has_login({**none, "WANDB_API_KEY": "x"})
@@ -187,17 +164,14 @@ def test_login_and_mode(tmp_path):
     here = {"NETRC": str(tmp_path / "netrc")}
     assert not has_login(here)
     assert has_login({**here, "WANDB_BASE_URL": "https://wandb.example/"})
-    assert mode_of(TrackerConfig(), {**none, "WANDB_API_KEY": "x"}, said.append) == "online"
-    assert mode_of(TrackerConfig(mode="offline"), {"WANDB_API_KEY": "x"}, said.append) == "offline"
-    assert mode_of(TrackerConfig(), {**none, "WANDB_MODE": "offline"}, said.append) == "offline"
-    assert said == []
-    assert mode_of(TrackerConfig(), none, said.append) == "offline"
-    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
     ("configured", "environment", "expected"),
     [
+        (None, None, "online"),
+        ("offline", None, "offline"),
+        (None, "offline", "offline"),
         (None, "dryrun", "offline"),
         (None, "run", "online"),
         (None, "sometimes", "offline"),
@@ -205,19 +179,23 @@ def test_login_and_mode(tmp_path):
         ("offline", "online", "offline"),
     ],
 )
-def test_the_mode_of_the_environment_is_the_library_s(configured, environment, expected):
-    """With a login, which alone would mean online."""
-    environ = {"WANDB_API_KEY": "x", "WANDB_MODE": environment}
-    assert mode_of(TrackerConfig(mode=configured), environ, print) == expected
+def test_the_mode_is_the_configuration_s_or_what_the_library_reads_in_the_environment(
+    configured, environment, expected, caplog
+):
+    """With a login, which alone means online."""
+    environ = {"WANDB_API_KEY": "x"} | ({"WANDB_MODE": environment} if environment else {})
+    with caplog.at_level("INFO"):
+        assert mode_of(TrackerConfig(mode=configured), environ) == expected
+    assert caplog.messages == []
 
 
-def test_a_preempted_run_goes_on_under_its_name(remote, start, tmp_path):
-    first = remote()
+def test_a_preempted_run_goes_on_under_its_name(sink, start, tmp_path):
+    first = sink()
     first.start(start())
     first.log({"loss": 3.0}, 1)
     first.log({"loss": 2.0}, 2)
     first.finish("preempted")
-    second = remote()
+    second = sink()
     second.start(start(attempt=2))
     second.log({"loss": 1.0}, 3)
     second.finish("completed")
@@ -240,16 +218,16 @@ TRAIN = [
 KILLED = """
 import os, signal, sys
 from fisher_lab import cli, tracking
-from fisher_lab.workload import training
+from fisher_lab.workload import training_loop as training
 
 save, train = training._Loop.save, training.train
 
 
 def after_step(done):
     if done == 7:
-        (sink,) = tracking.active()._sinks
+        (sink,) = tracking.active().sinks
         sink._calls.join()
-        print(sink.pid, flush=True)
+        print(sink.child.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -270,14 +248,16 @@ def test_a_killed_training_that_goes_on_is_read_back_as_its_curve(tmp_path):
         timeout=120,
     )
     assert killed.returncode == -signal.SIGKILL
-    worker = int(killed.stdout.splitlines()[-1])
-    until(lambda: is_gone(worker))
+    child = int(killed.stdout.splitlines()[-1])
+    until(lambda: is_gone(child), 90)
     assert cli.main(TRAIN) == 0
     record = json.loads((tmp_path / "here" / "run.json").read_text())
     assert record["provenance"]["resumed_at"] == 4
     attempts = [read(file) for file in files(tmp_path / "here")]
     assert len({one.run["run_id"] for one in attempts}) == 1
     assert [one.summary["status"] for one in attempts] == ["killed", "completed"]
+    assert [one.exit_code for one in attempts] == [1, 0]
+    assert attempts[0].curve("loss")[-1][0] == 7  # all that it had logged
     sent = [row for one in attempts for row in one.history if "curve/step" in row]
     assert [row["curve/step"] for row in sent] == list(range(1, 13))
     with (tmp_path / "here" / "curve.csv").open() as file:
@@ -291,44 +271,14 @@ def test_a_killed_training_that_goes_on_is_read_back_as_its_curve(tmp_path):
     assert {"loss", "lr", "grad_norm", "tokens"} <= numbers.keys()
 
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
-from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.tracking import RemoteTracker, Start
-
-tracker = RemoteTracker("wandb", TrackerConfig(mode="offline"), 200.0)
-directory = Path(sys.argv[1])
-number = sys.argv[2]
-tracker.start(Start("abc", f"abc-{number}", 1, {"seed": int(number)}, directory))
-for step in range(1, 51):
-    tracker.log({"loss": 1.0 / step}, step)
-if len(sys.argv) > 3:
-    tracker._calls.join()
-    print(tracker.pid, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-tracker.summary({"loss": 0.02})
-tracker.finish("completed")
-"""
-
-
-def process(directory: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(directory), *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(paths.root())},
-    )
-
-
 FINISHED = """
 import os, psutil, sys
 from pathlib import Path
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.tracking import Start
-from fisher_lab.tracking.wandb import make
+from fisher_lab.tracking.wandb import Sink
 
-sink = make(TrackerConfig(mode="offline"), print)
+sink = Sink(TrackerConfig(mode="offline"))
 sink.start(Start("abc", "abc-1", 1, {}, Path(sys.argv[1])))
 sink.log({"loss": 0.5}, 1)
 before = len(psutil.Process().children(recursive=True))
@@ -351,32 +301,21 @@ def test_the_service_is_through_when_finish_returns(tmp_path):
     assert read(file).curve("loss") == [(1, 0.5)]
 
 
-def test_a_run_killed_by_sigkill_has_all_that_it_logged(tmp_path):
-    run = process(tmp_path, "7", "kill")
-    out, _ = run.communicate(timeout=120)
-    assert run.returncode == -signal.SIGKILL
-    worker = int(out)
-    until(lambda: is_gone(worker), 90)
-    (file,) = files(tmp_path)
-    recorded = read(file)
-    assert recorded.curve("loss") == [(step, 1.0 / step) for step in range(1, 51)]
-    assert recorded.summary["status"] == "killed"
-    assert recorded.exit_code == 1
-
-
 @pytest.mark.slow
-def test_eight_runs_at_once(tmp_path):
-    runs = [process(tmp_path / "shared", str(number)) for number in range(8)]
-    assert [run.wait(timeout=240) for run in runs] == [0] * 8
-    for run in runs:
-        assert run.stdout is not None
-        run.stdout.close()
-    recorded = [read(file) for file in files(tmp_path / "shared")]
+def test_eight_runs_write_into_one_directory(sink, start, tmp_path):
+    sinks = [sink() for _ in range(8)]
+    for number, one in enumerate(sinks):
+        one.start(start(tracker_id=f"abc-{number}", config={"seed": number}))
+        for step in range(1, 51):
+            one.log({"loss": number / step}, step)
+    for one in sinks:
+        one.finish("completed")
+    recorded = [read(file) for file in files(tmp_path)]
     assert sorted(one.config["seed"] for one in recorded) == list(range(8))
     for one in recorded:
-        assert len(one.curve("loss")) == 50
-        assert one.summary["loss"] == 0.02
-        assert one.run["run_id"] == f"abc-{one.config['seed']}"
+        seed = one.config["seed"]
+        assert one.run["run_id"] == f"abc-{seed}"
+        assert one.curve("loss") == [(step, seed / step) for step in range(1, 51)]
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -394,7 +333,7 @@ def warned(directory: Path) -> list[str]:
     return [line for line in lines if " WARNING " in line]
 
 
-def test_an_unwritable_directory(small_task, tmp_path):
+def test_an_unwritable_directory_is_one_warning(small_task, tmp_path):
     (tmp_path / "file").write_text("")
     code = small_task(
         "task=plan", "tracker=wandb", "tracker.directory=file/below", "tracker.budget_s=60",
@@ -407,10 +346,10 @@ def test_an_unwritable_directory(small_task, tmp_path):
     assert "NotADirectoryError" in warning
 
 
-def test_a_full_disk(small_task, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_warning(small_task, tmp_path, monkeypatch):
     """Files of the tracker may not grow past 4 KiB: the kernel refuses the write, as when full."""
     limited = ("bash", "-c", 'trap "" XFSZ; ulimit -f 4; exec "$@"', "-")
-    monkeypatch.setattr(remote_module, "COMMAND", (*limited, *remote_module.COMMAND))
+    monkeypatch.setattr(process, "COMMAND", (*limited, *process.COMMAND))
     began = time.monotonic()
     assert small_task("task=plan", "tracker=wandb", "hydra.run.dir=here") == 0
     assert time.monotonic() - began < 20
@@ -418,18 +357,18 @@ def test_a_full_disk(small_task, tmp_path, monkeypatch):
     assert len(warned(tmp_path / "here")) == 1
 
 
-def test_no_network(small_task, tmp_path, monkeypatch):
+def test_without_a_network_a_run_waits_no_longer_than_the_budget(small_task, tmp_path, monkeypatch):
     """A login, and a service that cannot be reached: five seconds at most, and one warning."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    waited, each = [], Guarded._each
+    waited, call = [], Guarded._call
 
-    def timed(self, call):
+    def timed(*arguments):
         clock = Clock()
-        each(self, call)
+        call(*arguments)
         waited.append(clock())
 
-    monkeypatch.setattr(Guarded, "_each", timed)
+    monkeypatch.setattr(Guarded, "_call", timed)
     code = small_task("task=plan", "tracker=wandb", "tracker.mode=online", "hydra.run.dir=here")
     assert code == 0
     assert len(waited) > 5
@@ -440,22 +379,21 @@ def test_no_network(small_task, tmp_path, monkeypatch):
 
 
 IMPATIENT = """
-import sys
-from fisher_lab.tracking import wandb_sink, worker
+from fisher_lab.tracking import process, wandb
 
-wandb_sink.INIT_S = 1.0
-worker.main(sys.argv[1])
+wandb.INIT_S = 1.0
+process.main()
 """
 
 
 def test_a_service_that_never_answers_leaves_the_whole_run_offline(
-    remote, start, tmp_path, monkeypatch, warnings_of
+    sink, start, tmp_path, monkeypatch, warnings_of
 ):
     """The library's service holds the run that has timed out; its id must be free again."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(remote_module, "COMMAND", (sys.executable, "-c", IMPATIENT))
-    tracker = remote(mode="online")
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", IMPATIENT))
+    tracker = sink(mode="online")
     whole_run(tracker, start())
     assert tracker.finished
     written = [read(file) for file in files(tmp_path / "tracker")]
@@ -468,9 +406,9 @@ def test_a_service_that_never_answers_leaves_the_whole_run_offline(
 
 
 def test_online_without_a_login_is_offline_with_the_right_reason(
-    remote, start, tmp_path, warnings_of
+    sink, start, tmp_path, warnings_of
 ):
-    whole_run(remote(mode="online"), start())
+    whole_run(sink(mode="online"), start())
     (file,) = files(tmp_path / "tracker")
     assert file.parent.name.startswith("offline-run-")
     assert read(file).curve("loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
@@ -478,11 +416,11 @@ def test_online_without_a_login_is_offline_with_the_right_reason(
     assert warning == "wandb: there is no W&B login: the run is written offline"
 
 
-def test_a_login_that_is_not_one_is_said_to_be_that(
-    remote, start, tmp_path, monkeypatch, warnings_of
+def test_a_login_that_is_refused_is_named_as_the_reason(
+    sink, start, tmp_path, monkeypatch, warnings_of
 ):
     monkeypatch.setenv("WANDB_API_KEY", "too-short")
-    whole_run(remote(mode="online"), start())
+    whole_run(sink(mode="online"), start())
     (file,) = files(tmp_path / "tracker")
     assert len(read(file).curve("loss")) == 3
     (warning,) = warnings_of()
@@ -491,12 +429,12 @@ def test_a_login_that_is_not_one_is_said_to_be_that(
 
 
 @pytest.mark.parametrize("victim", ["service", "process"])
-def test_what_it_consists_of_is_killed_in_mid_run(victim, small_task, service, tmp_path):
-    """A whole run: it ends as if nothing had been, but for one warning."""
-
+def test_a_run_whose_sink_or_service_is_killed_completes_with_one_warning(
+    victim, small_task, service, tmp_path
+):
     def kill() -> None:
-        (sink,) = tracking.active()._sinks  # type: ignore[attr-defined]
-        found = service(sink) if victim == "service" else psutil.Process(sink.pid)
+        (sink,) = tracking.active().sinks  # type: ignore[attr-defined]
+        found = service(sink) if victim == "service" else psutil.Process(sink.child.pid)
         if victim == "process":
             service(sink)  # it has come that far
         found.kill()
@@ -512,11 +450,11 @@ def test_what_it_consists_of_is_killed_in_mid_run(victim, small_task, service, t
     assert "the tracker wandb" in warning
 
 
-def test_a_process_that_stops_reading_holds_up_nothing(remote, start, monkeypatch, warnings_of):
+def test_a_process_that_stops_reading_holds_up_nothing(sink, start, monkeypatch, warnings_of):
     sleeper = (sys.executable, "-c", "import threading; threading.Event().wait(60)")
-    monkeypatch.setattr(remote_module, "COMMAND", sleeper)
-    monkeypatch.setattr(remote_module, "WAITING", 2000)
-    inner = remote(budget_s=1.0)
+    monkeypatch.setattr(process, "COMMAND", sleeper)
+    monkeypatch.setattr(process, "QUEUE_SIZE", 2000)
+    inner = sink(budget_s=1.0)
     tracker = Guarded(inner)
     clock = Clock()
     tracker.start(start())
