@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from typing_extensions import override
 
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.runs.status import Status
 from fisher_lab.tracking.base import Numbers, Row, Start, Tracker
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Sink(Tracker):
     def finish(self, status: str) -> None:
         self._run.summary.update({"status": status})
         file = Path(self._run.settings.sync_file)
-        self._run.finish(exit_code=0 if status == "completed" else 1)
+        self._run.finish(exit_code=0 if status == Status.COMPLETED else 1)
         # The file is only complete after this: `finish` does not wait for the service to close it,
         # and the service drops what it has not written when this process ends.
         self._wandb.teardown()
