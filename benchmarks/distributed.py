@@ -168,12 +168,12 @@ def measured(case: Case, communicator: Any) -> dict[str, Any]:
     batch = (torch.randn(case.per_rank, case.inputs), torch.randint(case.out, (case.per_rank,)))
     if case.passes > 1:
         one_pass(case, communicator, model, batch)
-    communicator.share(None)
+    communicator.all_gather_objects(None)
     before = loopback_bytes()
     with PeakMemory(torch.device("cpu")) as memory:
         first, kfac, natural = one_pass(case, communicator, model, batch)
     traffic = {name: t.sent for name, t in communicator.traffic.items()}
-    communicator.share(None)
+    communicator.all_gather_objects(None)
     after = loopback_bytes()
     g = kfac.kfac_factors[""].G
     found = {
@@ -202,7 +202,7 @@ def one_pass(
         1e-3, kfac_distributed_reduce=case.mode, track_diagonal=False,
         communicator=communicator, **case.limits,
     )  # fmt: skip
-    communicator.share(None)  # all begin together
+    communicator.all_gather_objects(None)  # all begin together
     communicator.reset()
     marks = [perf_counter()]
     kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(), keep_gradient=True)

@@ -21,7 +21,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from fisher_lab.curvature.kfac.factors import Columns, GramFactor
+from fisher_lab.curvature.kfac.factors import Columns, WoodburyFactor
 from fisher_lab.curvature.kfac.numerics import Numerics
 
 WIDTH = 256
@@ -46,7 +46,7 @@ def measure(out: int, tokens: int, repeats: int = 3) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {step: [] for step in STEPS}
     kept = 0
     for _ in range(repeats + 1):
-        factor = GramFactor(Columns(g, 1.0, g.device), 1 / tokens, torch.float32)
+        factor = WoodburyFactor(Columns(g, 1.0, g.device), 1 / tokens, torch.float32)
         damped = factor.damped(1e-3, None, numerics)
         seconds["kernel"].append(timed(getattr, factor, "kernel"))
         seconds["decomposition"].append(timed(damped.prepare))

@@ -65,7 +65,7 @@ class Communicator(Protocol):
         """Returns ``source``'s ``x``; the other ranks bring a tensor of the same shape."""
         ...
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """Returns the JSON-able values of all ranks, in the order of the ranks."""
         ...
 
@@ -92,21 +92,21 @@ class Alone:
         """See :class:`Communicator`."""
         return x
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """See :class:`Communicator`."""
         return [value]
 
 
-def share(length: int, rank: int, size: int) -> slice:
+def slice_of_rank(length: int, rank: int, size: int) -> slice:
     """Returns a rank's share of ``range(length)``: contiguous, sizes differ by one at most."""
     base, more = divmod(length, size)
     start = rank * base + min(rank, more)
     return slice(start, start + base + int(rank < more))
 
 
-def shares(length: int, size: int) -> list[int]:
+def slice_sizes(length: int, size: int) -> list[int]:
     """Returns the sizes of all ranks' shares of ``range(length)``."""
-    return [len(range(length)[share(length, rank, size)]) for rank in range(size)]
+    return [len(range(length)[slice_of_rank(length, rank, size)]) for rank in range(size)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -131,9 +131,9 @@ def together(communicator: Communicator, step: Callable[[], None]) -> None:
     try:
         step()
     except Exception as error:
-        communicator.share(f"{type(error).__name__}: {error}")
+        communicator.all_gather_objects(f"{type(error).__name__}: {error}")
         raise
-    raise_others(communicator.share(None))
+    raise_others(communicator.all_gather_objects(None))
 
 
 def raise_others(errors: Sequence[str | None]) -> None:
@@ -155,7 +155,7 @@ def same_everywhere(communicator: Communicator, what: str, value: Any) -> None:
     """
     if communicator.size == 1:
         return
-    found = communicator.share(value)
+    found = communicator.all_gather_objects(value)
     for rank, other in enumerate(found):
         if other != found[0]:
             raise CurvatureError(
@@ -186,7 +186,9 @@ def rank_seed(seed: int, rank: int) -> int:
     return (seed + rank * 0x9E3779B1) % 2**63
 
 
-def columns_for_rows(x: Tensor, rows: Sequence[int], communicator: Communicator) -> Tensor:
+def exchange_tokens_for_outputs(
+    x: Tensor, rows: Sequence[int], communicator: Communicator
+) -> Tensor:
     """Exchanges a rank's tokens of all outputs for all tokens of its share of the outputs.
 
     Args:
@@ -197,7 +199,7 @@ def columns_for_rows(x: Tensor, rows: Sequence[int], communicator: Communicator)
     Returns:
         ``[sum(rows), out_r]``.
     """
-    widths = shares(x.shape[1], communicator.size)
+    widths = slice_sizes(x.shape[1], communicator.size)
     mine = widths[communicator.rank]
     flat = torch.cat([piece.reshape(-1) for piece in x.split(widths, dim=1)])
     sent = [len(x) * width for width in widths]
@@ -364,7 +366,7 @@ class TorchCommunicator:
             self._finish(dist.broadcast(_as_bytes(here), peer, group=self.group, async_op=True))
         return here.to(x.device)
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """See :class:`fisher_lab.curvature.collectives.Communicator`."""
         text = json.dumps(value).encode()
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -1,7 +1,8 @@
-"""Out of device memory, and only then: one side of one layer goes on on the host.
+"""Memory of a device: what is free, and what is done when it is full.
 
-``torch.OutOfMemoryError`` comes from a device's allocator alone; the host's own raises something
-else, so that nothing here hides a full host.
+A device that is full while it works on one side of one layer is no error: that side moves to host
+memory, and the work is done there. ``torch.OutOfMemoryError`` comes from a device's allocator
+alone; the host's own raises something else, so that nothing here hides a full host.
 """
 
 from __future__ import annotations
@@ -24,31 +25,47 @@ T = TypeVar("T")
 HOST = torch.device("cpu")
 
 
-def on_host_if_full(work: Callable[[], T], retreat: Callable[[], bool], what: str) -> T:
-    """Runs ``work``, without autocast; where the device is full, makes room and runs it again.
+def _nothing() -> None:
+    """Moves nothing: the work takes its data to the device by itself."""
+
+
+def on_device(
+    work: Callable[[torch.device], T],
+    device: torch.device,
+    what: str,
+    to_host: Callable[[], None] = _nothing,
+    *,
+    collective: bool = False,
+) -> T:
+    """Does one operation of one side of a layer, in host memory where the device is full.
+
+    Autocast is off: it would turn products of float32 factors into 16-bit ones.
 
     Args:
-        work: changes nothing when it fails, so that it can be run again.
-        retreat: moves to the host what ``work`` needs and lets go of what it had taken on the
-            device; False where that was done before, and the error stands.
-        what: layer, side, both dimensions and step, for the log.
+        work: does the operation on the device that it is given. It changes nothing when it fails,
+            so that it can be done again.
+        device: where it is tried first.
+        what: layer, side, both dimensions and operation, for the log.
+        to_host: moves to host memory what ``work`` finds on the device, and lets go of what was
+            derived from it there.
+        collective: whether ``work`` takes all ranks: one rank cannot do it again by itself.
 
     Raises:
-        torch.OutOfMemoryError: the device is full again after the retreat.
+        torch.OutOfMemoryError: the device is full even so, or ``work`` is collective.
     """
     try:
         with full_precision():
-            return work()
+            return work(device)
     except torch.OutOfMemoryError as error:
-        # Its frames hold what had been taken so far.
-        full = error.with_traceback(None)
-    if not retreat():
-        raise full
-    log.warning("%s: out of device memory; goes on on the host", what)
+        if collective:
+            raise
+        error.with_traceback(None)  # its frames hold what had been taken so far
+    to_host()
+    log.warning("%s: the device is full; moves to host memory", what)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with full_precision():
-        return work()
+        return work(HOST)
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -134,6 +151,3 @@ def _stat(path: Path, key: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
-
-
-__all__ = ["cgroup_free", "check_device", "free_memory"]

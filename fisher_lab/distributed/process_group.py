@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fisher_lab.curvature.collectives import Alone, Communicator, TorchCommunicator, share, world
+from fisher_lab.curvature.collectives import (
+    Alone,
+    Communicator,
+    TorchCommunicator,
+    slice_of_rank,
+    world,
+)
 from fisher_lab.distributed import launch
 
 if TYPE_CHECKING:
@@ -79,7 +85,7 @@ def session(
     try:
         yield communicator
         # A rank that leaves while another is still talking aborts it.
-        communicator.share(None)
+        communicator.all_gather_objects(None)
     finally:
         dist.destroy_process_group()
 
@@ -131,14 +137,14 @@ class Ranks:
         """Returns this rank's sequences of every batch, None for a batch without any."""
         found: list[dict[str, Tensor] | None] = []
         for batch in batches:
-            rows = share(len(next(iter(batch.values()))), self.world.rank, self.world.size)
+            rows = slice_of_rank(len(next(iter(batch.values()))), self.world.rank, self.world.size)
             own = {key: value[rows] for key, value in batch.items()}
             found.append(own if rows.start < rows.stop else None)
         return found
 
     def total(self, *values: float) -> tuple[float, ...]:
         """Returns sums over the ranks that K-FAC reduces; collective."""
-        return tuple(map(sum, zip(*self.reduced.share(list(values)), strict=True)))
+        return tuple(map(sum, zip(*self.reduced.all_gather_objects(list(values)), strict=True)))
 
     def reset_traffic(self) -> None:
         """Sets the counters of bytes and seconds to zero."""
@@ -154,7 +160,7 @@ class Ranks:
         if self.communicator is None:
             return {}
         own = _traffic(self.communicator)
-        rows = self.communicator.share({key: own[key] for key in TOTALS})
+        rows = self.communicator.all_gather_objects({key: own[key] for key in TOTALS})
         return {f"{prefix}/{key}_max": max(row[key] for row in rows) for key in TOTALS}
 
     def report(
@@ -170,7 +176,7 @@ class Ranks:
         own: dict[str, Any] = {"tokens": tokens, "labels": labels, "peak_mb": peak_mb}
         if self.communicator is not None:
             own |= _traffic(self.communicator)
-        rows = [{"rank": r, **row} for r, row in enumerate(self.world.share(own))]
+        rows = [{"rank": r, **row} for r, row in enumerate(self.world.all_gather_objects(own))]
         metrics: dict[str, float] = {"kfac/peak_mb": max(row["peak_mb"] for row in rows)}
         if self.communicator is not None:
             metrics["dist/world_size"] = len(rows)

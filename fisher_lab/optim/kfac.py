@@ -305,7 +305,7 @@ class KFACOptimizer(torch.optim.Optimizer):
             except CurvatureError as error:
                 problem = str(error)
         covered = [name for name in own if name not in set(self.kfac.uncovered)]
-        told = self.ranks.share([weight, problem, covered])
+        told = self.ranks.all_gather_objects([weight, problem, covered])
         for rank, (_, text, _) in enumerate(told):
             if text is not None:
                 raise CurvatureError(f"rank {rank}: {text}")

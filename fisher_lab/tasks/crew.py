@@ -14,7 +14,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
 from fisher_lab.curvature import wrappers
-from fisher_lab.curvature.collectives import TorchCommunicator, share, shares, together
+from fisher_lab.curvature.collectives import TorchCommunicator, slice_of_rank, slice_sizes, together
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import IGNORE_INDEX
 from fisher_lab.tasks import ranks
@@ -133,7 +133,7 @@ class RankCrew(Crew):
 
     def _compare(self, model: nn.Module) -> None:
         sums = {name: _checksum(parameter) for name, parameter in model.named_parameters()}
-        for rank, told in enumerate(self.communicator.share(sums)):
+        for rank, told in enumerate(self.communicator.all_gather_objects(sums)):
             unlike = next((name for name in sums if told.get(name) != sums[name]), None)
             if unlike is not None:
                 raise CurvatureError(
@@ -151,8 +151,8 @@ class RankCrew(Crew):
     def parts(self, batch: Batch, count: int) -> Sequence[Batch]:
         """See :class:`Crew`."""
         length = len(next(iter(batch.values())))
-        count = max(1, min(count, shares(length, self.size)[0]))
-        rows = share(length, self.rank, self.size)
+        count = max(1, min(count, slice_sizes(length, self.size)[0]))
+        rows = slice_of_rank(length, self.rank, self.size)
         own = {key: value[rows] for key, value in batch.items()}
         found = list(cut(own, count)) if rows.start < rows.stop else []
         return [*found, *([self._nothing(batch)] * (count - len(found)))]
@@ -164,7 +164,7 @@ class RankCrew(Crew):
         """
         found = []
         for batch in batches:
-            rows = share(len(next(iter(batch.values()))), self.rank, self.size)
+            rows = slice_of_rank(len(next(iter(batch.values()))), self.rank, self.size)
             if rows.start < rows.stop:
                 found.append({key: value[rows] for key, value in batch.items()})
             elif self.sharded:
@@ -174,7 +174,7 @@ class RankCrew(Crew):
     def saw(self, batch: Batch, labels: int) -> None:
         """See :class:`Crew`."""
         first = next(iter(batch.values()))
-        self.tokens += first[share(len(first), self.rank, self.size)].numel()
+        self.tokens += first[slice_of_rank(len(first), self.rank, self.size)].numel()
         self.labels += labels
 
     @staticmethod
@@ -212,7 +212,7 @@ class RankCrew(Crew):
 
     def problem(self, text: str | None) -> str | None:
         """See :class:`Crew`."""
-        return next((t for t in self.communicator.share(text) if t is not None), None)
+        return next((t for t in self.communicator.all_gather_objects(text) if t is not None), None)
 
     # ---- state -------------------------------------------------------------------------------
 
@@ -225,14 +225,14 @@ class RankCrew(Crew):
                 found.append(snapshot.to_bytes(function()))
 
         together(self.communicator, step)
-        sizes = self.communicator.share(len(found[0]) if found else 0)
+        sizes = self.communicator.all_gather_objects(len(found[0]) if found else 0)
         data = _tensor(found[0]) if found else torch.empty(sizes[0], dtype=torch.uint8)
         return snapshot.from_bytes(self.communicator.broadcast(data, 0).numpy().tobytes())
 
     def every(self, state: Any) -> list[Any]:
         """See :class:`Crew`."""
         data = _tensor(snapshot.to_bytes(state))
-        sizes = self.communicator.share(len(data))
+        sizes = self.communicator.all_gather_objects(len(data))
         pieces = self.communicator.all_gather(data, sizes).split(sizes)
         return [snapshot.from_bytes(piece.numpy().tobytes()) for piece in pieces]
 

@@ -65,7 +65,7 @@ class RankStatus:
         return {
             "world_size": self.communicator.size,
             "backend": dist.get_backend(),
-            "ranks": self.communicator.share(own),
+            "ranks": self.communicator.all_gather_objects(own),
         }
 
     def completed(self) -> None:

@@ -310,11 +310,11 @@ def _under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) 
     """
     with joined(config) as communicator:
         rank = communicator.rank
-        directory = Path(communicator.share(str(claim()) if rank == 0 else None)[0])
+        directory = Path(communicator.all_gather_objects(str(claim()) if rank == 0 else None)[0])
         folder = directory / FOLDER
         if rank == 0:
             clear(folder)
-        communicator.share(None)
+        communicator.all_gather_objects(None)
         if rank > 0:
             _log_only(cfg, directory, folder / f"rank{rank}.log")
         yield

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator
-from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor
+from fisher_lab.curvature.kfac.factors import DenseFactor, WoodburyFactor
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 
 
@@ -18,7 +18,7 @@ def accumulator(out: int, seed: int = 0, **policy) -> GradientAccumulator:
     return GradientAccumulator("layer", out, EngineSettings(**policy), seed)
 
 
-def dense(factor: DenseFactor | GramFactor) -> torch.Tensor:
+def dense(factor: DenseFactor | WoodburyFactor) -> torch.Tensor:
     return factor.multiply(torch.eye(factor.dim, dtype=torch.float64))
 
 
@@ -29,7 +29,7 @@ def test_auto_decides_by_all_tokens_although_they_come_in_parts():
     for part in parts:
         acc.add(part)
         kinds.append(type(acc.factor(1.0)))
-    assert kinds == [GramFactor, GramFactor, DenseFactor]
+    assert kinds == [WoodburyFactor, WoodburyFactor, DenseFactor]
     whole = torch.cat(parts)
     torch.testing.assert_close(dense(acc.factor(1 / 12)), whole.T @ whole / 12)
 
@@ -40,7 +40,7 @@ def test_past_max_columns_a_narrow_layer_loses_nothing():
     acc.add(g[:10])
     acc.add(g[10:])
     factor = acc.factor(1 / 30)
-    assert isinstance(factor, GramFactor)
+    assert isinstance(factor, WoodburyFactor)
     assert factor.reduction == "lossless"
     assert factor.n_columns == 6
     assert not acc.tokens_in_order()
@@ -58,7 +58,7 @@ def test_subsampling_is_unbiased_uniform_and_seeded():
         for part in g.split([3, 20, 17]):
             acc.add(part)
         factor = acc.factor(1 / 40)
-        assert isinstance(factor, GramFactor)
+        assert isinstance(factor, WoodburyFactor)
         assert (factor.n_columns, factor.reduction) == (10, "subsample")
         assert factor.discarded == pytest.approx(0.75)
         total += dense(factor)

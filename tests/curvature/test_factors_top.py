@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor, dense
-from fisher_lab.curvature.kfac.factors.woodbury import Columns
+from fisher_lab.curvature.kfac.factors import Columns, DenseFactor, WoodburyFactor, base
 
 DOUBLE = torch.float64
 
@@ -20,14 +19,13 @@ def columns(tokens: int, out: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_top_of_large_factors_needs_no_decomposition(k, monkeypatch):
-    monkeypatch.setattr(dense, "LARGE", 10)
-    monkeypatch.setattr("fisher_lab.curvature.kfac.factors.woodbury.LARGE", 10)
+    monkeypatch.setattr(base, "LARGE", 10)
     g = columns(40, 60)
     expected = torch.linalg.eigvalsh(g.T @ g / 40).flip(0)[:k]
     full = DenseFactor(g.T @ g / 40)
-    gram = GramFactor(Columns(g, 1.0, g.device), 1 / 40, DOUBLE)
+    gram = WoodburyFactor(Columns(g, 1.0, g.device), 1 / 40, DOUBLE)
     for factor in (full, gram):
         torch.testing.assert_close(factor.top(k), expected, rtol=1e-12, atol=0.0)
-        assert factor._eigen is None
+        assert not factor.decomposed
     full.eigen()
     torch.testing.assert_close(full.top(k), expected, rtol=1e-12, atol=0.0)

@@ -1,4 +1,4 @@
-"""A device that runs full: a side of a layer goes on on the host, and the numbers stay.
+"""When the device is full, one side of a layer moves to host memory, and the numbers stay.
 
 The stub raises `torch.OutOfMemoryError` once, at the n-th operation of the factors' own work that
 takes memory, for every n: each stage is hit, on the A and on the G side apart.
@@ -23,7 +23,7 @@ from fisher_lab.curvature.kfac.accumulators import (
     MomentAccumulator,
     NormAccumulator,
 )
-from fisher_lab.curvature.kfac.factors import DenseFactor, GramFactor
+from fisher_lab.curvature.kfac.factors import DenseFactor, WoodburyFactor
 from tests import models, reference
 from tests.capturing import engine
 from tests.reference import Damping
@@ -91,12 +91,9 @@ def through(device, policy, monkeypatch, stage=None, at=None, *, batches=1, **se
 
 def stages():
     from fisher_lab.curvature.kfac import refresh
-    from fisher_lab.curvature.kfac.factors.dense import DampedDense
-    from fisher_lab.curvature.kfac.factors.diagonal import (
-        DampedDiagonal,
-        DampedDiagonalLowRank,
-    )
-    from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
+    from fisher_lab.curvature.kfac.factors import Damped
+    from fisher_lab.curvature.kfac.factors.diagonal import DampedDiagonal, DampedDiagonalLowRank
+    from fisher_lab.curvature.kfac.factors.woodbury import DampedWoodbury
     from fisher_lab.curvature.kfac.statistics import Head
 
     two = {"batches": 2}
@@ -117,23 +114,23 @@ def stages():
         "low rank": (GradientAccumulator, "_leading", "G side", "all", low),
         "lossless": (*joined, "G side", "all", {"max_columns": 8}),
         "tokens kept": (refresh, "joined", "side", "all", two | {"ekfac": True}),
-        "A or G, application": (DampedDense, "power", "side", "small_only", {}),
-        "G, application": (DampedGram, "push_through", "G side", "all", {}),
+        "A or G, application": (Damped, "power", "side", "small_only", {}),
+        "G, application": (DampedWoodbury, "_push_through", "G side", "all", {}),
         "sum of a norm layer": (NormAccumulator, "add", "scale and shift", "all", norms),
         "room for a norm layer": (NormAccumulator, "__init__", "scale and shift", "all", norms),
-        "embedding": (DampedDiagonal, "power", "A side", "all", {}),
+        "embedding": (DampedDiagonal, "_power", "A side", "all", {}),
         "true head, probabilities": (Head, "add", "G side", "all", head),
         "true head": (Head, "factor", "G side", "all", two | head),
-        "true head, application": (DampedDiagonalLowRank, "power", "G side", "all", head),
+        "true head, application": (DampedDiagonalLowRank, "_power", "G side", "all", head),
         "pooled": (refresh, "pool", "side", "all", pooled),
         "pooled, dense": (refresh, "pool", "side", "small_only", pooled),
-        "pooled, application": (DampedDiagonalLowRank, "power", "G side", "all", pooled),
+        "pooled, application": (DampedDiagonalLowRank, "_power", "G side", "all", pooled),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", stages())
-def test_a_full_device_sends_a_side_to_the_host(name, device, monkeypatch, caplog):
+def test_when_the_device_is_full_one_side_moves_to_host_memory(name, device, monkeypatch, caplog):
     owner, method, side, policy, settings = stages()[name]
     expected, _, _ = through(device, policy, monkeypatch, **settings)
     _, _, counted = through(device, policy, monkeypatch, (owner, method), **settings)
@@ -149,14 +146,13 @@ def test_a_full_device_sends_a_side_to_the_host(name, device, monkeypatch, caplo
         assert side in message
         assert "layer transformer" in message or "layer lm_head" in message
         assert sum(word.split("=")[1][0].isdigit() for word in message.split() if "=" in word) == 2
-        hosted = [f for x in kfac.kfac_factors.values() for f in (x.A, x.G) if f and f.hosted]
-        assert len({id(f) for f in hosted}) <= 1, (
-            "one side of one layer (or of those that share it)"
-        )
+        factors = [f for x in kfac.kfac_factors.values() for f in (x.A, x.G) if f is not None]
+        moved = {id(f) for f in factors if f.device.type != device}
+        assert len(moved) <= 1, "one side of one layer (or of those that share it)"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_diagonal_of_a_wide_norm_layer_goes_on_on_the_host(device, caplog):
+def test_the_diagonal_of_a_wide_norm_layer_moves_to_host_memory(device, caplog):
     torch.manual_seed(0)
     batches = torch.randn(2, 2, 5, 6, device=device)
     expected = sum((torch.cat([g * x, g], 1).double() ** 2).sum(0) for x, g in batches).cpu()
@@ -167,8 +163,8 @@ def test_the_diagonal_of_a_wide_norm_layer_goes_on_on_the_host(device, caplog):
         with FullOnce(at):
             for x, g in batches:
                 norm.add(x, g)
-        hosted = norm.hosted
-        assert len(warnings(caplog)) == int(hosted)
+        hosted = bool(warnings(caplog))
+        assert len(warnings(caplog)) <= 1
         assert not hosted or norm.total.device.type == "cpu"
         torch.testing.assert_close(norm.factor(1.0).diagonal.cpu(), expected)
         at += 1
@@ -212,28 +208,36 @@ def test_what_had_been_taken_is_freed(device):
     g = torch.randn(6, 40, dtype=torch.float64, device=device)
     from fisher_lab.curvature.kfac.factors import Columns
 
-    factor = GramFactor(Columns(g, 1.0, g.device), 1 / 6, torch.float64)
+    factor = WoodburyFactor(Columns(g, 1.0, g.device), 1 / 6, torch.float64)
     numerics = engine("all").settings.numerics
     damped = factor.damped(1e-3, None, numerics)
     damped.prepare()
-    taken = [weakref.ref(factor.kernel), weakref.ref(damped.lower)]
+    taken = [weakref.ref(factor.core), weakref.ref(damped.lower)]
     calls = []
 
-    def work(y):
+    def work():
         calls.append(None)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("no room (stub)")
         gc.collect()
         assert all(ref() is None for ref in taken)
-        return y
+        return 7
 
-    y = torch.ones(40, 1, dtype=torch.float64, device=device)
-    assert torch.equal(damped.guarded("a step", work, y), y)
-    assert factor.hosted
+    assert factor.on_device("a step", work, damped.to_host) == 7
+    assert factor.device.type == "cpu"
 
 
-def test_the_retreat_is_asked_once():
-    assert memory.on_host_if_full(lambda: 7, lambda: pytest.fail("no need"), "x") == 7
+def test_nothing_moves_while_there_is_room():
+    device = torch.device("cpu")
+    assert memory.on_device(lambda d: d, device, "x", lambda: pytest.fail("no need")) == device
+
+
+def test_a_collective_operation_is_never_done_again_by_one_rank():
+    def full(_):
+        raise torch.OutOfMemoryError("no room (stub)")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.on_device(full, memory.HOST, "x", lambda: pytest.fail("no"), collective=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisher_lab.curvature.collectives import TorchCommunicator, same_everywhere, shares, together
+from fisher_lab.curvature.collectives import (
+    TorchCommunicator,
+    same_everywhere,
+    slice_sizes,
+    together,
+)
 from fisher_lab.curvature.errors import CurvatureError
 
 COUNTS = [40, 0, 7]
@@ -28,7 +33,7 @@ def all_reduce(comm, transposed: bool) -> Tensor:
 def exchange(comm, pairwise: bool, dtype: torch.dtype) -> tuple[Tensor, dict]:
     """Columns for rows, as the mode `gram` does it: `[T_r, 5]` becomes `[T, share of 5]`."""
     comm = TorchCommunicator(comm.group, pairwise=pairwise)
-    rows, widths = COUNTS[: comm.size], shares(5, comm.size)
+    rows, widths = COUNTS[: comm.size], slice_sizes(5, comm.size)
     local = torch.arange(rows[comm.rank] * 5).view(-1, 5).to(dtype) + 3 * comm.rank
     pieces = local.split(widths, dim=1)
     flat = torch.cat([piece.reshape(-1) for piece in pieces])
@@ -43,7 +48,7 @@ def broadcast(comm) -> list[Tensor]:
 
 
 def values(comm) -> list:
-    return comm.share({"rank": comm.rank, "text": "ü" * comm.rank, "none": None})
+    return comm.all_gather_objects({"rank": comm.rank, "text": "ü" * comm.rank, "none": None})
 
 
 def traffic(comm) -> dict[str, tuple[int, int, int]]:

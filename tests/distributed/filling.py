@@ -11,9 +11,8 @@ import torch
 
 from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, MomentAccumulator
-from fisher_lab.curvature.kfac.factors import Columns
-from fisher_lab.curvature.kfac.factors.dense import DampedDense
-from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
+from fisher_lab.curvature.kfac.factors import Columns, Damped
+from fisher_lab.curvature.kfac.factors.woodbury import DampedWoodbury
 from tests import reference
 from tests.capturing import random_like
 from tests.curvature.test_full_device import LOGGER, FullOnce
@@ -23,19 +22,19 @@ from tests.distributed.joined import Setting
 STAGES: dict[str, tuple[Any, str]] = {
     "sum of A": (MomentAccumulator, "_add"),
     "sum of G": (GradientAccumulator, "_matrix"),
-    "dense decomposition": (DampedDense, "_prepare"),
-    "dense application": (DampedDense, "_power"),
+    "dense decomposition": (Damped, "_prepare"),
+    "dense application": (Damped, "_power"),
     "columns, K": (Columns, "gram"),
     "columns, U^T Y": (Columns, "times"),
     "columns, U Z": (Columns, "transposed_times"),
-    "Gram, push-through": (DampedGram, "_push_through"),
-    "EKFAC, moments": (ekfac, "_own_sums"),
+    "Gram, push-through": (DampedWoodbury, "_push_through"),
+    "EKFAC, moments": (ekfac, "squared_products"),
     "EKFAC, eigenvalues": (ekfac, "eigenbasis"),
 }
 
 
 class Counted(logging.Handler):
-    """The warnings of a retreat."""
+    """The warnings that something has moved to host memory."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -83,7 +82,7 @@ def full_on_one(
     model = joined.model_of(name, torch.float64)
     counting = FullOnce(None)
     expected = once(comm, model, setting, batches, stage, counting)
-    count = comm.share(counting.count)[full]
+    count = comm.all_gather_objects(counting.count)[full]
     handler, worst = Counted(), 0.0
     logging.getLogger(LOGGER).addHandler(handler)
     try:

@@ -217,13 +217,13 @@ class LocalGrams(Columns):
 
 def with_local_grams(comm: Any, **arguments: Any) -> list[dict[str, Any]]:
     """`collect` with the mode `gram` replaced by the sum of the ranks' own Gram matrices."""
-    kept = join.ShardedColumns, join.columns_for_rows
+    kept = join.ShardedColumns, join.exchange_tokens_for_outputs
     join.ShardedColumns = LocalGrams  # type: ignore[misc]
-    join.columns_for_rows = lambda x, rows, communicator: x
+    join.exchange_tokens_for_outputs = lambda x, rows, communicator: x
     try:
         return collect(comm, **arguments)
     finally:
-        join.ShardedColumns, join.columns_for_rows = kept  # type: ignore[misc]
+        join.ShardedColumns, join.exchange_tokens_for_outputs = kept  # type: ignore[misc]
 
 
 def wrapped(comm: Any, model: nn.Module, kind: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fisher_lab.curvature.collectives import Alone, share, shares
+from fisher_lab.curvature.collectives import Alone, slice_of_rank, slice_sizes
 from tests.distributed import collectives
 from tests.distributed.collectives import COUNTS, block
 from tests.distributed.pool import Pool
@@ -43,8 +43,8 @@ def test_exchange_of_columns_for_rows(
     answers = ranks.run(collectives.exchange, size, pairwise=pairwise, dtype=dtype)
     bytes_each = torch.empty(0, dtype=dtype).element_size()
     for rank, (got, moved) in enumerate(answers):
-        assert torch.equal(got, whole[:, share(5, rank, size)])
-        mine = shares(5, size)[rank]
+        assert torch.equal(got, whole[:, slice_of_rank(5, rank, size)])
+        mine = slice_sizes(5, size)[rank]
         assert moved["sent"] == rows[rank] * (5 - mine) * bytes_each
         assert moved["received"] == (sum(rows) - rows[rank]) * mine * bytes_each
 
@@ -87,9 +87,9 @@ def test_a_collective_that_waits_in_vain_ends_and_is_named(ranks: Pool) -> None:
 
 @pytest.mark.parametrize(("length", "size"), [(0, 3), (1, 3), (7, 3), (9, 3), (5, 1)])
 def test_shares_cover_everything_once(length: int, size: int) -> None:
-    seen = [i for rank in range(size) for i in range(length)[share(length, rank, size)]]
+    seen = [i for rank in range(size) for i in range(length)[slice_of_rank(length, rank, size)]]
     assert seen == list(range(length))
-    assert max(shares(length, size)) - min(shares(length, size)) <= 1
+    assert max(slice_sizes(length, size)) - min(slice_sizes(length, size)) <= 1
 
 
 def test_one_process_moves_nothing() -> None:
@@ -98,4 +98,4 @@ def test_one_process_moves_nothing() -> None:
     assert alone.all_gather(x, [3]) is x
     assert alone.exchange(x, [6], [6]) is x
     assert alone.broadcast(x, 0) is x
-    assert alone.share({"a": 1}) == [{"a": 1}]
+    assert alone.all_gather_objects({"a": 1}) == [{"a": 1}]

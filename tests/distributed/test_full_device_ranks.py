@@ -38,7 +38,7 @@ def named(case: tuple[str, Setting]) -> str:
 
 
 @pytest.mark.parametrize(("stage", "setting"), CASES, ids=map(named, CASES))
-def test_one_rank_goes_on_on_its_host(ranks: Pool, stage: str, setting: Setting) -> None:
+def test_one_rank_moves_to_its_host_memory(ranks: Pool, stage: str, setting: Setting) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (40, 7))]
     found = ranks.run(
         filling.full_on_one, 2, each=each, full=1, stage=stage, name="gpt2", setting=setting
@@ -48,6 +48,6 @@ def test_one_rank_goes_on_on_its_host(ranks: Pool, stage: str, setting: Setting)
         assert worst < 1e-10
         if rank == 1:
             assert warnings
-            assert all("goes on on the host" in text for text in warnings)
+            assert all("moves to host memory" in text for text in warnings)
         else:
             assert not warnings

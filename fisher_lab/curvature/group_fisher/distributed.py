@@ -56,7 +56,7 @@ def collect_shares(
     mine = [batch for batch in shares if batch is not None]
     before = own.n_updates.get(task, 0)
     together(communicator, lambda: own.collect(model, mine, task, may_be_empty=True))
-    if not any(communicator.share(own.n_updates.get(task, 0) - before)):
+    if not any(communicator.all_gather_objects(own.n_updates.get(task, 0) - before)):
         raise BatchError(f"task {task}: no label of the batch counts")
 
 
@@ -77,7 +77,7 @@ def _collect_joined(
         flat[:] = [g.double().cpu().flatten() for g in grads.values()]
 
     together(communicator, own_share)
-    n_labels, tokens = map(sum, zip(*communicator.share(counts), strict=True))
+    n_labels, tokens = map(sum, zip(*communicator.all_gather_objects(counts), strict=True))
     if n_labels == 0:
         raise BatchError(f"task {task}: no label of the batch counts")
     joined = communicator.all_reduce(torch.cat(flat)) / n_labels
@@ -103,7 +103,7 @@ def merged(own: Collector, communicator: Communicator) -> Collector:
     """
     tensors, plain = own.state()
     shapes = {name: list(t.shape) for name, t in tensors.items()}
-    told: list[dict[str, Any]] = communicator.share({"plain": plain, "shapes": shapes})
+    told: list[dict[str, Any]] = communicator.all_gather_objects({"plain": plain, "shapes": shapes})
     result: Collector | None = None
     problem: str | None = None
     for rank, other in enumerate(told):

@@ -1,12 +1,13 @@
 """Sums over tokens, batches and draws from which the factors are made.
 
-One accumulator a side of a layer. They take tokens as they come, ``[T, features]`` in the
-model's own dtype, and keep sums in the core dtype (so float32 tokens give a float64 factor).
+One accumulator per side of a layer. They take tokens as they come, ``[T, features]`` in the
+model's own dtype, and keep sums in the core dtype (so float32 tokens give a float64 factor). A sum
+moves to host memory when the device is full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,11 +17,19 @@ from torch.func import functional_call
 
 from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.errors import NonFiniteError
-from fisher_lab.curvature.kfac.factors import Columns, DenseFactor, DiagonalFactor, GramFactor
+from fisher_lab.curvature.kfac.factors import (
+    Columns,
+    DenseFactor,
+    DiagonalFactor,
+    Factor,
+    ShardedColumns,
+    WoodburyFactor,
+)
+from fisher_lab.curvature.kfac.factors.woodbury import lossless_columns
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import storage_dtype, store_columns, wants_woodbury
 from fisher_lab.curvature.linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.memory import on_device
 
 T = TypeVar("T")
 
@@ -53,41 +62,7 @@ class Where:
             )
 
 
-class _Summing:
-    """A sum that goes on on the host where the device is full.
-
-    Attributes:
-        hosted: whether it had to leave the device.
-        label: layer and side, for the log.
-    """
-
-    hosted: bool = False
-    label: str = ""
-
-    def what(self) -> str:
-        """Names layer, side and both dimensions."""
-        raise NotImplementedError
-
-    def move(self) -> None:
-        """Moves the sum to the host."""
-        raise NotImplementedError
-
-    def guarded(self, work: Callable[[], T]) -> T:
-        """Runs ``work``, which changes nothing when it fails, on the host where it has to."""
-        return on_host_if_full(work, self._retreat, f"{self.what()}, sum")
-
-    def _retreat(self) -> bool:
-        if self.hosted:
-            return False
-        self.hosted = True
-        self.move()
-        return True
-
-    def _room(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(size, size, dtype=dtype, device=HOST if self.hosted else device)
-
-
-class MomentAccumulator(_Summing):
+class MomentAccumulator:
     """``sum a a^T`` with the bias column, for the A side.
 
     Args:
@@ -95,7 +70,7 @@ class MomentAccumulator(_Summing):
         augmented: whether a constant 1 is appended to each token.
         dtype: core dtype.
         device: where the sum lives.
-        label: layer and side, for the log.
+        side: layer and side, for the log.
     """
 
     def __init__(
@@ -104,36 +79,30 @@ class MomentAccumulator(_Summing):
         augmented: bool,
         dtype: torch.dtype,
         device: torch.device,
-        label: str = "an A side",
+        side: str = "an A side",
     ) -> None:
+        self.n, self.tokens = n, 0
+        self._side, self._fresh = side, True
         size = n + int(augmented)
-        self.label = label
-        self.n, self.augmented, self.tokens = n, augmented, 0
-        self._sums: Tensor | None = None
-        self.total = torch.empty(0)
-        self.total = self.guarded(lambda: self._room(size, dtype, device))
-        if augmented:
-            self._sums = self.guarded(
-                lambda: torch.zeros(n, dtype=dtype, device=HOST if self.hosted else device)
-            )
-        self._fresh = True
 
-    def what(self) -> str:
-        """See :class:`_Summing`."""
-        return f"{self.label} (in={self.n}, tokens={self.tokens})"
+        def room(device: torch.device) -> tuple[Tensor, Tensor | None]:
+            sums = torch.zeros(n, dtype=dtype, device=device) if augmented else None
+            return torch.empty(size, size, dtype=dtype, device=device), sums
 
-    def move(self) -> None:
-        """See :class:`_Summing`."""
-        self.total = self.total.to(HOST)
-        self._sums = None if self._sums is None else self._sums.to(HOST)
+        self.total, self._sums = on_device(room, device, self._what())
+
+    def _what(self) -> str:
+        return f"{self._side} (in={self.n}, tokens={self.tokens}), sum"
 
     def add(self, a: Tensor) -> None:
         """Adds tokens ``[T, n]``."""
-        self.guarded(lambda: self._add(a.to(self.total.device)))
+        on_device(lambda device: self._add(a.to(device)), self.total.device, self._what())
 
     def _add(self, a: Tensor) -> None:
+        self.total = self.total.to(a.device)
+        self._sums = None if self._sums is None else self._sums.to(a.device)
         n = self.n
-        # What is taken comes first: a sum that fails for want of room is as it was.
+        # What is taken comes first: a sum that fails on a full device is as it was.
         sums = None if self._sums is None else a.sum(dim=0, dtype=self.total.dtype)
         add_second_moment(self.total[:n, :n], a, fresh=self._fresh)
         if self._sums is not None and sums is not None:
@@ -141,19 +110,22 @@ class MomentAccumulator(_Summing):
         self.tokens += a.shape[0]
         self._fresh = False
 
-    def join(self, communicator: Communicator, tokens: int) -> None:
-        """Makes the sums those of all ranks; collective.
-
-        Args:
-            communicator: of the ranks.
-            tokens: of all of them.
-        """
+    def tensors(self) -> list[Tensor]:
+        """Returns what has been summed, to be added to that of other ranks."""
         if self._fresh:
             self.total.zero_()
-        self.total, self._fresh = communicator.all_reduce(self.total), False
-        if self._sums is not None:
-            self._sums = communicator.all_reduce(self._sums)
-        self.tokens = tokens
+        return [self.total] if self._sums is None else [self.total, self._sums]
+
+    def replace(self, tensors: Sequence[Tensor], tokens: int) -> None:
+        """Takes sums over all ranks.
+
+        Args:
+            tensors: in the place of those of :meth:`tensors`.
+            tokens: of all ranks.
+        """
+        self.total, *rest = tensors
+        self._sums = rest[0] if rest else None
+        self.tokens, self._fresh = tokens, False
 
     def factor(self) -> DenseFactor:
         """Returns ``A = (1/T) sum a a^T``; takes the sum along, nothing can be added after it."""
@@ -177,16 +149,20 @@ class CountAccumulator:
         self.total += torch.bincount(indices, minlength=self.total.numel())
         self.tokens += indices.numel()
 
-    def join(self, communicator: Communicator, tokens: int) -> None:
-        """Makes the counts those of all ranks; collective."""
-        self.total, self.tokens = communicator.all_reduce(self.total), tokens
+    def tensors(self) -> list[Tensor]:
+        """Returns the counts, as :meth:`MomentAccumulator.tensors`."""
+        return [self.total]
+
+    def replace(self, tensors: Sequence[Tensor], tokens: int) -> None:
+        """Takes counts over all ranks, as :meth:`MomentAccumulator.replace`."""
+        (self.total,), self.tokens = tensors, tokens
 
     def factor(self) -> DiagonalFactor:
         """Returns ``A = diag(counts) / T``."""
         return DiagonalFactor(self.total / self.tokens)
 
 
-class GradientAccumulator(_Summing):
+class GradientAccumulator:
     """Token gradients of the G side: columns as long as the policy says so, else a matrix.
 
     ``auto`` compares the number of columns that have come so far, so that the whole of T decides
@@ -200,8 +176,15 @@ class GradientAccumulator(_Summing):
         seed: of the subsampling.
 
     Attributes:
-        spread: makes of stored columns those of several ranks, where a rank has its share only.
-        eigen: eigenvalues and eigenvectors of the sum, where another rank may have found them.
+        parts: the columns, ``[n, out]`` each; none once there is a matrix.
+        total: the matrix ``sum g g^T``, or None.
+        seen: columns that have come.
+        kept: columns that are in ``parts``.
+        lost: trace that a low-rank reduction left out.
+        discarded: fraction of the trace (of the columns, by subsampling) that was left out.
+        reduction: how columns were reduced, or "".
+        ranks: the ranks of which each holds a slice of the outputs, where that is so.
+        eigen: eigenvalues and eigenvectors of ``total``, where another rank may have found them.
     """
 
     def __init__(self, name: str, out: int, settings: EngineSettings, seed: int) -> None:
@@ -210,84 +193,98 @@ class GradientAccumulator(_Summing):
         self.total: Tensor | None = None
         self.seen = 0
         self.kept = 0
+        self.lost = 0.0
         self.discarded = 0.0
         self.reduction = ""
-        self.spread: Callable[[Columns], Columns] = as_they_are
-        self._device: torch.device | None = None
+        self.ranks: Communicator | None = None
         self.eigen: tuple[Tensor, Tensor] | None = None
+        self._compute: torch.device | None = None  # where products will be formed
         self._keys: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def label(self) -> str:
+        """Layer, side and both dimensions, for the log."""
+        return f"layer {self.name}: G side (out={self.out}, columns={self.seen})"
 
     @property
     def dense_allowed(self) -> bool:
         """Whether an ``out x out`` matrix may be formed."""
         return self.out <= self.settings.max_dense_dim
 
+    def on_device(self, work: Callable[[], T]) -> T:
+        """Does an operation on the sum; both move to host memory when the device is full.
+
+        Args:
+            work: changes nothing when it fails.
+        """
+
+        def there(device: torch.device) -> T:
+            self.parts = [part.to(device) for part in self.parts]
+            self.total = None if self.total is None else self.total.to(device)
+            if self.eigen is not None:
+                self.eigen = self.eigen[0].to(device), self.eigen[1].to(device)
+            return work()
+
+        held = self.parts[0] if self.total is None else self.total
+        return on_device(there, held.device, f"{self.label}, sum")
+
     def add(self, g: Tensor) -> None:
         """Adds token gradients ``[T, out]`` of one draw."""
         self.seen += g.shape[0]
         if self.total is not None:
-            self.guarded(lambda: self._add(g))
+            self.on_device(lambda: self._add(g))
             return
-        self._device = self._device or g.device
-        self.parts.append(g.to(HOST) if self.hosted else g)
+        self._compute = self._compute or g.device
+        self.parts.append(g.to(self.parts[0].device) if self.parts else g)
         self.kept += g.shape[0]
         if self.dense_allowed and not wants_woodbury(self.settings, self.out, self.seen):
             self._to_matrix()
         elif self.kept > self.settings.max_columns:
             self._reduce()
 
-    def _to_matrix(self) -> None:
-        self.total = self.guarded(self._matrix)
-        self.parts.clear()
-
-    def _matrix(self) -> Tensor:
-        total = self._room(self.out, self.settings.numerics.core_dtype, self.parts[0].device)
-        for index, part in enumerate(self.parts):
-            add_second_moment(total, part.to(total.device), fresh=index == 0)
-        return total
-
     def _add(self, g: Tensor) -> None:
         assert self.total is not None
         add_second_moment(self.total, g.to(self.total.device))
 
-    def move(self) -> None:
-        """See :class:`_Summing`."""
-        self.total = None if self.total is None else self.total.to(HOST)
-        self.parts = [part.to(HOST) for part in self.parts]
-        if self.eigen is not None:
-            self.eigen = self.eigen[0].to(HOST), self.eigen[1].to(HOST)
+    def _to_matrix(self) -> None:
+        self.total = self.on_device(self._matrix)
+        self.parts.clear()
+
+    def _matrix(self) -> Tensor:
+        core, device = self.settings.numerics.core_dtype, self.parts[0].device
+        total = torch.empty(self.out, self.out, dtype=core, device=device)
+        for index, part in enumerate(self.parts):
+            add_second_moment(total, part, fresh=index == 0)
+        return total
 
     def joined(self) -> Tensor:
         """Returns all columns at hand, ``[kept, out]``."""
-        return self.guarded(self._joined)
+        return self.on_device(self._joined)
 
     def _joined(self) -> Tensor:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
-    def what(self) -> str:
-        """See :class:`_Summing`."""
-        return f"layer {self.name}: G side (out={self.out}, columns={self.seen})"
+    # ---- too many columns --------------------------------------------------------------------
 
     def _reduce(self) -> None:
         if self.dense_allowed:
             self.reduction = "lossless"
             self._to_matrix()
         elif self.settings.column_reduction == "subsample":
-            self.reduction = "subsample"
             self._subsample()
         else:
-            self.reduction = "lowrank"
-            self._truncate()
+            values, kept = self.on_device(self._leading)
+            self.truncated(kept, values, self.lost)
 
     def _subsample(self) -> None:
         """Keeps the columns with the smallest keys: uniform over all that have come so far."""
         keys = self.keys(self.kept)
         chosen = keys.topk(self.settings.max_columns, largest=False).indices.sort().values
         self._keys = keys[chosen]
-        self.parts = [self.guarded(lambda: self._chosen(chosen))]
+        self.parts = [self.on_device(lambda: self._chosen(chosen))]
         self.kept = self.settings.max_columns
-        self.discarded = 1.0 - self.kept / self.seen
+        self.reduction, self.discarded = "subsample", 1.0 - self.kept / self.seen
 
     def _chosen(self, chosen: Tensor) -> Tensor:
         joined = self._joined()
@@ -299,45 +296,53 @@ class GradientAccumulator(_Summing):
         keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
         return keys if self._keys is None else torch.cat([self._keys, keys])
 
-    def _truncate(self) -> None:
-        """Keeps the leading directions; the trace that goes is added up."""
-        values, kept = self.guarded(self._leading)
-        self._lost = getattr(self, "_lost", 0.0) + float(values[: -self.settings.max_columns].sum())
-        self.parts = [kept]
-        self.kept = self.settings.max_columns
-        total = self._lost + float(values[-self.settings.max_columns :].sum())
-        self.discarded = self._lost / total if total > 0 else 0.0
-
     def _leading(self) -> tuple[Tensor, Tensor]:
         """All eigenvalues of the columns' Gram matrix, and the columns in the leading ones."""
         joined = self._joined()
         values, vectors = symmetric_eigen(gram(joined, self.settings.numerics.core_dtype))
         return values, vectors[:, -self.settings.max_columns :].to(joined).T @ joined
 
+    def truncated(self, kept: Tensor, values: Tensor, lost: float) -> None:
+        """Takes the leading directions in the place of the columns.
+
+        Args:
+            kept: the columns in the leading directions.
+            values: all eigenvalues of the columns' Gram matrix, ascending.
+            lost: trace that earlier reductions left out.
+        """
+        most = self.settings.max_columns
+        self.lost = lost + float(values[:-most].sum())
+        total = self.lost + float(values[-most:].sum())
+        self.parts, self.kept, self.reduction = [kept], len(kept), "lowrank"
+        self.discarded = self.lost / total if total > 0 else 0.0
+
+    # ---- the factor --------------------------------------------------------------------------
+
     def tokens_in_order(self) -> bool:
         """Says whether the columns are the tokens as they came (push-through needs that)."""
         return self.total is None and not self.reduction
 
-    def factor(self, weight: float) -> DenseFactor | GramFactor:
+    def factor(self, weight: float) -> Factor:
         """Returns ``G = weight * sum g g^T``, with columns stored as the settings say.
 
         Takes the sum along: nothing can be added after it.
         """
         if self.total is not None and self.reduction != "lossless":
             return DenseFactor(mirror(self.total).mul_(weight))
-        if self.total is not None:
-            self._device = self._device or self.total.device
-            return self._gram(self.guarded(self._lossless), weight)
-        columns = self.joined()
-        if self.reduction == "subsample":
-            weight = weight * self.seen / self.kept
-        return self._gram(columns, weight)
-
-    def _lossless(self) -> Tensor:
-        """Columns with the very same sum: as many as it has eigenvalues above rounding."""
-        values, vectors = self.decomposed()
-        keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
-        return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
+        if self.total is None:
+            columns, weight = self.joined(), self._weight(weight)
+        else:
+            self._compute = self._compute or self.total.device
+            columns = self.on_device(lambda: lossless_columns(*self.decomposed()))
+        core = self.settings.numerics.core_dtype
+        stored = store_columns(columns, self.out, self.settings, core, self.name, self._compute)
+        return WoodburyFactor(
+            self._of_all_ranks(stored),
+            weight,
+            core,
+            discarded=self.discarded,
+            reduction=self.reduction,
+        )
 
     def decomposed(self) -> tuple[Tensor, Tensor]:
         """Returns eigenvalues and eigenvectors of the summed matrix, computed once."""
@@ -346,18 +351,7 @@ class GradientAccumulator(_Summing):
             self.eigen = symmetric_eigen(mirror(self.total))
         return self.eigen
 
-    def _gram(self, columns: Tensor, weight: float) -> GramFactor:
-        core = self.settings.numerics.core_dtype
-        stored = store_columns(columns, self.out, self.settings, core, self.name, self._device)
-        return GramFactor(
-            self.spread(stored),
-            weight,
-            core,
-            discarded=self.discarded,
-            reduction=self.reduction,
-        )
-
-    def exact_factor(self, weight: float) -> GramFactor | None:
+    def exact_factor(self, weight: float) -> WoodburyFactor | None:
         """Returns the same factor with unrounded columns, where the stored ones are rounded."""
         if self.total is not None or not self.parts:
             return None
@@ -365,15 +359,14 @@ class GradientAccumulator(_Summing):
         if storage_dtype(self.settings, dtype, (self.kept, self.out)) == dtype:
             return None
         columns = self.joined()
-        if self.reduction == "subsample":
-            weight = weight * self.seen / self.kept
-        exact = self.spread(Columns(columns, 1.0, self._device or columns.device))
-        return GramFactor(exact, weight, self.settings.numerics.core_dtype)
+        exact = self._of_all_ranks(Columns(columns, 1.0, self._compute or columns.device))
+        return WoodburyFactor(exact, self._weight(weight), self.settings.numerics.core_dtype)
 
+    def _weight(self, weight: float) -> float:
+        return weight * self.seen / self.kept if self.reduction == "subsample" else weight
 
-def as_they_are(columns: Columns) -> Columns:
-    """Returns the columns: those of one process are at hand."""
-    return columns
+    def _of_all_ranks(self, columns: Columns) -> Columns:
+        return columns if self.ranks is None else ShardedColumns(columns, self.out, self.ranks)
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -410,7 +403,7 @@ def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> 
     return torch.cat([g * xhat, g], dim=1) if shift else g * xhat
 
 
-class NormAccumulator(_Summing):
+class NormAccumulator:
     """``sum v v^T`` with ``v = [g * xhat; g]``, the per-token gradient of scale and shift.
 
     Args:
@@ -419,35 +412,33 @@ class NormAccumulator(_Summing):
         dense: whether the matrix is kept, else its diagonal.
         dtype: core dtype.
         device: where the sum lives.
-        label: the layer, for the log.
+        layer: the layer, for the log.
     """
 
     def __init__(
-        self, n: int, shift: bool, dense: bool, dtype: torch.dtype, device: torch.device, label: str
+        self, n: int, shift: bool, dense: bool, dtype: torch.dtype, device: torch.device, layer: str
     ) -> None:
-        self.dense, self.shift, self.tokens, self.label = dense, shift, 0, label
-        dim = 2 * n if shift else n
-        self._shape = (dim, dim) if dense else (dim,)
-        self.total = torch.empty(0)
-        self.total = self.guarded(
-            lambda: torch.zeros(self._shape, dtype=dtype, device=HOST if self.hosted else device)
+        self.dense, self.shift, self.tokens, self._layer = dense, shift, 0, layer
+        self.dim = 2 * n if shift else n
+        shape = (self.dim, self.dim) if dense else (self.dim,)
+        self.total = on_device(
+            lambda device: torch.zeros(shape, dtype=dtype, device=device), device, self._what()
         )
 
-    def what(self) -> str:
-        """See :class:`_Summing`."""
-        return f"{self.label}: scale and shift (entries={self._shape[0]}, tokens={self.tokens})"
-
-    def move(self) -> None:
-        """See :class:`_Summing`."""
-        self.total = self.total.to(HOST)
+    def _what(self) -> str:
+        return f"{self._layer}: scale and shift (entries={self.dim}, tokens={self.tokens}), sum"
 
     def add(self, xhat: Tensor, g: Tensor) -> None:
         """Adds tokens: normalised inputs and gradients of the outputs, ``[T, n]`` each."""
-        self.guarded(lambda: self._add(xhat, g))
+        on_device(
+            lambda device: self._add(xhat.to(device), g.to(device)),
+            self.total.device,
+            self._what(),
+        )
         self.tokens += len(g)
 
     def _add(self, xhat: Tensor, g: Tensor) -> None:
-        xhat, g = xhat.to(self.total.device), g.to(self.total.device)
+        self.total = self.total.to(g.device)
         v = norm_gradients(xhat, g, self.shift, self.total.dtype)
         if self.dense:
             add_second_moment(self.total, v)

@@ -284,7 +284,7 @@ class FactorBuilder:
         """
         counts = [self.sums.counts()]
         if self.communicator.size > 1:
-            counts = self.communicator.share(self.sums.counts())
+            counts = self.communicator.all_gather_objects(self.sums.counts())
             join(self.sums, self.communicator)
         return form(self.sums, counts)
 

@@ -8,76 +8,47 @@ complement are zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature.collectives import columns_for_rows, dtype_name
-from fisher_lab.curvature.kfac.factors import (
-    Columns,
-    DenseFactor,
-    DiagonalFactor,
-    GramFactor,
-    ShardedColumns,
-)
+from fisher_lab.curvature.collectives import dtype_name, exchange_tokens_for_outputs
+from fisher_lab.curvature.kfac.factors import Columns, ShardedColumns
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings, Numerics
 from fisher_lab.curvature.linalg import blocks
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.memory import HOST, on_device
 
 
 @dataclass(kw_only=True)
-class _Held:
-    """Tensors that leave a full device together.
-
-    Attributes:
-        v_g: eigenvectors of G as the columns of a product, ``times`` being ``V_G^T y`` and
-            ``transposed_times`` being ``V_G z``. Where the token columns are spread over ranks,
-            every rank has the rows of its share of the outputs, ``(out/R) x r``, and products are
-            collective.
-        v_a: ``[dim_a, dim_a]`` eigenvectors of A; None where A is diagonal.
-        hosted: whether they had to leave a full device.
-    """
-
-    v_g: Columns
-    v_a: Tensor | None
-    hosted: bool = False
-
-    def to_host(self) -> bool:
-        """Moves everything; False where that was done before, or ranks have a share each."""
-        if self.hosted or isinstance(self.v_g, ShardedColumns):
-            return False
-        self.hosted = True
-        self.v_g = Columns(self.v_g.data.to(HOST), 1.0, HOST)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                setattr(self, field.name, value.to(HOST))
-        return True
-
-
-@dataclass(kw_only=True)
-class Basis(_Held):
+class Basis:
     """Eigenvectors of both factors of a layer, and what the tokens are in them.
 
     Attributes:
+        v_g: eigenvectors of G as columns, ``times`` being ``V_G^T y`` and ``transposed_times``
+            being ``V_G z``. Where the token columns are sharded, every rank has the rows of its
+            slice of the outputs, ``(out/R) x r``, and products are collective.
+        v_a: ``[dim_a, dim_a]`` eigenvectors of A; None where A is diagonal.
         m_g: ``[r]`` eigenvalues of G.
         m_a: ``[dim_a]`` eigenvalues of A.
         sums: ``[r, dim_a]`` sums of the squared products over this rank's tokens.
     """
 
+    v_g: Columns
+    v_a: Tensor | None
     m_g: Tensor
     m_a: Tensor
     sums: Tensor
 
 
 @dataclass(kw_only=True)
-class Eigenbasis(_Held):
+class Eigenbasis:
     """A layer in EKFAC's basis.
 
     Attributes:
+        v_g: as in :class:`Basis`, in the apply dtype.
+        v_a: the same.
         denominator: ``[r, dim_a]`` damped and floored eigenvalues.
         complement: ``[dim_a]`` the same for the directions of G that are not at hand.
         whole: whether ``v_g`` spans the whole space.
@@ -87,50 +58,136 @@ class Eigenbasis(_Held):
         label: layer and sides, for the log.
     """
 
+    v_g: Columns
+    v_a: Tensor | None
     denominator: Tensor
     complement: Tensor
     whole: bool
     clipped: int
     kappa_before: float
     kappa_after: float
-    label: str = ""
+    label: str
+
+    def to_host(self) -> None:
+        """Moves everything to host memory."""
+        for key, value in vars(self).items():
+            if isinstance(value, Tensor | Columns):
+                setattr(self, key, value.to(HOST))
 
 
-def second_moments(factors: LayerFactors, v_g: Tensor, v_a: Tensor | None) -> Tensor:
-    """Returns ``S_ij = (1/(T n)) sum_t (V_G^T g_t)_i^2 (V_A^T a_t)_j^2``, ``[r, dim_a]``.
+def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
+    """Computes a layer's basis and its damped and floored eigenvalues; collective on ranks.
 
-    Where every rank has its own tokens, their sums are added; collective then.
+    Where the device is full, what a rank does by itself moves to its host memory; what it does
+    together with others is never done twice.
 
     Args:
-        factors: with ``tokens_g`` and ``a`` kept.
-        v_g: ``[out, r]``.
-        v_a: ``[dim_a, dim_a]``, or None for an embedding (its one-hot inputs are the basis).
+        factors: collected with ``ekfac`` on.
+        settings: damping of both sides, the largest condition number, and the precision.
+
+    Raises:
+        SettingError: the layer's G has no eigenbasis (a true-Fisher head).
     """
-    g = factors.tokens_g
-    assert g is not None
-    sums = _own_sums(factors, lambda rows: g[rows].to(v_g) @ v_g, v_g.new_empty(0), v_a)
-    return _joined(factors, sums)
+    g, a = factors.G, factors.A
+    assert a is not None
 
+    def both_to_host() -> None:
+        g.to_host()
+        a.to_host()
 
-def _joined(factors: LayerFactors, sums: Tensor) -> Tensor:
+    what = f"{g.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
+    found = on_device(
+        lambda _: basis_of(factors, settings.numerics),
+        g.device,
+        what,
+        both_to_host,
+        collective=g.sharded,
+    )
     if factors.spread is not None:
-        sums = factors.spread.communicator.all_reduce(sums)
-    return sums / (factors.tokens * factors.n_draws)
+        found.sums = factors.spread.communicator.all_reduce(found.sums)
+    found.sums = found.sums / (factors.tokens * factors.n_draws)
+
+    def there(device: torch.device) -> Eigenbasis:
+        tensors = {k: v if v is None else v.to(device) for k, v in vars(found).items()}
+        here = found if device == found.sums.device else replace(found, **tensors)
+        return eigenbasis(factors, here, settings, f"{what}, application")
+
+    return on_device(there, found.sums.device, what)
 
 
-def _own_sums(
+def basis_of(factors: LayerFactors, numerics: Numerics) -> Basis:
+    """Computes a layer's basis; collective only where G's columns are sharded.
+
+    Args:
+        factors: collected with ``ekfac`` on.
+        numerics: precision.
+
+    Raises:
+        SettingError: the layer's G has no eigenbasis (a true-Fisher head).
+    """
+    g_factor, a_factor, g = factors.G, factors.A, factors.tokens_g
+    assert a_factor is not None
+    assert g is not None
+    if not g_factor.sharded and a_factor.device != g_factor.device:
+        # One of them has moved off a full device: both decide over the same products here.
+        a_factor.to_host()
+        g_factor.to_host()
+    m_g, v_g = g_factor.basis(numerics)
+    assert v_g is not None
+    m_a, inputs = a_factor.basis(numerics)
+    v_a = None if inputs is None else inputs.data.T
+    if isinstance(v_g, ShardedColumns):
+        # The A side may have moved off the device.
+        m_a, v_a = m_a.to(m_g.device), None if v_a is None else v_a.to(m_g.device)
+        sums = _sums_of_own_tokens(factors, v_g, m_g, v_a)
+    else:
+        vectors = v_g.data.T
+        sums = squared_products(factors, lambda rows: g[rows].to(vectors) @ vectors, m_g, v_a)
+    return Basis(v_g=v_g, v_a=v_a, m_g=m_g, m_a=m_a, sums=sums)
+
+
+def _sums_of_own_tokens(
+    factors: LayerFactors, v_g: ShardedColumns, m_g: Tensor, v_a: Tensor | None
+) -> Tensor:
+    """Sums over this rank's tokens where each rank has its rows of ``V_G``; collective.
+
+    No rank ever has ``out x r``. The tokens are turned into the basis by the ranks together: their
+    gradients are exchanged for those of all tokens at this rank's slice of the outputs, and
+    ``g V_G`` is summed over the ranks.
+    """
+    g, spread = factors.tokens_g, factors.spread
+    assert g is not None
+    assert spread is not None
+    ranks = spread.communicator
+    brought = ranks.all_gather_objects([len(g), dtype_name(g.dtype)])
+    rows = [length for length, _ in brought]
+    known = next((dtype for length, dtype in brought if length), brought[0][1])
+    exchanged = exchange_tokens_for_outputs(g.to(getattr(torch, known)), rows, ranks)
+    first = sum(rows[: ranks.rank])
+    every = ranks.all_reduce(v_g.of_own(lambda v: exchanged.to(v.data) @ v.data.T))
+    projected = every[first : first + len(g)].clone()
+
+    def there(device: torch.device) -> Tensor:
+        p, like = projected.to(device), m_g.to(device)
+        vectors = None if v_a is None else v_a.to(device)
+        return squared_products(factors, lambda rows: p[rows], like, vectors)
+
+    return on_device(there, m_g.device, f"{factors.G.label}, second moments").to(m_g.device)
+
+
+def squared_products(
     factors: LayerFactors,
     project: Callable[[slice], Tensor],
     like: Tensor,
     v_a: Tensor | None,
 ) -> Tensor:
-    """Sums of squared products over this rank's tokens.
+    """Returns ``sum_t (V_G^T g_t)_i^2 (V_A^T a_t)_j^2`` over this rank's tokens, ``[r, dim_a]``.
 
     Args:
         factors: with ``tokens_g`` and ``a`` kept.
         project: gives ``g V_G``, ``[b, r]``, for some of the rows of ``tokens_g``.
         like: of the dtype and on the device of the result.
-        v_a: as for :func:`second_moments`.
+        v_a: ``[dim_a, dim_a]``, or None for an embedding (its one-hot inputs are the basis).
     """
     g, a = factors.tokens_g, factors.a
     assert g is not None
@@ -140,7 +197,7 @@ def _own_sums(
     total = like.new_zeros(project(slice(0, 0)).shape[1], layer.dim_a)
     for rows in blocks(g.shape[0], (layer.n_out + layer.dim_a) * 8):
         squared = project(rows).square()
-        index = factors.order[rows].to(a.device)  # `a` may have had to leave a full device
+        index = factors.order[rows].to(a.device)  # `a` may have moved off a full device
         if v_a is None:
             total.T.index_add_(0, a[index].to(like.device), squared)
             continue
@@ -151,100 +208,16 @@ def _own_sums(
     return total
 
 
-def basis_of(factors: LayerFactors, numerics: Numerics) -> Basis:
-    """Computes a layer's basis; collective only where G's columns are spread over ranks.
-
-    Args:
-        factors: collected with ``ekfac`` on.
-        numerics: precision.
-
-    Raises:
-        SettingError: the layer's G has no eigenbasis (a true-Fisher head).
-    """
-    g_factor, a_factor = factors.G, factors.A
-    if not isinstance(g_factor, DenseFactor | GramFactor):
-        raise SettingError(
-            f"ekfac: layer {factors.layer.name} has the structure {g_factor.structure}; "
-            "allowed: dense or woodbury"
-        )
-    if is_spread(factors):
-        return _spread_basis(factors, numerics)
-    if a_factor is not None and a_factor.device != g_factor.device:
-        # One of them has had to leave a full device: both decide over the same products here.
-        a_factor.to_host()
-        g_factor.to_host()
-    m_g, v_g = g_factor.basis(numerics)
-    m_a, v_a = _input_basis(factors, numerics)
-    g = factors.tokens_g
-    assert g is not None
-    sums = _own_sums(factors, lambda rows: g[rows].to(v_g) @ v_g, m_g, v_a)
-    columns = Columns(v_g.T, 1.0, v_g.device)
-    return Basis(v_g=columns, v_a=v_a, m_g=m_g, m_a=m_a, sums=sums)
-
-
-def is_spread(factors: LayerFactors) -> bool:
-    """Says whether every rank has its share of the outputs of the layer's token columns."""
-    g = factors.G
-    return isinstance(g, GramFactor) and isinstance(g.columns, ShardedColumns)
-
-
-def _input_basis(factors: LayerFactors, numerics: Numerics) -> tuple[Tensor, Tensor | None]:
-    a_factor = factors.A
-    if isinstance(a_factor, DiagonalFactor):
-        return a_factor.diagonal, None
-    assert isinstance(a_factor, DenseFactor)
-    return a_factor.basis(numerics)
-
-
-def _spread_basis(factors: LayerFactors, numerics: Numerics) -> Basis:
-    """Each rank makes its rows of ``V_G``, and no rank ever has ``out x r``; collective.
-
-    A rank's tokens are turned into the basis by the ranks together: their gradients are exchanged
-    for those of all tokens at this rank's outputs, and ``g V_G`` is summed over the ranks.
-    """
-    g_factor, g, spread = factors.G, factors.tokens_g, factors.spread
-    assert isinstance(g_factor, GramFactor)
-    assert isinstance(g_factor.columns, ShardedColumns)
-    assert g is not None
-    assert spread is not None
-    ranks = spread.communicator
-    m_g, coefficients = g_factor.coefficients()
-    v_g = g_factor.columns.share_of(coefficients)
-    # The A side may have had to leave the device.
-    m_a, v_a = (None if x is None else x.to(m_g.device) for x in _input_basis(factors, numerics))
-    assert m_a is not None
-    told = ranks.share([len(g), dtype_name(g.dtype)])
-    rows = [length for length, _ in told]
-    known = next((dtype for length, dtype in told if length), told[0][1])
-    exchanged = columns_for_rows(g.to(getattr(torch, known)), rows, ranks)
-    first = sum(rows[: ranks.rank])
-    every = ranks.all_reduce(v_g.own(lambda v: exchanged.to(v.data) @ v.data.T))
-    kept = [every[first : first + len(g)].clone(), m_g, v_a]
-    places = iter([HOST])
-
-    def sums() -> Tensor:
-        projected, like, vectors = kept
-        assert projected is not None
-        assert like is not None
-        return _own_sums(factors, lambda rows: projected[rows], like, vectors)
-
-    def retreat() -> bool:
-        place = next(places, None)
-        kept[:] = [x if x is None or place is None else x.to(place) for x in kept]
-        return place is not None
-
-    what = f"{g_factor.label}, second moments"
-    own = on_host_if_full(sums, retreat, what).to(m_g.device)
-    return Basis(v_g=v_g, v_a=v_a, m_g=m_g, m_a=m_a, sums=own)
-
-
-def eigenbasis(factors: LayerFactors, basis: Basis, settings: EngineSettings) -> Eigenbasis:
+def eigenbasis(
+    factors: LayerFactors, basis: Basis, settings: EngineSettings, label: str
+) -> Eigenbasis:
     """Returns a layer's basis with its damped and floored eigenvalues.
 
     Args:
         factors: of the layer.
         basis: of the layer; ``sums`` over the tokens of all ranks, divided by their number.
         settings: damping of both sides, the largest condition number, and the precision.
+        label: of the result.
     """
     m_g, m_a, s = basis.m_g, basis.m_a, basis.sums
     lam_a, lam_g, kappa_max = settings.lam_A, settings.lam_G, settings.kappa_max
@@ -268,7 +241,7 @@ def eigenbasis(factors: LayerFactors, basis: Basis, settings: EngineSettings) ->
         clipped=clipped,
         kappa_before=before,
         kappa_after=_kappa(damped, None if whole else complement),
-        hosted=basis.hosted,
+        label=label,
     )
 
 
@@ -281,34 +254,6 @@ def _kappa(damped: Tensor, complement: Tensor | None) -> float:
     return top / low if low > 0 else float("inf")
 
 
-def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
-    """Computes a layer's basis and its damped and floored eigenvalues; collective on ranks.
-
-    Where the device is full, what a rank does by itself goes on on its host; what it does together
-    with others is never done twice.
-
-    Args:
-        factors: collected with ``ekfac`` on.
-        settings: damping of both sides, the largest condition number, and the precision.
-
-    Raises:
-        SettingError: the layer's G has no eigenbasis (a true-Fisher head).
-    """
-
-    def retreat() -> bool:
-        if is_spread(factors):
-            return False
-        moved = factors.G.to_host()
-        return (factors.A is not None and factors.A.to_host()) or moved
-
-    what = f"{factors.G.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
-    found = on_host_if_full(lambda: basis_of(factors, settings.numerics), retreat, what)
-    found.sums = _joined(factors, found.sums)
-    result = on_host_if_full(lambda: eigenbasis(factors, found, settings), found.to_host, what)
-    result.label = f"{what}, application"
-    return result
-
-
 def apply(basis: Eigenbasis, y: Tensor, p: float) -> Tensor:
     """Returns the layer's matrix ``y`` with EKFAC's eigenvalues to the power ``p`` applied.
 
@@ -317,8 +262,12 @@ def apply(basis: Eigenbasis, y: Tensor, p: float) -> Tensor:
         y: ``[out, dim_a]`` in the apply dtype; the same on all ranks.
         p: the power; -1 is the natural gradient.
     """
-    return on_host_if_full(
-        lambda: _apply(basis, y.to(basis.v_g.device), p).to(y.device), basis.to_host, basis.label
+    return on_device(
+        lambda _: _apply(basis, y.to(basis.v_g.device), p).to(y.device),
+        basis.v_g.device,
+        basis.label,
+        basis.to_host,
+        collective=basis.v_g.sharded,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -13,15 +12,10 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import Communicator, raise_others
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import ekfac
-from fisher_lab.curvature.kfac.factors import Damped, Factor, GramFactor
-from fisher_lab.curvature.kfac.factors.dense import DampedDense
-from fisher_lab.curvature.kfac.factors.diagonal import DampedDiagonalLowRank
-from fisher_lab.curvature.kfac.factors.woodbury import DampedGram
+from fisher_lab.curvature.kfac.factors import Damped, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.linalg import Cholesky
-
-Decomposed = DampedDense | DampedGram | DampedDiagonalLowRank
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -37,13 +31,6 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
         result[index] = min(range(ranks), key=lambda r: busy[r])
         busy[result[index]] += float(sizes[index]) ** 3
     return result
-
-
-@dataclass
-class _Task:
-    side: Decomposed
-    size: int
-    owner: int = 0
 
 
 def prepare_together(
@@ -63,62 +50,33 @@ def prepare_together(
         CurvatureError: a decomposition failed; names the rank.
     """
     # A rank whose device was full has let go of what the others still have: they do it once more.
-    told_left = communicator.share([_left(side, eigen) for side in sides])
-    found = [
-        _task(side) if any(left) else None
-        for side, left in zip(sides, zip(*told_left, strict=True), strict=True)
-    ]
-    tasks = {id(t.side): t for t in found if t is not None}  # layers may share one
-    todo = list(tasks.values())
-    for task, owner in zip(todo, owners([t.size for t in todo], communicator.size), strict=True):
-        task.owner = owner
-    told: dict[str, Any] = {}
+    pending = communicator.all_gather_objects([side.pending(eigen=eigen) for side in sides])
+    wanted = [s for s, left in zip(sides, zip(*pending, strict=True), strict=True) if any(left)]
+    todo = list({id(side): side for side in wanted}.values())  # layers may share one
+    # Forming a core is collective where it is sharded.
+    owner = owners([len(side.form_core()) for side in todo], communicator.size)
+    done: dict[str, Any] = {}
     error: str | None = None
     try:
-        for index, task in enumerate(todo):
-            if task.owner == communicator.rank:
+        for index, side in enumerate(todo):
+            if owner[index] == communicator.rank:
                 start = perf_counter()
-                _decompose(task.side, eigen)
-                told[str(index)] = {**_header(task.side), "seconds": perf_counter() - start}
+                side.prepare(eigen=eigen)
+                done[str(index)] = {**_header(side), "seconds": perf_counter() - start}
     except Exception as failed:
         error = f"{type(failed).__name__}: {failed}"
-    every = communicator.share({"error": error, "done": told})
+    every = communicator.all_gather_objects({"error": error, "done": done})
     raise_others([each["error"] for each in every])
     seconds: dict[int, float] = {}
-    for index, task in enumerate(todo):
-        header = every[task.owner]["done"][str(index)]
-        _hand_over(task, header, communicator)
-        seconds[id(task.side)] = header["seconds"]
+    for index, side in enumerate(todo):
+        header = every[owner[index]]["done"][str(index)]
+        _hand_over(side, owner[index], header, communicator)
+        seconds[id(side)] = header["seconds"]
     return [seconds.get(id(side), 0.0) for side in sides]
 
 
-def _left(side: Damped, eigen: bool) -> bool:
-    """Says whether something is left to do for this rank."""
-    if isinstance(side, DampedDiagonalLowRank):
-        return "cholesky" not in side.__dict__
-    if not isinstance(side, DampedDense | DampedGram) or side.factor._eigen is not None:
-        return False
-    return eigen or side.__dict__.get("cholesky") is None
-
-
-def _task(side: Damped) -> _Task:
-    """What has to be done; forms the matrix first, which is collective where it is spread."""
-    assert isinstance(side, Decomposed)
-    if isinstance(side, DampedDiagonalLowRank):
-        return _Task(side, side.guarded_step("matrix", lambda: side.core).shape[0])
-    return _Task(side, side.guarded_step("matrix", lambda: _matrix(side)).shape[0])
-
-
-def _decompose(side: Decomposed, eigen: bool) -> None:
-    if eigen and not isinstance(side, DampedDiagonalLowRank):
-        factor, on_host = side.factor, side.numerics.on_host
-        side.guarded_step("decomposition", lambda: factor.eigen(on_host=on_host))
-    else:
-        side.prepare()
-
-
-def _header(side: Decomposed) -> dict[str, Any]:
-    found = side.__dict__.get("cholesky")
+def _header(side: Damped) -> dict[str, Any]:
+    found, _ = side.decomposition()
     return {
         "tried": found is not None,
         "lower": found is not None and found.lower is not None,
@@ -127,40 +85,29 @@ def _header(side: Decomposed) -> dict[str, Any]:
     }
 
 
-def _hand_over(task: _Task, header: dict[str, Any], communicator: Communicator) -> None:
+def _hand_over(
+    side: Damped, owner: int, header: Mapping[str, Any], communicator: Communicator
+) -> None:
     """Gives a decomposition to all ranks.
 
     Its owner too takes what was sent: the libraries return columns one after the other, what
     arrives lies in rows, and products of the two differ in their last bit.
     """
-    side, mine = task.side, task.owner == communicator.rank
-    like = side.core if isinstance(side, DampedDiagonalLowRank) else _matrix(side)
+    cholesky, eigen = side.decomposition() if owner == communicator.rank else (None, None)
+    like = side.core
+    n = len(like)
 
     def moved(x: Tensor | None, *shape: int) -> Tensor:
-        here = x.contiguous() if mine and x is not None else like.new_empty(shape)
-        return communicator.broadcast(here, task.owner)
+        here = like.new_empty(shape) if x is None else x.contiguous()
+        return communicator.broadcast(here, owner)
 
-    n = task.size
     if header["lower"]:
-        own = side.cholesky.lower if mine and side.cholesky is not None else None
-        side.cholesky = Cholesky(moved(own, n, n), header["jitter"], header["eps"])
-        vars(side).pop("lower", None)  # made of the owner's own
+        lower = moved(None if cholesky is None else cholesky.lower, n, n)
+        side.adopt(Cholesky(lower, header["jitter"], header["eps"]), None)
         return
-    if not mine and header["tried"]:
-        side.cholesky = Cholesky(None, 0.0, 0.0)
-    pair: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-    if mine:
-        pair = side.eigen if isinstance(side, DampedDiagonalLowRank) else side.factor.eigen()
-    found = moved(pair[0], n), moved(pair[1], n, n)
-    if isinstance(side, DampedDiagonalLowRank):
-        side.eigen = found
-    else:
-        side.factor._eigen = found
-
-
-def _matrix(side: DampedDense | DampedGram) -> Tensor:
-    factor = side.factor
-    return factor.kernel if isinstance(factor, GramFactor) else factor.matrix
+    values, vectors = (None, None) if eigen is None else eigen
+    tried = Cholesky(None, 0.0, 0.0) if header["tried"] else None
+    side.adopt(tried, (moved(values, n), moved(vectors, n, n)))
 
 
 def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
@@ -171,7 +118,7 @@ def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
     """
     mean = torch.stack([t.double().sum() for t in tensors]).sum() if tensors else torch.zeros(())
     norm = sum(float(t.double().square().sum()) for t in tensors)
-    found = communicator.share([float(mean), norm])
+    found = communicator.all_gather_objects([float(mean), norm])
     for rank, (other_sum, other_norm) in enumerate(found):
         size = max(found[0][1], other_norm) ** 0.5
         near = abs(other_norm - found[0][1]) <= 1e-6 * max(found[0][1], other_norm)
@@ -242,7 +189,7 @@ class Inverses:
             self.basis(name)
         else:
             for side in self.sides(factors):
-                side.prepare()  # type: ignore[attr-defined]
+                side.prepare()
         self._spent(name, perf_counter() - start)
 
     def prepare_together(self, communicator: Communicator) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.collectives import Spread
-from fisher_lab.curvature.kfac.factors import Factor, GramFactor
+from fisher_lab.curvature.kfac.factors import Factor, WoodburyFactor
 from fisher_lab.curvature.kfac.layers import Layer
 
 
@@ -54,7 +54,7 @@ class LayerFactors(Mapping[str, Any]):
     push: bool = False
     tokens_g: Tensor | None = field(default=None, repr=False)
     storage_error: float | None = None
-    exact: GramFactor | None = field(default=None, repr=False)
+    exact: WoodburyFactor | None = field(default=None, repr=False)
     spread: Spread | None = field(default=None, repr=False)
     order: Tensor | None = field(default=None, repr=False)
 
@@ -72,9 +72,9 @@ class LayerFactors(Mapping[str, Any]):
             case "tokens" | "n_labels" | "A" | "G" | "storage_error":
                 return getattr(self, key)
             case "columns":
-                return getattr(self.G, "n_columns", 0)
+                return self.G.n_columns
             case "reduction" | "discarded":
-                return getattr(self.G, key, "" if key == "reduction" else 0.0)
+                return getattr(self.G, key)
             case _:
                 raise KeyError(key)
 
@@ -83,6 +83,13 @@ class LayerFactors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._KEYS)
+
+    def __post_init__(self) -> None:
+        for side, dim, factor in (("G", "out", self.G), ("A", "in", self.A)):
+            if factor is not None and not factor.label:  # layers may share an A
+                seen = ("columns", n) if (n := factor.n_columns) else ("tokens", self.tokens)
+                sizes = f"{dim}={factor.dim}, {seen[0]}={seen[1]}"
+                factor.label = f"layer {self.layer.name}: {side} side ({sizes})"
 
     def __hash__(self) -> int:
         return id(self)
@@ -109,7 +116,7 @@ class LayerFactors(Mapping[str, Any]):
         communicator = self.spread.communicator
         if key == "order":
             value = value + sum(self.spread.rows[: communicator.rank])
-        return communicator.all_gather(value, communicator.share(len(value)))
+        return communicator.all_gather(value, communicator.all_gather_objects(len(value)))
 
     def stored(self) -> tuple[str, str]:
         """Returns dtype and device of what the G side is kept as: columns, else its matrix."""

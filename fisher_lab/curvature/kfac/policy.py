@@ -10,9 +10,9 @@ from torch import Tensor
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
-from fisher_lab.curvature.kfac.factors.woodbury import Columns
+from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.layers import Kind, Layer
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.memory import HOST, on_device
 
 
 def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> bool:
@@ -189,9 +189,7 @@ def place(n_bytes: int, settings: KFACSettings, compute: torch.device) -> torch.
 
 def bytes_of(columns: int, out: int, dtype: torch.dtype, core: torch.dtype) -> int:
     """Returns the bytes of ``[columns, out]`` in ``dtype`` plus a square core."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    core_size = torch.empty(0, dtype=core).element_size()
-    return columns * out * size + columns * columns * core_size
+    return columns * out * dtype.itemsize + columns * columns * core.itemsize
 
 
 def check_device_supports(settings: KFACSettings, device: torch.device) -> None:
@@ -216,28 +214,23 @@ def store_columns(
     name: str,
     compute: torch.device | None = None,
 ) -> Columns:
-    """Rounds and places token gradients; out of device memory, and only then, on the host.
+    """Rounds and places token gradients, in host memory where the device is full.
 
     Args:
-        g: ``[T, out]`` as captured, or this rank's share of the outputs, ``[T, out_r]``.
+        g: ``[T, out]`` as captured, or this rank's slice of the outputs, ``[T, out_r]``.
         out: outputs of the layer.
         settings: all choices.
         core: core dtype (its square core counts for the placement).
         name: of the layer, for the log.
-        compute: where products are formed; None where ``g`` is. Columns that had to leave it
-            for want of room stay on the host.
+        compute: where products are formed; None where ``g`` is. Columns that have moved to host
+            memory stay there.
     """
     compute = compute or g.device
     dtype = storage_dtype(settings, g.dtype, (g.shape[0], out))
     wanted = place(bytes_of(g.shape[0], g.shape[1], dtype, core), settings, compute)
-    places = [HOST if g.device != compute else wanted]
-
-    def retreat() -> bool:
-        places.append(HOST)
-        return len(places) == 2
-
+    first = wanted if g.device == compute else HOST
     what = f"layer {name}: G side (out={g.shape[1]}, columns={g.shape[0]}), storage"
-    stored = on_host_if_full(lambda: Columns.store(g, dtype, places[-1]), retreat, what)
+    stored = on_device(lambda device: Columns.store(g, dtype, device), first, what)
     return Columns(stored.data, stored.scale, compute)
 
 
@@ -254,16 +247,12 @@ def put_back(
         compute: where products are formed.
     """
     columns, out = data.shape
-    places = [place(bytes_of(columns, out, data.dtype, core), settings, compute)]
 
-    def retreat() -> bool:
-        places.append(HOST)
-        return len(places) == 2
-
-    def moved() -> Tensor:
-        there = data.to(places[-1])
-        pinned = there.device.type == "cpu" and compute.type == "cuda"
+    def moved(device: torch.device) -> Tensor:
+        there = data.to(device)
+        pinned = device.type == "cpu" and compute.type == "cuda"
         return there.pin_memory() if pinned else there
 
+    first = place(bytes_of(columns, out, data.dtype, core), settings, compute)
     what = f"token columns (out={out}, columns={columns}) from a file"
-    return Columns(on_host_if_full(moved, retreat, what), scale, compute)
+    return Columns(on_device(moved, first, what), scale, compute)

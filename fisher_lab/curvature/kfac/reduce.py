@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import (
     Communicator,
     Spread,
-    columns_for_rows,
     dtype_name,
+    exchange_tokens_for_outputs,
     together,
 )
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
-from fisher_lab.curvature.kfac.factors import Columns, ShardedColumns
 from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.policy import wants_woodbury
@@ -63,7 +61,7 @@ class _Join:
 
     def run(self) -> None:
         """Joins everything, in an order that is the same on all ranks."""
-        self.told = self.communicator.share(self._tell())
+        self.told = self.communicator.all_gather_objects(self._tell())
         self._take_counts()
         present = [x for x in self.sums.everyone() if any(self._of(x.name, "tokens"))]
         groups = {x.name: self._of(x.name, "group", -1) for x in present}
@@ -103,7 +101,7 @@ class _Join:
         if isinstance(side.g, GradientAccumulator):
             g = side.g
             told |= {"seen": g.seen, "kept": g.kept, "matrix": g.total is not None}
-            told |= {"reduction": g.reduction, "lost": getattr(g, "_lost", 0.0)}
+            told |= {"reduction": g.reduction, "lost": g.lost}
             told["dtype"] = dtype_name(g.parts[0].dtype) if g.parts else None
         return told
 
@@ -158,7 +156,7 @@ class _Join:
                     told["inputs"].get(str(group), 0)
                     for told, group in zip(self.told, key, strict=True)
                 )
-                mine.join(self.communicator, tokens)
+                mine.replace([self.communicator.all_reduce(x) for x in mine.tensors()], tokens)
                 result[joined[key]] = mine
             side.group = joined[key]
         self.sums.inputs = result
@@ -221,7 +219,7 @@ class _Join:
         g.parts = [self._put_together(columns, rows)]
         g.kept = sum(rows)
         if self.sharded:
-            g.spread = _Sharding(g.out, self.communicator)
+            g.ranks = self.communicator
         if settings.column_reduction == "lowrank" and (kept > settings.max_columns or reduced):
             self._truncate(g, sum(self._of(name, "lost", 0.0)))
 
@@ -244,7 +242,7 @@ class _Join:
         def decompose_own() -> None:
             for g, rank in zip(summed, owner, strict=True):
                 if rank == self.communicator.rank:
-                    g.guarded(g.decomposed)
+                    g.on_device(g.decomposed)
 
         together(self.communicator, decompose_own)
         for g, rank in zip(summed, owner, strict=True):
@@ -268,16 +266,31 @@ class _Join:
         most = min(g.settings.max_columns, len(keys))
         chosen = keys.topk(most, largest=False).indices.sort().values
         g.reduction, g.discarded = "subsample", 1.0 - most / g.seen
+        return self._chosen_rows(columns, rows, chosen)
+
+    def _chosen_rows(
+        self, x: Tensor, rows: Sequence[int], chosen: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        """Which of the rows that are chosen among those of all ranks are this rank's.
+
+        Args:
+            x: this rank's rows.
+            rows: how many each rank has.
+            chosen: indices into the rows of all ranks, ascending.
+
+        Returns:
+            This rank's chosen rows, and how many each rank has of them.
+        """
         bounds = torch.tensor([0, *rows]).cumsum(0)
         of_rank = torch.bucketize(chosen, bounds, right=True) - 1
         mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
-        return columns[mine.to(columns.device)], of_rank.bincount(minlength=len(rows)).tolist()
+        return x[mine.to(x.device)], of_rank.bincount(minlength=len(rows)).tolist()
 
     def _put_together(self, columns: Tensor, rows: Sequence[int]) -> Tensor:
         """All tokens of all outputs (``gather``), or of this rank's share of them (``gram``)."""
         if not self.sharded:
             return self.communicator.all_gather(columns, rows)
-        return columns_for_rows(columns, rows, self.communicator)
+        return exchange_tokens_for_outputs(columns, rows, self.communicator)
 
     def _truncate(self, g: GradientAccumulator, lost: float) -> None:
         """The leading directions of the joined columns; the trace that goes is added up."""
@@ -287,11 +300,7 @@ class _Join:
             kernel = self.communicator.all_reduce(kernel)
         values, vectors = symmetric_eigen(kernel)
         vectors = self.communicator.broadcast(vectors, 0)
-        lost += float(values[:-most].sum())
-        g.parts = [vectors[:, -most:].to(joined).T @ joined]
-        total = lost + float(values[-most:].sum())
-        g.kept, g.reduction = len(g.parts[0]), "lowrank"
-        g.discarded = lost / total if total > 0 else 0.0
+        g.truncated(vectors[:, -most:].to(joined).T @ joined, values, lost)
 
     # ---- head, uncovered parameters ----------------------------------------------------------
 
@@ -308,14 +317,11 @@ class _Join:
         p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
         chosen = sums.head.chosen(sum(rows))
         if chosen is not None:
-            sums.head.share = sum(rows) / len(chosen)
-            bounds = torch.tensor([0, *rows]).cumsum(0)
-            of_rank = torch.bucketize(chosen, bounds, right=True) - 1
-            mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
-            p, rows = p[mine.to(p.device)], of_rank.bincount(minlength=len(rows)).tolist()
+            sums.head.weight = sum(rows) / len(chosen)
+            p, rows = self._chosen_rows(p, rows, chosen)
         sums.head.parts = [self._put_together(p, rows)]
         if self.sharded:
-            sums.head.spread = _Sharding(classes, self.communicator)
+            sums.head.ranks = self.communicator
 
     def _join_named(self, key: str, sums: dict[str, Tensor]) -> None:
         """Sums over parameters that any rank has."""
@@ -326,14 +332,3 @@ class _Join:
                 shape = self.sums.uncovered.parameters[name].shape
                 mine = torch.zeros(shape, dtype=self.core, device=self.device)
             sums[name] = self.communicator.all_reduce(mine)
-
-
-@dataclass(frozen=True)
-class _Sharding:
-    """Makes of a rank's stored share the columns of all ranks."""
-
-    out: int
-    communicator: Communicator
-
-    def __call__(self, columns: Columns) -> Columns:
-        return ShardedColumns(columns, self.out, self.communicator)

@@ -14,14 +14,12 @@ from fisher_lab.curvature.kfac.draws import n_draws
 from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
     DiagonalFactor,
-    DiagonalLowRankFactor,
     Factor,
-    GramFactor,
 )
 from fisher_lab.curvature.kfac.layer_factors import Built, LayerFactors
 from fisher_lab.curvature.kfac.layers import Layer
 from fisher_lab.curvature.kfac.statistics import Side, Sums
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.memory import on_device
 
 
 def form(sums: Sums, rank_counts: Sequence[dict[str, int]]) -> Built:
@@ -89,11 +87,10 @@ class _Forming:
             head = sums.head.factor(side.tokens)
             return LayerFactors(A=self._input(side), G=head, method="true_head", **common)
         g = side.g.factor(weight)
-        g.label = side.g.what()
         factors = LayerFactors(
             A=self._input(side),
             G=g,
-            method="woodbury" if isinstance(g, GramFactor) else "eig",
+            method=g.method,
             **common,
         )
         self._keep_tokens(factors, side, weight)
@@ -107,15 +104,14 @@ class _Forming:
 
     def _input(self, side: Side) -> Factor:
         if side.group not in self._made:
-            self._made[side.group] = factor = self.sums.inputs[side.group].factor()
-            factor.label = _input_label(side)
+            self._made[side.group] = self.sums.inputs[side.group].factor()
         return self._made[side.group]
 
     def _keep_tokens(self, factors: LayerFactors, side: Side, weight: float) -> None:
         """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
         accumulator, settings = side.g, self.sums.settings
         assert isinstance(accumulator, GradientAccumulator)
-        in_order = accumulator.tokens_in_order() and isinstance(factors.G, GramFactor)
+        in_order = accumulator.tokens_in_order()
         if in_order or settings.ekfac:
             factors.a = joined(side.inputs, _input_label(side))
             factors.spread = side.spread
@@ -128,7 +124,7 @@ class _Forming:
         if settings.ekfac:
             device = self.sums.device
             empty = torch.empty(0, side.layer.n_out, device=device)
-            factors.tokens_g = joined(side.last_g, accumulator.what()) if side.last_g else empty
+            factors.tokens_g = joined(side.last_g, accumulator.label) if side.last_g else empty
             nowhere = torch.empty(0, dtype=torch.int64, device=device)
             factors.order = torch.cat([nowhere, *side.order])
         factors.exact = accumulator.exact_factor(weight)
@@ -137,7 +133,7 @@ class _Forming:
         """Both uses of a tied weight: vocabulary side ``G_head + A_emb``, width side the rest."""
         if partner.name not in self.sums.sides:
             return head
-        pool(head, self.layer(partner), self.sums.settings.numerics.core_dtype)
+        pool(head, self.layer(partner))
         head.push, head.exact = False, None
         return head
 
@@ -147,65 +143,45 @@ def _input_label(side: Side) -> str:
     return f"layer {layer.name}: A side (in={layer.dim_a}, tokens={side.tokens})"
 
 
-def joined(parts: list[Tensor], what: str) -> Tensor:
-    """Returns the parts one under the other, on the host where the device has no room for that.
+def joined(parts: Sequence[Tensor], what: str) -> Tensor:
+    """Returns the parts one under the other, in host memory where the device is full.
 
     Args:
-        parts: ``[n, ...]`` each; moved to the host where that is needed.
+        parts: ``[n, ...]`` each.
         what: layer, side and dimensions, for the log.
     """
 
-    def retreat() -> bool:
-        moved = any(part.device != HOST for part in parts) or not tried
-        tried.append(None)
-        parts[:] = [part.to(HOST) for part in parts]
-        return moved
+    def join(device: torch.device) -> Tensor:
+        there = [part.to(device) for part in parts]
+        return there[0] if len(there) == 1 else torch.cat(there)
 
-    tried: list[None] = []
-    return on_host_if_full(
-        lambda: parts[0] if len(parts) == 1 else torch.cat(parts), retreat, f"{what}, tokens kept"
-    )
+    return on_device(join, parts[0].device, f"{what}, tokens kept")
 
 
-def pool(head: LayerFactors, embedding: LayerFactors, core_dtype: torch.dtype) -> None:
+def pool(head: LayerFactors, embedding: LayerFactors) -> None:
     """Adds the factors of an embedding to those of the head that has the same weight.
 
     Args:
         head: changed in place.
         embedding: its A is a diagonal over the vocabulary, its G of the model's width.
-        core_dtype: of the sums.
     """
-    counts, g = embedding.A, head.G
+    a, g, counts, width = head.A, head.G, embedding.A, embedding.G
+    assert a is not None
     assert isinstance(counts, DiagonalFactor)
-    assert isinstance(head.A, DenseFactor)
-    head.A = _pooled_width(head.A, embedding.G, embedding.layer.n_out)
-    if isinstance(g, GramFactor):
-        head.G = DiagonalLowRankFactor(counts.diagonal, g.columns, g.weight, 1, core_dtype)
-    else:
-        assert isinstance(g, DenseFactor)
 
-        def dense() -> Tensor:
-            matrix = g.matrix.clone()
-            matrix.diagonal().add_(counts.diagonal.to(matrix))
-            return matrix
+    def both_to_host() -> None:
+        a.to_host()
+        width.to_host()
 
-        head.G = DenseFactor(on_host_if_full(dense, g.to_host, f"{g.label}, pooled"))
-    head.G.label = g.label
+    # Products of a sharded factor are collective: then no rank repeats them by itself.
+    guard = width if width.sharded else a
+    head.A = guard.on_device("pooled", lambda: _sum_of(a, width), both_to_host)
+    head.G = g.on_device("pooled", lambda: g.plus_diagonal(counts.diagonal), g.to_host)
+    head.A.label, head.G.label = a.label, g.label
 
 
-def _pooled_width(a: DenseFactor, width: Factor, n: int) -> DenseFactor:
+def _sum_of(a: Factor, width: Factor) -> Factor:
     """The head's A plus the embedding's G ``[n, n]``; a bias column of the head stays as it is."""
-
-    def pooled() -> Tensor:
-        total = a.matrix.clone()
-        identity = torch.eye(n, dtype=total.dtype, device=total.device)
-        total[:n, :n] += width.multiply(identity.to(width.device)).to(total.device)
-        return total
-
-    def retreat() -> bool:
-        moved = width.to_host()
-        return a.to_host() or moved
-
-    result = DenseFactor(on_host_if_full(pooled, retreat, f"{a.label}, pooled"))
-    result.label = a.label
-    return result
+    total, n = a.to_dense().clone(), width.dim
+    total[:n, :n] += width.to_dense().to(total.device)
+    return DenseFactor(total)

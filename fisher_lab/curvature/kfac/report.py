@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fisher_lab.curvature.kfac.factors import FactorReport, GramFactor
+from fisher_lab.curvature.kfac.factors import FactorReport
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind
@@ -125,7 +125,7 @@ def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> No
     """
     exact, g = factors.exact, factors.G
     factors.exact = None
-    if exact is None or not isinstance(g, GramFactor) or factors.a is None:
+    if exact is None or factors.a is None:
         return
     numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
     if lam <= 0 or g.n_columns != factors.tokens:
@@ -147,5 +147,5 @@ def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> No
         log.warning(
             "layer %s: storing its columns in %s changes the natural gradient by %.1e "
             "(relative, at damping %g)",
-            factors.layer.name, g.columns.data.dtype, factors.storage_error, lam,
+            factors.layer.name, g.tensors()["columns"].dtype, factors.storage_error, lam,
         )  # fmt: skip

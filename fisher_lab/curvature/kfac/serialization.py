@@ -17,17 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.config.kfac import KFACSettings
-from fisher_lab.curvature.collectives import Communicator, Spread, share
+from fisher_lab.curvature.collectives import Communicator, Spread
 from fisher_lab.curvature.errors import FactorFileError, LayerError
-from fisher_lab.curvature.kfac.factors import (
-    Columns,
-    DenseFactor,
-    DiagonalFactor,
-    DiagonalLowRankFactor,
-    Factor,
-    GramFactor,
-    ShardedColumns,
-)
+from fisher_lab.curvature.kfac.factors import Columns, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
 from fisher_lab.curvature.kfac.policy import put_back
@@ -101,7 +93,7 @@ def _export_layer(
     if f.spread is not None:
         entry["rows"] = list(f.spread.rows)
         if f.tokens_g is not None:
-            entry["rows_g"] = f.spread.communicator.share(len(f.tokens_g))
+            entry["rows_g"] = f.spread.communicator.all_gather_objects(len(f.tokens_g))
     for key in KEPT:
         value = f.gathered(key)
         if value is not None:
@@ -110,24 +102,10 @@ def _export_layer(
 
 
 def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    parts = factor.tensors()
-    entry: dict[str, Any] = {"structure": factor.structure}
-    if isinstance(factor, GramFactor | DiagonalLowRankFactor):
-        columns = factor.columns.whole()
-        parts["columns"] = columns.data
-        entry |= {
-            "weight": factor.weight,
-            "scale": columns.scale,
-            "sharded": isinstance(factor.columns, ShardedColumns),
-            "core_dtype": str(factor.core_dtype).removeprefix("torch."),
-        }
+    parts, entry = factor.state()
     for key, value in parts.items():
         tensors[f"{prefix}/{key}"] = value.detach().contiguous().clone()
-    if isinstance(factor, GramFactor):
-        entry |= {"discarded": factor.discarded, "reduction": factor.reduction}
-    if isinstance(factor, DiagonalLowRankFactor):
-        entry["sign"] = factor.sign
-    return entry
+    return {"structure": factor.structure, **entry}
 
 
 def restore(
@@ -271,12 +249,8 @@ def _restore_layer(
 
 def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Communicator) -> None:
     """Cuts this rank's share out of what :func:`export` has put together."""
-    g = f.G
-    if entry["G"].get("sharded") and isinstance(g, GramFactor | DiagonalLowRankFactor):
-        whole = g.columns
-        mine = share(whole.shape[1], communicator.rank, communicator.size)
-        local = Columns(whole.data[:, mine].contiguous(), whole.scale, whole.device)
-        g.columns = ShardedColumns(local, whole.shape[1], communicator)
+    if entry["G"].get("sharded"):
+        f.G.shard(communicator)
     rows = entry.get("rows")
     if rows is None or len(rows) != communicator.size:
         return
@@ -317,35 +291,33 @@ class _Reader:
         return self.raw(name, shape).to(self.device)
 
     def factor(self, entry: Mapping[str, Any], prefix: str, dim: int) -> Factor:
-        """Returns a factor of this dimension; columns go where the storage settings say."""
+        """Returns a factor of this dimension."""
         structure = entry["structure"]
-        if structure == "dense":
-            return self._labelled(DenseFactor(self.tensor(f"{prefix}/matrix", (dim, dim))), prefix)
-        if structure not in ("diagonal", "woodbury", "diagonal_low_rank"):
+        found = Factor.structures.get(structure)
+        if found is None:
             raise FactorFileError(f"factors: {prefix} has the unknown structure {structure!r}")
-        if structure == "diagonal":
-            return self._labelled(DiagonalFactor(self._diagonal(prefix, dim)), prefix)
-        weight, core = float(entry["weight"]), _dtype(entry["core_dtype"])
-        data = self.raw(f"{prefix}/columns", (None, dim))
-        columns = put_back(data, float(entry["scale"]), self.settings, core, self.device)
-        if structure == "woodbury":
-            discarded, reduction = float(entry["discarded"]), entry["reduction"]
-            factor: Factor = GramFactor(
-                columns, weight, core, discarded=discarded, reduction=reduction
-            )
-        else:
-            diagonal, sign = self._diagonal(prefix, dim), int(entry["sign"])
-            factor = DiagonalLowRankFactor(diagonal, columns, weight, sign, core)
-        return self._labelled(factor, prefix)
+        return found.restored(entry, dim, _FactorReader(self, prefix))
 
-    def _diagonal(self, prefix: str, dim: int) -> Tensor:
-        return self.tensor(f"{prefix}/diagonal", (dim,))
 
-    def _labelled(self, factor: Factor, prefix: str) -> Factor:
-        name, side = prefix.rsplit("/", 1)
-        columns = f", columns={n}" if (n := getattr(factor, "n_columns", 0)) else ""
-        factor.label = f"layer {name}: {side} side (dim={factor.dim}{columns})"
-        return factor
+@dataclass(frozen=True)
+class _FactorReader:
+    """Takes the tensors of one factor out of a file."""
+
+    read: _Reader
+    prefix: str
+
+    def tensor(self, key: str, *shape: int | None) -> Tensor:
+        """Returns a tensor on the model's device."""
+        return self.read.tensor(f"{self.prefix}/{key}", shape)
+
+    def columns(self, entry: Mapping[str, Any], dim: int) -> tuple[Columns, torch.dtype]:
+        """Returns columns, placed as the storage options say, and the core dtype."""
+        data, core = (
+            self.read.raw(f"{self.prefix}/columns", (None, dim)),
+            _dtype(entry["core_dtype"]),
+        )
+        settings, device = self.read.settings, self.read.device
+        return put_back(data, float(entry["scale"]), settings, core, device), core
 
 
 def _dtype(name: str) -> torch.dtype:

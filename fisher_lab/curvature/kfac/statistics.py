@@ -6,7 +6,7 @@ ranks, and :func:`~.forming.form` divides it into factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,23 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fisher_lab.curvature.collectives import Spread, rank_seed
+from fisher_lab.curvature.collectives import Communicator, Spread, rank_seed
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.accumulators import (
     CountAccumulator,
     GradientAccumulator,
     MomentAccumulator,
     NormAccumulator,
-    as_they_are,
 )
 from fisher_lab.curvature.kfac.capture import Call, Capture
 from fisher_lab.curvature.kfac.draws import scored_of
-from fisher_lab.curvature.kfac.factors import Columns, DiagonalLowRankFactor
+from fisher_lab.curvature.kfac.factors import DiagonalLowRankFactor, ShardedColumns
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, store_columns
 from fisher_lab.curvature.losses import SummedLoss, token_losses
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.memory import on_device
 
 
 class Uncovered:
@@ -116,18 +115,17 @@ class Head:
 
     Attributes:
         name: of the layer; None before the first batch, or where no such head is wanted.
-        parts: probabilities ``[labels, classes]``, a batch each.
-        share: labelled tokens for each one that is kept.
-        spread: makes of stored columns those of several ranks, where a rank has its share only.
+        parts: probabilities ``[labels, classes]``, one tensor per batch.
+        weight: labelled tokens that each kept one stands for.
+        ranks: the ranks of which each holds a slice of the classes, where that is so.
     """
 
     def __init__(self, layers: Layers, settings: EngineSettings, device: torch.device) -> None:
         self._layers, self._settings, self._device = layers, settings, device
         self.name: str | None = None
         self.parts: list[Tensor] = []
-        self.share = 1.0
-        self.spread: Callable[[Columns], Columns] = as_they_are
-        self._hosted = False
+        self.weight = 1.0
+        self.ranks: Communicator | None = None
 
     @property
     def classes(self) -> int:
@@ -166,18 +164,11 @@ class Head:
         """Adds the probabilities of a batch's labelled tokens."""
         if self.name is None or loss.scored is None or loss.scored.n_labels == 0:
             return
-        logits = [loss.scored.logits.detach()]
-
-        def retreat() -> bool:
-            logits.append(logits[-1].to(HOST))
-            return len(logits) == 2
-
-        what = f"{self._label(len(logits[0]))}, probabilities"
-        p = on_host_if_full(lambda: logits[-1].softmax(dim=-1), retreat, what)
-        parts = self.parts
-        parts.append(p if all(part.device == p.device for part in parts) else p.to(HOST))
-        if parts[-1].device != parts[0].device:
-            self._to_host()
+        logits = loss.scored.logits.detach()
+        first = self.parts[0].device if self.parts else logits.device
+        what = f"{self._label(len(logits))}, probabilities"
+        p = on_device(lambda device: logits.to(device).softmax(dim=-1), first, what)
+        self.parts = [*(part.to(p.device) for part in self.parts), p]
 
     def chosen(self, labels: int) -> Tensor | None:
         """Returns which labelled tokens the factor is made of; None for all of them.
@@ -201,31 +192,25 @@ class Head:
             tokens: ``T`` of the layer.
         """
         rows = sum(len(part) for part in self.parts)
-        share = self.share
-        chosen = self.chosen(rows)
+        weight, chosen = self.weight, self.chosen(rows)
         if chosen is not None:
-            share = rows / len(chosen)
+            weight = rows / len(chosen)
 
-        def some() -> Tensor:
+        def some(device: torch.device) -> Tensor:
+            self.parts = [part.to(device) for part in self.parts]
             p = torch.cat(self.parts)
-            return p if chosen is None else p[chosen.to(p.device)]
+            return p if chosen is None else p[chosen.to(device)]
 
         label = self._label(rows)
-        p = on_host_if_full(some, self._to_host, f"{label}, probabilities")
+        p = on_device(some, self.parts[0].device, f"{label}, probabilities")
         name, core = self.name or "", self._settings.numerics.core_dtype
         stored = store_columns(p, self.classes, self._settings, core, name, self._device)
-        return DiagonalLowRankFactor.of_rows(self.spread(stored), share / tokens, core, label)
+        if self.ranks is not None:
+            stored = ShardedColumns(stored, self.classes, self.ranks)
+        return DiagonalLowRankFactor.of_rows(stored, weight / tokens, core, label)
 
     def _label(self, rows: int) -> str:
         return f"layer {self.name}: G side (out={self.classes}, columns={rows})"
-
-    def _to_host(self) -> bool:
-        """Moves the probabilities; False where they are there already."""
-        if self._hosted:
-            return False
-        self.parts = [part.to(HOST) for part in self.parts]
-        self._hosted = True
-        return True
 
 
 InputSum = MomentAccumulator | CountAccumulator

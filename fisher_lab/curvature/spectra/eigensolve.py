@@ -242,7 +242,7 @@ def solve_blocks(
         Block to its spectrum or the reason why there is none; the same on every rank. Blocks that
         no rank's loss reaches are left out.
     """
-    told = communicator.share({name: c.touched for name, c in collectors.items()})
+    told = communicator.all_gather_objects({name: c.touched for name, c in collectors.items()})
     reached = [name for name in collectors if any(other[name] for other in told)]
     if communicator.size == 1:
         return {name: _attempt(solver, name, None) for name in reached}
@@ -285,7 +285,7 @@ def _told_to_all(
     order: Sequence[str], own: Mapping[str, Found], communicator: Communicator
 ) -> dict[str, Found]:
     """Returns all ranks' spectra: the eigenvalues as they are, the rest as JSON."""
-    told = communicator.share({name: _plain(one) for name, one in own.items()})
+    told = communicator.all_gather_objects({name: _plain(one) for name, one in own.items()})
     result: dict[str, Found] = {}
     for index, name in enumerate(order):
         owner = index % communicator.size

@@ -87,7 +87,7 @@ class Led:
         """
         if self._communicator.rank > 0:
             self._serve()
-            error, result = self._communicator.share(None)[0]
+            error, result = self._communicator.all_gather_objects(None)[0]
             raise_others([error])
             return result
         try:
@@ -95,10 +95,10 @@ class Led:
         except Exception as error:
             if not self._failed:  # else all know already
                 self._end()
-                self._communicator.share([f"{type(error).__name__}: {error}", None])
+                self._communicator.all_gather_objects([f"{type(error).__name__}: {error}", None])
             raise
         self._end()
-        self._communicator.share([None, result])
+        self._communicator.all_gather_objects([None, result])
         return result
 
     def _serve(self) -> None:
@@ -126,7 +126,7 @@ class Led:
         if bool(total[-1]):
             self._failed = True
             text = None if own is None else f"{type(own).__name__}: {own}"
-            errors = self._communicator.share(text)
+            errors = self._communicator.all_gather_objects(text)
             if own is not None:
                 raise own
             raise_others(errors)
@@ -213,7 +213,7 @@ class CurvatureOperator:
         self._parts: list[_Part] = []
         together(self._ranks, lambda: self._open(batch, loss_fn))
         own = sum(part.n_labels for part in self._parts)
-        self.n_labels = sum(self._ranks.share(own))
+        self.n_labels = sum(self._ranks.all_gather_objects(own))
         self.n_products = 0
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")

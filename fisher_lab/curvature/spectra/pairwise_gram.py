@@ -187,7 +187,9 @@ class PairGram:
     def add_products(self, weight: FactoredRows) -> None:
         """Takes in a weight whose rows come as products (``factored_gram`` of all ranks)."""
         self._own += factored_gram(weight, len(self._own), self._device).tril()
-        told = self._communicator.share([_tell(*piece) for piece in weight.described()])
+        told = self._communicator.all_gather_objects(
+            [_tell(*piece) for piece in weight.described()]
+        )
         for index in range(max(len(pieces) for pieces in told)):
             own = weight.stored(index)[1:] if index < len(weight) else ()
             for meeting in self._meetings:

@@ -154,7 +154,7 @@ def choose_factored(
         return {}
     own: dict[str, list[int] | None] = {}
     together(ranks, lambda: own.update(_positions(model, linear, samples)))
-    told = ranks.share({n: seen and [max(seen), sum(seen)] for n, seen in own.items()})
+    told = ranks.all_gather_objects({n: seen and [max(seen), sum(seen)] for n, seen in own.items()})
     chosen = {}
     for name, module in linear.items():
         seen = [other[name] for other in told if name in other]

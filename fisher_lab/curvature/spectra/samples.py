@@ -130,7 +130,7 @@ def draw_samples(
         for i, position in enumerate(one.places(unit))
     ]
     keys = [hashlib.sha1(c.encode(), usedforsecurity=False).hexdigest() for _, _, c in contents]
-    told = ranks.share(keys)
+    told = ranks.all_gather_objects(keys)
     every = [key for other in told for key in other]
     kept = _subsample(every, n_samples, seed)
     bounds = [sum(len(other) for other in told[:r]) for r in range(len(told) + 1)]
@@ -177,7 +177,7 @@ def _numbered(found: Sequence[_Sequence], ranks: Communicator) -> list[str]:
     """Appends to each content how often it has come so far, lower ranks first."""
     own = [one.content for one in found]
     seen: Counter[str] = Counter()
-    for other in ranks.share(own)[: ranks.rank]:
+    for other in ranks.all_gather_objects(own)[: ranks.rank]:
         seen.update(other)
     result = []
     for content in own:

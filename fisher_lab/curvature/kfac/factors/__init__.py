@@ -1,16 +1,17 @@
-"""One class a structure: dense, Gram (Woodbury), diagonal, diagonal with a low-rank part.
+"""The structures of factors: dense, Woodbury, diagonal, diagonal with a low-rank part.
 
 Every factor is a positive semi-definite matrix ``M`` of dimension ``dim``. :meth:`Factor.damped`
 gives its damped and clipped form, which applies any power of itself to a matrix.
 """
 
-from fisher_lab.curvature.kfac.factors.base import Damped, Factor, FactorReport
-from fisher_lab.curvature.kfac.factors.columns import ShardedColumns
+from fisher_lab.curvature.kfac.factors.base import ColumnFactor, Damped, Factor, FactorReport
+from fisher_lab.curvature.kfac.factors.columns import Columns, ShardedColumns
 from fisher_lab.curvature.kfac.factors.dense import DenseFactor
 from fisher_lab.curvature.kfac.factors.diagonal import DiagonalFactor, DiagonalLowRankFactor
-from fisher_lab.curvature.kfac.factors.woodbury import Columns, GramFactor
+from fisher_lab.curvature.kfac.factors.woodbury import WoodburyFactor
 
 __all__ = [
+    "ColumnFactor",
     "Columns",
     "Damped",
     "DenseFactor",
@@ -18,6 +19,6 @@ __all__ = [
     "DiagonalLowRankFactor",
     "Factor",
     "FactorReport",
-    "GramFactor",
     "ShardedColumns",
+    "WoodburyFactor",
 ]

@@ -1,21 +1,43 @@
-"""What every factor can do."""
+"""What every factor can do, from its dense matrix alone.
+
+A structure is a class of :class:`Factor` with :meth:`Factor.to_dense` and
+:meth:`Factor.from_dense`. All the rest has a dense default here, which a structure overrides where
+it knows a faster way. Formulas: ``docs/math.md``, sections 2 and 3.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from fisher_lab.config.errors import SettingError
+from fisher_lab.curvature.collectives import Communicator
+from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
-from fisher_lab.curvature.linalg import Clipped, clip
-from fisher_lab.curvature.memory import HOST, on_host_if_full
+from fisher_lab.curvature.linalg import (
+    Cholesky,
+    Clipped,
+    clip,
+    largest_eigenvalue,
+    largest_eigenvalues,
+    robust_cholesky,
+    symmetric_eigen,
+    upper_bound,
+)
+from fisher_lab.curvature.memory import HOST, on_device
 
 T = TypeVar("T")
+
+LARGE = 1024
+"""Side from which a few eigenvalues come cheaper by Lanczos than by a decomposition."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +69,372 @@ class FactorReport:
     floor_applied: bool = True
 
 
-class Damped(ABC):
-    """A factor with its damping and clipping in place, ready to be applied."""
+class Reader(Protocol):
+    """Reads the tensors of one saved factor, checked against the shapes of its layer."""
+
+    def tensor(self, key: str, *shape: int | None) -> Tensor:
+        """Returns a tensor on the model's device; None in ``shape`` stands for any length."""
+        ...
+
+    def columns(self, entry: Mapping[str, Any], dim: int) -> tuple[Columns, torch.dtype]:
+        """Returns columns, placed as the storage options say, and the core dtype."""
+        ...
+
+
+class Factor(ABC):
+    """A positive semi-definite matrix ``M`` of dimension ``dim``.
+
+    Attributes:
+        dim: its dimension.
+        structure: name of the structure, as recorded.
+        method: name of a G side of this structure in ``layers.csv``.
+        structures: every structure, by name.
+        discarded: fraction of the trace that a column reduction left out.
+        reduction: which reduction that was, or "".
+        label: layer, side and both dimensions, for the log.
+    """
+
+    structure: ClassVar[str]
+    method: ClassVar[str] = "eig"
+    structures: ClassVar[dict[str, type[Factor]]] = {}
+    dim: int
+    discarded: float = 0.0
+    reduction: str = ""
+    label: str = ""
+    _eigen: tuple[Tensor, Tensor] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "structure" in vars(cls):
+            Factor.structures[cls.structure] = cls
+
+    # ---- the two methods of a structure ------------------------------------------------------
 
     @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Returns ``M``, ``[dim, dim]`` in the core dtype; collective where sharded."""
+
+    @classmethod
+    @abstractmethod
+    def from_dense(cls, matrix: Tensor) -> Self:
+        """Returns the factor that is a matrix, or has as much of it as the structure can hold.
+
+        Args:
+            matrix: ``[dim, dim]``, symmetric positive semi-definite, in the core dtype.
+        """
+
+    # ---- products and numbers ----------------------------------------------------------------
+
+    @cached_property
+    def core(self) -> Tensor:
+        """The matrix that is decomposed, undamped, in the core dtype."""
+        return self.to_dense()
+
+    def multiply(self, y: Tensor) -> Tensor:
+        """Returns ``M y`` for ``y`` of shape ``[dim, m]``, undamped, in the dtype of ``y``."""
+        return self.to_dense().to(y) @ y
+
+    def trace(self) -> float:
+        """Returns the trace of ``M``."""
+        return float(self.to_dense().diagonal().double().sum())
+
+    def eigen(self, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues ``[n]`` and eigenvectors ``[n, n]`` of the core, computed once."""
+        if self._eigen is None:
+            self._eigen = symmetric_eigen(self.core, on_host=on_host)
+        return self._eigen
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether the eigendecomposition is there already."""
+        return self._eigen is not None
+
+    def spectrum(self) -> tuple[Tensor, int]:
+        """Returns the eigenvalues at hand (>= 0, any order) and the number of further zeros."""
+        return self.eigen()[0], 0
+
+    def basis(self, numerics: Numerics) -> tuple[Tensor, Columns | None]:
+        """Returns the eigenvalues ``[r]`` and eigenvectors of ``M`` that EKFAC works in.
+
+        Args:
+            numerics: precision.
+
+        Returns:
+            The eigenvectors as ``r`` columns ``[r, dim]``; None for the unit vectors.
+        """
+        values, vectors = self.eigen(on_host=numerics.on_host)
+        return values, Columns(vectors.T, 1.0, vectors.device)
+
+    def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> Damped:
+        """Returns the damped and clipped form (``docs/math.md``, section 2)."""
+        return Damped(self, lam, kappa_max, numerics)
+
+    def plus_diagonal(self, diagonal: Tensor) -> Factor:
+        """Returns ``M + diag(diagonal)``; ``diagonal`` is ``[dim]``, >= 0."""
+        matrix = self.to_dense().clone()
+        matrix.diagonal().add_(diagonal.to(matrix))
+        return Factor.structures["dense"].from_dense(matrix)
+
+    def product(self, y: Tensor) -> Tensor:
+        """Returns :meth:`multiply`, in host memory where the device is full."""
+        return self.on_device(
+            "product", lambda: self.multiply(y.to(self.device)).to(y.device), self.to_host
+        )
+
+    def top(self, k: int) -> Tensor:
+        """Returns the ``min(k, dim)`` largest eigenvalues, float64, descending."""
+        return self.on_device("spectrum", lambda: self._top(k), self.to_host).cpu()
+
+    def _top(self, k: int) -> Tensor:
+        if not self.decomposed and len(self.core) >= k * LARGE:
+            core = self.core
+            return largest_eigenvalues(lambda v: core @ v, core, len(core), k)
+        return self._largest_known(k)
+
+    def _largest_known(self, k: int) -> Tensor:
+        values, n_zero = self.spectrum()
+        values = values.double().sort(descending=True).values[:k]
+        missing = min(k - values.numel(), n_zero)
+        return torch.cat([values, values.new_zeros(max(0, missing))])
+
+    # ---- where it is kept --------------------------------------------------------------------
+
+    @property
+    def n_columns(self) -> int:
+        """Number of token columns that the factor is kept as."""
+        return 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a slice of the factor only, so that it works collectively."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where products with the factor are formed."""
+        return next(iter(self.tensors().values())).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that the factor consists of on this process, without derived ones."""
+        held = {k: v.data if isinstance(v, Columns) else v for k, v in self._held().items()}
+        return {key: value for key, value in held.items() if isinstance(value, Tensor)}
+
+    def _held(self) -> dict[str, Tensor | Columns]:
+        derived = _cached(self)
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if isinstance(value, Tensor | Columns) and key not in derived
+        }
+
+    def nbytes(self) -> int:
+        """Returns the bytes that the factor takes on this process."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def to_host(self) -> None:
+        """Moves the factor to host memory; what was derived from it is let go."""
+        for key, value in self._held().items():
+            setattr(self, key, value.to(HOST))
+        self._eigen = None
+        forget_derived(self)
+
+    def on_device(self, operation: str, work: Callable[[], T], to_host: Callable[[], None]) -> T:
+        """Does an operation of this side of a layer, in host memory where the device is full.
+
+        Args:
+            operation: its name, for the log.
+            work: takes its data to :attr:`device` by itself.
+            to_host: moves the factor, and lets go of what was derived from it.
+        """
+        what = f"{self.label}, {operation}"
+        return on_device(lambda _: work(), self.device, what, to_host, collective=self.sharded)
+
+    def shard(self, communicator: Communicator) -> None:
+        """Keeps this rank's slice only, of a factor that all ranks have whole.
+
+        Raises:
+            TypeError: ranks cannot hold slices of the structure.
+        """
+        raise TypeError(f"{self.structure}: ranks hold it whole")
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns tensors and JSON-able values for :meth:`restored`; collective where sharded."""
+        return {"matrix": self.to_dense()}, {}
+
+    @classmethod
+    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> Factor:
+        """Returns a factor from what :meth:`state` gave.
+
+        Args:
+            entry: the JSON-able values.
+            dim: the dimension that the layer wants.
+            read: reads the tensors.
+        """
+        return cls.from_dense(read.tensor("matrix", dim, dim))
+
+
+class ColumnFactor(Factor):
+    """A factor with a part ``w g^T g`` that is kept as its token columns.
+
+    Attributes:
+        columns: ``g``, stored in any dtype and place; perhaps this rank's slice of them.
+        weight: ``w``.
+        core_dtype: dtype of the core, ``[T, T]``.
+    """
+
+    columns: Columns
+    weight: float
+    core_dtype: torch.dtype
+
+    @property
+    @override
+    def n_columns(self) -> int:
+        return self.columns.shape[0]
+
+    @property
+    @override
+    def sharded(self) -> bool:
+        return self.columns.sharded
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        """Where products are formed; the columns may be stored in another place."""
+        return self.columns.device
+
+    @override
+    def to_dense(self) -> Tensor:
+        return self.multiply(torch.eye(self.dim, dtype=self.core_dtype, device=self.device))
+
+    @override
+    def shard(self, communicator: Communicator) -> None:
+        self.columns = self.columns.shard(communicator)
+
+    @override
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        whole = self.columns.whole()
+        entry = {
+            "weight": self.weight,
+            "scale": whole.scale,
+            "sharded": self.sharded,
+            "core_dtype": str(self.core_dtype).removeprefix("torch."),
+        }
+        return {"columns": whole.data}, entry
+
+
+F = TypeVar("F", bound=Factor)
+
+
+class Damped(Generic[F]):
+    """A factor with its damping and clipping in place, ready to be applied.
+
+    The core of the factor is decomposed: by Cholesky factorisation for an inverse where nothing
+    can be clipped (exact, and cheaper), by eigendecomposition for everything else.
+
+    Args:
+        factor: the factor.
+        lam: Tikhonov damping.
+        kappa_max: largest condition number, or None for no floor.
+        numerics: precision.
+    """
+
+    route = "eigh"
+
+    def __init__(self, factor: F, lam: float, kappa_max: float | None, numerics: Numerics) -> None:
+        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
+
+    # ---- what is decomposed ------------------------------------------------------------------
+
+    @property
+    def core(self) -> Tensor:
+        """The matrix that is decomposed, undamped, in the core dtype; collective if sharded."""
+        return self.factor.core
+
+    @cached_property
+    def cholesky(self) -> Cholesky | None:
+        """The factorisation of the damped matrix, or None where it has to be clipped."""
+        if self.factor.decomposed or self.lam <= 0:
+            return None
+        if not floor_cannot_bind(self.core, self.lam, self.kappa_max):
+            return None
+        return robust_cholesky(
+            self.core, self.lam, self.numerics.eps, on_host=self.numerics.on_host
+        )
+
+    @cached_property
+    def lower(self) -> Tensor | None:
+        """The Cholesky factor in the apply dtype."""
+        found = self.cholesky
+        lower = None if found is None else found.lower
+        return None if lower is None else lower.to(self.numerics.apply_dtype)
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues and eigenvectors of the core."""
+        return self.factor.eigen(on_host=self.numerics.on_host)
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """The spectrum in use."""
+        self.eigen()
+        values, n_zero = self.factor.spectrum()
+        return clip(values, n_zero, self.lam, self.kappa_max)
+
+    @cached_property
+    def _used(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues in use and eigenvectors, in the apply dtype."""
+        dtype = self.numerics.apply_dtype
+        return self.clipped.used.to(dtype), self.eigen()[1].to(dtype)
+
+    def pending(self, *, eigen: bool = False) -> bool:
+        """Says whether a decomposition is left to do on this process.
+
+        Args:
+            eigen: whether it is the eigendecomposition that is wanted (EKFAC).
+        """
+        if self.factor.decomposed:
+            return False
+        return eigen or vars(self).get("cholesky") is None
+
+    def prepare(self, *, eigen: bool = False) -> None:
+        """Does the decomposition that an inverse needs (``eigen``: that EKFAC needs), now."""
+        self._on_device("decomposition", lambda: self._prepare(eigen))
+
+    def _prepare(self, eigen: bool) -> None:
+        if eigen:
+            self.eigen()
+        elif self.lower is None:
+            _ = self.clipped
+
+    def form_core(self) -> Tensor:
+        """Returns the core, in host memory where the device is full; collective if sharded."""
+        return self._on_device("matrix", lambda: self.core)
+
+    def decomposition(self) -> tuple[Cholesky | None, tuple[Tensor, Tensor] | None]:
+        """Returns what :meth:`prepare` found: the factorisation, and what is in use without one."""
+        found: Cholesky | None = vars(self).get("cholesky")
+        done = found is not None and found.lower is not None
+        return found, None if done else self.eigen()
+
+    def adopt(self, cholesky: Cholesky | None, eigen: tuple[Tensor, Tensor] | None) -> None:
+        """Takes over a decomposition that another rank, or this one, has found."""
+        if cholesky is not None:
+            self.cholesky = cholesky
+            vars(self).pop("lower", None)  # made of this rank's own
+        if eigen is not None:
+            self.factor._eigen = eigen
+
+    def to_host(self) -> None:
+        """Moves the factor to host memory; every decomposition is let go."""
+        self.factor.to_host()
+        forget_derived(self)
+
+    def _on_device(self, operation: str, work: Callable[[], T]) -> T:
+        return self.factor.on_device(operation, work, self.to_host)
+
+    # ---- applying ----------------------------------------------------------------------------
+
     def power(self, y: Tensor, p: float) -> Tensor:
         """Returns ``M_used^p y``.
 
@@ -61,131 +445,99 @@ class Damped(ABC):
         Raises:
             SettingError: ``p < 0`` without damping, or a power that the structure lacks.
         """
+        self.check_power(p)
+        return self._applied(lambda y: self._power(y, p), y)
 
-    @abstractmethod
+    def push_through(self, b: Tensor, p: float) -> Tensor:
+        """Returns ``M_used^p g^T b`` for a factor that is kept as columns ``g``.
+
+        Args:
+            b: ``[T, m]`` in the apply dtype.
+            p: the power.
+
+        Raises:
+            SettingError: the structure has no columns, or as :meth:`power`.
+        """
+        self.check_power(p)
+        return self._applied(lambda b: self._push_through(b, p), b)
+
+    def _applied(self, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        """Applies a function where the factor is; the result comes back to where ``y`` is."""
+        return self._on_device(
+            "application", lambda: function(y.to(self.factor.device)).to(y.device)
+        )
+
+    def _push_through(self, b: Tensor, p: float) -> Tensor:
+        raise SettingError(
+            f"push-through: the structure {self.factor.structure} keeps no token columns"
+        )
+
+    def check_power(self, p: float) -> None:
+        """Checks that a power can be taken.
+
+        Raises:
+            SettingError: a negative power without damping.
+        """
+        if p < 0 and self.lam <= 0:
+            raise SettingError(
+                f"damping: {self.lam:g} with power {p:g}; allowed: above 0 for powers < 0"
+            )
+
+    def _power(self, y: Tensor, p: float) -> Tensor:
+        if p == -1 and self.lower is not None:
+            return torch.cholesky_solve(y, self.lower)
+        if p == 1 and self.kappa_max is None:
+            return self.factor.multiply(y) + self.lam * y
+        used, vectors = self._used
+        return vectors @ (used.pow(p)[:, None] * (vectors.T @ y))
+
+    # ---- numbers -----------------------------------------------------------------------------
+
     def report(self, *, kappa: bool = True) -> FactorReport:
         """Returns what was done; may cost an eigenvalue computation the first time.
 
         Args:
             kappa: False leaves out condition numbers that would have to be computed.
         """
+        return self._on_device("report", lambda: self._report(kappa))
 
-    @abstractmethod
+    def _report(self, wanted: bool) -> FactorReport:
+        found, dim = self.cholesky, self.factor.dim
+        if found is None or found.lower is None:
+            c = self.clipped
+            fallback = "" if found is None else "eigh"
+            return FactorReport(
+                dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, self.route,
+                fallback=fallback,
+            )  # fmt: skip
+        kappa = self._kappa(found.lower) if wanted else math.nan
+        return FactorReport(dim, self.lam, 0, kappa, kappa, "cholesky", found.jitter, found.eps)
+
+    def _kappa(self, lower: Tensor) -> float:
+        """Condition number of ``M + lam I`` from its Cholesky factor, both ends by Lanczos."""
+        core = self.core
+        n = core.shape[0]
+        top, _ = largest_eigenvalue(lambda v: core @ v, core, n)
+        inverse, _ = largest_eigenvalue(
+            lambda v: torch.cholesky_solve(v[:, None], lower)[:, 0], core, n
+        )
+        # The damping bounds the smallest eigenvalue from below; rounding must not go under it.
+        return (top + self.lam) * min(inverse, 1.0 / self.lam)
+
     def logdet(self) -> float:
         """Returns the log-determinant of the matrix in use."""
+        return self._on_device("log-determinant", self._logdet)
 
-
-class Factor(ABC):
-    """A positive semi-definite matrix ``M`` of dimension ``dim``.
-
-    Attributes:
-        dim: its dimension.
-        structure: name of the structure, as recorded.
-        label: layer, side and both dimensions, for the log.
-        hosted: whether a full device has sent it to the host.
-        movable: whether it can go there.
-    """
-
-    dim: int
-    structure: str
-    label: str = ""
-    hosted: bool = False
-    movable: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        """Where products with the factor are formed."""
-        return next(iter(self.tensors().values())).device
-
-    def move(self, device: torch.device) -> None:
-        """Moves what the factor holds; what was derived from it is let go."""
-        raise NotImplementedError(f"{self.structure}: stays where it is")
-
-    def to_host(self) -> bool:
-        """Goes on on the host; False where it is there already for want of room."""
-        if self.hosted or not self.movable:
-            return False
-        self.move(HOST)
-        self.hosted = True
-        return True
-
-    @abstractmethod
-    def multiply(self, y: Tensor) -> Tensor:
-        """Returns ``M y`` for ``y`` of shape ``[dim, m]``, undamped, in the dtype of ``y``."""
-
-    def product(self, y: Tensor) -> Tensor:
-        """:meth:`multiply` where the factor is, on the host where the device is full."""
-        return on_host_if_full(
-            lambda: self.multiply(y.to(self.device)).to(y.device),
-            self.to_host,
-            f"{self.label}, product",
-        )
-
-    @abstractmethod
-    def trace(self) -> float:
-        """Returns the trace of ``M``."""
-
-    @abstractmethod
-    def spectrum(self) -> tuple[Tensor, int]:
-        """Returns the eigenvalues at hand (>= 0, any order) and the number of further zeros."""
-
-    @abstractmethod
-    def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> Damped:
-        """Returns the damped and clipped form (``docs/math.md``, section 2)."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors that the factor consists of, for files and for counting bytes."""
-
-    def finite(self) -> bool:
-        """Says whether the factor holds neither NaN nor infinity."""
-        return all(bool(torch.isfinite(t).all()) for t in self.tensors().values())
-
-    def top(self, k: int) -> Tensor:
-        """Returns the ``min(k, dim)`` largest eigenvalues, float64, descending."""
-        what = f"{self.label}, spectrum"
-        return on_host_if_full(lambda: self._top(k), self.to_host, what).cpu()
-
-    def _top(self, k: int) -> Tensor:
-        values, n_zero = self.spectrum()
-        values = values.double().sort(descending=True).values[:k]
-        missing = min(k - values.numel(), n_zero)
-        return torch.cat([values, values.new_zeros(max(0, missing))])
-
-    def nbytes(self) -> int:
-        """Returns the bytes that the factor takes."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-
-class Movable(Damped):
-    """A damped factor whose steps go on on the host where the device is full.
-
-    Attributes:
-        factor: the factor.
-    """
-
-    factor: Any
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Lets go of every decomposition."""
-
-    def guarded(self, step: str, work: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        """Runs ``work`` on ``y`` where the factor is; the result comes back to where ``y`` was."""
-        return on_host_if_full(
-            lambda: work(y.to(self.factor.device)).to(y.device),
-            self._retreat,
-            f"{self.factor.label}, {step}",
-        )
-
-    def guarded_step(self, step: str, work: Callable[[], T]) -> T:
-        """Runs a step that takes and returns no tensor of the caller's."""
-        return on_host_if_full(work, self._retreat, f"{self.factor.label}, {step}")
-
-    def _retreat(self) -> bool:
-        moved = self.factor.to_host()
-        self.forget()
-        return moved
+    def _logdet(self) -> float:
+        found = self.cholesky
+        if found is not None and found.lower is not None:
+            n_zero = self.factor.dim - len(found.lower)
+            if n_zero >= 0:
+                # det(w g^T g + lam I) = lam^(dim - T) det(K + lam I).
+                known = 2.0 * float(found.lower.diagonal().double().log().sum())
+                return known + n_zero * math.log(self.lam)
+        clipped = self.clipped
+        return clipped_logdet(clipped, self.factor.spectrum()[1])
 
 
 def clipped_logdet(clipped: Clipped, n_zero: int) -> float:
@@ -198,4 +550,25 @@ def clipped_logdet(clipped: Clipped, n_zero: int) -> float:
     )
 
 
-__all__ = ["Damped", "Factor", "FactorReport", "Movable", "clip", "clipped_logdet"]
+def floor_cannot_bind(matrix: Tensor, lam: float, kappa_max: float | None) -> bool:
+    """Says whether the floor lies at or under the damping, so that nothing can be clipped.
+
+    The largest eigenvalue decides: first by a bound that costs nothing, then by Lanczos.
+    """
+    if kappa_max is None:
+        return True
+    if (upper_bound(matrix) + lam) / kappa_max <= lam:
+        return True
+    value, residual = largest_eigenvalue(lambda v: matrix @ v, matrix, matrix.shape[0])
+    return (value + residual + lam) / kappa_max <= lam
+
+
+def _cached(holder: Factor | Damped) -> set[str]:
+    """Names of the values that a cached property of the holder has computed."""
+    return {n for n in vars(holder) if isinstance(getattr(type(holder), n, None), cached_property)}
+
+
+def forget_derived(holder: Factor | Damped) -> None:
+    """Lets go of every value that a cached property of the holder has computed."""
+    for name in _cached(holder):
+        delattr(holder, name)

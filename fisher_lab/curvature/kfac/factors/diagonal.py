@@ -7,17 +7,23 @@ The A of an embedding is ``diag(token counts) / T``; the true-Fisher G of a soft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature.kfac.factors.base import Factor, FactorReport, Movable, clipped_logdet
-from fisher_lab.curvature.kfac.factors.columns import ShardedColumns
-from fisher_lab.curvature.kfac.factors.dense import check_power
-from fisher_lab.curvature.kfac.factors.woodbury import Columns
+from fisher_lab.curvature.kfac.factors.base import (
+    ColumnFactor,
+    Damped,
+    Factor,
+    FactorReport,
+    Reader,
+)
+from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
     Cholesky,
@@ -27,7 +33,7 @@ from fisher_lab.curvature.linalg import (
     robust_cholesky,
     symmetric_eigen,
 )
-from fisher_lab.curvature.memory import on_host_if_full
+from fisher_lab.curvature.memory import on_device
 
 
 class DiagonalFactor(Factor):
@@ -38,76 +44,82 @@ class DiagonalFactor(Factor):
     """
 
     structure = "diagonal"
-    movable = True
 
     def __init__(self, diagonal: Tensor) -> None:
         self.diagonal = diagonal
         self.dim = diagonal.numel()
 
+    @override
+    def to_dense(self) -> Tensor:
+        return torch.diag(self.diagonal)
+
+    @classmethod
+    @override
+    def from_dense(cls, matrix: Tensor) -> DiagonalFactor:
+        return cls(matrix.diagonal().clone())
+
+    @override
     def multiply(self, y: Tensor) -> Tensor:
-        """See :meth:`Factor.multiply`."""
         return self.diagonal.to(y)[:, None] * y
 
+    @override
     def trace(self) -> float:
-        """See :meth:`Factor.trace`."""
         return float(self.diagonal.double().sum())
 
+    @override
     def spectrum(self) -> tuple[Tensor, int]:
-        """See :meth:`Factor.spectrum`."""
         return self.diagonal, 0
 
+    @override
+    def _top(self, k: int) -> Tensor:
+        return self._largest_known(k)
+
+    @override
+    def basis(self, numerics: Numerics) -> tuple[Tensor, None]:
+        return self.diagonal, None
+
+    @override
     def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedDiagonal:
-        """See :meth:`Factor.damped`."""
-        return DampedDiagonal(self, lam, kappa_max)
+        return DampedDiagonal(self, lam, kappa_max, numerics)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See :meth:`Factor.tensors`."""
-        return {"diagonal": self.diagonal}
+    @override
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"diagonal": self.diagonal}, {}
 
-    def move(self, device: torch.device) -> None:
-        """See :meth:`Factor.move`."""
-        self.diagonal = self.diagonal.to(device)
+    @classmethod
+    @override
+    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> DiagonalFactor:
+        return cls(read.tensor("diagonal", dim))
 
 
-class DampedDiagonal(Movable):
-    """A damped and clipped diagonal factor."""
+class DampedDiagonal(Damped[DiagonalFactor]):
+    """A damped and clipped diagonal factor: there is nothing to decompose."""
 
-    def __init__(self, factor: DiagonalFactor, lam: float, kappa_max: float | None) -> None:
-        self.factor, self.lam, self.kappa_max = factor, lam, kappa_max
+    route = "diagonal"
 
-    def forget(self) -> None:
-        """See :meth:`Movable.forget`."""
-        vars(self).pop("clipped", None)
+    @cached_property
+    def cholesky(self) -> None:
+        """None: the spectrum itself is at hand."""
 
     @cached_property
     def clipped(self) -> Clipped:
         """The spectrum in use."""
         return clip(self.factor.diagonal, 0, self.lam, self.kappa_max)
 
-    def prepare(self) -> None:
-        """Nothing to decompose."""
+    @override
+    def _prepare(self, eigen: bool) -> None:
+        pass
 
-    def power(self, y: Tensor, p: float) -> Tensor:
-        """See :meth:`Damped.power`."""
-        check_power(p, self.lam)
-        return self.guarded("application", lambda y: self._power(y, p), y)
+    @override
+    def pending(self, *, eigen: bool = False) -> bool:
+        return False
 
+    @override
     def _power(self, y: Tensor, p: float) -> Tensor:
         return self.clipped.used.to(y).pow(p)[:, None] * y
 
-    def report(self, *, kappa: bool = True) -> FactorReport:
-        """See :meth:`Damped.report`."""
-        c = self.clipped
-        return FactorReport(
-            self.factor.dim, self.lam, c.clipped, c.kappa_before, c.kappa_after, "diagonal"
-        )
 
-    def logdet(self) -> float:
-        """See :meth:`Damped.logdet`."""
-        return clipped_logdet(self.clipped, 0)
-
-
-class DiagonalLowRankFactor(Factor):
+class DiagonalLowRankFactor(ColumnFactor):
     """``M = diag(d) + sign * w P^T P`` with ``P`` of shape ``[N, dim]``.
 
     With ``sign = -1`` it is the true Fisher of a softmax head, positive semi-definite as long as
@@ -123,7 +135,6 @@ class DiagonalLowRankFactor(Factor):
     """
 
     structure = "diagonal_low_rank"
-    movable = True
 
     def __init__(
         self, diagonal: Tensor, columns: Columns, weight: float, sign: int, core_dtype: torch.dtype
@@ -132,15 +143,15 @@ class DiagonalLowRankFactor(Factor):
         self.sign, self.core_dtype = sign, core_dtype
         self.dim = diagonal.numel()
 
-    @property
-    def n_columns(self) -> int:
-        """Number of rows of ``P``."""
-        return self.columns.shape[0]
-
-    def multiply(self, y: Tensor) -> Tensor:
-        """See :meth:`Factor.multiply`."""
-        low = self.columns.transposed_times(self.columns.times(y)).mul_(self.weight * self.sign)
-        return low.add_(self.diagonal.to(y)[:, None] * y)
+    @classmethod
+    @override
+    def from_dense(cls, matrix: Tensor) -> DiagonalLowRankFactor:
+        """Half of the smallest eigenvalue goes to the diagonal, the rest to the low-rank part."""
+        values, vectors = symmetric_eigen(matrix)
+        least = values.min() / 2
+        columns = (vectors * (values - least).sqrt()).T.contiguous()
+        diagonal = least.expand(len(values)).clone()
+        return cls(diagonal, Columns(columns, 1.0, columns.device), 1.0, 1, matrix.dtype)
 
     @classmethod
     def of_rows(
@@ -156,86 +167,87 @@ class DiagonalLowRankFactor(Factor):
             core_dtype: dtype of the core and of the diagonal.
             label: layer, side and both dimensions, for the log.
         """
-        nothing = torch.empty(0, dtype=core_dtype, device=columns.device)
-        factor = cls(nothing, columns, weight, -1, core_dtype)
-        factor.dim, factor.label = columns.shape[1], label
-        what = f"{label}, diagonal"
-        factor.diagonal = on_host_if_full(factor._row_sum, factor.to_host, what)
-        return factor
 
-    def _row_sum(self) -> Tensor:
-        ones = torch.ones(self.n_columns, 1, dtype=self.core_dtype, device=self.device)
-        return self.columns.transposed_times(ones)[:, 0] * self.weight
+        def row_sum(device: torch.device) -> tuple[Columns, Tensor]:
+            here = columns if device == columns.device else columns.to(device)
+            ones = torch.ones(here.shape[0], 1, dtype=core_dtype, device=device)
+            return here, here.transposed_times(ones)[:, 0] * weight
 
+        here, diagonal = on_device(
+            row_sum, columns.device, f"{label}, diagonal", collective=columns.sharded
+        )
+        return cls(diagonal, here, weight, -1, core_dtype)
+
+    @override
+    def multiply(self, y: Tensor) -> Tensor:
+        low = self.columns.transposed_times(self.columns.times(y)).mul_(self.weight * self.sign)
+        return low.add_(self.diagonal.to(y)[:, None] * y)
+
+    @override
     def trace(self) -> float:
-        """See :meth:`Factor.trace`."""
         low = self.weight * self.columns.squared_norm()
         return float(self.diagonal.double().sum()) + self.sign * low
 
+    @override
     def spectrum(self) -> tuple[Tensor, int]:
-        """See :meth:`Factor.spectrum`; :meth:`top` goes by Lanczos.
+        """Raises an error: the spectrum would need a dense matrix.
 
         Raises:
-            SettingError: the spectrum of this structure is not at hand.
+            SettingError: always; :meth:`top` uses Lanczos.
         """
         raise SettingError(
             f"spectrum: not at hand for the structure {self.structure}; allowed: top, trace, "
             "products"
         )
 
-    def _top(self, k: int) -> Tensor:
-        columns = self.columns
-        agreed: Callable[[bool], bool] = bool
-        if isinstance(columns, ShardedColumns):  # the products are collective: all stop together
-            agreed = columns.agreed
-        return largest_eigenvalues(
-            lambda v: self.multiply(v[:, None])[:, 0], self.diagonal, self.dim, k, agreed=agreed
+    @override
+    def basis(self, numerics: Numerics) -> tuple[Tensor, Columns | None]:
+        """Raises an error, as :meth:`spectrum`."""
+        raise SettingError(
+            f"eigenbasis: not at hand for the structure {self.structure}; allowed: dense or "
+            "woodbury"
         )
 
+    @override
+    def _top(self, k: int) -> Tensor:
+        return largest_eigenvalues(
+            lambda v: self.multiply(v[:, None])[:, 0],
+            self.diagonal,
+            self.dim,
+            k,
+            agreed=self.columns.any_rank,  # where products are collective, all ranks stop together
+        )
+
+    @override
     def damped(
         self, lam: float, kappa_max: float | None, numerics: Numerics
     ) -> DampedDiagonalLowRank:
-        """See :meth:`Factor.damped`."""
         return DampedDiagonalLowRank(self, lam, kappa_max, numerics)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See :meth:`Factor.tensors`."""
-        return {"diagonal": self.diagonal, "columns": self.columns.data}
+    @override
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, entry = super().state()
+        return {"diagonal": self.diagonal, **tensors}, entry | {"sign": self.sign}
 
-    @property
-    def device(self) -> torch.device:
-        """See :class:`Factor`: not where the columns are stored, but where they are used."""
-        return self.columns.device
-
-    def move(self, device: torch.device) -> None:
-        """See :meth:`Factor.move`."""
-        self.diagonal = self.diagonal.to(device)
-        self.columns = Columns(self.columns.data.to(device), self.columns.scale, device)
-
-    def to_host(self) -> bool:
-        """See :meth:`Factor.to_host`; never where products take several ranks together."""
-        return type(self.columns) is Columns and super().to_host()
+    @classmethod
+    @override
+    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> DiagonalLowRankFactor:
+        columns, core_dtype = read.columns(entry, dim)
+        diagonal, weight = read.tensor("diagonal", dim), float(entry["weight"])
+        return cls(diagonal, columns, weight, int(entry["sign"]), core_dtype)
 
 
-class DampedDiagonalLowRank(Movable):
+class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
     """Damped, not clipped; inverse by Woodbury around the diagonal."""
 
-    def __init__(
-        self,
-        factor: DiagonalLowRankFactor,
-        lam: float,
-        kappa_max: float | None,
-        numerics: Numerics,
-    ) -> None:
-        self.factor, self.lam, self.kappa_max, self.numerics = factor, lam, kappa_max, numerics
-
-    def forget(self) -> None:
-        """See :meth:`Movable.forget`."""
-        for name in ("core", "cholesky", "eigen"):
-            vars(self).pop(name, None)
+    @property
+    @override
+    def core(self) -> Tensor:
+        """``S - I``."""
+        return self.inner
 
     @cached_property
-    def core(self) -> Tensor:
+    def inner(self) -> Tensor:
         """``S - I = sign w P D^-1 P^T``, ``[N, N]`` in the core dtype."""
         f = self.factor
         inverse = (f.diagonal + self.lam).reciprocal()
@@ -247,40 +259,45 @@ class DampedDiagonalLowRank(Movable):
         return robust_cholesky(self.core, 1.0, self.numerics.eps, on_host=self.numerics.on_host)
 
     @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
+    def core_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues, above rounding, and eigenvectors of ``S``: where Cholesky fails."""
         identity = torch.eye(len(self.core), dtype=self.core.dtype, device=self.core.device)
         values, vectors = symmetric_eigen(self.core + identity, on_host=self.numerics.on_host)
         least = len(values) * torch.finfo(values.dtype).eps * float(values.max())
         return values.clamp(min=least), vectors
 
-    def prepare(self) -> None:
-        """Factorises the core, now."""
-        self.guarded_step("decomposition", self._prepare)
+    @override
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        return self.core_eigen
 
-    def _prepare(self) -> None:
+    @override
+    def pending(self, *, eigen: bool = False) -> bool:
+        return "cholesky" not in vars(self)
+
+    @override
+    def _prepare(self, eigen: bool) -> None:
         if self.cholesky.lower is None:
-            _ = self.eigen
+            self.eigen()
 
-    def _solve(self, y: Tensor) -> Tensor:
-        """Returns ``S^-1 y``."""
-        if self.cholesky.lower is not None:
-            return torch.cholesky_solve(y, self.cholesky.lower.to(y))
-        values, vectors = (t.to(y) for t in self.eigen)
-        return vectors @ ((vectors.T @ y) / values[:, None])
+    @override
+    def adopt(self, cholesky: Cholesky | None, eigen: tuple[Tensor, Tensor] | None) -> None:
+        super().adopt(cholesky, None)
+        if eigen is not None:
+            self.core_eigen = eigen
 
-    def power(self, y: Tensor, p: float) -> Tensor:
-        """See :meth:`Damped.power`.
+    @override
+    def check_power(self, p: float) -> None:
+        """Checks that a power can be taken.
 
         Raises:
-            SettingError: a power other than -1 and 1.
+            SettingError: a power other than -1 and 1, or -1 without damping.
         """
-        check_power(p, self.lam)
+        super().check_power(p)
         if p not in (-1, 1):
             structure = self.factor.structure
             raise SettingError(f"power: {p:g} on the structure {structure}; allowed: -1, 1")
-        return self.guarded("application", lambda y: self._power(y, p), y)
 
+    @override
     def _power(self, y: Tensor, p: float) -> Tensor:
         f = self.factor
         if p == 1:
@@ -291,11 +308,16 @@ class DampedDiagonalLowRank(Movable):
         low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
         return scaled - inverse * low
 
-    def report(self, *, kappa: bool = True) -> FactorReport:
-        """See :meth:`Damped.report`; the condition number is bounded by the diagonal's."""
-        return self.guarded_step("report", self._report)
+    def _solve(self, y: Tensor) -> Tensor:
+        """Returns ``S^-1 y``."""
+        if self.cholesky.lower is not None:
+            return torch.cholesky_solve(y, self.cholesky.lower.to(y))
+        values, vectors = (t.to(y) for t in self.eigen())
+        return vectors @ ((vectors.T @ y) / values[:, None])
 
-    def _report(self) -> FactorReport:
+    @override
+    def _report(self, wanted: bool) -> FactorReport:
+        """Returns the report; the condition number is bounded by the diagonal's."""
         d = self.factor.diagonal + self.lam
         low = self.lam if self.factor.sign < 0 else float(d.min())
         kappa = float(d.max()) / low if low > 0 else float("inf")
@@ -306,12 +328,10 @@ class DampedDiagonalLowRank(Movable):
             found.jitter, found.eps, "eigh" if failed else "", self.kappa_max is None,
         )  # fmt: skip
 
-    def logdet(self) -> float:
-        """See :meth:`Damped.logdet`: ``log det D + log det S``."""
-        return self.guarded_step("log-determinant", self._logdet)
-
+    @override
     def _logdet(self) -> float:
+        """Returns ``log det D + log det S``."""
         outer = float((self.factor.diagonal.double() + self.lam).log().sum())
         if self.cholesky.lower is not None:
             return outer + 2.0 * float(self.cholesky.lower.double().diagonal().log().sum())
-        return outer + float(self.eigen[0].double().log().sum())
+        return outer + float(self.eigen()[0].double().log().sum())
