@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fisher_lab.config.kfac import Numerics, SettingError
+from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.kfac.factors import (
     Columns,
     DenseFactor,
@@ -17,9 +17,11 @@ from fisher_lab.curvature.kfac.factors import (
     WoodburyFactor,
     base,
 )
+from fisher_lab.curvature.kfac.numerics import Numerics
 
 DOUBLE = torch.float64
 DIM, LAM, KAPPA = 9, 1e-2, 20.0
+NUMERICS = Numerics(DOUBLE, DOUBLE, 1e-6)
 
 
 class ScaledIdentity(Factor):
@@ -119,7 +121,7 @@ class TestEveryStructure:
     @pytest.mark.parametrize("kappa", [None, KAPPA])
     @pytest.mark.parametrize("p", [-1.0, -0.5, 0.5, 1.0])
     def test_powers_are_those_of_the_damped_and_clipped_matrix(self, name, factor, p, kappa):
-        y, damped = random(DIM, 3, seed=2), factor.damped(LAM, kappa, Numerics(apply_dtype=DOUBLE))
+        y, damped = random(DIM, 3, seed=2), factor.damped(LAM, kappa, NUMERICS)
         if name in LOW_RANK and p not in (-1.0, 1.0):
             with pytest.raises(SettingError, match="allowed: -1, 1"):
                 damped.power(y, p)
@@ -130,7 +132,7 @@ class TestEveryStructure:
     @pytest.mark.parametrize("kappa", [None, KAPPA])
     @pytest.mark.parametrize("eigen", [False, True])
     def test_what_was_done_is_reported(self, name, factor, kappa, eigen):
-        damped = factor.damped(LAM, kappa, Numerics(apply_dtype=DOUBLE))
+        damped = factor.damped(LAM, kappa, NUMERICS)
         damped.prepare(eigen=eigen and name not in LOW_RANK)
         assert not damped.pending()
         values, _ = used(factor.to_dense(), None if name in LOW_RANK else kappa)
@@ -151,9 +153,9 @@ class TestEveryStructure:
     def test_the_eigenbasis_gives_the_matrix_back(self, name, factor):
         if name in LOW_RANK:
             with pytest.raises(SettingError):
-                factor.basis(Numerics())
+                factor.basis(NUMERICS)
             return
-        values, vectors = factor.basis(Numerics())
+        values, vectors = factor.basis(NUMERICS)
         matrix = torch.diag(values)
         if vectors is not None:
             matrix = vectors.data.T @ matrix @ vectors.data
@@ -176,7 +178,7 @@ class TestEveryStructure:
 
     def test_moving_to_host_memory_lets_go_of_what_was_derived(self, factor):
         matrix, size = factor.to_dense().clone(), factor.nbytes()
-        damped = factor.damped(LAM, None, Numerics(apply_dtype=DOUBLE))
+        damped = factor.damped(LAM, None, NUMERICS)
         damped.prepare()
         damped.to_host()
         assert not {"cholesky", "clipped", "lower"} & set(vars(damped))
@@ -201,8 +203,8 @@ def test_the_largest_eigenvalues_of_large_factors_need_no_decomposition(k, monke
 def test_push_through_is_the_power_of_the_factors_own_columns():
     for tokens in (4, 14):
         factor, b = WoodburyFactor(columns(tokens), 1 / tokens, DOUBLE), random(tokens, 2, seed=4)
-        damped = factor.damped(LAM, KAPPA, Numerics(apply_dtype=DOUBLE))
+        damped = factor.damped(LAM, KAPPA, NUMERICS)
         for p in (-1.0, 0.5):
             close(damped.push_through(b, p), damped.power(factor.columns.transposed_times(b), p))
     with pytest.raises(SettingError, match="no token columns"):
-        DenseFactor(torch.eye(3)).damped(LAM, None, Numerics()).push_through(torch.eye(3), -1.0)
+        DenseFactor(torch.eye(3)).damped(LAM, None, NUMERICS).push_through(torch.eye(3), -1.0)
