@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
@@ -36,6 +36,13 @@ MODEL_DECREASE = 0.01
 
 STEP_POWERS = range(-3, 4)
 """``eta * 2^k`` for these ``k`` are tried."""
+
+
+SIDE_COLUMNS = (
+    "damping", "dim", "kappa_before", "kappa", "clipped", "clipped_frac", "route", "jitter", "eps",
+    "fallback", "floor_applied",
+)  # fmt: skip
+"""Columns of ``layers.csv`` that both factors of a layer have."""
 
 
 def run(config: Config, run: Run) -> None:
@@ -231,42 +238,25 @@ def _layer_row(report: LayerReport) -> dict[str, Any]:
 
 def _pairs_columns(pairs: PairsReport | None) -> dict[str, Any]:
     """EKFAC's floor and condition numbers; None under K-FAC."""
-    if pairs is None:
-        names = ("clipped", "clipped_frac", "kappa_before", "kappa")
-        return {f"ekfac_{name}": None for name in names}
-    return {
-        "ekfac_clipped": pairs.clipped,
-        "ekfac_clipped_frac": pairs.clipped / max(pairs.dim, 1),
-        "ekfac_kappa_before": pairs.kappa_before,
-        "ekfac_kappa": pairs.kappa_after,
-    }
+    values: dict[str, Any] = dict.fromkeys(("clipped", "clipped_frac", "kappa_before", "kappa"))
+    if pairs is not None:
+        values |= {"clipped": pairs.clipped, "clipped_frac": pairs.clipped / max(pairs.dim, 1)}
+        values |= {"kappa_before": pairs.kappa_before, "kappa": pairs.kappa_after}
+    return {f"ekfac_{name}": value for name, value in values.items()}
 
 
 def _side_columns(side: str, report: FactorReport | None) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "damping": None, "dim": None, "kappa_before": None, "kappa": None, "clipped": None,
-        "clipped_frac": None, "route": None, "jitter": None, "eps": None, "fallback": None,
-        "floor_applied": None,
-    }  # fmt: skip
+    """The columns of A or G; None where a layer does not have this side."""
+    values: dict[str, Any] = dict.fromkeys(SIDE_COLUMNS)
     if report is not None:
+        derived = {"kappa": report.kappa_after, "clipped_frac": report.clipped / max(report.dim, 1)}
         values = {
-            "damping": report.damping,
-            "dim": report.dim,
-            "kappa_before": report.kappa_before,
-            "kappa": report.kappa_after,
-            "clipped": report.clipped,
-            "clipped_frac": report.clipped / max(report.dim, 1),
-            "route": report.route,
-            "jitter": report.jitter,
-            "eps": report.eps,
-            "fallback": report.fallback,
-            "floor_applied": report.floor_applied,
+            name: derived[name] if name in derived else getattr(report, name) for name in values
         }
-    return {_column(name, side): value for name, value in values.items()}
-
-
-def _column(name: str, side: str) -> str:
-    return f"kappa_{side}_before" if name == "kappa_before" else f"{name}_{side}"
+    return {
+        f"kappa_{side}_before" if name == "kappa_before" else f"{name}_{side}": value
+        for name, value in values.items()
+    }
 
 
 def layer_metrics(reports: Iterable[LayerReport]) -> dict[str, float]:
@@ -365,10 +355,6 @@ def loss_after(
                 parameters[name].copy_(moved.to(kept[name].dtype))
         return mean_loss(bench, batches, ranks)
     finally:
-        _put_back(parameters, kept)
-
-
-def _put_back(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in kept.items():
-            parameters[name].copy_(value)
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
+import psutil
 import torch
 
 MIB = 2**20
@@ -62,7 +63,7 @@ class PeakMemory:
         elif self._sampler is not None:
             peak = self._sampler.stop()
         else:
-            peak = _status_bytes("VmHWM")
+            peak = _high_water_mark()
         self.growth_mib = max(0, peak - self._start) / MIB
 
 
@@ -87,18 +88,13 @@ class _Sampler:
 
 def resident_bytes() -> int:
     """Returns the resident set of this process, bytes."""
-    if Path("/proc/self/status").exists():
-        return _status_bytes("VmRSS")
-    import psutil
-
     return psutil.Process().memory_info().rss
 
 
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+def _high_water_mark() -> int:
+    """The peak of the resident set, bytes; psutil does not read it on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _trim() -> None:

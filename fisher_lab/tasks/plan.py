@@ -7,11 +7,9 @@ a model that would have to be trained first is taken as initialised (its sizes a
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fisher_lab.config.kfac import POLICIES
@@ -34,6 +32,7 @@ from fisher_lab.curvature.kfac.policy import (
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.progress import Progress
+from fisher_lab.tasks.summary import stdout_console
 from fisher_lab.workload.build import Bench, build
 
 PLAN_FILE = "plan.csv"
@@ -158,9 +157,7 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:
     """Prints the table: Woodbury as ``W``, a layer that a policy refuses as ``!``."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=100)
+    console = stdout_console(pipe_width=100)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", overflow="ellipsis", no_wrap=True, ratio=1, min_width=12)
     for heading in ("in", "out", "T"):

@@ -1,7 +1,7 @@
-"""What a finished run shows: one readable table of the numbers that matter, and where the rest is.
+"""The printed summary of a finished run: the numbers that matter, and where the rest is.
 
-Generic over tasks: it shows which of the known numbers a run has, in a fixed order, then what the
-run's tables sum up to. Eighty columns suffice, on a terminal and in a pipe.
+It is the same for every task: those of the known numbers that the run has, in a fixed order, and
+the table of layers. Eighty columns suffice, on a terminal and in a pipe.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ LAYER_COLUMNS: dict[str, tuple[str, str]] = {
 
 def show(run: Run, *, console: Console | None = None) -> None:
     """Print the numbers of a finished run and the path of its directory."""
-    out = console or _console()
+    out = console or stdout_console()
     out.print(render(run.record, run.values, run.tables, out.width))
     # Never wrapped or cut: the path is there to be copied.
     out.print(Text("run directory  ", style="bold") + Text(str(run.directory)), soft_wrap=True)
@@ -170,12 +170,12 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
     cells = [[number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns] for row in rows]
     headings = [LAYER_COLUMNS[name][0] for name in columns]
     if "name" in columns:
-        # The end of a layer's name tells it from its neighbours: cut at the front, by hand.
+        # The end of a layer's name tells it from its neighbours; rich cuts off the end.
         widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
         place = columns.index("name")
-        room = max(width - (sum(widths) - widths[place]) - len(columns), MIN_NAME)
+        limit = max(width - (sum(widths) - widths[place]) - len(columns), MIN_NAME)
         for row in cells:
-            row[place] = _shorten(row[place], room)
+            row[place] = _shorten(row[place], limit)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name, heading in zip(columns, headings, strict=True):
         justify = "left" if LAYER_COLUMNS[name][1] == "s" else "right"
@@ -193,8 +193,8 @@ def _says_something(column: str, rows: list[dict[str, Any]]) -> bool:
     return values != {None} and not (column == "tokens" and len(values) == 1)
 
 
-def _shorten(name: str, room: int) -> str:
-    return name if len(name) <= room else "…" + name[len(name) - room + 1 :]
+def _shorten(name: str, limit: int) -> str:
+    return name if len(name) <= limit else "…" + name[len(name) - limit + 1 :]
 
 
 def _sum_up(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -218,8 +218,15 @@ def number(value: Any, form: str) -> str:
     return f"{value:.4g}" if form == "g" else format(value, form)
 
 
-def _console() -> Console:
+def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
+    """Returns a console for standard output.
+
+    Args:
+        pipe_width: columns where standard output is no terminal.
+    """
     console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=PIPE_WIDTH)
-    return console
+    return (
+        console
+        if console.is_terminal
+        else Console(file=sys.stdout, highlight=False, width=pipe_width)
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_launch import SMALL, TIMES, metrics_of, program
+from tests.distributed.runs_on_ranks import SMALL, TIMES, metrics_of, program
 
 ENGINES = (
     "spectral=layer", "lanczos=top10", "lanczos.k=4", "lanczos.density_probes=2",

@@ -5,12 +5,33 @@ Columns, the summed matrix where `T > out`, and columns that `max_columns` leave
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed import measuring
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
+
+
+def benchmark() -> Any:
+    """`benchmarks/distributed.py`, as a module."""
+    name = "benchmark_of_ranks"
+    if name not in sys.modules:
+        path = Path(__file__).resolve().parents[2] / "benchmarks" / "distributed.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def measured(comm: Any, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    module = benchmark()
+    return [module.measured(module.Case(**case), comm) for case in cases]
+
 
 SIZES: list[dict[str, Any]] = [
     {"out": 200, "per_rank": 48, "inputs": 128},
@@ -21,9 +42,9 @@ SIZES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_bytes_are_those_of_the_formulas(ranks: Pool, size: int) -> None:
-    module = measuring.benchmark()
+    module = benchmark()
     cases = [{"mode": m, "ranks": size, **one} for one in SIZES for m in ("gather", "gram")]
-    found = ranks.run(measuring.measured, size, cases=cases)
+    found = ranks.run(measured, size, cases=cases)
     forms = set()
     for case, answers in zip(cases, zip(*found, strict=True), strict=True):
         one = module.Case(**case)
@@ -48,7 +69,7 @@ def row(mode: str, ranks: int, **more: Any) -> dict[str, Any]:
 
 
 def test_what_is_off_by_more_than_a_tenth_is_told() -> None:
-    failures = measuring.benchmark().failures
+    failures = benchmark().failures
     assert failures([row("gather", 2), row("gram", 1), row("gram", 2)]) == []
     (text,) = failures([row("gather", 2), row("gram", 4, sent=111.0)])
     assert text == "gram, R=4, out=8, T=16: sent 111 bytes, by the formula 100"

@@ -8,7 +8,7 @@ import torch
 from fisher_lab.curvature.collectives import Alone, slice_of_rank, slice_sizes
 from tests.distributed import collectives
 from tests.distributed.collectives import COUNTS, block
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 
 SIZES = (1, 2, 3)
 

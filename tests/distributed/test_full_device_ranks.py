@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed import filling, joined
 from tests.distributed.joined import Setting
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 
 EKFAC = {"ekfac": True}
 CASES = [

@@ -7,7 +7,7 @@ import torch
 
 from tests import models, reference
 from tests.distributed import grouping, joined, spreading
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 
 
 def batches() -> list[list[dict]]:

@@ -15,7 +15,7 @@ from tests import models, reference
 from tests.capturing import POLICIES, random_like
 from tests.distributed import joined
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 from tests.reference import Damping
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}

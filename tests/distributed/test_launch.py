@@ -8,13 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,80 +17,32 @@ import pytest
 from fisher_lab.distributed import launch
 from fisher_lab.distributed.launch import LaunchError
 from fisher_lab.distributed.nodes import Place
-from tests.processes import is_gone
+from tests.distributed.runs_on_ranks import (
+    FAILING,
+    LONG,
+    ROOT,
+    SMALL,
+    TIMES,
+    at_work,
+    check_failed,
+    check_killed,
+    kill_rank,
+    left_of,
+    metrics_of,
+    program,
+    record_of,
+    until,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
-    "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
-)  # fmt: skip
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
 SOON_S = 15
 """What "the others are stopped within seconds" means on a busy machine."""
 
-TIMES = ("_s", "seconds", "_mb", "bytes")
 
-
-def record_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
-
-
-def metrics_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "metrics.json").read_text())
-
-
-@contextmanager
-def program(
-    *arguments: str, module: tuple[str, ...] = ("fisher_lab",), **variables: str
-) -> Iterator[Any]:
-    """`python -m fisher_lab` in a process group of its own, which is gone afterwards."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *module, *arguments],
-        env=environment, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=20)
-
-
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        threading.Event().wait(0.05)
-    raise AssertionError(f"{what}: not within {seconds} s")
-
-
-def at_work(directory: Path, *programs: Any) -> Callable[[], list[dict[str, Any]] | None]:
-    """Gives the record's ranks, once they compute."""
-
-    def found() -> list[dict[str, Any]] | None:
-        for one in programs:
-            if one.poll() is not None:
-                raise AssertionError(one.communicate()[0])
-        try:
-            about = record_of(directory)["provenance"]
-        except (OSError, ValueError):
-            return None
-        return about["distributed"]["ranks"] if "workbench" in about else None
-
-    return found
-
-
-def left_of(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run, but for a moment in which the kernel takes them down."""
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    return [process for process in alive if not is_gone(process.pid)]
-
-
-def run(directory: Path, *arguments: str) -> tuple[int, str]:
-    with program(*SMALL, f"hydra.run.dir={directory}", *arguments) as process:
+def run(
+    directory: Path, *arguments: str, module: tuple[str, ...] = ("fisher_lab",)
+) -> tuple[int, str]:
+    with program(*SMALL, f"hydra.run.dir={directory}", *arguments, module=module) as process:
         out, _ = process.communicate(timeout=270)
         return process.returncode, out
 
@@ -141,20 +88,22 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -> None:
-    """One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
+@pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
+def test_an_error_of_any_rank_fails_the_run_with_its_traceback(
+    tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    """Under torchrun the other rank is in a collective: its error is not the run's."""
     directory = tmp_path / "run"
-    arguments = ("distributed.nproc=2", "kfac/reduce=none", "data.batch_size=1")
-    code, out = run(directory, *arguments)
+    own = ("distributed.nproc=2",) if launcher != TORCHRUN else ()
+    code, out = run(directory, *own, *FAILING, module=launcher)
     ended = datetime.now(UTC)
-    found = record_of(directory)
-    assert (code, found["status"]) == (1, "failed"), out
-    told = json.loads((directory / "ranks" / "rank1.error.json").read_text())
+    assert code == 1
+    check_failed(directory, out)
+    left = json.loads((directory / "ranks" / "rank1.error.json").read_text())
     # Rank 0 stays a while, so that the other one is seen to have ended first, and is stopped.
-    assert (ended - datetime.fromisoformat(told["time"])).total_seconds() < SOON_S
-    assert found["error"]["rank"] == 1
-    assert found["error"]["message"] == "batches: none given; allowed: at least one"
-    assert "in collect" in found["error"]["traceback"]
+    assert (ended - datetime.fromisoformat(left["time"])).total_seconds() < SOON_S
+    if launcher == TORCHRUN:
+        return
     assert "BatchError: batches: none given" in out
     # Nothing of the failure stays in the way.
     code, out = run(directory, "distributed.nproc=2")
@@ -164,35 +113,20 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path, rank: int) -> None:
-    """Rank 0 too, which is the one that writes the record."""
+def test_a_killed_rank_fails_the_run_and_leaves_no_process(
+    tmp_path: Path, rank: int, launcher: tuple[str, ...]
+) -> None:
+    """Rank 0 too, which writes the record: under torchrun the rank that is left does so for it."""
     directory = tmp_path / "run"
-    arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
-    with program(*arguments, f"hydra.run.dir={directory}", CUDA_VISIBLE_DEVICES="5,3") as process:
-        pids = [one["pid"] for one in until(at_work(directory, process), 250, "the ranks at work")]
-        # Which devices there are is never changed; nothing of it depends on a GPU.
-        assert [psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] for pid in pids] == [
-            "5,3",
-            "5,3",
-        ]
-        everyone = psutil.Process(process.pid).children(recursive=True)
-        os.kill(pids[rank], signal.SIGKILL)
-        killed = time.monotonic()
-        out, _ = process.communicate(timeout=60)
-        seconds = time.monotonic() - killed
-    found = record_of(directory)
-    assert found["status"] == "failed", out
-    assert found["error"]["rank"] == rank
-    expected = f"rank {rank} (process {pids[rank]}) was ended by SIGKILL"
-    assert found["error"]["message"] == expected
-    assert seconds < 30
-    assert not left_of(everyone)
-    assert not list(directory.rglob("*.tmp*"))
-    if rank == 1:
-        return
-    code, out = run(directory, "distributed.nproc=2")
-    assert (code, record_of(directory)["status"]) == (0, "completed"), out
+    own = ("distributed.nproc=2",) if launcher != TORCHRUN else ()
+    arguments = (*SMALL, *own, *LONG, f"hydra.run.dir={directory}")
+    with program(*arguments, module=launcher) as process:
+        pid, codes, outputs = kill_rank(rank, directory, [process], 30 if own else 60)
+    assert codes == [1], outputs
+    end = "was ended by SIGKILL" if own else "is gone"
+    check_killed(directory, rank, f"rank {rank} (process {pid}) {end}", outputs)
 
 
 @pytest.mark.slow
@@ -200,9 +134,9 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path: Path, rank:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
     directory = tmp_path / "run"
-    arguments = (*SMALL, "distributed.nproc=2", "kfac.n_batches=4000", "data.batch_size=2")
+    arguments = (*SMALL, "distributed.nproc=2", *LONG)
     with program(*arguments, f"hydra.run.dir={directory}") as process:
-        until(lambda: "workbench" in _provenance(directory), 250, "the ranks at work")
+        until(at_work(directory, process), 250, "the ranks at work")
         everyone = psutil.Process(process.pid).children(recursive=True)
         assert len(everyone) >= 2
         process.send_signal(signum)
@@ -213,69 +147,18 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) ->
     assert not left_of(everyone)
 
 
-def _provenance(directory: Path) -> dict[str, Any]:
-    try:
-        return record_of(directory)["provenance"]
-    except (OSError, ValueError):
-        return {}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_torchrun_is_honoured(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    flags = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
-    plain = "model=mlp"  # without transformers, whose import takes longer than the run
-    with program(*SMALL, plain, f"hydra.run.dir={directory}", module=flags) as process:
-        out, _ = process.communicate(timeout=270)
-    assert process.returncode == 0, out
+    # Without transformers, whose import takes longer than the run.
+    code, out = run(directory, "model=mlp", module=TORCHRUN)
+    assert code == 0, out
     found = record_of(directory)
     assert found["status"] == "completed"
     assert [r["rank"] for r in found["provenance"]["distributed"]["ranks"]] == [0, 1]
     assert out.count("run directory") == 1
     assert metrics_of(directory)["tokens"] == 64
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_and_a_killed_rank(tmp_path: Path, rank: int) -> None:
-    """torchrun stops the rank that is left, which has to say first what happened."""
-    directory = tmp_path / "run"
-    arguments = (*SMALL, "kfac.n_batches=4000", "data.batch_size=2", f"hydra.run.dir={directory}")
-    with program(*arguments, module=TORCHRUN) as process:
-        pids = [one["pid"] for one in until(at_work(directory, process), 300, "the ranks at work")]
-        everyone = [psutil.Process(pid) for pid in pids]
-        os.kill(pids[rank], signal.SIGKILL)
-        out, _ = process.communicate(timeout=60)
-    found = record_of(directory)
-    assert found["status"] == "failed", out
-    assert (found["error"]["type"], found["error"]["rank"]) == ("RankKilled", rank)
-    assert found["error"]["message"].startswith(f"rank {rank} (process {pids[rank]}) is gone")
-    assert process.returncode == 1
-    assert not left_of(everyone)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_torchrun_and_an_error_of_one_rank(tmp_path: Path) -> None:
-    """The other one is in a collective, which the rank with the error must not take for its own."""
-    directory = tmp_path / "run"
-    arguments = ("kfac/reduce=none", "data.batch_size=1", f"hydra.run.dir={directory}")
-    with program(*SMALL, *arguments, module=TORCHRUN) as process:
-        out, _ = process.communicate(timeout=300)
-        ended = datetime.now(UTC)
-    found = record_of(directory)
-    assert found["status"] == "failed", out
-    assert found["error"]["rank"] == 1
-    assert found["error"]["message"] == "batches: none given; allowed: at least one"
-    assert "in collect" in found["error"]["traceback"]
-    told = json.loads((directory / "ranks" / "rank1.error.json").read_text())
-    assert (ended - datetime.fromisoformat(told["time"])).total_seconds() < SOON_S
-    assert process.returncode == 1
 
 
 STUBBORN = """

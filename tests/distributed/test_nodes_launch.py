@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fisher_lab.sweeps.cell import Cell, freeze, new_submission
 from fisher_lab.sweeps.directory import Layout
-from tests.distributed.test_launch import (
+from tests.distributed.runs_on_ranks import (
+    FAILING,
+    LONG,
     SMALL,
-    at_work,
-    left_of,
+    check_failed,
+    check_killed,
+    kill_rank,
     metrics_of,
     program,
     record_of,
-    until,
 )
 from tests.ports import free_ports
 
@@ -41,19 +39,13 @@ NODES = (
     "distributed.timeout_s=120",
 )
 END_S = 300
-SOON_S = 30
-DEVICES = "5,3"
-LONG = ("kfac.n_batches=4000", "data.batch_size=2")
-FAILING = ("kfac/reduce=none", "data.batch_size=1")
-"""One sequence for two ranks, each on its own: rank 1 has nothing to make factors of."""
 
 
 @contextmanager
 def two_nodes(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Iterator[list[Any]]:
     """The same program as node 0 and as node 1, on loopback."""
     common = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()), "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": DEVICES,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()), "GLOO_SOCKET_IFNAME": "lo"
     }  # fmt: skip
     with ExitStack() as stack:
         yield [
@@ -65,39 +57,6 @@ def two_nodes(*arguments: str, module: tuple[str, ...] = ("fisher_lab",)) -> Ite
 def ended(programs: list[Any]) -> tuple[list[int], list[str]]:
     outputs = [one.communicate(timeout=END_S)[0] for one in programs]
     return [one.returncode for one in programs], outputs
-
-
-def kill_rank_1(programs: list[Any], directory: Path) -> tuple[int, list[str], list[int]]:
-    """Kills node 1's rank in the middle; everybody is gone soon, and nobody changed the devices."""
-    ranks = until(at_work(directory, *programs), END_S, "the ranks at work")
-    everyone = [p for one in programs for p in psutil.Process(one.pid).children(recursive=True)]
-    assert {rank["pid"] for rank in ranks} <= {process.pid for process in everyone}
-    for rank in ranks:
-        assert psutil.Process(rank["pid"]).environ()["CUDA_VISIBLE_DEVICES"] == DEVICES
-    pid = ranks[1]["pid"]
-    os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
-    codes, outputs = ended(programs)
-    assert time.monotonic() - killed < SOON_S
-    assert not left_of(everyone)
-    return pid, outputs, codes
-
-
-def check_killed(directory: Path, pid: int, outputs: list[str]) -> None:
-    found = record_of(directory)
-    assert found["status"] == "failed", outputs
-    assert found["error"]["type"] == "RankKilled"
-    assert found["error"]["rank"] == 1
-    assert found["error"]["message"] == f"rank 1 (process {pid}) was ended by SIGKILL"
-    assert not list(directory.rglob("*.tmp*"))
-
-
-def check_failed(directory: Path, outputs: list[str]) -> None:
-    found = record_of(directory)
-    assert found["status"] == "failed", outputs
-    assert found["error"]["rank"] == 1
-    assert found["error"]["message"] == "batches: none given; allowed: at least one"
-    assert "in collect" in found["error"]["traceback"]
 
 
 def check_completed(directory: Path, outputs: list[str]) -> None:
@@ -140,9 +99,9 @@ def test_an_error_on_node_1_is_in_the_record(tmp_path: Path) -> None:
 def test_a_killed_rank_on_node_1_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with two_nodes(*SMALL, *NODES, *LONG, f"hydra.run.dir={directory}") as programs:
-        pid, outputs, codes = kill_rank_1(programs, directory)
+        pid, codes, outputs = kill_rank(1, directory, programs)
     assert codes == [1, 1], outputs
-    check_killed(directory, pid, outputs)
+    check_killed(directory, 1, f"rank 1 (process {pid}) was ended by SIGKILL", outputs)
 
 
 def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
@@ -206,8 +165,8 @@ def test_workers_of_two_nodes_and_an_error_on_node_1(tmp_path: Path) -> None:
 def test_workers_of_two_nodes_and_a_killed_rank_on_node_1(tmp_path: Path) -> None:
     frozen = frozen_cell(tmp_path, *LONG)
     with two_nodes(str(frozen.path), module=WORKER) as programs:
-        pid, outputs, codes = kill_rank_1(programs, frozen.directory)
+        pid, codes, outputs = kill_rank(1, frozen.directory, programs)
     assert codes == [1, 1], outputs
-    check_killed(frozen.directory, pid, outputs)
+    check_killed(frozen.directory, 1, f"rank 1 (process {pid}) was ended by SIGKILL", outputs)
     assert events(frozen) == ["started", "failed"]
     assert json.loads((frozen.directory / "run.json").read_text())["run_id"] == frozen.run_id

@@ -15,7 +15,7 @@ from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
 from fisher_lab.curvature.spectra.pairwise_gram import meetings
 from tests.distributed import joined, spreading
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 from tests.distributed.spreading import Job
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_launch import SMALL, metrics_of, program, record_of, until
+from tests.distributed.runs_on_ranks import SMALL, metrics_of, program, record_of, until
 
 STEPS = 60
 TRAIN = (

@@ -13,7 +13,7 @@ from fisher_lab.tasks import crew as crews
 from fisher_lab.tasks import train
 from fisher_lab.tasks.crew import RankCrew
 from tests.distributed import trained
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 from tests.distributed.trained import config_of
 
 KFAC = {"name": "kfac", "lr": 0.03, "clip": "kl", "damping_schedule": "lm", "clip_limit": 1e-2}

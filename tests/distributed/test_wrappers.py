@@ -10,7 +10,7 @@ from tests import reference
 from tests.capturing import random_like
 from tests.distributed import joined, spreading
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
-from tests.distributed.pool import Pool
+from tests.distributed.rank_pool import Pool
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -69,7 +69,7 @@ class Pool:
     def _start(self) -> None:
         self.started += 1
         store = str(self.directory / f"store{self.started}")
-        worker = str(Path(__file__).with_name("worker.py"))
+        worker = str(Path(__file__).with_name("rank_pool_worker.py"))
         found: dict[int, Connection] = {}
         with Listener(str(self.directory / f"socket{self.started}"), "AF_UNIX") as listener:
             sock = listener._listener._socket  # type: ignore[attr-defined]

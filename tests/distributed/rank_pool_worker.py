@@ -1,6 +1,6 @@
-"""One of the processes of `pool.py`: waits for checks and runs them.
+"""One of the processes of `rank_pool.py`: waits for checks and runs them.
 
-python worker.py ADDRESS RANK PROCESSES STORE SECONDS
+python rank_pool_worker.py ADDRESS RANK PROCESSES STORE SECONDS
 """
 
 from __future__ import annotations
