@@ -199,7 +199,7 @@ def one_pass(
     from fisher_lab.curvature.losses import CrossEntropy
 
     kfac = KFACNaturalGradient(
-        1e-3, kfac_distributed_reduce=case.mode, track_diagonal=False,
+        damping=1e-3, kfac_distributed_reduce=case.mode, track_diagonal=False,
         communicator=communicator, **case.limits,
     )  # fmt: skip
     communicator.all_gather_objects(None)  # all begin together
