@@ -74,18 +74,16 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     return getattr(import_module(module), function)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Hydra's parser, whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; python -m fisher_lab --help shows what is allowed")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
+    from fisher_lab.runs.arguments import raise_errors
+
     parser = get_args_parser()
-    parser.__class__ = _Parser
+    raise_errors(
+        parser,
+        lambda text: ConfigError(f"{text}; python -m fisher_lab --help shows what is allowed"),
+    )
     args = parser.parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
         raise ConfigError(

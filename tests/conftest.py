@@ -40,21 +40,14 @@ settings.register_profile(
 )
 settings.load_profile("fisher_lab")
 
+TURNS = ("longest", "slow")
+"""Markers of the tests that are begun first."""
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "")
 
 
-LONGEST_FIRST = (
-    "test_a_sweep_survives_ten_kills",
-    "test_preempted_killed_and_started_again_it_ends_as_if_left_alone",
-    "test_modes_as_a_sweep",
-    "test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here",
-    "test_a_preempted_training_ends_as_the_undisturbed_one",
-)
-"""Tests of a minute and more: none is to be begun when the other workers are done."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests come first; those marked ``gpu`` run where there is a CUDA device."""
+    """The long tests come first; those marked ``gpu`` run where there is a CUDA device."""
     items.sort(key=_turn)  # stable: the others keep their order
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
@@ -67,10 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(item: pytest.Item) -> int:
-    name = getattr(item, "originalname", item.name)
-    if name in LONGEST_FIRST:
-        return LONGEST_FIRST.index(name)
-    return len(LONGEST_FIRST) + (item.get_closest_marker("slow") is None)
+    """None of the long tests is to be begun when the other workers are done."""
+    return next((i for i, name in enumerate(TURNS) if item.get_closest_marker(name)), len(TURNS))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,10 +18,10 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fisher_lab.distributed.nodes import NodeError, Nodes, Place
+from fisher_lab.runs import processes
 from fisher_lab.runs.signals import STATUS, Interrupted
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | No
             signals_to_handle=",".join(signum.name for signum in SIGNALS),
             shutdown_timeout=SHUTDOWN_S,
         )
-        _same_code()
+        os.environ["PYTHONPATH"] = processes.python_path()  # the ranks import this package
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:
@@ -185,14 +185,6 @@ def _rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
     return Rendezvous(
         where.address, where.port, where.node, where.nodes, parameters.run_id, seconds
     )
-
-
-def _same_code() -> None:
-    """The ranks import the package that this process has, wherever that came from."""
-    root = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if root not in known:
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
 
 
 @contextmanager

@@ -10,23 +10,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
+from fisher_lab.runs.arguments import raise_errors
 
 OK, BAD_INPUT = 0, 2
 FORMATS = ("terminal", "csv", "md", "tex", "html")
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ResultsError(f"{self.prog.partition(' ')[2]}: {message}")
 
 
 def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -45,8 +39,9 @@ def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
     return run
 
 
-def _parser(name: str, what: str) -> _Parser:
-    parser = _Parser(prog=f"fisher-lab {name}", description=what)
+def _parser(name: str, what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"fisher-lab {name}", description=what)
+    raise_errors(parser, lambda text: ResultsError(f"{name}: {text}"))
     if name != "diff":
         parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
     return parser

@@ -1,1 +1,1 @@
-"""The run directory: identity, provenance, atomic files, claims."""
+"""The run directory: identity, status, provenance, atomic files, locks, signals."""

@@ -107,7 +107,7 @@ def directory(path: str | os.PathLike[str], *, keep_existing: bool = False) -> I
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> int:
-    """Remove what killed writers of ``path`` left behind; only for the holder of its claim.
+    """Remove what killed writers of ``path`` left behind; only for the holder of its lock.
 
     Args:
         path: The target whose temporary names are removed; the target itself is not touched.

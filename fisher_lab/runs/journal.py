@@ -1,8 +1,8 @@
 """An append-only file of JSON lines that many processes write, on this host or on others.
 
-A line is written in one piece by the holder of a claim: the append mode of a network file system
+The holder of a lock writes a line in one piece, because the append mode of a network file system
 alone would let two hosts write over each other. A writer that is killed in the middle leaves a line
-without an end; readers pass over it, and the next writer begins a new one.
+without an end: readers pass over it, and the next writer begins a new one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.runs.lock import Claim, ClaimTimeout
+from fisher_lab.runs.lock import Lock, LockTimeout
 
 STALE_AFTER = 20.0
 TIMEOUT = 120.0
@@ -25,12 +25,12 @@ class Journal:
 
     Args:
         path: the file; made by the first event.
-        claims: directory of the claim under which lines are written.
+        locks: directory of the lock under which lines are written.
     """
 
-    def __init__(self, path: Path, claims: Path) -> None:
+    def __init__(self, path: Path, locks: Path) -> None:
         self.path = path
-        self._claim = claims / path.name
+        self._lock = locks / path.name
 
     def append(self, event: str, **fields: Any) -> None:
         """Add one event, flushed to the disk.
@@ -40,14 +40,14 @@ class Journal:
             fields: JSON-able details.
 
         Raises:
-            ClaimTimeout: others held the journal for :data:`TIMEOUT` seconds.
+            LockTimeout: others held the journal for :data:`TIMEOUT` seconds.
         """
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         line = json.dumps({**entry, **fields}, allow_nan=False).encode() + b"\n"
-        claim = Claim(self._claim, STALE_AFTER)
-        if not claim.acquire_within(TIMEOUT):
-            raise ClaimTimeout(f"{self.path} is held by {claim.owner()}")
-        with claim:
+        lock = Lock(self._lock, STALE_AFTER)
+        if not lock.acquire_within(TIMEOUT):
+            raise LockTimeout(f"{self.path} is held by {lock.holder()}")
+        with lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b", buffering=0) as file:
                 if file.seek(0, os.SEEK_END) > 0:

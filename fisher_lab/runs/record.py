@@ -212,6 +212,15 @@ def headline(error: Mapping[str, Any]) -> str:
     return f"{str(error['type']).rpartition('.')[2]}: {lines[0] if lines else '(no message)'}"
 
 
+def brief(directory: Path) -> str:
+    """Why the run of a directory failed, in one line."""
+    try:
+        found = read(directory)
+        return headline(found["error"] or {"type": str(found["reason"]), "message": ""})
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it left no record"
+
+
 def read(directory: Path) -> dict[str, Any]:
     """The contents of ``run.json`` in a run directory."""
     return json.loads((Path(directory) / RUN_FILE).read_text(encoding="utf-8"))
@@ -234,7 +243,7 @@ def end_from_outside(
     error: Mapping[str, Any] | None = None,
     otherwise: Mapping[str, Any] | None = None,
 ) -> None:
-    """End a run whose process is gone; only for the holder of its claim.
+    """End a run whose process is gone; only for the holder of its lock.
 
     Args:
         directory: the run directory.

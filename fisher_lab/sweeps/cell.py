@@ -1,4 +1,4 @@
-"""A cell of a sweep, and the file in which it is frozen for the job that runs it."""
+"""A cell of a sweep, and the file in which it is frozen for the process that runs it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,14 @@ class Cell:
         return self.layout.run_directory(self.run_id)
 
     @property
-    def label(self) -> str:
-        """Its axes as they are written on the command line."""
-        return " ".join(f"{key}={value}" for key, value in self.axes.items()) or self.run_id
-
-    @property
     def line(self) -> str:
         """The overrides that give this cell, and no other, with ``python -m fisher_lab -m``."""
         return " ".join(self.overrides)
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What a job is given: a cell as it was when it was submitted.
+@dataclass(frozen=True, eq=False)
+class FrozenCell:
+    """A cell as it was when it was submitted.
 
     Attributes:
         path: the file.
@@ -75,7 +71,7 @@ class Frozen:
     data: Mapping[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> Frozen:
+    def load(cls, path: Path) -> FrozenCell:
         """Read a frozen cell.
 
         Raises:
@@ -92,6 +88,21 @@ class Frozen:
         return self.data["run_id"]
 
     @property
+    def label(self) -> str:
+        """Its axes as they are written on the command line."""
+        return label_of(self.data["axes"]) or self.run_id
+
+    @property
+    def line(self) -> str:
+        """The overrides that give this cell, and no other, with ``python -m fisher_lab -m``."""
+        return " ".join(self.data["overrides"])
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other cell may run beside it."""
+        return self.data["alone"]
+
+    @property
     def submission(self) -> Path:
         """The directory of its launch."""
         return self.path.parents[1]
@@ -102,6 +113,11 @@ class Frozen:
         return Layout(self.path.parents[4])
 
     @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.layout.run_directory(self.run_id)
+
+    @cached_property
     def config(self) -> Config:
         """The typed configuration.
 
@@ -111,18 +127,13 @@ class Frozen:
         return validate_plain(self.data["config"])
 
     @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return self.layout.run_directory(self.run_id)
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Seconds that the cell may take."""
-        return self.data["config"]["sweep"]["timeout_s"]
+    def sweep(self) -> Mapping[str, Any]:
+        """The section ``sweep`` of the configuration."""
+        return self.data["config"]["sweep"]
 
     @property
     def stale_after_s(self) -> float:
-        """Seconds without a heartbeat after which the claim on it is stale."""
+        """Seconds without a heartbeat after which its lock is stale."""
         return self.data["config"]["resume"]["stale_after_s"]
 
     @property
@@ -150,23 +161,19 @@ class Frozen:
         text = json.dumps(self.data["logging"])
         return json.loads(text.replace(RUN_DIRECTORY, json.dumps(str(self.directory))[1:-1]))
 
+    def record(self) -> dict[str, object]:
+        """What ``run.json`` says of the run where its process did not come to write one."""
+        return {
+            "run_id": self.run_id,
+            "config": self.data["config"],
+            "overrides": self.data["overrides"],
+            "provenance": {"content": self.data["content"]},
+        }
 
-def thaw(frozen: Frozen) -> Cell:
-    """The cell that was frozen.
 
-    Raises:
-        ConfigError: this version of the code does not take its configuration.
-    """
-    data = frozen.data
-    return Cell(
-        layout=frozen.layout,
-        run_id=frozen.run_id,
-        overrides=tuple(data["overrides"]),
-        axes=data["axes"],
-        config=frozen.config,
-        content=data["content"],
-        alone=data["alone"],
-    )
+def label_of(axes: Mapping[str, str]) -> str:
+    """The axes of a cell as they are written on the command line."""
+    return " ".join(f"{key}={value}" for key, value in axes.items())
 
 
 def new_submission(layout: Layout) -> Path:
@@ -177,14 +184,13 @@ def new_submission(layout: Layout) -> Path:
     return directory
 
 
-def freeze(submission: Path, cells: Sequence[Cell], logging: Mapping[str, Any]) -> list[Frozen]:
-    """Write cells as they are now; what happens to any YAML file later is nothing to them."""
-    directory = submission / "cells"
-    directory.mkdir()
-    return [_freeze(directory, cell, logging) for cell in cells]
+def freeze(submission: Path, cells: Sequence[Cell], logging: Mapping[str, Any]) -> list[FrozenCell]:
+    """Write cells as they are now, so that a later change of a YAML file does not reach them."""
+    (submission / "cells").mkdir()
+    return [_freeze(submission / "cells" / f"{cell.run_id}.json", cell, logging) for cell in cells]
 
 
-def _freeze(directory: Path, cell: Cell, logging: Mapping[str, Any]) -> Frozen:
+def _freeze(path: Path, cell: Cell, logging: Mapping[str, Any]) -> FrozenCell:
     data = {
         "schema": SCHEMA,
         "run_id": cell.run_id,
@@ -196,6 +202,5 @@ def _freeze(directory: Path, cell: Cell, logging: Mapping[str, Any]) -> Frozen:
         "content": dict(cell.content),
         "logging": dict(logging),
     }
-    path = directory / f"{cell.run_id}.json"
     atomic.write_json(path, data)
-    return Frozen(path, data)
+    return FrozenCell(path, data)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import re
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,27 +17,32 @@ from rich.table import Table
 from rich.text import Text
 
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.runs.arguments import raise_errors
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
 from fisher_lab.sweeps import status as stand
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Frozen
+from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.sweeps.status import CellStatus
-from fisher_lab.sweeps.worker_process import ask_owner
+from fisher_lab.sweeps.worker_process import ask_holder
 
 PIPE_WIDTH = 160
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 STYLES = {
-    "completed": "green",
-    "failed": "red",
-    "running": "cyan",
-    "queued": "cyan",
-    "interrupted": "yellow",
+    Status.COMPLETED: "green",
+    Status.FAILED: "red",
+    Status.RUNNING: "cyan",
+    Status.QUEUED: "cyan",
+    Status.INTERRUPTED: "yellow",
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help shows what is allowed")
+def _parser(name: str, description: str) -> ArgumentParser:
+    prog = f"fisher-lab {name}"
+    parser = ArgumentParser(prog, description=description)
+    raise_errors(parser, lambda text: ConfigError(f"{text}; {prog} --help shows what is allowed"))
+    parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
+    return parser
 
 
 def status(arguments: Sequence[str]) -> int:
@@ -47,8 +51,7 @@ def status(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such sweep, or an argument is not allowed.
     """
-    parser = _Parser("fisher-lab status", description="How the cells of a sweep stand.")
-    parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
+    parser = _parser("status", "How the cells of a sweep stand.")
     parser.add_argument(
         "--watch", action="store_true", help="again and again, until nothing runs or waits any more"
     )
@@ -83,7 +86,7 @@ def status(arguments: Sequence[str]) -> int:
 def _settled(layout: Layout) -> list[CellStatus]:
     """How the cells stand; where a job has left no result, after a second look."""
     cells = stand.look(layout)
-    if any(cell.state == stand.LOST for cell in cells):
+    if any(cell.state is Status.LOST for cell in cells):
         time.sleep(stand.LOOK_AGAIN_S)
         cells = stand.settle(layout, cells)
     return cells
@@ -138,17 +141,17 @@ def _time(seconds: float) -> str:
 def cancel(arguments: Sequence[str]) -> int:
     """Cancel what runs and what waits of a sweep; returns the exit code.
 
-    Launchers and workers find the mark that is left in their submissions; what runs on this machine
-    and what SLURM has is told at once. Cells save their state; the same sweep can be run again.
+    Launchers and workers find the mark that is left in their submissions; processes of this machine
+    and jobs of SLURM are signalled at once. Cells save their state, and the same sweep can be run
+    again.
 
     Raises:
         ConfigError: there is no such sweep, or an argument is not allowed.
     """
-    parser = _Parser("fisher-lab cancel", description="End the running cells of a sweep.")
-    parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
+    parser = _parser("cancel", "End the running cells of a sweep.")
     layout = stand.find(parser.parse_args(list(arguments)).sweep)
     before = stand.look(layout)
-    open_cells = [cell for cell in before if cell.state in ("running", stand.QUEUED)]
+    open_cells = [cell for cell in before if cell.state in (Status.RUNNING, Status.QUEUED)]
     for submission in sorted(layout.submissions.iterdir()):
         (submission / CANCELLED_FILE).touch()
     layout.journal.append("cancel", cells=[cell.run_id for cell in open_cells])
@@ -157,13 +160,13 @@ def cancel(arguments: Sequence[str]) -> int:
         print(f"fisher_lab: scancel failed for {', '.join(jobs)}", file=sys.stderr)
         return 1
     frozen = layout.frozen()
-    told = sum(
-        ask_owner(layout, cell.run_id, Frozen.load(frozen[cell.run_id]).stale_after_s)
+    asked = sum(
+        ask_holder(layout, cell.run_id, FrozenCell.load(frozen[cell.run_id]).stale_after_s)
         for cell in open_cells
         if cell.job is None and cell.run_id in frozen
     )
     print(
         f"cancelled {len(open_cells)} cells of {layout.directory.name}: {len(jobs)} jobs of "
-        f"SLURM, {told} processes on this machine"
+        f"SLURM, {asked} processes on this machine"
     )
     return 0

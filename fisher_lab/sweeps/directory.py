@@ -8,7 +8,7 @@ Under ``results/<sweep>/``:
     What happened to which cell, append-only.
 ``<run_id>/``
     A cell's run directory; ``job.log`` in it is what its processes printed.
-``.sweep/claims/``
+``.sweep/locks/``
     Who runs a cell now.
 ``.sweep/submissions/``
     The frozen cells of every launch, and the launch's own files.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fisher_lab.runs import record
 from fisher_lab.runs.journal import Journal
-from fisher_lab.runs.lock import STALE_AFTER, Claim
+from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
@@ -30,7 +30,7 @@ JOB_LOG, RUN_LOG = "job.log", "fisher_lab.log"
 LAUNCH_FILE = "launch.json"
 """Who launched what, in each submission."""
 LAUNCHER = "launcher"
-"""What a launcher claims, in the directory of each of its submissions, for as long as it lives."""
+"""What a launcher locks, in the directory of each of its submissions, for as long as it lives."""
 SCHEMA = "fisher_lab.sweep/1"
 
 
@@ -51,9 +51,9 @@ class Layout:
         return self.directory / ".sweep"
 
     @property
-    def claims(self) -> Path:
-        """The claims on cells and on the journal."""
-        return self.hidden / "claims"
+    def locks(self) -> Path:
+        """The locks on cells and on the journal."""
+        return self.hidden / "locks"
 
     @property
     def submissions(self) -> Path:
@@ -63,23 +63,27 @@ class Layout:
     @property
     def journal(self) -> Journal:
         """What happened."""
-        return Journal(self.directory / EVENTS_FILE, self.claims)
+        return Journal(self.directory / EVENTS_FILE, self.locks)
 
     def run_directory(self, run_id: str) -> Path:
         """Where a cell's record lies."""
         return self.directory / run_id
 
-    def job_log(self, run_id: str) -> Path:
-        """What the processes of a cell printed, one attempt after the other."""
+    def job_log(self, run_id: str, node: int = 0) -> Path:
+        """What the processes of a cell printed on a node, one attempt after the other."""
+        if node > 0:
+            return self.run_directory(run_id) / "ranks" / f"node{node}.{JOB_LOG}"
         return self.run_directory(run_id) / JOB_LOG
 
-    def node_log(self, run_id: str, node: int) -> Path:
-        """The same for the processes of another node than the first."""
-        return self.run_directory(run_id) / "ranks" / f"node{node}.{JOB_LOG}"
+    def lock(self, run_id: str, stale_after: float = STALE_AFTER) -> Lock:
+        """The lock of a cell."""
+        return Lock(self.locks / run_id, stale_after)
 
-    def claim(self, run_id: str, stale_after: float = STALE_AFTER) -> Claim:
-        """The claim on a cell."""
-        return Claim(self.claims / run_id, stale_after)
+    def note(self, run_id: str, status: Status) -> None:
+        """Append how a cell ended, where its worker was killed before it could do so itself."""
+        events = [e["event"] for e in self.journal.read() if e.get("run_id") == run_id]
+        if not events or events[-1] != status:
+            self.journal.append(status, run_id=run_id, late=True)
 
     def frozen(self) -> dict[str, Path]:
         """Identity -> the cell as it was last submitted."""
@@ -88,8 +92,8 @@ class Layout:
 
     def has_launcher(self) -> bool:
         """Whether a launcher of the sweep lives."""
-        files = self.submissions.glob(f"*/{LAUNCHER}.claim.*")
-        return any(Claim(file.parent / LAUNCHER).alive() is not None for file in files)
+        files = self.submissions.glob(f"*/{LAUNCHER}.lock.*")
+        return any(Lock(file.parent / LAUNCHER).holder() is not None for file in files)
 
     def state(self, run_id: str, stale_after: float = STALE_AFTER) -> Status:
         """How a cell stands.
@@ -100,7 +104,7 @@ class Layout:
         status = record.status_of(self.run_directory(run_id))
         if status is Status.COMPLETED:
             return status
-        if self.claim(run_id, stale_after).alive() is not None:
+        if self.lock(run_id, stale_after).holder() is not None:
             return Status.RUNNING
         # It may have ended between the two looks.
         status = record.status_of(self.run_directory(run_id))

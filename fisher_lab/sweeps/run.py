@@ -1,14 +1,18 @@
-"""The course of one multirun: plan, look at what is there, freeze, launch, report."""
+"""The course of one multirun: plan, look at what is there, freeze, launch, report.
+
+``python -m fisher_lab.sweeps.run FILE`` is the launcher of a detached sweep.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +24,19 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import LocalSettings, Settings, SlurmSettings
 from fisher_lab.config.schema import SweepConfig
 from fisher_lab.runs import atomic, provenance, record
-from fisher_lab.runs.lock import Claim
+from fisher_lab.runs.lock import Lock
+from fisher_lab.runs.processes import importable
 from fisher_lab.runs.signals import Interrupted
-from fisher_lab.sweeps import plan, worker
-from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, Frozen, freeze, new_submission
+from fisher_lab.runs.status import Status
+from fisher_lab.sweeps import plan
+from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, FrozenCell, freeze, new_submission
 from fisher_lab.sweeps.directory import LAUNCH_FILE, LAUNCHER
 from fisher_lab.sweeps.plan import Identify, SweepPlan
-from fisher_lab.sweeps.tally import Tally, report, say
-from fisher_lab.sweeps.worker_process import importable
+from fisher_lab.sweeps.queue import Executor, Queue
+from fisher_lab.sweeps.tally import Outcome, Tally, report, say
 
 LAUNCHER_LOG = "launcher.log"
-BACKGROUND = ("-m", "fisher_lab.sweeps.background")
+BACKGROUND = ("-m", "fisher_lab.sweeps.run")
 """What Python is given to run the launcher of a detached sweep."""
 
 
@@ -48,7 +54,7 @@ def run(
         loader: Hydra's configuration loader.
         master: the composed configuration that was started with.
         arguments: the overrides of the command line.
-        kind: of the launcher, a key of `launcher_schema.KINDS`.
+        kind: of the launcher, a key of ``launchers.KINDS``.
         given: the launcher's settings.
         identify: hashes text and model, and refuses what this machine cannot do.
 
@@ -73,16 +79,19 @@ def run(
     say(f"{len(cells)} cells: {_summary(states)}")
     for one in plans:
         say(f"{one.name}: {one.layout.directory}")
-    failed = [cell for cell in cells if states[cell.directory] == "failed" and cell not in todo]
+    failed = [
+        cell for cell in cells if states[cell.directory] is Status.FAILED and cell not in todo
+    ]
+    before = {cell.directory: Outcome(Status.FAILED) for cell in failed}
     if not todo:
         finish(cells)  # its launcher may have been killed before, and claims may have changed
-        return report(cells, _tally_of(failed))
+        return report(cells, Tally(0, ended=before))
     frozen = _submit(todo, master, kind, settings)
-    tally = _tally_of(failed, len(todo), options.max_failures)
+    tally = Tally(len(todo) + len(before), options.max_failures, before)
     if options.detach:
-        return _detach(todo, frozen, kind, settings)
+        return _detach(frozen, kind, settings)
     try:
-        launch(todo, frozen, tally, settings)
+        launch(frozen, tally, settings)
     except Interrupted:
         say("interrupted; run the same command again to go on", error=True)
         raise
@@ -90,7 +99,7 @@ def run(
     return report(cells, tally)
 
 
-def finish(cells: Sequence[Cell]) -> None:
+def finish(cells: Sequence[Cell] | Sequence[FrozenCell]) -> None:
     """Tables, verdicts and figures of the sweeps of which cells have ended now."""
     from fisher_lab.results import finishing
     from fisher_lab.tracking import send
@@ -100,37 +109,33 @@ def finish(cells: Sequence[Cell]) -> None:
         send.send_sweep_at_end(directory, tracker)
 
 
-def launch(
-    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
-) -> None:
-    """Run frozen cells with a launcher, until they have ended."""
+def launch(cells: Sequence[FrozenCell], tally: Tally, settings: Settings) -> None:
+    """Run cells with a launcher, until they have ended.
+
+    Raises:
+        ConfigError: there is no SLURM here, or it does not take the jobs.
+        Interrupted: a signal.
+    """
     with contextlib.ExitStack() as stack:
-        for submission in dict.fromkeys(one.submission for one in frozen):
-            alive = Claim(submission / LAUNCHER)  # for `fisher-lab status --watch`
+        for submission in dict.fromkeys(cell.submission for cell in cells):
+            alive = Lock(submission / LAUNCHER)  # for `fisher-lab status --watch`
             if alive.acquire():
                 stack.enter_context(alive)
-        _launch(cells, frozen, tally, settings)
+        Queue(cells, _executor(settings), tally).run()
 
 
-def _launch(
-    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: Settings
-) -> None:
-    if isinstance(settings, SlurmSettings) and settings.cluster == "local":
-        from fisher_lab.sweeps import debug_cluster
+def _executor(settings: Settings) -> Executor:
+    if isinstance(settings, SlurmSettings):
+        from fisher_lab.sweeps.slurm import SubmititJobs
 
-        debug_cluster.run(cells, frozen, tally, settings)
-    elif isinstance(settings, SlurmSettings):
-        from fisher_lab.sweeps import slurm
+        return SubmititJobs(settings)
+    if isinstance(settings, LocalSettings):
+        from fisher_lab.sweeps.local import LocalProcesses
 
-        slurm.run(cells, frozen, tally, settings)
-    elif isinstance(settings, LocalSettings):
-        from fisher_lab.sweeps import local
+        return LocalProcesses(settings)
+    from fisher_lab.sweeps.serial import InProcess
 
-        local.run(cells, frozen, tally, settings)
-    else:
-        from fisher_lab.sweeps import serial
-
-        serial.run(cells, frozen, tally)
+    return InProcess()
 
 
 def _check(plans: Sequence[SweepPlan], kind: str, settings: Settings) -> None:
@@ -183,31 +188,22 @@ def _section(master: DictConfig, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _summary(states: Mapping[Path, str]) -> str:
-    counted = sorted(states.values())
-    return ", ".join(f"{len(list(group))} {state}" for state, group in groupby(counted))
+def _summary(states: Mapping[Path, Status]) -> str:
+    counted = Counter(sorted(states.values()))
+    return ", ".join(f"{number} {state}" for state, number in counted.items())
 
 
-def _tally_of(failed: Sequence[Cell], total: int = 0, limit: int | None = None) -> Tally:
-    """A tally that knows of the failures of before that are not tried again."""
-    tally = Tally(len(failed), quiet=True)
-    for cell in failed:
-        tally.end(cell, "failed", None, None)
-    tally.total, tally.quiet, tally.max_failures = total + len(failed), False, limit
-    return tally
-
-
-def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[Path, str]) -> None:
+def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[Path, Status]) -> None:
     """Complete the journal where a worker was killed before it could; compare the versions."""
     now, others = None, set()
     for one in plans:
-        done = [cell for cell in one.cells if states[cell.directory] == "completed"]
+        done = [cell for cell in one.cells if states[cell.directory] is Status.COMPLETED]
         if not done:
             continue
         noted = {
             entry.get("run_id")
             for entry in one.layout.journal.read()
-            if entry.get("event") == "completed"
+            if entry.get("event") == Status.COMPLETED
         }
         now = now or provenance.git()
         for cell in done:
@@ -226,23 +222,23 @@ def _look_at_what_is_done(plans: Sequence[SweepPlan], states: Mapping[Path, str]
 
 
 def _note(cell: Cell) -> None:
-    claim = cell.layout.claim(cell.run_id)
-    if claim.acquire():
-        with claim:
-            worker.note_completed(cell.layout.journal, cell.run_id)
+    lock = cell.layout.lock(cell.run_id)
+    if lock.acquire():
+        with lock:
+            cell.layout.note(cell.run_id, Status.COMPLETED)
 
 
 def _submit(
     cells: Sequence[Cell], master: DictConfig, kind: str, settings: Settings
-) -> list[Frozen]:
+) -> list[FrozenCell]:
     """Freeze cells, each in its own sweep, and write down who launched what."""
     logging = _logging(master)
-    frozen: dict[Path, Frozen] = {}
+    frozen: dict[Path, FrozenCell] = {}
     for layout in dict.fromkeys(cell.layout for cell in cells):
         submission = new_submission(layout)
         own = [cell for cell in cells if cell.layout == layout]
         for cell, file in zip(own, freeze(submission, own, logging), strict=True):
-            frozen[cell.layout.run_directory(cell.run_id)] = file
+            frozen[cell.directory] = file
         atomic.write_json(
             submission / LAUNCH_FILE,
             {
@@ -254,7 +250,7 @@ def _submit(
             },
         )
         layout.journal.append("launched", launcher=kind, cells=len(own), submission=submission.name)
-    return [frozen[cell.layout.run_directory(cell.run_id)] for cell in cells]
+    return [frozen[cell.directory] for cell in cells]
 
 
 def _logging(master: DictConfig) -> dict[str, Any]:
@@ -266,15 +262,13 @@ def _logging(master: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings: Settings) -> int:
+def _detach(cells: Sequence[FrozenCell], kind: str, settings: Settings) -> int:
     """Hand the cells to the scheduler, or to a process of their own, and return."""
     names = ", ".join(sorted({str(cell.layout.directory) for cell in cells}))
     if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
-        from fisher_lab.sweeps import slurm
-
-        slurm.submit(cells, frozen, settings)
+        _executor(settings).start(cells)
     else:
-        listing = _listing(frozen, kind, settings)
+        listing = _listing(cells, kind, settings)
         log = listing.with_name(LAUNCHER_LOG)
         with open(log, "ab") as stream, importable():
             subprocess.Popen(
@@ -289,13 +283,31 @@ def _detach(cells: Sequence[Cell], frozen: Sequence[Frozen], kind: str, settings
     return 0
 
 
-def _listing(frozen: Sequence[Frozen], kind: str, settings: Settings) -> Path:
+def _listing(cells: Sequence[FrozenCell], kind: str, settings: Settings) -> Path:
     """Write down what the background process is to do."""
-    path = frozen[0].submission / "background.json"
+    path = cells[0].submission / "background.json"
     content = {
         "kind": kind,
         "settings": asdict(settings),
-        "cells": [os.path.relpath(one.path, path.parent) for one in frozen],
+        "cells": [os.path.relpath(one.path, path.parent) for one in cells],
     }
     atomic.write_json(path, content)
     return path
+
+
+def main(arguments: list[str]) -> int:
+    """Launch the frozen cells that a file lists; returns the exit code."""
+    listing = Path(arguments[0])
+    data = json.loads(listing.read_text(encoding="utf-8"))
+    cells = [FrozenCell.load(listing.parent / name) for name in data["cells"]]
+    tally = Tally(len(cells), cells[0].sweep["max_failures"])
+    try:
+        launch(cells, tally, launchers.check(data["kind"], data["settings"]))
+    except Interrupted as stop:
+        return 128 + stop.signum
+    finish(cells)
+    return report(cells, tally)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,67 +6,70 @@ that takes the process down takes the sweep with it, until it is started again.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fisher_lab.runs import record
-from fisher_lab.runs.signals import Watch
+from fisher_lab.runs.signals import Pending, Watch
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker
-from fisher_lab.sweeps.cell import Cell, Frozen
+from fisher_lab.sweeps.cell import FrozenCell
 from fisher_lab.sweeps.directory import RUN_LOG
-from fisher_lab.sweeps.elsewhere import Elsewhere
-from fisher_lab.sweeps.tally import Tally, say
-from fisher_lab.sweeps.worker_process import brief, keep_tail, tail
+from fisher_lab.sweeps.queue import Executor
+from fisher_lab.sweeps.tally import Outcome, say
+from fisher_lab.sweeps.worker_process import keep_tail, tail
 
 
-def run(cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally) -> None:
-    """Run cells.
+class InProcess(Executor):
+    """Runs a cell to its end in ``start``."""
 
-    Args:
-        cells: what is to be done, in this order.
-        frozen: the same, as submitted.
-        tally: is told how each ended.
+    def __init__(self) -> None:
+        self._started = 0
+        self._ended: list[tuple[FrozenCell, Outcome]] = []
 
-    Raises:
-        Interrupted: a signal; the cells that were not started are left as they are.
-    """
-    elsewhere = Elsewhere()
-    with Watch():
-        for number, (cell, file) in enumerate(zip(cells, frozen, strict=True)):
-            stopped = tally.exhausted or (cell.config.sweep.fail_fast and tally.failures)
-            if stopped or file.cancelled:
-                tally.end(cell, "not started", None, None)
-                continue
-            say(f"#{number} : {cell.label}")
-            began = time.monotonic()
-            if not _run(cell, file, tally, began):
-                elsewhere.add(cell, file)
-        while elsewhere.cells:
-            for cell, file in elsewhere.look(tally):
-                if not _run(cell, file, tally, time.monotonic()):
-                    elsewhere.add(cell, file)
-            elsewhere.wait()
+    @property
+    def running(self) -> list[FrozenCell]:
+        """The cell that has ended and was not yet reported."""
+        return [cell for cell, _ in self._ended]
+
+    def start(self, cells: Sequence[FrozenCell]) -> None:
+        """Run cells.
+
+        Raises:
+            Interrupted: a signal ended a cell; its record says so.
+        """
+        for cell in cells:
+            say(f"#{self._started} : {cell.label}")
+            self._started += 1
+            self._ended.append((cell, _run(cell)))
+
+    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+        """What :meth:`start` has run."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self, cells: Sequence[FrozenCell]) -> None:
+        """Nothing runs while the queue is at work."""
+
+    @contextlib.contextmanager
+    def signals(self, watch: Watch) -> Iterator[Pending]:
+        """They are raised at once, in the cell that runs."""
+        yield Pending()
 
 
-def _run(cell: Cell, file: Frozen, tally: Tally, began: float) -> bool:
-    """Run a cell to its end; false where somebody else holds it."""
-    code = worker.run(file)
+def _run(cell: FrozenCell) -> Outcome:
+    began = time.monotonic()
+    code = worker.run(cell)
     if code == worker.HELD:
-        return False
-    if code == worker.CANCELLED:  # the user has cancelled the sweep in this moment
-        tally.end(cell, "not started", None, None)
-        return True
-    status = record.status_of(file.directory) or "failed"
-    message = None
-    if status == "failed":
-        message = brief(file.directory)
-        _keep_tail(file)
-    tally.end(cell, status, message, time.monotonic() - began)
-    return True
-
-
-def _keep_tail(file: Frozen) -> None:
-    claim = file.layout.claim(file.run_id, file.stale_after_s)
-    if claim.acquire():
-        with claim:
-            keep_tail(file.directory, tail(file.directory / RUN_LOG))
+        return Outcome(Status.HELD)
+    if code == worker.CANCELLED:  # the user has cancelled the sweep at this very moment
+        return Outcome(Status.NOT_STARTED)
+    status, message = record.status_of(cell.directory) or Status.FAILED, None
+    if status is Status.FAILED:
+        message = record.brief(cell.directory)
+        lock = cell.layout.lock(cell.run_id, cell.stale_after_s)
+        if lock.acquire():
+            with lock:
+                keep_tail(cell.directory, tail(cell.directory / RUN_LOG))
+    return Outcome(status, message, time.monotonic() - began)

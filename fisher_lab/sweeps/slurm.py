@@ -1,8 +1,9 @@
-"""``hydra/launcher=slurm_cpu`` and ``slurm_gpu``: job arrays, by submitit.
+"""``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: jobs, by submitit.
 
 submitit writes the job scripts, submits them and puts preempted jobs back into the queue. How a
-cell ended is read from its record, and whether its job is still there from the queue (`scheduler`):
-the launcher may be gone at any time, and the next one attaches to the jobs that it left.
+cell ended is read from its record, and whether its job is still there from the queue: the launcher
+may be gone at any time, and the next one attaches to the jobs that it left. ``slurm_debug`` runs
+the same jobs in processes of this machine, by submitit's emulation of a cluster.
 """
 
 from __future__ import annotations
@@ -12,22 +13,34 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit.helpers import DelayedSubmission
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import SlurmSettings
-from fisher_lab.runs import record
-from fisher_lab.runs.signals import Watch
+from fisher_lab.runs import processes, record
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker, worker_process
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Frozen
+from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
 from fisher_lab.sweeps.directory import Layout
-from fisher_lab.sweeps.tally import Tally, say
-from fisher_lab.sweeps.worker_process import Ending, Job, brief, died, end_lost, give_up, tail
+from fisher_lab.sweeps.queue import Executor
+from fisher_lab.sweeps.tally import Outcome, say
+from fisher_lab.sweeps.worker_process import (
+    WorkerProcess,
+    ask_holder,
+    death,
+    end_lost,
+    give_up,
+    tail,
+)
+
+if TYPE_CHECKING:
+    import submitit
 
 TICK_S = 0.05
 RESUMABLE = ("train",)
@@ -77,73 +90,66 @@ class CellJob:
         Raises:
             CellFailed: it did not complete.
         """
-        frozen = Frozen.load(Path(path))
+        cell = FrozenCell.load(Path(path))
         asked: list[int] = []
 
         def note(signum: int, _: FrameType | None) -> None:
             asked.append(signum)
 
-        node = frozen.node
+        node = cell.node
         requeue = signal.signal(signal.SIGUSR2, note)
-        job = Job(
-            frozen,
+        process = WorkerProcess(
+            cell,
             threads=self.threads,
             grace_s=self.grace_s,
             environment={worker.SCHEDULED: "slurm"},
             command=self.command,
             node=node,
         )
-        while (ending := job.poll()) is None:
+        while (outcome := process.poll()) is None:
             if asked:
-                job.ask(signal.SIGUSR2)
+                process.ask(signal.SIGUSR2)
             time.sleep(TICK_S)
-        if node > 0 or ending.status in ("completed", "held"):
-            return ending.status
-        if ending.status == "preempted" and self._may_come_back(frozen, job):
+        if node > 0 or outcome.status in (Status.COMPLETED, Status.HELD):
+            return outcome.status.value
+        if outcome.status is Status.PREEMPTED and self._may_come_back(cell, process.seconds):
             assert callable(requeue)
             requeue(signal.SIGUSR2, None)  # ends this process
-        raise CellFailed(self._why(frozen, ending))
+        status = record.status_of(cell.directory) or outcome.status
+        raise CellFailed(f"{cell.run_id}: {status}: {outcome.message or ''}; see {cell.directory}")
 
     def checkpoint(self, path: str) -> Any:
         """What submitit queues again: the same, which finds the state that the worker saved."""
         return DelayedSubmission(self, path)
 
-    def _may_come_back(self, frozen: Frozen, job: Job) -> bool:
-        if record.read(frozen.directory).get("reason") != signal.SIGUSR2.name:
-            if self._at_the_limit(job):
-                give_up(frozen, "timeout", self._limit_text())
+    def _may_come_back(self, cell: FrozenCell, seconds: float) -> bool:
+        limit_reached = seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
+        text = f"reached the job's time limit (hydra.launcher.timeout_min={self.limit_s / 60:g})"
+        if record.read(cell.directory).get("reason") != signal.SIGUSR2.name:
+            if limit_reached:
+                give_up(cell, "timeout", text)
             return False  # SIGTERM: if the scheduler wants the job back, it does so itself
-        if frozen.cancelled:
+        if cell.cancelled:
             return False
-        if self._at_the_limit(job) and frozen.config.task.name not in RESUMABLE:
-            give_up(frozen, "timeout", self._limit_text())
+        if limit_reached and cell.config.task.name not in RESUMABLE:
+            give_up(cell, "timeout", text)
             return False
-        allowed = frozen.config.sweep.max_requeues
-        if _preemptions(frozen) > allowed:
+        allowed = cell.sweep["max_requeues"]
+        if _preemptions(cell) > allowed:
             message = f"preempted more often than sweep.max_requeues={allowed}"
-            give_up(frozen, "max_requeues", message)
+            give_up(cell, "max_requeues", message)
             return False
-        frozen.layout.journal.append("requeued", run_id=frozen.run_id)
+        cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
 
-    def _at_the_limit(self, job: Job) -> bool:
-        return job.seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
 
-    def _limit_text(self) -> str:
-        return f"reached the job's time limit (hydra.launcher.timeout_min={self.limit_s / 60:g})"
-
-    def _why(self, frozen: Frozen, ending: Ending) -> str:
-        status = record.status_of(frozen.directory) or ending.status
-        return f"{frozen.run_id}: {status}: {ending.message or ''}; see {frozen.directory}"
-
-
-def _preemptions(frozen: Frozen) -> int:
+def _preemptions(cell: FrozenCell) -> int:
     """How often this cell was preempted since it was last submitted."""
     count = 0
-    for entry in frozen.layout.journal.read():
-        if entry["event"] == "submitted" and frozen.run_id in entry.get("jobs", {}):
+    for entry in cell.layout.journal.read():
+        if entry["event"] == "submitted" and cell.run_id in entry.get("jobs", {}):
             count = 0
-        elif entry["event"] == "preempted" and entry.get("run_id") == frozen.run_id:
+        elif entry["event"] == Status.PREEMPTED and entry.get("run_id") == cell.run_id:
             count += 1
     return count
 
@@ -227,7 +233,6 @@ def _ask(command: list[str]) -> str | None:
     return done.stdout
 
 
-Work = tuple[Cell, Frozen]
 PATIENCE = 2
 """Looks at the queue at which a job must be gone before it counts as dead: records travel slowly
 over network file systems."""
@@ -235,62 +240,116 @@ DYING_TIMEOUT_S = 120.0
 """How long the jobs of a cancelled launch may take to leave the queue."""
 
 
-def run(
-    cells: Sequence[Cell], frozen: Sequence[Frozen], tally: Tally, settings: SlurmSettings
-) -> None:
-    """Submit cells and wait until their jobs have ended.
+class SubmititJobs(Executor):
+    """A job for each cell: of SLURM, all in arrays at once, or of submitit's local emulation.
 
-    Raises:
-        ConfigError: there is no SLURM here, or it does not take the jobs.
-        Interrupted: a signal; the jobs stay in the queue.
+    Args:
+        settings: of the launcher.
     """
-    jobs = submit(cells, frozen, settings)
-    watch = _Watched(list(zip(cells, frozen, strict=True)), jobs, tally)
-    with Watch() as signals, signals.deferred() as pending:
-        while watch.waiting:
-            watch.look()
-            until = time.monotonic() + settings.poll_s
-            while watch.waiting and not pending() and time.monotonic() < until:
-                time.sleep(0.05)
-            if pending():
-                say("the jobs stay in the queue; run the same command again to attach to them")
-                pending.stop()
 
+    pause_s = TICK_S
+    outlives = True
 
-def submit(
-    cells: Sequence[Cell], frozen: Sequence[Frozen], settings: SlurmSettings
-) -> dict[Path, str]:
-    """Submit the cells that are not in the queue, all arrays at once.
+    def __init__(self, settings: SlurmSettings) -> None:
+        self._settings = settings
+        self._is_local = settings.cluster == "local"
+        self.limit = settings.array_parallelism if self._is_local else None
+        self._jobs: dict[FrozenCell, str] = {}
+        self._handles: dict[str, submitit.Job[str]] = {}
+        self._gone: Counter[FrozenCell] = Counter()
+        self._looked = 0.0
+        self._withdrawn = False
 
-    Jobs of a launch that was cancelled are on their way out, and no others are put beside them.
+    @property
+    def running(self) -> list[FrozenCell]:
+        """The cells whose jobs wait or run."""
+        return list(self._jobs)
 
-    Returns:
-        Run directory -> job, those that were in the queue before among them.
+    def start(self, cells: Sequence[FrozenCell]) -> None:
+        """Submit cells, but for those that SLURM has in its queue: their jobs are attached to.
 
-    Raises:
-        ConfigError: there is no SLURM here, or it does not take the jobs.
-    """
-    layouts = list(dict.fromkeys(cell.layout for cell in cells))
-    _wait_for_the_dying(layouts, settings.poll_s)
-    jobs = {
-        layout.run_directory(run_id): job
-        for layout in layouts
-        for run_id, job in queued(layout).items()
-    }
-    work = list(zip(cells, frozen, strict=True))
-    wanted = [one for one in work if one[1].directory not in jobs]
-    if len(wanted) < len(work):
-        say(f"{len(work) - len(wanted)} cells are in the queue already")
-    for batch in batches(wanted, settings.max_array_size or max_array_size()):
-        numbers = _submit(batch, settings)
-        by_layout: dict[Layout, dict[str, str]] = {}
-        for (cell, file), number in zip(batch, numbers, strict=True):
-            jobs[file.directory] = number
-            by_layout.setdefault(cell.layout, {})[cell.run_id] = number
-        for layout, own in by_layout.items():
-            layout.journal.append("submitted", jobs=own)
-        say(f"submitted {len(batch)} cells as {numbers[0].partition('_')[0]}")
-    return jobs
+        Jobs of a launch that was cancelled are on their way out, and no others are put beside them.
+
+        Raises:
+            ConfigError: there is no SLURM here, or it does not take the jobs.
+        """
+        layouts = list(dict.fromkeys(cell.layout for cell in cells))
+        known: dict[Path, str] = {}
+        if not self._is_local:
+            _wait_for_the_dying(layouts, self._settings.poll_s)
+            for layout in layouts:
+                known |= {layout.run_directory(run_id): j for run_id, j in queued(layout).items()}
+        wanted = [cell for cell in cells if cell.directory not in known]
+        self._jobs |= {cell: known[cell.directory] for cell in cells if cell.directory in known}
+        if len(wanted) < len(cells):
+            say(f"{len(cells) - len(wanted)} cells are in the queue already")
+        size = len(cells) if self._is_local else self._settings.max_array_size or max_array_size()
+        for batch in batches(wanted, size):
+            jobs = _submit(batch, self._settings)
+            numbers = [job.job_id for job in jobs]
+            self._jobs |= dict(zip(batch, numbers, strict=True))
+            if self._is_local:
+                self._handles |= dict(zip(numbers, jobs, strict=True))
+                continue
+            for layout in layouts:
+                own = {cell.run_id: self._jobs[cell] for cell in batch if cell.layout == layout}
+                if own:
+                    layout.journal.append("submitted", jobs=own)
+            say(f"submitted {len(batch)} cells as {numbers[0].partition('_')[0]}")
+
+    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+        """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
+        if not self._jobs or time.monotonic() - self._looked < self._settings.poll_s:
+            return []
+        known = self._states()
+        self._looked = time.monotonic()
+        found = []
+        for cell, job in list(self._jobs.items()) if known is not None else []:
+            if is_active(known[job]):
+                self._gone.pop(cell, None)
+                continue
+            self._gone[cell] += 1
+            if (outcome := self._outcome(cell, job, known[job])) is not None:
+                del self._jobs[cell]
+                found.append((cell, outcome))
+        return found
+
+    def stop(self, cells: Sequence[FrozenCell]) -> None:
+        """Cancel jobs, and mark their launch for those that have not come to their cell."""
+        wanted = [cell for cell in cells if cell in self._jobs]
+        for submission in {cell.submission for cell in wanted}:
+            (submission / CANCELLED_FILE).touch()
+        if not self._is_local:
+            cancel(self._jobs[cell] for cell in wanted)
+            return
+        for cell in wanted:
+            ask_holder(cell.layout, cell.run_id, cell.stale_after_s)
+
+    def withdraw(self) -> None:
+        """Cancel the jobs of SLURM that have not begun."""
+        if self._withdrawn or self._is_local:
+            return
+        self._withdrawn = True
+        known = self._states() or {}
+        for submission in {cell.submission for cell in self._jobs}:
+            (submission / CANCELLED_FILE).touch()
+        cancel(job for job, state in known.items() if state == "PENDING")
+
+    def _states(self) -> dict[str, str] | None:
+        if not self._is_local:
+            return states(self._jobs.values())
+        return {
+            job: "COMPLETED" if self._handles[job].done() else "RUNNING"
+            for job in self._jobs.values()
+        }
+
+    def _outcome(self, cell: FrozenCell, job: str, job_state: str) -> Outcome | None:
+        """How the cell of a job that has ended stands; None where it is too early to say."""
+        state = cell.layout.state(cell.run_id, cell.stale_after_s)
+        if state is Status.RUNNING or (not state.is_final and self._gone[cell] < PATIENCE):
+            return None  # or somebody else runs it, or the lock of a dead node is not stale yet
+        state = end_cell(cell, job, job_state)
+        return Outcome(state, record.brief(cell.directory) if state is Status.FAILED else None)
 
 
 def last_jobs(layout: Layout) -> dict[str, tuple[str, str | None]]:
@@ -343,10 +402,10 @@ def _dying(layout: Layout) -> list[str]:
     return [job for job, state in known.items() if is_active(state)]
 
 
-def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
+def batches(cells: Sequence[FrozenCell], size: int) -> Iterator[list[FrozenCell]]:
     """Arrays of at most ``size`` cells; those that run alone in arrays of their own."""
     for alone in (False, True):
-        own = [one for one in work if one[0].alone == alone]
+        own = [cell for cell in cells if cell.alone == alone]
         for start in range(0, len(own), size):
             yield own[start : start + size]
 
@@ -377,7 +436,9 @@ def parameters(settings: SlurmSettings, *, alone: bool) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def executor(settings: SlurmSettings, folder: Path, requeues: int, *, alone: bool) -> Any:
+def executor(
+    settings: SlurmSettings, folder: Path, requeues: int, *, alone: bool
+) -> submitit.AutoExecutor:
     """The executor of submitit with everything set."""
     import submitit
 
@@ -391,7 +452,7 @@ def executor(settings: SlurmSettings, folder: Path, requeues: int, *, alone: boo
     return made
 
 
-def job_of(settings: SlurmSettings) -> Any:
+def job_of(settings: SlurmSettings) -> CellJob:
     """What every job calls with the path of its frozen cell."""
     return CellJob(
         threads=settings.threads or settings.cpus_per_task,
@@ -402,55 +463,55 @@ def job_of(settings: SlurmSettings) -> Any:
     )
 
 
-def _submit(batch: Sequence[Work], settings: SlurmSettings) -> list[str]:
+def _submit(cells: Sequence[FrozenCell], settings: SlurmSettings) -> list[submitit.Job[str]]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    folder = batch[0][1].submission / "slurm" / "%j"
-    requeues = max(cell.config.sweep.max_requeues for cell, _ in batch)
+    folder = cells[0].submission / "slurm" / "%j"
+    requeues = max(cell.sweep["max_requeues"] for cell in cells)
     try:
-        with worker_process.importable():
-            made = executor(settings, folder, requeues, alone=batch[0][0].alone)
-            submitted = made.map_array(job_of(settings), [str(file.path) for _, file in batch])
+        with processes.importable():
+            made = executor(settings, folder, requeues, alone=cells[0].alone)
+            return made.map_array(job_of(settings), [str(cell.path) for cell in cells])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
             f"SLURM does not take the jobs: {lines[-1] if lines else error}"
         ) from None
-    return [job.job_id for job in submitted]
 
 
-def end_cell(file: Frozen, job: str, job_state: str) -> str:
+def end_cell(cell: FrozenCell, job: str, job_state: str) -> Status:
     """End the record of a cell whose job has ended and is not coming back.
 
     Args:
-        file: the cell; nobody runs it.
+        cell: the cell; nobody runs it.
         job: its number.
         job_state: the last that the queue says of it.
 
     Returns:
         The cell's state from now on.
     """
-    state = file.layout.state(file.run_id, file.stale_after_s)
-    if state in ("completed", "failed", "running"):
+    state = cell.layout.state(cell.run_id, cell.stale_after_s)
+    if state.is_final or state is Status.RUNNING:
         return state
-    if _was_cancelled(file, state, job_state):
-        if state == "cancelled" or (state == "missing" and file.cancelled):
-            return "cancelled"
-        status, error = "cancelled", None
+    if _was_cancelled(cell, state, job_state):
+        if state is Status.CANCELLED or (state is Status.MISSING and cell.cancelled):
+            return Status.CANCELLED
+        status, error = Status.CANCELLED, None
     else:
         message = f"the job {job} ended as {job_state} and left no result"
-        status, error = "failed", died(message, job=job, log_tail=_job_log(file.layout, job))
-    if end_lost(file, status, job_state, error):
+        status = Status.FAILED
+        error = death(message, job=job, log_tail=_job_log(cell.layout, job))
+    if end_lost(cell, status, job_state, error):
         return status
-    return file.layout.state(file.run_id, file.stale_after_s)
+    return cell.layout.state(cell.run_id, cell.stale_after_s)
 
 
-def _was_cancelled(file: Frozen, state: str, job_state: str) -> bool:
+def _was_cancelled(cell: FrozenCell, state: Status, job_state: str) -> bool:
     """Whether a job was cancelled, by fisher-lab or by a plain scancel, and did not die."""
     if job_state == "CANCELLED":
         return True
     # Under the mark of sweep.max_failures a job that runs goes on, and may die.
-    return file.cancelled and (state != "interrupted" or job_state == GONE)
+    return cell.cancelled and (state is not Status.INTERRUPTED or job_state == GONE)
 
 
 def _job_log(layout: Layout, job: str) -> str:
@@ -458,51 +519,3 @@ def _job_log(layout: Layout, job: str) -> str:
     for log in layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err"):
         return tail(log)
     return ""
-
-
-class _Watched:
-    """Jobs that have not ended."""
-
-    def __init__(self, work: list[Work], jobs: dict[Path, str], tally: Tally) -> None:
-        self.waiting = work
-        self._jobs = jobs
-        self._tally = tally
-        self._gone: dict[Path, int] = {}
-        self._stopped = False
-
-    def look(self) -> None:
-        """Ask the queue once, and settle the cells whose jobs have ended."""
-        found = states(self._jobs[file.directory] for _, file in self.waiting)
-        if found is None:
-            return
-        for cell, file in list(self.waiting):
-            state = found[self._jobs[file.directory]]
-            if is_active(state):
-                self._gone.pop(file.directory, None)
-                continue
-            self._gone[file.directory] = self._gone.get(file.directory, 0) + 1
-            self._settle(cell, file, state)
-        self._stop_at_failures()
-
-    def _settle(self, cell: Cell, file: Frozen, job_state: str) -> None:
-        state = cell.layout.state(cell.run_id, file.stale_after_s)
-        if state not in ("completed", "failed") and self._gone[file.directory] < PATIENCE:
-            return
-        if state == "running":
-            return  # somebody else runs it, or the claim of a dead node has not gone stale yet
-        if state in ("missing", "interrupted", "preempted", "cancelled"):
-            state = end_cell(file, self._jobs[file.directory], job_state)
-        self.waiting.remove((cell, file))
-        message = brief(file.directory) if state == "failed" else None
-        self._tally.end(cell, state, message, None)
-
-    def _stop_at_failures(self) -> None:
-        fail_fast = any(cell.config.sweep.fail_fast for cell, _ in self.waiting)
-        if self._stopped or not (self._tally.exhausted or (fail_fast and self._tally.failures > 0)):
-            return
-        self._stopped = True
-        known = states(self._jobs[file.directory] for _, file in self.waiting) or {}
-        pending = [job for job, state in known.items() if fail_fast or state == "PENDING"]
-        for directory in {file.submission for _, file in self.waiting}:
-            (directory / CANCELLED_FILE).touch()
-        cancel(pending)

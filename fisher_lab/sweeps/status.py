@@ -13,14 +13,13 @@ from typing import Any
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.runs import record
-from fisher_lab.sweeps.cell import Frozen
+from fisher_lab.runs.status import Status
+from fisher_lab.sweeps import slurm
+from fisher_lab.sweeps.cell import FrozenCell, label_of
 from fisher_lab.sweeps.directory import JOB_LOG, LAUNCH_FILE, RUN_LOG, SWEEP_FILE, Layout
 from fisher_lab.sweeps.slurm import is_active
-from fisher_lab.sweeps.worker_process import brief, tail
+from fisher_lab.sweeps.worker_process import tail
 
-QUEUED, LOST = "queued", "lost"
-ENDED = ("completed", "failed")
-WAITING = ("missing", QUEUED, "preempted", "interrupted")
 LOGS = (RUN_LOG, JOB_LOG)
 LOOK_AGAIN_S = 2.0
 """Seconds after which a job that has left no result is looked for once more before its cell has
@@ -36,7 +35,7 @@ class CellStatus:
     Attributes:
         run_id: its identity, the name of its directory.
         label: its axes as on the command line.
-        state: of `layout.Layout.state`, or ``queued``, or ``lost`` with the job that had it.
+        state: of ``Layout.state``, or ``queued``, or ``lost`` with the job that had it.
         seconds: that it took, or has taken so far; None where it has not begun.
         metrics: what it has measured.
         log: path of its log; None where there is none yet.
@@ -49,7 +48,7 @@ class CellStatus:
 
     run_id: str
     label: str
-    state: str
+    state: Status
     seconds: float | None
     metrics: Mapping[str, Any]
     log: str | None
@@ -114,8 +113,6 @@ def settle(layout: Layout, before: Sequence[CellStatus]) -> list[CellStatus]:
         layout: of the sweep.
         before: what :func:`look` has found some time ago.
     """
-    from fisher_lab.sweeps import slurm
-
     lost = {cell.run_id: cell.lost for cell in before if cell.lost is not None}
     cells = look(layout)
     if layout.has_launcher():
@@ -129,15 +126,15 @@ def settle(layout: Layout, before: Sequence[CellStatus]) -> list[CellStatus]:
         return cells
     frozen = layout.frozen()
     for run_id, job in still.items():
-        slurm.end_cell(Frozen.load(frozen[run_id]), *job)
+        slurm.end_cell(FrozenCell.load(frozen[run_id]), *job)
     return look(layout)
 
 
 def is_over(layout: Layout, cells: Sequence[CellStatus]) -> bool:
     """Whether all is said: no cell runs, is queued or has yet to be settled, no launcher lives."""
-    if all(cell.state in ENDED for cell in cells):
+    if all(cell.state.is_final for cell in cells):
         return True
-    if any(cell.state in ("running", QUEUED, LOST) for cell in cells):
+    if any(cell.state in (Status.RUNNING, Status.QUEUED, Status.LOST) for cell in cells):
         return False
     return not is_launched(layout)
 
@@ -153,8 +150,6 @@ def is_launched(layout: Layout) -> bool:
 def _jobs(layout: Layout) -> _Jobs:
     if not any(entry["event"] == "submitted" for entry in layout.journal.read()):
         return _Jobs({}, frozenset())
-    from fisher_lab.sweeps import slurm
-
     return _Jobs(slurm.last_jobs(layout), frozenset(_past(layout)))
 
 
@@ -180,25 +175,25 @@ def _cell(
 ) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
-    frozen = Frozen.load(file) if file is not None else None
+    frozen = FrozenCell.load(file) if file is not None else None
     state = layout.state(run_id, frozen.stale_after_s) if frozen else layout.state(run_id)
     job, job_state = jobs.last.get(run_id, (None, None))
     lost = why = None
-    if job is not None and is_active(job_state) and state not in ("running", *ENDED):
-        state = QUEUED
-    elif frozen is not None and frozen.cancelled and state == "missing":
-        state = "cancelled"
-    elif frozen is not None and state in ("missing", "interrupted", "preempted"):
+    if job is not None and is_active(job_state) and not (state.is_final or state is Status.RUNNING):
+        state = Status.QUEUED
+    elif frozen is not None and frozen.cancelled and state is Status.MISSING:
+        state = Status.CANCELLED
+    elif frozen is not None and state.is_waiting:
         current = frozen.cancelled or job not in jobs.past
         if job is not None and job_state is not None and current:
-            state, lost = LOST, (job, job_state)
+            state, lost = Status.LOST, (job, job_state)
             why = f"the job {job} ended as {job_state} and left no result"
     found = _record(directory)
     log = next((directory / name for name in LOGS if (directory / name).is_file()), None)
-    reason = why or (brief(directory) if state == "failed" else found.get("reason"))
+    reason = why or (record.brief(directory) if state is Status.FAILED else found.get("reason"))
     return CellStatus(
         run_id=run_id,
-        label=" ".join(f"{key}={value}" for key, value in entry["axes"].items()) or run_id,
+        label=label_of(entry["axes"]) or run_id,
         state=state,
         seconds=_seconds(found, state),
         metrics=_metrics(directory),
@@ -225,11 +220,11 @@ def _metrics(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _seconds(found: Mapping[str, Any], state: str) -> float | None:
+def _seconds(found: Mapping[str, Any], state: Status) -> float | None:
     try:
         began = datetime.fromisoformat(found["started"])
         ended = found.get("finished")
-        if ended is None and state != "running":
+        if ended is None and state is not Status.RUNNING:
             return None
         until = datetime.fromisoformat(ended) if ended else datetime.now(UTC)
     except (KeyError, TypeError, ValueError):
@@ -237,7 +232,7 @@ def _seconds(found: Mapping[str, Any], state: str) -> float | None:
     return (until - began).total_seconds()
 
 
-def counts(cells: Sequence[CellStatus]) -> Counter[str]:
+def counts(cells: Sequence[CellStatus]) -> Counter[Status]:
     """How many cells are in which state."""
     return Counter(cell.state for cell in cells)
 
@@ -247,9 +242,9 @@ def eta_s(cells: Sequence[CellStatus]) -> float | None:
 
     As many as run now are taken to run from here on.
     """
-    done = [cell.seconds for cell in cells if cell.state == "completed" and cell.seconds]
-    running = [cell for cell in cells if cell.state == "running"]
-    waiting = sum(cell.state in WAITING for cell in cells)
+    done = [cell.seconds for cell in cells if cell.state is Status.COMPLETED and cell.seconds]
+    running = [cell for cell in cells if cell.state is Status.RUNNING]
+    waiting = sum(cell.state.is_waiting for cell in cells)
     if not done or not running:
         return None
     each = sum(done) / len(done)

@@ -1,9 +1,9 @@
-"""One frozen cell, run under its claim: ``python -m fisher_lab.sweeps.worker FILE``.
+"""One frozen cell, run under its lock: ``python -m fisher_lab.sweeps.worker FILE``.
 
-Whoever starts a worker can rely on this: it runs the cell only where it holds the claim and nobody
+Whoever starts a worker can rely on this: it runs the cell only where it holds the lock and nobody
 has completed the cell; it appends what happened to the journal; and its exit code says how it
-ended. A worker that is killed leaves a record with the status ``running`` and a claim whose owner
-is dead, which is how everybody else knows. On several nodes each has a worker: that of node 0 does
+ended. A worker that is killed leaves a record with the status ``running`` and a lock whose holder
+is gone, which is how everybody else knows. On several nodes each has a worker: that of node 0 does
 all this, and the others run their ranks for it.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab.runs import atomic, record
-from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.signals import Interrupted, Watch, leave
-from fisher_lab.sweeps.cell import Frozen
+from fisher_lab.runs.status import Status
+from fisher_lab.sweeps.cell import FrozenCell
 
 if TYPE_CHECKING:
     from fisher_lab.distributed.nodes import Nodes
-    from fisher_lab.runs.lock import Claim
+    from fisher_lab.runs.lock import Lock
     from fisher_lab.tasks.run_spec import Work
 
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
@@ -39,15 +39,15 @@ def main(arguments: list[str]) -> int:
     """Run the frozen cell of a file; returns the exit code."""
     try:
         with Watch():
-            frozen = Frozen.load(Path(arguments[0]))
+            frozen = FrozenCell.load(Path(arguments[0]))
             if os.path.isdir(frozen.data["cwd"]):  # where relative paths are meant from
                 os.chdir(frozen.data["cwd"])
             return run(frozen)
     except Interrupted as stop:
-        return PREEMPTED if stop.status == "preempted" else CANCELLED
+        return PREEMPTED if stop.status is Status.PREEMPTED else CANCELLED
 
 
-def run(frozen: Frozen) -> int:
+def run(frozen: FrozenCell) -> int:
     """Run a frozen cell in this process.
 
     Returns:
@@ -74,8 +74,8 @@ def run(frozen: Frozen) -> int:
         return FAILED
 
 
-def _run_ranks(frozen: Frozen, nodes: Nodes) -> int:
-    """Runs the ranks of another node than the first, once node 0 has claimed the cell."""
+def _run_ranks(frozen: FrozenCell, nodes: Nodes) -> int:
+    """Runs the ranks of another node than the first, once node 0 holds the lock of the cell."""
     from fisher_lab.tasks import ranks, runner
 
     directory = nodes.directory()
@@ -87,33 +87,32 @@ def _run_ranks(frozen: Frozen, nodes: Nodes) -> int:
     return COMPLETED if outcome.status == "completed" else FAILED
 
 
-def _run(frozen: Frozen, problem: Exception | None = None) -> int:
-    """Run a cell under its claim, or record there why it cannot be run."""
+def _run(frozen: FrozenCell, problem: Exception | None = None) -> int:
+    """Run a cell under its lock, or record there why it cannot be run."""
     layout, run_id = frozen.layout, frozen.run_id
-    claim = layout.claim(run_id, frozen.stale_after_s)
-    if not claim.acquire():
+    lock = layout.lock(run_id, frozen.stale_after_s)
+    if not lock.acquire():
         return HELD
-    with claim:
-        journal = layout.journal
-        if record.status_of(frozen.directory) == "completed":
-            note_completed(journal, run_id)
+    with lock:
+        if record.status_of(frozen.directory) is Status.COMPLETED:
+            layout.note(run_id, Status.COMPLETED)
             return COMPLETED
         if frozen.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
         atomic.clear_leftovers(frozen.directory)
         (frozen.directory / record.RUN_FILE).unlink(missing_ok=True)
-        journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
-        return _perform(frozen, claim, problem)
+        layout.journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
+        return _perform(frozen, lock, problem)
 
 
-def _work(frozen: Frozen, directory: Path) -> Work:
+def _work(frozen: FrozenCell, directory: Path) -> Work:
     from fisher_lab.tasks.run_spec import Work
 
     overrides, content = tuple(frozen.data["overrides"]), frozen.data["content"]
     return Work(frozen.config, directory, overrides, content)
 
 
-def _perform(frozen: Frozen, claim: Claim, problem: Exception | None = None) -> int:
+def _perform(frozen: FrozenCell, lock: Lock, problem: Exception | None = None) -> int:
     from fisher_lab.tasks import runner
 
     stopped: Interrupted | None = None
@@ -128,59 +127,39 @@ def _perform(frozen: Frozen, claim: Claim, problem: Exception | None = None) -> 
         except Exception as error:  # before or after the task, which handles its own
             logging.getLogger(__name__).exception("the cell failed")
             _fail(frozen, error)
-    status = record.status_of(frozen.directory) or "failed"
-    if claim.lost.is_set():
+    status = record.status_of(frozen.directory) or Status.FAILED
+    if lock.lost.is_set():
         # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
         return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
     frozen.layout.journal.append(status, run_id=frozen.run_id, **reason)
-    if stopped is not None and status != "completed":
+    if stopped is not None and status is not Status.COMPLETED:
         raise stopped
-    return COMPLETED if status == "completed" else FAILED
+    return COMPLETED if status is Status.COMPLETED else FAILED
 
 
-def _amend(frozen: Frozen, stop: Interrupted) -> None:
+def _amend(frozen: FrozenCell, stop: Interrupted) -> None:
     """What a signal means depends on who sent it: a scheduler ends jobs that may come back."""
     directory, status = frozen.directory, record.status_of(frozen.directory)
-    if stop.status == "cancelled" and os.environ.get(SCHEDULED) and not frozen.cancelled:
-        record.end_from_outside(directory, "preempted", stop.signum.name)
-    elif status is None or status == "running":  # it came before the record was begun
-        record.end_from_outside(
-            directory, stop.status, stop.signum.name, otherwise=beginnings(frozen)
-        )
+    if stop.status is Status.CANCELLED and os.environ.get(SCHEDULED) and not frozen.cancelled:
+        record.end_from_outside(directory, Status.PREEMPTED, stop.signum.name)
+    elif status in (None, Status.RUNNING):  # it came before the record was begun
+        record.end_from_outside(directory, stop.status, stop.signum.name, otherwise=frozen.record())
 
 
-def _fail(frozen: Frozen, error: Exception) -> None:
+def _fail(frozen: FrozenCell, error: Exception) -> None:
     described = record.describe(error)
     record.end_from_outside(
         frozen.directory,
-        "failed",
+        Status.FAILED,
         record.headline(described),
         error=described,
-        otherwise=beginnings(frozen),
+        otherwise=frozen.record(),
     )
 
 
-def beginnings(frozen: Frozen) -> dict[str, object]:
-    """What a record says of a run that did not come to write one."""
-    return {
-        "run_id": frozen.run_id,
-        "config": frozen.data["config"],
-        "overrides": frozen.data["overrides"],
-        "provenance": {"content": frozen.data["content"]},
-    }
-
-
-def note_completed(journal: Journal, run_id: str) -> None:
-    """Append the event that a killed worker did not come to; for the holder of the claim."""
-    for entry in journal.read():
-        if entry.get("event") == "completed" and entry.get("run_id") == run_id:
-            return
-    journal.append("completed", run_id=run_id, late=True)
-
-
 @contextlib.contextmanager
-def _logging(frozen: Frozen, told: Mapping[str, Any]) -> Iterator[None]:
+def _logging(frozen: FrozenCell, told: Mapping[str, Any]) -> Iterator[None]:
     """Log into the run directory; what was set up before is set up again afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -57,9 +57,9 @@ def cached(
             _train(materials, path, partial, progress, signals)
         shutil.rmtree(partial)
 
-    def tell(owner: lock.Owner) -> None:
+    def tell(holder: lock.Holder) -> None:
         log.warning(
-            "waiting for %s, which process %d on %s is training", target, owner.pid, owner.host
+            "waiting for %s, which process %d on %s is training", target, holder.pid, holder.host
         )
 
     lock.once(target, build, on_wait=tell)

@@ -48,6 +48,7 @@ def run(
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(600)
 def test_modes_as_a_sweep(tmp_path: Path) -> None:
     """`gather` and `gram` give every number alike; `none` does not."""

@@ -145,7 +145,7 @@ def test_workers_of_two_nodes_run_one_cell(tmp_path: Path) -> None:
     assert codes == [0, 0], outputs
     check_completed(frozen.directory, outputs)
     assert events(frozen) == ["started", "completed"]
-    assert not list(frozen.layout.claims.glob("*.claim.*"))
+    assert not list(frozen.layout.locks.glob("*.lock.*"))
     # Started again, node 0 finds it done, and node 1 does not wait for anything.
     with two_nodes(str(frozen.path), module=WORKER) as programs:
         codes, outputs = ended(programs)

@@ -51,6 +51,7 @@ def complete(directory: Path, *more: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1800)
 def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"

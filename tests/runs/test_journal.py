@@ -12,27 +12,27 @@ import pytest
 
 from fisher_lab.runs import journal
 from fisher_lab.runs.journal import Journal
-from fisher_lab.runs.lock import Claim, ClaimTimeout
+from fisher_lab.runs.lock import Lock, LockTimeout
 
 WRITER = """
 import sys
 from pathlib import Path
 from fisher_lab.runs.journal import Journal
-log = Journal(Path("events.jsonl"), Path("claims"))
+log = Journal(Path("events.jsonl"), Path("locks"))
 for number in range(20):
     log.append("tick", writer=sys.argv[1], number=number)
 """
 
 
 def test_events_come_back_in_their_order():
-    log = Journal(Path("a/events.jsonl"), Path("claims"))
+    log = Journal(Path("a/events.jsonl"), Path("locks"))
     assert log.read() == []
     log.append("first", run_id="x", reason=None)
     log.append("second")
     assert [entry["event"] for entry in log.read()] == ["first", "second"]
     assert log.read()[0]["run_id"] == "x"
     assert log.read()[0]["time"] <= log.read()[1]["time"]
-    assert list(Path("claims").iterdir()) == []
+    assert list(Path("locks").iterdir()) == []
 
 
 def test_processes_do_not_write_over_each_other():
@@ -50,7 +50,7 @@ def test_processes_do_not_write_over_each_other():
 
 
 def test_a_line_that_was_cut_short_is_passed_over():
-    log = Journal(Path("events.jsonl"), Path("claims"))
+    log = Journal(Path("events.jsonl"), Path("locks"))
     log.append("first")
     with Path("events.jsonl").open("a") as file:
         file.write('{"time": "2026-01-01", "eve')
@@ -60,15 +60,15 @@ def test_a_line_that_was_cut_short_is_passed_over():
 
 def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(journal, "TIMEOUT", 0.1)
-    log = Journal(Path("events.jsonl"), Path("claims"))
-    told = pytest.raises(ClaimTimeout, match=r"events\.jsonl is held by")
-    with _held(Path("claims/events.jsonl")), told:
+    log = Journal(Path("events.jsonl"), Path("locks"))
+    told = pytest.raises(LockTimeout, match=r"events\.jsonl is held by")
+    with _held(Path("locks/events.jsonl")), told:
         log.append("first")
     log.append("first")
     assert len(log.read()) == 1
 
 
-def _held(path: Path) -> Claim:
-    claim = Claim(path)
-    assert claim.acquire()
-    return claim
+def _held(path: Path) -> Lock:
+    lock = Lock(path)
+    assert lock.acquire()
+    return lock

@@ -6,16 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ports import free_ports
-from tests.sweeps.conftest import door, runs, seen, small_workers
+from tests.sweeps.conftest import door, runs, seen, trivial_workers
 
-__all__ = ["cluster", "door", "runs", "seen", "small_workers", "until"]
+__all__ = ["cluster", "door", "runs", "seen", "trivial_workers"]
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -57,18 +56,3 @@ def cluster(_node: str, monkeypatch: pytest.MonkeyPatch) -> None:
     yield
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     subprocess.run(["scancel", "-u", user], timeout=60, check=False)
-
-
-@pytest.fixture
-def until() -> Callable[..., None]:
-    """Wait for a condition, but not for ever."""
-
-    def wait(condition: Callable[[], object], seconds: float = 90.0) -> None:
-        pause = threading.Event()
-        for _ in range(int(seconds / 0.1)):
-            if condition():
-                return
-            pause.wait(0.1)
-        raise AssertionError("it did not come true in time")
-
-    return wait

@@ -13,8 +13,8 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeps import slurm, worker_process
 from fisher_lab.sweeps.directory import Layout
-from tests.sweeps import small_worker
-from tests.sweeps.launching import HOLDING_WORKER, launch_small
+from tests.sweeps import trivial_worker
+from tests.sweeps.application import WAITING_WORKER, launch_trivial, wait_for
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -48,9 +48,9 @@ def count(of: Layout, event: str) -> int:
     return sum(entry["event"] == event for entry in of.journal.read())
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
-    seeds = [1, small_worker.RAISES, small_worker.HANGS, small_worker.KILLED, 2, 3, 4, 5]
+@pytest.mark.usefixtures("trivial_workers")
+def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
+    seeds = [1, trivial_worker.RAISES, trivial_worker.HANGS, trivial_worker.KILLED, 2, 3, 4, 5]
     answer = door(
         "-m", f"seed={','.join(map(str, seeds))}", *GPU, "sweep.timeout_s=30",
         "hydra.launcher.max_array_size=3",
@@ -64,7 +64,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
     assert len([line for line in answer.lines if "failed" in line]) == 3
 
     sweep = layout()
-    (hung,) = [path.name for path, one in runs() if one["config"]["seed"] == small_worker.HANGS]
+    (hung,) = [path.name for path, one in runs() if one["config"]["seed"] == trivial_worker.HANGS]
     events = sweep.journal.read()
     submitted = [i for i, entry in enumerate(events) if entry["event"] == "submitted"]
     (ended,) = [
@@ -73,7 +73,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
     assert len(submitted) == 3
     assert submitted[-1] < ended  # at once, and not one after the other
     numbers = jobs(sweep)
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     seen_by_slurm = slurm.states(numbers.values())
     for directory, found in runs():
         expected = {"completed": "COMPLETED", "failed": "FAILED"}[found["status"]]
@@ -83,13 +83,13 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs, until):
             assert gpus in ("0", "1", "2", "3")
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs, until):
+@pytest.mark.usefixtures("trivial_workers")
+def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs):
     """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
-    process = launch_small("-m", f"seed={small_worker.WAITS},1", *CPU)
-    until(lambda: statuses(runs).get(small_worker.WAITS) == "running")
+    process = launch_trivial("-m", f"seed={trivial_worker.WAITS},1", *CPU)
+    wait_for(lambda: statuses(runs).get(trivial_worker.WAITS) == "running")
     sweep = layout()
-    ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
+    ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
     job = jobs(sweep)[directory.name]
     (pid,) = [
         entry["pid"]
@@ -104,16 +104,16 @@ def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs, un
     worker.kill()
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert statuses(runs) == {1: "completed", small_worker.WAITS: "failed"}
+    assert statuses(runs) == {1: "completed", trivial_worker.WAITS: "failed"}
     assert record.read(directory)["error"]["job"] == job
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_a_plain_scancel_is_no_failure(door, runs, until):
+@pytest.mark.usefixtures("trivial_workers")
+def test_a_plain_scancel_is_no_failure(door, runs):
     """And the same command goes on."""
-    waits = small_worker.WAITS
-    process = launch_small("-m", f"seed={waits},1", *CPU, "sweep.max_failures=1")
-    until(lambda: statuses(runs) == {waits: "running", 1: "completed"})
+    waits = trivial_worker.WAITS
+    process = launch_trivial("-m", f"seed={waits},1", *CPU, "sweep.max_failures=1")
+    wait_for(lambda: statuses(runs) == {waits: "running", 1: "completed"})
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == waits]
     subprocess.run(["scancel", jobs(layout())[directory.name]], check=True, timeout=60)
     out, _ = process.communicate(timeout=120)
@@ -123,9 +123,9 @@ def test_a_plain_scancel_is_no_failure(door, runs, until):
     assert count(layout(), "failed") == 0
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_fail_fast_stops_what_runs_and_what_waits(door, runs, until):
-    waits, raises = small_worker.WAITS, small_worker.RAISES
+@pytest.mark.usefixtures("trivial_workers")
+def test_fail_fast_stops_what_runs_and_what_waits(door, runs):
+    waits, raises = trivial_worker.WAITS, trivial_worker.RAISES
     answer = door(
         "-m", f"seed={waits},{raises},1", *CPU, "hydra.launcher.array_parallelism=2",
         "sweep.fail_fast=true",
@@ -136,24 +136,24 @@ def test_fail_fast_stops_what_runs_and_what_waits(door, runs, until):
     assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
     assert count(layout(), "failed") == 1
     numbers = jobs(layout()).values()
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
+    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
 
 
-@pytest.mark.usefixtures("small_workers")
+@pytest.mark.usefixtures("trivial_workers")
 def test_a_preempted_job_comes_back_at_most_so_often(door, runs):
-    answer = door("-m", f"seed={small_worker.PREEMPTED}", *CPU, "sweep.max_requeues=1")
+    answer = door("-m", f"seed={trivial_worker.PREEMPTED}", *CPU, "sweep.max_requeues=1")
     assert answer.code == 1
     ((_, found),) = runs()
     assert (found["status"], found["reason"]) == ("failed", "max_requeues")
     assert (count(layout(), "preempted"), count(layout(), "requeued")) == (2, 1)
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs, until):
-    seeds = ",".join(str(small_worker.SLOW + number) for number in range(4))
+@pytest.mark.usefixtures("trivial_workers")
+def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs):
+    seeds = ",".join(str(trivial_worker.SLOW + number) for number in range(4))
     arguments = ["-m", f"seed={seeds}", *CPU, "hydra.launcher.array_parallelism=1"]
-    process = launch_small(*arguments)
-    until(lambda: "running" in statuses(runs).values())
+    process = launch_trivial(*arguments)
+    wait_for(lambda: "running" in statuses(runs).values())
     process.kill()
     process.communicate(timeout=60)
     answer = door(*arguments)
@@ -165,16 +165,16 @@ def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs, u
     assert count(sweep, "submitted") == 1
 
 
-@pytest.mark.usefixtures("small_workers")
-def test_detach_status_cancel_and_nothing_comes_back(door, runs, until):
-    waits = small_worker.WAITS
+@pytest.mark.usefixtures("trivial_workers")
+def test_detach_status_cancel_and_nothing_comes_back(door, runs):
+    waits = trivial_worker.WAITS
     answer = door(
         "-m", f"seed={waits},1,2", *CPU, "hydra.launcher.array_parallelism=1",
         "sweep.detach=true", "sweep.name=away",
     )  # fmt: skip
     assert answer.code == 0
     assert "fisher-lab status" in answer.out
-    until(lambda: statuses(runs).get(waits) == "running")
+    wait_for(lambda: statuses(runs).get(waits) == "running")
     shown = {cell["label"]: cell for cell in json.loads(door("status", "away", "--json").out)}
     assert [shown[f"seed={seed}"]["state"] for seed in (waits, 1, 2)] == [
         "running",
@@ -185,12 +185,12 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs, until):
     assert shown["seed=1"]["job"] in numbers.values()
     answer = door("cancel", "away")
     assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
     assert count(layout(), "requeued") == 0
 
 
-@pytest.mark.usefixtures("small_workers")
+@pytest.mark.usefixtures("trivial_workers")
 def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs):
     """SLURM itself sends the signal, ``signal_delay_s`` before the limit of a minute.
 
@@ -198,10 +198,10 @@ def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs
     when the one cell is long done and the other one has long begun.
     """
     limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=15"]
-    answer = door("-m", f"seed={small_worker.WAITS},1", *CPU, *limit)
+    answer = door("-m", f"seed={trivial_worker.WAITS},1", *CPU, *limit)
     assert answer.code == 1
     assert statuses(runs)[1] == "completed"
-    ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == small_worker.WAITS]
+    ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
     assert (found["status"], found["reason"]) == ("failed", "timeout")
     assert "hydra.launcher.timeout_min=1" in found["error"]["message"]
     assert count(layout(), "requeued") == 0
@@ -221,18 +221,19 @@ def curve(directory: Path) -> list[dict[str, str]]:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
 
 
-def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, until, monkeypatch):
+@pytest.mark.longest
+def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, monkeypatch):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     sweep = ["-m", *TRAIN, "seed=0,1"]
-    monkeypatch.setattr(worker_process, "WORKER", (str(HOLDING_WORKER),))
+    monkeypatch.setattr(worker_process, "WORKER", (str(WAITING_WORKER),))
     Path("hold").touch()
     assert door(*sweep, "sweep.name=away", "sweep.detach=true", *CPU).code == 0
     away = Layout(Path("results/away").resolve())
-    until(Path("held").exists)  # one of the two is in the middle of its training
+    wait_for(Path("held").exists)  # one of the two is in the middle of its training
     directory = Path(Path("held").read_text())
     job = jobs(away)[directory.name]
     subprocess.run(["scancel", "--signal=USR2", job], check=True, timeout=60)
-    until(lambda: all(away.state(run_id) == "completed" for run_id in jobs(away)), 150)
+    wait_for(lambda: all(away.state(run_id) == "completed" for run_id in jobs(away)), 150)
     assert count(away, "preempted") == count(away, "requeued") == 1
     assert record.read(directory)["provenance"]["resumed_at"] > 0
 
@@ -254,8 +255,9 @@ RANKS = [
 ]
 
 
+@pytest.mark.longest
 @pytest.mark.timeout(900)
-def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs, until):
+def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs):
     """One task of SLURM, whose worker starts the ranks; the GPUs are declared, not there."""
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     launchers = {"gpu": [*GPU, "hydra.launcher.gpus_per_node=2"], "cpu": CPU, "here": []}
@@ -278,4 +280,4 @@ def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs,
     }
     assert [len(one) for one in numbers.values()] == [1, 1]
     both = [job for one in numbers.values() for job in one]
-    until(lambda: set(slurm.states(both).values()) == {"COMPLETED"})
+    wait_for(lambda: set(slurm.states(both).values()) == {"COMPLETED"})

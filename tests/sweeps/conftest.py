@@ -6,12 +6,12 @@ import pytest
 
 from fisher_lab.sweeps import worker_process
 from tests.cli.conftest import door, runs, seen
-from tests.sweeps.launching import SMALL_WORKER
+from tests.sweeps.application import TRIVIAL_WORKER
 
-__all__ = ["door", "runs", "seen", "small_workers"]
+__all__ = ["door", "runs", "seen", "trivial_workers"]
 
 
 @pytest.fixture
-def small_workers(seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes run `small_worker`; the launcher plans with the same identities."""
-    monkeypatch.setattr(worker_process, "WORKER", (str(SMALL_WORKER),))
+def trivial_workers(seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes run `trivial_worker`; the launcher plans with the same identities."""
+    monkeypatch.setattr(worker_process, "WORKER", (str(TRIVIAL_WORKER),))

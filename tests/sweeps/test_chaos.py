@@ -23,9 +23,9 @@ import pytest
 
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.tasks import ranks
-from tests.sweeps.launching import launch
+from tests.sweeps.application import launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.longest]
 
 CELLS, KILLS = 21, 10
 TIMEOUT_S = 900
@@ -40,7 +40,7 @@ SMALL = [
 RANKS = "distributed={nproc:1},{nproc:1,backend:gloo},{nproc:2}"
 SWEEP = ["-m", *SMALL, f"seed=range({CELLS // 3})", RANKS]
 LOCAL = ["hydra/launcher=local", "hydra.launcher.n_jobs=2"]
-WORKER = Path(__file__).with_name("chaos_worker.py")
+WORKER = Path(__file__).with_name("dying_writer.py")
 MEASURED = ("_s", "_s_max", "_bytes_max", "_mb", "_mib", "seconds", "per_s")
 """Ends of the names of numbers that differ between two runs of the same cell (ranks also tell each
 other how long things took, in more or fewer digits)."""
@@ -96,9 +96,9 @@ class Chaos:
         return start(*SWEEP, "sweep.name=chaos", *LOCAL, worker=WORKER)
 
     def workers(self) -> list[int]:
-        """Processes that hold the claim of a cell."""
+        """Processes that hold the lock of a cell."""
         found = []
-        for file in self.layout.claims.glob("*.claim.*"):
+        for file in self.layout.locks.glob("*.lock.*"):
             if file.name.startswith("events"):
                 continue
             try:
@@ -168,7 +168,7 @@ def _ranks_of(worker: int) -> list[int]:
 def _is_worker(pid: int) -> bool:
     """Whether a number is still that of a worker of ours: nothing else may be killed."""
     try:
-        return b"chaos_worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"dying_writer.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
@@ -215,6 +215,6 @@ def check(disturbed: Layout, quiet: Layout) -> None:
         assert json.loads(file.read_text())["status"] == "completed"
     for run_id in completed:
         assert list(disturbed.run_directory(run_id).rglob(".*.tmp")) == []
-    assert list(disturbed.claims.glob("*.claim.*")) == []
+    assert list(disturbed.locks.glob("*.lock.*")) == []
     assert numbers(disturbed.directory) == numbers(quiet.directory)
     assert len(numbers(disturbed.directory)) == CELLS

@@ -16,7 +16,7 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.directory import Layout
-from tests.sweeps.launching import HOLDING_WORKER
+from tests.sweeps.application import WAITING_WORKER
 
 TRAIN = [
     *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
@@ -37,7 +37,7 @@ def curve(directory: Path) -> list[dict[str, str]]:
 
 def start(frozen: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, str(HOLDING_WORKER), str(frozen)],
+        [sys.executable, str(WAITING_WORKER), str(frozen)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

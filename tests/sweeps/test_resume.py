@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from fisher_lab.config.launchers import LocalSettings
+from fisher_lab.sweeps import queue
 from fisher_lab.sweeps.cell import CANCELLED_FILE
 from fisher_lab.sweeps.directory import Layout
+from fisher_lab.sweeps.local import LocalProcesses
+from fisher_lab.sweeps.queue import Queue
 from fisher_lab.sweeps.tally import Tally
-from tests.sweeps.made import begin, submitted
+from tests.sweeps.submitted_cells import begin, submitted
 
 
 def sweeps() -> list[Path]:
@@ -159,56 +163,56 @@ def test_an_interrupted_cell_is_run_again(door, seen, runs):
     assert len(seen) == 3
 
 
-def test_a_cell_that_somebody_else_runs_is_waited_for(door, seen, runs, monkeypatch):
-    """The other launcher completes it while we look."""
-    from fisher_lab.sweeps import elsewhere
-
+def test_a_cell_that_another_launcher_runs_is_waited_for(door, seen, runs, monkeypatch):
+    """The other launcher completes it while this one looks."""
     door("-m", "seed=1,2")
     directory, record = runs()[0]
     unfinished = {**record, "status": "running", "finished": None}
     (directory / "run.json").write_text(json.dumps(unfinished))
-    claim = Layout(directory.parent).claim(directory.name)
-    assert claim.acquire()
+    lock = Layout(directory.parent).lock(directory.name)
+    assert lock.acquire()
     looks: list[int] = []
+    look = Queue._look
 
-    def wait(self) -> None:
-        looks.append(len(self.cells))
-        self._looked = 0.0
+    def looked(self) -> None:
+        looks.append(len(self._held))
         if len(looks) == 3:
             (directory / "run.json").write_text(json.dumps(record))
-            claim.release()
+            lock.release()
+        look(self)
 
-    monkeypatch.setattr(elsewhere.Elsewhere, "wait", wait)
+    monkeypatch.setattr(queue, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(Queue, "_look", looked)
     answer = door("-m", "seed=1,2")
     assert answer.code == 0
     assert len(seen) == 2
-    assert looks[:3] == [1, 1, 1]
+    assert looks[-2:] == [1, 1]
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_cell_of_a_launch_that_is_being_cancelled_is_run_by_the_next_one(own):
-    """It is not ours to give up, unless it is our launch that the user has cancelled."""
-    from fisher_lab.sweeps.elsewhere import Elsewhere
-
-    ((_, before),) = submitted(1)
+def test_a_cell_of_a_launch_that_is_being_cancelled_is_run_by_the_next_one(own, monkeypatch):
+    """Unless the user has cancelled that one too."""
+    monkeypatch.setattr(queue, "LOOK_EVERY_S", 0.0)
+    (before,) = submitted(1)
     (before.submission / CANCELLED_FILE).touch()
     begin(before)
-    claim = before.layout.claim("seed1")
-    assert claim.acquire()
-    ((cell, frozen),) = submitted(1)
-    elsewhere, tally = Elsewhere(), Tally(1, quiet=True)
-    elsewhere.add(cell, frozen)
-    elsewhere._looked = -1e9
-    assert elsewhere.look(tally) == []
-    assert elsewhere.cells == [(cell, frozen)]
+    lock = before.layout.lock("seed1")
+    assert lock.acquire()
+    (cell,) = submitted(1)
+    started: list[object] = []
+    monkeypatch.setattr(LocalProcesses, "start", lambda self, cells: started.extend(cells))
+    tally = Tally(1, quiet=True)
+    one = Queue([cell], LocalProcesses(LocalSettings()), tally)
+    one.step()
+    one.step()
+    assert (started, tally.ended) == ([], {})
     begin(before, "cancelled")
-    claim.release()
+    lock.release()
     if own:
-        (frozen.submission / CANCELLED_FILE).touch()
-    elsewhere._looked = -1e9
-    assert elsewhere.look(tally) == ([] if own else [(cell, frozen)])
-    assert elsewhere.cells == []
-    assert tally.status(cell) == ("cancelled" if own else None)
+        (cell.submission / CANCELLED_FILE).touch()
+    one.step()
+    assert started == ([] if own else [cell])
+    assert [str(outcome.status) for outcome in tally.ended.values()] == ["cancelled"] * own
 
 
 def test_the_serial_launcher_shows_that_it_lives_and_starts_nothing_once_cancelled(

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import SlurmSettings
 from fisher_lab.runs import record
-from fisher_lab.sweeps import debug_cluster, local, slurm
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Frozen
-from fisher_lab.sweeps.slurm import CellJob
-from fisher_lab.sweeps.tally import Tally
-from fisher_lab.sweeps.waiting import Waiting
-from tests.sweeps.launching import launch_small
-from tests.sweeps.made import begin, submitted
-from tests.sweeps.small_worker import RAISES, WAITS
-from tests.sweeps.test_pool import by_seed, running, wait_for
+from fisher_lab.sweeps import slurm
+from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
+from fisher_lab.sweeps.queue import Executor, Queue
+from fisher_lab.sweeps.slurm import CellJob, SubmititJobs
+from fisher_lab.sweeps.tally import Outcome, Tally
+from tests.sweeps.application import launch_trivial, wait_for
+from tests.sweeps.submitted_cells import begin, submitted
+from tests.sweeps.test_local import by_seed, running
+from tests.sweeps.trivial_worker import RAISES, WAITS
 
 SETTINGS = SlurmSettings(poll_s=0.01)
 
 
-class Queue:
+class FakeSlurm:
     """Job -> its states at one look after the other; the last one stays. Takes submissions."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,65 +46,66 @@ class Queue:
         self.cancelled += jobs
         return True
 
-    def submit(self, batch, settings) -> list[str]:
-        self.batches.append([cell.run_id for cell, _ in batch])
-        return [f"{len(self.batches)}_{i}" for i in range(len(batch))]
+    def submit(self, batch, settings) -> list[SimpleNamespace]:
+        self.batches.append([cell.run_id for cell in batch])
+        numbers = [f"{len(self.batches)}_{i}" for i in range(len(batch))]
+        return [SimpleNamespace(job_id=number) for number in numbers]
 
 
 @pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    return Queue(monkeypatch)
+def queue(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(monkeypatch)
 
 
-def run(work: list[tuple[Cell, Frozen]], limit: int | None = None) -> Tally:
-    tally = Tally(len(work), limit, quiet=True)
-    slurm.run([cell for cell, _ in work], [file for _, file in work], tally, SETTINGS)
+def run(cells: list[FrozenCell], limit: int | None = None) -> Tally:
+    tally = Tally(len(cells), limit, quiet=True)
+    Queue(cells, SubmititJobs(SETTINGS), tally).run()
     return tally
 
 
 def ended(tally: Tally) -> dict[str, str]:
-    return {Path(key).name: status for key, (status, _) in tally.ended.items()}
+    return {directory.name: outcome.status.value for directory, outcome in tally.ended.items()}
 
 
 @pytest.mark.parametrize("before", [None, "running", "preempted"])
 def test_a_job_that_was_cancelled_by_a_plain_scancel_is_no_failure(before, queue):
     """It counts towards no limit, and the record says what it was."""
-    (one, two) = submitted(1, 2)
+    one, two = submitted(1, 2)
     if before is not None:
-        begin(one[1], before)
-    begin(two[1], "completed")
+        begin(one, before)
+    begin(two, "completed")
     queue.states = {"1_0": ["RUNNING", "CANCELLED"], "1_1": ["COMPLETED"]}
     tally = run([one, two], limit=1)
     assert ended(tally) == {"seed1": "cancelled", "seed2": "completed"}
     assert (tally.failures, queue.cancelled) == (0, [])
-    found = record.read(one[1].directory)
+    found = record.read(one.directory)
     assert (found["status"], found["reason"]) == ("cancelled", "CANCELLED")
-    assert [e["event"] for e in one[0].layout.journal.read()] == ["submitted", "cancelled"]
+    assert [e["event"] for e in one.layout.journal.read()] == ["submitted", "cancelled"]
 
 
 def test_a_job_that_ended_without_a_word_is_a_failure(queue):
     (one,) = submitted(1)
-    begin(one[1])
+    begin(one)
     queue.states = {"1_0": ["RUNNING", "NODE_FAIL"]}
     assert ended(run([one])) == {"seed1": "failed"}
-    error = record.read(one[1].directory)["error"]
+    error = record.read(one.directory)["error"]
     assert error["message"] == "the job 1_0 ended as NODE_FAIL and left no result"
 
 
 def test_jobs_of_a_cancelled_launch_are_waited_for_and_not_attached_to(queue, capsys):
     (before,) = submitted(1)
-    layout = before[0].layout
+    layout = before.layout
     layout.journal.append("submitted", jobs={"seed1": "7"})
     layout.journal.append("cancel", cells=["seed1"])
-    (before[1].submission / CANCELLED_FILE).touch()
+    (before.submission / CANCELLED_FILE).touch()
     (now,) = submitted(1)
-    begin(now[1], "cancelled")
+    begin(now, "cancelled")
     queue.states = {"7": ["RUNNING", "COMPLETING", "CANCELLED"], "1_0": ["COMPLETED"]}
 
-    def complete(batch, settings) -> list[str]:
+    def complete(batch, settings) -> list[SimpleNamespace]:
         assert queue.states["7"] == ["CANCELLED"]
-        begin(now[1], "completed")
-        return ["1_0"]
+        begin(now, "completed")
+        return [SimpleNamespace(job_id="1_0")]
 
     queue.submit = complete
     assert ended(run([now])) == {"seed1": "completed"}
@@ -112,8 +115,8 @@ def test_jobs_of_a_cancelled_launch_are_waited_for_and_not_attached_to(queue, ca
 def test_jobs_of_a_cancelled_launch_that_do_not_go_are_said(queue, monkeypatch):
     monkeypatch.setattr(slurm, "DYING_TIMEOUT_S", 0.0)
     (one,) = submitted(1)
-    one[0].layout.journal.append("submitted", jobs={"seed1": "7"})
-    one[0].layout.journal.append("cancel", cells=["seed1"])
+    one.layout.journal.append("submitted", jobs={"seed1": "7"})
+    one.layout.journal.append("cancel", cells=["seed1"])
     queue.states = {"7": ["COMPLETING"]}
     with pytest.raises(ConfigError, match="still in the queue: 7; try again"):
         run([one])
@@ -122,9 +125,9 @@ def test_jobs_of_a_cancelled_launch_that_do_not_go_are_said(queue, monkeypatch):
 
 def test_jobs_in_the_queue_are_attached_to(queue):
     one, two = submitted(1, 2)
-    begin(one[1], "completed")
-    begin(two[1], "completed")
-    one[0].layout.journal.append("submitted", jobs={"seed1": "7"})
+    begin(one, "completed")
+    begin(two, "completed")
+    one.layout.journal.append("submitted", jobs={"seed1": "7"})
     queue.states = {"7": ["RUNNING", "COMPLETED"], "1_0": ["COMPLETED"]}
     assert ended(run([one, two])) == {"seed1": "completed", "seed2": "completed"}
     assert queue.batches == [["seed2"]]
@@ -137,11 +140,12 @@ def test_jobs_in_the_queue_are_attached_to(queue):
 def test_failures_stop_the_rest_of_an_array(limits, limit, cancelled, queue):
     """`fail_fast` those that run too; `max_failures` those that wait, and one that runs may die."""
     work = submitted(1, 2, 3, **limits)
-    begin(work[1][1])
-    begin(work[0][1], "failed", error={"type": "E", "message": "m", "traceback": ""})
+    begin(work[1])
+    begin(work[0], "failed", error={"type": "E", "message": "m", "traceback": ""})
     queue.states = {"1_0": ["FAILED"], "1_1": ["RUNNING"], "1_2": ["PENDING"]}
 
     def cancel(jobs) -> bool:
+        jobs = list(jobs)
         queue.cancelled += jobs
         for job in queue.states:
             queue.states[job] = ["CANCELLED" if job in jobs else "COMPLETED"]
@@ -152,43 +156,54 @@ def test_failures_stop_the_rest_of_an_array(limits, limit, cancelled, queue):
     queue.cancel = cancel
     tally = run(work, limit)
     assert queue.cancelled == cancelled
-    assert (work[0][1].submission / CANCELLED_FILE).exists() == bool(cancelled)
+    assert (work[0].submission / CANCELLED_FILE).exists() == bool(cancelled)
     assert tally.failures == (2 if cancelled == ["1_2"] else 1)
 
 
 def test_cells_that_run_alone_have_arrays_of_their_own(queue):
     beside, alone = submitted(1, 2, 3), submitted(4, 5, alone=True)
     work = [alone[0], *beside, alone[1]]
-    found = [[cell.run_id for cell, _ in batch] for batch in slurm.batches(work, 2)]
+    found = [[cell.run_id for cell in batch] for batch in slurm.batches(work, 2)]
     assert found == [["seed1", "seed2"], ["seed3"], ["seed4", "seed5"]]
     assert slurm.parameters(SETTINGS, alone=True)["slurm_array_parallelism"] == 1
     assert slurm.parameters(SETTINGS, alone=True)["slurm_exclusive"] is True
 
 
-class Held:
-    """In the place of a process that runs."""
+class Placed(Executor):
+    """Runs what it is said to run, and nothing ends."""
+
+    limit = 2
+
+    def __init__(self, running: Sequence[FrozenCell]) -> None:
+        self.held = list(running)
+
+    @property
+    def running(self) -> list[FrozenCell]:
+        return self.held
+
+    def start(self, cells: Sequence[FrozenCell]) -> None:
+        self.held += cells
+
+    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+        return []
+
+    def stop(self, cells: Sequence[FrozenCell]) -> None:
+        raise AssertionError("nobody wants it")
 
 
-@pytest.mark.parametrize("launcher", ["pool", "debug"])
-def test_one_cell_at_a_time_where_times_are_compared(launcher):
-    (alone, *_), (beside, other) = submitted(1, alone=True), submitted(2, 3)
-    if launcher == "pool":
-        one = local._Pool([], Tally(0), local.LocalSettings(n_jobs=2))
-        entry = lambda work: (work[0], Held())  # noqa: E731
-    else:
-        one = debug_cluster._Queue([], Tally(0), SlurmSettings(array_parallelism=2))
-        entry = lambda work: (*work, Held())  # noqa: E731
-    for held, wanted, room in (
+def test_one_cell_at_a_time_where_times_are_compared():
+    (alone, another), (beside, other) = submitted(1, 4, alone=True), submitted(2, 3)
+    for at_work, wanted, room in (
         ([], alone, True),
         ([beside], alone, False),
         ([alone], beside, False),
-        ([alone], alone, False),
+        ([alone], another, False),
         ([beside], other, True),
-        ([beside, other], other, False),
+        ([beside, other], another, False),
     ):
-        one._running = [entry(work) for work in held]
-        one._waiting = Waiting([wanted], Tally(0))
-        assert one._next() == (wanted if room else None)
+        executor = Placed(at_work)
+        assert Queue([wanted], executor, Tally(1)).step() is room
+        assert executor.running == [*at_work, *([wanted] if room else [])]
 
 
 def test_the_options_of_sbatch(tmp_path, monkeypatch):
@@ -240,13 +255,6 @@ def test_how_many_cells_an_array_may_have(told, size, monkeypatch):
     assert asked == [["scontrol", "show", "config"]]
 
 
-class Lasted:
-    """A job that has ended after so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-
 def cell_job(limit_s: float = 3600.0, signal_delay_s: float = 90.0) -> CellJob:
     return CellJob(
         threads=1, grace_s=1.0, limit_s=limit_s, signal_delay_s=signal_delay_s, command=()
@@ -265,10 +273,10 @@ def cell_job(limit_s: float = 3600.0, signal_delay_s: float = 90.0) -> CellJob:
     ],
 )
 def test_at_the_time_limit_and_away_from_it(task, seconds, reason, back, status):
-    ((_, file),) = submitted(1)
+    (file,) = submitted(1)
     file.data["config"]["task"]["name"] = task
     begin(file, "preempted", reason=reason)
-    assert cell_job()._may_come_back(file, Lasted(seconds)) is back
+    assert cell_job()._may_come_back(file, seconds) is back
     found = record.read(file.directory)
     assert found["status"] == status
     if status == "failed":
@@ -278,24 +286,24 @@ def test_at_the_time_limit_and_away_from_it(task, seconds, reason, back, status)
 
 
 def test_a_preempted_job_comes_back_at_most_so_often_since_it_was_submitted():
-    ((_, file),) = submitted(1, max_requeues=1)
+    (file,) = submitted(1, max_requeues=1)
     begin(file, "preempted", reason="SIGUSR2")
     journal = file.layout.journal
     for event in ("preempted", "preempted", "submitted", "preempted"):
         about = {"jobs": {"seed1": "7"}} if event == "submitted" else {"run_id": "seed1"}
         journal.append(event, **about)
     assert slurm._preemptions(file) == 1
-    assert cell_job()._may_come_back(file, Lasted(1.0))
+    assert cell_job()._may_come_back(file, 1.0)
     journal.append("preempted", run_id="seed1")
-    assert not cell_job()._may_come_back(file, Lasted(1.0))
+    assert not cell_job()._may_come_back(file, 1.0)
     assert record.read(file.directory)["reason"] == "max_requeues"
 
 
 def test_a_cancelled_job_does_not_come_back():
-    ((_, file),) = submitted(1)
+    (file,) = submitted(1)
     begin(file, "preempted", reason="SIGUSR2")
     (file.submission / CANCELLED_FILE).touch()
-    assert not cell_job()._may_come_back(file, Lasted(1.0))
+    assert not cell_job()._may_come_back(file, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -314,10 +322,10 @@ def test_limits_on_failures_are_refused_where_nobody_counts(limit, allowed, door
 DEBUG = ("hydra/launcher=slurm_debug", "hydra.launcher.grace_s=5", "sweep.name=debug")
 
 
-@pytest.mark.usefixtures("small_workers")
+@pytest.mark.usefixtures("trivial_workers")
 def test_the_path_of_a_job_and_cancel_through_submitits_own_executor(door, runs):
     one_at_a_time = "hydra.launcher.array_parallelism=1"
-    process = launch_small("-m", f"seed=1,{WAITS},2", *DEBUG, one_at_a_time)
+    process = launch_trivial("-m", f"seed=1,{WAITS},2", *DEBUG, one_at_a_time)
     wait_for(running_seed(WAITS))
     answer = door("cancel", "debug")
     assert "cancelled 1 cells of debug: 0 jobs of SLURM, 1 processes" in answer.out
@@ -332,7 +340,7 @@ def test_the_path_of_a_job_and_cancel_through_submitits_own_executor(door, runs)
     }
 
 
-@pytest.mark.usefixtures("small_workers")
+@pytest.mark.usefixtures("trivial_workers")
 def test_fail_fast_through_submitits_own_executor(door, runs):
     answer = door(
         "-m", f"seed={WAITS},{RAISES},1", *DEBUG, "hydra.launcher.array_parallelism=2",

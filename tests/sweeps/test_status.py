@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.runs.lock import Claim
+from fisher_lab.runs.lock import Lock
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import commands, slurm
 from fisher_lab.sweeps import status as stand
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Frozen
+from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
 from fisher_lab.sweeps.directory import LAUNCHER, Layout
 from fisher_lab.sweeps.status import CellStatus
-from tests.sweeps.made import begin, submitted
+from tests.sweeps.submitted_cells import begin, submitted
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_a_detached_cell_whose_job_is_gone_without_a_word_ends(
     job_state, status, message, door, queue
 ):
     """It had begun, or not; its record says so afterwards."""
-    (_, begun), (_, missing) = submitted(1, 2)
+    begun, missing = submitted(1, 2)
     begin(begun)
     put(begun.layout, seed1="7", seed2="7")
     queue["7"] = job_state
@@ -76,7 +77,7 @@ def test_a_detached_cell_whose_job_is_gone_without_a_word_ends(
 
 
 def test_a_lost_cell_keeps_the_end_of_the_jobs_log(door, queue):
-    ((_, frozen),) = submitted(1)
+    (frozen,) = submitted(1)
     put(frozen.layout, seed1="7_0")
     log = frozen.submission / "slurm" / "7_0" / "7_0_0_log.err"
     log.parent.mkdir(parents=True)
@@ -87,10 +88,10 @@ def test_a_lost_cell_keeps_the_end_of_the_jobs_log(door, queue):
 
 
 def test_a_lost_cell_is_left_to_a_launcher_that_lives_and_to_a_second_look(queue):
-    ((_, frozen),) = submitted(1)
+    (frozen,) = submitted(1)
     put(frozen.layout, seed1="7")
     before = stand.look(frozen.layout)
-    launcher = Claim(frozen.submission / LAUNCHER)
+    launcher = Lock(frozen.submission / LAUNCHER)
     assert launcher.acquire()
     with launcher:
         assert [cell.state for cell in stand.settle(frozen.layout, before)] == ["lost"]
@@ -101,7 +102,7 @@ def test_a_lost_cell_is_left_to_a_launcher_that_lives_and_to_a_second_look(queue
 
 def test_a_job_of_before_says_nothing_of_what_came_after(queue):
     """It was cancelled, or the sweep went on with another launcher."""
-    ((_, frozen),) = submitted(1)
+    (frozen,) = submitted(1)
     layout = frozen.layout
     put(layout, seed1="7")
     layout.journal.append("launched", launcher="local", cells=1, submission="b")
@@ -130,14 +131,14 @@ class Screens:
 
 
 def test_watch_ends_when_all_have_ended(door, monkeypatch):
-    (_, one), (_, two) = submitted(1, 2)
+    one, two = submitted(1, 2)
     begin(one, "completed")
-    claim = two.layout.claim("seed2")
-    assert claim.acquire()
+    lock = two.layout.lock("seed2")
+    assert lock.acquire()
 
     def end() -> None:
         begin(two, "failed", error={"type": "E", "message": "m", "traceback": ""})
-        claim.release()
+        lock.release()
 
     screens = Screens(monkeypatch, lambda: None, end)
     answer = door("status", "made", "--watch")
@@ -148,11 +149,11 @@ def test_watch_ends_when_all_have_ended(door, monkeypatch):
 @pytest.mark.parametrize("status", ["cancelled", "preempted", "running", None])
 def test_watch_ends_with_a_cell_that_nobody_will_run(status, door, monkeypatch):
     """And not before the launcher that might run it has gone."""
-    (_, one), (_, two) = submitted(1, 2)
+    one, two = submitted(1, 2)
     begin(one, "completed")
     if status is not None:
         begin(two, status)
-    launcher = Claim(one.submission / LAUNCHER)
+    launcher = Lock(one.submission / LAUNCHER)
     assert launcher.acquire()
     screens = Screens(monkeypatch, lambda: None, launcher.release)
     answer = door("status", "made", "--watch")
@@ -160,7 +161,7 @@ def test_watch_ends_with_a_cell_that_nobody_will_run(status, door, monkeypatch):
 
 
 def test_watch_waits_for_the_queue_and_settles_what_is_lost(door, queue, monkeypatch):
-    (_, one), (_, two) = submitted(1, 2)
+    one, two = submitted(1, 2)
     begin(one, "preempted")
     put(one.layout, seed1="7", seed2="8")
     queue.update({"7": "PENDING", "8": "RUNNING"})
@@ -177,7 +178,7 @@ def test_watch_waits_for_the_queue_and_settles_what_is_lost(door, queue, monkeyp
 
 
 def test_watch_waits_for_a_launcher_that_was_only_just_started(monkeypatch):
-    ((_, frozen),) = submitted(1)
+    (frozen,) = submitted(1)
     cells = stand.look(frozen.layout)
     assert stand.is_over(frozen.layout, cells)
     monkeypatch.setattr(stand, "STARTING_S", 30.0)
@@ -185,7 +186,7 @@ def test_watch_waits_for_a_launcher_that_was_only_just_started(monkeypatch):
 
 
 def cell(state: str, seconds: float | None = None) -> CellStatus:
-    return CellStatus("a", "a", state, seconds, {}, None, "", None, None)
+    return CellStatus("a", "a", Status(state), seconds, {}, None, "", None, None)
 
 
 @pytest.mark.parametrize(
@@ -214,37 +215,37 @@ def _ago(age: float) -> tuple[float, float]:
     return time.time() - age, time.time() - age
 
 
-def old_claim(frozen: Frozen, age: float) -> None:
-    """A claim of a process of another machine, last touched some time ago."""
-    file = frozen.layout.claims / f"{frozen.run_id}.claim.0"
+def old_lock(frozen: FrozenCell, age: float) -> None:
+    """A lock of a process of another machine, last touched some time ago."""
+    file = frozen.layout.locks / f"{frozen.run_id}.lock.0"
     file.parent.mkdir(parents=True, exist_ok=True)
-    owner = {"token": "x", "host": "far", "pid": 1, "machine": "far", "born": "1"}
-    file.write_text(json.dumps(owner))
+    holder = {"token": "x", "host": "far", "pid": 1, "namespace": "far", "started": "1"}
+    file.write_text(json.dumps(holder))
     os.utime(file, _ago(age))
 
 
 @pytest.mark.parametrize(("stale_after_s", "state"), [(60.0, "interrupted"), (600.0, "running")])
 def test_status_goes_by_the_sweeps_own_stale_time(stale_after_s, state):
-    ((_, frozen),) = submitted(1, stale_after_s=stale_after_s)
+    (frozen,) = submitted(1, stale_after_s=stale_after_s)
     begin(frozen)
-    old_claim(frozen, 200.0)
+    old_lock(frozen, 200.0)
     assert states(frozen.layout) == {"seed1": state}
 
 
 def test_cancel_asks_by_the_sweeps_own_stale_time(door, monkeypatch):
-    """Two claims of this process that are 200 s old; one sweep gives it more time."""
-    told = []
-    monkeypatch.setattr(os, "kill", lambda pid, signum: told.append((pid, signum)))
+    """Two locks of this process that are 200 s old; one sweep gives it more time."""
+    asked = []
+    monkeypatch.setattr(os, "kill", lambda pid, signum: asked.append((pid, signum)))
     for stale_after_s, expected in ((60.0, 0), (600.0, 1)):
-        ((_, frozen),) = submitted(1, stale_after_s=stale_after_s)
+        (frozen,) = submitted(1, stale_after_s=stale_after_s)
         begin(frozen)
-        claim = frozen.layout.claim("seed1", 60.0)
-        assert claim.acquire()
-        file = Path(f"{claim.path}.claim.0")
+        lock = frozen.layout.lock("seed1", 60.0)
+        assert lock.acquire()
+        file = Path(f"{lock.path}.lock.0")
         os.utime(file, _ago(200.0))
-        told.clear()
+        asked.clear()
         answer = door("cancel", "made")
         assert f"cancelled {expected} cells" in answer.out
         assert f"{expected} processes on this machine" in answer.out
-        assert len([one for one in told if one[1] != 0]) == expected
-        claim.release()
+        assert len([one for one in asked if one[1] != 0]) == expected
+        lock.release()

@@ -1,11 +1,10 @@
-"""The pool of processes: what a job dies of is recorded, and the others go on."""
+"""Worker processes on this machine: what one dies of is recorded, and the others go on."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import pytest
 from fisher_lab.config.launchers import LocalSettings
 from fisher_lab.sweeps import local, worker_process
 from fisher_lab.sweeps.directory import Layout
-from tests.sweeps import small_worker
-from tests.sweeps.launching import launch_small
+from tests.sweeps import trivial_worker
+from tests.sweeps.application import launch_trivial, wait_for
 
-pytestmark = pytest.mark.usefixtures("small_workers")
+pytestmark = pytest.mark.usefixtures("trivial_workers")
 
 LOCAL = ("hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.launcher.grace_s=0.5")
 
@@ -32,7 +31,7 @@ def sweep_directory() -> Path:
 
 
 def test_every_death_is_recorded_and_the_others_complete(door, runs):
-    seeds = (1, small_worker.RAISES, 2, small_worker.KILLED, small_worker.CRASHES, 16, 3)
+    seeds = (1, trivial_worker.RAISES, 2, trivial_worker.KILLED, trivial_worker.CRASHES, 16, 3)
     answer = door("-m", f"seed={','.join(map(str, seeds))}", *LOCAL)
     assert answer.code == 1
     assert "3 of 7 cells completed" in answer.out
@@ -70,14 +69,14 @@ def test_a_cell_past_its_time_is_killed_and_failed(door, runs, monkeypatch):
     """The one that hangs; its time begins when it does: starting a process may take long too."""
     deaf: dict[str, float] = {}
 
-    def seconds(job: worker_process.Job) -> float:
-        log = job.frozen.layout.job_log(job.frozen.run_id)
+    def seconds(process: worker_process.WorkerProcess) -> float:
+        log = process.cell.layout.job_log(process.cell.run_id)
         if "deaf" not in log.read_text():
             return 0.0
-        return time.monotonic() - deaf.setdefault(job.frozen.run_id, time.monotonic())
+        return time.monotonic() - deaf.setdefault(process.cell.run_id, time.monotonic())
 
-    monkeypatch.setattr(worker_process.Job, "seconds", property(seconds))
-    answer = door("-m", f"seed=1,{small_worker.HANGS}", "sweep.timeout_s=1", *LOCAL)
+    monkeypatch.setattr(worker_process.WorkerProcess, "seconds", property(seconds))
+    answer = door("-m", f"seed=1,{trivial_worker.HANGS}", "sweep.timeout_s=1", *LOCAL)
     assert answer.code == 1
     found = by_seed(runs)
     assert found[1]["status"] == "completed"
@@ -87,7 +86,7 @@ def test_a_cell_past_its_time_is_killed_and_failed(door, runs, monkeypatch):
 
 
 def test_a_preempted_cell_comes_back_at_most_so_often(door, runs):
-    answer = door("-m", f"seed=1,{small_worker.PREEMPTED}", "sweep.max_requeues=2", *LOCAL)
+    answer = door("-m", f"seed=1,{trivial_worker.PREEMPTED}", "sweep.max_requeues=2", *LOCAL)
     assert answer.code == 1
     record = by_seed(runs)[19]
     assert (record["status"], record["reason"]) == ("failed", "max_requeues")
@@ -103,23 +102,13 @@ def test_max_failures_starts_no_further_cell(door, runs):
 
 
 def test_fail_fast_also_stops_those_that_run(door, runs):
-    answer = door("-m", f"seed={small_worker.WAITS},13,2", "sweep.fail_fast=true", *LOCAL)
+    answer = door("-m", f"seed={trivial_worker.WAITS},13,2", "sweep.fail_fast=true", *LOCAL)
     assert answer.code == 1
     found = by_seed(runs)
     assert {seed: record["status"] for seed, record in found.items()} == {
         13: "failed",
         18: "cancelled",
     }
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    """Until it is true."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.05)):
-        if condition():
-            return
-        pause.wait(0.05)
-    raise AssertionError("it did not come true in time")
 
 
 def running() -> bool:
@@ -131,7 +120,7 @@ def running() -> bool:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(signum, runs):
-    process = launch_small("-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local")
+    process = launch_trivial("-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local")
     wait_for(running)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
@@ -142,7 +131,7 @@ def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(sign
 
 def test_a_closed_terminal_does_not_matter(runs):
     """The launcher stays, sees how the cell ends that runs, and starts the next one."""
-    process = launch_small("-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local")
+    process = launch_trivial("-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local")
     wait_for(running)
     process.send_signal(signal.SIGHUP)
     (begun,) = [e for e in Layout(sweep_directory()).journal.read() if e["event"] == "started"]
@@ -155,8 +144,8 @@ def test_a_closed_terminal_does_not_matter(runs):
 def test_detach_status_and_cancel(door, runs):
     from fisher_lab import cli
 
-    process = launch_small(
-        "-m", f"seed={small_worker.WAITS},2", "hydra/launcher=local", "sweep.detach=true",
+    process = launch_trivial(
+        "-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local", "sweep.detach=true",
         "sweep.name=away",
     )  # fmt: skip
     out, _ = process.communicate(timeout=60)
@@ -181,7 +170,7 @@ def test_detach_status_and_cancel(door, runs):
 
 def test_two_launchers_at_once_run_every_cell_once(runs):
     arguments = ("-m", "seed=range(20,32)", "hydra/launcher=local", "hydra.launcher.n_jobs=2")
-    processes = [launch_small(*arguments) for _ in range(2)]
+    processes = [launch_trivial(*arguments) for _ in range(2)]
     for process in processes:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import signal
-import threading
-import time
 
 import pytest
 
 from fisher_lab.runs import record
-from fisher_lab.sweeps import worker, worker_process
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Frozen
-from fisher_lab.sweeps.worker_process import Ending, Job
-from tests.sweeps.made import begin, submitted
+from fisher_lab.sweeps import worker
+from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
+from fisher_lab.sweeps.tally import Outcome
+from fisher_lab.sweeps.worker_process import WorkerProcess
+from tests.sweeps.application import wait_for
+from tests.sweeps.submitted_cells import begin, submitted
 
 
-def job(frozen: Frozen, script: str, *, scheduled: bool = False, grace_s: float = 20.0) -> Job:
+def process_of(
+    cell: FrozenCell, script: str, *, scheduled: bool = False, grace_s: float = 20.0
+) -> WorkerProcess:
     """A process that runs a line of Python in the place of a worker."""
     environment = {worker.SCHEDULED: "slurm"} if scheduled else {}
-    return Job(
-        frozen, threads=None, grace_s=grace_s, environment=environment, command=("-c", script)
+    return WorkerProcess(
+        cell, threads=None, grace_s=grace_s, environment=environment, command=("-c", script)
     )
 
 
-def ended(one: Job) -> Ending:
-    until, pause = time.monotonic() + 60, threading.Event()
-    while (ending := one.poll()) is None:
-        assert time.monotonic() < until
-        pause.wait(0.01)
-    return ending
+def ended(process: WorkerProcess) -> Outcome:
+    outcomes: list[Outcome | None] = []
+    wait_for(lambda: outcomes.append(process.poll()) or outcomes[-1])
+    assert outcomes[-1] is not None
+    return outcomes[-1]
 
 
 def exits(code: int) -> str:
@@ -57,56 +58,54 @@ def dies(signum: int) -> str:
     ],
 )
 def test_a_worker_that_ends_before_it_has_a_record(script, scheduled, cancelled, status, reason):
-    ((_, frozen),) = submitted(1)
-    begin(frozen, "failed", error={"type": "OfBefore", "message": "", "traceback": ""})
+    (cell,) = submitted(1)
+    begin(cell, "failed", error={"type": "OfBefore", "message": "", "traceback": ""})
     if cancelled:
-        (frozen.submission / CANCELLED_FILE).touch()
-    ending = ended(job(frozen, script, scheduled=scheduled))
-    found = record.read(frozen.directory)
+        (cell.submission / CANCELLED_FILE).touch()
+    ending = ended(process_of(cell, script, scheduled=scheduled))
+    found = record.read(cell.directory)
     assert (ending.status, found["status"], found["reason"]) == (status, status, reason)
     assert (found["error"] or {}).get("type") == ("JobDied" if status == "failed" else None)
-    assert [entry["event"] for entry in frozen.layout.journal.read()] == [status]
+    assert [entry["event"] for entry in cell.layout.journal.read()] == [status]
 
 
 def test_a_cell_that_is_deaf_to_the_wish_to_cancel_is_killed_and_cancelled():
-    ((_, frozen),) = submitted(1)
-    one = job(
-        frozen,
+    (cell,) = submitted(1)
+    one = process_of(
+        cell,
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "print('deaf', flush=True); time.sleep(60)",
         grace_s=0.1,
     )
-    log, pause = frozen.layout.job_log(frozen.run_id), threading.Event()
-    until = time.monotonic() + 60
-    while "deaf" not in log.read_text():
-        assert time.monotonic() < until
-        pause.wait(0.01)
+    log = cell.layout.job_log(cell.run_id)
+    wait_for(lambda: "deaf" in log.read_text())
     one.ask(signal.SIGTERM)
     assert ended(one).status == "cancelled"
-    assert record.read(frozen.directory)["reason"] == "SIGKILL"
+    assert record.read(cell.directory)["reason"] == "SIGKILL"
 
 
 def test_a_cancelled_cell_that_comes_to_its_turn_is_cancelled(monkeypatch):
     """The real worker, whose launch was cancelled while it was in a queue."""
-    ((_, frozen),) = submitted(1)
-    (frozen.submission / CANCELLED_FILE).touch()
-    one = Job(frozen, threads=None, grace_s=20.0, environment={worker.SCHEDULED: "slurm"})
-    assert ended(one) == Ending("cancelled")
-    found = record.read(frozen.directory)
+    (cell,) = submitted(1)
+    (cell.submission / CANCELLED_FILE).touch()
+    one = WorkerProcess(cell, threads=None, grace_s=20.0, environment={worker.SCHEDULED: "slurm"})
+    assert ended(one).status == "cancelled"
+    found = record.read(cell.directory)
     assert (found["status"], found["reason"], found["error"]) == ("cancelled", "cancel", None)
 
 
 def test_the_end_of_the_log_is_kept_with_an_error_that_the_worker_recorded_itself():
-    ((_, frozen),) = submitted(1)
-    directory = str(frozen.directory)
+    (cell,) = submitted(1)
+    directory = str(cell.directory)
     script = (
         "from fisher_lab.runs.record import Run; from pathlib import Path; "
         f"run = Run.start(Path({directory!r}), config={{}}); print('the last word', flush=True); "
         "run.fail(ValueError('no room\\nat all')); raise SystemExit(1)"
     )
-    assert ended(job(frozen, script)) == Ending("failed", "ValueError: no room")
-    found = record.read(frozen.directory)
+    outcome = ended(process_of(cell, script))
+    assert (outcome.status, outcome.message) == ("failed", "ValueError: no room")
+    found = record.read(cell.directory)
     assert found["reason"] == "ValueError: no room"
     assert found["error"]["message"] == "no room\nat all"
     assert found["error"]["log_tail"] == "the last word"
-    assert worker_process.brief(frozen.directory) == "ValueError: no room"
+    assert record.brief(cell.directory) == "ValueError: no room"

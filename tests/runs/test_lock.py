@@ -15,29 +15,29 @@ from fisher_lab.runs import atomic, lock
 WAIT = 60  # seconds after which a test gives a child process up
 
 
-def claim_files(directory):
-    return sorted(p.name for p in directory.iterdir() if ".claim." in p.name)
+def lock_files(directory):
+    return sorted(p.name for p in directory.iterdir() if ".lock." in p.name)
 
 
 def as_of_another_host(path, *, age):
-    """Turn a claim file into one that another host left behind ``age`` seconds ago."""
+    """Turn a lock file into one that another host left behind ``age`` seconds ago."""
     fields = json.loads(path.read_text())
-    fields.update(machine="elsewhere", host="elsewhere", token="t" * 16)
+    fields.update(namespace="far", host="far", token="t" * 16)
     path.write_text(json.dumps(fields))
     then = time.time() - age
     os.utime(path, (then, then))
 
 
-def test_only_one_of_two_holds_a_claim(tmp_path):
-    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
+def test_only_one_of_two_holds_a_lock(tmp_path):
+    first, second = lock.Lock(tmp_path / "x"), lock.Lock(tmp_path / "x")
     assert first.acquire()
     assert not second.acquire()
     assert first.held
     assert not second.held
-    owner = second.owner()
-    assert owner is not None
-    assert owner.pid == os.getpid()
-    assert not owner.is_dead()
+    holder = second.holder()
+    assert holder is not None
+    assert holder.pid == os.getpid()
+    assert holder.is_here()
     first.release()
     assert not first.held
     assert second.acquire()
@@ -45,48 +45,48 @@ def test_only_one_of_two_holds_a_claim(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_bad_arguments(tmp_path):
+def test_wrong_arguments_and_wrong_uses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="stale_after=0"):
-        lock.Claim(tmp_path / "x", stale_after=0)
+        lock.Lock(tmp_path / "x", stale_after=0)
     with pytest.raises(ValueError, match="heartbeat=3"):
-        lock.Claim(tmp_path / "x", stale_after=2, heartbeat=3)
-    with pytest.raises(RuntimeError, match="acquire"), lock.Claim(tmp_path / "x"):
+        lock.Lock(tmp_path / "x", stale_after=2, heartbeat=3)
+    with pytest.raises(RuntimeError, match="acquire"), lock.Lock(tmp_path / "x"):
         pass
-    claim = lock.Claim(tmp_path / "x")
+    held = lock.Lock(tmp_path / "x")
+    assert held.acquire()
     with pytest.raises(RuntimeError, match="held by this object already"):
-        assert claim.acquire()
-        assert claim.acquire()
-    claim.release()
+        held.acquire()
+    held.release()
 
 
-def test_another_hosts_claim_counts_until_its_heartbeat_is_old(tmp_path):
-    left = lock.Claim(tmp_path / "x")
+def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
+    left = lock.Lock(tmp_path / "x")
     assert left.acquire()
-    taker = lock.Claim(tmp_path / "x", stale_after=10)
-    as_of_another_host(tmp_path / "x.claim.0", age=5)
+    taker = lock.Lock(tmp_path / "x", stale_after=10)
+    as_of_another_host(tmp_path / "x.lock.0", age=5)
     assert not taker.acquire()
-    as_of_another_host(tmp_path / "x.claim.0", age=11)
+    as_of_another_host(tmp_path / "x.lock.0", age=11)
     assert taker.acquire()
-    assert claim_files(tmp_path) == ["x.claim.1"]
+    assert lock_files(tmp_path) == ["x.lock.1"]
     left.release()  # no longer its own: must not remove the taker's
     assert taker.held
-    assert claim_files(tmp_path) == ["x.claim.1"]
+    assert lock_files(tmp_path) == ["x.lock.1"]
     taker.release()
 
 
-def test_a_frozen_owner_learns_that_it_lost(tmp_path):
-    frozen = lock.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+def test_a_frozen_holder_learns_that_it_has_lost_the_lock(tmp_path):
+    frozen = lock.Lock(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
     assert frozen.acquire()
-    (tmp_path / "x.claim.0").unlink()  # what a taker-over does once it has the next generation
+    (tmp_path / "x.lock.0").unlink()  # what a taker-over does once it has the next generation
     assert frozen.lost.wait(WAIT)
     assert not frozen.held
     frozen.release()
 
 
-def test_the_heartbeat_keeps_a_claim_fresh(tmp_path):
-    holder = lock.Claim(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+def test_the_heartbeat_keeps_a_lock_fresh(tmp_path):
+    holder = lock.Lock(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
     assert holder.acquire()
-    file = tmp_path / "x.claim.0"
+    file = tmp_path / "x.lock.0"
     os.utime(file, (1, 1))
     deadline = time.monotonic() + WAIT
     while file.stat().st_mtime == 1 and time.monotonic() < deadline:
@@ -98,54 +98,53 @@ def test_the_heartbeat_keeps_a_claim_fresh(tmp_path):
 
 def test_a_rival_that_appears_between_create_and_listing_makes_us_give_way(tmp_path, monkeypatch):
     """A third process that saw an empty directory makes generation 0 while we take over 3."""
-    stale = lock.Claim(tmp_path / "x")
+    stale = lock.Lock(tmp_path / "x")
     assert stale.acquire()
     stale._stop.set()
-    (tmp_path / "x.claim.0").rename(tmp_path / "x.claim.3")
-    as_of_another_host(tmp_path / "x.claim.3", age=1e4)
-    rival = tmp_path / "x.claim.0"
-    create = lock._create
+    (tmp_path / "x.lock.0").rename(tmp_path / "x.lock.3")
+    as_of_another_host(tmp_path / "x.lock.3", age=1e4)
+    rival = tmp_path / "x.lock.0"
+    write = lock.Holder.write
 
-    def with_rival(candidate, path):
-        made = create(candidate, path)
+    def with_rival(self, path):
+        made = write(self, path)
         rival.write_text(json.dumps({"token": "rival"}))
         return made
 
-    monkeypatch.setattr(lock, "_create", with_rival)
-    ours = lock.Claim(tmp_path / "x", stale_after=60)
+    monkeypatch.setattr(lock.Holder, "write", with_rival)
+    ours = lock.Lock(tmp_path / "x", stale_after=60)
     assert not ours.acquire()
     assert rival.exists()
-    assert not (tmp_path / "x.claim.4").exists()
+    assert not (tmp_path / "x.lock.4").exists()
 
 
-def test_without_hard_links_the_create_is_still_exclusive(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError("no hard links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
-    assert first.acquire()
-    assert not second.acquire()
-    first.release()
-    assert second.acquire()
-    second.release()
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "a", "later": 1}'])
+def test_a_lock_whose_file_cannot_be_read_is_held_until_it_is_old(text, tmp_path):
+    """As for the moment between its create and its text, or after a later version wrote it."""
+    file = tmp_path / "x.lock.0"
+    file.write_text(text)
+    taker = lock.Lock(tmp_path / "x", stale_after=60)
+    assert not taker.acquire()
+    os.utime(file, (time.time() - 61, time.time() - 61))
+    assert taker.acquire()
+    taker.release()
 
 
 def test_many_threads_one_winner_each_round(tmp_path):
-    """Every round begins with a stale claim, so all of them take over at once."""
+    """Every round begins with a stale lock, so all of them take over at once."""
     for round_ in range(5):
         path = tmp_path / f"x{round_}"
-        left = lock.Claim(path)
+        left = lock.Lock(path)
         assert left.acquire()
         left._stop.set()
-        as_of_another_host(tmp_path / f"{path.name}.claim.0", age=1e4)
+        as_of_another_host(tmp_path / f"{path.name}.lock.0", age=1e4)
         barrier, won = threading.Barrier(8), []
 
         def race(path=path, barrier=barrier, won=won):
-            claim = lock.Claim(path)
+            taker = lock.Lock(path)
             barrier.wait(WAIT)
-            if claim.acquire():
-                won.append(claim)
+            if taker.acquire():
+                won.append(taker)
 
         threads = [threading.Thread(target=race) for _ in range(8)]
         for thread in threads:
@@ -153,7 +152,7 @@ def test_many_threads_one_winner_each_round(tmp_path):
         for thread in threads:
             thread.join(WAIT)
         assert len(won) == 1
-        assert claim_files(tmp_path) == [f"{path.name}.claim.1"]
+        assert lock_files(tmp_path) == [f"{path.name}.lock.1"]
         won[0].release()
 
 
@@ -171,7 +170,7 @@ def test_once_builds_when_missing_and_only_then(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_once_hands_the_builders_error_on_and_frees_the_claim(tmp_path):
+def test_once_hands_the_builders_error_on_and_frees_the_lock(tmp_path):
     def broken(path):
         raise OSError("disk full")
 
@@ -183,12 +182,12 @@ def test_once_hands_the_builders_error_on_and_frees_the_claim(tmp_path):
 
 
 def test_once_gives_up_after_its_timeout(tmp_path):
-    holder = lock.Claim(tmp_path / "x")
+    holder = lock.Lock(tmp_path / "x")
     assert holder.acquire()
     waits = []
-    with pytest.raises(lock.ClaimTimeout, match=f"pid={os.getpid()}"):
+    with pytest.raises(lock.LockTimeout, match=f"pid={os.getpid()}"):
         lock.once(tmp_path / "x", lambda path: None, timeout=0.05, on_wait=waits.append)
-    assert [owner.pid for owner in waits] == [os.getpid()]
+    assert [holder.pid for holder in waits] == [os.getpid()]
     holder.release()
 
 
@@ -197,7 +196,7 @@ def test_once_gives_up_after_its_timeout(tmp_path):
 BUILDER = """
 import os, signal, sys
 from pathlib import Path
-from fisher_lab.runs import atomic, claims
+from fisher_lab.runs import atomic, lock
 target, log, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def build(path):
     with open(log, "a") as file:
@@ -212,7 +211,7 @@ def build(path):
             (temporary / str(i)).write_text("x" * 1000)
 print("ready", flush=True)
 sys.stdin.readline()
-print(claims.once(target, build, timeout=60), flush=True)
+print(lock.once(target, build, timeout=60), flush=True)
 """
 
 
@@ -246,7 +245,7 @@ def test_a_killed_builder_is_taken_over_by_exactly_one(tmp_path):
     dying = start(target, log, "die")
     dying.communicate("go\n", timeout=WAIT)
     assert dying.returncode == -signal.SIGKILL
-    assert claim_files(target.parent) == ["x.claim.0"]
+    assert lock_files(target.parent) == ["x.lock.0"]
     children = [start(target, log, "build") for _ in range(3)]
     for child in children:
         child.stdin.write("go\n")
@@ -257,7 +256,7 @@ def test_a_killed_builder_is_taken_over_by_exactly_one(tmp_path):
     assert os.listdir(target.parent) == ["x"]
 
 
-def test_a_builder_killed_while_others_wait(tmp_path):
+def test_a_builder_that_is_killed_while_others_wait_is_replaced(tmp_path):
     target, log = tmp_path / "cache" / "x", tmp_path / "log"
     dying = start(target, log, "announce")
     dying.stdin.write("go\n")
@@ -272,7 +271,7 @@ def test_a_builder_killed_while_others_wait(tmp_path):
                 target,
                 lambda path: atomic.write_text(path, "second"),
                 timeout=WAIT,
-                on_wait=lambda owner: waiting.set(),
+                on_wait=lambda holder: waiting.set(),
             )
         )
 
@@ -286,23 +285,23 @@ def test_a_builder_killed_while_others_wait(tmp_path):
     assert target.read_text() == "second"
 
 
-def test_who_is_alive_and_waiting_for_a_limited_time(tmp_path):
-    first, second = lock.Claim(tmp_path / "x"), lock.Claim(tmp_path / "x")
-    assert first.alive() is None
+def test_waiting_for_a_lock_ends_after_the_time_given(tmp_path):
+    first, second = lock.Lock(tmp_path / "x"), lock.Lock(tmp_path / "x")
+    assert first.holder() is None
     assert first.acquire_within(1.0)
-    owner = second.alive()
-    assert owner is not None
-    assert owner.is_here()
+    holder = second.holder()
+    assert holder is not None
+    assert holder.is_here()
     assert not second.acquire_within(0.1)
     first.release()
     assert second.acquire_within(1.0)
     second.release()
 
 
-def test_a_stale_owner_is_not_alive(tmp_path):
-    claim = lock.Claim(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
-    assert claim.acquire()
-    (file,) = tmp_path.glob("x.claim.*")
+def test_a_stale_lock_has_no_holder(tmp_path):
+    held = lock.Lock(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
+    assert held.acquire()
+    (file,) = tmp_path.glob("x.lock.*")
     os.utime(file, (0, 0))
-    assert lock.Claim(tmp_path / "x", stale_after=600).alive() is None
-    claim.release()
+    assert lock.Lock(tmp_path / "x", stale_after=600).holder() is None
+    held.release()

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig
-from fisher_lab.sweeps.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.cell import Cell, FrozenCell, freeze, new_submission
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout
 
 
 def submitted(
     *seeds: int, alone: bool = False, stale_after_s: float = 60.0, **sweep: Any
-) -> list[tuple[Cell, Frozen]]:
-    """Cells of ``results/made``, one a seed, and their files, as one launch submits them.
+) -> list[FrozenCell]:
+    """Cells of ``results/made``, one a seed, as one launch submits them.
 
     Args:
         seeds: of the cells.
         alone: whether no other cell may run beside one.
-        stale_after_s: of their claims.
+        stale_after_s: of their locks.
         sweep: settings of the section ``sweep``.
     """
     layout = Layout(Path("results/made").resolve())
@@ -43,22 +43,22 @@ def submitted(
     (submission / LAUNCH_FILE).write_text("{}")
     entries = [{"run_id": c.run_id, "axes": c.axes, "overrides": c.overrides} for c in cells]
     (layout.directory / SWEEP_FILE).write_text(json.dumps({"cells": entries}))
-    return list(zip(cells, freeze(submission, cells, {"version": 1}), strict=True))
+    return freeze(submission, cells, {"version": 1})
 
 
-def begin(frozen: Frozen, status: str = "running", **fields: object) -> None:
+def begin(cell: FrozenCell, status: str = "running", **fields: object) -> None:
     """Leave a record, as a worker that is gone would have."""
-    frozen.directory.mkdir(parents=True, exist_ok=True)
+    cell.directory.mkdir(parents=True, exist_ok=True)
     found = {
         "schema": "fisher_lab.run/1",
-        "run_id": frozen.run_id,
+        "run_id": cell.run_id,
         "status": status,
         "reason": None,
         "started": "2026-01-01T00:00:00.000+00:00",
         "finished": None,
-        "config": frozen.data["config"],
+        "config": cell.data["config"],
         "overrides": [],
         "error": None,
         "provenance": {},
     }
-    (frozen.directory / "run.json").write_text(json.dumps({**found, **fields}))
+    (cell.directory / "run.json").write_text(json.dumps({**found, **fields}))

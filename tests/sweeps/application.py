@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-SMALL_WORKER = Path(__file__).with_name("small_worker.py")
-HOLDING_WORKER = Path(__file__).with_name("holding_worker.py")
+TRIVIAL_WORKER = Path(__file__).with_name("trivial_worker.py")
+WAITING_WORKER = Path(__file__).with_name("waiting_worker.py")
 
 
 def launch(
@@ -29,11 +31,11 @@ def launch(
     chosen = ""
     if worker is not None:
         chosen = (
-            "from fisher_lab.sweeps import session, supervisor; "
-            f"supervisor.WORKER = ({str(worker)!r},); "
+            "from fisher_lab.sweeps import run, worker_process; "
+            f"worker_process.WORKER = ({str(worker)!r},); "
         )
-        background = f"{chosen}from fisher_lab.sweeps.background import main; main(sys.argv[1:])"
-        chosen += f"session.BACKGROUND = ('-c', {'import sys; ' + background!r}); "
+        background = f"{chosen}run.main(sys.argv[1:])"
+        chosen += f"run.BACKGROUND = ('-c', {'import sys; ' + background!r}); "
     if identity is not None:
         chosen += f"cli.preflight = lambda config: {identity!r}; "
     script = f"import sys; from fisher_lab import cli; {chosen}sys.exit(cli.main(sys.argv[1:]))"
@@ -46,6 +48,16 @@ def launch(
     )
 
 
-def launch_small(*arguments: str) -> subprocess.Popen[str]:
+def launch_trivial(*arguments: str) -> subprocess.Popen[str]:
     """Start it with the worker whose task costs nothing."""
-    return launch(*arguments, worker=SMALL_WORKER, identity={"data": "abc"})
+    return launch(*arguments, worker=TRIVIAL_WORKER, identity={"data": "abc"})
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    """Wait until a condition is true, but not for ever."""
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        if condition():
+            return
+        pause.wait(0.05)
+    raise AssertionError(f"it did not come true within {seconds:g} s")
