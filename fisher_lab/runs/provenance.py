@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,26 +88,10 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-@functools.cache
-def version(name: str) -> str:
-    """The version of an installed distribution; looked up once a process.
-
-    Only the head of its metadata is parsed: the rest may be a README of 100 kB, and a sweep asks
-    for a dozen distributions in every cell.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: it is not installed.
-    """
-    found = metadata.distribution(name)
-    text = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""
-    head = HeaderParser().parsestr(text.partition("\n\n")[0])
-    return str(head["Version"] or found.version)
 
 
 def host() -> dict[str, Any]:

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -236,7 +237,7 @@ def _ask(command: list[str]) -> str | None:
 PATIENCE = 2
 """Looks at the queue at which a job must be gone before it counts as dead: records travel slowly
 over network file systems."""
-DYING_TIMEOUT_S = 120.0
+CANCEL_TIMEOUT_S = 120.0
 """How long the jobs of a cancelled launch may take to leave the queue."""
 
 
@@ -276,9 +277,15 @@ class SubmititJobs(Executor):
         layouts = list(dict.fromkeys(cell.layout for cell in cells))
         known: dict[Path, str] = {}
         if not self._is_local:
-            _wait_for_the_dying(layouts, self._settings.poll_s)
+            _wait_for_cancelled_jobs(layouts, self._settings.poll_s)
             for layout in layouts:
-                known |= {layout.run_directory(run_id): j for run_id, j in queued(layout).items()}
+                last = Jobs.of(layout).last
+                active = states(last.values()) or {}
+                known |= {
+                    layout.run_directory(run_id): job
+                    for run_id, job in last.items()
+                    if is_active(active.get(job))
+                }
         wanted = [cell for cell in cells if cell.directory not in known]
         self._jobs |= {cell: known[cell.directory] for cell in cells if cell.directory in known}
         if len(wanted) < len(cells):
@@ -301,10 +308,11 @@ class SubmititJobs(Executor):
         """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
         if not self._jobs or time.monotonic() - self._looked < self._settings.poll_s:
             return []
-        known = self._states()
+        known, found = self._states(), []
         self._looked = time.monotonic()
-        found = []
-        for cell, job in list(self._jobs.items()) if known is not None else []:
+        if known is None:
+            return []
+        for cell, job in list(self._jobs.items()):
             if is_active(known[job]):
                 self._gone.pop(cell, None)
                 continue
@@ -352,54 +360,57 @@ class SubmititJobs(Executor):
         return Outcome(state, record.brief(cell.directory) if state is Status.FAILED else None)
 
 
-def last_jobs(layout: Layout) -> dict[str, tuple[str, str | None]]:
-    """Identity -> job and its state, for the cells of a sweep that were ever submitted.
+@dataclass(frozen=True)
+class Jobs:
+    """What the journal of a sweep says of its jobs.
 
-    The state is None where SLURM does not answer.
+    Attributes:
+        last: identity of a cell -> the job that it was last submitted as.
+        cancelled: jobs that the user has cancelled.
+        past: jobs whose end says nothing of their cells, because something came after them: they
+            were cancelled, or the sweep went on with another launcher.
     """
-    last: dict[str, str] = {}
-    for entry in layout.journal.read():
-        if entry["event"] == "submitted":
-            last.update(entry["jobs"])
-    found = states(last.values()) or {}
-    return {run_id: (job, found.get(job)) for run_id, job in last.items()}
+
+    last: Mapping[str, str]
+    cancelled: frozenset[str]
+    past: frozenset[str]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Jobs:
+        """Read the journal of a sweep."""
+        last: dict[str, str] = {}
+        submitted: set[str] = set()
+        cancelled: set[str] = set()
+        past: set[str] = set()
+        for entry in layout.journal.read():
+            if entry["event"] == "submitted":
+                last |= entry["jobs"]
+                submitted |= set(entry["jobs"].values())
+            elif entry["event"] == "cancel":
+                cancelled |= submitted
+            elif entry["event"] == "launched" and entry["launcher"] != "slurm":
+                past |= submitted
+        return cls(last, frozenset(cancelled), frozenset(past | cancelled))
 
 
-def queued(layout: Layout) -> dict[str, str]:
-    """Identity -> job, for the cells of a sweep that SLURM has queued or runs."""
-    return {run_id: job for run_id, (job, state) in last_jobs(layout).items() if is_active(state)}
-
-
-def _wait_for_the_dying(layouts: Sequence[Layout], poll_s: float) -> None:
-    """Until the jobs of cancelled launches have left the queue.
+def _wait_for_cancelled_jobs(layouts: Sequence[Layout], poll_s: float) -> None:
+    """Until the jobs that the user has cancelled have left the queue.
 
     Raises:
         ConfigError: they do not.
     """
-    until, told = time.monotonic() + DYING_TIMEOUT_S, False
-    while dying := sorted(job for layout in layouts for job in _dying(layout)):
+    cancelled = frozenset[str]().union(*(Jobs.of(layout).cancelled for layout in layouts))
+    until, said = time.monotonic() + CANCEL_TIMEOUT_S, False
+    while left := sorted(j for j, state in (states(cancelled) or {}).items() if is_active(state)):
         if time.monotonic() > until:
             raise ConfigError(
-                f"jobs of a cancelled launch are still in the queue: {', '.join(dying)}; try again "
+                f"jobs of a cancelled launch are still in the queue: {', '.join(left)}; try again "
                 "when they have left it"
             )
-        if not told:
-            say(f"waiting for {len(dying)} cancelled jobs to leave the queue")
-        told = True
+        if not said:
+            say(f"waiting for {len(left)} cancelled jobs to leave the queue")
+        said = True
         time.sleep(poll_s)
-
-
-def _dying(layout: Layout) -> list[str]:
-    """Jobs that the user has cancelled and that SLURM still has."""
-    submitted: set[str] = set()
-    found: set[str] = set()
-    for entry in layout.journal.read():
-        if entry["event"] == "submitted":
-            submitted.update(entry["jobs"].values())
-        elif entry["event"] == "cancel":
-            found.update(submitted)
-    known = states(found) or {}
-    return [job for job, state in known.items() if is_active(state)]
 
 
 def batches(cells: Sequence[FrozenCell], size: int) -> Iterator[list[FrozenCell]]:

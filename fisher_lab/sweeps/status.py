@@ -62,19 +62,6 @@ class CellStatus:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Jobs:
-    """What the queue and the journal say of a sweep's jobs.
-
-    Attributes:
-        last: identity -> job and its state, None where SLURM does not answer.
-        past: jobs whose end says nothing of their cells.
-    """
-
-    last: Mapping[str, tuple[str, str | None]]
-    past: frozenset[str]
-
-
 def find(name: str) -> Layout:
     """The sweep of a directory, or of a name under ``results/``.
 
@@ -100,8 +87,9 @@ def look(layout: Layout) -> list[CellStatus]:
         cells = json.loads(layout.sweep_file.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{layout.sweep_file} cannot be read: {error}") from None
-    jobs, frozen = _jobs(layout), layout.frozen()
-    return [_cell(layout, one, jobs, frozen.get(str(one["run_id"]))) for one in cells]
+    jobs, frozen = slurm.Jobs.of(layout), layout.frozen()
+    known = slurm.states(jobs.last.values()) or {}
+    return [_cell(layout, one, jobs, known, frozen.get(str(one["run_id"]))) for one in cells]
 
 
 def settle(layout: Layout, before: Sequence[CellStatus]) -> list[CellStatus]:
@@ -147,37 +135,19 @@ def is_launched(layout: Layout) -> bool:
     )
 
 
-def _jobs(layout: Layout) -> _Jobs:
-    if not any(entry["event"] == "submitted" for entry in layout.journal.read()):
-        return _Jobs({}, frozenset())
-    return _Jobs(slurm.last_jobs(layout), frozenset(_past(layout)))
-
-
-def _past(layout: Layout) -> set[str]:
-    """Jobs whose end says nothing of their cells: something came after them."""
-    submitted: set[str] = set()
-    past: set[str] = set()
-    for entry in layout.journal.read():
-        if entry["event"] == "submitted":
-            submitted.update(entry["jobs"].values())
-        elif entry["event"] == "cancel" or (
-            entry["event"] == "launched" and entry["launcher"] != "slurm"
-        ):
-            past.update(submitted)
-    return past
-
-
 def _cell(
     layout: Layout,
     entry: Mapping[str, Any],
-    jobs: _Jobs,
+    jobs: slurm.Jobs,
+    job_states: Mapping[str, str],
     file: Path | None,
 ) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
     frozen = FrozenCell.load(file) if file is not None else None
     state = layout.state(run_id, frozen.stale_after_s) if frozen else layout.state(run_id)
-    job, job_state = jobs.last.get(run_id, (None, None))
+    job = jobs.last.get(run_id)
+    job_state = job_states.get(job) if job is not None else None
     lost = why = None
     if job is not None and is_active(job_state) and not (state.is_final or state is Status.RUNNING):
         state = Status.QUEUED

@@ -36,13 +36,11 @@ class Tally:
         total: how many there are.
         max_failures: no further cell is to be started after this many failures.
         ended: run directory -> outcome.
-        quiet: print nothing.
     """
 
     total: int
     max_failures: int | None = None
     ended: dict[Path, Outcome] = field(default_factory=dict)
-    quiet: bool = False
 
     @property
     def failures(self) -> int:
@@ -59,8 +57,7 @@ class Tally:
         self.ended[cell.directory] = outcome
         took = "" if outcome.seconds is None else f" in {outcome.seconds:.1f} s"
         why = f": {outcome.message}" if outcome.message else ""
-        if not self.quiet:
-            say(f"[{len(self.ended)}/{self.total}] {outcome.status}{took}  {cell.label}{why}")
+        say(f"[{len(self.ended)}/{self.total}] {outcome.status}{took}  {cell.label}{why}")
 
 
 def say(text: str, *, error: bool = False) -> None:

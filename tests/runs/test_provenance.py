@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,14 +63,6 @@ def test_versions_and_host():
     assert found["versions"]["hydra-core"].startswith("1.3.")
     assert found["host"]["cpus"] >= found["host"]["cpus_allowed"] >= 1
     assert found["host"]["memory_mb"] > 100
-
-
-def test_a_version_is_what_the_metadata_say():
-    for name, version in provenance.versions().items():
-        if name != "python":
-            assert provenance.version(name) == version == metadata.version(name)
-    with pytest.raises(metadata.PackageNotFoundError):
-        provenance.version("no-such-distribution")
 
 
 def test_commit_and_versions_are_looked_up_once_a_process(monkeypatch):

@@ -12,12 +12,12 @@ from fisher_lab.config.launchers import LocalSettings, SlurmSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.runs import record
 from fisher_lab.sweeps import run as session
-from fisher_lab.sweeps.cell import Cell, Frozen, freeze, new_submission
+from fisher_lab.sweeps.cell import Cell, FrozenCell, freeze, new_submission
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.sweeps.slurm import CellFailed, CellJob
 
 
-def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> Frozen:
+def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> FrozenCell:
     for name, value in (("NODE_RANK", str(node)), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     config = Config()

@@ -201,7 +201,7 @@ def test_a_cell_of_a_launch_that_is_being_cancelled_is_run_by_the_next_one(own, 
     (cell,) = submitted(1)
     started: list[object] = []
     monkeypatch.setattr(LocalProcesses, "start", lambda self, cells: started.extend(cells))
-    tally = Tally(1, quiet=True)
+    tally = Tally(1)
     one = Queue([cell], LocalProcesses(LocalSettings()), tally)
     one.step()
     one.step()

@@ -58,7 +58,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 def run(cells: list[FrozenCell], limit: int | None = None) -> Tally:
-    tally = Tally(len(cells), limit, quiet=True)
+    tally = Tally(len(cells), limit)
     Queue(cells, SubmititJobs(SETTINGS), tally).run()
     return tally
 
@@ -113,7 +113,7 @@ def test_jobs_of_a_cancelled_launch_are_waited_for_and_not_attached_to(queue, ca
 
 
 def test_jobs_of_a_cancelled_launch_that_do_not_go_are_said(queue, monkeypatch):
-    monkeypatch.setattr(slurm, "DYING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(slurm, "CANCEL_TIMEOUT_S", 0.0)
     (one,) = submitted(1)
     one.layout.journal.append("submitted", jobs={"seed1": "7"})
     one.layout.journal.append("cancel", cells=["seed1"])
