@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import ModelConfig, OptimizerConfig
-from fisher_lab.runs.provenance import version
 from fisher_lab.workload import cache, text, tokenizer
 
 RECIPE = 1

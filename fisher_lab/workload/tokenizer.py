@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import SPECIAL_TOKENS
 from fisher_lab.runs import atomic, lock
-from fisher_lab.runs.provenance import version
 from fisher_lab.workload import cache
 from fisher_lab.workload.text import Passage
 
