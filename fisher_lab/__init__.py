@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
     from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.api_collector import AdvancedFisherCollector as AdvancedFisherCollector
-    from fisher_lab.curvature.group_fisher.saved import FisherCollector as FisherCollector
+    from fisher_lab.config.spectra import SpectralConfig as SpectralConfig
+    from fisher_lab.curvature.group_fisher.collector import FisherCollector as FisherCollector
     from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectra.spectrum import FisherSpectral as FisherSpectral
-    from fisher_lab.curvature.spectra.spectrum import SpectralConfig as SpectralConfig
     from fisher_lab.optim import KFACOptimizer as KFACOptimizer
 
 __version__ = "0.1.0"
@@ -26,9 +26,9 @@ _HOMES = {
     "KFACNaturalGradient": "fisher_lab.api",
     "KFACOptimizer": "fisher_lab.optim",
     "FisherSpectral": "fisher_lab.curvature.spectra.spectrum",
-    "SpectralConfig": "fisher_lab.curvature.spectra.spectrum",
+    "SpectralConfig": "fisher_lab.config.spectra",
     "FisherLanczos": "fisher_lab.curvature.spectra.lanczos",
-    "FisherCollector": "fisher_lab.curvature.group_fisher.saved",
+    "FisherCollector": "fisher_lab.curvature.group_fisher.collector",
     "AdvancedFisherCollector": "fisher_lab.api_collector",
     "UnifiedConfig": "fisher_lab.analysis",
     "UnifiedModelAnalyzer": "fisher_lab.analysis",

@@ -10,8 +10,7 @@ from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.evaluation_mode import isolated
-from fisher_lab.curvature.group_fisher.collector import active_tokens
-from fisher_lab.curvature.group_fisher.saved import FisherCollector
+from fisher_lab.curvature.group_fisher.collector import FisherCollector, active_tokens
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.spectra.gradient_cache import GradientCache
 from fisher_lab.curvature.spectra.samples import as_batches
@@ -37,11 +36,10 @@ class AdvancedFisherCollector:
         use_group_fisher: whether group Fisher is fed.
         group_unit: ``batch``, ``sequence`` or ``token``.
         cache_gradients: keep the last call's per-sample gradients in ``gradient_cache``, of
-            labelled tokens, or of sequences with ``group_unit="sequence"``: ``N x P`` numbers, and
-            up to about half as many again of products for linear layers, so that ``FisherSpectral``
-            with any ``storage_mode`` and ``linear_gram`` finds exactly what it would compute.
+            labelled tokens, or of sequences with ``group_unit="sequence"``: up to ``N x P``
+            numbers. ``FisherSpectral`` with the same options finds exactly what it would compute.
         cache_chunk_size: rows of one backward pass of the cache; ``chunk_size`` of the
-            ``SpectralConfig`` that is to read it.
+            ``SpectralConfig`` of the engine that reads it.
         loss_fn: None for a Hugging Face model; else a ``CrossEntropy``.
         **kfac: further arguments of :class:`fisher_lab.KFACNaturalGradient` (``kfac_policy``,
             ``max_condition_number``, ...).
@@ -218,7 +216,7 @@ class AdvancedFisherCollector:
                 group.collect(model, batches, task)
             return
         engine = FisherSpectral(self._spectral, loss_fn=self._loss_fn)
-        self.gradient_cache = engine.collect_gradients(model, batches, keep_rows=True)
+        self.gradient_cache = engine.collect_gradients(model, batches)
         if group is not None:
             group.update_from(model, batches, self.gradient_cache.chunks, task)
 

@@ -22,7 +22,7 @@ from fisher_lab.config.fields import (
     whole,
 )
 from fisher_lab.config.kfac import KFACSettings
-from fisher_lab.config.spectra import GroupFisherConfig, LanczosConfig, SpectralConfig, on_ranks
+from fisher_lab.config.spectra import GroupFisherSection, LanczosSection, SpectralSection
 from fisher_lab.config.workload import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -185,9 +185,9 @@ class Config:
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     kfac: KfacConfig = section(KfacConfig)
-    spectral: SpectralConfig = section(SpectralConfig)
-    lanczos: LanczosConfig = section(LanczosConfig)
-    group_fisher: GroupFisherConfig = section(GroupFisherConfig)
+    spectral: SpectralSection = section(SpectralSection)
+    lanczos: LanczosSection = section(LanczosSection)
+    group_fisher: GroupFisherSection = section(GroupFisherSection)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
     distributed: DistributedConfig = section(DistributedConfig)
@@ -199,7 +199,7 @@ class Config:
         """What sections ask of each other."""
         ranks = self.distributed.nproc * self.distributed.nodes
         if ranks > 1 and self.task.name == "analyze":
-            for key, value, allowed in on_ranks(self.spectral):
+            for key, value, allowed in self.spectral.on_ranks():
                 yield f"spectral.{key}", value, allowed
         if ranks > 1 and self.distributed.backend == "nccl" and self.device == "cpu":
             yield "distributed.backend", "nccl", "gloo or auto with device=cpu"

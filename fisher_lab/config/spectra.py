@@ -1,32 +1,62 @@
-"""The spectral engines: sections ``spectral``, ``lanczos`` and ``group_fisher``.
+"""Options of the spectral engines, once each: meaning, default, range and unit.
 
-Each is off by default and switched on by its group. Definitions in ``docs/math.md``, sections 8
-and 9. Nothing here imports torch.
+The engines take ``SpectralConfig``, ``LanczosConfig`` and ``GroupFisherConfig``. The sections
+``spectral``, ``lanczos`` and ``group_fisher`` of the command line extend them by what
+``task=analyze`` asks of an engine. Definitions are in ``docs/math.md``, sections 8 and 9. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
-from fisher_lab.config.fields import above, at_least, null, one_of, setting, whole
+from fisher_lab.config.fields import Problem, above, at_least, null, one_of, setting, whole
 
 STRUCTURES = ("layer", "module", "parameter", "full")
+OPERATORS = ("empirical", "true", "hessian")
+PRODUCTS = ("auto", "forward", "double_backward")
+WHICH = ("largest", "smallest", "magnitude")
 MAX_SEED = 2**32 - 1
 
+Options = TypeVar("Options")
 
-@dataclass
-class SpectralConfig:
-    """Spectra of the block-diagonal empirical Fisher matrix."""
 
-    enabled: bool = setting(False, "Whether `task=analyze` computes them.")
-    block_structure: str = setting("layer", "What a block is.", one_of(*STRUCTURES))
+def options_of(section: object, kind: type[Options], **more: Any) -> Options:
+    """Returns an engine's options out of a section that extends them.
+
+    Args:
+        section: has the options among its fields.
+        kind: the class of the options.
+        **more: values of fields that the section lacks.
+    """
+    names = [item.name for item in fields(kind) if item.name not in more]  # type: ignore[arg-type]
+    return kind(**{name: getattr(section, name) for name in names}, **more)
+
+
+@dataclass(kw_only=True)
+class SpectralOptions:
+    """How the spectra of the blocks are computed, as Python and the command line set it."""
+
+    seed: int = setting(42, "Seed of the subsample and the sketch.", whole(0, MAX_SEED))
     sample_unit: str = setting(
         "token",
         "A row of J: a labelled token's or a sequence's gradient.",
         one_of("token", "sequence"),
     )
-    n_samples: int | None = setting(None, "Samples, by a stable hash; null: all.", whole(1) | null)
-    center_gradients: bool = setting(False, "Gradient covariance instead of the Fisher matrix.")
+    eigensolve_device: str = setting(
+        "auto",
+        "Where matrices are decomposed; auto: the model's GPU from a side of 2048 on, else the "
+        "host.",
+        one_of("auto", "cpu", "cuda"),
+    )
+    regularization: float = setting(
+        1e-10, "Added to the diagonal, relative to its mean, only after a failure.", at_least(0)
+    )
+    dtype_eigensolve: str = setting(
+        "float64", "In which matrices are decomposed.", one_of("float64", "float32")
+    )
     storage_mode: str = setting(
         "chunked",
         "How the gradients are kept; `sketch` is approximate, and there on one rank only.",
@@ -42,70 +72,100 @@ class SpectralConfig:
     memory_budget_mb: float = setting(
         512.0, "MiB of gradients that may wait in memory before they go to disk.", at_least(0)
     )
-    eigensolve_device: str = setting(
-        "auto", "Where matrices are decomposed.", one_of("auto", "cpu", "cuda")
-    )
-    dtype_eigensolve: str = setting(
-        "float64", "In which matrices are decomposed.", one_of("float64", "float32")
-    )
     sketch_rank: int = setting(
         32, "Eigenvalues of a `sketch` a block where `top_k` is null.", whole(1)
     )
-    regularization: float = setting(
-        1e-10, "Added to the diagonal, relative to its mean, only after a failure.", at_least(0)
+
+    def __post_init__(self) -> None:
+        """Takes a ``torch.dtype`` by its name."""
+        self.dtype_eigensolve = str(self.dtype_eigensolve).removeprefix("torch.")
+
+
+@dataclass(kw_only=True)
+class SpectralConfig(SpectralOptions):
+    """Options of ``FisherSpectral``.
+
+    ``dtype_eigensolve`` may also be given as a ``torch.dtype``. ``FisherSpectral`` checks the
+    ranges.
+    """
+
+    use_deterministic: bool = setting(
+        False,
+        "Deterministic algorithms alone, during the call: the same bits from run to run, and an "
+        "error where an operation has no deterministic form. The command line has the key "
+        "`deterministic`.",
     )
-    seed: int = setting(42, "Seed of the subsample and the sketch.", whole(0, MAX_SEED))
 
 
-def on_ranks(spectral: SpectralConfig):
-    """Yields what the spectrum cannot do on several ranks: key, value and what is allowed."""
-    if spectral.enabled and spectral.storage_mode == "sketch":
-        allowed = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
-        yield "storage_mode", spectral.storage_mode, allowed
+@dataclass(kw_only=True)
+class SpectralSection(SpectralOptions):
+    """Spectra of the block-diagonal empirical Fisher matrix."""
+
+    enabled: bool = setting(False, "Whether `task=analyze` computes them.")
+    block_structure: str = setting("layer", "What a block is.", one_of(*STRUCTURES))
+    n_samples: int | None = setting(None, "Samples, by a stable hash; null: all.", whole(1) | null)
+    center_gradients: bool = setting(False, "Gradient covariance instead of the Fisher matrix.")
+
+    def on_ranks(self) -> Iterator[Problem]:
+        """Yields what several ranks cannot do: key, value and what is allowed."""
+        if self.enabled and self.storage_mode == "sketch":
+            allowed = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
+            yield "storage_mode", self.storage_mode, allowed
 
 
 @dataclass
 class LanczosConfig:
-    """Top eigenpairs, spectral density, trace and effective dimension, matrix-free."""
+    """Options of ``FisherLanczos``.
 
-    enabled: bool = setting(False, "Whether `task=analyze` runs it.")
+    ``vector_dtype`` may also be given as a ``torch.dtype``, or None for ``auto``.
+    ``FisherLanczos`` checks the ranges.
+    """
+
     k: int = setting(10, "Eigenpairs.", whole(1))
-    operator: str = setting("empirical", "Which matrix.", one_of("empirical", "true", "hessian"))
-    block: str | None = setting(None, "A block's name; null: the whole model.")
     max_vectors: int | None = setting(
         None, "Basis vectors; null: max(2k + 10, 20).", whole(3) | null
     )
-    max_products: int | None = setting(
-        None, "Products at most; null: 20 a vector, 300 at least.", whole(1) | null
-    )
+    operator: str = setting("empirical", "Which matrix.", one_of(*OPERATORS))
     tol: float = setting(1e-6, "Residual over the largest eigenvalue at convergence.", above(0))
-    which: str = setting(
-        "largest", "Which end of the spectrum.", one_of("largest", "smallest", "magnitude")
+    seed: int = setting(
+        42, "Seed of the first vector and of the random vectors.", whole(0, MAX_SEED)
     )
     reorthogonalize: bool = setting(
         True, "Full reorthogonalisation; false: only with `density_probes=0`."
     )
     vector_device: str = setting("auto", "Where the basis lives.", one_of("auto", "cpu", "cuda"))
+    max_products: int | None = setting(
+        None, "Products at most; null: 20 a vector, 300 at least.", whole(1) | null
+    )
+    which: str = setting("largest", "Which end of the spectrum.", one_of(*WHICH))
+    products: str = setting("auto", "How J v is formed.", one_of(*PRODUCTS))
     vector_dtype: str = setting(
         "auto", "Of the basis; auto: the parameters' own.", one_of("auto", "float64", "float32")
     )
-    products: str = setting(
-        "auto", "How J v is formed.", one_of("auto", "forward", "double_backward")
-    )
+
+    def __post_init__(self) -> None:
+        """Takes a ``torch.dtype`` by its name."""
+        name = "auto" if self.vector_dtype is None else str(self.vector_dtype)
+        self.vector_dtype = name.removeprefix("torch.")
+
+
+@dataclass
+class LanczosSection(LanczosConfig):
+    """Top eigenpairs, spectral density, trace and effective dimension, matrix-free."""
+
+    enabled: bool = setting(False, "Whether `task=analyze` runs it.")
+    block: str | None = setting(None, "A block's name; null: the whole model.")
     density_probes: int = setting(
         4,
         "Random vectors behind density, trace and effective dimension; 0: eigenpairs alone.",
         whole(0),
     )
-    density_steps: int = setting(20, "Lanczos steps a random vector.", whole(2))
+    density_steps: int = setting(30, "Lanczos steps a random vector.", whole(2))
     dimension_damping: float | None = setting(
-        1e-4, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
-    )
-    seed: int = setting(
-        42, "Seed of the first vector and of the random vectors.", whole(0, MAX_SEED)
+        None, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
     )
 
-    def check(self):
+    def check(self) -> Iterator[Problem]:
         """Yields what concerns more than one key."""
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
             yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
@@ -115,11 +175,10 @@ class LanczosConfig:
 
 @dataclass
 class GroupFisherConfig:
-    """Running moments of squared gradients, by parameter group."""
+    """Options of ``FisherCollector``, which checks the ranges."""
 
-    enabled: bool = setting(False, "Whether `task=analyze` collects them.")
     unit: str = setting(
-        "sequence",
+        "batch",
         "What is squared: `batch` is cheap and not the diagonal Fisher.",
         one_of("batch", "sequence", "token"),
     )
@@ -127,6 +186,13 @@ class GroupFisherConfig:
         "tokens", "Weight of a sequence: its active tokens, or one.", one_of("tokens", "one")
     )
     chunk_size: int = setting(16, "Gradients of one backward pass.", whole(1))
+
+
+@dataclass
+class GroupFisherSection(GroupFisherConfig):
+    """Running moments of squared gradients, by parameter group."""
+
+    enabled: bool = setting(False, "Whether `task=analyze` collects them.")
     top_k: int = setting(10, "Groups in the list of the most important.", whole(1))
     share: float = setting(0.1, "Share of the entries that the overlap calls the top.", above(0))
     save_state: bool = setting(True, "Save the state, to be taken up or merged later.")
@@ -136,7 +202,7 @@ class GroupFisherConfig:
         one_of("float64", "float32", "float16"),
     )
 
-    def check(self):
+    def check(self) -> Iterator[Problem]:
         """Yields what a bound from below alone does not say."""
         if self.share > 1:
             yield "share", self.share, "above 0 and at most 1"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from fisher_lab.config.fields import problems
+
 
 class CurvatureError(RuntimeError):
     """Base class of every error that a curvature engine raises on purpose."""
@@ -29,3 +33,24 @@ class FactorFileError(CurvatureError, ValueError):
 
 class RankError(CurvatureError):
     """Another rank has an error; names the rank and says what it is."""
+
+
+def check_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Checks that an argument has one of the names that there are.
+
+    Raises:
+        CurvatureError: it has not.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise CurvatureError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
+
+
+def check_options(options: object) -> None:
+    """Checks the ranges of an engine's options (a dataclass of :mod:`fisher_lab.config`).
+
+    Raises:
+        CurvatureError: one is out of range; names the first one and what is allowed.
+    """
+    for name, value, allowed in problems(options):
+        raise CurvatureError(f"{name}: {value!r}; allowed: {allowed}")

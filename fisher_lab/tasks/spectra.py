@@ -22,12 +22,18 @@ import torch
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.spectra import GroupFisherConfig, LanczosConfig, on_ranks
-from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
-from fisher_lab.curvature.group_fisher.saved import FisherCollector
+from fisher_lab.config.spectra import (
+    GroupFisherSection,
+    LanczosConfig,
+    LanczosSection,
+    SpectralConfig,
+    options_of,
+)
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
@@ -49,7 +55,7 @@ def refuse(config: Config, ranks: Ranks) -> None:
         ConfigError: the spectrum is to be sketched.
     """
     if len(ranks) > 1:
-        for key, value, allowed in on_ranks(config.spectral):
+        for key, value, allowed in config.spectral.on_ranks():
             raise ConfigError.value(f"spectral.{key}", value, allowed)
 
 
@@ -107,20 +113,7 @@ def run_spectral(
     chosen = config.spectral
     start = perf_counter()
     engine = FisherSpectral(
-        SpectralConfig(
-            seed=chosen.seed,
-            use_deterministic=config.deterministic,
-            sample_unit=chosen.sample_unit,
-            eigensolve_device=chosen.eigensolve_device,
-            dtype_eigensolve=getattr(torch, chosen.dtype_eigensolve),
-            sketch_rank=chosen.sketch_rank,
-            regularization=chosen.regularization,
-            storage_mode=chosen.storage_mode,
-            chunk_size=chosen.chunk_size,
-            top_k=chosen.top_k,
-            linear_gram=chosen.linear_gram,  # type: ignore[arg-type]
-            memory_budget_mb=chosen.memory_budget_mb,
-        ),
+        options_of(chosen, SpectralConfig, use_deterministic=config.deterministic),
         loss_fn=_loss(bench),
         progress=report,
         communicator=ranks.world,
@@ -219,19 +212,9 @@ def _write_density(density: Mapping[str, Any], run: Run) -> None:
     figures.density(run.directory / "lanczos_density", density)
 
 
-def _lanczos(chosen: LanczosConfig, bench: Bench, ranks: Ranks) -> FisherLanczos:
+def _lanczos(chosen: LanczosSection, bench: Bench, ranks: Ranks) -> FisherLanczos:
     return FisherLanczos(
-        k=chosen.k,
-        max_vectors=chosen.max_vectors,
-        operator=chosen.operator,
-        tol=chosen.tol,
-        seed=chosen.seed,
-        reorthogonalize=chosen.reorthogonalize,
-        vector_device=chosen.vector_device,
-        vector_dtype=None if chosen.vector_dtype == "auto" else getattr(torch, chosen.vector_dtype),
-        max_products=chosen.max_products,
-        which=chosen.which,
-        products=chosen.products,
+        config=options_of(chosen, LanczosConfig),
         loss_fn=_loss(bench),
         say=_say,
         communicator=ranks.world,
@@ -308,12 +291,12 @@ def _collected(config: Config, bench: Bench, ranks: Ranks) -> FisherCollector:
             collector.collect(bench.model, batches, split)
         else:
             shares = ranks.own_parts(batches)
-            collect_shares(collector, bench.model, shares, split, ranks.world)
-    return collector if len(ranks) == 1 else merged(collector, ranks.world)
+            collect_slices(collector, bench.model, shares, split, ranks.world)
+    return collector if len(ranks) == 1 else merge_over_ranks(collector, ranks.world)
 
 
 def _scores(
-    collector: FisherCollector, chosen: GroupFisherConfig
+    collector: FisherCollector, chosen: GroupFisherSection
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows, importance, top = [], {}, {}
     for kind in GROUP_KINDS:
@@ -332,7 +315,7 @@ def _scores(
     return rows, {"importance": importance, "top": top}
 
 
-def _export(collector: FisherCollector, chosen: GroupFisherConfig, run: Run) -> None:
+def _export(collector: FisherCollector, chosen: GroupFisherSection, run: Run) -> None:
     exported = collector.export("train", getattr(torch, chosen.export_dtype))
     tensors = {
         f"{kind}/{name}": tensor.cpu().contiguous()

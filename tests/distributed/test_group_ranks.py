@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import models, reference
-from tests.distributed import grouping, joined, spreading
+from tests.distributed import group_fisher_on_ranks, joined, spectra_on_ranks
 from tests.distributed.rank_pool import Pool
 
 
@@ -20,9 +20,9 @@ def batches() -> list[list[dict]]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_merged_states(ranks: Pool, unit: str, size: int) -> None:
     each = [{"batches": own} for own in batches()[:size]]
-    found = ranks.run(grouping.on_a_rank, size, each=each, unit=unit, name="tiny")
+    found = ranks.run(group_fisher_on_ranks.on_a_rank, size, each=each, unit=unit, name="tiny")
     every = [batch for own in each for batch in own["batches"]]
-    whole = grouping.GroupFisher(unit)
+    whole = group_fisher_on_ranks.FisherCollector(unit)
     model = joined.model_of("tiny", joined.torch.float64)
     for own in each:  # the tasks are numbered on each rank
         for number, batch in enumerate(own["batches"]):
@@ -40,7 +40,7 @@ def test_merged_states(ranks: Pool, unit: str, size: int) -> None:
 
 def test_other_units_are_refused_on_all_ranks(ranks: Pool) -> None:
     each = [{"batches": own} for own in batches()[:2]]
-    for text in ranks.run(grouping.of_other_units, 2, each=each, name="tiny"):
+    for text in ranks.run(group_fisher_on_ranks.of_other_units, 2, each=each, name="tiny"):
         assert "unit" in text
 
 
@@ -57,11 +57,11 @@ def moments_of(unit: str, weight: str) -> dict[str, torch.Tensor]:
     model = joined.model_of("gpt2", torch.float64).eval()
     batches = whole_batches()
     if unit == "batch":
-        rows = [spreading.rows_of(model, [batch]) for batch in batches]
+        rows = [spectra_on_ranks.rows_of(model, [batch]) for batch in batches]
         squares = [{n: r.mean(0).square() for n, r in one.items()} for one in rows]
         weights = [int(batch["attention_mask"].sum()) for batch in batches]
     else:
-        rows = spreading.rows_of(model, batches, unit)
+        rows = spectra_on_ranks.rows_of(model, batches, unit)
         count = len(next(iter(rows.values())))
         squares = [{n: r[i].square() for n, r in rows.items()} for i in range(count)]
         weights = [1] * count
@@ -88,10 +88,12 @@ def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> No
     truth = moments_of(unit, weight)
     truth = {n: t for n, t in truth.items() if float(t.norm()) > 1e-25}
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        alone = grouping.GroupFisher(unit, sequence_weight=weight)
+        alone = group_fisher_on_ranks.FisherCollector(unit, sequence_weight=weight)
         alone.collect(joined.model_of("gpt2", dtype), batches, "train")
         tensors, plain = alone.state()
-        for got, about in ranks.run(grouping.in_shares, size, dtype=dtype, **arguments):
+        for got, about in ranks.run(
+            group_fisher_on_ranks.in_shares, size, dtype=dtype, **arguments
+        ):
             assert about["tasks"][0]["n_updates"] == plain["tasks"][0]["n_updates"]
             assert about["tasks"][0]["token_total"] == plain["tasks"][0]["token_total"]
             reference.assert_close(
@@ -111,14 +113,14 @@ def test_uneven_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
     size = len(labels)
     batches = joined.batches_of(name, size, labels)
     each = [{"batches": own} for own in batches]
-    every = spreading.together(batches)
+    every = spectra_on_ranks.together(batches)
     model = joined.model_of(name, torch.float64).eval()
     counting = [reference.counting_labels(model, batch) for batch in every]
     active = torch.cat([
         batch["attention_mask"].sum(1)[(counts != reference.IGNORE).any(1)]
         for batch, counts in zip(every, counting, strict=True)
     ])  # fmt: skip
-    rows = {unit: spreading.rows_of(model, every, unit) for unit in ("token", "sequence")}
+    rows = {unit: spectra_on_ranks.rows_of(model, every, unit) for unit in ("token", "sequence")}
     truths = {
         "token": {n: r.square().mean(0) for n, r in rows["token"].items()},
         "sequence": {
@@ -129,7 +131,12 @@ def test_uneven_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
     }
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         found = ranks.run(
-            grouping.of_own_batches, size, each=each, units=list(truths), name=name, dtype=dtype
+            group_fisher_on_ranks.of_own_batches,
+            size,
+            each=each,
+            units=list(truths),
+            name=name,
+            dtype=dtype,
         )
         for unit, truth in truths.items():
             # A key's bias has a gradient of zero in exact arithmetic.
@@ -147,7 +154,7 @@ def mean_gradient(model: torch.nn.Module, batches: list[dict]) -> dict[str, torc
     """Of the mean loss over all labels, by sums: LLaMA's norms round these in float32."""
     named, total, count = dict(model.named_parameters()), {}, 0
     for batch in batches:
-        loss, labels = reference.summed_loss(model, spreading.forward(model, batch), batch)
+        loss, labels = reference.summed_loss(model, spectra_on_ranks.forward(model, batch), batch)
         grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         count += int(labels)
         for (name, p), g in zip(named.items(), grads, strict=True):
@@ -159,5 +166,7 @@ def mean_gradient(model: torch.nn.Module, batches: list[dict]) -> dict[str, torc
 @pytest.mark.parametrize("unit", ["token", "batch"])
 def test_no_label_on_any_rank(ranks: Pool, unit: str) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (0, 0))]
-    for text in ranks.run(grouping.without_labels, 2, each=each, unit=unit, name="gpt2"):
+    for text in ranks.run(
+        group_fisher_on_ranks.without_labels, 2, each=each, unit=unit, name="gpt2"
+    ):
         assert text == "BatchError: task train: no label of the batch counts"

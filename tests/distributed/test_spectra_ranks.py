@@ -1,4 +1,4 @@
-"""Spectra, Lanczos and group Fisher of samples that are spread over 1, 2 and 3 ranks.
+"""Spectra, Lanczos and group Fisher of samples on 1, 2 and 3 ranks.
 
 The ranks have 40, 0 and 7 labels. Truth: explicit matrices on the joined samples, and one process.
 """
@@ -13,10 +13,10 @@ import torch
 
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from fisher_lab.curvature.spectra.pairwise_gram import meetings
-from tests.distributed import joined, spreading
+from fisher_lab.curvature.spectra.pairwise_gram import exchanges
+from tests.distributed import joined, spectra_on_ranks
 from tests.distributed.rank_pool import Pool
-from tests.distributed.spreading import Job
+from tests.distributed.spectra_on_ranks import Job
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 NUMBERS = ("largest_eigenvalue", "effective_rank", "spectral_gap", "trace")
@@ -24,18 +24,18 @@ NUMBERS = ("largest_eigenvalue", "effective_rank", "spectral_gap", "trace")
 
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("size", range(1, 10))
-def test_every_pair_of_ranks_meets_once(size: int, turn: int) -> None:
-    met = []
+def test_every_pair_of_ranks_has_its_block_once(size: int, turn: int) -> None:
+    formed = []
     for rank in range(size):
-        for number, meeting in enumerate(meetings(rank, size, turn)):
-            if meeting.takes:
-                met.append(frozenset((rank, meeting.source)))
-            giver = meetings(meeting.source, size, turn)[number]
-            assert giver.to == rank
-            assert giver.gives == meeting.takes
+        for number, one in enumerate(exchanges(rank, size, turn)):
+            if one.receives:
+                formed.append(frozenset((rank, one.source)))
+            sender = exchanges(one.source, size, turn)[number]
+            assert sender.to == rank
+            assert sender.sends == one.receives
     pairs = {frozenset((a, b)) for a in range(size) for b in range(a)}
-    assert len(met) == len(pairs)
-    assert set(met) == pairs
+    assert len(formed) == len(pairs)
+    assert set(formed) == pairs
 
 
 def job(structure: str, mode: str, unit: str, center: bool, **more: Any) -> Job:
@@ -64,7 +64,7 @@ def answers_of(
 ) -> list[list[tuple[dict, dict]]]:
     """By job: every rank's result and traffic."""
     each = [{"batches": own} for own in batches[:size]]
-    found = ranks.run(spreading.spectra, size, each=each, name=name, dtype=dtype, jobs=jobs)
+    found = ranks.run(spectra_on_ranks.spectra, size, each=each, name=name, dtype=dtype, jobs=jobs)
     return [list(of_job) for of_job in zip(*found, strict=True)]
 
 
@@ -73,8 +73,8 @@ def answers_of(
 def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: int) -> None:
     batches = joined.batches_of(name, size)
     model = joined.model_of(name, torch.float64).eval()
-    every = spreading.together(batches)
-    by_unit = {unit: spreading.rows_of(model, every, unit) for unit in ("token", "sequence")}
+    every = spectra_on_ranks.together(batches)
+    by_unit = {unit: spectra_on_ranks.rows_of(model, every, unit) for unit in ("token", "sequence")}
     methods = set()
     found = answers_of(ranks, size, torch.float64, JOBS, batches, name)
     for one, answers in zip(JOBS, found, strict=True):
@@ -90,20 +90,20 @@ def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: i
 
 
 def check_blocks(
-    one: Job, result: dict, rows: spreading.Rows, blocks: dict[str, list[str]]
+    one: Job, result: dict, rows: spectra_on_ranks.Rows, blocks: dict[str, list[str]]
 ) -> set[str]:
     """Every block of a result against the explicit matrix; returns the methods in use."""
     every = []
-    noise = 1e-20 * float(spreading.matrix_of(rows, list(rows)).square().mean(0).sum())
+    noise = 1e-20 * float(spectra_on_ranks.matrix_of(rows, list(rows)).square().mean(0).sum())
     for block, names in blocks.items():
-        matrix = spreading.matrix_of(rows, names, one.center)
+        matrix = spectra_on_ranks.matrix_of(rows, names, one.center)
         trace = float(matrix.square().mean(0).sum())
         if trace < noise:
             continue  # a key's bias: zero but for rounding
         record = result["per_block"][block]
-        truth = spreading.eigenvalues(rows, names, one.center)
+        truth = spectra_on_ranks.eigenvalues(rows, names, one.center)
         wanted = truth[: min(matrix.shape)]
-        spreading.assert_values(record["eigenvalues"], wanted, 1e-10, f"{one} {block}")
+        spectra_on_ranks.assert_values(record["eigenvalues"], wanted, 1e-10, f"{one} {block}")
         assert record["trace"] == pytest.approx(trace, rel=1e-10)
         every.append(truth)
     top = float(torch.cat(every).max())
@@ -115,8 +115,8 @@ def check_blocks(
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: int) -> None:
     batches = joined.batches_of(name, size)
-    every = spreading.together(batches)
-    alone = spreading.spectra(Alone(), name, torch.float32, JOBS, every)
+    every = spectra_on_ranks.together(batches)
+    alone = spectra_on_ranks.spectra(Alone(), name, torch.float32, JOBS, every)
     every_answer = answers_of(ranks, size, torch.float32, JOBS, batches, name)
     for job, (one, _), answers in zip(JOBS, alone, every_answer, strict=True):
         # A key's bias has a gradient of zero in exact arithmetic.
@@ -131,7 +131,9 @@ def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: 
                 assert other["method"] == record["method"]
                 if record["status"] == "ok" and record["trace"] > noise:
                     values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
-                    spreading.assert_values(other["eigenvalues"], values, 1e-5, f"{job} {block}")
+                    spectra_on_ranks.assert_values(
+                        other["eigenvalues"], values, 1e-5, f"{job} {block}"
+                    )
 
 
 def repeated(batches: list[list[dict]]) -> list[list[dict]]:
@@ -150,10 +152,12 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
             (1, "token", 5),
         )
     ]
-    alone = spreading.spectra(Alone(), "gpt2", torch.float64, jobs, spreading.together(batches))
+    alone = spectra_on_ranks.spectra(
+        Alone(), "gpt2", torch.float64, jobs, spectra_on_ranks.together(batches)
+    )
     # One process may see the joined batches in another order.
     other = [batches[2][1], *batches[1], *batches[0], batches[2][0]]
-    turned = spreading.spectra(Alone(), "gpt2", torch.float64, jobs, other)
+    turned = spectra_on_ranks.spectra(Alone(), "gpt2", torch.float64, jobs, other)
     found = answers_of(ranks, 3, torch.float64, jobs, batches, "gpt2")
     for job, (one, _), (two, _), answers in zip(jobs, alone, turned, found, strict=True):
         for result in (two, *(answer for answer, _ in answers)):
@@ -164,7 +168,7 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
                 if record["status"] == "ok" and record["trace"] > 1e-20:
                     values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
                     got = result["per_block"][block]["eigenvalues"]
-                    spreading.assert_values(got, values, 1e-10, f"{job} {block}")
+                    spectra_on_ranks.assert_values(got, values, 1e-10, f"{job} {block}")
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -177,14 +181,14 @@ def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
         counts = answers[0][0]["metadata"]["samples_by_rank"]
         assert counts == [12, 5, 9][:size]
         for rank, (_, moved) in enumerate(answers):
-            (*_, last) = meetings(rank, size, 0)
+            (*_, last) = exchanges(rank, size, 0)
             row = parameters * 8
-            sent = counts[rank] * row if last.gives else 0
-            received = counts[last.source] * row if last.takes else 0
+            sent = counts[rank] * row if last.sends else 0
+            received = counts[last.source] * row if last.receives else 0
             numbers = [
-                counts[r] * (counts[r] + (counts[m.source] if m.takes else 0))
+                counts[r] * (counts[r] + (counts[m.source] if m.receives else 0))
                 for r in range(size)
-                for m in meetings(r, size, 0)
+                for m in exchanges(r, size, 0)
             ]
             if rank == 0:  # which decomposes the only block
                 received += 8 * sum(numbers[1:])
@@ -197,7 +201,7 @@ def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
 def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
     batches = joined.batches_of("gpt2", 3)
     found = ranks.run(
-        spreading.counted_decompositions, 3,
+        spectra_on_ranks.counted_decompositions, 3,
         each=[{"batches": own} for own in batches], name="gpt2",
     )  # fmt: skip
     blocks = len(parameter_blocks(joined.model_of("gpt2", torch.float64), "layer"))
@@ -215,13 +219,7 @@ def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
 )
 def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (40, 6, 7))]
-    found = ranks.run(spreading.refused, 3, each=each, kind=kind, name="gpt2")
-    texts = {
-        "labels": "no 'labels' in it",
-        "loss": "the loss gave up",
-        "no loss": "gives no logits",
-    }
-    text = texts[kind]
+    found = ranks.run(spectra_on_ranks.refused, 3, each=each, kind=kind, name="gpt2")
     assert text in found[1]
     for rank in (0, 2):
         assert found[rank].startswith("RankError: rank 1: ")
@@ -238,7 +236,7 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str
 )
 def test_what_ranks_do_not_have_is_refused_on_all(ranks: Pool, kind: str, text: str) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 2)]
-    for said in ranks.run(spreading.refused, 2, each=each, kind=kind, name="gpt2"):
+    for said in ranks.run(spectra_on_ranks.refused, 2, each=each, kind=kind, name="gpt2"):
         assert text in said
 
 
@@ -266,13 +264,15 @@ OPTIONS: list[dict[str, Any]] = [
 def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size: int) -> None:
     batches = joined.batches_of("gpt2", size, FEW)
     each = [{"batches": own} for own in batches]
-    found = ranks.run(spreading.pairs, size, each=each, name="gpt2", options=OPTIONS, block=BLOCK)
+    found = ranks.run(
+        spectra_on_ranks.pairs, size, each=each, name="gpt2", options=OPTIONS, block=BLOCK
+    )
     model = joined.model_of("gpt2", torch.float64).eval()
-    every, names = spreading.together(batches), [f"{BLOCK}.weight", f"{BLOCK}.bias"]
-    rows = spreading.matrix_of(spreading.rows_of(model, every), names)
+    every, names = spectra_on_ranks.together(batches), [f"{BLOCK}.weight", f"{BLOCK}.bias"]
+    rows = spectra_on_ranks.matrix_of(spectra_on_ranks.rows_of(model, every), names)
     empirical = rows.T @ rows / len(rows)
-    true = spreading.true_fisher(model, every, names)
-    truths = [empirical, empirical, true, spreading.hessian(model, every, names)]
+    true = spectra_on_ranks.true_fisher(model, every, names)
+    truths = [empirical, empirical, true, spectra_on_ranks.hessian(model, every, names)]
     for answers in found:
         for option, truth, answer in zip(OPTIONS, truths, answers, strict=True):
             values = torch.linalg.eigvalsh(truth)
@@ -302,8 +302,8 @@ def test_lanczos_gives_what_one_process_does(
     batches = joined.batches_of(name, size, FEW)
     each = [{"batches": own} for own in batches]
     common = {"name": name, "dtype": dtype, "tol": 1e-9 if dtype == torch.float64 else 1e-4}
-    found = ranks.run(spreading.everything, size, each=each, **common)
-    one = spreading.everything(Alone(), batches=spreading.together(batches), **common)
+    found = ranks.run(spectra_on_ranks.everything, size, each=each, **common)
+    one = spectra_on_ranks.everything(Alone(), batches=spectra_on_ranks.together(batches), **common)
     bound = BOUNDS[dtype]
     for answer in found:
         assert answer == found[0]
@@ -319,20 +319,22 @@ def test_lanczos_gives_what_one_process_does(
 @pytest.mark.parametrize("kind", ["rank 0", "rank 2"])
 def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: str) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 3)]
-    found = ranks.run(spreading.products_that_fail, 3, each=each, kind=kind, name="gpt2")
+    found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
     for rank, said in enumerate(found):
         own = kind == f"rank {rank}"
         expected = "ValueError: a product failed" if own else f"RankError: {kind}: ValueError"
         assert said.startswith(expected)
 
 
-def test_an_error_of_the_leading_rank_is_raised_on_all(ranks: Pool) -> None:
+def test_an_error_of_rank_0_is_raised_on_all(ranks: Pool) -> None:
     each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (9, 6, 7))]
     for kind, text in (("nan", "holds NaN"), ("basis", "max_vectors: ")):
-        found = ranks.run(spreading.products_that_fail, 3, each=each, kind=kind, name="gpt2")
+        found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
         assert text in found[0]
         for said in found[1:]:
             assert said.startswith("RankError: rank 0: ")
             assert text in said
-    for said in ranks.run(spreading.products_that_fail, 3, each=each, kind="no", name="gpt2"):
+    for said in ranks.run(
+        spectra_on_ranks.products_that_fail, 3, each=each, kind="no", name="gpt2"
+    ):
         assert said == "nothing, 3"

@@ -8,7 +8,7 @@ import torch
 from fisher_lab.curvature.collectives import Alone
 from tests import reference
 from tests.capturing import random_like
-from tests.distributed import joined, spreading
+from tests.distributed import joined, spectra_on_ranks
 from tests.distributed.joined import LABELS, Joined, Setting, assert_all
 from tests.distributed.rank_pool import Pool
 
@@ -79,10 +79,12 @@ def test_spectra_lanczos_and_group_fisher(
     bound = BOUNDS[dtype]
     batches = joined.batches_of(name, 2, (12, 5))
     each = [{"batches": own} for own in batches]
-    found = ranks.run(spreading.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
-    (without, *_) = ranks.run(spreading.in_wrapper, 2, each=each, kind=None, name=name, dtype=dtype)
-    every = spreading.together(batches)
-    one = spreading.in_wrapper(Alone(), None, name, dtype, every)
+    found = ranks.run(spectra_on_ranks.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
+    (without, *_) = ranks.run(
+        spectra_on_ranks.in_wrapper, 2, each=each, kind=None, name=name, dtype=dtype
+    )
+    every = spectra_on_ranks.together(batches)
+    one = spectra_on_ranks.in_wrapper(Alone(), None, name, dtype, every)
     assert list(found[0]["vectors"]) == [
         n for n, _ in joined.model_of(name, dtype).named_parameters()
     ]
@@ -93,7 +95,7 @@ def test_spectra_lanczos_and_group_fisher(
             if record["status"] == "ok" and record["trace"] > bound * top:
                 values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
                 got = answer["spectrum"]["per_block"][block]["eigenvalues"]
-                spreading.assert_values(got, values, bound, block)
+                spectra_on_ranks.assert_values(got, values, bound, block)
         assert answer["top"] == pytest.approx(one["top"], rel=bound)
         assert answer["group"]["token"][1]["tasks"] == one["group"]["token"][1]["tasks"]
         assert answer["importance"].keys() == one["importance"].keys()

@@ -14,15 +14,29 @@ as many active tokens, or with ``sequence_weight="one"``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fisher_lab.config.spectra import GroupFisherConfig
 from fisher_lab.curvature import losses
-from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
+from fisher_lab.curvature.errors import (
+    BatchError,
+    CurvatureError,
+    FactorFileError,
+    NonFiniteError,
+    check_one_of,
+    check_options,
+)
 from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.group_fisher import overlap
 from fisher_lab.curvature.group_fisher.moments import Moments
 from fisher_lab.curvature.group_fisher.parameter_groups import (
     GROUPS,
@@ -35,14 +49,15 @@ from fisher_lab.curvature.group_fisher.parameter_groups import (
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
 from fisher_lab.curvature.spectra.samples import SampleSet, as_batches, draw_samples
 from fisher_lab.curvature.wrappers import plain, unwrap
+from fisher_lab.runs import atomic
 
-UNITS = ("batch", "sequence", "token")
 SCHEMA = 1
-"""Version of the state that :meth:`GroupFisher.state` returns."""
+"""Version of the state that :meth:`FisherCollector.state` returns."""
+RECORD = "group_fisher.json"
 
 
-class GroupFisher:
-    """Collects the moments of squared gradients, by task and parameter.
+class FisherCollector:
+    """Collects the moments of squared gradients by task and parameter; they can be saved.
 
     Args:
         unit: ``batch``, ``sequence`` or ``token``; see the module.
@@ -52,23 +67,22 @@ class GroupFisher:
 
     Attributes:
         token_total: task to ``W``, the sum of its updates' weights.
+        n_updates: task to the number of its updates.
 
     Raises:
-        CurvatureError: an argument has another name or is out of range.
+        CurvatureError: an argument is out of range
+            (:class:`fisher_lab.config.spectra.GroupFisherConfig`).
     """
 
     def __init__(
         self,
-        unit: str = "batch",
+        unit: str = GroupFisherConfig.unit,
         *,
-        sequence_weight: str = "tokens",
-        chunk_size: int = 16,
+        sequence_weight: str = GroupFisherConfig.sequence_weight,
+        chunk_size: int = GroupFisherConfig.chunk_size,
         loss_fn: losses.LossFunction | None = None,
     ) -> None:
-        _one_of("unit", unit, UNITS)
-        _one_of("sequence_weight", sequence_weight, ("tokens", "one"))
-        if chunk_size < 1:
-            raise CurvatureError(f"chunk_size: {chunk_size}; allowed: 1 or more")
+        check_options(GroupFisherConfig(unit, sequence_weight, chunk_size))
         self.unit, self.sequence_weight, self.chunk_size = unit, sequence_weight, chunk_size
         self.token_total: dict[str, float] = {}
         self.n_updates: dict[str, int] = {}
@@ -197,7 +211,7 @@ class GroupFisher:
         rows = PerSampleGradients(
             model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
         )
-        self._take(model, samples, rows, parameters, task)
+        self._update_from_chunks(model, samples, rows, parameters, task)
 
     def update_from(
         self, model: nn.Module, batch: Any, chunks: Iterable[Chunk], task: str = "default"
@@ -219,7 +233,7 @@ class GroupFisher:
         model = plain(model)
         self._layout = layout_of(model)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._take(model, self._draw(model, batch, task), chunks, parameters, task)
+        self._update_from_chunks(model, self._draw(model, batch, task), chunks, parameters, task)
 
     def _draw(
         self, model: nn.Module, batch: Any, task: str, *, may_be_empty: bool = False
@@ -231,7 +245,7 @@ class GroupFisher:
             raise BatchError(f"task {task}: no label of the batch counts")
         return samples
 
-    def _take(
+    def _update_from_chunks(
         self,
         model: nn.Module,
         samples: SampleSet,
@@ -243,12 +257,14 @@ class GroupFisher:
             weights = torch.ones(chunk.n, dtype=torch.float64)
             if self.unit == "sequence" and self.sequence_weight == "tokens":
                 weights *= active_tokens(model, samples.sequences[chunk.sequence].batch)
-            rows = {
-                name: _rows(chunk, name, p).view(-1, *p.shape) for name, p in parameters.items()
-            }
+            rows = {}
+            for name, p in parameters.items():
+                found = chunk.rows(name)  # None where the loss does not reach the parameter
+                found = p.new_zeros(chunk.n, p.numel()).detach() if found is None else found
+                rows[name] = found.view(-1, *p.shape)
             self.update_rows(task, rows, weights)
 
-    def merge(self, other: GroupFisher) -> None:
+    def merge(self, other: FisherCollector) -> None:
         """Takes in another collector's state, of other data; exact.
 
         Raises:
@@ -303,7 +319,7 @@ class GroupFisher:
         Raises:
             CurvatureError: no such task, or another kind of weights.
         """
-        _one_of("weights", weights, ("frequency", "general"))
+        check_one_of("weights", weights, ("frequency", "general"))
         return {name: m.variance(weights) for name, m in self._task(task).items()}
 
     def export(self, task: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -340,7 +356,7 @@ class GroupFisher:
         Raises:
             CurvatureError: no such task or group, or the model's layout is not known.
         """
-        _one_of("reduce", reduce, ("mean", "sum"))
+        check_one_of("reduce", reduce, ("mean", "sum"))
         means = {name: m.mean for name, m in self._task(task).items()}
         return group_scores(means, self._slots(task, group), reduce)
 
@@ -363,48 +379,16 @@ class GroupFisher:
             group: None compares element by element, else group by group.
 
         Returns:
-            ``cosine`` of the Fisher values and ``jaccard`` of the top shares (entries above zero
-            only, so that disjoint supports do not meet in their zeros); None where a task has no
-            value above zero.
+            As :func:`fisher_lab.curvature.group_fisher.overlap.overlap`.
 
         Raises:
             CurvatureError: no such task or group, or the share is out of range.
         """
-        if not 0 < share <= 1:
-            raise CurvatureError(f"share: {share}; allowed: above 0, at most 1")
-        a, b = self._vectors(first, second, group)
-        if float(a.max()) <= 0 or float(b.max()) <= 0:
-            return {"cosine": None, "jaccard": None}
-        # Scaled first: squares of Fisher values of 1e-200 would vanish.
-        x, y = a / a.max(), b / b.max()
-        cosine = float(x @ y) / float((x @ x).sqrt() * (y @ y).sqrt())
-        count = max(1, round(share * len(a)))
-        top_a, top_b = (_top(values, count) for values in (a, b))
-        both = float((top_a & top_b).sum())
-        return {"cosine": cosine, "jaccard": both / float((top_a | top_b).sum())}
-
-    def _vectors(self, first: str, second: str, group: str | None) -> tuple[Tensor, Tensor]:
         if group is not None:
-            left, right = self.importance(first, group), self.importance(second, group)
-            names = sorted(set(left) | set(right))
-            rows = [[scores.get(name, 0.0) for name in names] for scores in (left, right)]
-            return (*torch.tensor(rows, dtype=torch.float64),)  # type: ignore[return-value]
-        left, right = self._task(first), self._task(second)
-        sizes = {n: m.mean.numel() for n, m in (left | right).items()}
-        flat = [
-            torch.cat(
-                [
-                    state[n].mean.flatten().cpu()
-                    if n in state
-                    else torch.zeros(size, dtype=torch.float64)
-                    for n, size in sorted(sizes.items())
-                ]
-            )
-            for state in (left, right)
-        ]
-        if len(flat[0]) != len(flat[1]):
-            raise CurvatureError(f"tasks {first} and {second} hold parameters of other shapes")
-        return flat[0], flat[1]
+            scores = (self.importance(first, group), self.importance(second, group))
+            return overlap.overlap(*overlap.by_group(*scores), share)
+        means = ({n: m.mean for n, m in self._task(t).items()} for t in (first, second))
+        return overlap.overlap(*overlap.by_element(*means), share)
 
     def _task(self, task: str) -> dict[str, Moments]:
         if task not in self._moments:
@@ -412,7 +396,7 @@ class GroupFisher:
         return self._moments[task]
 
     def _slots(self, task: str, group: str) -> list[Slot]:
-        _one_of("group", group, GROUPS)
+        check_one_of("group", group, GROUPS)
         if self._layout is not None:
             slots = self._layout[group]
         elif group == "parameter":
@@ -466,7 +450,7 @@ class GroupFisher:
         """
         if plain.get("schema") != SCHEMA:
             raise CurvatureError(f"schema: {plain.get('schema')!r}; allowed: {SCHEMA}")
-        _one_of("unit", plain["unit"], UNITS)
+        check_options(GroupFisherConfig(plain["unit"], plain["sequence_weight"]))
         moments: dict[str, dict[str, Moments]] = {}
         try:
             for number, task in enumerate(plain["tasks"]):
@@ -487,14 +471,67 @@ class GroupFisher:
         self.n_updates = {t["name"]: int(t["n_updates"]) for t in plain["tasks"]}
         self._layout = None if plain["layout"] is None else from_json(plain["layout"])
 
+    def save(self, directory: str | Path) -> Path:
+        """Writes the state into a directory, replacing what it held.
 
-def _rows(chunk: Chunk, name: str, parameter: nn.Parameter) -> Tensor:
-    """Returns a parameter's rows ``[c, numel]``; zeros where the loss does not reach it."""
-    if name in chunk.dense:
-        return chunk.dense[name]
-    if name in chunk.factored:
-        return chunk.factored[name].dense()
-    return parameter.new_zeros(chunk.n, parameter.numel()).detach()
+        Tensors go into a safetensors file in float64, the rest into a JSON record. The directory
+        holds the new state in full or the old one.
+
+        Args:
+            directory: made where it does not exist.
+
+        Returns:
+            The directory.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors, plain = self.state()
+        data = safetensors.torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        )
+        # The tensors' file is named after its content and the record names it: replacing the
+        # record is the one moment at which the new state takes the old one's place.
+        plain["digest"] = _digest(data)
+        plain["tensors"] = f"group_fisher-{plain['digest'][:16]}.safetensors"
+        atomic.write_bytes(directory / plain["tensors"], data)
+        atomic.write_json(directory / RECORD, plain)
+        for old in directory.glob("group_fisher-*.safetensors"):
+            if old.name != plain["tensors"]:
+                old.unlink(missing_ok=True)
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, **options: Any) -> FisherCollector:
+        """Reads a saved state; updates go on where they stopped.
+
+        Args:
+            directory: where :meth:`save` wrote.
+            **options: further arguments of the constructor (``loss_fn``, ``chunk_size``).
+
+        Raises:
+            FactorFileError: a file is missing, cut short, or the two do not belong together.
+        """
+        directory = Path(directory)
+        try:
+            plain = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+            name = Path(str(plain["tensors"])).name
+            data = (directory / name).read_bytes()
+            if plain["digest"] != _digest(data):
+                raise FactorFileError(
+                    f"{directory / name}: not the file that {RECORD} was written with"
+                )
+            tensors = safetensors.torch.load(data)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            if isinstance(error, FactorFileError):
+                raise
+            raise FactorFileError(f"{directory}: no saved group Fisher ({error})") from error
+        found = cls(**options)
+        found.restore(tensors, plain)
+        return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def active_tokens(model: nn.Module, batch: Any) -> int:
@@ -518,17 +555,4 @@ def active_tokens(model: nn.Module, batch: Any) -> int:
     return int((mask != 0).sum())
 
 
-def _top(values: Tensor, count: int) -> Tensor:
-    """Marks the ``count`` largest entries above zero; the first of equal ones."""
-    order = values.argsort(descending=True, stable=True)[:count]
-    marked = torch.zeros(len(values), dtype=torch.bool)
-    marked[order] = True
-    return marked & (values > 0)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CurvatureError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
-
-
-__all__ = ["GroupFisher", "active_tokens"]
+__all__ = ["FisherCollector", "active_tokens"]

@@ -1,16 +1,16 @@
 """Group Fisher of several ranks: the states are merged exactly, in the order of the ranks.
 
-Chan et al. 1979: the merge of moments is that of all data together (``docs/math.md``, section 9).
-Each rank's state travels by itself, so that a rank never holds more than two of them besides its
-own. With ``unit="batch"`` a rank's batch is one datum: the joined state is that of all batches,
-not that of a joined batch; where ranks have shares of one batch, :func:`collect_shares` takes the
-joined batch's gradient.
+The merged moments are those of all data together (Chan et al. 1979; ``docs/math.md``, section 9).
+The states are sent one after another, so that a rank never holds more than two of them besides its
+own. With ``unit="batch"`` a batch is one datum: :func:`merge_over_ranks` gives the moments over
+the ranks' batches. Where the ranks hold slices of one batch, :func:`collect_slices` takes the
+gradient of the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +18,26 @@ from torch import Tensor, nn
 from fisher_lab.curvature.collectives import Communicator, raise_others, together
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.evaluation_mode import isolated
-from fisher_lab.curvature.group_fisher.collector import GroupFisher, active_tokens
+from fisher_lab.curvature.group_fisher.collector import FisherCollector, active_tokens
 from fisher_lab.curvature.wrappers import plain
 
-Collector = TypeVar("Collector", bound=GroupFisher)
 
-
-def collect_shares(
-    own: GroupFisher,
+def collect_slices(
+    own: FisherCollector,
     model: nn.Module,
-    shares: Sequence[Any | None],
+    slices: Sequence[Any | None],
     task: str,
     communicator: Communicator,
 ) -> None:
-    """Takes in batches of which every rank has some sequences; collective.
+    """Takes in batches of which every rank holds some sequences; collective.
 
-    Afterwards :func:`merged` is the state of one process that has seen the whole batches.
+    Afterwards :func:`merge_over_ranks` returns the state of one process with the whole batches.
 
     Args:
         own: this rank's collector.
         model: the same on all ranks.
-        shares: this rank's sequences of each batch, None where it has none of it; as many batches
-            on every rank.
+        slices: this rank's sequences of each batch, None where it holds none of it; every rank has
+            as many batches.
         task: any name.
         communicator: of the ranks.
 
@@ -50,25 +48,25 @@ def collect_shares(
     model = plain(model)
     own.describe(model)
     if own.unit == "batch":
-        for batch in shares:
-            _collect_joined(own, model, batch, task, communicator)
+        for batch in slices:
+            _collect_whole_batch(own, model, batch, task, communicator)
         return
-    mine = [batch for batch in shares if batch is not None]
+    mine = [batch for batch in slices if batch is not None]
     before = own.n_updates.get(task, 0)
     together(communicator, lambda: own.collect(model, mine, task, may_be_empty=True))
     if not any(communicator.all_gather_objects(own.n_updates.get(task, 0) - before)):
         raise BatchError(f"task {task}: no label of the batch counts")
 
 
-def _collect_joined(
-    own: GroupFisher, model: nn.Module, batch: Any | None, task: str, communicator: Communicator
+def _collect_whole_batch(
+    own: FisherCollector, model: nn.Module, batch: Any | None, task: str, communicator: Communicator
 ) -> None:
-    """The joined batch's mean gradient, weighted by labels; rank 0's collector takes it in."""
+    """Rank 0's collector takes in the mean gradient over the labels of the whole batch."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     flat = [torch.zeros(p.numel(), dtype=torch.float64) for p in parameters.values()]
     counts = [0, 0]
 
-    def own_share() -> None:
+    def own_gradient() -> None:
         if batch is None:
             return
         with isolated(model, seed=0):
@@ -76,12 +74,12 @@ def _collect_joined(
         counts[1] = active_tokens(model, batch)
         flat[:] = [g.double().cpu().flatten() for g in grads.values()]
 
-    together(communicator, own_share)
+    together(communicator, own_gradient)
     n_labels, tokens = map(sum, zip(*communicator.all_gather_objects(counts), strict=True))
     if n_labels == 0:
         raise BatchError(f"task {task}: no label of the batch counts")
-    joined = communicator.all_reduce(torch.cat(flat)) / n_labels
-    pieces = joined.split([p.numel() for p in parameters.values()])
+    mean = communicator.all_reduce(torch.cat(flat)) / n_labels
+    pieces = mean.split([p.numel() for p in parameters.values()])
     means = {n: x.view_as(p) for (n, p), x in zip(parameters.items(), pieces, strict=True)}
 
     def take() -> None:
@@ -91,7 +89,7 @@ def _collect_joined(
     together(communicator, take)
 
 
-def merged(own: Collector, communicator: Communicator) -> Collector:
+def merge_over_ranks(own: FisherCollector, communicator: Communicator) -> FisherCollector:
     """Returns the collector of all ranks' data, the same on every rank; collective.
 
     Args:
@@ -103,16 +101,18 @@ def merged(own: Collector, communicator: Communicator) -> Collector:
     """
     tensors, plain = own.state()
     shapes = {name: list(t.shape) for name, t in tensors.items()}
-    told: list[dict[str, Any]] = communicator.all_gather_objects({"plain": plain, "shapes": shapes})
-    result: Collector | None = None
+    states: list[dict[str, Any]] = communicator.all_gather_objects(
+        {"plain": plain, "shapes": shapes}
+    )
+    result: FisherCollector | None = None
     problem: str | None = None
-    for rank, other in enumerate(told):
+    for rank, other in enumerate(states):
         state: dict[str, Tensor] = {}
         for name, shape in other["shapes"].items():
             mine = tensors[name].cpu() if rank == communicator.rank else None
             empty = torch.empty(shape, dtype=torch.float64)
             state[name] = communicator.broadcast(empty if mine is None else mine, rank)
-        one = type(own)(own.unit, sequence_weight=own.sequence_weight)
+        one = FisherCollector(own.unit, sequence_weight=own.sequence_weight)
         one.restore(state, other["plain"])
         try:
             if result is None:

@@ -44,10 +44,7 @@ def columns_of(chunk: Chunk, sizes: Mapping[str, int]) -> Tensor | None:
     Returns:
         None where the loss reaches none of the parameters.
     """
-    parts = {name: chunk.dense.get(name) for name in sizes}
-    for name in sizes:
-        if name in chunk.factored:
-            parts[name] = chunk.factored[name].dense()
+    parts = {name: chunk.rows(name) for name in sizes}
     known = next((part for part in parts.values() if part is not None), None)
     if known is None:
         return None
@@ -68,7 +65,7 @@ def add_gram(gram: Tensor, rows: Tensor) -> None:
         gram[start:stop, :stop] += rows[start:stop] @ rows[:stop].T
 
 
-def mirror(lower: Tensor) -> Tensor:
+def from_lower_triangle(lower: Tensor) -> Tensor:
     """Returns the symmetric matrix whose lower triangle is given."""
     return lower.tril() + lower.tril(-1).T
 
@@ -94,7 +91,7 @@ def factored_gram(pieces: FactoredRows, n: int, device: torch.device) -> Tensor:
             mixed = torch.matmul(mix, other_outputs.to(device))
             block = outputs.flatten(1) @ mixed.flatten(1).T
             gram[first : first + len(outputs), start : start + len(mixed)] = block
-    return mirror(gram)
+    return from_lower_triangle(gram)
 
 
 class GramMatrix:
@@ -153,7 +150,7 @@ class GramMatrix:
             for tile in self.rows.tiles():
                 tile = tile.to(self.device)
                 add_gram(gram, tile - tile.mean(0) if center else tile)
-        gram = mirror(gram)
+        gram = from_lower_triangle(gram)
         for rows in self.factored.values():
             one = factored_gram(rows, self._n, self.device)
             gram += double_center(one) if center else one

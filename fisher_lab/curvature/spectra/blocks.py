@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
 
 from torch import nn
 
-from fisher_lab.curvature.errors import CurvatureError
-
-BlockStructure = Literal["layer", "module", "parameter", "full"]
-STRUCTURES: tuple[str, ...] = get_args(BlockStructure)
+from fisher_lab.config.spectra import STRUCTURES
+from fisher_lab.curvature.errors import CurvatureError, check_one_of
 
 # The pattern's match, from the start of a parameter's name, is the name of its transformer block.
 # A wrapper may prefix it (``bert.encoder.layer.0``); the shortest prefix wins, so that the
@@ -55,8 +52,7 @@ def parameter_blocks(model: nn.Module, structure: str) -> dict[str, list[str]]:
     Raises:
         CurvatureError: the structure has another name, or the model has no parameter.
     """
-    if structure not in STRUCTURES:
-        raise CurvatureError(f"block_structure: {structure!r}; allowed: {', '.join(STRUCTURES)}")
+    check_one_of("block_structure", structure, STRUCTURES)
     pattern = _ARCHITECTURES.get(architecture_of(model), _GENERIC)
     blocks: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisher_lab.curvature.collectives import Communicator, together
 from fisher_lab.curvature.spectra.block_matrices import BlockMatrix
-from fisher_lab.curvature.spectra.pairwise_gram import joined_matrix
+from fisher_lab.curvature.spectra.pairwise_gram import matrix_on_owner
 
 NUMBERS = (
     "largest_eigenvalue",
@@ -140,7 +140,7 @@ def describe(
     threshold = max(n, p) * torch.finfo(dtype).eps * float(values[0])
     # In float32 with 8 million parameters the threshold passes the largest one itself.
     nonzero = values[values > threshold] if threshold < float(values[0]) else values[:1]
-    share = nonzero / nonzero.sum()
+    weights = nonzero / nonzero.sum()
     # The second eigenvalue of a P x P matrix of rank one is zero, if there is a second one.
     second = float(values[1]) if len(values) > 1 else (0.0 if p > 1 else None)
     return {
@@ -149,7 +149,7 @@ def describe(
         "eigenvalues": values[: min(n, p) if top_k is None else min(top_k, n, p)].tolist(),
         "largest_eigenvalue": float(values[0]),
         "condition_number": float(nonzero[0] / nonzero[-1]),
-        "effective_rank": float(torch.exp(-(share * share.log()).sum())),
+        "effective_rank": float(torch.exp(-(weights * weights.log()).sum())),
         "spectral_gap": None if second is None else float(values[0]) - second,
         "trace": solved.trace,
         "n_nonzero": len(nonzero),
@@ -242,8 +242,8 @@ def solve_blocks(
         Block to its spectrum or the reason why there is none; the same on every rank. Blocks that
         no rank's loss reaches are left out.
     """
-    told = communicator.all_gather_objects({name: c.touched for name, c in collectors.items()})
-    reached = [name for name in collectors if any(other[name] for other in told)]
+    by_rank = communicator.all_gather_objects({name: c.touched for name, c in collectors.items()})
+    reached = [name for name in collectors if any(other[name] for other in by_rank)]
     if communicator.size == 1:
         return {name: _attempt(solver, name, None) for name in reached}
     found: dict[str, Found] = {}
@@ -252,13 +252,13 @@ def solve_blocks(
     for start in range(0, len(order), communicator.size):
         mine: list[tuple[str, Tensor]] = []
         for owner, name in enumerate(order[start : start + communicator.size]):
-            matrix = joined_matrix(
+            matrix = matrix_on_owner(
                 collectors[name], rows, communicator, owner=owner, turn=turns[name], center=center
             )
             if matrix is not None:
                 mine.append((name, matrix))
         together(communicator, partial(_decompose, solver, mine, found))
-    return _told_to_all(order, found, communicator)
+    return _broadcast(order, found, communicator)
 
 
 def _decompose(solver: Solver, mine: Sequence[tuple[str, Tensor]], found: dict[str, Found]) -> None:
@@ -281,22 +281,22 @@ def _turns(order: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
     return turns
 
 
-def _told_to_all(
+def _broadcast(
     order: Sequence[str], own: Mapping[str, Found], communicator: Communicator
 ) -> dict[str, Found]:
     """Returns all ranks' spectra: the eigenvalues as they are, the rest as JSON."""
-    told = communicator.all_gather_objects({name: _plain(one) for name, one in own.items()})
+    by_rank = communicator.all_gather_objects({name: _plain(one) for name, one in own.items()})
     result: dict[str, Found] = {}
     for index, name in enumerate(order):
         owner = index % communicator.size
-        about = told[owner][name]
+        about = by_rank[owner][name]
         if isinstance(about, str):
             result[name] = about
             continue
-        here = own.get(name)
+        mine = own.get(name)
         empty = torch.empty(about["size"], dtype=torch.float64)
         values = communicator.broadcast(
-            here.eigenvalues if isinstance(here, Solved) else empty, owner
+            mine.eigenvalues if isinstance(mine, Solved) else empty, owner
         )
         result[name] = Solved(values, about["trace"], about["regularization"])
     return result
@@ -310,6 +310,3 @@ def _plain(found: Found) -> dict[str, Any] | str:
         "trace": found.trace,
         "regularization": found.regularization,
     }
-
-
-__all__ = ["solve_blocks"]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_lab.curvature.errors import CurvatureError, NonFiniteError
+from fisher_lab.config.spectra import WHICH
+from fisher_lab.curvature.errors import CurvatureError, NonFiniteError, check_one_of
 
 MatVec = Callable[[Tensor], Tensor]
-WHICH = ("largest", "smallest", "magnitude")
 _COLUMNS = 1 << 16  # columns of the basis that a restart rewrites at once
 
 
@@ -72,7 +72,7 @@ class KrylovBasis:
         reorthogonalize: bool = True,
     ) -> None:
         self._matvec, self._generator = matvec, generator
-        self._reorthogonalize = reorthogonalize
+        self.reorthogonalize = reorthogonalize
         self.vectors = torch.empty(m, n, dtype=dtype, device=device)
         self.projected = torch.zeros(m, m, dtype=torch.float64)
         self.size = 0
@@ -118,7 +118,7 @@ class KrylovBasis:
 
     def _orthogonalise(self, work: Tensor, j: int) -> Tensor:
         """Removes the basis from ``work`` in place; returns what was removed."""
-        if not self._reorthogonalize:
+        if not self.reorthogonalize:
             return self._three_terms(work, j)
         basis = self.vectors[: j + 1]
         total = torch.zeros(j + 1, dtype=torch.float64)
@@ -215,8 +215,7 @@ def lanczos_algorithm(
         NonFiniteError: a product holds NaN or infinity.
     """
     m, limit = _sizes(n, k, max_vectors, max_products)
-    if which not in WHICH:
-        raise CurvatureError(f"which: {which!r}; allowed: {', '.join(WHICH)}")
+    check_one_of("which", which, WHICH)
     if not tol > 0:
         raise CurvatureError(f"tol: {tol}; allowed: above 0")
     k = min(k, n)
@@ -231,41 +230,78 @@ def lanczos_algorithm(
         reorthogonalize=reorthogonalize,
     )
     basis.start(random_vector(n, generator))
-    restarts = 0
-    while True:
-        basis.grow()
-        if basis.size < k:
-            continue
-        values, coordinates = basis.ritz()
-        order = _order(values, which)
-        residuals = basis.beta * coordinates[-1].abs()
-        if not reorthogonalize:
-            order = _without_copies(order, values, residuals, torch.finfo(dtype).eps)
-        done = residuals[order[:k]] <= tol * float(values.abs().max())
-        # An invariant subspace says nothing of the eigenvalues outside of it: look there first.
-        complete = bool(done.all()) and (basis.beta > 0 or basis.exhausted)
-        complete = complete and len(done) == k
-        if complete or basis.n_products >= limit or (basis.size == m and not reorthogonalize):
-            break
-        if basis.size == m:
-            # Half of the rest next to the wanted ones: restarts then lose little convergence.
-            keep = min(k + max((m - k) // 2, 1), m - 1)
-            basis.restart(coordinates[:, order[:keep]])
-            restarts += 1
-    chosen = order[:k]
-    found = None
+    pairs, restarts = _search(basis, k, which, tol, limit)
+    chosen = pairs.order[:k]
+    vectors = None
     if eigenvectors:
-        found = coordinates[:, chosen].T.to(basis.vectors) @ basis.vectors[: basis.size]
+        turn = pairs.coordinates[:, chosen].T.to(basis.vectors)
+        vectors = turn @ basis.vectors[: basis.size]
     return LanczosResult(
-        eigenvalues=values[chosen],
-        residuals=residuals[chosen],
-        converged=tuple(bool(d) for d in done),
-        eigenvectors=found,
+        eigenvalues=pairs.values[chosen],
+        residuals=pairs.residuals[chosen],
+        converged=pairs.converged(k, tol),
+        eigenvectors=vectors,
         n_products=basis.n_products,
         n_restarts=restarts,
         n_vectors=m,
         memory_bytes=basis.vectors.numel() * basis.vectors.element_size(),
     )
+
+
+@dataclass(frozen=True)
+class _RitzPairs:
+    """Ritz pairs of a basis of ``j`` vectors.
+
+    Attributes:
+        values: ``[j]``, ascending.
+        coordinates: ``[j, j]``, one pair's per column.
+        residuals: ``[j]``.
+        order: indices of the values, most wanted first, without copies.
+    """
+
+    values: Tensor
+    coordinates: Tensor
+    residuals: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, basis: KrylovBasis, which: str) -> _RitzPairs:
+        """Returns the pairs of a basis."""
+        values, coordinates = basis.ritz()
+        order = _order(values, which)
+        residuals = basis.beta * coordinates[-1].abs()
+        if not basis.reorthogonalize:
+            eps = torch.finfo(basis.vectors.dtype).eps
+            order = _without_copies(order, values, residuals, eps)
+        return cls(values, coordinates, residuals, order)
+
+    def converged(self, k: int, tol: float) -> tuple[bool, ...]:
+        """Says of each of the ``k`` most wanted pairs whether it has converged."""
+        bound = tol * float(self.values.abs().max())
+        return tuple((self.residuals[self.order[:k]] <= bound).tolist())
+
+
+def _search(
+    basis: KrylovBasis, k: int, which: str, tol: float, limit: int
+) -> tuple[_RitzPairs, int]:
+    """Grows and restarts a basis until ``k`` pairs have converged; returns pairs and restarts."""
+    m, restarts = len(basis.vectors), 0
+    while True:
+        basis.grow()
+        if basis.size < k:
+            continue
+        pairs = _RitzPairs.of(basis, which)
+        done = pairs.converged(k, tol)
+        # An invariant subspace says nothing of the eigenvalues outside of it: look there first.
+        complete = all(done) and len(done) == k and (basis.beta > 0 or basis.exhausted)
+        full = basis.size == m
+        if complete or basis.n_products >= limit or (full and not basis.reorthogonalize):
+            return pairs, restarts
+        if full:
+            # Half of the rest next to the wanted ones: restarts then lose little convergence.
+            keep = min(k + max((m - k) // 2, 1), m - 1)
+            basis.restart(pairs.coordinates[:, pairs.order[:keep]])
+            restarts += 1
 
 
 def _without_copies(order: Tensor, values: Tensor, residuals: Tensor, eps: float) -> Tensor:

@@ -10,19 +10,20 @@ All three belong to the *mean* loss over the ``N`` labelled tokens of the batche
 The forward pass is made once and its graph kept; a product is a Jacobian-vector pass without graph
 and a vector-Jacobian pass (Fisher), or one second backward pass (Hessian). Vectors are flat,
 ``[n]``, the parameters' elements in the order of ``named_parameters()``. On several ranks each has
-batches of its own and makes their share of every product (:mod:`.led`).
+batches of its own and computes their part of every product, and rank 0 drives the algorithm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fisher_lab.config.spectra import OPERATORS, PRODUCTS
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import (
     Alone,
@@ -31,38 +32,41 @@ from fisher_lab.curvature.collectives import (
     same_everywhere,
     together,
 )
-from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.errors import BatchError, CurvatureError, check_one_of
 from fisher_lab.curvature.spectra.samples import as_batches
 
-Answer = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
-class Led:
-    """A sum over the ranks of functions of one vector.
+class SumOverRanks:
+    """A sum over the ranks of functions of one vector, driven by rank 0.
+
+    Rank 0 runs the algorithm and broadcasts the vector of each product; the other ranks answer
+    with their part until rank 0 is done.
 
     Args:
-        answer: this rank's share, ``[n]`` to ``[n]``.
+        own: this rank's part, ``[n]`` to ``[n]``.
         n: length of the vectors.
-        dtype: of the vectors that travel.
-        device: of the vectors that ``answer`` takes.
+        dtype: of the vectors that are sent.
+        device: of the vectors that ``own`` takes.
         communicator: of the ranks.
     """
 
     def __init__(
         self,
-        answer: Answer,
+        own: Function,
         n: int,
         dtype: torch.dtype,
         device: torch.device,
         communicator: Communicator,
     ) -> None:
-        self._answer, self._n = answer, n
+        self._own, self._n = own, n
         self._dtype, self._device = dtype, device
         self._communicator = communicator
         self._failed = False
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Returns the sum of all ranks' shares; on rank 0, within :meth:`run`.
+        """Returns the sum; on rank 0, within :meth:`drive`.
 
         Args:
             vector: ``[n]`` in the dtype and on the device that were given.
@@ -71,13 +75,13 @@ class Led:
             RankError: another rank has an error.
         """
         self._communicator.broadcast(torch.cat([vector, vector.new_ones(1)]), 0)
-        return self._together(vector)
+        return self._sum(vector)
 
-    def run(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def drive(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Does the work on rank 0, while the other ranks answer; collective.
 
         Args:
-            work: what rank 0 does; it may call this object. Its result is told to all.
+            work: what rank 0 does; it may call this object. Its result is plain values.
 
         Returns:
             The result of the work, on every rank.
@@ -86,14 +90,14 @@ class Led:
             RankError: another rank has an error.
         """
         if self._communicator.rank > 0:
-            self._serve()
+            self._answer()
             error, result = self._communicator.all_gather_objects(None)[0]
             raise_others([error])
             return result
         try:
             result = work()
         except Exception as error:
-            if not self._failed:  # else all know already
+            if not self._failed:  # otherwise all ranks know already
                 self._end()
                 self._communicator.all_gather_objects([f"{type(error).__name__}: {error}", None])
             raise
@@ -101,24 +105,24 @@ class Led:
         self._communicator.all_gather_objects([None, result])
         return result
 
-    def _serve(self) -> None:
+    def _answer(self) -> None:
         while True:
             empty = torch.empty(self._n + 1, dtype=self._dtype, device=self._device)
             message = self._communicator.broadcast(empty, 0)
             if not bool(message[-1]):
                 return
-            self._together(message[:-1])
+            self._sum(message[:-1])
 
     def _end(self) -> None:
         nothing = torch.zeros(self._n + 1, dtype=self._dtype, device=self._device)
         self._communicator.broadcast(nothing, 0)
 
-    def _together(self, vector: Tensor) -> Tensor:
-        """The last element counts the ranks that have an error."""
+    def _sum(self, vector: Tensor) -> Tensor:
+        """The last element that is summed counts the ranks that have an error."""
         total = torch.zeros(self._n + 1, dtype=self._dtype, device=self._device)
         own: Exception | None = None
         try:
-            total[:-1] = self._answer(vector)
+            total[:-1] = self._own(vector)
         except Exception as error:
             own = error
             total[-1] = 1
@@ -131,14 +135,6 @@ class Led:
                 raise own
             raise_others(errors)
         return total[:-1]
-
-
-__all__ = ["Led"]
-
-
-OperatorName = Literal["empirical", "true", "hessian"]
-OPERATORS: tuple[str, ...] = get_args(OperatorName)
-PRODUCTS = ("auto", "forward", "double_backward")
 
 
 class _OnBatch(nn.Module):
@@ -164,7 +160,7 @@ class CurvatureOperator:
         parameters: the block, by name.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
         communicator: of the ranks whose batches are joined; None for this process alone. On
-            several ranks products are made within :meth:`led` alone.
+            several ranks products are made within :meth:`drive` alone.
         products: how ``J v`` is formed. ``double_backward`` keeps the graph of the backward pass
             as well and is the fastest; ``forward`` (forward mode, without a graph) makes the
             forward pass again each time and keeps less; ``auto`` is ``double_backward``, and
@@ -194,12 +190,8 @@ class CurvatureOperator:
         products: str = "auto",
         communicator: Communicator | None = None,
     ) -> None:
-        for key, value, allowed in (
-            ("operator", name, OPERATORS),
-            ("products", products, PRODUCTS),
-        ):
-            if value not in allowed:
-                raise CurvatureError(f"{key}: {value!r}; allowed: {', '.join(allowed)}")
+        check_one_of("operator", name, OPERATORS)
+        check_one_of("products", products, PRODUCTS)
         self.name, self.products = name, products
         self.used = "forward" if products == "forward" else "double_backward"
         self._model, self._wrapped = model, _OnBatch(model)
@@ -217,7 +209,7 @@ class CurvatureOperator:
         self.n_products = 0
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
-        self._led = Led(self._own_share, self.n, self.dtype, self.device, self._ranks)
+        self._sum = SumOverRanks(self._own_part, self.n, self.dtype, self.device, self._ranks)
 
     def _open(self, batch: Any, loss_fn: losses.LossFunction | None) -> None:
         self._scorer = losses.scorer(self._model, loss_fn)
@@ -228,10 +220,10 @@ class CurvatureOperator:
             if part.n_labels > 0:
                 self._parts.append(part)
 
-    def led(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def drive(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Does work that makes products; collective.
 
-        On several ranks the first one does it, and the others make their share of each product.
+        On several ranks rank 0 does it, and the others compute their part of each product.
 
         Args:
             work: makes products; its result is plain values that JSON can hold.
@@ -242,19 +234,17 @@ class CurvatureOperator:
         Raises:
             RankError: another rank has an error.
         """
-        if self._ranks.size == 1:
-            return work()
-        return self._led.run(work)
+        return work() if self._ranks.size == 1 else self._sum.drive(work)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Returns the product with a flat vector, on the vector's device and in its dtype."""
         self.n_products += 1
         here = vector.to(device=self.device, dtype=self.dtype)
-        total = self._own_share(here) if self._ranks.size == 1 else self._led(here)
+        total = self._own_part(here) if self._ranks.size == 1 else self._sum(here)
         return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
 
-    def _own_share(self, vector: Tensor) -> Tensor:
-        """This rank's samples' share of the product, not yet divided by ``N``."""
+    def _own_part(self, vector: Tensor) -> Tensor:
+        """The part of the product that belongs to this rank's samples, not yet divided by ``N``."""
         tangents = self._split(vector)
         total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         for part in self._parts:
@@ -283,7 +273,7 @@ class CurvatureOperator:
 
 
 class _Part:
-    """One batch's share of an operator, not yet divided by ``N``."""
+    """One batch's part of an operator, not yet divided by ``N``."""
 
     def __init__(self, operator: CurvatureOperator, batch: Any) -> None:
         self._operator, self._batch = operator, batch

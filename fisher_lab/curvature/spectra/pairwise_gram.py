@@ -1,9 +1,9 @@
-"""Matrices of a block whose samples are spread over ranks (``docs/math.md``, sections 7 and 8).
+"""Matrices of a block whose samples lie on several ranks (``docs/math.md``, sections 7 and 8).
 
 Rank ``r`` holds its own rows of ``J``, ``J_r``. The Gram matrix is made by pairs of ranks: of ``r``
-and ``s`` one passes its rows on, a tile or a piece at a time, and the other forms
-``J_r J_s^T``. A rank keeps its own rows and one tile of another's; the blocks are then sent to the
-one rank that decomposes the matrix. Covariances are summed up over the ranks.
+and ``s`` one sends its rows, one tile or piece at a time, and the other forms ``J_r J_s^T``. A rank
+keeps its own rows and one tile of another rank's. The blocks are then sent to the rank that
+decomposes the matrix. Covariances are summed over the ranks.
 
 All functions are collective, and every rank has the same blocks, tiles and parameters.
 """
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_lab.curvature.collectives import Communicator, dtype_name
+from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.spectra.block_matrices import (
     BlockMatrix,
     CovarianceMatrix,
@@ -26,48 +25,48 @@ from fisher_lab.curvature.spectra.block_matrices import (
     add_gram,
     double_center,
     factored_gram,
-    mirror,
+    from_lower_triangle,
 )
 from fisher_lab.curvature.spectra.spill import TILE_BYTES, FactoredRows
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """One exchange in which every rank meets two others.
+class Exchange:
+    """One exchange of rows with two other ranks.
 
     Attributes:
-        to: the rank that this one's rows go to.
+        to: the rank that this rank's rows go to.
         source: the rank whose rows come.
-        gives: whether this rank sends.
-        takes: whether this rank receives, and so forms the pair's block.
+        sends: whether this rank sends.
+        receives: whether this rank receives, and so forms the pair's block.
     """
 
     to: int
     source: int
-    gives: bool
-    takes: bool
+    sends: bool
+    receives: bool
 
 
-def meetings(rank: int, size: int, turn: int) -> list[Meeting]:
-    """Returns the exchanges after which every pair of ranks has met once.
+def exchanges(rank: int, size: int, turn: int) -> list[Exchange]:
+    """Returns a rank's exchanges, after which each pair of ranks has its block once.
 
-    With an even number of ranks the last exchange pairs opposite ones, of which only one takes.
+    With an even number of ranks the last exchange pairs opposite ones, of which one receives.
 
     Args:
         rank: this rank.
         size: number of ranks.
-        turn: 0 or 1: whether the lower or the upper rank of opposite ones takes.
+        turn: 0 or 1: whether the lower or the upper one of opposite ranks receives.
     """
     found = []
     for shift in range(1, size // 2 + 1):
         opposite = 2 * shift == size
-        takes = not opposite or (rank < shift) == (turn == 0)
-        gives = not opposite or not takes
-        found.append(Meeting((rank + shift) % size, (rank - shift) % size, gives, takes))
+        receives = not opposite or (rank < shift) == (turn == 0)
+        sends = not opposite or not receives
+        found.append(Exchange((rank + shift) % size, (rank - shift) % size, sends, receives))
     return found
 
 
-def joined_matrix(
+def matrix_on_owner(
     collector: BlockMatrix,
     rows: Sequence[int],
     communicator: Communicator,
@@ -83,11 +82,11 @@ def joined_matrix(
         rows: samples of each rank.
         communicator: of the ranks.
         owner: the rank that gets the matrix.
-        turn: as for :func:`meetings`.
+        turn: as for :func:`exchanges`.
         center: whether the mean row of all ranks is subtracted.
 
     Returns:
-        The matrix on the owner, None elsewhere.
+        The matrix on the owner, None on the other ranks.
     """
     n = sum(rows)
     owns = communicator.rank == owner
@@ -96,7 +95,7 @@ def joined_matrix(
             whole = _covariance(collector, n, communicator)
             return whole if owns else None
         case RowMatrix() if collector.p < n:
-            whole = _small_side(collector, n, communicator, center=center)
+            whole = _covariance_of_rows(collector, n, communicator, center=center)
             return whole if owns else None
         case RowMatrix() | GramMatrix():
             pairs = PairGram(communicator, rows, turn, collector.device)
@@ -104,7 +103,7 @@ def joined_matrix(
                 pairs.add_tile(tile, center=center)
             weights = collector.factored.values() if isinstance(collector, GramMatrix) else ()
             for weight in weights:
-                pairs.add_products(weight)
+                pairs.add_factored(weight)
             gram = pairs.assemble(owner)
             if gram is None:
                 return None
@@ -127,12 +126,12 @@ def _covariance(collector: CovarianceMatrix, n: int, communicator: Communicator)
     """Chan et al. 1979: the sums about the ranks' own means, moved to the mean of all."""
     own, mean, total = collector.moments()
     # The mean is zero where nothing is centred.
-    joint = communicator.all_reduce(mean * own) / n
-    delta = mean - joint
+    whole_mean = communicator.all_reduce(mean * own) / n
+    delta = mean - whole_mean
     return communicator.all_reduce(total + torch.outer(delta, delta) * own) / n
 
 
-def _small_side(
+def _covariance_of_rows(
     collector: RowMatrix, n: int, communicator: Communicator, *, center: bool
 ) -> Tensor:
     """``(1/N) J^T J`` of rows that are kept whole."""
@@ -148,7 +147,7 @@ class PairGram:
     Args:
         communicator: of the ranks.
         rows: samples of each rank.
-        turn: as for :func:`meetings`.
+        turn: as for :func:`exchanges`.
         device: where tiles are multiplied.
     """
 
@@ -157,17 +156,17 @@ class PairGram:
     ) -> None:
         self._communicator, self._counts, self._device = communicator, list(rows), device
         self._n, self._turn = sum(rows), turn
-        self._meetings = meetings(communicator.rank, communicator.size, turn)
+        self._exchanges = exchanges(communicator.rank, communicator.size, turn)
         mine = rows[communicator.rank]
         self._own = torch.zeros(mine, mine, dtype=torch.float64, device=device)
         self._cross = {
-            m.source: torch.zeros(mine, rows[m.source], dtype=torch.float64, device=device)
-            for m in self._meetings
-            if m.takes
+            one.source: torch.zeros(mine, rows[one.source], dtype=torch.float64, device=device)
+            for one in self._exchanges
+            if one.receives
         }
 
     def add_tile(self, tile: Tensor, *, center: bool) -> None:
-        """Takes in some columns of the rows.
+        """Adds the products of some columns of the rows.
 
         Args:
             tile: ``[N_r, w]`` as stored, this rank's rows.
@@ -179,30 +178,32 @@ class PairGram:
             mean = self._communicator.all_reduce(own.sum(0)) / self._n
         own = own - mean
         add_gram(self._own, own)
-        for meeting in self._meetings:
-            like = tile.new_empty(self._counts[meeting.source], width, device="meta")
-            for other in self._pass([tile], meeting, [like]):
-                self._cross[meeting.source] += own @ (self._wide(other) - mean).T
+        for one in self._exchanges:
+            like = tile.new_empty(self._counts[one.source], width, device="meta")
+            for other in self._exchange([tile], one, [like]):
+                self._cross[one.source] += own @ (self._wide(other) - mean).T
 
-    def add_products(self, weight: FactoredRows) -> None:
-        """Takes in a weight whose rows come as products (``factored_gram`` of all ranks)."""
+    def add_factored(self, weight: FactoredRows) -> None:
+        """Adds a weight whose rows come as products (``factored_gram`` of all ranks)."""
         self._own += factored_gram(weight, len(self._own), self._device).tril()
-        told = self._communicator.all_gather_objects(
-            [_tell(*piece) for piece in weight.described()]
-        )
-        for index in range(max(len(pieces) for pieces in told)):
+        by_rank = self._communicator.all_gather_objects(weight.described())
+        for index in range(max(len(pieces) for pieces in by_rank)):
             own = weight.stored(index)[1:] if index < len(weight) else ()
-            for meeting in self._meetings:
-                pieces = told[meeting.source]
+            for one in self._exchanges:
+                pieces = by_rank[one.source]
                 about = pieces[index] if index < len(pieces) else {"first": 0, "like": []}
-                other = self._pass(own, meeting, [_like(*x) for x in about["like"]])
+                like = [
+                    torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
+                    for shape, dtype in about["like"]
+                ]
+                other = self._exchange(own, one, like)
                 if other:
                     inputs, outputs = other
                     there = slice(about["first"], about["first"] + len(outputs))
-                    self._mix(weight, inputs, outputs, self._cross[meeting.source][:, there])
+                    self._mix(weight, inputs, outputs, self._cross[one.source][:, there])
 
     def _mix(self, weight: FactoredRows, inputs: Tensor, outputs: Tensor, block: Tensor) -> None:
-        """Adds the products of this rank's pieces with another's piece."""
+        """Adds the products of this rank's pieces with another rank's piece."""
         inputs, outputs = self._wide(inputs), self._wide(outputs)
         for index in range(len(weight)):
             first, *own = weight.piece(index)
@@ -213,23 +214,23 @@ class PairGram:
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(device=self._device, dtype=torch.float64)
 
-    def _pass(
-        self, own: Sequence[Tensor], meeting: Meeting, coming: Sequence[Tensor]
+    def _exchange(
+        self, own: Sequence[Tensor], one: Exchange, coming: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Sends tensors on and returns those that come, none where this rank does not take.
+        """Sends tensors and returns those that come, none where this rank does not receive.
 
         Args:
-            own: what is sent, if this rank gives.
-            meeting: with whom.
+            own: what is sent, if this rank sends.
+            one: with which ranks.
             coming: tensors without numbers, of the shapes and dtypes of what comes.
         """
         sent, received = [0] * len(self._counts), [0] * len(self._counts)
-        going = [_as_bytes(x) for x in own] if meeting.gives else []
+        going = [x.contiguous().reshape(-1).view(torch.uint8) for x in own] if one.sends else []
         flat = torch.cat(going) if going else torch.empty(0, dtype=torch.uint8)
-        sent[meeting.to] = flat.numel()
-        coming = coming if meeting.takes else []
+        sent[one.to] = flat.numel()
+        coming = coming if one.receives else []
         sizes = [x.numel() * x.element_size() for x in coming]
-        received[meeting.source] = sum(sizes)
+        received[one.source] = sum(sizes)
         came = self._communicator.exchange(flat, sent, received)
         # A copy of each: a view as another dtype has to begin at a multiple of its size.
         return [
@@ -238,51 +239,34 @@ class PairGram:
         ]
 
     def assemble(self, owner: int) -> Tensor | None:
-        """Returns the whole ``[N, N]`` matrix on the owner, None elsewhere."""
+        """Returns the whole ``[N, N]`` matrix on the owner, None on the other ranks."""
         size, rank = self._communicator.size, self._communicator.rank
-        parts = [mirror(self._own), *self._cross.values()]
+        parts = [from_lower_triangle(self._own), *self._cross.values()]
         flat = torch.cat([part.flatten() for part in parts])
         sent, received = [0] * size, [0] * size
         sent[owner] = flat.numel()
         if rank == owner:
-            received = [self._numbers(r) for r in range(size)]
+            received = [sum(self._block_sizes(r)) for r in range(size)]
         came = self._communicator.exchange(flat, sent, received)
         return self._put_together(came.split(received)) if rank == owner else None
 
     def _partners(self, rank: int) -> list[int]:
-        found = meetings(rank, self._communicator.size, self._turn)
-        return [rank, *(m.source for m in found if m.takes)]
+        """The ranks whose blocks with a rank that rank forms, itself first."""
+        found = exchanges(rank, self._communicator.size, self._turn)
+        return [rank, *(one.source for one in found if one.receives)]
 
-    def _numbers(self, rank: int) -> int:
-        return self._counts[rank] * sum(self._counts[other] for other in self._partners(rank))
+    def _block_sizes(self, rank: int) -> list[int]:
+        return [self._counts[rank] * self._counts[other] for other in self._partners(rank)]
 
     def _put_together(self, came: Sequence[Tensor]) -> Tensor:
         starts = [sum(self._counts[:r]) for r in range(len(self._counts))]
         gram = came[0].new_empty(self._n, self._n)
         for rank, numbers in enumerate(came):
             here = slice(starts[rank], starts[rank] + self._counts[rank])
-            partners = self._partners(rank)
-            sizes = [self._counts[rank] * self._counts[other] for other in partners]
-            for other, part in zip(partners, numbers.split(sizes), strict=True):
+            parts = numbers.split(self._block_sizes(rank))
+            for other, part in zip(self._partners(rank), parts, strict=True):
                 there = slice(starts[other], starts[other] + self._counts[other])
                 block = part.view(self._counts[rank], self._counts[other])
                 gram[here, there] = block
                 gram[there, here] = block.T
         return gram
-
-
-def _tell(first: int, inputs: Tensor, outputs: Tensor) -> dict[str, Any]:
-    """What the others have to know of a piece before it comes."""
-    like = [(list(x.shape), dtype_name(x.dtype)) for x in (inputs, outputs)]
-    return {"first": first, "like": like}
-
-
-def _like(shape: Sequence[int], dtype: str) -> Tensor:
-    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1).view(torch.uint8)
-
-
-__all__ = ["Meeting", "PairGram", "joined_matrix", "meetings"]

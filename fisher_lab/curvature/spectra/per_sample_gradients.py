@@ -2,7 +2,7 @@
 
 Each sequence is run on its own (its samples depend on nothing else), and one batched backward
 pass gives a chunk of its rows. A linear layer whose Gram matrix is cheaper without gradients
-(:mod:`.cost`) yields its inputs and output gradients instead of rows.
+(:func:`factored_is_cheaper`) yields its inputs and output gradients instead of rows.
 """
 
 from __future__ import annotations
@@ -21,30 +21,13 @@ from fisher_lab.curvature.spectra.samples import SampleSet, SequenceSamples
 from fisher_lab.curvature.wrappers import is_conv1d
 
 
-@dataclass(frozen=True)
-class LinearCost:
-    """Multiplications of both ways for one weight, and the numbers that each has to keep.
+def factored_is_cheaper(n: int, positions: int, total: int, d_in: int, d_out: int) -> bool:
+    """Says whether a weight's Gram matrix takes fewer multiplications without its gradients.
 
-    Attributes:
-        dense_flops: form the ``N`` gradients, then their Gram matrix's lower triangle.
-        factored_flops: input products, output gradients mixed by them, then the same triangle.
-        dense_numbers: elements kept, ``N in out``.
-        factored_numbers: elements kept, ``N S out + T in``.
-    """
-
-    dense_flops: float
-    factored_flops: float
-    dense_numbers: int
-    factored_numbers: int
-
-    @property
-    def factored_is_cheaper(self) -> bool:
-        """Whether the factored way takes fewer multiplications."""
-        return self.factored_flops < self.dense_flops
-
-
-def linear_cost(n: int, positions: int, total: int, d_in: int, d_out: int) -> LinearCost:
-    """Counts the multiplications of both ways.
+    Dense (form the gradients, then the lower triangle of their Gram matrix) takes
+    ``N S in out + N^2 in out / 2`` multiplications; factored (products of the inputs, output
+    gradients mixed by them, the same triangle) takes
+    ``T^2 in / 2 + N T S out / 2 + N^2 S out / 2``.
 
     Args:
         n: samples, ``N``.
@@ -52,18 +35,11 @@ def linear_cost(n: int, positions: int, total: int, d_in: int, d_out: int) -> Li
         total: positions of all sequences, ``T``.
         d_in: inputs of the layer.
         d_out: outputs of the layer.
-
-    Returns:
-        Dense ``N S in out + N^2 in out / 2`` against factored
-        ``T^2 in / 2 + N T S out / 2 + N^2 S out / 2``.
     """
-    return LinearCost(
-        dense_flops=n * positions * d_in * d_out + n * n * d_in * d_out / 2,
-        factored_flops=(total * total * d_in + n * total * positions * d_out) / 2
-        + n * n * positions * d_out / 2,
-        dense_numbers=n * d_in * d_out,
-        factored_numbers=n * positions * d_out + total * d_in,
-    )
+    dense = n * positions * d_in * d_out + n * n * d_in * d_out / 2
+    factored = (total * total * d_in + n * total * positions * d_out) / 2
+    factored += n * n * positions * d_out / 2
+    return factored < dense
 
 
 @dataclass(frozen=True)
@@ -105,12 +81,11 @@ class Chunk:
     dense: dict[str, Tensor] = field(default_factory=dict)
     factored: dict[str, Factored] = field(default_factory=dict)
 
-
-def factored_of(chunks: PerSampleGradients | Iterable[Chunk]) -> set[str]:
-    """Returns the names of the weights that come as products in any chunk."""
-    if isinstance(chunks, PerSampleGradients):
-        return chunks.factored
-    return {name for chunk in chunks for name in chunk.factored}
+    def rows(self, name: str) -> Tensor | None:
+        """Returns a parameter's rows ``[n, numel]``; None where the loss does not reach it."""
+        if name in self.factored:
+            return self.factored[name].dense()
+        return self.dense.get(name)
 
 
 def linear_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -138,15 +113,15 @@ def choose_factored(
 ) -> dict[str, nn.Module]:
     """Picks the linear layers whose Gram matrix is cheaper without per-sample gradients.
 
-    Layers are looked at in one forward pass a batch, without gradient: a layer that is called
-    more than once, or not on ``[1, S, in]`` or ``[1, in]``, is left out. Ranks pick the same
-    layers, those that one process would; collective.
+    One forward pass per batch, without gradient, counts the positions at each layer. A layer that
+    is called more than once, or on another shape than ``[1, S, in]`` or ``[1, in]``, is left out.
+    All ranks pick the layers that one process would pick; collective.
 
     Args:
         model: any module.
         samples: the samples.
         names: the weights in question.
-        communicator: of the ranks that the samples are spread over.
+        communicator: of the ranks that hold the samples.
     """
     ranks = communicator or Alone()
     linear = linear_weights(model, names)
@@ -154,15 +129,17 @@ def choose_factored(
         return {}
     own: dict[str, list[int] | None] = {}
     together(ranks, lambda: own.update(_positions(model, linear, samples)))
-    told = ranks.all_gather_objects({n: seen and [max(seen), sum(seen)] for n, seen in own.items()})
+    by_rank = ranks.all_gather_objects(
+        {n: seen and [max(seen), sum(seen)] for n, seen in own.items()}
+    )
     chosen = {}
     for name, module in linear.items():
-        seen = [other[name] for other in told if name in other]
+        seen = [other[name] for other in by_rank if name in other]
         if not seen or None in seen:
             continue
         longest, positions = max(s[0] for s in seen), sum(s[1] for s in seen)
         d_in, d_out = _dims(module)
-        if linear_cost(samples.total, longest, positions, d_in, d_out).factored_is_cheaper:
+        if factored_is_cheaper(samples.total, longest, positions, d_in, d_out):
             chosen[name] = module
     return chosen
 
@@ -221,7 +198,6 @@ class PerSampleGradients:
         factored: weights that are to come as products, from :func:`choose_factored`.
         chunk_size: rows of one backward pass, ``c``.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
-        keep_rows: whether weights that come as products come as rows, too.
     """
 
     def __init__(
@@ -233,19 +209,13 @@ class PerSampleGradients:
         factored: Mapping[str, nn.Module] | None = None,
         chunk_size: int = 32,
         loss_fn: losses.LossFunction | None = None,
-        keep_rows: bool = False,
     ) -> None:
         self._model = model
         self._samples = samples
         self._factored = dict(factored or {})
-        self._dense = {n: p for n, p in parameters.items() if keep_rows or n not in self._factored}
+        self._dense = {n: p for n, p in parameters.items() if n not in self._factored}
         self._chunk_size = chunk_size
         self._scorer = losses.scorer(model, loss_fn)
-
-    @property
-    def factored(self) -> set[str]:
-        """Names of the weights that come as products."""
-        return set(self._factored)
 
     def __iter__(self) -> Iterator[Chunk]:
         for index, sequence in enumerate(self._samples.sequences):

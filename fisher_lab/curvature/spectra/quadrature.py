@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,3 +222,57 @@ def _estimate(values: list[float], products: int, seed: int) -> Estimate:
     found = torch.tensor(values, dtype=torch.float64)
     error = float(found.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Estimate(float(found.mean()), error, len(values), products, seed)
+
+
+def damped_share(values: Tensor, lam: float) -> Tensor:
+    """Returns ``x / (x + lam)``; eigenvalues below zero are rounding and count as zero."""
+    clean = values.clamp(min=0)
+    return clean / (clean + lam)
+
+
+def density_record(
+    rule: Quadrature, dtype: torch.dtype, n_grid: int, sigma: float | None, log: bool
+) -> dict[str, Any]:
+    """Returns the spectral density as plain values.
+
+    Args:
+        rule: nodes and weights.
+        dtype: of the vectors, whose rounding decides what is zero.
+        n_grid: points of the grid.
+        sigma: width of the Gaussians in the grid's unit; None takes 1 % of its span.
+        log: over the decimal logarithm; what is not above zero is left out.
+    """
+    largest = max(float(nodes.abs().max()) for nodes in rule.nodes)
+    floor = rule.n * torch.finfo(dtype).eps * largest
+    zero = rule.trace_of(lambda x: (x.abs() <= floor).double())
+    left_out = rule.trace_of(lambda x: (x <= floor).double())
+    grid, width = _grid(rule.nodes, floor, n_grid, sigma, log)
+    clean = replace(rule, nodes=tuple(_drop(x, floor) for x in rule.nodes)) if log else rule
+    density, error = clean.density(grid, width, log=log)
+    return {
+        "grid": grid.tolist(),
+        "scale": "log10" if log else "linear",
+        "density": density.tolist(),
+        "standard_error": error.tolist(),
+        "sigma": width,
+        "mass_at_zero": zero.value / rule.n,
+        "mass_left_out": left_out.value / rule.n if log else 0.0,
+        "nodes": [nodes.tolist() for nodes in rule.nodes],
+        "weights": [weights.tolist() for weights in rule.weights],
+    }
+
+
+def _grid(
+    nodes: tuple[Tensor, ...], floor: float, n_grid: int, sigma: float | None, log: bool
+) -> tuple[Tensor, float]:
+    every = torch.cat(nodes)
+    if log:
+        every = every[every > floor].log10()
+    low, high = (float(every.min()), float(every.max())) if len(every) else (-1.0, 0.0)
+    span = max(high - low, 1e-3 * max(abs(high), 1e-30))
+    width = 0.01 * span if sigma is None else sigma
+    return torch.linspace(low - 4 * width, high + 4 * width, n_grid, dtype=torch.float64), width
+
+
+def _drop(nodes: Tensor, floor: float) -> Tensor:
+    return torch.where(nodes > floor, nodes, torch.zeros_like(nodes))

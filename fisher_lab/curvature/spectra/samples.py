@@ -2,8 +2,8 @@
 
 A row belongs to a *labelled* token: a position whose label is masked, padded or -100 has no loss
 of its own. A sequence without any label is no sample either. Samples are ordered by batch,
-sequence and position. Where ranks have batches of their own, the samples of all are those of rank
-0, then those of rank 1, and so on.
+sequence and position. Where ranks have batches of their own, the samples of rank 0 come first,
+then those of rank 1, and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Alone, Communicator, together
 from fisher_lab.curvature.errors import BatchError, CurvatureError
-
-SAMPLE_UNITS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ def draw_samples(
 ) -> SampleSet:
     """Lists the samples of a batch and keeps ``n_samples`` of them; collective.
 
-    The subsample is the ``n_samples`` smallest SHA-1 digests of (seed, sample content): the same
-    in every process, whatever the order of the batch and ``PYTHONHASHSEED``, and however many
-    ranks the samples are spread over.
+    The subsample takes the ``n_samples`` smallest SHA-1 digests of (seed, sample content). It is
+    the same in every process, for every order of the batch, every ``PYTHONHASHSEED`` and every
+    number of ranks.
 
     Args:
         model: any module whose labelling is known, or any with a ``loss_fn``.
@@ -113,12 +111,10 @@ def draw_samples(
         communicator: of the ranks whose samples are joined; None for this process alone.
 
     Raises:
-        CurvatureError: the unit has another name or ``n_samples`` is below 1.
+        CurvatureError: ``n_samples`` is below 1.
         BatchError: a batch has no labels.
         RankError: another rank's batch has none.
     """
-    if unit not in SAMPLE_UNITS:
-        raise CurvatureError(f"sample_unit: {unit!r}; allowed: {', '.join(SAMPLE_UNITS)}")
     if n_samples is not None and n_samples < 1:
         raise CurvatureError(f"n_samples: {n_samples}; allowed: 1 or more, or None for all")
     ranks = communicator or Alone()
@@ -130,17 +126,17 @@ def draw_samples(
         for i, position in enumerate(one.places(unit))
     ]
     keys = [hashlib.sha1(c.encode(), usedforsecurity=False).hexdigest() for _, _, c in contents]
-    told = ranks.all_gather_objects(keys)
-    every = [key for other in told for key in other]
+    by_rank = ranks.all_gather_objects(keys)
+    every = [key for other in by_rank for key in other]
     kept = _subsample(every, n_samples, seed)
-    bounds = [sum(len(other) for other in told[:r]) for r in range(len(told) + 1)]
-    by_rank = [[i - low for i in kept if low <= i < high] for low, high in pairwise(bounds)]
-    mine = by_rank[ranks.rank]
+    bounds = [0, *accumulate(len(other) for other in by_rank)]
+    chosen = [[i - low for i in kept if low <= i < high] for low, high in pairwise(bounds)]
+    mine = chosen[ranks.rank]
     return SampleSet(
         unit=unit,
         sequences=_group(found, contents, mine, unit),
         keys=tuple(keys[i] for i in mine),
-        rows=tuple(len(chosen) for chosen in by_rank),
+        rows=tuple(len(own) for own in chosen),
         n_candidates=len(every),
         data_hash=_join(every),
         subsample_hash=_join([every[i] for i in kept]),
@@ -251,12 +247,17 @@ def _digest(sample: Any) -> str:
     for key, value in items:
         sha.update(key.encode())
         if isinstance(value, Tensor):
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            sha.update(raw.numpy().tobytes())
+            add_to_hash(sha, value)
         else:
             sha.update(repr(value).encode())
     return sha.hexdigest()
+
+
+def add_to_hash(sha: hashlib._Hash, tensor: Tensor) -> None:
+    """Adds dtype, shape and bits of a tensor to a hash."""
+    sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    sha.update(raw.numpy().data)
 
 
 def _join(keys: list[str]) -> str:

@@ -6,15 +6,23 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisher_lab.config.spectra import SpectralConfig
 from fisher_lab.curvature import losses
-from fisher_lab.curvature.collectives import Alone, Communicator, same_everywhere, together
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.collectives import (
+    Alone,
+    Communicator,
+    dtype_name,
+    same_everywhere,
+    together,
+)
+from fisher_lab.curvature.errors import CurvatureError, check_one_of, check_options
 from fisher_lab.curvature.evaluation_mode import isolated, seed_generators
 from fisher_lab.curvature.memory import check_device
 from fisher_lab.curvature.spectra import eigensolve
@@ -25,93 +33,26 @@ from fisher_lab.curvature.spectra.block_matrices import (
     RowMatrix,
 )
 from fisher_lab.curvature.spectra.blocks import architecture_of, parameter_blocks
-from fisher_lab.curvature.spectra.eigensolve import Found, solve_blocks
+from fisher_lab.curvature.spectra.eigensolve import Found, Solved, solve_blocks
 from fisher_lab.curvature.spectra.gradient_cache import (
     Cached,
     GradientCache,
-    Shape,
     cached_chunks,
-    fingerprint_of,
-    takes_product,
+    hash_of,
 )
 from fisher_lab.curvature.spectra.per_sample_gradients import (
     Chunk,
     PerSampleGradients,
     choose_factored,
-    factored_of,
 )
-from fisher_lab.curvature.spectra.samples import SAMPLE_UNITS, SampleSet, draw_samples
+from fisher_lab.curvature.spectra.samples import SampleSet, draw_samples
 from fisher_lab.curvature.spectra.spill import Bytes, FileBytes, MemoryBytes
 from fisher_lab.curvature.wrappers import device_of, plain
 
 logger = logging.getLogger(__name__)
 
-STORAGE_MODES = ("full", "chunked", "streaming", "sketch")
-
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: called after every chunk with counts of samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpectralConfig:
-    """How a Fisher spectrum is computed.
-
-    Attributes:
-        seed: of the subsample and the sketch.
-        use_deterministic: ``torch.use_deterministic_algorithms`` and a fixed cuBLAS workspace
-            during the call. Bit-identical from run to run; no slower where it was measured, on a
-            CPU (``docs/benchmarks.md``; a GPU can lose more), and an operation without a
-            deterministic form is an error.
-        sample_unit: ``token`` (a labelled token's own loss) or ``sequence`` (a sequence's
-            token-summed loss).
-        eigensolve_device: ``cpu``, ``cuda``, or ``auto`` (the host, but the model's GPU from
-            a side of 2048 on).
-        regularization: added to the diagonal, times the mean diagonal, only after the eigensolver
-            failed; the record says what was added.
-        dtype_eigensolve: ``torch.float64`` or ``torch.float32``.
-        storage_mode: ``chunked`` (Gram matrix from chunks; spilled to disk past
-            ``memory_budget_mb``), ``streaming`` (``P x P`` where ``P < N``, else as ``chunked``),
-            ``full`` (``N x P`` in memory): all exact; ``sketch`` is approximate, with an error
-            estimate.
-        chunk_size: rows of one backward pass.
-        top_k: eigenvalues kept in a record, at most ``min(N, P)``; None keeps all.
-        linear_gram: ``auto`` (without per-sample gradients where that is cheaper, see
-            :mod:`fisher_lab.curvature.spectra.per_sample_gradients`) or ``never``.
-        memory_budget_mb: MiB of gradients that may wait in memory.
-        sketch_rank: eigenvalues of a sketch where ``top_k`` is None.
-    """
-
-    seed: int = 42
-    use_deterministic: bool = False
-    sample_unit: str = "token"
-    eigensolve_device: str = "auto"
-    regularization: float = 1e-10
-    dtype_eigensolve: torch.dtype = torch.float64
-    storage_mode: str = "chunked"
-    chunk_size: int = 32
-    top_k: int | None = None
-    linear_gram: Literal["auto", "never"] = "auto"
-    memory_budget_mb: float = 512.0
-    sketch_rank: int = 32
-
-    def __post_init__(self) -> None:
-        """Checks every range.
-
-        Raises:
-            CurvatureError: a field is out of range; the message names it.
-        """
-        _one_of("sample_unit", self.sample_unit, SAMPLE_UNITS)
-        _one_of("storage_mode", self.storage_mode, STORAGE_MODES)
-        _one_of("eigensolve_device", self.eigensolve_device, ("auto", "cpu", "cuda"))
-        _one_of("linear_gram", self.linear_gram, ("auto", "never"))
-        _one_of("dtype_eigensolve", self.dtype_eigensolve, (torch.float64, torch.float32))
-        for name, least in (("chunk_size", 1), ("sketch_rank", 1), ("regularization", 0)):
-            if not getattr(self, name) >= least:
-                raise CurvatureError(f"{name}: {getattr(self, name)}; allowed: {least} or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise CurvatureError(f"top_k: {self.top_k}; allowed: 1 or more, or None for all")
-        if not self.memory_budget_mb >= 0:
-            raise CurvatureError(f"memory_budget_mb: {self.memory_budget_mb}; allowed: 0 or more")
 
 
 class FisherSpectral:
@@ -121,16 +62,19 @@ class FisherSpectral:
     them); its modes and the random state are restored afterwards. The caller's batch is not
     changed.
 
+    The storage modes ``chunked`` (Gram matrix from chunks, spilled to disk past
+    ``memory_budget_mb``), ``streaming`` (``P x P`` where ``P < N``, else as ``chunked``) and
+    ``full`` (``N x P`` in memory) are exact; ``sketch`` is approximate and estimates its error.
+
     Args:
-        config: how; the defaults where it is None.
-        gradient_cache: anything with ``per_sample_gradients`` (which may be missing or None), as
-            :meth:`collect_gradients` returns it. Where it holds what a call needs, no backward
-            pass is made; where it does not (other samples, a parameter that is missing, weights
-            that have changed since), one line says so and the gradients are computed. The result
-            is exactly the uncached one for the very samples that were collected, with this
-            ``storage_mode``, ``linear_gram``, ``chunk_size`` and ``use_deterministic``; in all
-            other cases, a subsample of the cache among them, it is so but for rounding
-            (``metadata["cache_exact"]`` tells).
+        config: the options; the defaults where it is None.
+        gradient_cache: what :meth:`collect_gradients` returns, or anything with
+            ``per_sample_gradients`` (which may be missing or None). Where it holds what a call
+            needs, no backward pass is made. Where it does not (other samples, a parameter that is
+            missing, weights that have changed since), one line says so and the gradients are
+            computed. The result is exactly the uncached one where the cache was collected with the
+            same options on the same samples (``metadata["cache_exact"]``); otherwise, for example
+            for a subsample, the two agree up to rounding.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
         spill: makes room on disk for one array; an unnamed temporary file where it is None.
         progress: called after every chunk.
@@ -139,26 +83,27 @@ class FisherSpectral:
             every rank gets the spectra of all samples.
 
     Raises:
-        CurvatureError: a cache or the mode ``sketch``, neither of which there is on several ranks;
-            ``eigensolve_device="cuda"`` on a machine without.
+        CurvatureError: an option is out of range; a cache or the mode ``sketch`` on several ranks;
+            ``eigensolve_device="cuda"`` on a machine without a CUDA device.
     """
 
     def __init__(
         self,
         config: SpectralConfig | None = None,
-        gradient_cache: Any = None,
+        gradient_cache: object = None,
         *,
         loss_fn: losses.LossFunction | None = None,
         spill: Callable[[], Bytes] | None = None,
         progress: Progress | None = None,
         communicator: Communicator | None = None,
     ) -> None:
-        self.config = config or SpectralConfig()
+        self.config = SpectralConfig() if config is None else replace(config)
+        check_options(self.config)
         check_device("eigensolve_device", self.config.eigensolve_device)
         self._ranks = communicator or Alone()
         if self._ranks.size > 1:
-            allowed = [mode for mode in STORAGE_MODES if mode != "sketch"]
-            _one_of("storage_mode on several ranks", self.config.storage_mode, tuple(allowed))
+            exact = ("full", "chunked", "streaming")
+            check_one_of("storage_mode on several ranks", self.config.storage_mode, exact)
             if gradient_cache is not None:
                 raise CurvatureError("gradient_cache: given; allowed on several ranks: None")
         self.gradient_cache = gradient_cache
@@ -196,58 +141,37 @@ class FisherSpectral:
         """
         model = plain(model)
         blocks = parameter_blocks(model, block_structure)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
-            self._check_alike(parameters, n_samples, block_structure, center_gradients)
+            self._check_alike(model, n_samples, block_structure, center_gradients)
             samples = self._draw(model, batch, n_samples)
-            cached = cached_chunks(self.gradient_cache, samples, parameters, model, self._shape())
-            chunks = self._chunks(model, samples, parameters) if cached is None else cached.chunks
-            factored = factored_of(chunks)
-            collectors = self._collectors(model, samples, blocks, factored, center_gradients)
+            call = _Call(model, samples, blocks, block_structure, center_gradients)
+            cached = cached_chunks(self.gradient_cache, samples, call.trainable, model, self.config)
+            if cached is None:
+                chunks, factored = self._gradients(call)
+            else:
+                chunks = cached.chunks
+                factored = {name for chunk in chunks for name in chunk.factored}
+            collectors = self._collectors(call, factored)
             try:
                 together(self._ranks, lambda: self._collect(chunks, samples, collectors))
-                solved, per_block = self._solve_all(
-                    model, samples, blocks, collectors, center_gradients
-                )
+                found = self._solve(call, collectors)
             finally:
                 for collector in collectors.values():
                     collector.close()
-        n_degenerate = len(blocks) - len(solved)
-        return {
-            "metadata": self._metadata(
-                model, samples, block_structure, center_gradients, cached, factored, per_block
-            ),
-            "per_block": per_block,
-            "global": eigensolve.union(
-                solved.values(),
-                n=samples.total,
-                p=sum(per_block[name]["n_params"] for name in solved),
-                top_k=self.config.top_k,
-                n_degenerate=n_degenerate,
-                dtype=self._solver_dtype,
-            ),
-        }
+        return self._result(call, collectors, found, cached, factored)
 
     def collect_gradients(
-        self,
-        model: nn.Module,
-        batch: Any,
-        n_samples: int | None = None,
-        *,
-        keep_rows: bool = False,
+        self, model: nn.Module, batch: Any, n_samples: int | None = None
     ) -> GradientCache:
-        """Collects what :meth:`compute_fisher_spectrum` would, and keeps it in memory.
+        """Collects the gradients that :meth:`compute_fisher_spectrum` would, and keeps them.
 
         Args:
             model: as there.
             batch: as there.
             n_samples: as there.
-            keep_rows: keep both gradients and products, whatever this engine's ``storage_mode``
-                and ``linear_gram``, so that an engine with any of them is served exactly.
 
         Returns:
-            The cache, ``N x P`` numbers (fewer where products are kept instead of gradients, and
-            up to about half as many again where both are).
+            The cache: up to ``N x P`` numbers in memory, fewer where weights come as products.
 
         Raises:
             CurvatureError: there are several ranks.
@@ -255,31 +179,28 @@ class FisherSpectral:
         if self._ranks.size > 1:
             raise CurvatureError("collect_gradients: several ranks; allowed: one process")
         model = plain(model)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._isolated(model):
-            samples = self._draw(model, batch, n_samples)
-            chunks = self._chunks(model, samples, parameters, keep_rows=keep_rows)
-            cache = GradientCache.from_chunks(chunks, samples)
-            cache.parameters, cache.fingerprint = frozenset(parameters), fingerprint_of(model)
-            cache.shape, cache.keeps_rows = self._shape(), keep_rows
-            return cache
+            call = _Call(model, self._draw(model, batch, n_samples))
+            return GradientCache(
+                sample_unit=call.samples.unit,
+                keys=call.samples.keys,
+                chunks=tuple(self._gradients(call)[0]),
+                parameters=frozenset(call.trainable),
+                model_hash=hash_of(model),
+                config=replace(self.config),
+            )
 
-    def _shape(self) -> Shape:
-        """The settings by which a cache has to be like this engine to give its very bits."""
-        config = self.config
-        products = {"chunked": "all", "streaming": "streaming"}.get(config.storage_mode, "none")
-        if config.linear_gram == "never":
-            products = "none"
-        return Shape(products, config.chunk_size, config.use_deterministic)
+    # ---- samples and gradients ---------------------------------------------------------------
 
-    def _isolated(self, model: nn.Module) -> Any:
+    def _isolated(self, model: nn.Module) -> AbstractContextManager[None]:
         return isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic)
 
-    def _check_alike(self, parameters: Mapping[str, nn.Parameter], *choices: Any) -> None:
-        """Ranks that differ would wait for one another for something else each."""
+    def _check_alike(self, model: nn.Module, *choices: object) -> None:
+        """Ranks that differ would wait for each other in different collectives."""
         if self._ranks.size == 1:
             return
-        shapes = [(name, tuple(p.shape), p.dtype) for name, p in parameters.items()]
+        named = model.named_parameters()
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in named if p.requires_grad]
         text = f"{shapes} {self.config} {choices}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         same_everywhere(self._ranks, "Fisher spectrum: parameters and choices", digest)
@@ -295,63 +216,68 @@ class FisherSpectral:
             communicator=self._ranks,
         )
 
-    def _choose_factored(
-        self, model: nn.Module, samples: SampleSet, parameters: Mapping[str, nn.Parameter]
-    ) -> dict[str, nn.Module]:
-        """Products serve the Gram matrix alone: the modes that need rows take none."""
-        products = self._shape().products
-        if products == "none":
-            return {}
-        chosen = choose_factored(model, samples, parameters, self._ranks)
-        return {
-            name: module
-            for name, module in chosen.items()
-            if takes_product(products, parameters[name], samples.total)
-        }
+    def _gradients(self, call: _Call) -> tuple[Iterable[Chunk], set[str]]:
+        """Returns the rows of ``J``, still to be computed, and which weights come as products."""
+        factored = self._factored(call)
+        chunks = PerSampleGradients(
+            call.model,
+            call.samples,
+            call.trainable,
+            factored=factored,
+            chunk_size=self.config.chunk_size,
+            loss_fn=self._loss_fn,
+        )
+        return chunks, set(factored)
 
-    def _collectors(
-        self,
-        model: nn.Module,
-        samples: SampleSet,
-        blocks: Mapping[str, list[str]],
-        factored: set[str],
-        center: bool,
-    ) -> dict[str, BlockMatrix]:
-        parameters = dict(model.named_parameters())
-        space = self._space(model, samples, blocks, factored)
-        device = device_of(model)
+    def _factored(self, call: _Call) -> dict[str, nn.Module]:
+        """Products serve the Gram matrix alone: the modes that need rows take none."""
+        mode = self.config.storage_mode
+        if self.config.linear_gram == "never" or mode not in ("chunked", "streaming"):
+            return {}
+        chosen = choose_factored(call.model, call.samples, call.trainable, self._ranks)
+        if mode == "chunked":
+            return chosen
+        # A weight with fewer elements than samples may get a P x P matrix, which needs rows.
+        n = call.samples.total
+        return {name: m for name, m in chosen.items() if call.trainable[name].numel() >= n}
+
+    # ---- matrices ----------------------------------------------------------------------------
+
+    def _collectors(self, call: _Call, factored: set[str]) -> dict[str, BlockMatrix]:
+        samples = call.samples
+        parameters = dict(call.model.named_parameters())
+        space = self._space(call)
+        device = device_of(call.model)
         result: dict[str, BlockMatrix] = {}
-        for block, names in blocks.items():
+        for block, names in call.blocks.items():
             every = {name: parameters[name].numel() for name in names}
-            p, n = sum(every.values()), samples.n
+            p = call.sizes[block]
             if samples.total == 0 or p == 0:
                 continue
-            dtypes = (parameters[name].dtype for name in names)
-            dtype = functools.reduce(torch.promote_types, dtypes)
+            dtype = functools.reduce(torch.promote_types, (parameters[n].dtype for n in names))
             if self.config.storage_mode in ("full", "sketch"):
-                result[block] = RowMatrix(n, every, device, dtype)
+                result[block] = RowMatrix(samples.n, every, device, dtype)
             elif self.config.storage_mode == "streaming" and p < samples.total:
-                result[block] = CovarianceMatrix(every, center)
+                result[block] = CovarianceMatrix(every, call.center)
             else:
-                dense = {name: size for name, size in every.items() if name not in factored}
-                weights = [name for name in names if name in factored]
-                longest = max(samples.rows)
                 result[block] = GramMatrix(
-                    n, dense, weights, space, device, dtype=dtype, longest=longest
+                    samples.n,
+                    {name: size for name, size in every.items() if name not in factored},
+                    [name for name in names if name in factored],
+                    space,
+                    device,
+                    dtype=dtype,
+                    longest=max(samples.rows),
                 )
         return result
 
-    def _space(
-        self,
-        model: nn.Module,
-        samples: SampleSet,
-        blocks: Mapping[str, list[str]],
-        factored: set[str],
-    ) -> Callable[[], Bytes]:
+    def _space(self, call: _Call) -> Callable[[], Bytes]:
         """Chooses memory or disk for the whole call, from an upper bound of what has to wait."""
-        wanted = {name for names in blocks.values() for name in names}
-        waiting = samples.n * sum(
-            p.numel() * p.element_size() for name, p in model.named_parameters() if name in wanted
+        wanted = {name for names in call.blocks.values() for name in names}
+        waiting = call.samples.n * sum(
+            p.numel() * p.element_size()
+            for name, p in call.model.named_parameters()
+            if name in wanted
         )
         fits = waiting <= self.config.memory_budget_mb * 2**20
         if not fits and self.config.storage_mode in ("chunked", "streaming"):
@@ -374,51 +300,78 @@ class FisherSpectral:
             if self._progress is not None:
                 self._progress(chunk.first + chunk.n, samples.n)
 
-    def _chunks(
-        self,
-        model: nn.Module,
-        samples: SampleSet,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        keep_rows: bool = False,
-    ) -> PerSampleGradients:
-        choose = choose_factored if keep_rows else self._choose_factored
-        return PerSampleGradients(
-            model,
-            samples,
-            parameters,
-            factored=choose(model, samples, parameters),
-            chunk_size=self.config.chunk_size,
-            loss_fn=self._loss_fn,
-            keep_rows=keep_rows,
+    # ---- eigenvalues -------------------------------------------------------------------------
+
+    def _solve(self, call: _Call, collectors: Mapping[str, BlockMatrix]) -> dict[str, Found]:
+        n = call.samples.total
+
+        def solver(block: str, matrix: Tensor | None) -> Solved:
+            return self._eigenvalues(
+                collectors[block], matrix, n, call.sizes[block], center=call.center
+            )
+
+        wanted = {b: c for b, c in collectors.items() if not n == call.sizes[b] == 1}
+        return solve_blocks(
+            wanted, call.sizes, call.samples.rows, self._ranks, solver, center=call.center
         )
 
-    def _solve_all(
+    def _eigenvalues(
+        self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, *, center: bool
+    ) -> Solved:
+        config = self.config
+        if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
+            rows = collector.rows(center=center)
+            if not bool(torch.isfinite(rows).all()):
+                raise eigensolve.SolveError("non-finite gradients")
+            # Each block starts from the seed, so that blocks do not depend on one another.
+            seed_generators(config.seed)
+            return eigensolve.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
+        matrix = collector.matrix(center=center) if matrix is None else matrix
+        if not bool(torch.isfinite(matrix).all()):
+            raise eigensolve.SolveError("non-finite gradients")
+        return eigensolve.solve(
+            matrix,
+            min(n, p),
+            dtype=getattr(torch, config.dtype_eigensolve),
+            device=self._device(matrix),
+            regularization=config.regularization,
+        )
+
+    def _device(self, matrix: Tensor) -> torch.device:
+        if self.config.eigensolve_device == "auto":
+            return matrix.device if len(matrix) >= 2048 else torch.device("cpu")
+        return torch.device(self.config.eigensolve_device)
+
+    # ---- records -----------------------------------------------------------------------------
+
+    def _result(
         self,
-        model: nn.Module,
-        samples: SampleSet,
-        blocks: Mapping[str, list[str]],
+        call: _Call,
         collectors: Mapping[str, BlockMatrix],
-        center: bool,
-    ) -> tuple[dict[str, eigensolve.Solved], dict[str, dict[str, Any]]]:
-        numbers = {name: p.numel() for name, p in model.named_parameters()}
-        sizes = {block: sum(numbers[name] for name in names) for block, names in blocks.items()}
-        n = samples.total
-
-        def solver(block: str, matrix: Tensor | None) -> eigensolve.Solved:
-            return self._eigenvalues(collectors[block], matrix, n, sizes[block], center)
-
-        wanted = {b: c for b, c in collectors.items() if not n == sizes[b] == 1}
-        found = solve_blocks(wanted, sizes, samples.rows, self._ranks, solver, center=center)
-        solved: dict[str, eigensolve.Solved] = {}
-        per_block: dict[str, dict[str, Any]] = {}
-        for block, p in sizes.items():
+        found: Mapping[str, Found],
+        cached: Cached | None,
+        factored: set[str],
+    ) -> dict[str, Any]:
+        per_block = {}
+        solved: dict[str, Solved] = {}
+        for block, p in call.sizes.items():
             one = found.get(block)
-            record = self._record(block, one, n, p)
-            if isinstance(one, eigensolve.Solved) and record["status"] == "ok":
+            record = self._record(block, one, call.samples.total, p)
+            if isinstance(one, Solved) and record["status"] == "ok":
                 solved[block] = one
             per_block[block] = {**record, "method": self._method(collectors.get(block))}
-        return solved, per_block
+        return {
+            "metadata": self._metadata(call, cached, factored, per_block),
+            "per_block": per_block,
+            "global": eigensolve.union(
+                solved.values(),
+                n=call.samples.total,
+                p=sum(per_block[name]["n_params"] for name in solved),
+                top_k=self.config.top_k,
+                n_degenerate=len(call.blocks) - len(solved),
+                dtype=self._solver_dtype,
+            ),
+        }
 
     def _record(self, block: str, found: Found | None, n: int, p: int) -> dict[str, Any]:
         if n == 0:
@@ -437,36 +390,7 @@ class FisherSpectral:
     def _solver_dtype(self) -> torch.dtype:
         """In which the eigenvalues are found; a sketch is made in float64."""
         sketched = self.config.storage_mode == "sketch"
-        return torch.float64 if sketched else self.config.dtype_eigensolve
-
-    def _eigenvalues(
-        self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, center: bool
-    ) -> eigensolve.Solved:
-        config = self.config
-        if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
-            rows = collector.rows(center=center)
-            if not bool(torch.isfinite(rows).all()):
-                raise eigensolve.SolveError("non-finite gradients")
-            # Each block starts from the seed, so that blocks do not depend on one another.
-            seed_generators(config.seed)
-            return eigensolve.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
-        matrix = collector.matrix(center=center) if matrix is None else matrix
-        if not bool(torch.isfinite(matrix).all()):
-            raise eigensolve.SolveError("non-finite gradients")
-        return eigensolve.solve(
-            matrix,
-            min(n, p),
-            dtype=config.dtype_eigensolve,
-            device=self._device(matrix),
-            regularization=config.regularization,
-        )
-
-    def _device(self, matrix: Tensor) -> torch.device:
-        match self.config.eigensolve_device:
-            case "auto":
-                return matrix.device if len(matrix) >= 2048 else torch.device("cpu")
-            case name:
-                return torch.device(name)
+        return torch.float64 if sketched else getattr(torch, self.config.dtype_eigensolve)
 
     def _method(self, collector: BlockMatrix | None) -> str | None:
         if collector is None:
@@ -475,18 +399,16 @@ class FisherSpectral:
 
     def _metadata(
         self,
-        model: nn.Module,
-        samples: SampleSet,
-        structure: str,
-        center: bool,
+        call: _Call,
         cached: Cached | None,
         factored: set[str],
         per_block: Mapping[str, dict[str, Any]],
     ) -> dict[str, Any]:
-        config = asdict(self.config)
-        config["dtype_eigensolve"] = _name(self.config.dtype_eigensolve)
+        samples, config = call.samples, self.config
+        first = {"seed": config.seed, "use_deterministic": config.use_deterministic}
         return {
-            **config,
+            **first,  # the order of the keys in files that there are
+            **asdict(config),
             "normalization": "(1/N) * G^T G",
             "row": "gradient of a labelled token's own loss"
             if samples.unit == "token"
@@ -496,10 +418,10 @@ class FisherSpectral:
             "n_candidates": samples.n_candidates,
             "data_hash": samples.data_hash,
             "subsample_hash": samples.subsample_hash,
-            "block_structure": structure,
-            "center_gradients": center,
-            "architecture": architecture_of(model),
-            "nonzero_threshold": f"max(N, P) * eps({_name(self._solver_dtype)}) * "
+            "block_structure": call.structure,
+            "center_gradients": call.center,
+            "architecture": architecture_of(call.model),
+            "nonzero_threshold": f"max(N, P) * eps({dtype_name(self._solver_dtype)}) * "
             "largest eigenvalue",
             "gradient_source": "backward" if cached is None else "cache",
             "cache_exact": None if cached is None else cached.exact,
@@ -510,14 +432,36 @@ class FisherSpectral:
         }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class _Call:
+    """The spectra of which blocks are computed from which samples.
+
+    Attributes:
+        model: without wrappers.
+        samples: rows of ``J``.
+        blocks: block name to the names of its trainable parameters.
+        structure: how the blocks were made.
+        center: whether the mean row is subtracted.
+    """
+
+    model: nn.Module
+    samples: SampleSet
+    blocks: Mapping[str, list[str]] = field(default_factory=dict)
+    structure: str = "layer"
+    center: bool = False
+
+    @functools.cached_property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require a gradient, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Block name to its number of parameters, ``P``."""
+        return {
+            block: sum(self.trainable[name].numel() for name in names)
+            for block, names in self.blocks.items()
+        }
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        options = ", ".join(str(option) for option in allowed)
-        raise CurvatureError(f"{name}: {value!r}; allowed: {options}")
-
-
-__all__ = ["STORAGE_MODES", "FisherSpectral", "GradientCache", "SpectralConfig"]
+__all__ = ["FisherSpectral", "GradientCache", "SpectralConfig"]

@@ -1,7 +1,7 @@
 """Where chunks wait until the Gram matrix is formed: in memory, or in an unnamed temporary file.
 
-The file has no name, so nothing is left behind by a crash, and it is read back through explicit
-calls, so that the resident memory stays flat in ``N``.
+The file has no name, so that a crash leaves nothing behind, and it is read by explicit calls, so
+that the resident memory does not grow with ``N`` (pages of a memory-mapped file would count).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fisher_lab.curvature.collectives import dtype_name
 
 TILE_BYTES = 64 * 2**20
 """Bytes of a float64 column tile, and of a group of factored rows, that are in memory at once."""
@@ -208,11 +210,22 @@ class FactoredRows:
         outputs = self._space.read(piece.offset, piece.shape, piece.dtype)
         return piece.first, self._inputs[piece.sequence], outputs
 
-    def described(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields what :meth:`stored` returns of every piece, the tensors without numbers (meta)."""
-        for piece in self._pieces:
-            outputs = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
-            yield piece.first, self._inputs[piece.sequence].to("meta"), outputs
+    def described(self) -> list[dict[str, Any]]:
+        """Returns first row, shapes and dtypes of every piece as plain values, for other ranks."""
+
+        def like(tensor: Tensor) -> list[Any]:
+            return [list(tensor.shape), dtype_name(tensor.dtype)]
+
+        return [
+            {
+                "first": piece.first,
+                "like": [
+                    like(self._inputs[piece.sequence]),
+                    [list(piece.shape), dtype_name(piece.dtype)],
+                ],
+            }
+            for piece in self._pieces
+        ]
 
     def close(self) -> None:
         """Gives the space back."""

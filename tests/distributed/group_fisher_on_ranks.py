@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.group_fisher.collector import GroupFisher
-from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
 from fisher_lab.distributed.process_group import Ranks
 from tests.distributed import joined
 
 
-def collected(unit: str, name: str, batches: list[dict]) -> GroupFisher:
-    collector = GroupFisher(unit)
+def collected(unit: str, name: str, batches: list[dict]) -> FisherCollector:
+    collector = FisherCollector(unit)
     model = joined.model_of(name, torch.float64)
     for number, batch in enumerate(batches):
         collector.collect(model, batch, f"task{number % 2}")
@@ -24,7 +24,7 @@ def collected(unit: str, name: str, batches: list[dict]) -> GroupFisher:
 def on_a_rank(comm: Any, unit: str, name: str, batches: list[dict]) -> tuple[dict, dict]:
     own = collected(unit, name, batches)
     before = own.state()[1]
-    state = merged(own, comm).state()
+    state = merge_over_ranks(own, comm).state()
     if own.state()[1] != before:
         raise AssertionError("the rank's own collector has changed")
     return state
@@ -33,7 +33,7 @@ def on_a_rank(comm: Any, unit: str, name: str, batches: list[dict]) -> tuple[dic
 def of_other_units(comm: Any, name: str, batches: list[dict]) -> str:
     own = collected("token" if comm.rank == 0 else "sequence", name, batches)
     try:
-        merged(own, comm)
+        merge_over_ranks(own, comm)
     except CurvatureError as error:
         return str(error)
     return "nothing"
@@ -44,10 +44,10 @@ def in_shares(
 ) -> tuple[dict, dict]:
     """Every rank has its share of the sequences of whole batches."""
     ranks = Ranks(comm)
-    collector = GroupFisher(unit, sequence_weight=weight)
+    collector = FisherCollector(unit, sequence_weight=weight)
     model = joined.model_of(name, dtype)
-    collect_shares(collector, model, ranks.own_parts(batches), "train", comm)
-    return merged(collector, comm).state()
+    collect_slices(collector, model, ranks.own_parts(batches), "train", comm)
+    return merge_over_ranks(collector, comm).state()
 
 
 def of_own_batches(
@@ -56,16 +56,16 @@ def of_own_batches(
     """By unit: every rank's own batches, of which some have no label; as many on every rank."""
     found, model = {}, joined.model_of(name, dtype)
     for unit in units:
-        collector = GroupFisher(unit)
-        collect_shares(collector, model, batches, "train", comm)
-        found[unit] = merged(collector, comm).state()
+        collector = FisherCollector(unit)
+        collect_slices(collector, model, batches, "train", comm)
+        found[unit] = merge_over_ranks(collector, comm).state()
     return found
 
 
 def without_labels(comm: Any, unit: str, name: str, batches: list[dict]) -> str:
-    collector = GroupFisher(unit)
+    collector = FisherCollector(unit)
     try:
-        collect_shares(collector, joined.model_of(name, torch.float64), batches, "train", comm)
+        collect_slices(collector, joined.model_of(name, torch.float64), batches, "train", comm)
     except CurvatureError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -13,13 +13,13 @@ from fisher_lab import cli
 from fisher_lab.config import schema
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.fields import problems
-from fisher_lab.curvature.group_fisher.saved import FisherCollector
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import spectra_figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import run_engines
-from tests.curvature.spectra_support import batch_of, tiny
+from tests.curvature.spectra.reference import batch_of, tiny
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_probes_need_reorthogonalisation_before_any_work():
 )
 def test_a_device_that_is_not_there_stops_before_any_work(section, key, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("fisher_lab.workload.content_identity", lambda config: {"data": "abc"})
+    monkeypatch.setattr(
+        "fisher_lab.workload.content_identity.content_identity", lambda config: {"data": "abc"}
+    )
     config = configured(spectral=1, lanczos=1)
     assert cli.preflight(config) == {"data": "abc"}
     setattr(getattr(config, section), key, "cuda")

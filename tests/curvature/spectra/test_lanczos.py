@@ -11,23 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature import losses, memory
+from fisher_lab.config.spectra import SpectralConfig
+from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.spectra import lanczos as module
+from fisher_lab.curvature.spectra import vector_memory
 from fisher_lab.curvature.spectra.blocks import select_parameters
-from fisher_lab.curvature.spectra.krylov import KrylovBasis
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos, lanczos_algorithm
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
-from fisher_lab.curvature.spectra.quadrature import hutch_plus_plus, quadrature
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
-from tests.curvature.spectra_support import (
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from tests.curvature.spectra.reference import (
     ARCHITECTURES,
     batch_of,
     forward_logits,
@@ -36,8 +34,6 @@ from tests.curvature.spectra_support import (
     reference_rows,
     tiny,
 )
-
-CPU = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
 def true_fisher(model, batch, architecture):
@@ -316,102 +312,6 @@ def test_model_generator_and_batch_are_left_alone(case):
     assert all(torch.equal(case.batch[key], before[key]) for key in before)
 
 
-# --- any symmetric operator ------------------------------------------------------------------
-
-
-def symmetric(n, seed, decay=0.7):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
-    values = decay ** torch.arange(n, dtype=torch.float64)
-    return basis @ torch.diag(values) @ basis.T, values
-
-
-@given(n=st.integers(1, 60), k=st.integers(1, 8), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
-def test_any_operator_any_size(n, k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(n, n, dtype=torch.float64, generator=generator)
-    matrix = matrix + matrix.T
-    found = lanczos_algorithm(lambda v: matrix @ v, n, k, tol=1e-9, seed=seed)
-    wanted = torch.linalg.eigvalsh(matrix).flip(0)[: min(k, n)]
-    assert all(found.converged)
-    torch.testing.assert_close(found.eigenvalues, wanted, atol=1e-7, rtol=1e-7)
-
-
-def test_restarts_keep_to_the_memory_and_converge():
-    # Evenly spaced eigenvalues: hard, and far more Lanczos steps than the basis holds.
-    n, k, m = 400, 4, 12
-    values = torch.linspace(0, 1, n, dtype=torch.float64)
-    found = lanczos_algorithm(
-        lambda v: values * v, n, k, max_vectors=m, max_products=4000, tol=1e-8, eigenvectors=True
-    )
-    assert found.n_restarts > 3
-    assert found.n_vectors == m
-    assert found.memory_bytes == m * n * 8
-    assert all(found.converged)
-    torch.testing.assert_close(found.eigenvalues, values.flip(0)[:k], atol=1e-10, rtol=0)
-    residual = (found.eigenvectors * values - found.eigenvalues[:, None] * found.eigenvectors).norm(
-        dim=1
-    )
-    torch.testing.assert_close(residual, found.residuals, atol=1e-9, rtol=0)
-
-
-def test_what_has_not_converged_says_so():
-    values = torch.linspace(0, 1, 400, dtype=torch.float64)
-    found = lanczos_algorithm(lambda v: values * v, 400, 4, max_vectors=10, max_products=12)
-    assert not all(found.converged)
-    assert found.n_products <= 12
-
-
-def test_low_rank_and_repeated_eigenvalues():
-    n = 50
-    rank_two = torch.zeros(n, dtype=torch.float64)
-    rank_two[:2] = torch.tensor([3.0, 1.0])
-    found = lanczos_algorithm(lambda v: rank_two * v, n, 5)
-    torch.testing.assert_close(
-        found.eigenvalues, torch.tensor([3.0, 1.0, 0, 0, 0]).double(), atol=1e-12, rtol=0
-    )
-    assert found.n_products < 15
-    twice = torch.cat([torch.ones(2), torch.zeros(n - 2)]).double()
-    found = lanczos_algorithm(lambda v: twice * v, n, 3)
-    torch.testing.assert_close(
-        found.eigenvalues, torch.tensor([1.0, 1.0, 0.0]).double(), atol=1e-12, rtol=0
-    )
-    zero = lanczos_algorithm(lambda v: 0 * v, 7, 2)
-    assert zero.eigenvalues.tolist() == [0.0, 0.0]
-
-
-def test_reorthogonalisation_is_what_keeps_ghosts_away():
-    matrix, values = symmetric(200, 0)
-    run = {"max_vectors": 120, "tol": 1e-15, "max_products": 120}
-    full = lanczos_algorithm(lambda v: matrix @ v, 200, 5, **run)
-    torch.testing.assert_close(full.eigenvalues, values[:5], atol=1e-12, rtol=0)
-    # Without it the Ritz values hold copies of the largest eigenvalues ...
-    generator = torch.Generator().manual_seed(0)
-    basis = KrylovBasis(
-        lambda v: matrix @ v, 200, 120, generator=generator, reorthogonalize=False, **CPU
-    )
-    basis.start(torch.randn(200, generator=generator, dtype=torch.float64))
-    while basis.size < 120:
-        basis.grow()
-    ritz = basis.ritz()[0].flip(0)
-    assert float((ritz[:2] - values[0]).abs().max()) < 1e-8
-    # ... which the algorithm leaves out.
-    plain = lanczos_algorithm(lambda v: matrix @ v, 200, 5, reorthogonalize=False, **run)
-    torch.testing.assert_close(plain.eigenvalues, values[:5], atol=1e-10, rtol=0)
-
-
-def test_eigenvalues_that_lie_close_are_no_copies():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(60, dtype=torch.float64, generator=generator)
-    values[:4] = torch.tensor([2.0, 2.0 - 1e-4, 1.5, 1.5 - 1e-5])
-    found = lanczos_algorithm(
-        lambda v: values * v, 60, 4, reorthogonalize=False, max_vectors=60, tol=1e-9
-    )
-    wanted = values.sort(descending=True).values[:4]
-    torch.testing.assert_close(found.eigenvalues, wanted, atol=1e-10, rtol=0)
-
-
 @pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_copies_never_count_as_known_eigenvalues(case):
     engine = FisherLanczos(k=10, max_vectors=60, tol=1e-12, reorthogonalize=False)
@@ -435,74 +335,6 @@ def test_copies_never_count_as_known_eigenvalues(case):
     assert len(top["eigenvalues"]) == len(top["residuals"]) == len(top["converged"])
 
 
-def test_float32_vectors():
-    matrix, values = symmetric(80, 1)
-    matrix = matrix.float()
-    found = lanczos_algorithm(lambda v: matrix @ v, 80, 5, dtype=torch.float32, tol=1e-5)
-    torch.testing.assert_close(found.eigenvalues, values[:5], atol=1e-5, rtol=0)
-    assert found.memory_bytes == found.n_vectors * 80 * 4
-
-
-def test_standard_errors_are_honest():
-    """Of 80 seeds, about two thirds lie within one standard error and nearly all within three."""
-    matrix, values = symmetric(40, 2, decay=0.93)
-    exact = float(values.sum())
-    lam = 0.1
-    dimension = float((values / (values + lam)).sum())
-    vectors = torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :5].T.contiguous()
-
-    def ratios(run, wanted):
-        found = [run(seed) for seed in range(80)]
-        return torch.tensor([abs(f.value - wanted) / f.standard_error for f in found])
-
-    def product(v):
-        return matrix @ v
-
-    runs = [
-        (
-            lambda s: quadrature(
-                product, 40, n_probes=8, steps=1, seed=s, **CPU
-            ).trace_of(lambda x: x),
-            exact,
-        ),
-        (lambda s: hutch_plus_plus(product, 40, n_products=24, seed=s, **CPU), exact),
-        (
-            lambda s: quadrature(
-                product, 40, n_probes=8, steps=15, seed=s, deflate=vectors, **CPU
-            ).with_known(values[:5]).trace_of(lambda x: x / (x + lam)),
-            dimension,
-        ),
-    ]  # fmt: skip
-    for run, wanted in runs:
-        found = ratios(run, wanted)
-        assert 0.5 < float((found < 1).double().mean()) < 0.9
-        assert float((found < 3).double().mean()) > 0.92
-
-
-def test_hutch_plus_plus_is_exact_on_its_range_and_better_than_probes():
-    matrix, values = symmetric(60, 4, decay=0.6)
-    exact = float(values.sum())
-    low_rank = values.clone()
-    low_rank[5:] = 0
-    found = hutch_plus_plus(lambda v: low_rank * v, 60, n_products=24, seed=0, **CPU)
-    assert found.value == pytest.approx(float(low_rank.sum()), rel=1e-12)
-    hutch = hutch_plus_plus(lambda v: matrix @ v, 60, n_products=30, seed=0, **CPU)
-    plain = quadrature(lambda v: matrix @ v, 60, n_probes=30, steps=1, seed=0, **CPU)
-    assert hutch.standard_error < 0.1 * plain.trace_of(lambda x: x).standard_error
-    whole = hutch_plus_plus(lambda v: matrix @ v, 60, n_products=180, seed=0, **CPU)
-    assert whole.value == pytest.approx(exact, rel=1e-12)
-    assert whole.standard_error == 0.0
-
-
-def test_one_probe_states_no_error():
-    found = quadrature(lambda v: v, 4, n_probes=1, steps=1, seed=0, **CPU).trace_of(lambda x: x)
-    assert found.value == pytest.approx(4.0)
-    assert math.isnan(found.standard_error)
-
-
-# --- memory, fallbacks, errors ---------------------------------------------------------------
-
-
 def test_memory_is_said_before_it_is_allocated_and_checked(monkeypatch):
     model, batch = tiny("gpt2"), batch_of("gpt2")
     n = sum(p.numel() for p in model.parameters())
@@ -512,7 +344,7 @@ def test_memory_is_said_before_it_is_allocated_and_checked(monkeypatch):
     assert len(said) == 1
     assert f"7 vectors x {n} parameters" in said[0]
     allocated = []
-    monkeypatch.setattr(module, "free_memory", lambda device: 7 * n * 8 - 1)
+    monkeypatch.setattr(vector_memory, "free_memory", lambda device: 7 * n * 8 - 1)
     monkeypatch.setattr(module, "lanczos_algorithm", lambda *a, **k: allocated.append(a))
     with pytest.raises(CurvatureError, match=r"max_vectors: 7 vectors .* allowed: 6 or fewer"):
         FisherLanczos(k=2, max_vectors=7, say=said.append).top_eigenpairs(model, batch)
@@ -541,7 +373,7 @@ def test_eigenvectors_and_the_blocks_of_the_trace_count(case, monkeypatch):
     engine.trace(case.model, case.batch, n_products=12)
     assert f"3 blocks of 4 vectors x {n} parameters" in said[-1]
     assert f"= {12 * n * 8 / 2**20:.1f} MiB" in said[-1]
-    monkeypatch.setattr(module, "free_memory", lambda device: 11 * n * 8 - 1)
+    monkeypatch.setattr(vector_memory, "free_memory", lambda device: 11 * n * 8 - 1)
     for run, text in (
         (lambda: engine.analyze(case.model, case.batch), "max_vectors: .* allowed: 7 or fewer"),
         (
@@ -555,39 +387,6 @@ def test_eigenvectors_and_the_blocks_of_the_trace_count(case, monkeypatch):
     ):
         with pytest.raises(CurvatureError, match=text):
             run()
-
-
-def write(directory, **files):
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name.replace("__", ".")).write_text(f"{text}\n")
-
-
-def test_free_memory_minds_the_control_groups(tmp_path, monkeypatch):
-    own = tmp_path / "own"
-    # v2: the job's group has no limit of its own, the one above it has; cache is given back.
-    two = tmp_path / "two"
-    own.write_text("0::/jobs/one\n")
-    write(two / "jobs" / "one", memory__max="max", memory__current=700)
-    write(
-        two / "jobs", memory__max=1000, memory__current=800,
-        memory__stat="anon 5\ninactive_file 50",
-    )  # fmt: skip
-    assert memory.cgroup_free(two, own) == [250]
-    write(two / "jobs" / "one", memory__max=750)
-    assert memory.cgroup_free(two, own) == [50, 250]
-    # v1: its path is the host's and not seen in the container, whose own limit is at the mount.
-    one = tmp_path / "one"
-    own.write_text("5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/\n")
-    write(one / "memory", memory__limit_in_bytes=900, memory__usage_in_bytes=1000)
-    assert memory.cgroup_free(one, own) == [0]
-    write(one / "memory", memory__stat="inactive_file 7\ntotal_inactive_file 400")
-    assert memory.cgroup_free(one, own) == [300]
-    assert memory.cgroup_free(tmp_path / "none", tmp_path / "none") == []
-    monkeypatch.setattr(memory, "cgroup_free", lambda: [123, 10**18])
-    assert memory.free_memory(torch.device("cpu")) == 123
-    monkeypatch.setattr(memory, "cgroup_free", list)
-    assert memory.free_memory(torch.device("cpu")) > 123
 
 
 def test_a_cuda_device_that_is_not_there(monkeypatch):

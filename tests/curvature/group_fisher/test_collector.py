@@ -16,9 +16,8 @@ from torch import nn
 
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, FactorFileError, NonFiniteError
-from fisher_lab.curvature.group_fisher.collector import GroupFisher, active_tokens
-from fisher_lab.curvature.group_fisher.saved import FisherCollector
-from tests.curvature.spectra_support import (
+from fisher_lab.curvature.group_fisher.collector import FisherCollector, active_tokens
+from tests.curvature.spectra.reference import (
     ARCHITECTURES,
     batch_of,
     labelled,
@@ -67,9 +66,9 @@ def test_any_split_and_merge_gives_the_moments(n, scale, offset, cuts, seed):
     gradients = (generator.standard_normal((n, 3)) + offset) * scale
     weights = generator.integers(1, 200, n).astype(float)
     bounds = [0, *sorted(min(cut, n) for cut in cuts), n]
-    whole = GroupFisher()
+    whole = FisherCollector()
     for start, stop in pairwise(bounds):
-        part = GroupFisher()
+        part = FisherCollector()
         for i in range(start, stop):
             part.update_fisher_welford("t", {"w": torch.tensor(gradients[i])}, weights[i])
         whole.merge(part)
@@ -92,7 +91,7 @@ def test_any_split_and_merge_gives_the_moments(n, scale, offset, cuts, seed):
 
 
 def test_weights_are_frequencies():
-    repeated, weighted = GroupFisher(), GroupFisher()
+    repeated, weighted = FisherCollector(), FisherCollector()
     for value, times in ((1.0, 3), (2.0, 1), (0.5, 4)):
         gradient = {"w": torch.tensor([value, -value])}
         weighted.update_fisher_welford("t", gradient, times)
@@ -104,7 +103,7 @@ def test_weights_are_frequencies():
 
 
 def test_float32_gradients_are_accumulated_in_float64():
-    collector = GroupFisher()
+    collector = FisherCollector()
     for _ in range(1000):
         collector.update_fisher_welford("t", {"w": torch.tensor([0.1])}, 1)
     square = float(torch.tensor(0.1).double()) ** 2
@@ -112,7 +111,7 @@ def test_float32_gradients_are_accumulated_in_float64():
 
 
 def test_a_refused_update_changes_nothing():
-    collector = GroupFisher()
+    collector = FisherCollector()
     collector.update_fisher_welford("t", {"a": torch.ones(2), "b": torch.ones(2)}, 2)
     before = json.dumps(collector.state()[1])
     for gradients, weight, error in (
@@ -132,7 +131,7 @@ def test_a_refused_update_changes_nothing():
 
 
 def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
-    collector = GroupFisher("token", chunk_size=3)
+    collector = FisherCollector("token", chunk_size=3)
     collector.collect(case.model, case.batch, "t")
     for name, rows in case.rows["token"].items():
         close(collector.fisher_mean["t"][name], rows.square().mean(0), case.rtol, case.scale)
@@ -147,7 +146,7 @@ def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
 
 @pytest.mark.parametrize("weight", ["tokens", "one"])
 def test_sequence_unit_weighs_sequences(case, weight):
-    collector = GroupFisher("sequence", sequence_weight=weight)
+    collector = FisherCollector("sequence", sequence_weight=weight)
     collector.collect(case.model, case.batch, "t")
     lengths = {"t5": [2.0, 2.0, 3.0]}.get(case.architecture, [3.0, 3.0, 5.0])
     w = torch.tensor(lengths if weight == "tokens" else [1.0] * 3, dtype=torch.float64)
@@ -159,7 +158,7 @@ def test_sequence_unit_weighs_sequences(case, weight):
 
 
 def test_batch_unit_is_the_squared_mean_gradient(case):
-    collector = GroupFisher("batch")
+    collector = FisherCollector("batch")
     batches = [case.batch, {key: value[:2] for key, value in case.batch.items()}]
     collector.collect(case.model, batches, "t")
     where = labelled(case.architecture, case.batch)
@@ -184,7 +183,7 @@ def test_model_and_batch_are_left_alone(case):
     model = copy.deepcopy(case.model).train()
     before = {key: value.clone() for key, value in case.batch.items()}
     for unit in ("batch", "sequence", "token"):
-        GroupFisher(unit).collect(model, case.batch)
+        FisherCollector(unit).collect(model, case.batch)
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(case.batch[key], before[key]) for key in before)
@@ -194,7 +193,7 @@ def test_an_empty_batch_is_an_error_in_every_unit():
     model, batch = tiny("gpt2"), batch_of("gpt2")
     for unit in ("batch", "sequence", "token"):
         for empty in ([], {key: value[:0] for key, value in batch.items()}):
-            collector = GroupFisher(unit)
+            collector = FisherCollector(unit)
             with pytest.raises(BatchError, match=r"^task default: no (label|batch).*$"):
                 collector.collect(model, empty)
             assert collector.tasks == []
@@ -204,7 +203,7 @@ def test_a_loss_that_reaches_only_frozen_parameters_has_zero_moments():
     model = tiny("gpt2").requires_grad_(False)
     model.transformer.h[0].register_parameter("idle", nn.Parameter(torch.ones(2)))
     for unit in ("batch", "token"):
-        collector = GroupFisher(unit)
+        collector = FisherCollector(unit)
         collector.collect(model, batch_of("gpt2"))
         means = collector.fisher_mean["default"]
         assert {name: mean.tolist() for name, mean in means.items()} == {
@@ -217,7 +216,7 @@ def test_no_label_is_an_error():
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for unit in ("batch", "sequence", "token"):
         with pytest.raises(BatchError, match="no label"):
-            GroupFisher(unit).collect(tiny("gpt2"), batch)
+            FisherCollector(unit).collect(tiny("gpt2"), batch)
 
 
 # --- groups ----------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def test_no_label_is_an_error():
 
 @pytest.fixture(scope="module")
 def collected(case):
-    collector = GroupFisher("token")
+    collector = FisherCollector("token")
     collector.collect(case.model, case.batch, "t")
     return collector
 
@@ -296,7 +295,7 @@ def test_heads_are_the_slices_that_the_attention_uses(case, collected):
 
 def test_a_neuron_is_a_row_and_its_bias():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False)).double()
-    collector = GroupFisher()
+    collector = FisherCollector()
     gradients = {
         n: torch.arange(p.numel()).view(p.shape) + 1.0 for n, p in model.named_parameters()
     }
@@ -323,7 +322,7 @@ def test_a_neuron_is_a_row_and_its_bias():
 )
 @settings(max_examples=60, deadline=None)
 def test_overlap_with_itself_is_one(values, share):
-    collector = GroupFisher()
+    collector = FisherCollector()
     for task in ("a", "b"):
         collector.update_fisher_welford(task, {"w": torch.tensor(values)}, 1)
     found = collector.overlap("a", "b", share=share)
@@ -337,7 +336,7 @@ def test_overlap_with_itself_is_one(values, share):
 @given(left=st.integers(1, 9), share=st.floats(0.01, 1.0))
 @settings(max_examples=40, deadline=None)
 def test_overlap_of_disjoint_supports_is_zero(left, share):
-    collector = GroupFisher()
+    collector = FisherCollector()
     first, second = torch.zeros(10), torch.zeros(10)
     first[:left], second[left:] = 2.0, 3.0
     collector.update_fisher_welford("a", {"w": first}, 1)
@@ -346,7 +345,7 @@ def test_overlap_of_disjoint_supports_is_zero(left, share):
 
 
 def test_overlap_in_between_and_by_group():
-    collector = GroupFisher()
+    collector = FisherCollector()
     collector.update_fisher_welford("a", {"v": torch.tensor([2.0, 1, 0]), "w": torch.ones(1)}, 1)
     collector.update_fisher_welford("b", {"v": torch.tensor([2.0, 0, 1]), "w": torch.ones(1)}, 1)
     found = collector.overlap("a", "b", share=0.5)
@@ -407,7 +406,7 @@ def test_export_narrows_and_says_its_unit(case, collected):
 
 
 def test_a_refused_merge_changes_nothing():
-    mine, other = GroupFisher(), GroupFisher()
+    mine, other = FisherCollector(), FisherCollector()
     for collector, size in ((mine, 2), (other, 3)):
         collector.update_fisher_welford("a", {"w": torch.ones(2)}, 2)
         collector.update_fisher_welford("b", {"v": torch.ones(1), "w": torch.ones(size)}, 2)
@@ -423,14 +422,14 @@ def test_a_refused_merge_changes_nothing():
 
 def test_states_of_other_units_do_not_merge():
     with pytest.raises(CurvatureError, match="unit: 'token' cannot be merged"):
-        GroupFisher("batch").merge(GroupFisher("token"))
+        FisherCollector("batch").merge(FisherCollector("token"))
     with pytest.raises(CurvatureError, match="unit: 'word'"):
-        GroupFisher("word")
+        FisherCollector("word")
 
 
 def test_a_pair_as_batch():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    collector = GroupFisher("token", loss_fn=losses.CrossEntropy())
+    collector = FisherCollector("token", loss_fn=losses.CrossEntropy())
     collector.collect(model, (torch.randn(5, 3), torch.tensor([0, 1, 1, -100, 0])))
     assert collector.token_total["default"] == 4.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import torch
@@ -17,6 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fisher_lab.config.spectra import SpectralConfig
+from fisher_lab.curvature.spectra import eigensolve
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+
+EXACT_MODES = ("full", "chunked", "streaming")
 ARCHITECTURES = ("gpt2", "llama", "bert", "t5")
 VOCAB = 13
 
@@ -164,3 +170,18 @@ def assert_same_spectrum(
     scale = wanted.clamp(min=1e-7 * float(wanted[0]))
     worst = float(((values - wanted).abs() / scale).max())
     assert worst <= relative, worst
+
+
+def spectrum(model, batch, *, structure="layer", center=False, n_samples=None, **config):
+    config = SpectralConfig(**{"chunk_size": 4, **config})
+    return FisherSpectral(config).compute_fisher_spectrum(
+        model, batch, n_samples, structure, center
+    )
+
+
+def assert_no_number(record):
+    assert record["status"] == "degenerate"
+    assert record["eigenvalues"] == []
+    assert record["reason"]
+    assert all(record[key] is None for key in eigensolve.NUMBERS)
+    json.dumps(record, allow_nan=False)

@@ -17,12 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.group_fisher.collector import GroupFisher
-from fisher_lab.curvature.group_fisher.distributed import collect_shares, merged
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
 from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.spectra import spill
+from fisher_lab.curvature.spectra import per_sample_gradients, spill
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
-from fisher_lab.curvature.spectra.per_sample_gradients import LinearCost
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests import reference
 from tests.distributed import joined
@@ -47,9 +46,10 @@ class Job:
     def run(self, comm: Any, model: nn.Module, batches: list[dict]) -> dict[str, Any]:
         config = SpectralConfig(**{"chunk_size": 8, **self.config})
         engine = FisherSpectral(config, communicator=comm)
-        cheaper = LinearCost(1.0, 0.0, 1, 0) if self.products else LinearCost(0.0, 1.0, 0, 1)
-        cost = "fisher_lab.curvature.spectra.per_sample_gradients.linear_cost"
-        with patch(cost, lambda *_: cheaper), patch.object(spill, "TILE_BYTES", self.tile):
+        cheaper = patch.object(
+            per_sample_gradients, "factored_is_cheaper", lambda *_: self.products
+        )
+        with cheaper, patch.object(spill, "TILE_BYTES", self.tile):
             return engine.compute_fisher_spectrum(
                 model, batches, self.n_samples, self.structure, self.center
             )
@@ -211,10 +211,10 @@ def in_wrapper(
     job = Job("layer", config={"storage_mode": "chunked"})
     lanczos = FisherLanczos(k=2, tol=1e-9, communicator=comm)
     vectors = lanczos.top_eigenpairs(model, batches, eigenvectors=True)
-    group = {unit: GroupFisher(unit) for unit in ("token", "batch")}
+    group = {unit: FisherCollector(unit) for unit in ("token", "batch")}
     for unit, collector in group.items():
-        collect_shares(collector, model, batches, "train", comm)
-        group[unit] = merged(collector, comm)
+        collect_slices(collector, model, batches, "train", comm)
+        group[unit] = merge_over_ranks(collector, comm)
     if not all(module.training for module in model.modules()):
         raise AssertionError("the model's mode has changed")
     if before != {n: (type(p), p.shape) for n, p in model.named_parameters()}:
@@ -284,7 +284,7 @@ def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> 
             with patch(step, side_effect=ValueError("a product failed")):
                 engine.top_eigenpairs(model, batches)
         elif kind == "basis":
-            with patch("fisher_lab.curvature.spectra.lanczos.free_memory", lambda device: 0):
+            with patch("fisher_lab.curvature.spectra.vector_memory.free_memory", lambda device: 0):
                 engine.top_eigenpairs(model, batches)
         else:
             engine.top_eigenpairs(model, batches)

@@ -15,9 +15,9 @@ from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.api_collector import AdvancedFisherCollector
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
-from fisher_lab.curvature.group_fisher.collector import GroupFisher
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
-from tests.curvature.spectra_support import ARCHITECTURES, batch_of, reference_rows, tiny
+from tests.curvature.spectra.reference import ARCHITECTURES, batch_of, reference_rows, tiny
 
 
 class CountingForward(nn.Module):
@@ -58,7 +58,7 @@ def test_one_forward_pass_feeds_kfac_and_group_fisher(architecture):
     for name in wanted:
         error = float((found[name] - wanted[name]).norm())
         assert error <= 1e-4 * float(wanted[name].norm()) + 1e-9
-    group = GroupFisher("batch")
+    group = FisherCollector("batch")
     group.collect(model, batch, "t")
     for name, value in group.fisher_mean["t"].items():
         torch.testing.assert_close(
@@ -76,25 +76,21 @@ def test_the_cache_feeds_group_fisher_and_the_spectrum(unit, monkeypatch):
     assert not summary["kfac_enabled"]
     assert summary["kfac_factors"] == {}
     assert summary["cached_samples"] == {"token": 7, "sequence": 3}[unit]
-    alone = GroupFisher(unit)
+    alone = FisherCollector(unit)
     alone.collect(model, batch, "t")
     for name, value in alone.fisher_mean["t"].items():
         torch.testing.assert_close(
             collector.group.fisher_mean["t"][name], value, rtol=1e-12, atol=1e-18
         )
-    run = torch.autograd.grad
-    for linear_gram in ("auto", "never"):
-        config = SpectralConfig(sample_unit=unit, linear_gram=linear_gram)
-        fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
-        calls = []
-        monkeypatch.setattr(
-            torch.autograd, "grad", lambda *a, c=calls, **k: c.append(1) or run(*a, **k)
-        )
-        again = FisherSpectral(config, gradient_cache=collector.gradient_cache)
-        found = again.compute_fisher_spectrum(model, batch)
-        assert calls == []
-        assert found["per_block"] == fresh["per_block"]
-        assert found["metadata"]["cache_exact"]
+    config = SpectralConfig(sample_unit=unit)
+    fresh = FisherSpectral(config).compute_fisher_spectrum(model, batch)
+    calls, run = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or run(*a, **k))
+    engine = FisherSpectral(config, gradient_cache=collector.gradient_cache)
+    found = engine.compute_fisher_spectrum(model, batch)
+    assert calls == []
+    assert found["per_block"] == fresh["per_block"]
+    assert found["metadata"]["cache_exact"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
