@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisher_lab.analysis import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
     from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
-    from fisher_lab.api_collector import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.config.spectra import SpectralConfig as SpectralConfig
     from fisher_lab.curvature.group_fisher.collector import FisherCollector as FisherCollector
     from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
@@ -29,7 +29,7 @@ _HOMES = {
     "SpectralConfig": "fisher_lab.config.spectra",
     "FisherLanczos": "fisher_lab.curvature.spectra.lanczos",
     "FisherCollector": "fisher_lab.curvature.group_fisher.collector",
-    "AdvancedFisherCollector": "fisher_lab.api_collector",
+    "AdvancedFisherCollector": "fisher_lab.analysis",
     "UnifiedConfig": "fisher_lab.analysis",
     "UnifiedModelAnalyzer": "fisher_lab.analysis",
 }

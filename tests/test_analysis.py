@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from fisher_lab.analysis import UnifiedConfig, UnifiedModelAnalyzer
+from fisher_lab.analysis import AdvancedFisherCollector, UnifiedConfig, UnifiedModelAnalyzer
 from fisher_lab.api import KFACNaturalGradient
-from fisher_lab.api_collector import AdvancedFisherCollector
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector

@@ -13,39 +13,44 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from fisher_lab.analysis import SpectralEngines
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.spectra import (
-    GroupFisherSection,
-    LanczosConfig,
-    LanczosSection,
-    SpectralConfig,
-    options_of,
-)
+from fisher_lab.config.spectra import GroupFisherSection
+from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
-from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
-from fisher_lab.curvature.losses import CrossEntropy
-from fisher_lab.curvature.spectra.lanczos import FisherLanczos
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.group_fisher.parameter_groups import GROUPS
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks import spectra_figures as figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workload.build import Bench
+from fisher_lab.workload.corpus import Side
 
 log = logging.getLogger(__name__)
 
-GROUP_KINDS = ("layer", "head", "neuron", "parameter")
-
 Report = Callable[[int, int], None]
+
+SPECTRAL_METRICS = (
+    "largest_eigenvalue",
+    "condition_number",
+    "effective_rank",
+    "spectral_gap",
+    "trace",
+    "n_nonzero",
+    "n_blocks",
+    "n_degenerate",
+)
+"""Numbers of the union of the blocks that become metrics."""
 
 
 def refuse(config: Config, ranks: Ranks) -> None:
@@ -92,6 +97,22 @@ def run_engines(
     return metrics
 
 
+def _engines(config: Config, bench: Bench, ranks: Ranks) -> SpectralEngines:
+    return SpectralEngines(
+        bench.model,
+        _own_parts(config, bench, ranks, "train"),
+        loss_fn=bench.loss_fn,
+        communicator=ranks.world,
+    )
+
+
+def _own_parts(
+    config: Config, bench: Bench, ranks: Ranks, side: Side
+) -> Sequence[dict[str, Tensor] | None]:
+    """This rank's sequences of every batch, None for a batch of which it holds none."""
+    return ranks.own_parts(bench.batches(side, config.kfac.n_batches, config.seed))
+
+
 # ---- spectrum ------------------------------------------------------------------------------------
 
 
@@ -110,43 +131,25 @@ def run_spectral(
     Returns:
         Flat metrics under ``spectral/``; none but on rank 0.
     """
-    chosen = config.spectral
     start = perf_counter()
-    engine = FisherSpectral(
-        options_of(chosen, SpectralConfig, use_deterministic=config.deterministic),
-        loss_fn=_loss(bench),
-        progress=report,
-        communicator=ranks.world,
-    )
-    result = engine.compute_fisher_spectrum(
-        bench.model,
-        _batches(config, bench, ranks),
-        chosen.n_samples,
-        chosen.block_structure,
-        chosen.center_gradients,
+    result = _engines(config, bench, ranks).spectrum(
+        config.spectral, deterministic=config.deterministic, progress=report
     )
     seconds = perf_counter() - start  # of the engine, without its files and figures
     if not ranks.is_rank_zero:
         return {}
     atomic.write_json(run.directory / "spectral.json", strict(result))
     skipped = {"eigenvalues", "residuals"}
-    run.table(
-        "spectral.csv",
-        [
-            {"block": name, **{k: v for k, v in record.items() if k not in skipped}}
-            for name, record in result["per_block"].items()
-        ],
-    )
+    rows = [
+        {"block": name, **{k: v for k, v in record.items() if k not in skipped}}
+        for name, record in result["per_block"].items()
+    ]
+    run.table("spectral.csv", rows)
     figures.decay(run.directory / "spectral_decay", result)
     whole = result["global"]
     metrics = {
-        f"spectral/{key}": whole[key]
-        for key in (
-            "largest_eigenvalue", "condition_number", "effective_rank", "spectral_gap", "trace",
-            "n_nonzero", "n_blocks", "n_degenerate",
-        )
-        if whole.get(key) is not None
-    }  # fmt: skip
+        f"spectral/{key}": whole[key] for key in SPECTRAL_METRICS if whole.get(key) is not None
+    }
     metrics["spectral/n_samples"] = result["metadata"]["n_samples"]
     metrics["spectral/bytes"] = (run.directory / "spectral.json").stat().st_size
     metrics["spectral/seconds"] = seconds
@@ -168,17 +171,8 @@ def run_lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[st
     Returns:
         Flat metrics under ``lanczos/``; none but on rank 0.
     """
-    chosen = config.lanczos
     start = perf_counter()
-    batches = _batches(config, bench, ranks)
-    result = _lanczos(chosen, bench, ranks).analyze(
-        bench.model,
-        batches,
-        chosen.block,
-        lam=None if chosen.operator == "hessian" else chosen.dimension_damping,
-        n_probes=chosen.density_probes,
-        steps=chosen.density_steps,
-    )
+    result = _engines(config, bench, ranks).lanczos(config.lanczos, say=_say)
     seconds = perf_counter() - start
     if not ranks.is_rank_zero:
         return {}
@@ -212,17 +206,8 @@ def _write_density(density: Mapping[str, Any], run: Run) -> None:
     figures.density(run.directory / "lanczos_density", density)
 
 
-def _lanczos(chosen: LanczosSection, bench: Bench, ranks: Ranks) -> FisherLanczos:
-    return FisherLanczos(
-        config=options_of(chosen, LanczosConfig),
-        loss_fn=_loss(bench),
-        say=_say,
-        communicator=ranks.world,
-    )
-
-
 def _say(line: str) -> None:
-    """A line for the screen as well as for the log: what is about to be allocated."""
+    """Shows what is about to be allocated on the screen as well as in the log."""
     log.info(line)
     print(line, flush=True)
 
@@ -240,7 +225,7 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
 def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
 
-    Training and held-out text are two tasks, so that their overlap says how stable what matters is.
+    Training and held-out text are two tasks: their overlap says how stable the importance is.
 
     Args:
         config: the validated configuration.
@@ -251,19 +236,21 @@ def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> di
     Returns:
         Flat metrics under ``group_fisher/``; none but on rank 0.
     """
-    chosen = config.group_fisher
+    section = config.group_fisher
     start = perf_counter()
-    collector = _collected(config, bench, ranks)
+    sides: tuple[Side, Side] = ("train", "heldout")
+    tasks = {side: _own_parts(config, bench, ranks, side) for side in sides}
+    collector = _engines(config, bench, ranks).group_fisher(section, tasks)
     if not ranks.is_rank_zero:
         return {}
-    rows, summary = _scores(collector, chosen)
-    overlap = collector.overlap("train", "heldout", share=chosen.share)
-    summary |= {"overlap": overlap, "unit": chosen.unit, "token_total": collector.token_total}
+    rows, summary = _scores(collector, section)
+    overlap = collector.overlap("train", "heldout", share=section.share)
+    summary |= {"overlap": overlap, "unit": section.unit, "token_total": collector.token_total}
     atomic.write_json(run.directory / "group_fisher.json", strict(summary))
     run.table("group_fisher.csv", rows)
-    if chosen.save_state:
+    if section.save_state:
         collector.save(run.directory / "group_fisher")
-    _export(collector, chosen, run)
+    _export(collector, section, run)
     figures.importance(run.directory / "group_fisher_layers", summary["importance"]["layer"])
     metrics: dict[str, Any] = {
         f"group_fisher/overlap_{key}": value for key, value in overlap.items() if value is not None
@@ -276,47 +263,25 @@ def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> di
     return metrics
 
 
-def _collected(config: Config, bench: Bench, ranks: Ranks) -> FisherCollector:
-    """The moments of all ranks' sequences."""
-    chosen = config.group_fisher
-    collector = FisherCollector(
-        chosen.unit,
-        sequence_weight=chosen.sequence_weight,
-        chunk_size=chosen.chunk_size,
-        loss_fn=_loss(bench),
-    )
-    for split in ("train", "heldout"):
-        batches = bench.batches(split, config.kfac.n_batches, config.seed)
-        if len(ranks) == 1:
-            collector.collect(bench.model, batches, split)
-        else:
-            shares = ranks.own_parts(batches)
-            collect_slices(collector, bench.model, shares, split, ranks.world)
-    return collector if len(ranks) == 1 else merge_over_ranks(collector, ranks.world)
-
-
 def _scores(
-    collector: FisherCollector, chosen: GroupFisherSection
+    collector: FisherCollector, section: GroupFisherSection
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows, importance, top = [], {}, {}
-    for kind in GROUP_KINDS:
+    for kind in GROUPS:
         try:
             scores = collector.importance("train", kind)
-        except ValueError as error:
-            log.info("group Fisher: %s", error)
-            continue
-        except RuntimeError as error:  # the model has no group of this kind
+        except CurvatureError as error:  # the model has no group of this kind
             log.info("group Fisher: %s", error)
             continue
         rows += [{"kind": kind, "group": name, "importance": v} for name, v in scores.items()]
-        top[kind] = collector.top_k("train", chosen.top_k, kind)
+        top[kind] = collector.top_k("train", section.top_k, kind)
         if kind != "neuron":
             importance[kind] = scores
     return rows, {"importance": importance, "top": top}
 
 
-def _export(collector: FisherCollector, chosen: GroupFisherSection, run: Run) -> None:
-    exported = collector.export("train", getattr(torch, chosen.export_dtype))
+def _export(collector: FisherCollector, section: GroupFisherSection, run: Run) -> None:
+    exported = collector.export("train", getattr(torch, section.export_dtype))
     tensors = {
         f"{kind}/{name}": tensor.cpu().contiguous()
         for kind in ("mean", "variance")
@@ -326,14 +291,3 @@ def _export(collector: FisherCollector, chosen: GroupFisherSection, run: Run) ->
     atomic.write_bytes(
         run.directory / "group_fisher_export.safetensors", safetensors.torch.save(tensors, about)
     )
-
-
-# ---- shared --------------------------------------------------------------------------------------
-
-
-def _batches(config: Config, bench: Bench, ranks: Ranks) -> list[Any]:
-    return ranks.own_batches(bench.batches("train", config.kfac.n_batches, config.seed))
-
-
-def _loss(bench: Bench) -> CrossEntropy | None:
-    return bench.loss_fn  # type: ignore[return-value]

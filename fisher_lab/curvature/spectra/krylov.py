@@ -232,10 +232,8 @@ def lanczos_algorithm(
     basis.start(random_vector(n, generator))
     pairs, restarts = _search(basis, k, which, tol, limit)
     chosen = pairs.order[:k]
-    vectors = None
-    if eigenvectors:
-        turn = pairs.coordinates[:, chosen].T.to(basis.vectors)
-        vectors = turn @ basis.vectors[: basis.size]
+    turn = pairs.coordinates[:, chosen].T.to(basis.vectors)
+    vectors = turn @ basis.vectors[: basis.size] if eigenvectors else None
     return LanczosResult(
         eigenvalues=pairs.values[chosen],
         residuals=pairs.residuals[chosen],
