@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.api import KFACNaturalGradient
+from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.config.spectra import (
     GroupFisherConfig,
@@ -58,8 +59,6 @@ class AdvancedFisherCollector:
         kfac_update_freq: the factors are refreshed on the first and every so many-th batch.
         damping: of K-FAC.
         kfac_show_progress: progress bars of K-FAC.
-        ema_decay: handed to K-FAC; it belongs to its legacy diagonal and touches no factor.
-        use_gpu_eigh: handed to K-FAC; False decomposes on the host.
         use_group_fisher: whether group Fisher is fed.
         group_unit: ``batch``, ``sequence`` or ``token``.
         cache_gradients: keep the last call's per-sample gradients in ``gradient_cache``, of
@@ -69,7 +68,7 @@ class AdvancedFisherCollector:
             ``SpectralConfig`` of the engine that reads it.
         loss_fn: None for a Hugging Face model; else a ``CrossEntropy``.
         **kfac: further arguments of :class:`fisher_lab.KFACNaturalGradient` (``kfac_policy``,
-            ``max_condition_number``, ...).
+            ``ema_decay``, ``use_gpu_eigh``, ...).
 
     Attributes:
         kfac_handler: the ``KFACNaturalGradient``, or None.
@@ -87,15 +86,13 @@ class AdvancedFisherCollector:
         use_true_fisher: bool = False,
         use_kfac: bool = True,
         kfac_update_freq: int = 1,
-        damping: float = 1e-4,
+        damping: float = KFACSettings.damping,
         kfac_show_progress: bool = False,
         *,
-        ema_decay: float = 0.99,
-        use_gpu_eigh: bool = True,
         use_group_fisher: bool = True,
-        group_unit: str = "batch",
+        group_unit: str = GroupFisherConfig.unit,
         cache_gradients: bool = False,
-        cache_chunk_size: int = 32,
+        cache_chunk_size: int = SpectralConfig.chunk_size,
         loss_fn: LossFunction | None = None,
         **kfac: Any,
     ) -> None:
@@ -105,9 +102,7 @@ class AdvancedFisherCollector:
         if use_kfac:
             self.kfac_handler = KFACNaturalGradient(
                 damping=damping,
-                ema_decay=ema_decay,
                 update_freq=kfac_update_freq,
-                use_gpu_eigh=use_gpu_eigh,
                 show_progress=kfac_show_progress,
                 **{"fisher": "true" if use_true_fisher else "empirical", **kfac},
             )
@@ -395,11 +390,11 @@ class UnifiedConfig:
     seq_len: int = 64
     n_batches: int = 1
     seed: int = 42
-    damping: float = 1e-4
-    kfac_policy: str = "all"
+    damping: float = KFACSettings.damping
+    kfac_policy: str = KFACSettings.policy
     sample_unit: str = "sequence"
     block_structure: str = "layer"
-    group_unit: str = "batch"
+    group_unit: str = GroupFisherConfig.unit
     n_samples: int | None = None
     lanczos_k: int = 5
     device: str = "auto"

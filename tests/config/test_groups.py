@@ -37,6 +37,8 @@ def composed(*overrides: str) -> Config:
 def test_the_default_run_is_the_schemas_but_for_what_conf_sets():
     expected = Config()
     expected.kfac.policy, expected.kfac.big_threshold = "auto", 1024
+    expected.lanczos.density_steps, expected.lanczos.dimension_damping = 20, 1e-4
+    expected.group_fisher.unit = "sequence"
     assert composed() == expected
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk
 from fisher_lab.curvature.spectra.spill import Bytes, DenseRows, FactoredRows
@@ -94,7 +95,7 @@ def factored_gram(pieces: FactoredRows, n: int, device: torch.device) -> Tensor:
     return from_lower_triangle(gram)
 
 
-class GramMatrix:
+class GramMatrix(BlockMatrix):
     """``(1/N) J J^T``, ``N x N``, from rows kept by column tiles and products (mode ``chunked``).
 
     Args:
@@ -129,8 +130,8 @@ class GramMatrix:
         self.touched = False
         self.method = "gram" if not weights else "gram+factored" if sizes else "gram_factored"
 
+    @override
     def add(self, chunk: Chunk) -> None:
-        """Stores the block's columns and products."""
         if self.rows is not None:
             columns = columns_of(chunk, self._sizes)
             self.touched |= columns is not None
@@ -143,8 +144,8 @@ class GramMatrix:
                 one = chunk.factored[name]
                 rows.write(chunk.first, chunk.sequence, one.inputs, one.outputs)
 
+    @override
     def matrix(self, *, center: bool) -> Tensor:
-        """Returns ``(1/N) J J^T``."""
         gram = torch.zeros(self._n, self._n, dtype=torch.float64, device=self.device)
         if self.rows is not None:
             for tile in self.rows.tiles():
@@ -156,14 +157,14 @@ class GramMatrix:
             gram += double_center(one) if center else one
         return gram / self._n
 
+    @override
     def close(self) -> None:
-        """Gives memory and files back."""
         for store in (self.rows, *self.factored.values()):
             if store is not None:
                 store.close()
 
 
-class CovarianceMatrix:
+class CovarianceMatrix(BlockMatrix):
     """``(1/N) J^T J``, ``P x P``, summed up chunk by chunk (mode ``streaming``, ``P < N``).
 
     Args:
@@ -180,8 +181,8 @@ class CovarianceMatrix:
         self._sum: Tensor | None = None
         self.touched = False
 
+    @override
     def add(self, chunk: Chunk) -> None:
-        """Adds a chunk's outer products."""
         columns = columns_of(chunk, self._sizes)
         self.touched |= columns is not None
         rows = torch.zeros(chunk.n, sum(self._sizes.values())) if columns is None else columns
@@ -198,8 +199,8 @@ class CovarianceMatrix:
         self._mean = self._mean.to(mean.device) + delta * (chunk.n / total)
         self._n = total
 
+    @override
     def matrix(self, *, center: bool) -> Tensor:
-        """Returns ``(1/N) J^T J`` (centred or not as it was collected)."""
         if self._sum is None or center != self._center:
             raise ValueError("center: another value than the matrix was collected with")
         return self._sum / self._n
@@ -215,12 +216,12 @@ class CovarianceMatrix:
             return 0, zeros[:, 0].clone(), zeros
         return self._n, self._mean, self._sum
 
+    @override
     def close(self) -> None:
-        """Forgets the sums."""
         self._sum = self._mean = None
 
 
-class RowMatrix:
+class RowMatrix(BlockMatrix):
     """``J`` itself, ``N x P`` in memory (modes ``full`` and ``sketch``).
 
     Args:
@@ -240,8 +241,8 @@ class RowMatrix:
         self._rows: Tensor | None = None
         self.touched = False
 
+    @override
     def add(self, chunk: Chunk) -> None:
-        """Copies the block's columns."""
         columns = columns_of(chunk, self._sizes)
         if columns is None:
             return
@@ -267,6 +268,6 @@ class RowMatrix:
         n, p = rows.shape
         return (rows @ rows.T if n <= p else rows.T @ rows) / self._n
 
+    @override
     def close(self) -> None:
-        """Forgets the rows."""
         self._rows = None

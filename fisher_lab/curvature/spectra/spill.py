@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.curvature.collectives import dtype_name
 
@@ -37,18 +38,19 @@ class Bytes(Protocol):
         ...
 
 
-class MemoryBytes:
+class MemoryBytes(Bytes):
     """Keeps the bytes in memory."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
 
+    @override
     def write(self, offset: int, tensor: Tensor) -> None:
-        """Stores the tensor at an offset; a copy, so that chunks can be freed."""
+        # A copy, so that the chunk can be freed.
         self._kept[offset] = tensor.detach().cpu().clone()
 
+    @override
     def read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Joins the tensors written from an offset on to the shape asked for."""
         wanted, pieces = prod(shape), []
         while wanted > 0:
             piece = self._kept[offset].reshape(-1)
@@ -58,8 +60,8 @@ class MemoryBytes:
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return joined.reshape(shape)
 
+    @override
     def close(self) -> None:
-        """Forgets everything."""
         self._kept.clear()
 
 
@@ -69,7 +71,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(raw)
 
 
-class FileBytes:
+class FileBytes(Bytes):
     """Keeps the bytes in an unnamed temporary file.
 
     Args:
@@ -79,15 +81,15 @@ class FileBytes:
     def __init__(self, directory: str | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (closed in close)
 
+    @override
     def write(self, offset: int, tensor: Tensor) -> None:
-        """Writes the tensor's bytes at an offset."""
         self._file.seek(offset)
         view = _bytes_of(tensor.detach().cpu().contiguous())
         while view:
             view = view[self._file.write(view) :]
 
+    @override
     def read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Reads a tensor back."""
         out = torch.empty(shape, dtype=dtype)
         view = _bytes_of(out)
         self._file.seek(offset)
@@ -98,8 +100,8 @@ class FileBytes:
             view = view[count:]
         return out
 
+    @override
     def close(self) -> None:
-        """Closes the file, which removes it."""
         self._file.close()
 
 
