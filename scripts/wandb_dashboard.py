@@ -23,7 +23,7 @@ from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
-from fisher_lab.tracking import SinkError, send
+from fisher_lab.tracking import send
 
 BUDGET_S = 60.0
 """Seconds that ``--aggregate`` waits: here nothing else does."""
@@ -187,16 +187,13 @@ def main(argv: list[str]) -> int:
         if not rows:
             parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
         chosen = TrackerConfig(
+            sinks=["wandb"],
             mode=args.mode,
             project=args.project,
             entity=args.entity or None,
             budget_s=BUDGET_S,
         )
-        try:
-            done = send.send_sweep(rows, args.aggregate, chosen)
-        except SinkError as error:
-            print(f"not sent: {error}", file=sys.stderr)
-            return 1
+        done = send.send_sweep(args.aggregate, chosen)
         print(f"{len(rows)} groups")
         return 0 if done else 1
     try:

@@ -106,7 +106,7 @@ def finish(cells: Sequence[Cell] | Sequence[FrozenCell]) -> None:
 
     for directory, tracker in {c.layout.directory: c.config.tracker for c in cells}.items():
         finishing.at_end(directory)
-        send.send_sweep_at_end(directory, tracker)
+        send.send_sweep(directory, tracker)
 
 
 def launch(cells: Sequence[FrozenCell], tally: Tally, settings: Settings) -> None:

@@ -14,22 +14,9 @@ from contextvars import ContextVar
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.tracking.base import Guarded, Start, Tracker
-from fisher_lab.tracking.process import SinkError, SinkProcess
+from fisher_lab.tracking.base import Guarded, Tracker
+from fisher_lab.tracking.process import SinkProcess
 from fisher_lab.tracking.wandb import disabled
-
-__all__ = [
-    "Guarded",
-    "SinkError",
-    "SinkProcess",
-    "Start",
-    "Tracker",
-    "active",
-    "check",
-    "current",
-    "disabled",
-    "make",
-]
 
 _ACTIVE: ContextVar[Tracker] = ContextVar("fisher_lab_tracker", default=Tracker())  # noqa: B039
 

@@ -43,10 +43,6 @@ IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 """Signals for the run that a scheduler sends to every process; the child ends with its input."""
 
 
-class SinkError(RuntimeError):
-    """The child failed, ended too early, or no longer reads."""
-
-
 class SinkProcess(Tracker):
     """The run's side of a sink: calls are queued, and only ``finish`` waits for the child.
 
@@ -105,7 +101,7 @@ class SinkProcess(Tracker):
             self.problem = "it no longer takes what the run sends; its process was killed"
         if self.problem is not None:
             self._kill()
-            raise SinkError(self.problem)
+            raise RuntimeError(self.problem)
         if reader.is_alive():
             log.warning(
                 "the tracker %s is still busy; it goes on by itself for at most %g s",
@@ -121,7 +117,7 @@ class SinkProcess(Tracker):
             except queue.Full:
                 self.problem = "it no longer takes what the run sends"
                 self._kill()
-        raise SinkError(self.problem)
+        raise RuntimeError(self.problem)
 
     def _kill(self) -> None:
         """Kill the child; processes that it started see their pipes close."""

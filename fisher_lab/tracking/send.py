@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -143,35 +142,6 @@ def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
     tracker.finish(run.status.value)
 
 
-def send_sweep_at_end(directory: Path, config: TrackerConfig) -> bool:
-    """Send the table of a sweep that has ended, unless the same table was sent before.
-
-    Whatever goes wrong is one warning, and no error.
-
-    Args:
-        directory: of the sweep.
-        config: the section ``tracker`` of its cells.
-
-    Returns:
-        Whether it was sent, or written where `scripts/wandb_sync.sh` finds it.
-    """
-    if "wandb" not in config.sinks or disabled(config, os.environ):
-        return False
-    try:
-        rows = aggregate(directory)
-        mark = directory / DIRECTORY / SENT_FILE
-        digest = {"rows": _digest(rows)}
-        if not rows or (mark.exists() and json.loads(mark.read_bytes()) == digest):
-            return False
-        sent = send_sweep(rows, directory, config)
-        if sent:  # otherwise the next end of the sweep tries again
-            atomic.write_json(mark, digest)
-        return sent
-    except Exception as error:
-        log.warning("the aggregated table of %s was not sent: %s", directory, error)
-        return False
-
-
 def aggregate(directory: Path) -> list[dict[str, Any]]:
     """The table of a sweep, averaged over seeds, which W&B's own table of runs does not show.
 
@@ -201,37 +171,56 @@ def aggregate(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def send_sweep(rows: list[dict[str, Any]], directory: Path, config: TrackerConfig) -> bool:
-    """Send the table of a sweep to W&B, as a run that is named by the table's content.
+def send_sweep(directory: Path, config: TrackerConfig) -> bool:
+    """Send the table of a sweep to W&B, as a run of its own, unless the same table was sent before.
+
+    Whatever goes wrong is one warning, and no error.
 
     Args:
-        rows: from :func:`aggregate`.
         directory: of the sweep, whose name is the run's group.
         config: the section ``tracker``; this function waits for at most ``budget_s``.
 
     Returns:
-        Whether everything was done within that time.
-
-    Raises:
-        fisher_lab.tracking.SinkError: the sink failed.
+        Whether it is sent, or written where `scripts/wandb_sync.sh` finds it.
     """
     directory = directory.resolve()
-    digest = _digest([directory.name, *rows])
-    where = Path(config.directory) if config.directory else directory / DIRECTORY
-    sink = SinkProcess("wandb", dataclasses.replace(config, sinks=["wandb"]), config.budget_s)
-    sink.start(
-        Start(
-            run_id=digest,
-            tracker_id=f"{AGGREGATE}-{digest}",
-            attempt=1,
-            config={"sweep": directory.name},
-            directory=where.absolute(),
-            name=f"{directory.name}: {AGGREGATE}",
-            group=config.group or directory.name,
-            job_type=AGGREGATE,
-            tags=tuple(config.tags),
+    if "wandb" not in config.sinks or disabled(config, os.environ):
+        return False
+    try:
+        rows = aggregate(directory)
+        content = [config.entity, config.project, directory.name, *rows]
+        text = json.dumps(content, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        mark = directory / DIRECTORY / SENT_FILE
+        if not rows:
+            return False
+        if mark.exists() and json.loads(mark.read_bytes()) == {"rows": digest}:
+            return True
+        sink = SinkProcess("wandb", config, config.budget_s)
+        where = Path(config.directory) if config.directory else directory / DIRECTORY
+        sink.start(
+            Start(
+                run_id=digest,
+                tracker_id=f"{AGGREGATE}-{digest}",
+                attempt=1,
+                config={"sweep": directory.name},
+                directory=where.absolute(),
+                name=f"{directory.name}: {AGGREGATE}",
+                group=config.group or directory.name,
+                job_type=AGGREGATE,
+                tags=tuple(config.tags),
+            )
         )
-    )
+        _send_table(sink, rows, directory)
+        if sink.finished:  # otherwise the next end of the sweep tries again
+            atomic.write_json(mark, {"rows": digest})
+        return sink.finished
+    except Exception as error:
+        log.warning("the aggregated table of %s was not sent: %s", directory, error)
+        return False
+
+
+def _send_table(sink: Tracker, rows: list[dict[str, Any]], directory: Path) -> None:
     for number, row in enumerate(rows):
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         sink.log(numbers, number)
@@ -243,9 +232,3 @@ def send_sweep(rows: list[dict[str, Any]], directory: Path, config: TrackerConfi
     for path in sorted((directory / "figures").glob("*.png")):
         sink.image(path.stem, path)
     sink.finish(Status.COMPLETED.value)
-    return sink.finished
-
-
-def _digest(content: list[Any]) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -42,8 +42,6 @@ class Sink(Tracker):
 
     @override
     def start(self, start: Start) -> None:
-        if not installed():
-            raise ModuleNotFoundError(MISSING)
         self._start = start
         if start.attempt == 1:  # the file of a later attempt is opened with its first step
             self._open()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from typing_extensions import override
 
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOST = "https://api.wandb.ai"
+ONLINE = ("online", "run", "shared")
+"""Modes of the library in which a run is uploaded, an older name included."""
 INIT_S = 20.0
 """Seconds that the service may take to accept an online run before the run is written offline."""
 CURVE = "curve/"
@@ -41,40 +40,9 @@ SPECTRUM = ("eigenvalue", "eigenvalues")
 """Columns for which a histogram is drawn beside the table."""
 
 
-def has_login(environ: Mapping[str, str]) -> bool:
-    """Whether there are credentials for the service that the environment names."""
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(environ.get("WANDB_BASE_URL") or HOST).hostname or ""
-    file = environ.get("NETRC") or os.path.expanduser("~/.netrc")
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def disabled(config: TrackerConfig, environ: Mapping[str, str]) -> bool:
     """Whether the configuration, or else the environment, switches W&B off."""
     return (config.mode or environ.get("WANDB_MODE")) == "disabled"
-
-
-def mode_of(config: TrackerConfig, environ: Mapping[str, str]) -> str:
-    """``online`` or ``offline``, by the configuration, else the environment, else the login.
-
-    Args:
-        config: the section ``tracker``; W&B is not :func:`disabled`.
-        environ: ``WANDB_MODE`` means what it means to the library, older names included; with a
-            value that the library does not know, nothing is uploaded.
-    """
-    chosen = config.mode or environ.get("WANDB_MODE")
-    if chosen:
-        return "online" if chosen in ("online", "run", "shared") else "offline"
-    if has_login(environ):
-        return "online"
-    log.info(
-        "there is no W&B login: the run is written offline (scripts/wandb_sync.sh sends it later)"
-    )
-    return "offline"
 
 
 class Sink(Tracker):
@@ -96,7 +64,8 @@ class Sink(Tracker):
             raise PermissionError(f"{directory} cannot be written to")
         for variable, name in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
             os.environ.setdefault(variable, str(directory / name))
-        self._online = mode_of(self._config, os.environ) == "online"
+        chosen = self._config.mode or os.environ.get("WANDB_MODE")
+        self._online = (chosen or "online") in ONLINE
         import wandb
 
         self._wandb, self._start = wandb, start
@@ -109,22 +78,18 @@ class Sink(Tracker):
         except Exception as error:
             if not self._online:
                 raise
-            log.warning("%s: the run is written offline", self._reason(error))
+            refused = isinstance(error, (wandb.UsageError, wandb.errors.AuthenticationError))
+            log.log(
+                logging.INFO if refused and not chosen else logging.WARNING,
+                "%s (%s): the run is written offline (scripts/wandb_sync.sh sends it later)",
+                "W&B does not accept the login" if refused else "W&B does not answer",
+                next(iter(str(error).strip().splitlines()), type(error).__name__),
+            )
             # The service still holds the run that has timed out, and would refuse its id.
             wandb.teardown(exit_code=1)
             self._online = False
             self._run = self._init()
         self._run.define_metric(CURVE + "*", step_metric=STEP)
-
-    def _reason(self, error: Exception) -> str:
-        """Why a run cannot be online."""
-        refused = (self._wandb.UsageError, self._wandb.errors.AuthenticationError)
-        if not isinstance(error, refused):
-            return f"W&B does not answer ({type(error).__name__})"
-        if not has_login(os.environ):
-            return "there is no W&B login"
-        lines = str(error).strip().splitlines()
-        return f"W&B does not take the login ({lines[0] if lines else type(error).__name__})"
 
     def _init(self) -> Run:
         start = self._start

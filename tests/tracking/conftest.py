@@ -16,7 +16,8 @@ from fisher_lab import cli, tracking
 from fisher_lab.config.schema import Config, TrackerConfig
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import runner
-from fisher_lab.tracking import SinkProcess, Start
+from fisher_lab.tracking.base import Start
+from fisher_lab.tracking.process import SinkProcess
 from tests.processes import until
 
 T_1 = 12.706

@@ -107,13 +107,14 @@ def test_a_sweep_sends_its_table_once_and_again_when_it_has_changed(sweep):
     (sweep / "table.csv").write_text("a,b\n")
     (sweep / "figures").mkdir()
     (sweep / "figures" / "density.png").write_bytes(png())
-    assert not send.send_sweep_at_end(sweep, TrackerConfig())
-    assert not send.send_sweep_at_end(sweep, TrackerConfig(sinks=["wandb"], mode="disabled"))
+    assert not send.send_sweep(sweep, TrackerConfig())
+    assert not send.send_sweep(sweep, TrackerConfig(sinks=["wandb"], mode="disabled"))
     assert not files(sweep)
-    assert send.send_sweep_at_end(sweep, OFFLINE)
-    assert not send.send_sweep_at_end(sweep, OFFLINE)
+    assert send.send_sweep(sweep, OFFLINE)
+    assert send.send_sweep(sweep, OFFLINE)
+    assert len(files(sweep)) == 1
     atomic.write_json(sweep / "0" / "metrics.json", {"loss": 4.0})
-    assert send.send_sweep_at_end(sweep, OFFLINE)
+    assert send.send_sweep(sweep, OFFLINE)
     first, second = (read(file) for file in files(sweep))
     assert first.run["run_id"] != second.run["run_id"]
     assert first.run["run_group"] == second.run["run_group"] == "damping"
@@ -137,7 +138,7 @@ def test_a_table_that_was_not_sent_is_one_warning_and_not_marked(
         (tmp_path / "file").write_text("")
         config = dataclasses.replace(config, budget_s=60.0, directory=str(tmp_path / "file" / "x"))
     clock = Clock()
-    sent = send.send_sweep_at_end(sweep, config)
+    sent = send.send_sweep(sweep, config)
     assert clock() < (2.5 if what == "no network" else 20.0)
     assert not sent
     assert not (sweep / "tracker" / send.SENT_FILE).exists()

@@ -10,7 +10,8 @@ import pytest
 
 from fisher_lab import tracking
 from fisher_lab.config.schema import TRACKERS, TrackerConfig
-from fisher_lab.tracking import Guarded, SinkProcess, Start, Tracker
+from fisher_lab.tracking.base import Guarded, Start, Tracker
+from fisher_lab.tracking.process import SinkProcess
 
 CALLS = {
     "start": (Start("id", "id-1", 1, {"seed": 0}, Path("here")),),
