@@ -78,7 +78,9 @@ class Sink(Tracker):
         except Exception as error:
             if not self._online:
                 raise
-            refused = isinstance(error, (wandb.UsageError, wandb.errors.AuthenticationError))
+            from wandb.errors import AuthenticationError, UsageError
+
+            refused = isinstance(error, AuthenticationError | UsageError)
             log.log(
                 logging.INFO if refused and not chosen else logging.WARNING,
                 "%s (%s): the run is written offline (scripts/wandb_sync.sh sends it later)",
