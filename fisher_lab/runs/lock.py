@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import secrets
@@ -114,30 +115,16 @@ class Lock:
     Args:
         path: What is locked; the files of the lock are ``<path>.lock.<generation>``.
         stale_after: Seconds without a heartbeat after which others may take over.
-        heartbeat: Seconds between two touches; a quarter of ``stale_after`` by default.
 
     Attributes:
+        heartbeat: Seconds between two touches.
         lost: Set when another process has taken over the lock that this object held.
-
-    Raises:
-        ValueError: ``stale_after`` is not positive, or ``heartbeat`` is not under it.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        stale_after: float = STALE_AFTER,
-        heartbeat: float | None = None,
-    ) -> None:
-        heartbeat = stale_after / 4 if heartbeat is None else heartbeat
-        if not 0 < heartbeat < stale_after:
-            raise ValueError(
-                f"stale_after={stale_after} and heartbeat={heartbeat}: "
-                "0 < heartbeat < stale_after is needed"
-            )
+    def __init__(self, path: str | os.PathLike[str], stale_after: float = STALE_AFTER) -> None:
         self.path = Path(path)
         self.stale_after = stale_after
-        self.heartbeat = heartbeat
+        self.heartbeat = stale_after / 4
         self.lost = threading.Event()
         self._file: Path | None = None
         self._token = ""
@@ -259,60 +246,49 @@ def once(
     target: str | os.PathLike[str],
     build: Callable[[Path], None],
     *,
-    ready: Callable[[Path], bool] = Path.exists,
-    stale_after: float = STALE_AFTER,
-    timeout: float | None = None,
     on_wait: Callable[[Holder], None] | None = None,
 ) -> bool:
     """Have ``target`` built by exactly one of all the processes that ask for it.
 
-    The others wait until it is ready. If the builder dies they notice, and one of them builds.
+    The others wait until it is there. If the builder dies they notice, and one of them builds.
 
     Args:
         target: What is to be there in the end.
         build: Makes it, atomically (under a temporary name, then renamed). Called with the lock
             held, after what a killed builder left of its temporary files has been removed.
-        ready: Says whether the target is there.
-        stale_after: Seconds without a heartbeat after which a builder counts as dead; a dead
-            builder on the same host is noticed at once.
-        timeout: Seconds to wait for another process to build; None waits as long as it is alive.
         on_wait: Called once, with the builder's identity, when there is a wait.
 
     Returns:
         Whether it was built here.
 
     Raises:
-        LockTimeout: The wait took longer than ``timeout``.
-        RuntimeError: ``build`` returned and the target is not ready.
+        RuntimeError: ``build`` returned and the target is not there.
     """
     target = Path(target)
-    lock = Lock(target, stale_after)
-    until = None if timeout is None else time.monotonic() + timeout
-    for _ in _pauses(until):
-        if ready(target):
+    lock = Lock(target)
+    for _ in _pauses():
+        if target.exists():
             return False
         if lock.acquire():
             break
         if on_wait is not None and (holder := lock.holder()) is not None:
             on_wait(holder)
             on_wait = None
-    else:
-        raise LockTimeout(f"{target} was not ready after {timeout} s; held by {lock.holder()}")
     with lock:
-        if ready(target):
+        if target.exists():
             return False
         atomic.remove_leftovers(target)
         build(target)
-        if not ready(target):
-            raise RuntimeError(f"{target} is not ready although its builder returned")
+        if not target.exists():
+            raise RuntimeError(f"{target} is not there although its builder returned")
     return True
 
 
-def _pauses(until: float | None) -> Iterator[None]:
+def _pauses(until: float = math.inf) -> Iterator[None]:
     """One turn at once, then others after pauses that grow, until the monotonic clock says so."""
     pause = _PAUSE_FIRST_S
     yield
-    while until is None or time.monotonic() < until:
+    while time.monotonic() < until:
         time.sleep(pause * random.uniform(0.5, 1.0))  # so that those who wait do not move as one
         pause = min(2 * pause, _PAUSE_LAST_S)
         yield

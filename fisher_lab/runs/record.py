@@ -84,15 +84,6 @@ class Run:
         run._write()
         return run
 
-    @classmethod
-    def reopen(cls, directory: Path) -> Run:
-        """Take up the record of a run whose own process can no longer end it.
-
-        Args:
-            directory: with a ``run.json``, whatever its status.
-        """
-        return cls(Path(directory), {**read(directory), "status": Status.RUNNING})
-
     @property
     def run_id(self) -> str:
         """The identity of the run (``identity.py``)."""

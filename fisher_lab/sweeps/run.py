@@ -1,6 +1,6 @@
 """The course of one multirun: plan, look at what is there, freeze, launch, report.
 
-``python -m fisher_lab.sweeps.run FILE`` is the launcher of a detached sweep.
+``python -m fisher_lab.sweeps.run SUBMISSION...`` is the launcher of a detached sweep.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run(
     frozen = _submit(todo, master, kind, settings)
     tally = Tally(len(todo) + len(before), options.max_failures, before)
     if options.detach:
-        return _detach(frozen, kind, settings)
+        return _detach(frozen, settings)
     try:
         launch(frozen, tally, settings)
     except Interrupted:
@@ -262,17 +262,17 @@ def _logging(master: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _detach(cells: Sequence[FrozenCell], kind: str, settings: Settings) -> int:
+def _detach(cells: Sequence[FrozenCell], settings: Settings) -> int:
     """Hand the cells to the scheduler, or to a process of their own, and return."""
     names = ", ".join(sorted({str(cell.layout.directory) for cell in cells}))
     if isinstance(settings, SlurmSettings) and settings.cluster == "slurm":
         _executor(settings).start(cells)
     else:
-        listing = _listing(cells, kind, settings)
-        log = listing.with_name(LAUNCHER_LOG)
+        submissions = list(dict.fromkeys(str(cell.submission) for cell in cells))
+        log = cells[0].submission / LAUNCHER_LOG
         with open(log, "ab") as stream, importable():
             subprocess.Popen(
-                [sys.executable, *BACKGROUND, str(listing)],
+                [sys.executable, *BACKGROUND, *submissions],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -283,26 +283,17 @@ def _detach(cells: Sequence[FrozenCell], kind: str, settings: Settings) -> int:
     return 0
 
 
-def _listing(cells: Sequence[FrozenCell], kind: str, settings: Settings) -> Path:
-    """Write down what the background process is to do."""
-    path = cells[0].submission / "background.json"
-    content = {
-        "kind": kind,
-        "settings": asdict(settings),
-        "cells": [os.path.relpath(one.path, path.parent) for one in cells],
-    }
-    atomic.write_json(path, content)
-    return path
-
-
-def main(arguments: list[str]) -> int:
-    """Launch the frozen cells that a file lists; returns the exit code."""
-    listing = Path(arguments[0])
-    data = json.loads(listing.read_text(encoding="utf-8"))
-    cells = [FrozenCell.load(listing.parent / name) for name in data["cells"]]
+def main(submissions: list[str]) -> int:
+    """Launch the frozen cells of submissions; returns the exit code."""
+    cells: list[FrozenCell] = []
+    launched: dict[str, Any] = {}
+    for submission in map(Path, submissions):
+        launched = json.loads((submission / LAUNCH_FILE).read_text(encoding="utf-8"))
+        files = [submission / "cells" / f"{run_id}.json" for run_id in launched["cells"]]
+        cells += map(FrozenCell.load, files)
     tally = Tally(len(cells), cells[0].sweep["max_failures"])
     try:
-        launch(cells, tally, launchers.check(data["kind"], data["settings"]))
+        launch(cells, tally, launchers.check(launched["kind"], launched["settings"]))
     except Interrupted as stop:
         return 128 + stop.signum
     finish(cells)

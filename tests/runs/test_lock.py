@@ -45,11 +45,7 @@ def test_only_one_of_two_holds_a_lock(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_wrong_arguments_and_wrong_uses_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="stale_after=0"):
-        lock.Lock(tmp_path / "x", stale_after=0)
-    with pytest.raises(ValueError, match="heartbeat=3"):
-        lock.Lock(tmp_path / "x", stale_after=2, heartbeat=3)
+def test_wrong_uses_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="acquire"), lock.Lock(tmp_path / "x"):
         pass
     held = lock.Lock(tmp_path / "x")
@@ -75,7 +71,8 @@ def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
 
 
 def test_a_frozen_holder_learns_that_it_has_lost_the_lock(tmp_path):
-    frozen = lock.Lock(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    frozen = lock.Lock(tmp_path / "x", stale_after=1.0)
+    frozen.heartbeat = 0.01
     assert frozen.acquire()
     (tmp_path / "x.lock.0").unlink()  # what a taker-over does once it has the next generation
     assert frozen.lost.wait(WAIT)
@@ -84,7 +81,8 @@ def test_a_frozen_holder_learns_that_it_has_lost_the_lock(tmp_path):
 
 
 def test_the_heartbeat_keeps_a_lock_fresh(tmp_path):
-    holder = lock.Lock(tmp_path / "x", stale_after=1.0, heartbeat=0.01)
+    holder = lock.Lock(tmp_path / "x", stale_after=1.0)
+    holder.heartbeat = 0.01
     assert holder.acquire()
     file = tmp_path / "x.lock.0"
     os.utime(file, (1, 1))
@@ -176,19 +174,9 @@ def test_once_hands_the_builders_error_on_and_frees_the_lock(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         lock.once(tmp_path / "x", broken)
-    with pytest.raises(RuntimeError, match="not ready although its builder returned"):
+    with pytest.raises(RuntimeError, match="not there although its builder returned"):
         lock.once(tmp_path / "x", lambda path: None)
     assert os.listdir(tmp_path) == []
-
-
-def test_once_gives_up_after_its_timeout(tmp_path):
-    holder = lock.Lock(tmp_path / "x")
-    assert holder.acquire()
-    waits = []
-    with pytest.raises(lock.LockTimeout, match=f"pid={os.getpid()}"):
-        lock.once(tmp_path / "x", lambda path: None, timeout=0.05, on_wait=waits.append)
-    assert [holder.pid for holder in waits] == [os.getpid()]
-    holder.release()
 
 
 # -- real processes ----------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def build(path):
             (temporary / str(i)).write_text("x" * 1000)
 print("ready", flush=True)
 sys.stdin.readline()
-print(lock.once(target, build, timeout=60), flush=True)
+print(lock.once(target, build), flush=True)
 """
 
 
@@ -270,7 +258,6 @@ def test_a_builder_that_is_killed_while_others_wait_is_replaced(tmp_path):
             lock.once(
                 target,
                 lambda path: atomic.write_text(path, "second"),
-                timeout=WAIT,
                 on_wait=lambda holder: waiting.set(),
             )
         )
