@@ -17,7 +17,7 @@ from fisher_lab.runs import record
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import FrozenCell
-from fisher_lab.sweeps.tally import Outcome, Tally
+from fisher_lab.sweeps.tally import Outcome, Tally, say
 from fisher_lab.sweeps.worker_process import give_up
 
 LOOK_EVERY_S = 0.5
@@ -176,6 +176,7 @@ class Queue:
     def _interrupt(self) -> None:
         """End what ends with the launcher, and wait until it has."""
         if self._executor.outlives:
+            say("the jobs go on; run the same command again to wait for them")
             return
         self._executor.stop(self._executor.running)
         while self._executor.running:

@@ -55,10 +55,11 @@ class CellFailed(RuntimeError):
     """The cell did not complete; SLURM is to see the job as failed."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class CellJob:
     """Runs the frozen cell of a file; pickled by submitit, by reference to this module.
 
-    Args:
+    Attributes:
         threads: of the numerical libraries.
         grace_s: seconds that a worker has for saving its state.
         limit_s: the job's time limit, seconds.
@@ -66,20 +67,11 @@ class CellJob:
         command: what Python is given to run a worker.
     """
 
-    def __init__(
-        self,
-        *,
-        threads: int,
-        grace_s: float,
-        limit_s: float,
-        signal_delay_s: float,
-        command: tuple[str, ...],
-    ) -> None:
-        self.threads = threads
-        self.grace_s = grace_s
-        self.limit_s = limit_s
-        self.signal_delay_s = signal_delay_s
-        self.command = command
+    threads: int
+    grace_s: float
+    limit_s: float
+    signal_delay_s: float
+    command: tuple[str, ...]
 
     def __call__(self, path: str) -> str:
         """Run the cell.
