@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 from pathlib import Path
@@ -14,7 +13,16 @@ from fisher_lab.runs import record
 from fisher_lab.sweeps import slurm, worker_process
 from fisher_lab.sweeps.directory import Layout
 from tests.sweeps import trivial_worker
-from tests.sweeps.application import WAITING_WORKER, launch_trivial, wait_for
+from tests.sweeps.application import (
+    TEXT,
+    TRAINING,
+    WAITING_WORKER,
+    count,
+    curve,
+    launch_trivial,
+    the_sweep,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("cluster"),
@@ -27,11 +35,6 @@ GPU = ["hydra/launcher=slurm_gpu", "hydra.launcher.timeout_min=60", *QUICK]
 CPU = ["hydra/launcher=slurm_cpu", "hydra.launcher.timeout_min=60", *QUICK]
 
 
-def layout() -> Layout:
-    (file,) = Path.cwd().glob("results/*/sweep.json")
-    return Layout(file.parent)
-
-
 def statuses(runs) -> dict[int, str]:
     return {found["config"]["seed"]: found["status"] for _, found in runs()}
 
@@ -42,10 +45,6 @@ def jobs(of: Layout) -> dict[str, str]:
         if entry["event"] == "submitted":
             found.update(entry["jobs"])
     return found
-
-
-def count(of: Layout, event: str) -> int:
-    return sum(entry["event"] == event for entry in of.journal.read())
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -63,7 +62,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
     assert (reasons[14], reasons[17]) == ("SIGKILL", "timeout")
     assert len([line for line in answer.lines if "failed" in line]) == 3
 
-    sweep = layout()
+    sweep = the_sweep()
     (hung,) = [path.name for path, one in runs() if one["config"]["seed"] == trivial_worker.HANGS]
     events = sweep.journal.read()
     submitted = [i for i, entry in enumerate(events) if entry["event"] == "submitted"]
@@ -88,7 +87,7 @@ def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs):
     """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
     process = launch_trivial("-m", f"seed={trivial_worker.WAITS},1", *CPU)
     wait_for(lambda: statuses(runs).get(trivial_worker.WAITS) == "running")
-    sweep = layout()
+    sweep = the_sweep()
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
     job = jobs(sweep)[directory.name]
     (pid,) = [
@@ -115,12 +114,12 @@ def test_a_plain_scancel_is_no_failure(door, runs):
     process = launch_trivial("-m", f"seed={waits},1", *CPU, "sweep.max_failures=1")
     wait_for(lambda: statuses(runs) == {waits: "running", 1: "completed"})
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == waits]
-    subprocess.run(["scancel", jobs(layout())[directory.name]], check=True, timeout=60)
+    subprocess.run(["scancel", jobs(the_sweep())[directory.name]], check=True, timeout=60)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "1 cells did not come to an end" in out
     assert statuses(runs) == {1: "completed", waits: "cancelled"}
-    assert count(layout(), "failed") == 0
+    assert count(the_sweep(), "failed") == 0
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -134,8 +133,8 @@ def test_fail_fast_stops_what_runs_and_what_waits(door, runs):
     found = statuses(runs)
     assert found[raises] == "failed"
     assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
-    assert count(layout(), "failed") == 1
-    numbers = jobs(layout()).values()
+    assert count(the_sweep(), "failed") == 1
+    numbers = jobs(the_sweep()).values()
     wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
 
 
@@ -145,7 +144,7 @@ def test_a_preempted_job_comes_back_at_most_so_often(door, runs):
     assert answer.code == 1
     ((_, found),) = runs()
     assert (found["status"], found["reason"]) == ("failed", "max_requeues")
-    assert (count(layout(), "preempted"), count(layout(), "requeued")) == (2, 1)
+    assert (count(the_sweep(), "preempted"), count(the_sweep(), "requeued")) == (2, 1)
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -159,7 +158,7 @@ def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs):
     answer = door(*arguments)
     assert answer.code == 0
     assert "in the queue already" in answer.out
-    sweep = layout()
+    sweep = the_sweep()
     assert set(statuses(runs).values()) == {"completed"}
     assert (count(sweep, "started"), count(sweep, "completed")) == (4, 4)
     assert count(sweep, "submitted") == 1
@@ -181,13 +180,13 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs):
         "queued",
         "queued",
     ]
-    numbers = jobs(layout())
+    numbers = jobs(the_sweep())
     assert shown["seed=1"]["job"] in numbers.values()
     answer = door("cancel", "away")
     assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
     wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
-    assert count(layout(), "requeued") == 0
+    assert count(the_sweep(), "requeued") == 0
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -204,27 +203,13 @@ def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs
     ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
     assert (found["status"], found["reason"]) == ("failed", "timeout")
     assert "hydra.launcher.timeout_min=1" in found["error"]["message"]
-    assert count(layout(), "requeued") == 0
-
-
-TRAIN = [
-    *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
-    *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
-    *("train.batch_size=2", "train.save_every_s=0.2", "train.eval_every=1000000"),
-    *("deterministic=true", "threads=1", "train.steps=400"),
-]
-
-
-def curve(directory: Path) -> list[dict[str, str]]:
-    """The learning curve without its times."""
-    with (directory / "curve.csv").open() as file:
-        return [{**row, "seconds": ""} for row in csv.DictReader(file)]
+    assert count(the_sweep(), "requeued") == 0
 
 
 @pytest.mark.longest
 def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, monkeypatch):
-    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    sweep = ["-m", *TRAIN, "seed=0,1"]
+    Path("text.txt").write_text(TEXT)
+    sweep = ["-m", *TRAINING, "seed=0,1"]
     monkeypatch.setattr(worker_process, "WORKER", (str(WAITING_WORKER),))
     Path("hold").touch()
     assert door(*sweep, "sweep.name=away", "sweep.detach=true", *CPU).code == 0
@@ -259,7 +244,7 @@ RANKS = [
 @pytest.mark.timeout(900)
 def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs):
     """One task of SLURM, whose worker starts the ranks; the GPUs are declared, not there."""
-    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    Path("text.txt").write_text(TEXT)
     launchers = {"gpu": [*GPU, "hydra.launcher.gpus_per_node=2"], "cpu": CPU, "here": []}
     found = {}
     for name, chosen in launchers.items():

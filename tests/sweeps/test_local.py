@@ -12,9 +12,8 @@ import pytest
 
 from fisher_lab.config.launchers import LocalSettings
 from fisher_lab.sweeps import local, worker_process
-from fisher_lab.sweeps.directory import Layout
 from tests.sweeps import trivial_worker
-from tests.sweeps.application import launch_trivial, wait_for
+from tests.sweeps.application import count, launch_trivial, the_sweep, wait_for
 
 pytestmark = pytest.mark.usefixtures("trivial_workers")
 
@@ -23,11 +22,6 @@ LOCAL = ("hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.launcher.grac
 
 def by_seed(runs) -> dict[int, dict]:
     return {record["config"]["seed"]: record for _, record in runs()}
-
-
-def sweep_directory() -> Path:
-    (file,) = Path.cwd().glob("results/*/sweep.json")
-    return file.parent
 
 
 def test_every_death_is_recorded_and_the_others_complete(door, runs):
@@ -60,9 +54,7 @@ def test_every_death_is_recorded_and_the_others_complete(door, runs):
     assert len(answer.lines) == 4
     for seed, line in zip((13, 14, 15, 16), answer.lines, strict=True):
         assert line.startswith(f"fisher_lab: seed={seed}: failed: ")
-    ended = [entry["event"] for entry in Layout(sweep_directory()).journal.read()]
-    assert ended.count("completed") == 3
-    assert ended.count("failed") == 4
+    assert (count(the_sweep(), "completed"), count(the_sweep(), "failed")) == (3, 4)
 
 
 def test_a_cell_past_its_time_is_killed_and_failed(door, runs, monkeypatch):
@@ -90,8 +82,7 @@ def test_a_preempted_cell_comes_back_at_most_so_often(door, runs):
     assert answer.code == 1
     record = by_seed(runs)[19]
     assert (record["status"], record["reason"]) == ("failed", "max_requeues")
-    events = [entry["event"] for entry in Layout(sweep_directory()).journal.read()]
-    assert events.count("preempted") == 3
+    assert count(the_sweep(), "preempted") == 3
 
 
 def test_max_failures_starts_no_further_cell(door, runs):
@@ -134,7 +125,7 @@ def test_a_closed_terminal_does_not_matter(runs):
     process = launch_trivial("-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local")
     wait_for(running)
     process.send_signal(signal.SIGHUP)
-    (begun,) = [e for e in Layout(sweep_directory()).journal.read() if e["event"] == "started"]
+    (begun,) = [e for e in the_sweep().journal.read() if e["event"] == "started"]
     os.kill(begun["pid"], signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
@@ -175,7 +166,7 @@ def test_two_launchers_at_once_run_every_cell_once(runs):
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
     assert len(runs()) == 12
-    journal = Layout(sweep_directory()).journal.read()
+    journal = the_sweep().journal.read()
     for event in ("started", "completed"):
         assert sorted(entry["run_id"] for entry in journal if entry["event"] == event) == sorted(
             directory.name for directory, _ in runs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,23 +15,7 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.directory import Layout
-from tests.sweeps.application import WAITING_WORKER
-
-TRAIN = [
-    *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
-    *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
-    *("train.batch_size=2", "train.save_every_s=0.1", "train.eval_every=1000000"),
-    *("deterministic=true", "threads=1", "train.steps=400", "-m", "seed=3"),
-]
-
-
-def curve(directory: Path) -> list[dict[str, str]]:
-    """The learning curve without its times."""
-    with (directory / "curve.csv").open() as file:
-        return [
-            {name: value for name, value in row.items() if "seconds" not in name}
-            for row in csv.DictReader(file)
-        ]
+from tests.sweeps.application import TEXT, TRAINING, WAITING_WORKER, curve
 
 
 def start(frozen: Path) -> subprocess.Popen[bytes]:
@@ -46,8 +29,8 @@ def start(frozen: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.timeout(600)
 def test_usr2_and_a_second_start_change_no_bit(door):
-    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    answer = door(*TRAIN, "sweep.name=alone")
+    Path("text.txt").write_text(TEXT)
+    answer = door(*TRAINING, "-m", "seed=3", "sweep.name=alone")
     assert answer.code == 0, answer.err
     (alone,) = Path("results/alone").glob("*/model")
     (frozen,) = Path("results/alone/.sweep").glob("submissions/*/cells/*.json")
