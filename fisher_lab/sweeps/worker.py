@@ -159,12 +159,12 @@ def _fail(frozen: FrozenCell, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _logging(frozen: FrozenCell, told: Mapping[str, Any]) -> Iterator[None]:
+def _logging(frozen: FrozenCell, settings: Mapping[str, Any]) -> Iterator[None]:
     """Log into the run directory; what was set up before is set up again afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     frozen.directory.mkdir(parents=True, exist_ok=True)
-    logging.config.dictConfig(dict(told))
+    logging.config.dictConfig(dict(settings))
     try:
         yield
     finally:

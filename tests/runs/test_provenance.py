@@ -83,7 +83,7 @@ def test_the_environment_is_not_copied(monkeypatch):
     assert "WANDB_API_KEY" not in text
 
 
-def test_a_machine_is_told_without_its_name():
+def test_a_machine_is_described_without_its_name():
     host, machine = provenance.host(), provenance.machine()
     assert (machine["processor"], machine["cores"]) == (host["cpu"], host["cpus"])
     assert machine["memory_gib"] * 1024 == pytest.approx(host["memory_mb"], abs=52)  # 0.05 GiB
