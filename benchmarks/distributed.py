@@ -207,7 +207,7 @@ def one_pass(
     marks = [perf_counter()]
     kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(), keep_gradient=True)
     marks.append(perf_counter())
-    kfac.engine.prepare_inverses()
+    kfac.prepare_inverses()
     marks.append(perf_counter())
     natural = kfac.compute_natural_gradient(None, model)
     marks.append(perf_counter())
@@ -447,7 +447,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     # Every rank is a fresh process, forked from one that has only imported what they need.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fisher_lab.api"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed", "fisher_lab.curvature.kfac.engine"]
+    )
     start, rows = perf_counter(), []
     for case in cases(given):
         rows.append(run(case, context))

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fisher_lab.analysis import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
-    from fisher_lab.api import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.config.spectra import SpectralConfig as SpectralConfig
     from fisher_lab.curvature.group_fisher.collector import FisherCollector as FisherCollector
+    from fisher_lab.curvature.kfac.engine import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectra.spectrum import FisherSpectral as FisherSpectral
     from fisher_lab.optim import KFACOptimizer as KFACOptimizer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "KFACNaturalGradient": "fisher_lab.api",
+    "KFACNaturalGradient": "fisher_lab.curvature.kfac.engine",
     "KFACOptimizer": "fisher_lab.optim",
     "FisherSpectral": "fisher_lab.curvature.spectra.spectrum",
     "SpectralConfig": "fisher_lab.config.spectra",

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.config.spectra import (
@@ -33,6 +32,7 @@ from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.group_fisher.collector import FisherCollector, active_tokens
 from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.spectra.eigensolve import NUMBERS
 from fisher_lab.curvature.spectra.gradient_cache import GradientCache

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fisher_lab.analysis import AdvancedFisherCollector, UnifiedConfig, UnifiedModelAnalyzer
-from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra.reference import ARCHITECTURES, batch_of, reference_rows, tiny
 
@@ -134,7 +134,7 @@ def test_arguments_reach_kfac():
     assert handler.settings.numerics.on_host
     assert handler.settings.damping.A == 1e-3
     assert handler.settings.policy.name == "small_only"
-    assert handler.settings.fisher.kind == "true"
+    assert handler.settings.fisher == "true"
 
 
 def test_true_fisher_and_a_callers_loss():

@@ -127,7 +127,7 @@ def test_columns_that_outnumber_the_outputs_are_not_rounded(storage):
     for layer in many:
         names = [n for n in expected if n.startswith(f"{layer}.")]
         reference.assert_close(result, {n: expected[n] for n in names}, 1e-9, layer)
-    kept = {f.layer.name: f.G.columns.data.dtype for f in kfac.engine.factors.values()}
+    kept = {f.layer.name: f.G.columns.data.dtype for f in kfac.kfac_factors.values()}
     assert all(kept[layer] == DOUBLE for layer in many)
     assert all(kept[layer].itemsize == 2 for layer in few)
 

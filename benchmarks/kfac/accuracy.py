@@ -170,7 +170,7 @@ def worst(given: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> floa
 
 def measured(kfac: KFACNaturalGradient, replay: Replay, work: Any, loss: Any) -> dict[str, Any]:
     """The engine's natural gradient of its own gradient, as matrices by layer."""
-    kfac.engine.capturing = replay  # type: ignore[assignment]
+    kfac.captured = replay  # type: ignore[assignment]
     kfac.collect_kfac_factors(
         work.model, work.batch, loss=loss, n_labels=work.labels, loss_reduction="sum",
         keep_gradient=True,

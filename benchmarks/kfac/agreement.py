@@ -114,7 +114,7 @@ def ekfac_error(work: Workload) -> float:
     parameters = [p for name in work.layers for p in modules[name].parameters()]
     vectors = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     # No damping: ours adds it to both factors, theirs to the product. power 1 needs none.
-    kfac.engine.with_damping(0.0, 0.0)
+    kfac.with_damping(0.0, 0.0)
     found = kfac.compute_powered_natural_gradient(
         {named[p]: v for p, v in zip(parameters, vectors, strict=True)}, work.model, 1.0
     )

@@ -94,7 +94,7 @@ class FisherLab:
 
     def invert(self) -> None:
         """See :class:`Library`."""
-        self.kfac.engine.prepare_inverses()
+        self.kfac.prepare_inverses()
 
     def apply(self) -> dict[str, Tensor]:
         """See :class:`Library`."""

@@ -1,6 +1,6 @@
-"""K-FAC as an optimiser: ``KFACOptimizer`` steps along the natural gradient of ``fisher_lab.api``.
+"""K-FAC as an optimiser: ``KFACOptimizer`` steps along K-FAC's natural gradient.
 
-It knows the engine's face and nothing of configuration, runs, files or tasks.
+It knows the public methods of the engine, and nothing of runs, files or tasks.
 """
 
 from __future__ import annotations

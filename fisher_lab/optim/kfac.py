@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.fields import at_least, fraction, null, whole
 from fisher_lab.config.kfac import require
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
 from fisher_lab.optim.clipping import Clipping
@@ -60,16 +60,15 @@ class KFACOptimizer(torch.optim.Optimizer):
         clipping: the bound on a step.
         damping: how the damping moves; ``kfac``'s own is where it starts.
         inverse_freq: steps between two refreshes of the inverses alone, with the damping of the
-            moment and the reduction ratio measured; None: only with the factors. Fresher factors
-            than inverses would be factors that nothing uses: without averaging, this is the only
-            sense in which the two can be refreshed apart.
+            moment and the reduction ratio measured; None: only with the factors. Refreshing
+            factors more often than inverses has no effect, since nothing is averaged.
         rest_lr: learning rate of AdamW for the other parameters; None: ``lr``.
         betas: of AdamW.
         eps: of AdamW.
         communicator: the ranks that step together. With ``kfac_distributed_reduce="none"`` each has
-            factors of its own tokens: then the step is along the mean of their natural gradients,
-            weighted by the labels behind the factors, so that all ranks keep the same weights. In
-            the other modes they agree by themselves, and this is not needed.
+            factors of its own tokens, and the step is along the mean of their natural gradients,
+            weighted by the labels behind the factors, so that all ranks keep the same weights.
+            The other modes agree without it.
 
     Raises:
         SettingError: an argument is out of range.
@@ -106,8 +105,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.clipping = clipping or Clipping()
         self.damping: DampingSchedule = damping or ConstantDamping()
         self.inverse_freq = inverse_freq
-        apart = kfac.settings.reduce == "none" and communicator is not None
-        self.ranks: Communicator = communicator if apart else Alone()  # type: ignore[assignment]
+        apart = communicator if kfac.settings.reduce == "none" else None
+        self.ranks: Communicator = apart or Alone()
         self.multiplier = 1.0
         self.last: dict[str, float] = {}
         self._start = kfac.settings.lam_A, kfac.settings.lam_G
@@ -129,7 +128,7 @@ class KFACOptimizer(torch.optim.Optimizer):
 
     def _covered_names(self) -> dict[str, nn.Parameter]:
         """Parameters whose natural gradient is K-FAC's; position embeddings are candidates only."""
-        layers = self.kfac.engine.layers_of(self.model)
+        layers = self.kfac.layers_of(self.model)
         named = dict(unwrap(self.model).named_parameters())
         names = [
             name
@@ -203,7 +202,7 @@ class KFACOptimizer(torch.optim.Optimizer):
             return
         self.multiplier = multiplier
         lam_a, lam_g = self._start
-        self.kfac.engine.with_damping(lam_a * multiplier, lam_g * multiplier)
+        self.kfac.with_damping(lam_a * multiplier, lam_g * multiplier)
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -249,7 +248,7 @@ class KFACOptimizer(torch.optim.Optimizer):
     def _step_covered(self, gradients: Mapping[str, Tensor]) -> None:
         group = self.param_groups[COVERED]
         lr = float(group["lr"])
-        natural = self._natural(gradients)
+        natural = self._of_all_ranks(self.kfac.compute_natural_gradient, gradients)
         decrement = wrappers.inner(gradients, natural)
         scale = 1.0
         if self.clipping.kind in ("unit", "kl"):
@@ -267,49 +266,33 @@ class KFACOptimizer(torch.optim.Optimizer):
             parameter.add_(step, alpha=-lr * shorten)
         self.last = {"kl_scale": scale, "decrement": decrement}
 
-    def _natural(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The natural gradient; a layer without a token this time stays where it is."""
-        compute = self.kfac.compute_natural_gradient
-        if self.ranks.size > 1:
-            return self._mean(lambda g: compute(g, self.model, shards=False), gradients)
-        natural = compute(gradients, self.model)
-        missing = set(self.kfac.uncovered)
-        return {name: u for name, u in natural.items() if name not in missing}
+    def _of_all_ranks(self, compute: Callable[..., Any], given: Mapping[str, Tensor]) -> Any:
+        """What the engine computes, of the layers that have factors.
 
-    def _product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The Fisher-vector product, of the layers that have factors."""
-        compute = self.kfac.compute_fisher_vector_product
-        if self.ranks.size > 1:
-            return self._mean(lambda v: compute(v, self.model), vectors)
-        product = compute(vectors, self.model)
-        missing = set(self.kfac.uncovered)
-        return {name: p for name, p in product.items() if name not in missing}
-
-    def _mean(
-        self,
-        compute: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        given: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """The ranks' own results, weighted by the labels behind their factors; collective.
+        A layer without a token this time stays where it is. Of ranks that are on their own: the
+        mean of their results, weighted by the labels behind their factors; collective.
 
         Raises:
             CurvatureError: no rank has factors, or one cannot compute; the same on all.
         """
+        if self.ranks.size == 1:
+            result, missing = compute(given, self.model), set(self.kfac.uncovered)
+            return {name: value for name, value in result.items() if name not in missing}
         whole = wrappers.whole(given)
         own: dict[str, Tensor] = {}
         weight, problem = 0, None
         if self.kfac.kfac_factors:
             try:
-                own = compute(whole)
+                own = compute(whole, self.model)
                 weight = max(f.n_labels for f in self.kfac.kfac_factors.values())
             except CurvatureError as error:
                 problem = str(error)
         covered = [name for name in own if name not in set(self.kfac.uncovered)]
-        told = self.ranks.all_gather_objects([weight, problem, covered])
-        for rank, (_, text, _) in enumerate(told):
+        found = self.ranks.all_gather_objects([weight, problem, covered])
+        for rank, (_, text, _) in enumerate(found):
             if text is not None:
                 raise CurvatureError(f"rank {rank}: {text}")
-        weights = {n: sum(w for w, _, names in told if n in names) for n in whole}
+        weights = {n: sum(w for w, _, names in found if n in names) for n in whole}
         if not any(weights.values()):
             raise CurvatureError("factors: none collected yet, on any rank")
         mean = {}
@@ -320,6 +303,9 @@ class KFACOptimizer(torch.optim.Optimizer):
             like = torch.zeros_like(whole[name], dtype=torch.float64)
             mean[name] = self.ranks.all_reduce(like if value is None else value.double())
         return wrappers.as_given(mean, given, self.model)
+
+    def _product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._of_all_ranks(self.kfac.compute_fisher_vector_product, vectors)
 
     def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
         decay = self.param_groups[COVERED]["momentum"]

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_lab.api import KFACNaturalGradient
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.factors import FactorReport
 from fisher_lab.curvature.kfac.report import LayerReport, PairsReport
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import refuse, run_engines
@@ -69,12 +68,14 @@ def run(config: Config, run: Run) -> None:
     heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
     if ranks.reduced.size > 1:
         heldout = ranks.own_batches(heldout)
-    engine = kfac_engine(config, progress)
-    engine.engine.layers_of(bench.model)  # what does not go with the model is said before the work
+    engine = KFACNaturalGradient(
+        config.kfac, seed=config.seed, track_diagonal=False, progress=progress.track
+    )
+    engine.layers_of(bench.model)  # what does not go with the model is said before the work
     _record_loss(bench, batches, run, ranks)
     _time_plain_pass(bench, batches, run)
     gradient, natural = _precondition(engine, bench, batches, run, ranks)
-    reports = engine.engine.reports()
+    reports = engine.reports()
     run.table(LAYERS_FILE, layer_rows(reports))
     run.metrics(layer_metrics(reports))
     run.metrics(curvature_metrics(engine))
@@ -158,7 +159,7 @@ def _precondition(
         mark()
         engine.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn, keep_gradient=True)
         mark()
-        engine.engine.prepare_inverses()
+        engine.prepare_inverses()
         mark()
         natural = engine.compute_natural_gradient(None, bench.model)
         mark()
@@ -173,12 +174,12 @@ def _precondition(
             "kfac/total_s": collect + factor + apply,
         }
     )
-    own = engine.engine.rank_counts[ranks.reduced.rank]
+    own = engine.last.rank_counts[ranks.reduced.rank]
     rows, metrics = ranks.report(own["tokens"], own["labels"], memory.growth_mib)
     run.metrics(metrics)
     if len(rows) > 1:
         run.table(RANKS_FILE, rows)
-    gradient = engine.engine.own_gradients(bench.model)
+    gradient = engine.own_gradients(bench.model)
     covered = [name for name in gradient if name not in engine.uncovered]
     return {n: gradient[n] for n in covered}, {n: natural[n] for n in covered}
 
@@ -300,7 +301,7 @@ def curvature_metrics(engine: KFACNaturalGradient) -> dict[str, float]:
 def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
     s = engine.settings
     return {
-        "fisher": engine.engine.fisher,
+        "fisher": engine.last.fisher,
         "core_dtype": str(s.numerics.core_dtype).removeprefix("torch."),
         "apply_dtype": str(s.numerics.apply_dtype).removeprefix("torch."),
         "skipped": engine.skipped,

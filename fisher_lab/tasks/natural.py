@@ -17,6 +17,7 @@ from fisher_lab.config.workload import CURVATURE_OPTIMIZERS, OptimizerConfig
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.optim import (
     Clipping,
     ConstantDamping,
@@ -24,7 +25,6 @@ from fisher_lab.optim import (
     KFACOptimizer,
     LevenbergMarquardt,
 )
-from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.workload import optimizers
 from fisher_lab.workload.data_parallel import ALONE, Crew
 from fisher_lab.workload.gradient import Gradient, Passes
@@ -58,7 +58,9 @@ def maker(config: Config, communicator: Communicator | None = None) -> MakeUpdat
             exclude=[*config.kfac.exclude, *outer],
             damping_A=config.kfac.damping_A or config.kfac.damping * chosen.damping_ratio,
         )
-        engine = kfac_engine(dataclasses.replace(config, kfac=kfac), communicator=communicator)
+        engine = KFACNaturalGradient(
+            kfac, seed=config.seed, track_diagonal=False, communicator=communicator
+        )
         optimizer = KFACOptimizer(
             model,
             engine,
@@ -141,7 +143,7 @@ class NaturalUpdater:
         """New factors; returns why there are none."""
         optimizer, crew = self.optimizer, self.crew
         batches = crew.own([batch, *(further(k) for k in range(1, self.n_batches))])
-        engine = optimizer.kfac.engine
+        engine = optimizer.kfac
         if not batches and self._apart:
             engine.forget()  # no sequence, no say in the coming steps
             return None

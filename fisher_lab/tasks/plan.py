@@ -30,7 +30,6 @@ from fisher_lab.curvature.kfac.policy import (
     storage_dtype,
 )
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.summary import stdout_console
 from fisher_lab.workload.build import Bench, build
@@ -76,7 +75,7 @@ def _untrained(config: Config) -> Bench:
 
 
 def _rows(bench: Bench, config: Config) -> list[dict[str, Any]]:
-    settings = kfac_engine(config).settings
+    settings = EngineSettings.of(config.kfac, seed=config.seed)
     layers = discover(bench.model, settings)
     return [
         _row(layers.layers[name], count, settings, config)

@@ -119,7 +119,7 @@ def test_autocast_around_everything_changes_nothing(ekfac):
             kfac.collect_kfac_factors(
                 model, x, loss=loss, n_labels=7, loss_reduction="sum", keep_gradient=True
             )
-            own = kfac.engine.own_gradients(model)
+            own = kfac.own_gradients(model)
             logdet, top = kfac.log_determinant(), kfac.top_eigenvalues(2)
             found = {
                 "own": own,

@@ -63,7 +63,7 @@ def once(
     kfac = setting.engine(comm)
     with watched(stage, stub):
         kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-        own = kfac.engine.own_gradients(model)
+        own = kfac.own_gradients(model)
         found = {"own": own, "natural": kfac.compute_natural_gradient(None, model)}
         found["again"] = kfac.compute_natural_gradient(own, model)
         found["product"] = kfac.compute_fisher_vector_product(random_like(own), model)

@@ -168,9 +168,9 @@ def one_setting(
         "discarded": {n: f["discarded"] for n, f in kfac.kfac_factors.items()},
         "T": {n: f.tokens for n, f in kfac.kfac_factors.items()},
         "N": {f.n_labels for f in kfac.kfac_factors.values()},
-        "fisher": kfac.engine.fisher,
+        "fisher": kfac.last.fisher,
     }
-    own = kfac.engine.own_gradients(model)
+    own = kfac.own_gradients(model)
     if "own" in wants:
         result["own"] = own
     if "natural" in wants:
@@ -183,11 +183,11 @@ def one_setting(
         vectors = random_like(own)
         result["product"] = kfac.compute_fisher_vector_product(vectors, model)
     if "derived" in wants:
-        reports = kfac.engine.reports()
+        reports = kfac.reports()
         result["derived"] = {
-            "trace": kfac.engine.trace(),
-            "logdet": kfac.engine.logdet(),
-            "top": {n: t.tolist() for n, t in kfac.engine.top_eigenvalues(3).items()},
+            "trace": kfac.trace(),
+            "logdet": kfac.log_determinant(),
+            "top": {n: t.tolist() for n, t in kfac.top_eigenvalues(3).items()},
             "clipped": {r.factors.layer.name: (r.A and r.A.clipped, r.G.clipped) for r in reports},
             "kappa": {r.factors.layer.name: r.G.kappa_after for r in reports},
         }
@@ -300,7 +300,7 @@ def different_gradients(comm: Any, name: str, batches: list[dict]) -> str:
     model = model_of(name, torch.float64)
     kfac = Setting().engine(comm)
     kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-    own = kfac.engine.own_gradients(model)
+    own = kfac.own_gradients(model)
     try:
         kfac.compute_natural_gradient({n: g * (1 + comm.rank) for n, g in own.items()}, model)
     except CurvatureError as error:
@@ -322,7 +322,7 @@ def saved(comm: Any, name: str, batches: list[dict], setting: Setting) -> dict[s
     model = model_of(name, torch.float64)
     kfac = setting.engine(comm)
     kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-    own = kfac.engine.own_gradients(model)
+    own = kfac.own_gradients(model)
     before = kfac.compute_natural_gradient(own, model)
     state = kfac.state_dict(model)
     alone = setting.engine(Alone())

@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.validate import validate
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan
-from fisher_lab.tasks.engine import kfac_engine
 from fisher_lab.tasks.memory import MIB, PeakMemory
 from fisher_lab.workload.build import build
 
@@ -56,6 +56,10 @@ REQUIRED = [
     "ng/heldout_loss_decrease_best",
     "grad/norm",
 ]
+
+
+def kfac_engine(config):
+    return KFACNaturalGradient(config.kfac, seed=config.seed, track_diagonal=False)
 
 
 def config(*overrides: str):
@@ -146,10 +150,10 @@ def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
     bench = build(config())
     kfac = kfac_engine(config(*overrides))
     kfac.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
-    kfac.engine.prepare_inverses()
+    kfac.prepare_inverses()
     clipped = pairs = 0
     for row in rows:
-        basis = kfac.engine._inverses.bases.get(row["name"])
+        basis = kfac._inverses.bases.get(row["name"])
         if basis is None:
             assert row["method"] == "norm"
             assert row["ekfac_clipped"] == ""

@@ -1,22 +1,22 @@
-"""From captured batches to factors.
+"""From batches to the statistics of a refresh, on this rank.
 
-A :class:`FactorBuilder` takes one captured batch after the other and ends in a dictionary of
-:class:`~.layer_factors.LayerFactors`. It changes nothing outside itself, so that a failed refresh
-leaves the engine as it was.
+Every batch is captured (:mod:`.capture`) and its token inputs and token gradients are added to the
+:class:`~.statistics.Sums` of their layers. Nothing outside them changes, so that a refresh that
+fails leaves the engine as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.curvature.collectives import Alone, Communicator
+from fisher_lab.curvature.collectives import Communicator, Progress, together
 from fisher_lab.curvature.errors import BatchError, LossError
 from fisher_lab.curvature.kfac.accumulators import (
     NormAccumulator,
@@ -35,11 +35,7 @@ from fisher_lab.curvature.kfac.capture import (
     token_calls,
 )
 from fisher_lab.curvature.kfac.draws import Draw, draws, resolve
-from fisher_lab.curvature.kfac.layer_factors import Built
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
-from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.reduce import join
-from fisher_lab.curvature.kfac.refresh import form
+from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.statistics import Side, Sums
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
@@ -55,43 +51,93 @@ from fisher_lab.curvature.losses import (
     shift_of,
     sum_of,
 )
-from fisher_lab.curvature.wrappers import device_of, unwrap
+from fisher_lab.curvature.wrappers import unwrap
 
 
-class FactorBuilder:
-    """Sums captured batches into factors.
+def collect(
+    sums: Sums,
+    model: nn.Module,
+    batch: Any,
+    loss: Tensor | LossFunction | None,
+    captured: Capture | None,
+    communicator: Communicator,
+    progress: Progress,
+    *,
+    n_labels: int | None = None,
+    reduction: str = "mean",
+) -> None:
+    """Adds every batch of a refresh to its statistics; an error of one rank is raised on all.
 
     Args:
-        model: the model.
-        layers: its K-FAC layers.
-        settings: all choices.
-        keep_gradient: also form the factors' own mean gradient.
-        communicator: of the ranks that join their tokens; None for this process alone.
-    """
+        sums: the statistics, still empty.
+        model: the model, in its wrappers or without.
+        batch: one batch, or an iterable of them.
+        loss: of a captured forward pass, or what computes it; None takes the model's own.
+        captured: the pass behind a loss tensor.
+        communicator: of the ranks that collect together.
+        progress: shows how far it is.
+        n_labels: labels behind a mean loss that the caller reduced.
+        reduction: ``mean`` or ``sum``: how the caller reduced it.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        settings: EngineSettings,
-        *,
-        keep_gradient: bool,
-        communicator: Communicator | None = None,
-    ) -> None:
-        self.communicator = communicator or Alone()
-        self.settings, self.keep_gradient = settings, keep_gradient
-        self.model = unwrap(model)
-        self.sums = Sums(
-            self.model,
-            layers,
-            settings,
-            device_of(model),
-            keep_gradient=keep_gradient,
-            rank=self.communicator.rank,
-        )
-        self._generator = torch.Generator().manual_seed(self.sums.seed)
+    Raises:
+        LossError: a loss tensor for several batches, or for several forward passes.
+        CurvatureError: see the subclasses.
+    """
+    collector = _Collector(unwrap(model), sums, communicator.size)
+    batches, total = _batches(batch)
+
+    def add_all() -> None:
+        if not isinstance(loss, Tensor) and communicator.size == 1 and n_labels is None:
+            _check_labels(model, batches, loss)
+        for index, one in enumerate(progress(batches, "K-FAC factors", total)):
+            prepared = prepare(model, one)
+            if not isinstance(loss, Tensor):
+                collector.run(prepared, loss, n_labels, reduction)
+                continue
+            if index > 0:
+                raise LossError("loss: one tensor for several batches; allowed: one batch")
+            assert captured is not None
+            summed = _captured_loss(model, loss, captured, one, prepared, n_labels, reduction)
+            collector.add(captured, prepared, summed)
+
+    together(communicator, add_all)
+
+
+def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
+    """One batch or an iterable of batches -> an iterable, and its length where it is known."""
+    if isinstance(batch, Tensor | Mapping):
+        return [batch], 1
+    if isinstance(batch, list | tuple):
+        if batch and all(isinstance(x, Tensor) for x in batch):
+            return [tuple(batch)], 1
+        return batch, len(batch)
+    return batch, None
+
+
+class _Collector:
+    """Adds captured batches to the statistics of a model without its wrappers."""
+
+    def __init__(self, model: nn.Module, sums: Sums, n_ranks: int) -> None:
+        self.model, self.sums, self.settings, self.n_ranks = model, sums, sums.settings, n_ranks
+        self._generator = torch.Generator().manual_seed(sums.seed)
 
     # ---- one batch ---------------------------------------------------------------------------
+
+    def run(
+        self, batch: Any, function: LossFunction | None, n_labels: int | None, reduction: str
+    ) -> None:
+        """Runs the model on a prepared batch and adds what was captured."""
+        if self.n_ranks == 1:
+            TokenMasks.of(self.model, batch)  # refused before a pass is spent on it
+        recording = Capture(self.model, self.sums.layers)
+        with torch.enable_grad(), uncompiled(self.model), recording:
+            summed = compute_loss(
+                self.model, batch, function, n_labels=n_labels, reduction=reduction
+            )
+        try:
+            self.add(recording, batch, summed)
+        finally:
+            recording.close()
 
     def add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
         """Adds one captured batch.
@@ -112,7 +158,7 @@ class FactorBuilder:
             raise BatchError(
                 f"batch {sums.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
-        if self.communicator.size > 1 and not any_token(self.model, batch):
+        if self.n_ranks > 1 and not any_token(self.model, batch):
             capture.gradients(loss.loss)  # other ranks may need it; nothing of it counts
             sums.n_batches += 1
             return
@@ -129,7 +175,7 @@ class FactorBuilder:
     def _add_draws(self, capture: Capture, masks: TokenMasks, loss: SummedLoss) -> None:
         """Adds every draw of a batch, and its own gradient where no draw is that."""
         sums = self.sums
-        want_own = self.keep_gradient and sums.fisher_kind != "empirical"
+        want_own = self.sums.keep_gradient and sums.fisher_kind != "empirical"
         diagonal = sums.uncovered.wants_diagonal
         first, live = True, {}
         for draw in draws(loss, self.settings, self._generator):
@@ -151,7 +197,7 @@ class FactorBuilder:
 
     def _backward(self, capture: Capture, draw: Draw, keep: bool, *, own: bool) -> Any:
         parameters = self.sums.uncovered.parameters
-        wanted = list(parameters.values()) if own and self.keep_gradient else []
+        wanted = list(parameters.values()) if own and self.sums.keep_gradient else []
         return capture.gradients(
             draw.output, draw.grad_output, retain_graph=keep, parameters=wanted
         )
@@ -186,7 +232,7 @@ class FactorBuilder:
                 side.tokens += a.shape[0]
                 taking_part.append(layer)
             self._add_g(side, a, g, first)
-            if own and self.keep_gradient:
+            if own and self.sums.keep_gradient:
                 self._own(side, a, g)
         if first:
             self._add_inputs(taking_part, tokens)
@@ -271,122 +317,6 @@ class FactorBuilder:
             sums.sides[layer.name].group = group
         return group
 
-    # ---- the end -----------------------------------------------------------------------------
-
-    @full_precision()
-    def finish(self) -> Built:
-        """Joins the ranks' sums, divides them and returns the factors.
-
-        Raises:
-            BatchError: no label counted in any batch, or no batch came.
-            LayerError: no layer had a gradient.
-            CurvatureError: the ranks do not fit together.
-        """
-        counts = [self.sums.counts()]
-        if self.communicator.size > 1:
-            counts = self.communicator.all_gather_objects(self.sums.counts())
-            join(self.sums, self.communicator)
-        return form(self.sums, counts)
-
-
-@dataclass(frozen=True)
-class GivenLoss:
-    """What the caller says of the loss of a refresh.
-
-    Attributes:
-        tensor: the loss of a captured forward pass, where the caller ran the model.
-        function: computes a loss; None takes the model's own.
-        captured: the pass behind ``tensor``.
-        n_labels: labels behind a mean loss that the caller reduced.
-        reduction: ``mean`` or ``sum``: how the caller reduced it.
-    """
-
-    tensor: Tensor | None
-    function: LossFunction | None
-    captured: Capture | None
-    n_labels: int | None
-    reduction: str
-
-    @classmethod
-    def of(
-        cls,
-        loss: Tensor | LossFunction | None,
-        captured: Capture | None,
-        n_labels: int | None,
-        reduction: str,
-    ) -> GivenLoss:
-        """Tells a tensor from a function.
-
-        Args:
-            loss: one of them, or None.
-            captured: a forward pass that was captured before, if there is one.
-            n_labels: see above.
-            reduction: see above.
-
-        Raises:
-            LossError: a tensor without a captured pass.
-        """
-        if not isinstance(loss, Tensor):
-            return cls(None, loss, None, n_labels, reduction)
-        if captured is None:
-            raise LossError(
-                "loss: a tensor was given but no forward pass was captured; run it inside "
-                "'with kfac.capture(model):', or give a loss function"
-            )
-        return cls(loss, None, captured, n_labels, reduction)
-
-
-def add_batches(
-    builder: FactorBuilder,
-    model: nn.Module,
-    batches: Iterable[Any],
-    given: GivenLoss,
-    shown: Callable[[Iterable[Any]], Iterable[Any]],
-) -> None:
-    """Adds every batch of a refresh to a builder, by this rank alone.
-
-    Args:
-        builder: of the refresh.
-        model: the model, in its wrappers or without.
-        batches: the batches; one where the caller ran the model.
-        given: what the caller says of the loss.
-        shown: yields the batches and shows how far it is.
-
-    Raises:
-        LossError: a loss tensor for several batches, or for several forward passes.
-        CurvatureError: see the subclasses.
-    """
-    ran = given.tensor is not None
-    if not ran and builder.communicator.size == 1 and given.n_labels is None:
-        _check_labels(model, batches, given.function)
-    for index, batch in enumerate(shown(batches)):
-        prepared = prepare(model, batch)
-        if not ran:
-            _add(builder, prepared, given)
-            continue
-        if index > 0:
-            raise LossError("loss: one tensor for several batches; allowed: one batch")
-        assert given.captured is not None
-        summed = _summed(model, given, batch)
-        summed = _with_logits(summed, model, given.captured, prepared)
-        builder.add(given.captured, prepared, summed)
-
-
-def _add(builder: FactorBuilder, batch: Any, given: GivenLoss) -> None:
-    """Runs the model on a prepared batch and adds what was captured."""
-    inner = builder.model
-    if builder.communicator.size == 1:
-        TokenMasks.of(inner, batch)  # refused before a pass is spent on it
-    recording = Capture(inner, builder.sums.layers)
-    with torch.enable_grad(), uncompiled(inner), recording:
-        summed = compute_loss(
-            inner, batch, given.function, n_labels=given.n_labels, reduction=given.reduction
-        )
-    try:
-        builder.add(recording, batch, summed)
-    finally:
-        recording.close()
-
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Compiled blocks run as they were written, so that hooks on what is inside them are called.
@@ -430,29 +360,29 @@ def _check_labels(model: nn.Module, batches: Iterable[Any], function: LossFuncti
     raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
 
 
-def _summed(model: nn.Module, given: GivenLoss, batch: Any) -> SummedLoss:
-    """The token-summed loss behind a tensor that the caller computed from the batch's labels."""
-    loss, captured = given.tensor, given.captured
-    assert loss is not None
-    assert captured is not None
+def _captured_loss(
+    model: nn.Module,
+    loss: Tensor,
+    captured: Capture,
+    batch: Any,
+    prepared: Any,
+    n_labels: int | None,
+    reduction: str,
+) -> SummedLoss:
+    """The token-summed loss behind a tensor that the caller computed from the batch's labels.
+
+    The logits of the captured pass come with it where the model's labelling is known.
+    """
     if len(captured.outputs) != 1:
         raise LossError(
             f"capture: {len(captured.outputs)} forward passes of the model in the 'with' block; "
             "allowed: one (of a compiled model, run the uncompiled one: model._orig_mod)"
         )
-    return sum_of(
-        loss,
-        batch,
-        n_labels=given.n_labels,
-        reduction=given.reduction,
-        touch=loss,
-        shift=bool(shift_of(model)),
+    shift = shift_of(model)
+    summed = sum_of(
+        loss, batch, n_labels=n_labels, reduction=reduction, touch=loss, shift=bool(shift)
     )
-
-
-def _with_logits(summed: SummedLoss, model: nn.Module, captured: Capture, batch: Any) -> SummedLoss:
-    """Adds the logits of the captured pass, where the model's labelling is known."""
-    if shift_of(model) is None or labels_of(batch) is None:
+    if shift is None or labels_of(prepared) is None:
         return summed
     output = captured.outputs[0]
-    return replace(summed, scored=scorer(model).score(output, batch), logits=logits_of(output))
+    return replace(summed, scored=scorer(model).score(output, prepared), logits=logits_of(output))

@@ -1,102 +1,225 @@
-"""The K-FAC engine: capture -> policy -> factors -> products.
+"""K-FAC: collect, reduce, refresh, invert, precondition.
 
 Martens & Grosse 2015 with the expand convention of Eschenhagen et al. 2023 for shared weights;
-``docs/math.md`` fixes every scale. The engine holds the factors of its last refresh and hands them
-to the modules that do the work: :mod:`.collecting` makes them, :mod:`.inverses` decomposes and
-:mod:`.applying` applies them, :mod:`.parameters` goes between matrices and parameters,
-:mod:`.reports` tells what was done, :mod:`.saved` takes them apart.
+``docs/math.md`` fixes every scale. Each step is a module of its own:
+
+    batches -> :mod:`.collect` -> statistics of this rank
+            -> :mod:`.reduce` -> statistics of all ranks
+            -> :mod:`.refresh` -> the factors A and G of every layer
+            -> :mod:`.inverses` -> damped, floored and decomposed
+            -> :mod:`.precondition` -> the natural gradient ``G^-1 dW A^-1``
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fisher_lab.config import fields
 from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, together
-from fisher_lab.curvature.errors import CurvatureError, LayerError
-from fisher_lab.curvature.kfac import precondition, saved
+from fisher_lab.config.kfac import KFACSettings, documented, require, settings_of
+from fisher_lab.curvature import wrappers
+from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
+from fisher_lab.curvature.errors import FactorFileError, LossError
+from fisher_lab.curvature.kfac import precondition, serialization
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.collect import FactorBuilder, GivenLoss, add_batches, uncompiled
+from fisher_lab.curvature.kfac.collect import collect, uncompiled
 from fisher_lab.curvature.kfac.inverses import Inverses, same_vectors
-from fisher_lab.curvature.kfac.layer_factors import Built, LayerFactors
+from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Layers, discover
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
-from fisher_lab.curvature.kfac.report import (
-    LayerReport,
-    layer_line,
-    measure_storage_error,
-    report_of,
-)
+from fisher_lab.curvature.kfac.reduce import reduce
+from fisher_lab.curvature.kfac.refresh import Refresh, refresh
+from fisher_lab.curvature.kfac.report import LayerReport, layer_line, report_of
+from fisher_lab.curvature.kfac.statistics import Sums
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import LossFunction
-from fisher_lab.curvature.wrappers import device_of
 
 log = logging.getLogger(__name__)
 
 
-class KFACEngine:
-    """Collects Kronecker factors and applies them.
+@documented
+class KFACNaturalGradient:
+    """K-FAC factors of a model, and the natural gradient with them.
+
+    Conventions and formulas: ``docs/math.md``; Martens & Grosse 2015. With several ranks, and
+    unless ``kfac_distributed_reduce`` is ``none``, methods that make, decompose, apply or export
+    factors are collective: every rank calls them.
 
     Args:
-        settings: all choices.
-        progress: how loops that take long are shown.
-        communicator: of the ranks that join their tokens; None for this process alone. Unless
-            ``settings.reduce`` is ``none``, methods that form, decompose, apply or export factors
-            are collective.
+        settings: all options; None for the defaults.
+        seed: of drawn labels and of the subsample of columns.
+        use_gpu_eigh: False decomposes on the host.
+        track_diagonal: keep ``diagonal_fisher``; it costs the weight gradients of a refresh, and
+            is kept for ``fisher="empirical"`` only (others would need one more backward pass).
+        show_progress: progress bars, where the output is a terminal.
+        progress: shows loops in another way; used by the command line.
+        communicator: the ranks that join their tokens; None takes the default process group of
+            ``torch.distributed`` where there is one with several ranks.
+        {options}
+
+    Raises:
+        SettingError: an argument is out of range or misspelt.
 
     Attributes:
-        factors: layer name -> factors, of the last refresh.
-        skipped: supported layers without factors -> why.
-        uncovered: parameters that the last product passed through, or gave to their diagonal.
-        own_uncovered: own mean gradients of parameters that belong to no layer, where kept.
-        diagonal: diagonal Fisher of these, where it was asked for.
-        fisher: kind of Fisher matrix that the inner layers got.
-        rank_counts: tokens and labels of each rank.
-        refreshes: how many times the factors have been replaced.
-        capturing: a forward pass of the caller's that the next refresh takes.
+        settings: the options with what they come to on this machine.
+        communicator: the ranks of the last refresh; one process alone with ``reduce=none``.
+        uncovered: parameters that the last product returned unchanged, or gave to their diagonal.
+        diagonal_fisher: parameter name -> moving average over the refreshes of the squared mean
+            gradient, of the covered parameters (the legacy diagonal: a batch's gradient squared
+            is not the diagonal of the Fisher matrix, see ``docs/math.md``, section 9).
+        captured: a forward pass of the caller's that the next refresh takes.
     """
 
     def __init__(
         self,
-        settings: EngineSettings,
-        progress: Progress = no_progress,
+        settings: KFACSettings | None = None,
+        *,
+        seed: int = 0,
+        use_gpu_eigh: bool = True,
+        track_diagonal: bool = True,
+        show_progress: bool = False,
+        progress: Progress | None = None,
         communicator: Communicator | None = None,
+        **options: Any,
     ) -> None:
-        self.settings = settings
-        self._communicator = communicator
-        self.progress = progress
-        self.factors: dict[str, LayerFactors] = {}
-        self.skipped: dict[str, str] = {}
+        given = settings_of(settings, options)
+        if given.store_device == "cuda" and not torch.cuda.is_available():
+            raise SettingError("woodbury_store_device: 'cuda', but no CUDA device; allowed: cpu")
+        self.settings = EngineSettings.of(given, seed=seed, on_host=not use_gpu_eigh)
+        self.track_diagonal = track_diagonal and given.fisher == "empirical"
+        self.progress = progress or (_progress_bars() if show_progress else no_progress)
         self.uncovered: list[str] = []
-        self.own_uncovered: dict[str, Tensor] = {}
-        self.diagonal: dict[str, Tensor] = {}
-        self.fisher: str = settings.fisher
-        self.rank_counts: tuple[dict[str, int], ...] = ()
-        self.refreshes = 0
-        self.capturing: Capture | None = None
+        self.diagonal_fisher: dict[str, Tensor] = {}
+        self.captured: Capture | None = None
+        self._given_ranks = communicator
+        self.communicator = self._ranks(communicator)
+        self._steps = 0
         self._ever_called: set[str] = set()
-        self._inverses = Inverses({}, settings)
-        self._narrowed = precondition.Narrowing()
-        self._told: set[str] = set()
+        self._hold(Refresh(fisher=given.fisher))
 
     @property
-    def communicator(self) -> Communicator:
-        """The ranks whose tokens are joined; one process alone with ``reduce=none``."""
-        alone = self._communicator is None or self.settings.reduce == "none"
-        return Alone() if alone else self._communicator  # type: ignore[return-value]
+    def last(self) -> Refresh:
+        """The last refresh: the factors, and how they were made."""
+        return self._inverses.refresh
 
-    @communicator.setter
-    def communicator(self, communicator: Communicator | None) -> None:
-        self._communicator = communicator
+    @property
+    def kfac_factors(self) -> dict[str, LayerFactors]:
+        """Layer name -> factors, of the last refresh."""
+        return self.last.factors
 
-    # ---- collecting --------------------------------------------------------------------------
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Supported layers that have no factors -> why."""
+        return self.last.skipped
+
+    @property
+    def update_freq(self) -> int:
+        """Steps between two refreshes."""
+        return self.settings.update_freq
+
+    # ---- collect, reduce, refresh ------------------------------------------------------------
+
+    def step(self, model: nn.Module, batch: Any, **more: Any) -> bool:
+        """Counts a step and refreshes the factors on the first and every ``update_freq``-th.
+
+        Args:
+            model: the model.
+            batch: as for :meth:`collect_kfac_factors`.
+            **more: further arguments of :meth:`collect_kfac_factors`.
+
+        Returns:
+            Whether the factors were refreshed.
+        """
+        due = self._steps % self.update_freq == 0
+        if due:
+            self.collect_kfac_factors(model, batch, **more)
+        self._steps += 1
+        return due
+
+    def collect_kfac_factors(
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss: Tensor | LossFunction | None = None,
+        n_labels: int | None = None,
+        loss_reduction: str = "mean",
+        *,
+        keep_gradient: bool = False,
+    ) -> None:
+        """Makes new factors: one call is one refresh.
+
+        Args:
+            model: any module with supported layers, in ``train()`` or ``eval()`` mode.
+            batch: one batch (a mapping, a tensor, or a tuple of tensors), or an iterable of them.
+            loss: None for a Hugging Face model; a function of (outputs, batch) that returns a
+                scalar or unreduced losses; or the loss tensor of a captured forward pass.
+            n_labels: labels behind a mean loss, where the batch's ``labels`` do not say.
+            loss_reduction: ``mean`` or ``sum``: how ``loss`` was reduced.
+            keep_gradient: also form the batch's own mean gradient; then
+                ``compute_natural_gradient(None, model)`` preconditions it.
+
+        Raises:
+            CurvatureError: see its subclasses; the factors from before stay.
+            SettingError: the settings and the model do not go together.
+        """
+        self.communicator = self._ranks(self._given_ranks or world())
+        captured, self.captured = self.captured, None
+        try:
+            statistics = Sums(
+                wrappers.unwrap(model),
+                self._layers_behind(loss, captured, model),
+                self.settings,
+                wrappers.device_of(model),
+                keep_gradient=keep_gradient or self.track_diagonal,
+                rank=self.communicator.rank,
+            )
+            collect(
+                statistics,
+                model,
+                batch,
+                loss,
+                captured,
+                self.communicator,
+                self.progress,
+                n_labels=n_labels,
+                reduction=loss_reduction,
+            )
+            rank_counts = reduce(statistics, self.communicator)
+            self._hold(refresh(statistics, rank_counts, self._ever_called))
+        finally:
+            if captured is not None:
+                captured.close()
+        if self.track_diagonal:
+            self._update_diagonal(model)
+            if not keep_gradient:
+                self._inverses.refresh = self.last.without_own_gradients()
+
+    @contextmanager
+    def capture(self, model: nn.Module) -> Iterator[Capture]:
+        """Records a forward pass that the caller makes.
+
+        ``with kfac.capture(model): loss = model(**batch).loss``, then
+        ``collect_kfac_factors(model, batch, loss=loss)`` does not call the model again.
+
+        Args:
+            model: the model whose forward pass runs inside the ``with`` block.
+        """
+        recording = Capture(model, self.layers_of(model))
+        earlier, self.captured = self.captured, None
+        if earlier is not None:
+            earlier.close()
+        with recording, uncompiled(model):
+            yield recording
+        self.captured = recording
 
     def layers_of(self, model: nn.Module) -> Layers:
         """Returns the model's K-FAC layers, checked against the policy before any work.
@@ -113,207 +236,129 @@ class KFACEngine:
                     f"tied: 'sum' with ekfac, and layer {layer.name} is tied: pooled factors have "
                     "no common eigenbasis; allowed with ekfac: head, embedding"
                 )
-        check_device_supports(self.settings, device_of(model))
+        check_device_supports(self.settings, wrappers.device_of(model))
         return layers
 
-    @contextmanager
-    def capture(self, model: nn.Module) -> Iterator[Capture]:
-        """Records a forward pass that the caller makes; the next refresh takes it.
-
-        Args:
-            model: the model whose forward pass runs inside the ``with`` block.
-        """
-        recording = Capture(model, self.layers_of(model))
-        earlier, self.capturing = self.capturing, None
-        if earlier is not None:
-            earlier.close()
-        with recording, uncompiled(model):
-            yield recording
-        self.capturing = recording
-
-    def collect(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss: Tensor | LossFunction | None = None,
-        *,
-        n_labels: int | None = None,
-        reduction: str = "mean",
-        keep_gradient: bool = False,
-        total: int | None = None,
-    ) -> None:
-        """Makes new factors from batches; one call is one refresh.
-
-        Args:
-            model: the model, in whatever mode it is.
-            batches: the batches.
-            loss: a loss tensor of a captured forward pass, a loss function, or None.
-            n_labels: labels behind a mean loss that the caller reduced.
-            reduction: ``mean`` or ``sum``: how the caller reduced it.
-            keep_gradient: also form the factors' own mean gradient (``own_gradients``).
-            total: number of batches, for the progress bar.
-
-        Raises:
-            CurvatureError: see the subclasses; the factors from before stay as they are.
-            SettingError: the settings and the model do not go together.
-        """
-        captured, self.capturing = self.capturing, None
-        try:
-            given = GivenLoss.of(loss, captured, n_labels, reduction)
-            layers = self.layers_of(model) if given.captured is None else given.captured.layers
-            ranks = self.communicator
-            builder = FactorBuilder(
-                model, layers, self.settings, keep_gradient=keep_gradient, communicator=ranks
+    def _layers_behind(self, loss: Any, captured: Capture | None, model: nn.Module) -> Layers:
+        if not isinstance(loss, Tensor):
+            return self.layers_of(model)
+        if captured is None:
+            raise LossError(
+                "loss: a tensor was given but no forward pass was captured; run it inside "
+                "'with kfac.capture(model):', or give a loss function"
             )
-
-            def shown(batches: Iterable[Any]) -> Iterable[Any]:
-                return self.progress(batches, "K-FAC factors", total)
-
-            together(ranks, lambda: add_batches(builder, model, batches, given, shown))
-            self._take(builder.finish(), layers)
-        finally:
-            if captured is not None:
-                captured.close()
-
-    def _take(self, built: Built, layers: Layers) -> None:
-        """Takes over what a builder made; nothing of the refresh before stays."""
-        for name in layers.layers:
-            if name not in built.called and name not in self._ever_called:
-                raise LayerError(
-                    f"layer {name}: expected, but never called in the forward pass; exclude it "
-                    "(or, in a compiled model, run the uncompiled one: model._orig_mod)"
-                )
-        self._hold(replace(built, skipped={**layers.skipped, **built.skipped}))
-        for factors in self.factors.values():
-            measure_storage_error(factors, self.settings)
-
-    def _hold(self, built: Built) -> None:
-        """Holds what a refresh ended in, or what a file had of one."""
-        self._ever_called |= built.called
-        self.skipped = built.skipped
-        self.own_uncovered, self.diagonal = built.gradients, built.diagonal
-        self.fisher = built.fisher
-        self.rank_counts = built.rank_counts
-        self._replace(built.factors)
-
-    def _replace(self, factors: dict[str, LayerFactors]) -> None:
-        """New factors: every inverse of the old ones goes, whichever path it came from."""
-        self.factors = factors
-        self._inverses = Inverses(factors, self.settings)
-        self._narrowed, self._told = precondition.Narrowing(), set()
-        self.refreshes += 1
+        return captured.layers
 
     def forget(self) -> None:
         """Drops the factors."""
-        self._replace({})
+        self._hold(replace(self.last, factors={}))
 
-    def with_damping(self, lam_A: float, lam_G: float) -> None:
-        """Changes the damping; factors and their eigendecompositions stay."""
-        self.settings = replace(self.settings, damping_A=lam_A, damping_G=lam_G)
-        self._inverses = self._inverses.with_settings(self.settings)
+    def _ranks(self, found: Communicator | None) -> Communicator:
+        if found is None or self.settings.reduce == "none":
+            return Alone()
+        return found
 
-    # ---- files -------------------------------------------------------------------------------
+    def _hold(self, made: Refresh) -> None:
+        """Takes over a refresh; no inverse of the one before stays, whatever it was made by."""
+        self._ever_called |= made.called
+        self._inverses = Inverses(made, self.settings)
+        self._logged: set[str] = set()
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the factors as tensors and a JSON-able header; see :mod:`.saved`."""
-        self.check_model(model)
-        built = Built(
-            factors=self.factors,
-            skipped=self.skipped,
-            gradients=self.own_uncovered,
-            diagonal=self.diagonal,
-            called=frozenset(self.factors),
-            fisher=self.fisher,
-            rank_counts=self.rank_counts,
-        )
-        return saved.export(built, model, self.settings)
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module
-    ) -> None:
-        """Takes factors that :meth:`export` gave; nothing changes where they do not match.
-
-        Raises:
-            FactorFileError: another version, incomplete, or made with settings that leave out
-                what this engine's need.
-            LayerError: factors of another model.
-        """
-        layers, ranks = self.layers_of(model), self.communicator
-        self._hold(saved.restore(tensors, header, model, layers, self.settings, ranks))
-
-    # ---- decomposing -------------------------------------------------------------------------
+    # ---- invert ------------------------------------------------------------------------------
 
     @full_precision()
     def prepare_inverses(self) -> None:
         """Decomposes every factor now, so that an application finds it done.
 
-        At INFO, what was done is logged: one line a layer and refresh.
+        At INFO, what was done is logged: one line per layer and refresh.
         """
         if self.communicator.size > 1:
             self._inverses.prepare_together(self.communicator)
-        names = list(self.factors)
+        names = list(self.kfac_factors)
         for name in self.progress(names, "decompositions", len(names)):
             self._inverses.prepare(name)
-        self._tell(self.factors)
+        self._log(names)
 
-    def _tell(self, names: Iterable[str]) -> None:
+    def with_damping(self, damping_A: float, damping_G: float) -> None:
+        """Changes the damping; factors and their eigendecompositions stay."""
+        self.settings = replace(self.settings, damping_A=damping_A, damping_G=damping_G)
+        self._inverses = self._inverses.with_settings(self.settings)
+
+    def _log(self, names: Iterable[str]) -> None:
         """Logs what was done to layers that have been decomposed; nothing is computed for it."""
         if not log.isEnabledFor(logging.INFO):
             return
         for name in names:
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._logged:
+                self._logged.add(name)
                 log.info("%s", layer_line(report_of(self._inverses, name, kappa=False)))
 
-    # ---- applying ----------------------------------------------------------------------------
+    # ---- precondition ------------------------------------------------------------------------
 
-    def natural_gradient(
-        self, gradients: Mapping[str, Tensor] | None, model: nn.Module
+    def compute_natural_gradient(
+        self,
+        gradients: Mapping[str, Tensor] | None,
+        model: nn.Module,
+        *,
+        shards: bool | None = None,
     ) -> dict[str, Tensor]:
-        """Returns ``G^-1 dW A^-1`` for every covered parameter; the rest as it is.
+        """Returns the natural gradient ``G^-1 dW A^-1`` (``docs/math.md``, section 2).
 
         Args:
-            gradients: parameter name -> gradient of the mean loss; None takes the factors' own
-                (collected with ``keep_gradient``), by push-through where that holds.
+            gradients: name in ``named_parameters()`` -> gradient of the mean loss. None takes the
+                factors' own gradient, by push-through where that holds.
             model: the model that the factors belong to.
+            shards: of a model under ``fully_shard``, return every rank's own shards (True) or
+                whole tensors (False); None returns shards where shards were given.
+
+        Returns:
+            The same names; what K-FAC does not cover unchanged, and listed in ``uncovered``. Each
+            in its gradient's dtype, or in float32 (with a warning) where float16 cannot hold it.
 
         Raises:
-            LayerError: factors and model do not match.
-            CurvatureError: there are no factors yet, or no own gradient.
+            LayerError: factors, gradients and model do not match.
+            CurvatureError: no factors yet, or no own gradient.
+            SettingError: no damping.
         """
-        return self.powered(gradients, model, -1.0)
+        return self.compute_powered_natural_gradient(gradients, model, -1.0, shards=shards)
 
     @full_precision()
-    def powered(
-        self, gradients: Mapping[str, Tensor] | None, model: nn.Module, power: float
+    def compute_powered_natural_gradient(
+        self,
+        gradients: Mapping[str, Tensor] | None,
+        model: nn.Module,
+        power: float,
+        *,
+        shards: bool | None = None,
     ) -> dict[str, Tensor]:
-        """Returns ``G^p dW A^p`` with damping and clipping; see :meth:`natural_gradient`.
+        """Returns ``G^p dW A^p`` with damping and clipping; ``p = -1`` is the natural gradient.
+
+        Args:
+            gradients: see :meth:`compute_natural_gradient`.
+            model: the model that the factors belong to.
+            power: ``p``.
+            shards: see :meth:`compute_natural_gradient`.
 
         Raises:
             SettingError: a negative power without damping.
         """
-        lam_a, lam_g = self.settings.lam_A, self.settings.lam_G
-        if power < 0 and (lam_a <= 0 or lam_g <= 0):
-            raise SettingError(
-                f"damping: A {lam_a:g}, G {lam_g:g} with power {power:g}; allowed: above 0 for "
-                "powers < 0"
-            )
+        whole = None if gradients is None else wrappers.whole(gradients)
+        precondition.check_damped(self.settings, power)
         if power == -1 and self.communicator.size > 1:
             self._inverses.prepare_together(self.communicator)
-        if gradients is None:
-            result = self._apply_own(model, power)
+        if whole is None:
+            precondition.check_model(self.kfac_factors, model)
+            result, self.uncovered = precondition.own_powered(self._inverses, power)
         else:
-            inverses = self._inverses
-            result = self._apply(
-                gradients, model, lambda f, y: precondition.powered(inverses, f, y, power), power
-            )
+            self._check(whole, model)
+            result, self.uncovered = precondition.powered(self._inverses, whole, power)
         if power == -1:
-            here = result if gradients is None else gradients
-            self._tell(n for n, f in self.factors.items() if f.layer.weight in here)
-        return result
+            here = result if whole is None else whole
+            self._log(n for n, f in self.kfac_factors.items() if f.layer.weight in here)
+        return wrappers.as_given(result, gradients, model, shards)
 
     @full_precision()
-    def fisher_vector(
+    def compute_fisher_vector_product(
         self, vectors: Mapping[str, Tensor], model: nn.Module, *, damped: bool = False
     ) -> dict[str, Tensor]:
         """Returns ``(T/N) G V A``: no floor, and no damping unless asked for.
@@ -322,11 +367,14 @@ class KFACEngine:
             vectors: parameter name -> vector of the parameter's shape.
             model: the model that the factors belong to.
             damped: whether ``(T/N) (G + lam_G I) V (A + lam_A I)`` is wanted.
+
+        Returns:
+            The same names, shards for shards; what K-FAC does not cover unchanged.
         """
-        lam_g, lam_a = (self.settings.lam_G, self.settings.lam_A) if damped else (0.0, 0.0)
-        return self._apply(
-            vectors, model, lambda f, y: precondition.product(f, y, lam_g, lam_a), None
-        )
+        whole = wrappers.whole(vectors)
+        self._check(whole, model)
+        result, self.uncovered = precondition.products(self._inverses, whole, damped=damped)
+        return wrappers.as_given(result, vectors, model)
 
     def own_gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the factors' own mean gradient, by parameter name, in the core dtype.
@@ -334,82 +382,131 @@ class KFACEngine:
         Raises:
             CurvatureError: the factors were collected without ``keep_gradient``.
         """
-        self.check_model(model)
-        result: dict[str, Tensor] = dict(self.own_uncovered)
-        for factors in self.factors.values():
-            if factors.own is None:
-                raise CurvatureError(
-                    "own gradient: not kept in the last refresh; collect with keep_gradient=True"
-                )
-            result.update(precondition.named_of(factors.layer, factors.own))
-        return result
+        precondition.check_model(self.kfac_factors, model)
+        return precondition.own_gradients(self.last)
 
-    def drop_own_gradients(self) -> None:
-        """Frees the own gradients; the factors stay."""
-        self.own_uncovered = {}
-        for factors in self.factors.values():
-            factors.own = None
-
-    def _apply_own(self, model: nn.Module, power: float) -> dict[str, Tensor]:
-        own = self.own_gradients(model)
-        result = {n: self._uncovered(n, g, power) for n, g in self.own_uncovered.items()}
-        self.uncovered = sorted(self.own_uncovered)
-        for name, factors in self.factors.items():
-            y = precondition.own_powered(self._inverses, factors, power)
-            precondition.check_finite(name, y, self.settings)
-            for parameter, value in precondition.named_of(factors.layer, y).items():
-                result[parameter] = self._narrowed(parameter, value, own[parameter])
-        return result
-
-    def _apply(
-        self,
-        vectors: Mapping[str, Tensor],
-        model: nn.Module,
-        function: Callable[[LayerFactors, Tensor], Tensor],
-        power: float | None,
-    ) -> dict[str, Tensor]:
-        self.check_model(model)
+    def _check(self, vectors: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Checks that factors, vectors, model and ranks go together."""
+        precondition.check_model(self.kfac_factors, model)
         precondition.check_vectors(vectors, model)
         if self.communicator.size > 1 and self.settings.reduce == "gram":
             same_vectors(self.communicator, list(vectors.values()))
-        result = precondition.to_covered(
-            self.factors, vectors, function, self.settings, self._narrowed
-        )
-        self.uncovered = [name for name in vectors if name not in result]
-        for name in self.uncovered:
-            vector = vectors[name]
-            result[name] = vector if power is None else self._uncovered(name, vector, power)
-        return {name: result[name] for name in vectors}
 
-    def _uncovered(self, name: str, vector: Tensor, power: float) -> Tensor:
-        value = precondition.diagonal_power(self.diagonal.get(name), vector, power, self.settings)
-        return vector if value is None else self._narrowed(name, value, vector)
-
-    def check_model(self, model: nn.Module) -> None:
-        """Checks that the factors belong to a model; see :func:`.parameters.check_model`."""
-        precondition.check_model(self.factors, model)
-
-    # ---- what comes for nothing --------------------------------------------------------------
+    # ---- numbers of the factors --------------------------------------------------------------
 
     @full_precision()
     def reports(self) -> list[LayerReport]:
         """Returns what was done to each layer, in the model's order."""
-        return [report_of(self._inverses, name) for name in self.factors]
+        return [report_of(self._inverses, name) for name in self.kfac_factors]
 
     @full_precision()
     def trace(self) -> dict[str, float]:
-        """Returns the trace ``(T/N) tr(G) tr(A)`` of each layer's block."""
-        return {name: factors.trace() for name, factors in self.factors.items()}
+        """Returns layer name -> trace ``(T/N) tr(G) tr(A)`` of its block, undamped."""
+        return {name: factors.trace() for name, factors in self.kfac_factors.items()}
 
     @full_precision()
-    def logdet(self) -> dict[str, float]:
-        """Returns the log-determinant of each layer's block, with the factors in use."""
-        return {name: self._inverses.logdet(factors) for name, factors in self.factors.items()}
+    def log_determinant(self) -> dict[str, float]:
+        """Returns layer name -> log-determinant of its block, damped and clipped.
+
+        Of the Kronecker product, whatever EKFAC makes of its eigenvalues.
+        """
+        return {name: self._inverses.logdet(f) for name, f in self.kfac_factors.items()}
 
     @full_precision()
-    def top_eigenvalues(self, k: int) -> dict[str, Tensor]:
-        """Returns the ``k`` largest eigenvalues of each layer's block ``(T/N) G (x) A``.
+    def top_eigenvalues(self, k: int = 1) -> dict[str, Tensor]:
+        """Returns layer name -> the ``k`` largest eigenvalues of its block, undamped.
 
         By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
+
+        Args:
+            k: how many; fewer where the block has fewer.
         """
-        return {name: factors.top_eigenvalues(k) for name, factors in self.factors.items()}
+        require("k", k, fields.whole(1), int)
+        return {name: factors.top_eigenvalues(k) for name, factors in self.kfac_factors.items()}
+
+    # ---- the legacy diagonal -----------------------------------------------------------------
+
+    def _update_diagonal(self, model: nn.Module) -> None:
+        decay = self.settings.ema_decay
+        for name, gradient in self.own_gradients(model).items():
+            square = gradient.square()
+            old = self.diagonal_fisher.get(name)
+            if old is not None and old.shape == square.shape:
+                square = old.lerp(square, 1.0 - decay)
+            self.diagonal_fisher[name] = square
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Returns factors, header and counters; tensors and plain values only.
+
+        With several ranks the factors come whole, and every rank has to call it.
+        """
+        tensors, header = self._export(model)
+        return {
+            "tensors": tensors,
+            "header": header,
+            "steps": self._steps,
+            "diagonal_fisher": dict(self.diagonal_fisher),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Takes what :meth:`state_dict` gave; the model is not changed.
+
+        Raises:
+            FactorFileError: another version, or incomplete.
+            LayerError: factors of another model; names the layer and both sides.
+        """
+        missing = {"tensors", "header", "steps", "diagonal_fisher"} - set(state)
+        if missing:
+            raise FactorFileError(f"factors: the state has no {', '.join(sorted(missing))}")
+        self._restore(state["tensors"], state["header"], model)
+        self._steps = int(state["steps"])
+        self.diagonal_fisher = dict(state["diagonal_fisher"])
+
+    def save(self, path: str | Path, model: nn.Module) -> None:
+        """Writes the factors to a safetensors file: under a temporary name, then renamed.
+
+        With several ranks the factors are written whole, and every rank has to call it.
+
+        Args:
+            path: of the file.
+            model: the model that the factors belong to; its fingerprint goes into the header.
+        """
+        serialization.write(Path(path), *self._export(model))
+
+    def load(self, path: str | Path, model: nn.Module) -> None:
+        """Reads factors from a file of :meth:`save`; neither model nor factors change on error.
+
+        Args:
+            path: of the file.
+            model: the model that they are wanted for.
+
+        Raises:
+            FactorFileError: no factor file, cut short, or of another version.
+            LayerError: factors of another model; names the layer and both sides.
+        """
+        self._restore(*serialization.read(Path(path)), model)
+
+    def _export(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        precondition.check_model(self.kfac_factors, model)
+        return serialization.export(self.last, model, self.settings)
+
+    def _restore(
+        self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module
+    ) -> None:
+        self.communicator = self._ranks(self._given_ranks or world())
+        layers, ranks = self.layers_of(model), self.communicator
+        self._hold(serialization.restore(tensors, header, model, layers, self.settings, ranks))
+
+
+def _progress_bars() -> Progress:
+    from tqdm import tqdm
+
+    def show(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+        return tqdm(items, desc=label, total=total, leave=False, disable=None)
+
+    return show
+
+
+__all__ = ["KFACNaturalGradient"]

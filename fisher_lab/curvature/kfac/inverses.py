@@ -15,6 +15,7 @@ from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.factors import Damped, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.refresh import Refresh
 from fisher_lab.curvature.linalg import Cholesky
 
 
@@ -134,24 +135,28 @@ class Inverses:
     """Both sides of every layer under one damping; what has been computed of them is kept.
 
     Args:
-        factors: of the refresh, by layer name.
+        refresh: what the refresh ended in.
         settings: all choices.
 
     Attributes:
+        factors: of the refresh, by layer name.
         seconds: spent on decomposing, by layer name.
         bases: EKFAC's eigenbases so far, by layer name.
+        widened: names of the parameters whose result came in float32, with a warning.
     """
 
-    def __init__(self, factors: Mapping[str, LayerFactors], settings: EngineSettings) -> None:
-        self.factors, self.settings = factors, settings
+    def __init__(self, refresh: Refresh, settings: EngineSettings) -> None:
+        self.refresh, self.settings = refresh, settings
+        self.factors = refresh.factors
+        self.widened: set[str] = set()
         self.seconds: dict[str, float] = {}
         self.bases: dict[str, ekfac.Eigenbasis] = {}
         self._damped: dict[tuple[int, float], Damped] = {}
 
     def with_settings(self, settings: EngineSettings) -> Inverses:
         """Returns the same factors under another damping; their eigendecompositions stay."""
-        other = Inverses(self.factors, settings)
-        other.seconds = self.seconds
+        other = Inverses(self.refresh, settings)
+        other.seconds, other.widened = self.seconds, self.widened
         return other
 
     def corrects(self, factors: LayerFactors) -> bool:

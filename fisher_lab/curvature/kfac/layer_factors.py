@@ -1,4 +1,4 @@
-"""The factors of one layer, and what a refresh of a whole model ends in."""
+"""The factors of one layer."""
 
 from __future__ import annotations
 
@@ -147,26 +147,3 @@ class LayerFactors(Mapping[str, Any]):
         if self.A is not None:
             top = torch.outer(top, self.A.top(k)).flatten()
         return (self.ratio * top).sort(descending=True).values[:k]
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a refresh ends in.
-
-    Attributes:
-        factors: by layer name.
-        skipped: layer name -> why it has no factors this time.
-        gradients: own mean gradients of uncovered parameters, where they were asked for.
-        diagonal: diagonal Fisher of uncovered parameters, where it was asked for.
-        called: names of the layers that were called.
-        fisher: kind that the inner layers got.
-        rank_counts: tokens and labels of each rank.
-    """
-
-    factors: dict[str, LayerFactors]
-    skipped: dict[str, str]
-    gradients: dict[str, Tensor]
-    diagonal: dict[str, Tensor]
-    called: frozenset[str]
-    fisher: str
-    rank_counts: tuple[dict[str, int], ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from time import perf_counter
 
@@ -10,7 +10,7 @@ import torch
 
 from fisher_lab.config.kfac import KFACSettings
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class EngineSettings(KFACSettings):
     @classmethod
     def of(cls, settings: KFACSettings, *, seed: int = 0, on_host: bool = False) -> EngineSettings:
         """Returns the settings with a seed and a place."""
-        return cls(**asdict(settings), seed=seed, on_host=on_host)
+        options = {item.name: getattr(settings, item.name) for item in fields(KFACSettings)}
+        return cls(**options, seed=seed, on_host=on_host)
 
     @property
     def numerics(self) -> Numerics:
@@ -65,7 +66,7 @@ def resolve_dtype(name: str) -> torch.dtype:
     ``auto`` is float64, except with a CUDA device on which a float64 product takes more than
     eight times as long as a float32 one, by measurement.
     """
-    return _measured_dtype() if name == "auto" else _DTYPES[name]
+    return _measured_dtype() if name == "auto" else DTYPES[name]
 
 
 @cache

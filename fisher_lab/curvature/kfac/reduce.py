@@ -29,20 +29,27 @@ from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.policy import wants_woodbury
 from fisher_lab.curvature.kfac.statistics import InputSum, Side, Sums
-from fisher_lab.curvature.linalg import add_second_moment, gram, symmetric_eigen
+from fisher_lab.curvature.linalg import add_second_moment, full_precision, gram, symmetric_eigen
 
 
-def join(sums: Sums, communicator: Communicator) -> None:
+@full_precision()
+def reduce(sums: Sums, communicator: Communicator) -> list[dict[str, int]]:
     """Makes the sums of this rank those of all ranks; collective.
 
     Args:
         sums: of this rank, after its last batch.
         communicator: of the ranks.
 
+    Returns:
+        Tokens and labels of each rank.
+
     Raises:
         CurvatureError: the ranks have different models, layers or settings.
     """
-    _Join(sums, communicator).run()
+    counts = communicator.all_gather_objects(sums.counts())
+    if communicator.size > 1:
+        _Join(sums, communicator).run()
+    return counts
 
 
 def _fingerprint(sums: Sums) -> str:

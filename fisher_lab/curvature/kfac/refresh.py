@@ -1,8 +1,10 @@
-"""From the sums of a refresh to the factors of every layer: divided, shared, pooled."""
+"""From the statistics of a refresh to the factors of every layer: divided, shared, pooled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,43 +18,95 @@ from fisher_lab.curvature.kfac.factors import (
     DiagonalFactor,
     Factor,
 )
-from fisher_lab.curvature.kfac.layer_factors import Built, LayerFactors
-from fisher_lab.curvature.kfac.layers import Layer
+from fisher_lab.curvature.kfac.layer_factors import LayerFactors
+from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.statistics import Side, Sums
+from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
 
+log = logging.getLogger(__name__)
 
-def form(sums: Sums, rank_counts: Sequence[dict[str, int]]) -> Built:
-    """Divides the sums and returns the factors; nothing can be added to the sums after it.
+STORAGE_ERROR_WARNING = 1e-2
+"""Relative error of the natural gradient past which rounding the columns is warned about."""
+
+STORAGE_PROBES = 8
+"""Columns on which that error is estimated."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What a refresh ends in.
+
+    Attributes:
+        factors: by layer name.
+        skipped: name of a supported layer without factors -> why.
+        gradients: own mean gradients of the parameters that belong to no layer, where they were
+            asked for.
+        diagonal: diagonal Fisher of these, where it was asked for.
+        called: names of the layers that were called.
+        fisher: kind of Fisher matrix that the inner layers got.
+        rank_counts: tokens and labels of each rank.
+    """
+
+    factors: dict[str, LayerFactors] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    diagonal: dict[str, Tensor] = field(default_factory=dict)
+    called: frozenset[str] = frozenset()
+    fisher: str = "empirical"
+    rank_counts: tuple[dict[str, int], ...] = ()
+
+    def without_own_gradients(self) -> Refresh:
+        """Returns the refresh without own gradients, whose memory is freed; the factors stay."""
+        for factors in self.factors.values():
+            factors.own = None
+        return replace(self, gradients={})
+
+
+@full_precision()
+def refresh(
+    sums: Sums, rank_counts: Sequence[dict[str, int]], called_before: Collection[str] = ()
+) -> Refresh:
+    """Divides the statistics into factors; nothing can be added to the statistics after it.
 
     Args:
         sums: of all batches, and of all ranks.
         rank_counts: tokens and labels of each rank.
+        called_before: names of layers that earlier refreshes saw in a forward pass.
 
     Raises:
         BatchError: no label counted in any batch, or no batch came.
-        LayerError: no layer had a gradient.
+        LayerError: no layer had a gradient, or a layer has never been called.
     """
     if sums.n_batches == 0:
         raise BatchError("batches: none given; allowed: at least one")
     if sums.n_labels == 0:
         raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
-    forming = _Forming(sums)
+    shared: dict[int, Factor] = {}
     factors: dict[str, LayerFactors] = {}
     for layer in sums.layers.layers.values():
         if layer.name not in sums.sides:
             sums.skipped.setdefault(layer.name, "no gradient in this batch")
             continue
-        factors[layer.name] = forming.layer(layer)
+        factors[layer.name] = _layer_factors(sums, layer, shared)
     if not factors:
         raise LayerError("model: no K-FAC layer has a gradient (frozen, or under no_grad?)")
+    for name in sums.layers.layers:
+        if name not in sums.called and name not in called_before:
+            raise LayerError(
+                f"layer {name}: expected, but never called in the forward pass; exclude it "
+                "(or, in a compiled model, run the uncompiled one: model._orig_mod)"
+            )
+    for made in factors.values():
+        measure_storage_error(made, sums.settings)
     scale = 1.0 / sums.n_labels
     covered = {n for f in factors.values() for n in (f.layer.weight, f.layer.bias)}
     tokens = max(f.tokens for f in factors.values())
     rest = sums.uncovered
-    return Built(
+    return Refresh(
         factors=factors,
-        skipped=dict(sums.skipped),
+        skipped={**sums.layers.skipped, **sums.skipped},
         gradients={n: g * scale for n, g in rest.gradients.items() if n not in covered},
         diagonal={n: d / tokens for n, d in rest.diagonal.items() if n not in covered},
         called=frozenset(sums.called),
@@ -61,81 +115,73 @@ def form(sums: Sums, rank_counts: Sequence[dict[str, int]]) -> Built:
     )
 
 
-class _Forming:
-    """Makes the layers' factors; layers that share a sum of inputs share its factor."""
+def _layer_factors(sums: Sums, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
+    """A layer's factors, pooled with those of its partner where it has one.
 
-    def __init__(self, sums: Sums) -> None:
-        self.sums = sums
-        self._made: dict[int, Factor] = {}
+    Args:
+        sums: the statistics.
+        layer: the layer.
+        shared: the A factors so far, by group of layers; takes the layer's own.
+    """
+    side = sums.sides[layer.name]
+    count = n_draws(sums.fisher_kind, sums.settings)
+    weight = 1.0 / (side.tokens * count)
+    own = _tied_own(sums, layer) if layer.tied else side.own
+    own = None if own is None else own / sums.n_labels
+    common: dict[str, Any] = {
+        "layer": layer, "tokens": side.tokens, "n_labels": sums.n_labels,
+        "n_draws": count, "fisher": sums.fisher_kind, "own": own,
+    }  # fmt: skip
+    if isinstance(side.g, NormAccumulator):
+        return LayerFactors(A=None, G=side.g.factor(weight), method="norm", **common)
+    a = _input_factor(sums, side, shared)
+    if layer.name == sums.head.name:
+        common["fisher"] = "true"
+        return LayerFactors(A=a, G=sums.head.factor(side.tokens), method="true_head", **common)
+    g = side.g.factor(weight)
+    factors = LayerFactors(A=a, G=g, method=g.method, **common)
+    _keep_tokens(sums, factors, side, weight)
+    if layer.partner is not None and layer.partner.name in sums.sides:
+        # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
+        embedding = _layer_factors(sums, layer.partner, shared)
+        pool(factors, embedding)
+        factors.push, factors.exact = False, None
+    return factors
 
-    def layer(self, layer: Layer) -> LayerFactors:
-        """Returns a layer's factors, pooled with those of its partner where it has one."""
-        sums = self.sums
-        side = sums.sides[layer.name]
-        count = n_draws(sums.fisher_kind, sums.settings)
-        weight = 1.0 / (side.tokens * count)
-        own = self._tied_own(layer) if layer.tied else side.own
-        own = None if own is None else own / sums.n_labels
-        common: dict[str, Any] = {
-            "layer": layer, "tokens": side.tokens, "n_labels": sums.n_labels,
-            "n_draws": count, "fisher": sums.fisher_kind, "own": own,
-        }  # fmt: skip
-        if isinstance(side.g, NormAccumulator):
-            return LayerFactors(A=None, G=side.g.factor(weight), method="norm", **common)
-        if layer.name == sums.head.name:
-            common["fisher"] = "true"
-            head = sums.head.factor(side.tokens)
-            return LayerFactors(A=self._input(side), G=head, method="true_head", **common)
-        g = side.g.factor(weight)
-        factors = LayerFactors(
-            A=self._input(side),
-            G=g,
-            method=g.method,
-            **common,
-        )
-        self._keep_tokens(factors, side, weight)
-        return factors if layer.partner is None else self._pooled(factors, layer.partner)
 
-    def _tied_own(self, layer: Layer) -> Tensor | None:
-        gradients = self.sums.uncovered.gradients
-        weight = gradients.get(layer.weight)
-        bias = gradients.get(layer.bias) if layer.bias is not None else None
-        return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
+def _tied_own(sums: Sums, layer: Layer) -> Tensor | None:
+    gradients = sums.uncovered.gradients
+    weight = gradients.get(layer.weight)
+    bias = gradients.get(layer.bias) if layer.bias is not None else None
+    return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
 
-    def _input(self, side: Side) -> Factor:
-        if side.group not in self._made:
-            self._made[side.group] = self.sums.inputs[side.group].factor()
-        return self._made[side.group]
 
-    def _keep_tokens(self, factors: LayerFactors, side: Side, weight: float) -> None:
-        """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
-        accumulator, settings = side.g, self.sums.settings
-        assert isinstance(accumulator, GradientAccumulator)
-        in_order = accumulator.tokens_in_order()
-        if in_order or settings.ekfac:
-            factors.a = joined(side.inputs, _input_label(side))
-            factors.spread = side.spread
-        factors.push = (
-            in_order
-            and self.sums.fisher_kind == "empirical"
-            and not side.layer.tied
-            and settings.push_through
-        )
-        if settings.ekfac:
-            device = self.sums.device
-            empty = torch.empty(0, side.layer.n_out, device=device)
-            factors.tokens_g = joined(side.last_g, accumulator.label) if side.last_g else empty
-            nowhere = torch.empty(0, dtype=torch.int64, device=device)
-            factors.order = torch.cat([nowhere, *side.order])
-        factors.exact = accumulator.exact_factor(weight)
+def _input_factor(sums: Sums, side: Side, shared: dict[int, Factor]) -> Factor:
+    if side.group not in shared:
+        shared[side.group] = sums.inputs[side.group].factor()
+    return shared[side.group]
 
-    def _pooled(self, head: LayerFactors, partner: Layer) -> LayerFactors:
-        """Both uses of a tied weight: vocabulary side ``G_head + A_emb``, width side the rest."""
-        if partner.name not in self.sums.sides:
-            return head
-        pool(head, self.layer(partner))
-        head.push, head.exact = False, None
-        return head
+
+def _keep_tokens(sums: Sums, factors: LayerFactors, side: Side, weight: float) -> None:
+    """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
+    accumulator, settings = side.g, sums.settings
+    assert isinstance(accumulator, GradientAccumulator)
+    in_order = accumulator.tokens_in_order()
+    if in_order or settings.ekfac:
+        factors.a = joined(side.inputs, _input_label(side))
+        factors.spread = side.spread
+    factors.push = (
+        in_order
+        and sums.fisher_kind == "empirical"
+        and not side.layer.tied
+        and settings.push_through
+    )
+    if settings.ekfac:
+        empty = torch.empty(0, side.layer.n_out, device=sums.device)
+        factors.tokens_g = joined(side.last_g, accumulator.label) if side.last_g else empty
+        nowhere = torch.empty(0, dtype=torch.int64, device=sums.device)
+        factors.order = torch.cat([nowhere, *side.order])
+    factors.exact = accumulator.exact_factor(weight)
 
 
 def _input_label(side: Side) -> str:
@@ -185,3 +231,41 @@ def _sum_of(a: Factor, width: Factor) -> Factor:
     total, n = a.to_dense().clone(), width.dim
     total[:n, :n] += width.to_dense().to(total.device)
     return DenseFactor(total)
+
+
+def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> None:
+    """Finds the relative error of ``G^-1 dW`` on a layer's own gradient that rounding costs.
+
+    Estimated on ``dW Z`` with a few seeded normal columns ``Z``: the whole of ``dW`` would
+    cost as much as applying the inverse, twice. Past a limit it is warned about.
+
+    Args:
+        factors: of the layer; takes ``storage_error``, and lets go of the unrounded columns.
+        settings: all choices.
+    """
+    exact, g = factors.exact, factors.G
+    factors.exact = None
+    if exact is None or factors.a is None:
+        return
+    numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
+    if lam <= 0 or g.n_columns != factors.tokens:
+        return
+    if factors.layer.kind is Kind.EMBEDDING:
+        return
+    a = factors.a.to(numerics.apply_dtype)
+    generator = torch.Generator().manual_seed(0)
+    probes = a @ torch.randn(a.shape[1], STORAGE_PROBES, generator=generator).to(a)
+    if factors.spread is not None:
+        probes = factors.spread.gather(probes)
+    probes = probes.to(exact.device)
+    dw = exact.columns.transposed_times(probes)
+    reference = exact.damped(lam, kappa, numerics).power(dw, -1)
+    stored = g.damped(lam, kappa, numerics).power(dw, -1)
+    norm = float(reference.norm())
+    factors.storage_error = float((stored - reference).norm()) / norm if norm else 0.0
+    if factors.storage_error > STORAGE_ERROR_WARNING:
+        log.warning(
+            "layer %s: storing its columns in %s changes the natural gradient by %.1e "
+            "(relative, at damping %g)",
+            factors.layer.name, g.tensors()["columns"].dtype, factors.storage_error, lam,
+        )  # fmt: skip

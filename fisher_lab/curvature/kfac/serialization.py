@@ -1,16 +1,17 @@
-"""Factors as plain tensors and a JSON-able header, and back.
+"""A refresh as plain tensors and a JSON-able header, in a file where wanted, and back.
 
-Nothing here touches a file: :mod:`fisher_lab.api` writes and reads safetensors. The header says
-what the tensors are (structure, weight, T, N), under which conventions they were made, and which
-model they belong to.
+The header says what the tensors are (structure, weight, T, N), under which conventions they were
+made, and which model they belong to. :func:`write` and :func:`read` keep both in one safetensors
+file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,14 @@ from fisher_lab.curvature.errors import FactorFileError, LayerError
 from fisher_lab.curvature.kfac.factors import Columns, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
+from fisher_lab.curvature.kfac.numerics import DTYPES
 from fisher_lab.curvature.kfac.policy import put_back
+from fisher_lab.curvature.kfac.refresh import Refresh
 from fisher_lab.curvature.wrappers import device_of, unwrap
+from fisher_lab.runs import atomic
+
+_HEADER = "fisher_lab.factors"
+"""Key of the header in a file."""
 
 VERSION = 2
 """Of the layout; another version is refused."""
@@ -35,6 +42,9 @@ CONVENTIONS = "A=(1/T)sum aa^T; G=(1/T)sum gg^T; token-summed loss; row-major ve
 UNCOVERED = "//uncovered"
 """Under this come gradients and diagonal of parameters that belong to no layer."""
 
+PLAIN = ("method", "tokens", "n_labels", "n_draws", "fisher", "push", "storage_error")
+"""Attributes of a layer's factors that the header has."""
+
 KEPT = ("a", "own", "tokens_g", "order")
 """What a layer keeps besides its factors."""
 
@@ -45,25 +55,61 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def export(
-    factors: Mapping[str, LayerFactors], model_fingerprint: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns tensors and header of a set of factors; factors that layers share are kept once.
+def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes an export to a safetensors file: under a temporary name, then renamed."""
+    from safetensors.torch import save
 
-    What ranks have shares of is put together, so all of them have to call it.
+    metadata = {_HEADER: json.dumps(header)}
+    atomic.write_bytes(path, save(dict(tensors), metadata=metadata))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns tensors and header of a file of :func:`write`.
+
+    Raises:
+        FactorFileError: there is no such file, or it is cut short or another kind of file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FactorFileError(f"factor file {path}: does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise FactorFileError(f"factor file {path}: cut short or not one ({error})") from error
+
+
+def export(
+    last: Refresh, model: nn.Module, settings: KFACSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a refresh as tensors and a header; factors that layers share are kept once.
+
+    What ranks hold slices of is put together, so all of them have to call it.
 
     Args:
-        factors: by layer name.
-        model_fingerprint: of the model that they belong to.
+        last: the refresh.
+        model: the model that it belongs to.
+        settings: those that it was made with.
     """
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
-    layers = {name: _export_layer(name, f, tensors, owners) for name, f in factors.items()}
+    layers = {name: _export_layer(name, f, tensors, owners) for name, f in last.factors.items()}
+    rest = {"own": last.gradients, "diagonal": last.diagonal}
+    for key, named in rest.items():
+        for name, value in named.items():
+            tensors[f"{UNCOVERED}/{key}/{name}"] = value.detach().contiguous().clone()
     header = {
         "version": VERSION,
         "conventions": CONVENTIONS,
-        "model": model_fingerprint,
+        "model": fingerprint(model),
         "layers": layers,
+        "fisher": last.fisher,
+        "uncovered": settings.uncovered,
+        "skipped": last.skipped,
+        "rank_counts": list(last.rank_counts),
+        **{f"uncovered_{key}": sorted(named) for key, named in rest.items()},
     }
     return tensors, header
 
@@ -73,13 +119,7 @@ def _export_layer(
 ) -> dict[str, Any]:
     """Puts a layer's tensors to the others; returns its entry of the header."""
     entry: dict[str, Any] = {
-        "method": f.method,
-        "tokens": f.tokens,
-        "n_labels": f.n_labels,
-        "n_draws": f.n_draws,
-        "fisher": f.fisher,
-        "push": f.push,
-        "storage_error": f.storage_error,
+        **{key: getattr(f, key) for key in PLAIN},
         "augmented": f.layer.augmented,
         "in": f.layer.n_in,
         "out": f.layer.n_out,
@@ -114,22 +154,23 @@ def restore(
     model: nn.Module,
     layers: Layers,
     settings: KFACSettings,
-    communicator: Communicator | None = None,
-) -> dict[str, LayerFactors]:
-    """Returns the factors that :func:`export` took apart; the model itself is not changed.
+    communicator: Communicator,
+) -> Refresh:
+    """Returns what :func:`export` took apart; the model itself is not changed.
 
     Args:
         tensors: by name.
         header: as exported.
         model: the model that they are wanted for.
         layers: its K-FAC layers.
-        settings: where columns are to live.
-        communicator: of ranks that go on together: each takes the share again that it had, where
+        settings: of the engine that wants them.
+        communicator: of ranks that go on together: each takes the slice again that it had, where
             they are as many as before, so that sums over the ranks come out to the same bit.
 
     Raises:
         FactorFileError: another version, other conventions, an entry of the header or a tensor is
-            missing, or a tensor has another shape than the layer's.
+            missing, a tensor has another shape than the layer's, or the factors were made with
+            settings that leave out what these need.
         LayerError: a layer does not match; names it and both sides.
     """
     if header.get("version") != VERSION or header.get("conventions") != CONVENTIONS:
@@ -137,59 +178,67 @@ def restore(
             f"factors: version {header.get('version')!r}; allowed: {VERSION} with the conventions "
             f"{CONVENTIONS!r}"
         )
-    result: dict[str, LayerFactors] = {}
-    with reading():
+    factors: dict[str, LayerFactors] = {}
+    read = _Reader(tensors, settings, device_of(model))
+    try:
         for name, entry in header["layers"].items():
             layer = layers.layers.get(name)
             _check_layer(name, entry, layer)
             assert layer is not None
-            read = _Reader(tensors, settings, device_of(model))
-            factors = _restore_layer(layer, entry, read, result)
-            if communicator is not None and communicator.size > 1:
-                _spread_again(factors, entry, communicator)
-            result[name] = factors
-    if header.get("model") != fingerprint(model):
-        raise LayerError(
-            f"factors: made for a model with fingerprint {header.get('model')}, this one has "
-            f"{fingerprint(model)} (parameter names and shapes)"
+            factors[name] = _restore_layer(layer, entry, read, factors)
+            if communicator.size > 1:
+                _spread_again(factors[name], entry, communicator)
+        if header.get("model") != fingerprint(model):
+            raise LayerError(
+                f"factors: made for a model with fingerprint {header.get('model')}, this one has "
+                f"{fingerprint(model)} (parameter names and shapes)"
+            )
+        _check_needs(factors, header, settings)
+        return Refresh(
+            factors=factors,
+            fisher=str(header["fisher"]),
+            skipped=dict(header["skipped"]),
+            gradients=_uncovered(read, header, model, "own"),
+            diagonal=_uncovered(read, header, model, "diagonal"),
+            called=frozenset(factors),
+            rank_counts=tuple(dict(counts) for counts in header["rank_counts"]),
         )
-    return result
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Turns what goes wrong in an incomplete header into an error that says so.
-
-    Raises:
-        FactorFileError: an entry is missing or is no such thing.
-    """
-    try:
-        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise FactorFileError(f"factors: the header is incomplete ({error!r})") from error
 
 
-def uncovered(
-    tensors: Mapping[str, Tensor], header: Mapping[str, Any], model: nn.Module, key: str
+def _uncovered(
+    read: _Reader, header: Mapping[str, Any], model: nn.Module, key: str
 ) -> dict[str, Tensor]:
-    """Returns what a file has of parameters that belong to no layer.
+    """What an export has of parameters that belong to no layer: ``own`` or ``diagonal``."""
+    parameters = dict(unwrap(model).named_parameters())
+    return {
+        name: read.tensor(f"{UNCOVERED}/{key}/{name}", *parameters[name].shape)
+        for name in header[f"uncovered_{key}"]
+    }
 
-    Args:
-        tensors: by name.
-        header: as exported.
-        model: whose parameters they are.
-        key: ``own`` (gradients) or ``diagonal``.
+
+def _check_needs(
+    found: Mapping[str, LayerFactors], header: Mapping[str, Any], settings: KFACSettings
+) -> None:
+    """Checks that factors hold what the settings need of them.
 
     Raises:
-        FactorFileError: a tensor is missing or has another shape than its parameter.
+        FactorFileError: EKFAC without the tokens, or no diagonal of what is uncovered.
     """
-    parameters = dict(unwrap(model).named_parameters())
-    read = _Reader(tensors, KFACSettings(), device_of(model))
-    with reading():
-        return {
-            name: read.tensor(f"{UNCOVERED}/{key}/{name}", tuple(parameters[name].shape))
-            for name in header[f"uncovered_{key}"]
-        }
+    for name, factors in found.items():
+        kept = factors.tokens_g is not None or factors.method in ("norm", "true_head")
+        if settings.ekfac and not kept:
+            raise FactorFileError(
+                f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
+                "factors of an engine with ekfac=True"
+            )
+    wanted = settings.uncovered
+    if wanted == "diagonal" and header.get("uncovered") != "diagonal":
+        raise FactorFileError(
+            f"factors: collected with uncovered={header.get('uncovered')!r}; allowed for "
+            "uncovered='diagonal': factors of an engine with it"
+        )
 
 
 def _check_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> None:
@@ -220,26 +269,16 @@ def _restore_layer(
     if a is not None and "same_as" in a:
         input_factor = earlier[a["same_as"]].A
     else:
-        input_factor = None if a is None else read.factor(a, f"{name}/A", layer.dim_a)
+        input_factor = None if a is None else read.under(f"{name}/A/").factor(a, layer.dim_a)
 
-    def kept(key: str, *shape: int | None) -> Tensor | None:
-        missing = f"{name}/{key}" not in read.tensors
-        return None if missing else read.tensor(f"{name}/{key}", shape)
-
+    kept = read.under(f"{name}/").kept
     tokens_g = kept("tokens_g", None, layer.n_out)
     indices = layer.kind is Kind.EMBEDDING
-
     return LayerFactors(
         layer=layer,
         A=input_factor,
-        G=read.factor(entry["G"], f"{name}/G", dim_g),
-        method=entry["method"],
-        tokens=entry["tokens"],
-        n_labels=entry["n_labels"],
-        n_draws=entry["n_draws"],
-        fisher=entry["fisher"],
-        push=entry["push"],
-        storage_error=entry["storage_error"],
+        G=read.under(f"{name}/G/").factor(entry["G"], dim_g),
+        **{key: entry[key] for key in PLAIN},
         a=kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
         own=kept("own", dim_g, 1 if layer.kind is Kind.NORM else layer.dim_a),
         tokens_g=tokens_g,
@@ -265,14 +304,27 @@ def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Commu
 
 @dataclass(frozen=True)
 class _Reader:
-    """Takes tensors out of a file, checked against the shapes of the layers."""
+    """Takes tensors out of an export, checked against the shapes of the layers.
+
+    Attributes:
+        tensors: of the export, by name.
+        settings: say where columns are kept.
+        device: the model's.
+        prefix: of the names that are asked for.
+    """
 
     tensors: Mapping[str, Tensor]
     settings: KFACSettings
     device: torch.device
+    prefix: str = ""
 
-    def raw(self, name: str, shape: Sequence[int | None]) -> Tensor:
+    def under(self, prefix: str) -> _Reader:
+        """Returns a reader of the names that begin with ``prefix``."""
+        return replace(self, prefix=prefix)
+
+    def raw(self, key: str, *shape: int | None) -> Tensor:
         """Returns a tensor where it is; None in ``shape`` stands for any length."""
+        name = self.prefix + key
         if name not in self.tensors:
             raise FactorFileError(f"factors: the tensor {name} is missing")
         found = self.tensors[name]
@@ -280,48 +332,32 @@ class _Reader:
             wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
         )
         if not fits:
-            told = " x ".join("any" if n is None else str(n) for n in shape)
+            allowed = " x ".join("any" if n is None else str(n) for n in shape)
             raise FactorFileError(
-                f"factors: the tensor {name} has shape {tuple(found.shape)}; allowed: {told}"
+                f"factors: the tensor {name} has shape {tuple(found.shape)}; allowed: {allowed}"
             )
         return found
 
-    def tensor(self, name: str, shape: Sequence[int | None]) -> Tensor:
+    def tensor(self, key: str, *shape: int | None) -> Tensor:
         """Returns a tensor on the model's device."""
-        return self.raw(name, shape).to(self.device)
+        return self.raw(key, *shape).to(self.device)
 
-    def factor(self, entry: Mapping[str, Any], prefix: str, dim: int) -> Factor:
+    def kept(self, key: str, *shape: int | None) -> Tensor | None:
+        """Returns a tensor on the model's device, or None where the export has none."""
+        return self.tensor(key, *shape) if self.prefix + key in self.tensors else None
+
+    def factor(self, entry: Mapping[str, Any], dim: int) -> Factor:
         """Returns a factor of this dimension."""
         structure = entry["structure"]
         found = Factor.structures.get(structure)
         if found is None:
-            raise FactorFileError(f"factors: {prefix} has the unknown structure {structure!r}")
-        return found.restored(entry, dim, _FactorReader(self, prefix))
-
-
-@dataclass(frozen=True)
-class _FactorReader:
-    """Takes the tensors of one factor out of a file."""
-
-    read: _Reader
-    prefix: str
-
-    def tensor(self, key: str, *shape: int | None) -> Tensor:
-        """Returns a tensor on the model's device."""
-        return self.read.tensor(f"{self.prefix}/{key}", shape)
+            raise FactorFileError(f"factors: {self.prefix} has the unknown structure {structure!r}")
+        return found.restored(entry, dim, self)
 
     def columns(self, entry: Mapping[str, Any], dim: int) -> tuple[Columns, torch.dtype]:
         """Returns columns, placed as the storage options say, and the core dtype."""
-        data, core = (
-            self.read.raw(f"{self.prefix}/columns", (None, dim)),
-            _dtype(entry["core_dtype"]),
-        )
-        settings, device = self.read.settings, self.read.device
-        return put_back(data, float(entry["scale"]), settings, core, device), core
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"float64": torch.float64, "float32": torch.float32}
-    if name not in known:
-        raise FactorFileError(f"factors: core dtype {name!r}; allowed: {', '.join(known)}")
-    return known[name]
+        name = entry["core_dtype"]
+        if name not in DTYPES:
+            raise FactorFileError(f"factors: core dtype {name!r}; allowed: {', '.join(DTYPES)}")
+        data, scale = self.raw("columns", None, dim), float(entry["scale"])
+        return put_back(data, scale, self.settings, DTYPES[name], self.device), DTYPES[name]

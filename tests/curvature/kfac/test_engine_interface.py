@@ -352,7 +352,7 @@ def test_float16_gradients_come_back_in_float32_where_the_result_is_too_large(ca
     model, batch = models.seeded(models.gpt2, torch.float32), models.language_batch((9, 4, 7))
     kfac = engine("all", Damping(1e-6, 1e-6, None))
     kfac.collect_kfac_factors(model, batch, keep_gradient=True)
-    half = {n: g.half() for n, g in kfac.engine.own_gradients(model).items()}
+    half = {n: g.half() for n, g in kfac.own_gradients(model).items()}
     result = kfac.compute_natural_gradient(half, model)
     expected = kfac.compute_natural_gradient({n: g.double() for n, g in half.items()}, model)
     large = {n for n, g in expected.items() if not torch.isfinite(g.half()).all()}
