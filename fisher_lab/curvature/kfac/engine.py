@@ -95,6 +95,7 @@ class KFACNaturalGradient:
         if given.store_device == "cuda" and not torch.cuda.is_available():
             raise SettingError("woodbury_store_device: 'cuda', but no CUDA device; allowed: cpu")
         self.settings = EngineSettings.of(given, seed=seed, on_host=not use_gpu_eigh)
+        self.update_freq, self.ema_decay = given.update_freq, given.ema_decay
         self.track_diagonal = track_diagonal and given.fisher == "empirical"
         self.progress = progress or (_progress_bars() if show_progress else no_progress)
         self.uncovered: list[str] = []
@@ -120,11 +121,6 @@ class KFACNaturalGradient:
     def skipped(self) -> dict[str, str]:
         """Supported layers that have no factors -> why."""
         return self.last.skipped
-
-    @property
-    def update_freq(self) -> int:
-        """Steps between two refreshes."""
-        return self.settings.update_freq
 
     # ---- collect, reduce, refresh ------------------------------------------------------------
 
@@ -427,12 +423,11 @@ class KFACNaturalGradient:
     # ---- the legacy diagonal -----------------------------------------------------------------
 
     def _update_diagonal(self, model: nn.Module) -> None:
-        decay = self.settings.ema_decay
         for name, gradient in self.own_gradients(model).items():
             square = gradient.square()
             old = self.diagonal_fisher.get(name)
             if old is not None and old.shape == square.shape:
-                square = old.lerp(square, 1.0 - decay)
+                square = old.lerp(square, 1.0 - self.ema_decay)
             self.diagonal_fisher[name] = square
 
     # ---- files -------------------------------------------------------------------------------
