@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fisher_lab.curvature.kfac import engine as engine_module
-from fisher_lab.curvature.kfac.factors import dense
+from fisher_lab.curvature.kfac.factors import base, woodbury
 from tests import models, reference
 from tests.capturing import POLICIES, engine, inputs_of, shared_capture
 from tests.reference import Damping
@@ -200,7 +200,8 @@ def test_each_refresh_is_logged_once_and_nothing_is_computed_for_it(caplog, monk
     kfac.collect_kfac_factors(model, batch, keep_gradient=True)
     kfac.compute_natural_gradient(None, model)
     assert asked == []
-    monkeypatch.setattr(dense, "_kappa_from_cholesky", lambda *_: pytest.fail("by Lanczos"))
+    for module in (base, woodbury):
+        monkeypatch.setattr(module, "largest_eigenvalue", lambda *_: pytest.fail("by Lanczos"))
     with caplog.at_level(logging.INFO, "fisher_lab.curvature.kfac.engine"):
         for prepare in (False, True):
             caplog.clear()
