@@ -132,8 +132,8 @@ def test_arguments_reach_kfac():
     handler = collector.kfac_handler
     assert handler.ema_decay == 0.5
     assert handler.settings.numerics.on_host
-    assert handler.settings.damping.A == 1e-3
-    assert handler.settings.policy.name == "small_only"
+    assert handler.settings.lam_A == 1e-3
+    assert handler.settings.policy == "small_only"
     assert handler.settings.fisher == "true"
 
 
