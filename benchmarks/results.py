@@ -4,9 +4,8 @@
 
 The directories hold what real runs leave: a configuration of some 130 settings, provenance, 33
 metrics, and (with ``--layers``) ``layers.csv``. Every step runs in a fresh process; times are wall
-clock with CPU seconds beside them, memory is the peak resident set. `cold` reads every file, `warm`
-uses the cache that `cold` has left. The files are in the page cache in both. `benchmarks/results/`
-has what was measured: `--json benchmarks/results/results.json`.
+clock with CPU seconds beside them, memory is the peak resident set. The files are in the page
+cache. `benchmarks/results/` has the measurements: `--json benchmarks/results/results.json`.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def step(name: str, root: Path) -> dict[str, Any]:
 def measure(root: Path, layers: bool) -> list[dict[str, Any]]:
     """All steps, each in a process of its own."""
     found = []
-    names = ("cold", "warm", "table", "layers") if layers else ("cold", "warm", "table")
+    names = ("load", "table", "layers") if layers else ("load", "table")
     for name in names:
         command = [sys.executable, __file__, "--step", name, "--keep", str(root)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "cancel": "fisher_lab.sweeps.commands:cancel",
-    "claims": "fisher_lab.results.commands:claims",
-    "diff": "fisher_lab.results.commands:diff",
-    "report": "fisher_lab.results.commands:report",
+    "claims": "fisher_lab.results.commands:claims_command",
+    "diff": "fisher_lab.results.commands:diff_command",
+    "report": "fisher_lab.results.commands:report_command",
     "status": "fisher_lab.sweeps.commands:status",
-    "table": "fisher_lab.results.commands:table",
+    "table": "fisher_lab.results.commands:table_command",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
 

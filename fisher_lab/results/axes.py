@@ -1,13 +1,13 @@
-"""What was swept: the settings that differ between the runs, one for each independent choice.
+"""What was swept: the axes that ``sweep.json`` states, and the settings that vary with them.
 
-A choice may move several settings at once (``model=llama`` moves name, type and sizes; a paired
-cell moves two). Settings that say the same of every run are one axis, under one name; the others
-are its followers.
+One choice may change several settings (``model=llama`` changes the name, the type and the sizes):
+the axis stands for all of them, and the others are its followers. Runs that no ``sweep.json``
+describes (a plain multirun, or runs of several sweeps) are told apart by their overrides and then
+by the settings that differ.
 """
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results.values import Column, Frame, ResultsError, levels, meaning, same
+from fisher_lab.results.values import ResultsError, column, hint, levels, meaning, same, where
 
 SEED = "seed"
 UNINTERESTING = ("cache_dir", "progress", "tracker", "hydra", "resume", "sweep", "launcher")
 """Settings that cannot change a result, with everything under them."""
 
 GROUP_KEYS = {"kfac/kappa": "kfac.max_condition_number"}
-"""Groups that set a key of another name."""
+"""Configuration groups that set a key of another name."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Axes:
 
     Attributes:
         values: axis -> its values in order; the seed is among them if it varies.
-        followers: axis -> settings that vary with it, one to one or coarser.
+        followers: axis -> settings whose value it decides.
     """
 
     values: dict[str, list[Any]]
@@ -42,39 +42,45 @@ class Axes:
         """All axes but the seed."""
         return [name for name in self.values if name != SEED]
 
+    def tied(self, names: Iterable[str]) -> set[str]:
+        """The settings that vary with the named ones: their followers, and axes they follow."""
+        names = set(names)
+        followers = {f for axis in names for f in self.followers.get(axis, [])}
+        return followers | {axis for axis, own in self.followers.items() if names & set(own)}
 
-def find_axes(frame: Frame) -> Axes:
+
+def find_axes(frame: pd.DataFrame) -> Axes:
     """The axes of a frame of runs.
 
     Args:
-        frame: from :func:`fisher_lab.results.loading`, or some of its rows.
+        frame: from :func:`fisher_lab.results.load`, or some of its rows.
 
     Returns:
-        The axes, those that were swept on the command line or in a sweep file first.
+        The swept settings in the order of the sweep file or command line, then settings that vary
+        for another reason, and the seed last.
     """
-    asked = _asked(frame)
-    several = [c for c in _settings(frame) if frame[c].nunique(dropna=False) > 1]
-    codes = {c: _codes(frame[c]) for c in several}
+    swept = _swept(frame)
+    columns = {c: column(frame, c) for c in _settings(frame)}
+    codes = {c: _codes(v) for c, v in columns.items() if v.nunique(dropna=False) > 1}
     varying = {c: code for c, code in codes.items() if max(code, default=0) > 0}
-    ranked = sorted(varying, key=lambda c: (_rank(c, asked), -max(varying[c]), len(c), c))
-    chosen: list[str] = []
+    # Of settings that vary together, a name stands for the others, then the one that varies most.
+    rest = sorted(
+        (c for c in varying if c not in swept and c != SEED),
+        key=lambda c: (not c.endswith(".name"), -max(varying[c]), len(c), c),
+    )
+    chosen = [c for c in dict.fromkeys((*swept, SEED)) if c in varying]
     followers: dict[str, list[str]] = {}
-    for column in ranked:
-        explicit = column in asked or column == SEED
-        leader = None
-        if not explicit:
-            leader = next((a for a in chosen if _follows(varying[column], varying[a])), None)
-            if leader == SEED:
-                leader = None
-        if leader is None:
-            chosen.append(column)
+    for name in rest:
+        leader = next((a for a in chosen if _decides(varying[a], varying[name])), SEED)
+        if leader == SEED:  # which other seeds would contradict
+            chosen.append(name)
         else:
-            followers.setdefault(leader, []).append(column)
-    chosen.sort(key=lambda c: (c == SEED, asked.index(c) if c in asked else len(asked)))
-    return Axes({c: levels(frame[c]) for c in chosen}, followers)
+            followers.setdefault(leader, []).append(name)
+    chosen.sort(key=lambda name: name == SEED)
+    return Axes({c: levels(columns[c]) for c in chosen}, followers)
 
 
-def resolve(frame: Frame, name: str) -> str:
+def resolve(frame: pd.DataFrame, name: str) -> str:
     """The column that a name on the command line or in a claim stands for.
 
     Args:
@@ -84,89 +90,72 @@ def resolve(frame: Frame, name: str) -> str:
     Raises:
         ResultsError: there is no such setting.
     """
-    for candidate in _candidates(name):
-        if candidate in frame.attrs.get("config", frame.columns):
-            return candidate
-    known = list(frame.attrs.get("config", frame.columns))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ResultsError(f"{name}: the runs have no such setting{hint}")
+    settings = list(frame.attrs.get("config", frame.columns))
+    found = _setting(name, settings)
+    if found is None:
+        raise ResultsError(f"{name}: the runs have no such setting{hint(name, settings)}")
+    return found
 
 
-def select(frame: Frame, where: Mapping[str, Any]) -> Frame:
+def select(frame: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
     """The runs whose settings have the given values.
 
     Args:
         frame: of runs.
-        where: setting -> a value, or a list of values.
+        settings: name -> a value, or a list of values.
 
     Raises:
         ResultsError: a setting that the runs do not have.
     """
     keep = pd.Series(True, index=frame.index)
-    for name, wanted in where.items():
+    for name, wanted in settings.items():
         options = wanted if isinstance(wanted, list | tuple) else [wanted]
-        column = frame[resolve(frame, name)]
-        keep &= column.map(lambda value, options=options: any(same(value, o) for o in options))
-    chosen = frame[keep]
-    chosen.attrs = frame.attrs
-    return chosen
+        values = column(frame, resolve(frame, name))
+        keep &= values.map(lambda value, options=options: any(same(value, o) for o in options))
+    return where(frame, keep)
 
 
-def _candidates(name: str) -> list[str]:
+def _setting(name: str, settings: Sequence[str]) -> str | None:
     dotted = name.lstrip("+").replace("/", ".")
-    named = [GROUP_KEYS[name]] if name in GROUP_KEYS else []
-    return [name, *named, dotted, f"{dotted}.name", f"{dotted}.enabled"]
+    candidates = (name, GROUP_KEYS.get(name, name), dotted, f"{dotted}.name", f"{dotted}.enabled")
+    return next((c for c in candidates if c in settings), None)
 
 
-def _asked(frame: Frame) -> list[str]:
-    """Columns that the sweep files name as axes, and those of overrides that differ."""
-    known = set(_settings(frame))
+def _swept(frame: pd.DataFrame) -> list[str]:
+    """Columns of the axes in ``sweep.json``, and of the overrides that differ between the runs."""
+    settings = _settings(frame)
     names: list[str] = []
     for sweep in frame.attrs.get("sweeps", {}).values():
-        axes = sweep.about.get("axes")
-        names += list(axes) if isinstance(axes, dict | list) else []
-    names += _overridden(frame["overrides"])
-    found = [next((c for c in _candidates(str(n)) if c in known), None) for n in names]
-    return list(dict.fromkeys(c for c in found if c is not None))
-
-
-def _overridden(texts: Iterable[str | None]) -> list[str]:
-    """Keys that are not overridden alike in all runs."""
-    values: dict[str, set[str]] = {}
-    for text in texts:
+        names += sweep.axes
+    typed: dict[str, set[str]] = {}
+    for text in frame["overrides"]:
         for word in shlex.split(text or ""):
             key, sign, value = word.partition("=")
             if sign:
-                values.setdefault(key.lstrip("+~"), set()).add(value)
-    return [key for key, found in values.items() if len(found) > 1]
+                typed.setdefault(key.lstrip("+~"), set()).add(value)
+    names += [key for key, values in typed.items() if len(values) > 1]
+    columns = [_setting(name, settings) for name in names]
+    return list(dict.fromkeys(c for c in columns if c is not None))
 
 
-def _settings(frame: Frame) -> list[str]:
+def _settings(frame: pd.DataFrame) -> list[str]:
     names: Sequence[str] = frame.attrs.get("config", [])
     return [n for n in names if n in frame and n.partition(".")[0] not in UNINTERESTING]
 
 
-def _rank(column: str, asked: Sequence[str]) -> tuple[int, int]:
-    if column in asked:
-        return (0, asked.index(column))
-    if column == SEED:
-        return (1, 0)
-    return (2, 0) if column.endswith(".name") else (3, 0)
-
-
-def _codes(column: Column) -> list[int]:
-    """A number for each distinct value, in order of occurrence."""
-    seen: dict[Any, int] = {}
-    return [seen.setdefault(_key(value), len(seen)) for value in column]
-
-
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> tuple[str, Any]:
+    """What tells apart two values of a setting: their meaning and its type."""
     known = meaning(value)
     return (type(known).__name__, known)
 
 
-def _follows(column: Sequence[int], leader: Sequence[int]) -> bool:
-    """Whether the leader's value decides the column's."""
+def _codes(values: pd.Series) -> list[int]:
+    """A number for each distinct value, in order of occurrence."""
+    seen: dict[Any, int] = {}
+    return [seen.setdefault(key_of(value), len(seen)) for value in values]
+
+
+def _decides(leader: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether the value of one setting decides that of another."""
     decided: dict[int, int] = {}
-    return all(decided.setdefault(a, b) == b for a, b in zip(leader, column, strict=True))
+    return all(decided.setdefault(a, b) == b for a, b in zip(leader, other, strict=True))

@@ -1,48 +1,47 @@
-"""Claims of a sweep file against its runs: holds, does not hold, or inconclusive.
+"""The verdicts on the claims of a sweep: holds, does not hold, or inconclusive.
 
-A claim holds where every comparison holds (the intersection-union test: no correction is needed),
-and does not where at least one is shown not to, after Holm's correction over its comparisons. Runs
-that are lost leave a claim whose comparisons all hold inconclusive, and so with ``not``: nothing is
-known of them. A claim that does not hold is a result.
+A claim holds if every comparison holds (the intersection-union test, which needs no correction). It
+does not hold if at least one comparison fails after Holm's correction over its comparisons. If all
+comparisons hold but runs are lost, the claim is inconclusive, also with ``not``: nothing is known
+about these runs. A claim that does not hold is a result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
 from fisher_lab.results import stats
 from fisher_lab.results.axes import select
-from fisher_lab.results.hypotheses import Claim, check, parse
+from fisher_lab.results.hypotheses import Hypothesis, parse
 from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN, TEST, Finding, findings
-from fisher_lab.results.values import Frame, ResultsError
+from fisher_lab.results.values import ResultsError, where
 from fisher_lab.runs.record import strict
 
-__all__ = ["INVALID", "Verdict", "check", "evaluate", "evaluate_one", "to_rich"]
-
 INVALID = "invalid"
-"""The claim cannot be read, or names a setting that the runs do not have."""
+"""The claim is malformed, or names a setting that the runs do not have."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to a claim.
+    """The verdict on one claim.
 
     Attributes:
         sweep: name of the sweep.
-        claim: as stated.
+        claim: as the sweep file states it.
         text: what the paper says.
         verdict: ``holds``, ``does not hold``, ``inconclusive`` or ``invalid``.
-        why: the answer in a sentence, with the numbers.
-        test: what was done.
-        seeds: seeds (or runs) of the comparison that has fewest.
-        seeds_needed: how many would decide; None where nothing lacks or no number of them would.
+        why: the reason in a sentence, with the numbers.
+        test: the test that was made.
+        seeds: how many seeds (or runs) the smallest comparison has.
+        seeds_needed: how many would decide; None where none are missing or no number would.
         findings: the comparisons.
     """
 
@@ -58,45 +57,42 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``claims.json``."""
-        about = {
-            "sweep": self.sweep,
-            "text": self.text,
-            "verdict": self.verdict,
-            "why": self.why,
-            "test": self.test,
-            "seeds": self.seeds,
-            "seeds_needed": self.seeds_needed,
-            "claim": self.claim,
-            "findings": [
-                {
-                    "about": f.about,
-                    "verdict": f.verdict,
-                    "n": f.n,
-                    "says": f.says,
-                    "p_holds": f.p_holds,
-                    "p_does_not_hold": f.p_fails,
-                    "seeds_needed": f.needed,
-                    "values": dict(f.values or {}),
-                    "lost": dict(f.lost or {}),
-                }
-                for f in self.findings
-            ],
-        }
-        return strict(about)
+        about = {name: getattr(self, name) for name in _WRITTEN}
+        findings = [
+            {
+                "about": f.about,
+                "verdict": f.verdict,
+                "n": f.n,
+                "says": f.says,
+                "p_holds": f.p_holds,
+                "p_does_not_hold": f.p_fails,
+                "seeds_needed": f.needed,
+                "values": dict(f.values or {}),
+                "lost": dict(f.lost or {}),
+            }
+            for f in self.findings
+        ]
+        return strict({**about, "findings": findings})
 
 
-def evaluate(frame: Frame) -> list[Verdict]:
-    """Answer the claims of every sweep in a frame by its own runs.
+_WRITTEN = ("sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "claim")
+"""Fields of a verdict as ``claims.json`` has them, in order."""
+
+
+def evaluate(frame: pd.DataFrame) -> list[Verdict]:
+    """The verdicts on the claims of every sweep in a frame, each by the sweep's own runs.
 
     Args:
-        frame: from :func:`fisher_lab.results.loading`.
+        frame: from :func:`fisher_lab.results.load`.
 
     Returns:
-        A verdict a claim, in the order of sweeps and claims.
+        One verdict per claim, in the order of sweeps and claims.
     """
     verdicts = []
     for directory, sweep in frame.attrs.get("sweeps", {}).items():
-        runs = _of_sweep(frame, sweep.name, directory)
+        inside = frame["directory"].str.startswith(directory.rstrip("/") + "/")
+        runs = where(frame, (frame["sweep"] == sweep.name) & inside)
+        runs.attrs = {**frame.attrs, "sweeps": {directory: sweep}}
         verdicts += [
             evaluate_one(claim, runs, sweep=sweep.name, number=number)
             for number, claim in enumerate(sweep.claims, 1)
@@ -104,48 +100,47 @@ def evaluate(frame: Frame) -> list[Verdict]:
     return verdicts
 
 
-def _of_sweep(frame: Frame, name: str, directory: str) -> Frame:
-    inside = frame["directory"].str.startswith(directory.rstrip("/") + "/")
-    runs = frame[(frame["sweep"] == name) & inside]
-    runs.attrs = {**frame.attrs, "sweeps": {directory: frame.attrs["sweeps"][directory]}}
-    return runs
-
-
-def evaluate_one(stated: Any, runs: Frame, *, sweep: str = "", number: int = 1) -> Verdict:
-    """Answer one claim.
+def evaluate_one(claim: Any, runs: pd.DataFrame, *, sweep: str = "", number: int = 1) -> Verdict:
+    """The verdict on one claim.
 
     Args:
-        stated: the claim, a mapping.
+        claim: as stated, a mapping.
         runs: of its sweep.
         sweep: the sweep's name.
         number: the claim's place in the file.
     """
     try:
-        claim = parse(stated, number)
-        chosen = select(runs, claim.get("where", {}))
-        if claim.metric and claim.metric not in runs:
-            return _answer(sweep, claim, OPEN, f"no run has the metric {claim.metric}", [])
+        hypothesis = parse(claim, number)
+        chosen = select(runs, hypothesis.get("where", {}))
+        metric = hypothesis.metric
+        if metric and metric not in runs:
+            return _verdict(sweep, hypothesis, OPEN, f"no run has the metric {metric}", [])
         if chosen.empty:
-            return _answer(sweep, claim, OPEN, "there are no runs that it is about", [])
-        found = findings(claim, chosen)
+            return _verdict(sweep, hypothesis, OPEN, "there are no runs that it is about", [])
+        found = findings(hypothesis, chosen)
     except ResultsError as error:
-        text = str(stated.get("text") or stated.get("type")) if isinstance(stated, dict) else ""
-        return Verdict(sweep, stated, text, INVALID, str(error))
-    return _decide(sweep, claim, found)
+        text = str(claim.get("text") or claim.get("type")) if isinstance(claim, dict) else ""
+        return Verdict(sweep, claim, text, INVALID, str(error))
+    return _decide(sweep, hypothesis, found)
 
 
-def _answer(
-    sweep: str, claim: Claim, verdict: str, why: str, found: Sequence[Finding], **more: Any
+def _verdict(
+    sweep: str,
+    hypothesis: Hypothesis,
+    verdict: str,
+    why: str,
+    found: Sequence[Finding],
+    needed: int | None = None,
 ) -> Verdict:
-    return Verdict(
-        sweep, claim.stated, claim.text, verdict, why, _done(claim, found),
-        min((f.n for f in found), default=0), findings=tuple(found), **more,
-    )  # fmt: skip
+    fewest = min((f.n for f in found), default=0)
+    test = _test_made(hypothesis, found)
+    about = sweep, hypothesis.stated, hypothesis.text
+    return Verdict(*about, verdict, why, test, fewest, needed, tuple(found))
 
 
-def _done(claim: Claim, found: Sequence[Finding]) -> str:
-    """The test that was made, in words; a t test only where one was."""
-    words = TEST[claim.type]
+def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:
+    """The test that was made, in words; a t test only where one was made."""
+    words = TEST[hypothesis.type]
     if "t test" not in words:
         return words
     exact = "pairs that do not vary compared as numbers" if any(f.exact for f in found) else ""
@@ -154,55 +149,45 @@ def _done(claim: Claim, found: Sequence[Finding]) -> str:
     return f"no test: {exact}" if exact else "no test"
 
 
-def _decide(sweep: str, claim: Claim, found: Sequence[Finding]) -> Verdict:
-    corrected = _corrected(claim, found)
-    verdict = _join([f.verdict for f in corrected])
-    lost = _all_lost(corrected)
+def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding]) -> Verdict:
+    """Join the findings into one verdict."""
+    corrected = _corrected(hypothesis, found)
+    verdicts = {f.verdict for f in corrected}
+    verdict = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else OPEN
+    # Comparisons may share cells, so that their lost runs are not added up.
+    lost: dict[str, int] = {}
+    for finding in corrected:
+        for state, count in (finding.lost or {}).items():
+            lost[state] = max(lost.get(state, 0), count)
     incomplete = verdict == HOLDS and bool(lost)
     if incomplete:
         verdict = OPEN
-    open_ones = [f for f in corrected if f.verdict == OPEN]
-    enough = [f.needed for f in open_ones]
-    most = max((n for n in enough if n is not None), default=None)
-    decided = None if incomplete or None in enough else most
-    if claim.get("not", False):
+    unit = "runs" if hypothesis.type in ("fails", "share") else "seeds"
+    wanted = [f.needed for f in corrected if f.verdict == OPEN]
+    decided = None if incomplete or None in wanted else max(filter(None, wanted), default=None)
+    if hypothesis.get("not", False):
         verdict = {HOLDS: FAILS, FAILS: HOLDS}.get(verdict, verdict)
-    unit = "runs" if claim.type in ("fails", "share") else "seeds"
-    why = _why(corrected, verdict, lost, decided, open_ones, "" if incomplete else unit)
-    needed = decided if verdict == OPEN else None
-    return _answer(sweep, claim, verdict, why, corrected, seeds_needed=needed)
+    why = _why(corrected, verdict, lost, decided, "" if incomplete else unit)
+    return _verdict(
+        sweep, hypothesis, verdict, why, corrected, decided if verdict == OPEN else None
+    )
 
 
-def _corrected(claim: Claim, found: Sequence[Finding]) -> list[Finding]:
+def _corrected(hypothesis: Hypothesis, found: Sequence[Finding]) -> list[Finding]:
     """The findings with Holm's correction for those that were tested and failed."""
     p = stats.holm([f.p_fails for f in found])
     many = sum(f.tested for f in found)
-    out = []
+    corrected = []
     for finding, value in zip(found, p, strict=True):
         if finding.tested:
-            verdict = finding.verdict
-            if verdict == FAILS and value >= claim.alpha:
+            verdict, needed = finding.verdict, finding.needed
+            if verdict == FAILS and value >= hypothesis.alpha:
                 verdict = OPEN
-            open_one = verdict == OPEN and finding.seeds_at is not None
-            needed = finding.seeds_at(many) if open_one and finding.seeds_at else finding.needed
+            if verdict == OPEN and finding.seeds_at:
+                needed = finding.seeds_at(many)
             finding = replace(finding, verdict=verdict, p_fails=value, needed=needed)
-        out.append(finding)
-    return out
-
-
-def _join(verdicts: Sequence[str]) -> str:
-    if FAILS in verdicts:
-        return FAILS
-    return HOLDS if verdicts and set(verdicts) == {HOLDS} else OPEN
-
-
-def _all_lost(found: Iterable[Finding]) -> dict[str, int]:
-    """The most that any comparison lost: they may share cells, and so are not added up."""
-    lost: dict[str, int] = {}
-    for finding in found:
-        for what, count in (finding.lost or {}).items():
-            lost[what] = max(lost.get(what, 0), count)
-    return lost
+        corrected.append(finding)
+    return corrected
 
 
 def _why(
@@ -210,37 +195,36 @@ def _why(
     verdict: str,
     lost: dict[str, int],
     needed: int | None,
-    open_ones: Sequence[Finding],
     unit: str,
 ) -> str:
     """The comparison that decided, in words."""
     if not found:
         return "there is nothing to compare"
-    failed = [f for f in found if f.verdict == FAILS]
-    told = failed or open_ones or list(found)
-    worst = max(told, key=_doubt)
-    others = f" ({len(told)} of {len(found)} comparisons)" if len(found) > 1 else ""
+    failed, undecided = ([f for f in found if f.verdict == v] for v in (FAILS, OPEN))
+    deciding = failed or undecided or found
+    worst = max(deciding, key=_doubt)
+    others = f" ({len(deciding)} of {len(found)} comparisons)" if len(found) > 1 else ""
     parts = [f"{worst.about}: {worst.says}{others}"]
     if lost:
-        parts.append("runs lost: " + ", ".join(f"{n} {what}" for what, n in lost.items()))
+        parts.append("runs lost: " + ", ".join(f"{n} {state}" for state, n in lost.items()))
     if verdict == OPEN and unit:
         if needed is not None:
             parts.append(f"about {needed} {unit} would decide")
-        elif all(f.n > 1 for f in open_ones):
+        elif all(f.n > 1 for f in undecided):
             parts.append(f"not decided by {stats.MAX_SEEDS} {unit} either")
     return "; ".join(parts)
 
 
 def _doubt(finding: Finding) -> tuple[float, float]:
-    """Orders comparisons: the one that is furthest from holding last."""
+    """A key to sort by: the comparison that is furthest from holding comes last."""
     if finding.n == 0 and finding.verdict == OPEN:
-        return (math.inf, 0.0)  # no number of seeds makes up for what was not run
+        return (math.inf, 0.0)  # no number of seeds replaces a value that was not run
     p = 0.0 if math.isnan(finding.p_holds) else finding.p_holds
     values = finding.values or {}
     return p, abs(values.get("error", values.get("mean", 0.0)))
 
 
-# ---- shown ---------------------------------------------------------------------------------------
+# ---- terminal ------------------------------------------------------------------------------------
 
 STYLES = {HOLDS: "green", FAILS: "red", OPEN: "yellow", INVALID: "magenta"}
 

@@ -1,23 +1,32 @@
 """The sub-commands ``table``, ``claims``, ``report`` and ``diff`` of ``fisher-lab``.
 
-Each takes the arguments after its name and returns the exit code: 0, or 2 for bad input with one
-line on standard error. A claim that does not hold is a result and no error.
+Each takes the arguments after its name and returns the exit status: 0, or 2 for bad input, with one
+line on standard error. A claim that does not hold is a result and not an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from fisher_lab.results.values import ResultsError
+from fisher_lab.results.values import ResultsError, label, same
 from fisher_lab.runs import atomic
 from fisher_lab.runs.arguments import raise_errors
+from fisher_lab.runs.record import RUN_FILE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fisher_lab.results.table import Table
 
 OK, BAD_INPUT = 0, 2
 FORMATS = ("terminal", "csv", "md", "tex", "html")
@@ -32,7 +41,7 @@ def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
             return BAD_INPUT
         except SystemExit as stop:  # --help
             return stop.code if isinstance(stop.code, int) else OK
-        except BrokenPipeError:  # the reader had enough: `fisher-lab table ... | head`
+        except BrokenPipeError:  # `fisher-lab table ... | head` has read enough
             sys.stderr.close()
             return OK
 
@@ -75,18 +84,13 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name for name in text.split(",") if name]
 
 
-def _tell_left_out(frame: Any) -> None:
+def _loaded(paths: Sequence[str]) -> pd.DataFrame:
     from fisher_lab.results.finishing import left_out_lines
-
-    for line in left_out_lines(frame):
-        print(f"fisher_lab: {line}", file=sys.stderr)
-
-
-def _loaded(paths: Sequence[str]) -> Any:
     from fisher_lab.results.loading import load
 
     frame = load(paths)
-    _tell_left_out(frame)
+    for line in left_out_lines(frame):
+        print(f"fisher_lab: {line}", file=sys.stderr)
     if frame.empty:
         raise ResultsError(f"{', '.join(paths)}: there is no run")
     return frame
@@ -95,7 +99,7 @@ def _loaded(paths: Sequence[str]) -> Any:
 # ---- table ---------------------------------------------------------------------------------------
 
 
-def _table(argv: Sequence[str]) -> int:
+def _table_parser() -> argparse.ArgumentParser:
     parser = _parser("table", "The table of a sweep: swept settings by metrics, over seeds.")
     add = parser.add_argument
     add("--rows", help="settings, comma-separated; default: what was swept")
@@ -115,8 +119,13 @@ def _table(argv: Sequence[str]) -> int:
     add("--siunitx", action="store_true", help="LaTeX: numbers as \\num")
     add("--standalone", action="store_true", help="LaTeX: a document that compiles as it is")
     add("-o", "--output", help="write here instead of to standard output")
-    args = parser.parse_args(list(argv))
-    from fisher_lab.results.finishing import claimed_metrics, finish_if_due
+    return parser
+
+
+def _table(argv: Sequence[str]) -> int:
+    args = _table_parser().parse_args(list(argv))
+    from fisher_lab.results.finishing import finish_if_due
+    from fisher_lab.results.hypotheses import claimed_metrics
     from fisher_lab.results.table import tabulate
 
     frame = _loaded(args.paths)
@@ -142,8 +151,8 @@ def _table(argv: Sequence[str]) -> int:
     return OK
 
 
-def _print_table(table: Any, args: argparse.Namespace) -> None:
-    from fisher_lab.results import export, latex
+def _print_table(table: Table, args: argparse.Namespace) -> None:
+    from fisher_lab.results import export
     from fisher_lab.results.finishing import PIPE_WIDTH
 
     suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
@@ -153,8 +162,8 @@ def _print_table(table: Any, args: argparse.Namespace) -> None:
         console.print(export.to_terminal(table, console.width))
         return
     if form == "tex":
-        text = latex.to_latex(table, siunitx=args.siunitx)
-        text = latex.document(text) if args.standalone else text
+        text = export.to_latex(table, siunitx=args.siunitx)
+        text = export.document(text) if args.standalone else text
     else:
         makers = {"csv": export.to_csv, "md": export.to_markdown, "html": export.to_html}
         text = makers[form](table) if form in makers else export.to_text(table, PIPE_WIDTH)
@@ -165,7 +174,7 @@ def _print_table(table: Any, args: argparse.Namespace) -> None:
 
 
 def _claims(argv: Sequence[str]) -> int:
-    parser = _parser("claims", "What the sweep files claim, against their runs.")
+    parser = _parser("claims", "The claims of the sweep files, tested with their runs.")
     parser.add_argument(
         "--claims", metavar="FILE", help="claims from this JSON or YAML file instead"
     )
@@ -215,7 +224,7 @@ def read_claims(path: Path) -> list[Any]:
     return claims
 
 
-# ---- report and diff -----------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -228,7 +237,7 @@ def _report(argv: Sequence[str]) -> int:
     frame = _loaded(args.paths)
     files = write_report(frame, Path(args.output))
     if args.appendix:
-        from fisher_lab.results.appendix import write_appendix
+        from fisher_lab.results.paper import write_appendix
 
         files.append(write_appendix(frame, Path(args.appendix))[-1])
     for file in files:
@@ -236,21 +245,159 @@ def _report(argv: Sequence[str]) -> int:
     return OK
 
 
+# ---- diff ----------------------------------------------------------------------------------------
+
+ALWAYS_DIFFERENT = ("provenance.pid",)
+"""Names that are not shown, since they differ between any two runs."""
+
+MOST_LAYERS = 40
+"""Differences of layers that are shown; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs; None where a run does not have it."""
+
+    name: str
+    a: Any
+    b: Any
+
+    @property
+    def ratio(self) -> float | None:
+        """``b / a`` of two numbers, where that is one."""
+        numbers = isinstance(self.a, int | float) and isinstance(self.b, int | float)
+        if not numbers or isinstance(self.a, bool) or isinstance(self.b, bool) or self.a == 0:
+            return None
+        ratio = self.b / self.a
+        return ratio if math.isfinite(ratio) else None
+
+
+@dataclass
+class Differences:
+    """What differs between two runs, by part: ``configuration``, ``metrics``, ..."""
+
+    a: Path
+    b: Path
+    parts: dict[str, list[Difference]] = field(default_factory=dict)
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs but what always does."""
+        return not any(self.parts.values())
+
+
+def diff(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, tolerance: float = 0.0
+) -> Differences:
+    """Compare two runs.
+
+    Args:
+        a: a run directory.
+        b: another one.
+        tolerance: numbers of metrics and layers that differ by less than this fraction are equal.
+
+    Raises:
+        ResultsError: a path that is no run directory.
+    """
+    from fisher_lab.results.loading import read_run
+
+    one, other = Path(a), Path(b)
+    runs = []
+    for path in (one, other):
+        if not (path / RUN_FILE).is_file():
+            raise ResultsError(f"{path}: this is no run directory: it has no {RUN_FILE}")
+        try:
+            runs.append(read_run(path))
+        except ResultsError as error:
+            raise ResultsError(f"{path}: {error}") from error
+    left, right = runs
+    outcome = [{k: run["meta"][k] for k in ("run_id", "status", "reason")} for run in runs]
+    provenance = _differ(left["provenance"], right["provenance"])
+    return Differences(
+        one,
+        other,
+        {
+            "outcome": _differ(outcome[0], outcome[1]),
+            "configuration": _differ(left["config"], right["config"]),
+            "metrics": _differ(left["metrics"], right["metrics"], tolerance),
+            "layers": _differ(_layers(one), _layers(other), tolerance),
+            "provenance": [d for d in provenance if d.name not in ALWAYS_DIFFERENT],
+        },
+    )
+
+
+def _differ(
+    left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float = 0.0
+) -> list[Difference]:
+    return [
+        Difference(name, left.get(name), right.get(name))
+        for name in dict.fromkeys((*left, *right))
+        if name not in left or name not in right or not _equal(left[name], right[name], tolerance)
+    ]
+
+
+def _equal(a: Any, b: Any, tolerance: float) -> bool:
+    if same(a, b):
+        return True
+    numbers = isinstance(a, int | float) and isinstance(b, int | float)
+    return numbers and tolerance > 0 and math.isclose(a, b, rel_tol=tolerance)
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    """The numbers of a run's layers, by the names of layer and column."""
+    from fisher_lab.results.loading import load_layers
+
+    frame = load_layers(path)
+    if frame.empty:
+        return {}
+    names = frame["name" if "name" in frame else "row"]
+    skip = {"sweep", "directory", "run_id", "status", "row", "name"}
+    kept = frame.loc[:, [c for c in frame.columns if c not in skip]]
+    return {
+        f"{name} · {column}": value
+        for name, row in zip(names, kept.to_dict("records"), strict=True)
+        for column, value in row.items()
+    }
+
+
+def _differences(found: Differences) -> RenderableType:
+    """The differences for a terminal."""
+    from fisher_lab.results.export import NONE, rich_table
+
+    parts: list[RenderableType] = [
+        Text(f"A  {found.a}", overflow="fold"),
+        Text(f"B  {found.b}", overflow="fold"),
+        Text(),
+    ]
+    if found.equal:
+        return Group(*parts, Text("nothing differs"))
+    for name, differences in found.parts.items():
+        if not differences:
+            continue
+        table = rich_table([name, "A", "B"], ["B / A"])
+        most = MOST_LAYERS if name == "layers" else len(differences)
+        for d in differences[:most]:
+            words = [NONE if value is None else label(value) for value in (d.a, d.b)]
+            ratio = "" if d.ratio is None else f"{d.ratio:.4g}"
+            table.add_row(*map(Text, (d.name, *words, ratio)))
+        if len(differences) > most:
+            table.add_row(f"... {len(differences) - most} more")
+        parts += [table, Text()]
+    return Group(*parts)
+
+
 def _diff(argv: Sequence[str]) -> int:
     parser = _parser("diff", "What differs between two runs.")
     parser.add_argument("a", metavar="RUN_A")
     parser.add_argument("b", metavar="RUN_B")
-    parser.add_argument("--tolerance", type=float, default=0.0,
-                        help="numbers that differ by less than this share are equal")  # fmt: skip
+    words = "numbers that differ by less than this fraction are equal"
+    parser.add_argument("--tolerance", type=float, default=0.0, help=words)
     args = parser.parse_args(list(argv))
-    from fisher_lab.results.compare import diff, to_rich
-
-    found = diff(args.a, args.b, tolerance=args.tolerance)
-    _console().print(to_rich(found))
+    _console().print(_differences(diff(args.a, args.b, tolerance=args.tolerance)))
     return OK
 
 
-table = _guarded(_table)
-claims = _guarded(_claims)
-report = _guarded(_report)
-diff = _guarded(_diff)
+table_command = _guarded(_table)
+claims_command = _guarded(_claims)
+report_command = _guarded(_report)
+diff_command = _guarded(_diff)

@@ -1,42 +1,50 @@
-"""A table as text for the terminal, CSV, Markdown, LaTeX and HTML. Every text is escaped.
+r"""A table as text for the terminal, CSV, Markdown, LaTeX and HTML, with every text escaped.
 
-The CSV holds all the numbers in full, a line a cell and metric; the others show them to the digits
-that the interval leaves.
+The CSV has all numbers in full, one line per cell and metric; the others show them with the digits
+that the interval leaves. Rich writes to the terminal, pandas the CSV and the LaTeX tabular, Jinja2
+the HTML. pandas' Styler escapes only LaTeX's special characters and neither splits nor shrinks a
+wide table, so that escaping and the ``table`` environment are ours. A LaTeX fragment is for
+``\\input``; a document compiles as it is, with pdflatex, lualatex or tectonic.
 """
 
 from __future__ import annotations
 
-import csv
+import functools
 import html
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fisher_lab.results.table import Cell, Comparison, Key, Table
+from fisher_lab.results.table import CellKey, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
 from fisher_lab.runs.status import Status
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 BEST, TIE = "*", "~"
 NONE = "\u2013"
 
 
 @dataclass(frozen=True)
-class Shown:
+class CellText:
     """What a cell shows.
 
     Attributes:
         number: the number and half its interval; None where there is no number.
         quartiles: digits of both quartiles, where the number is a median.
-        state: what is lacking.
+        state: the runs that are lost, in words.
         mark: :data:`BEST`, :data:`TIE` or nothing.
         deviation: the standard deviation, where it is asked for.
-        runs: how many the number rests on, where that is asked for.
+        runs: how many runs the number rests on, where that is asked for.
     """
 
     number: Rounded | None
@@ -48,7 +56,7 @@ class Shown:
 
     @property
     def plain(self) -> str:
-        """For the terminal and Markdown."""
+        """For the terminal, Markdown and HTML."""
         if self.number is None:
             return self.state or NONE
         text = self.number.plain
@@ -61,31 +69,19 @@ class Shown:
         return f"{text}{self.mark and f' {self.mark}'}{beside and f' ({beside})'}"
 
 
-def shown(table: Table, key: tuple[Key, str, Key]) -> Shown:
-    """What one cell of a table shows."""
-    cell = table.cells[key]
-    mark = BEST if key in table.best else TIE if key in table.ties else ""
-    return show_cell(cell, table.statistic[key[1]], mark, table.details)
-
-
-def show_cell(cell: Cell, statistic: str = "mean", mark: str = "", details: bool = False) -> Shown:
-    """What a cell shows: its number to the digits that count, and what is lacking.
-
-    Args:
-        cell: of a table.
-        statistic: ``mean`` or ``median``.
-        mark: of the cell.
-        details: with the standard deviation (of a mean) and the number of runs.
-    """
+def cell_text(table: Table, key: CellKey) -> CellText:
+    """What one cell of a table shows: its number to the digits that count, and lost runs."""
+    cell, statistic = table.cells[key], table.statistic[key[1]]
     s = cell.summary
     if s.n == 0:
-        return Shown(None, state=cell.state or Status.MISSING)
+        return CellText(None, state=cell.state or Status.MISSING)
     number, ends, deviation = cell.rounded(statistic), None, None
     if statistic != "mean" and number.spread is not None:
         ends = (_like(number, s.q1), _like(number, s.q3))
-    if details and statistic == "mean" and s.n > 1:
+    if table.details and statistic == "mean" and s.n > 1:
         deviation = Rounded(s.std, digits=2)
-    return Shown(number, ends, cell.state, mark, deviation, s.n if details else None)
+    mark = BEST if key in table.best else TIE if key in table.ties else ""
+    return CellText(number, ends, cell.state, mark, deviation, s.n if table.details else None)
 
 
 def _like(number: Rounded, value: float) -> str:
@@ -94,17 +90,42 @@ def _like(number: Rounded, value: float) -> str:
     return f"{value / 10.0**number.exponent:.{decimals}f}"
 
 
-def differences(table: Table) -> list[tuple[list[str], Comparison]]:
-    """The comparisons with the baseline: labels of the cell and its metric, and the comparison."""
+def _cells(
+    table: Table, columns: Sequence[tuple[str, Key]] | None = None
+) -> Iterable[tuple[list[str], list[CellText]]]:
+    """Row by row: the labels of the row, and its cells."""
+    for row in table.rows:
+        texts = [cell_text(table, (row, m, c)) for m, c in columns or table.columns]
+        yield list(map(label, row)), texts
+
+
+def heading_row(table: Table) -> list[str]:
+    """The headings of the columns of a table."""
+    return [*table.row_names, *(table.heading(m, c) for m, c in table.columns)]
+
+
+DIFFERENCE_HEADINGS = ("difference", "p (Holm)", "d", "pairs")
+
+
+def difference_row(table: Table) -> list[str]:
+    """The headings of the columns of the differences."""
+    return [*table.row_names, *table.col_names, "metric", *DIFFERENCE_HEADINGS]
+
+
+def differences(table: Table) -> list[list[str]]:
+    """The comparisons with the baseline as rows of words.
+
+    They are the settings of the cell, its metric, the difference with its interval, p after Holm's
+    correction, the effect size and the number of pairs.
+    """
     return [
-        ([*map(label, row), *map(label, col), metric], comparison)
+        [*map(label, row), *map(label, col), metric, *_difference_words(comparison)]
         for (row, metric, col), comparison in table.comparisons.items()
         if not comparison.is_baseline
     ]
 
 
-def difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
-    """Difference with its interval, p after Holm, effect size, pairs."""
+def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     d = comparison.difference
     if d is None:
         return ("no pairs", "", "", "0")
@@ -112,23 +133,9 @@ def difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
         return ("identical" if d.identical else f"{d.mean:.4g} (exact)", "", "", str(d.n))
     if d.n == 1:
         return (f"{d.mean:.4g} (one pair)", "", "", "1")
-    number = Rounded(d.mean, (d.high - d.low) / 2)
-    return (number.plain, p_words(comparison.p_holm), f"{d.effect:.2f}", str(d.n))
-
-
-def p_words(p: float) -> str:
-    """``0.012``, ``< 0.001``."""
-    if math.isnan(p):
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-DIFFERENCE_HEADINGS = ("difference", "p (Holm)", "d", "pairs")
-
-
-def heading_row(table: Table) -> list[str]:
-    """The names over the columns of a table."""
-    return [*table.row_names, *(table.heading(m, c) for m, c in table.columns)]
+    p = comparison.p_holm
+    p_words = "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return (Rounded(d.mean, (d.high - d.low) / 2).plain, p_words, f"{d.effect:.2f}", str(d.n))
 
 
 # ---- terminal ------------------------------------------------------------------------------------
@@ -139,26 +146,49 @@ def to_terminal(table: Table, width: int = 100) -> RenderableType:
 
     Args:
         table: of cells.
-        width: characters that there are.
+        width: of the terminal in characters.
     """
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
     for columns in blocks(table, width):
-        parts += [_rich(table, columns), Text()]
+        out = rich_table(table.row_names, [table.heading(m, c) for m, c in columns])
+        for labels, cells in _cells(table, columns):
+            out.add_row(*map(Text, labels), *map(_styled, cells))
+        parts += [out, Text()]
     if table.comparisons:
-        parts += [_rich_differences(table), Text()]
+        names = difference_row(table)
+        left = len(names) - len(DIFFERENCE_HEADINGS)
+        out = rich_table(names[:left], names[left:])
+        for words in differences(table):
+            out.add_row(*map(Text, words))
+        parts += [out, Text()]
     parts += [Text(note, style="dim") for note in table.notes]
     return Group(*parts)
+
+
+def rich_table(left: Sequence[str], right: Sequence[str]) -> RichTable:
+    """An empty table with headings over columns that are aligned left, then right."""
+    out = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in left:
+        out.add_column(Text(name), overflow="fold")
+    for name in right:
+        out.add_column(Text(name), justify="right", overflow="fold")
+    return out
+
+
+def _styled(cell: CellText) -> Text:
+    style = "bold" if cell.mark == BEST else "red" if cell.number is None else ""
+    return Text(cell.plain, style=style)
 
 
 def blocks(
     table: Table, width: int, room_of: Callable[[str], int] = len
 ) -> Iterable[list[tuple[str, Key]]]:
-    """The columns in groups that fit beside the rows' names into so many characters.
+    """The columns in groups, each of which fits into the width beside the row labels.
 
     Args:
         table: of cells.
-        width: characters that there are.
-        room_of: characters that a heading takes; its length where it stands in one line.
+        width: in characters.
+        room_of: the width of a heading; by default its length.
     """
     left = sum(
         2 + max(len(name), *(len(label(row[i])) for row in table.rows))
@@ -169,7 +199,7 @@ def blocks(
     for metric, col in table.columns:
         need = 2 + max(
             room_of(table.heading(metric, col)),
-            *(len(shown(table, (row, metric, col)).plain) for row in table.rows),
+            *(len(cell_text(table, (row, metric, col)).plain) for row in table.rows),
         )
         if block and need > room:
             yield block
@@ -179,40 +209,12 @@ def blocks(
     yield block
 
 
-def _rich(table: Table, columns: Sequence[tuple[str, Key]]) -> RichTable:
-    out = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in table.row_names:
-        out.add_column(Text(name))
-    for metric, col in columns:
-        out.add_column(Text(table.heading(metric, col)), justify="right")
-    for row in table.rows:
-        cells = [shown(table, (row, metric, col)) for metric, col in columns]
-        out.add_row(*(Text(label(value)) for value in row), *map(_styled, cells))
-    return out
-
-
-def _styled(cell: Shown) -> Text:
-    style = "bold" if cell.mark == BEST else "red" if cell.number is None else ""
-    return Text(cell.plain, style=style)
-
-
-def _rich_differences(table: Table) -> RichTable:
-    out = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in (*table.row_names, *table.col_names, "metric"):
-        out.add_column(Text(name))
-    for name in DIFFERENCE_HEADINGS:
-        out.add_column(name, justify="right")
-    for labels, comparison in differences(table):
-        out.add_row(*(Text(word) for word in (*labels, *difference_words(comparison))))
-    return out
-
-
 def to_text(table: Table, width: int = 100) -> str:
     """The table as plain text, as a terminal without colours shows it."""
-    console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False)
+    out = io.StringIO()
+    console = Console(file=out, width=width, no_color=True, highlight=False)
     console.print(to_terminal(table, width))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 # ---- CSV -----------------------------------------------------------------------------------------
@@ -225,22 +227,22 @@ COMPARED = ("difference", "difference_low", "difference_high", "p", "p_holm", "e
 
 
 def to_csv(table: Table) -> str:
-    """All numbers in full: a line a cell and metric."""
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    compared = COMPARED if table.comparisons else ()
-    writer.writerow([*table.row_names, *table.col_names, "metric", *NUMBERS, *compared])
+    """All numbers in full, one line per cell and metric."""
+    lines = []
     for row in table.rows:
         for metric, col in table.columns:
             key = (row, metric, col)
             line = [*map(label, row), *map(label, col), metric, *_numbers(table, key)]
-            if compared:
+            if table.comparisons:
                 line += _compared(table.comparisons[key])
-            writer.writerow(["" if v is None or v != v else v for v in map(_safe, line)])
-    return out.getvalue()
+            lines.append(list(map(_safe, line)))
+    names = [*table.row_names, *table.col_names, "metric", *NUMBERS]
+    names += COMPARED if table.comparisons else ()
+    frame = pd.DataFrame(lines, columns=names, dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
-def _numbers(table: Table, key: tuple[Key, str, Key]) -> list[Any]:
+def _numbers(table: Table, key: CellKey) -> list[Any]:
     cell, s = table.cells[key], table.cells[key].summary
     mark = "best" if key in table.best else "tie" if key in table.ties else ""
     numbers = [s.n, cell.expected, s.mean, s.std, s.low, s.high, s.median, s.q1, s.q3]
@@ -265,29 +267,23 @@ def _safe(value: Any) -> Any:
 
 
 def to_markdown(table: Table) -> str:
-    """The table in GitHub's Markdown."""
-    lines = [f"**{_md(table.title)}**", ""]
+    """The table in GitHub's Markdown; pandas needs one more package for it and escapes less."""
+    names = heading_row(table)
     align = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
-    lines += _md_rows([heading_row(table), align], raw=1)
-    for row in table.rows:
-        cells = [shown(table, (row, metric, col)) for metric, col in table.columns]
-        words = [_md(label(value)) for value in row]
-        words += [f"**{_md(c.plain)}**" if c.mark == BEST else _md(c.plain) for c in cells]
-        lines.append(f"| {' | '.join(words)} |")
+    lines = [f"**{_md(table.title)}**", "", _md_line(map(_md, names)), _md_line(align)]
+    for labels, cells in _cells(table):
+        words = [f"**{_md(c.plain)}**" if c.mark == BEST else _md(c.plain) for c in cells]
+        lines.append(_md_line([*map(_md, labels), *words]))
     if table.comparisons:
-        names = [*table.row_names, *table.col_names, "metric", *DIFFERENCE_HEADINGS]
-        lines += ["", *_md_rows([names, ["---"] * len(names)], raw=1)]
-        for labels, comparison in differences(table):
-            lines += _md_rows([[*labels, *difference_words(comparison)]])
+        names = difference_row(table)
+        lines += ["", _md_line(map(_md, names)), _md_line(["---"] * len(names))]
+        lines += [_md_line(map(_md, words)) for words in differences(table)]
     lines += ["", *(f"- {_md(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
-def _md_rows(rows: Sequence[Sequence[str]], raw: int | None = None) -> list[str]:
-    return [
-        f"| {' | '.join(cell if i == raw else _md(cell) for cell in row)} |"
-        for i, row in enumerate(rows)
-    ]
+def _md_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _md(text: str) -> str:
@@ -298,47 +294,248 @@ def _md(text: str) -> str:
 # ---- HTML ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class HtmlCell:
+    """A cell of a table in HTML.
+
+    Attributes:
+        text: what it shows.
+        kind: its classes.
+        sort: what it is sorted by, where that is not the text.
+        title: shown when the pointer rests on it.
+        heading: whether it is the heading of its row.
+    """
+
+    text: str
+    kind: str = ""
+    sort: str | None = None
+    title: str = ""
+    heading: bool = False
+
+
+@functools.cache
+def templates() -> Environment:
+    """The HTML templates, which escape every text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("fisher_lab.results"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+
+
 def to_html(table: Table) -> str:
     """The table as an HTML fragment; ``data-sort`` holds the number in full."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heading_row(table))
-    body = []
-    for row in table.rows:
-        cells = "".join(_html_cell(table, (row, m, c)) for m, c in table.columns)
-        labels = "".join(
-            f'<th scope="row" data-sort="{html.escape(label(v))}">{html.escape(label(v))}</th>'
-            for v in row
-        )
-        body.append(f"<tr>{labels}{cells}</tr>")
-    parts = [
-        '<div class="scroll"><table class="sortable">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    ]
-    if table.comparisons:
-        parts.append(_html_differences(table))
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    parts.append(f'<ul class="notes">{notes}</ul>' if notes else "")
-    return "\n".join(parts)
+    rows = []
+    for row, (labels, cells) in zip(table.rows, _cells(table), strict=True):
+        keys = [(row, metric, col) for metric, col in table.columns]
+        words = [HtmlCell(text, sort=text, heading=True) for text in labels]
+        rows.append([*words, *(_html_cell(table, k, c) for k, c in zip(keys, cells, strict=True))])
+    page: Any = templates().get_template("table.html.j2").module
+    other = [list(map(HtmlCell, words)) for words in differences(table)]
+    parts = [page.grid(heading_row(table), rows)]
+    parts += [page.grid(difference_row(table), other)] if table.comparisons else []
+    return "\n".join(map(str, [*parts, page.notes(table.notes)]))
 
 
-def _html_cell(table: Table, key: tuple[Key, str, Key]) -> str:
-    cell = shown(table, key)
+def _html_cell(table: Table, key: CellKey, cell: CellText) -> HtmlCell:
     number = table.point(key)[0]
-    sort = f' data-sort="{number!r}"' if number == number else ""
-    kind = {BEST: "best", TIE: "tie"}.get(cell.mark, "")
-    kind = "lost" if cell.number is None else kind
-    reasons = html.escape("; ".join(table.cells[key].reasons))
-    title = f' title="{reasons}"' if reasons else ""
-    return f'<td class="{kind}"{sort}{title}>{html.escape(cell.plain)}</td>'
+    kind = {BEST: "best", TIE: "tie"}.get(cell.mark, "") if cell.number else "lost"
+    reasons = "; ".join(table.cells[key].reasons)
+    return HtmlCell(cell.plain, kind, repr(number) if number == number else None, reasons)
 
 
-def _html_differences(table: Table) -> str:
-    names = [*table.row_names, *table.col_names, "metric", *DIFFERENCE_HEADINGS]
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
-    body = []
-    for labels, comparison in differences(table):
-        words = [*labels, *difference_words(comparison)]
-        body.append("<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in words) + "</tr>")
-    return (
-        '<div class="scroll"><table class="sortable">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+# ---- LaTeX ---------------------------------------------------------------------------------------
+
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"$\sim$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "`": r"\textasciigrave{}",
+    "±": r"$\pm$",
+    "\u2013": "--",
+    "—": "---",
+    "\u00d7": r"$\times$",
+    "κ": r"$\kappa$",
+    "λ": r"$\lambda$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "\u2212": r"$-$",
+    "…": r"\dots{}",
+    "·": r"$\cdot$",
+}
+"""How LaTeX writes the characters that it would take for commands, or that its fonts lack."""
+
+PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
+\usepackage[utf8]{inputenc}
+\usepackage[margin=2cm]{geometry}
+\usepackage{booktabs}
+\usepackage{siunitx}
+\usepackage{graphicx}
+\usepackage{longtable}
+\usepackage{array}
+"""
+
+PAGE_WIDTH = 132
+"""Characters of a table on a page; further columns go into a table of their own."""
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX shows as it is. A character that its fonts lack becomes ``?``."""
+    return "".join(map(_latex_character, text))
+
+
+def _latex_character(char: str) -> str:
+    if char in SPECIAL:
+        return SPECIAL[char]
+    if char in "\n\r\t":
+        return " "
+    return char if " " <= char <= "~" or "\u00c0" <= char <= "\u017f" else "?"
+
+
+def breakable(text: str) -> str:
+    """Escaped text in which names may be broken after a slash, a dot, an underscore and the like.
+
+    Numbers and versions are not broken.
+    """
+    return re.sub(r"(/|\\_|=|[.,](?=[A-Za-z]))", r"\1\\allowbreak{}", escape(text))
+
+
+def document(body: str, title: str = "") -> str:
+    """A document that compiles as it is.
+
+    Args:
+        body: LaTeX.
+        title: plain text.
+    """
+    head = f"\\title{{{escape(title)}}}\n\\date{{}}\n" if title else ""
+    made = "\\maketitle\n" if title else ""
+    return f"{PREAMBLE}{head}\\begin{{document}}\n{made}{body}\n\\end{{document}}\n"
+
+
+def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: str = "") -> str:
+    r"""The table as ``table`` environments for ``\input``; wide ones are set smaller.
+
+    Args:
+        table: of cells.
+        siunitx: numbers as ``\num``, else in mathematics.
+        caption: plain text; by default the title and the notes.
+        name: the label after ``tab:``; by default made from the title.
+    """
+    notes = " ".join(f"{note[:1].upper()}{note[1:]}." for note in table.notes)
+    words = caption or f"{table.title}. {notes}"
+    name = name or "".join(c if c.isalnum() else "-" for c in table.title)
+    parts = []
+    for number, columns in enumerate(blocks(table, PAGE_WIDTH, _room)):
+        names = [*table.row_names, *(table.heading(m, c) for m, c in columns)]
+        rows = [
+            [*map(escape, labels), *(_latex_cell(cell, siunitx) for cell in cells)]
+            for labels, cells in _cells(table, columns)
+        ]
+        parts.append(
+            _environment(
+                list(map(_heading, names)), rows, len(table.row_names),
+                f"{table.title}, continued." if number else words,
+                f"{name}-{number + 1}" if number else name,
+            )
+        )  # fmt: skip
+    if table.comparisons:
+        names = difference_row(table)
+        base = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
+        rows = [list(map(escape, words)) for words in differences(table)]
+        left = len(names) - len(DIFFERENCE_HEADINGS)
+        title = f"{table.title}: differences to {base}."
+        parts.append(
+            _environment(list(map(escape, names)), rows, left, title, f"{name}-differences")
+        )
+    needs = "booktabs, graphicx" + (", siunitx" if siunitx else "")
+    return f"% needs: {needs}\n" + "\n".join(parts)
+
+
+def _environment(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left: int, caption: str, name: str
+) -> str:
+    """A table whose first ``left`` columns are aligned left; it is never wider than the line."""
+    frame = pd.DataFrame(rows, columns=list(head))
+    layout = f"@{{}}{'l' * left}{'r' * (len(head) - left)}@{{}}"
+    tabular = frame.style.hide(axis="index").to_latex(column_format=layout, hrules=True)
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering",
+            rf"\caption{{{escape(caption)}}}",
+            rf"\label{{tab:{name}}}",
+            r"\smallskip",
+            r"\sbox0{\small",
+            f"{tabular.rstrip()}}}",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
+            r"\end{table}",
+            "",
+        ]
     )
+
+
+def _lines(text: str) -> list[str]:
+    """A metric over its values in two lines where it is long."""
+    head, slash, tail = text.partition("/")
+    return [f"{head}/", tail] if slash and len(text) > 14 else [text]
+
+
+def _room(text: str) -> int:
+    return max(map(len, _lines(text)))
+
+
+def _heading(text: str) -> str:
+    lines = list(map(escape, _lines(text)))
+    if len(lines) == 1:
+        return lines[0]
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{lines[0]}\\{lines[1]}\end{{tabular}}"
+
+
+def _latex_cell(cell: CellText, siunitx: bool) -> str:
+    if cell.number is None:
+        return rf"\emph{{{escape(cell.state or NONE)}}}"
+    text = _number(cell, siunitx)
+    if cell.mark == BEST:
+        text = rf"{text}$^{{*}}$" if siunitx else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
+    elif cell.mark == TIE:
+        text += r"$^{\sim}$"
+    details = [f"sd {_number(CellText(cell.deviation), siunitx)}"] if cell.deviation else []
+    details += [f"n {cell.runs}"] if cell.runs is not None else []
+    text += rf" {{\footnotesize ({', '.join(details)})}}" if details else ""
+    return text + (rf" \emph{{({escape(cell.state)})}}" if cell.state else "")
+
+
+def _number(cell: CellText, siunitx: bool) -> str:
+    assert cell.number is not None
+    number = cell.number
+    if siunitx:
+        power = f"e{number.exponent}" if number.exponent else ""
+        if cell.quartiles:
+            low, high = cell.quartiles
+            scale = f"\\num{{{power}}}" if power else ""
+            return f"\\num{{{number.value}}} [\\num{{{low}}}, \\num{{{high}}}]{scale}"
+        spread = rf" \pm {number.spread}" if number.spread else ""
+        return rf"\num[separate-uncertainty]{{{number.value}{spread}{power}}}"
+    power = rf" \times 10^{{{number.exponent}}}" if number.exponent else ""
+    if cell.quartiles:
+        low, high = cell.quartiles
+        return f"${number.value}\\ [{low}, {high}]{power}$"
+    if number.spread is None:
+        return f"${number.value}{power}$"
+    both = rf"{number.value} \pm {number.spread}"
+    return f"$({both}){power}$" if power else f"${both}$"

@@ -1,46 +1,52 @@
-"""The figures of a sweep, from the same cells as its table: what is plotted is what the table says.
+"""The figures of a sweep, drawn from the cells of its table: a plotted number is the table's.
 
-A cell without a number has no point; the figure says how many there are.
+Here are the list of figures and those of metrics: against a swept setting, time against memory,
+cost against the number of ranks, and heat maps over layers. A cell without a number has no point,
+and the figure says how many there are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fisher_lab.results import plotting
-from fisher_lab.results.lines import block_figure, line_figure
+from fisher_lab.results import figure_style as style
+from fisher_lab.results.curve_figures import block_figure, decay_plans, density_figure, line_figure
+from fisher_lab.results.figure_style import MOST_SERIES
 from fisher_lab.results.loading import load_layers, load_table
-from fisher_lab.results.metric_figures import (
-    complete,
-    metric_figure,
-    scaling_figure,
-    short,
-    trade_figure,
-)
-from fisher_lab.results.spectra_figures import decay_plans, density_figure
-from fisher_lab.results.table import Table
-from fisher_lab.results.values import Column, Frame, ResultsError, known, label
+from fisher_lab.results.table import Table, tabulate
+from fisher_lab.results.values import ResultsError, column, known, label, levels, meaning
 from fisher_lab.runs.status import Status
 
 MOST_COLUMNS = 30
-CURVE_FILE, DENSITY_FILE = "curve.csv", "density.csv"
-SPECTRUM_FILE = "spectral.csv"
+CURVE_FILE, DENSITY_FILE, SPECTRUM_FILE = "curve.csv", "density.csv", "spectral.csv"
+TIME, MEMORY = "kfac/total_s", "kfac/peak_mb"
+WORLD_SIZE = "dist/world_size"
+SCALING = (TIME, "dist/comm_s_max", "dist/sent_bytes_max", MEMORY)
+RANK_AXES = ("distributed.nproc", "distributed.nodes", "kfac.reduce")
+
+Plans = dict[str, Callable[[], Figure | None]]
+"""Name of a file -> what draws the figure (None where there is nothing to draw)."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class DrawnFigure:
     """A figure that was written.
 
     Attributes:
         pdf: the file.
-        words: what it shows.
+        words: its caption.
         wide: whether it takes the width of a page.
     """
 
@@ -55,16 +61,16 @@ class Drawn:
 
     files: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    shown: list[Shown] = field(default_factory=list)
+    figures: list[DrawnFigure] = field(default_factory=list)
 
 
-def draw(table: Table, frame: Frame, directory: Path) -> Drawn:
+def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
     """Draw everything that the runs have numbers for, as PDF and PNG.
 
     Args:
         table: of the sweep.
         frame: its runs.
-        directory: for the files; made where it is missing.
+        directory: of the files; it is made where it is missing.
     """
     drawn = Drawn()
     for name, make in plans(table, frame).items():
@@ -74,81 +80,310 @@ def draw(table: Table, frame: Frame, directory: Path) -> Drawn:
             drawn.problems.append(f"figure {name}: {error}")
             continue
         if figure is not None:
-            files = plotting.save(figure, directory / name)
-            drawn.files += files
-            drawn.shown.append(Shown(files[0], plotting.words(figure), plotting.is_wide(figure)))
+            pdf, png = style.save(figure, directory / name)
+            drawn.files += [pdf, png]
+            drawn.figures.append(DrawnFigure(pdf, style.words(figure), style.is_wide(figure)))
     return drawn
 
 
-def plans(table: Table, frame: Frame) -> dict[str, Callable[[], Figure | None]]:
-    """Name of a file -> what draws it (None where there is nothing to draw)."""
-    plans: dict[str, Callable[[], Figure | None]] = {}
-    for axis in (*table.row_names, *table.col_names):
-        for metric in table.metrics:
-            name = plotting.file_name(f"{metric}-by-{axis}")
-            plans[name] = lambda metric=metric, axis=axis: metric_figure(table, metric, axis)
-    paths = [
-        d for d, s in zip(frame["directory"], frame["status"], strict=True) if s == Status.COMPLETED
-    ]
+def plans(table: Table, frame: pd.DataFrame) -> Plans:
+    """The figures of a sweep."""
+    paths = list(frame.loc[frame["status"] == Status.COMPLETED, "directory"])
     cells = cell_names(table, frame)
     layers = functools.cache(lambda: load_layers(paths))
     whole = functools.cache(lambda: complete(table, frame))
-    plans["time-and-memory"] = lambda: trade_figure(whole(), frame)
-    plans["distributed-scaling"] = lambda: scaling_figure(whole(), frame)
-    plans["layers-clipped"] = lambda: layer_figure(layers(), cells, "clipped")
-    plans["layers-kappa"] = lambda: layer_figure(layers(), cells, "kappa")
-    plans["learning-curves"] = lambda: line_figure(
-        load_table(paths, CURVE_FILE), cells, "step", "heldout_loss"
-    )
-    plans["spectral-density"] = lambda: density_figure(load_table(paths, DENSITY_FILE), cells)
-    plans["spectra-effective-rank"] = lambda: block_figure(
-        load_table(paths, SPECTRUM_FILE), cells, "effective_rank"
-    )
+    found: Plans = {
+        style.file_name(f"{metric}-by-{axis}"): functools.partial(
+            metric_figure, table, metric, axis
+        )
+        for axis in (*table.row_names, *table.col_names)
+        for metric in table.metrics
+    }
+    found |= {
+        "time-and-memory": lambda: trade_figure(whole(), frame),
+        "distributed-scaling": lambda: scaling_figure(whole(), frame),
+        "layers-clipped": lambda: layer_figure(layers(), cells, "clipped"),
+        "layers-kappa": lambda: layer_figure(layers(), cells, "kappa"),
+        "learning-curves": lambda: line_figure(
+            load_table(paths, CURVE_FILE), cells, "step", "heldout_loss"
+        ),
+        "spectral-density": lambda: density_figure(load_table(paths, DENSITY_FILE), cells),
+        "spectra-effective-rank": lambda: block_figure(
+            load_table(paths, SPECTRUM_FILE), cells, "effective_rank"
+        ),
+    }
     if "spectral/bytes" in known(frame):
-        plans |= decay_plans(paths, cells)
-    return plans
+        try:
+            found |= decay_plans(paths, cells)
+        except ResultsError as error:
+            found["spectra-decay"] = functools.partial(_fail, error)
+    return found
 
 
-def cell_names(table: Table, frame: Frame) -> dict[str, str]:
+def _fail(error: ResultsError) -> NoReturn:
+    raise error
+
+
+def cell_names(table: Table, frame: pd.DataFrame) -> dict[str, str]:
     """Run directory -> the words for its cell, in the order of the table."""
     names = [*table.row_names, *table.col_names]
-    order = [(*row, *col) for row in table.rows for col in table.cols]
-    places = {tuple(map(label, key)): i for i, key in enumerate(order)}
-    found: dict[str, tuple[int, str]] = {}
-    for values in frame[["directory", *names]].itertuples(index=False):
-        key = tuple(label(v) for v in values[1:])
-        if key in places:
-            words = ", ".join(short(n, v) for n, v in zip(names, key, strict=True)) or "all runs"
-            found[values[0]] = (places[key], words)
-    return {d: words for d, (_, words) in sorted(found.items(), key=lambda item: item[1][0])}
+    keys = (tuple(map(label, (*row, *col))) for row in table.rows for col in table.cols)
+    order = {key: i for i, key in enumerate(keys)}
+    found: dict[str, tuple[str, ...]] = {}
+    for directory, *values in frame.loc[:, ["directory", *names]].itertuples(index=False):
+        key = tuple(map(label, values))
+        if key in order:
+            found[directory] = key
+    ordered = sorted(found.items(), key=lambda item: order[item[1]])
+    return {d: settings_words(names, key) or "all runs" for d, key in ordered}
+
+
+def settings_words(names: Sequence[str], values: Sequence[Any]) -> str:
+    """Some settings as a legend shows them: ``damping=1e-4, policy=auto``."""
+    pairs = zip(names, values, strict=True)
+    return ", ".join(f"{name.rpartition('.')[2]}={label(value)}" for name, value in pairs)
+
+
+def complete(table: Table, frame: pd.DataFrame) -> Table:
+    """The table with every metric that a figure of its runs plots, its own metrics first.
+
+    Args:
+        table: of a sweep.
+        frame: the runs that it was made of.
+    """
+    there = known(frame)
+    plotted = [TIME, MEMORY] if {TIME, MEMORY} <= set(there) else []
+    if _rank_axis(table, there) is not None:
+        plotted += [name for name in SCALING if name in there]
+    more = [name for name in dict.fromkeys(plotted) if name not in table.metrics]
+    if not more:
+        return table
+    own = tabulate(
+        frame, rows=table.row_names, cols=table.col_names, over=table.over, metrics=more,
+        confidence=table.confidence,
+    )  # fmt: skip
+    return dataclasses.replace(
+        table,
+        metrics=[*table.metrics, *more],
+        cells={**table.cells, **own.cells},
+        statistic={**table.statistic, **own.statistic},
+        best=table.best | own.best,
+        ties=table.ties | own.ties,
+    )
+
+
+def _rank_axis(table: Table, there: Sequence[str]) -> str | None:
+    """The setting that the figure of ranks is drawn against; None where there is no such figure."""
+    swept = [*table.row_names, *table.col_names]
+    axis = next((name for name in RANK_AXES if name in swept), None)
+    return axis if WORLD_SIZE in there else None
+
+
+# ---- metrics against a setting -------------------------------------------------------------------
+
+Point = tuple[float, float, float, float]
+"""Position, value and the ends of its interval."""
+
+Series = dict[str, list[Point]]
+"""Words for the other settings -> the points that have a number."""
+
+
+@style.styled
+def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
+    """A metric against one setting, one line for each combination of the others, with intervals.
+
+    Args:
+        table: with the metric, and the setting among its rows or columns.
+        metric: its name.
+        axis: the setting.
+
+    Returns:
+        The figure; None where fewer than two values of the setting have numbers, or all numbers
+        are the same.
+    """
+    series = _series(table, metric, axis)
+    if not _varies(series):
+        return None
+    figure, (axes,) = style.new_figure()
+    figure.set_label(f"{metric} against {axis}")
+    style.legend(figure, axes, _draw(axes, table, metric, axis, series))
+    return figure
+
+
+@style.styled
+def scaling_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
+    """Time, its communication, bytes sent and memory on several ranks, one panel each.
+
+    They are drawn against the number of ranks or nodes where it was swept, else against the way in
+    which the ranks reduce. Bytes and memory are those of the rank that has most.
+
+    Args:
+        table: of the sweep; its rows and columns are the cells.
+        frame: its runs.
+
+    Returns:
+        The figure; None where no run had several ranks, none of these settings was swept, or
+        nothing varies.
+    """
+    there = known(frame)
+    axis = _rank_axis(table, there)
+    if axis is None:
+        return None
+    cells = complete(table, frame)
+    series = {metric: _series(cells, metric, axis) for metric in SCALING if metric in there}
+    series = {metric: points for metric, points in series.items() if _varies(points)}
+    if not series:
+        return None
+    width = min(0.8 * len(series), 2.1) * style.WIDTH  # of a page at most
+    figure, panels = style.new_figure(width, panels=len(series))
+    figure.set_label(f"Time, bytes and memory against {axis}")
+    lines = [
+        _draw(axes, cells, metric, axis, points)
+        for axes, (metric, points) in zip(panels, series.items(), strict=True)
+    ]
+    style.legend(figure, panels[lines.index(max(lines))], max(lines))
+    return figure
+
+
+def _series(table: Table, metric: str, axis: str) -> Series:
+    names = [*table.row_names, *table.col_names]
+    at = names.index(axis)
+    values, positions, _ = _positions(table, axis)
+    position = {label(v): x for v, x in zip(values, positions, strict=True)}
+    series: Series = {}
+    for row, col in itertools.product(table.rows, table.cols):
+        y, low, high = table.point((row, metric, col))
+        key = (*row, *col)
+        words = settings_words(names[:at] + names[at + 1 :], key[:at] + key[at + 1 :])
+        points = series.setdefault(words, [])
+        if math.isfinite(y):
+            points.append((position[label(key[at])], y, low, high))
+    return series
+
+
+def _positions(table: Table, axis: str) -> tuple[list[Any], list[float], bool]:
+    """The values of a setting, their positions, and whether the axis is logarithmic."""
+    at = [*table.row_names, *table.col_names].index(axis)
+    values = levels((*row, *col)[at] for row in table.rows for col in table.cols)
+    return values, *style.positions(values)
+
+
+def _varies(series: Series) -> bool:
+    points = [point for line in series.values() for point in line]
+    return len({x for x, *_ in points}) > 1 and len({y for _, y, *_ in points}) > 1
+
+
+def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series) -> int:
+    """Draw the lines of a panel and return their number."""
+    values, positions, log = _positions(table, axis)
+    connect = all(isinstance(meaning(v), float | None) for v in values)
+    lines = list(itertools.islice(series.items(), MOST_SERIES))
+    for i, (words, points) in enumerate(lines):
+        if points:
+            _draw_line(axes, sorted(points), words, i, connect)
+    style.set_ticks(axes, values, positions, log)
+    if style.spans_decades([y for points in series.values() for _, y, *_ in points]):
+        axes.set_yscale("log")
+    axes.set(xlabel=axis, ylabel=metric)
+    axes.set_title(_note(table, metric, len(series)), **style.NOTE)
+    return sum(bool(points) for _, points in lines)
+
+
+def _draw_line(axes: Axes, points: Sequence[Point], words: str, i: int, connect: bool) -> None:
+    x, y, low, high = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    # Lines that lie on one another are all seen: the first ones are the widest.
+    thinner = {"markersize": max(6.5 - 0.7 * i, 3.0), "linewidth": max(2.6 - 0.4 * i, 0.9)}
+    look: dict[str, Any] = {**style.look(i), **thinner}
+    if not connect:
+        look["linestyle"] = "none"
+        x = x + 0.07 * i  # categories have room beside them
+    # A cell of one run has no interval, and its bar no length.
+    spread = np.nan_to_num(np.vstack([y - low, high - y]), nan=0.0).clip(min=0)
+    axes.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, label=words, **look)
+
+
+def _note(table: Table, metric: str, lines: int) -> str:
+    cells = [cell for key, cell in table.cells.items() if key[1] == metric]
+    empty = sum(cell.summary.n == 0 for cell in cells)
+    if max(cell.summary.n for cell in cells) < 2:
+        notes = ["single runs"]
+    elif table.statistic[metric] == "median":
+        notes = ["median and quartiles"]
+    else:
+        notes = [f"mean and {table.confidence:.0%} interval"]
+    if empty:
+        notes.append(f"{empty} of {len(cells)} cells without a number")
+    if lines > MOST_SERIES:
+        notes.append(f"{MOST_SERIES} of {lines} lines")
+    return "; ".join(notes)
+
+
+# ---- time against memory -------------------------------------------------------------------------
+
+
+@style.styled
+def trade_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
+    """Time against memory growth, one point per cell: quartiles of time, interval of memory.
+
+    Args:
+        table: of the sweep; its rows and columns are the cells.
+        frame: its runs.
+    """
+    if not {TIME, MEMORY} <= set(known(frame)):
+        return None
+    both = complete(table, frame)
+    keys = [(row, col) for row in both.rows for col in both.cols]
+    if not 1 < len(keys) <= 3 * MOST_SERIES:
+        return None
+    figure, (axes,) = style.new_figure()
+    names = [*both.row_names, *both.col_names]
+    for i, (row, col) in enumerate(keys):
+        x, y = both.point((row, TIME, col)), both.point((row, MEMORY, col))
+        if not (math.isfinite(x[0]) and math.isfinite(y[0])):
+            continue
+        look: dict[str, Any] = {**style.look(i), "linestyle": "none"}
+        axes.errorbar(
+            [x[0]], [y[0]], xerr=_ends(*x), yerr=_ends(*y), capsize=2, elinewidth=0.8,
+            label=settings_words(names, (*row, *col)), **look,
+        )  # fmt: skip
+    axes.set(xlabel=TIME, ylabel=f"{MEMORY} (MiB)")
+    figure.set_label("Time and memory")
+    style.legend(figure, axes, len(keys))
+    return figure
+
+
+def _ends(value: float, low: float, high: float) -> np.ndarray:
+    return np.nan_to_num(np.array([[value - low], [high - value]]), nan=0.0).clip(min=0)
 
 
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def layer_values(layers: Frame, cells: Mapping[str, str], what: str) -> dict[str, Frame]:
+def layer_values(
+    layers: pd.DataFrame, cells: Mapping[str, str], what: str
+) -> dict[str, pd.DataFrame]:
     """Means over the completed runs of a cell, layer by cell, for each side.
 
     Args:
         layers: from :func:`fisher_lab.results.load_layers`.
         cells: run directory -> cell.
-        what: ``clipped``, a share of the dimension, or ``kappa``, log10 of the condition number.
+        what: ``clipped``, a fraction of the dimension, or ``kappa``, log10 of the condition number.
 
     Returns:
-        ``A`` and ``G`` -> frame of layers (in order of depth) by cells; sides without numbers left
-        out.
+        ``A`` and ``G`` -> frame of layers (in order of depth) by cells; sides without numbers are
+        left out.
     """
-    found: dict[str, Frame] = {}
+    found: dict[str, pd.DataFrame] = {}
     if layers.empty or "name" not in layers:
         return found
-    layers = layers.assign(cell=layers["directory"].map(cells))
-    layers = layers[layers["cell"].notna()]
+    layers = layers.assign(cell=[cells.get(d) for d in layers["directory"]])
+    layers = layers.dropna(subset=["cell"])
     for side in ("A", "G"):
         if f"{what}_{side}" not in layers or f"dim_{side}" not in layers:
             continue
-        numbers = _numbers(layers[f"{what}_{side}"])
+        numbers = _numbers(column(layers, f"{what}_{side}"))
         if what == "clipped":
-            numbers = numbers / _numbers(layers[f"dim_{side}"])
+            numbers = numbers / _numbers(column(layers, f"dim_{side}"))
         else:
             numbers = np.log10(numbers.where(numbers > 0))
         wide = layers.assign(value=numbers).pivot_table(
@@ -162,39 +397,33 @@ def layer_values(layers: Frame, cells: Mapping[str, str], what: str) -> dict[str
     return found
 
 
-def _numbers(column: Column) -> Column:
-    return column.map(lambda value: pd.to_numeric(value, errors="coerce")).astype(float)
+def _numbers(values: pd.Series) -> pd.Series:
+    return pd.Series(pd.to_numeric(values, errors="coerce"), dtype=float)
 
 
-@plotting.styled
-def layer_figure(layers: Frame, cells: Mapping[str, str], what: str) -> Figure | None:
+@style.styled
+def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
     """A heat map over depth for each side: layers by cells.
 
     None where there are no numbers, or where nothing at all was clipped.
     """
     sides = layer_values(layers, cells, what)
-    if not sides or (what == "clipped" and not any(v.to_numpy().any() for v in sides.values())):
+    clipped = what == "clipped"
+    if not sides or (clipped and not any(v.to_numpy().any() for v in sides.values())):
         return None
     rows = max(len(values) for values in sides.values())
     columns = max(len(values.columns) for values in sides.values())
     if columns > MOST_COLUMNS:
         raise ResultsError(f"{columns} cells are too many columns for a heat map")
-    width = max(plotting.WIDTH, 1.6 + 0.32 * columns) * len(sides)
-    share = what == "clipped"
-    words = "share of eigenvalues clipped" if share else "log10 condition number"
-    figure, panels = plotting.new_figure(width, 1.3 + 0.16 * rows, len(sides))
+    width = max(style.WIDTH, 1.6 + 0.32 * columns) * len(sides)
+    words = "fraction of eigenvalues clipped" if clipped else "log10 condition number"
+    figure, panels = style.new_figure(width, 1.3 + 0.16 * rows, len(sides))
     for axes, (side, values) in zip(panels, sides.items(), strict=True):
+        limits = (0, max(float(values.max().max()), 1e-3)) if clipped else (None, None)
         image = axes.imshow(
-            values.to_numpy(), aspect="auto", cmap="cividis",
-            vmin=0 if share else None, vmax=max(float(values.max().max()), 1e-3) if share else None,
-        )  # fmt: skip
-        axes.set_xticks(
-            range(len(values.columns)),
-            list(values.columns),
-            rotation=60,
-            ha="right",
-            parse_math=False,
+            values.to_numpy(), aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1]
         )
+        style.name_ticks(axes, list(map(str, values.columns)))
         names = [str(name)[-28:] for name in values.index]
         axes.set_yticks(range(len(values)), names, parse_math=False)
         axes.tick_params(labelsize=5.5)

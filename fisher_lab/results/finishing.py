@@ -1,8 +1,8 @@
-"""What is written beside the runs of a sweep when its last cell has ended.
+"""The files that are written beside the runs of a sweep when its last cell has ended.
 
-``table.csv``, ``table.md``, ``table.tex``, ``claims.json`` and ``figures/``: made anew from the
-runs whenever these have changed, every file written whole. Two processes that finish the same sweep
-at once write the same files.
+They are ``table.csv``, ``table.md``, ``table.tex``, ``claims.json`` and ``figures/``. They are
+written again whenever the runs have changed, each file atomically. Two processes that finish the
+same sweep at once write the same files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from fisher_lab.results import claims, export, latex
+from fisher_lab.results import claims, export
 from fisher_lab.results.figures import complete, draw
+from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
 from fisher_lab.results.table import Table, tabulate
-from fisher_lab.results.values import Frame, ResultsError
+from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import strict
 from fisher_lab.runs.status import UNFINISHED
@@ -31,7 +33,7 @@ from fisher_lab.runs.status import UNFINISHED
 CLAIMS_FILE = "claims.json"
 TABLE_FILE = "table"
 STAMP_FILE = ".finished.json"
-"""Says which state of the runs the files were made of."""
+"""Records the state of the runs that the files were made from."""
 
 MOST_LEFT_OUT = 5
 PIPE_WIDTH = 120
@@ -40,12 +42,12 @@ PIPE_WIDTH = 120
 
 @dataclass
 class Finished:
-    """What was made of a sweep.
+    """The table, verdicts and files of a sweep.
 
     Attributes:
         directory: of the sweep.
-        table: None where no run has come to anything.
-        verdicts: of its claims.
+        table: None where no table could be made.
+        verdicts: on its claims.
         files: that were written; empty where they were up to date.
         frame: the runs.
         problems: what could not be made, in words.
@@ -55,21 +57,18 @@ class Finished:
     table: Table | None
     verdicts: list[claims.Verdict]
     files: list[Path]
-    frame: Frame
+    frame: pd.DataFrame
     problems: list[str] = field(default_factory=list)
 
 
 def finish(directory: str | os.PathLike[str], *, console: Console | None = None) -> Finished:
     """Write table, claims and figures beside the runs of a sweep; print table and verdicts.
 
-    Can be called any number of times: nothing is written where nothing has changed.
+    It may be called any number of times: nothing is written where nothing has changed.
 
     Args:
         directory: of the sweep.
-        console: gets the table and the verdicts; None: nothing is printed.
-
-    Returns:
-        What was made.
+        console: where table and verdicts are printed; None: nothing is printed.
 
     Raises:
         ResultsError: the directory does not exist or holds no run.
@@ -94,7 +93,7 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
 
 
 def at_end(directory: str | os.PathLike[str]) -> None:
-    """Finish a sweep and print its table; whatever goes wrong is one line and no error.
+    """Finish a sweep and print its table; an error is printed as one line and not raised.
 
     Args:
         directory: of the sweep whose last cell has ended.
@@ -115,12 +114,11 @@ def finish_if_due(directory: Path, *, console: Console | None = None) -> Finishe
     """Finish a sweep, as its launcher does at its end, if its last cell is done.
 
     Args:
-        directory: of a sweep; anything else is left alone.
-        console: gets the table and the verdicts where the sweep is finished by this call.
+        directory: of a sweep; any other directory is left alone.
+        console: where table and verdicts are printed if this call finishes the sweep.
 
     Returns:
-        What was made, its ``files`` empty where all was there before; None where cells
-        are open, or where the directory cannot be read or written.
+        None where cells have not ended, or where the directory cannot be read or written.
     """
     if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
         return None
@@ -135,7 +133,7 @@ def finish_if_due(directory: Path, *, console: Console | None = None) -> Finishe
 
 
 def show(done: Finished, console: Console) -> None:
-    """Print the table, the verdicts, and what was left out."""
+    """Print the table, the verdicts, and the directories that were left out."""
     if done.table is not None:
         console.print(export.to_terminal(done.table, console.width))
     if done.verdicts:
@@ -146,15 +144,8 @@ def show(done: Finished, console: Console) -> None:
     console.print(Text(f"table, claims and figures in {done.directory}"), soft_wrap=True)
 
 
-def claimed_metrics(frame: Frame) -> list[str]:
-    """The metrics that the claims of some sweeps are about: a table shows these first."""
-    stated = [c for sweep in frame.attrs.get("sweeps", {}).values() for c in sweep.claims]
-    names = [c.get("metric") for c in stated if isinstance(c, dict)]
-    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
-
-
-def left_out_lines(frame: Frame) -> list[str]:
-    """What could not be read and why, a line each, the first few of them."""
+def left_out_lines(frame: pd.DataFrame) -> list[str]:
+    """The first directories that could not be read and the reasons, one line each."""
     left = frame.attrs.get("left_out", [])
     lines = [f"left out {one.directory}: {one.reason}" for one in left[:MOST_LEFT_OUT]]
     more = len(left) - MOST_LEFT_OUT
@@ -168,7 +159,7 @@ def _write(done: Finished) -> None:
         texts |= {
             f"{TABLE_FILE}.csv": export.to_csv(complete(done.table, done.frame)),
             f"{TABLE_FILE}.md": export.to_markdown(done.table),
-            f"{TABLE_FILE}.tex": latex.to_latex(done.table),
+            f"{TABLE_FILE}.tex": export.to_latex(done.table),
         }
     for name, text in texts.items():
         atomic.write_text(root / name, text)
@@ -180,13 +171,13 @@ def _write(done: Finished) -> None:
 
 
 def verdicts_text(verdicts: Sequence[claims.Verdict]) -> str:
-    """What ``claims.json`` holds: all numbers of the verdicts."""
+    """The contents of ``claims.json``: all numbers of the verdicts."""
     values = strict([verdict.as_dict() for verdict in verdicts])
     return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _stamp(frame: Frame) -> str:
-    """Changes with any run's end, metrics or status, and with the claims."""
+def _stamp(frame: pd.DataFrame) -> str:
+    """A hash that changes with any run's end, metrics or status, and with the claims."""
     columns = ["directory", "run_id", "status", "finished", "not_finite"]
     runs = frame[[*columns, *frame.attrs.get("metrics", [])]].to_csv()
     stated = [s.claims for s in frame.attrs.get("sweeps", {}).values()]

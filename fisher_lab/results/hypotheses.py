@@ -1,29 +1,32 @@
-"""What a claim may say: types, keys, and one line for what is wrong with one.
+"""What a claim may state: its types, their keys, and a one-line error for a wrong one.
 
-A claim is a mapping in a sweep file, under ``claims:``; ``docs/results.md`` lists the types.
+A claim is a hypothesis with a verdict. The hypothesis is a mapping in a sweep file, under
+``claims:``; ``docs/results.md`` lists the types.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fisher_lab.results.values import ResultsError, label, meaning, same
+from fisher_lab.results.values import ResultsError, hint, label, meaning, same
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COMMON = {"type", "text", "where", "by", "over", "alpha", "not"}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What a type of claim asks for.
+    """The keys of a type of hypothesis.
 
     Attributes:
-        required: keys that have to be there.
-        optional: keys that may be.
-        one_of: of each of these groups exactly one.
-        any_of: of each of these groups at least one.
+        required: keys that must be given.
+        optional: keys that may be given.
+        one_of: groups of keys of which exactly one must be given.
+        any_of: groups of keys of which at least one must be given.
     """
 
     required: frozenset[str]
@@ -65,14 +68,14 @@ LISTS = ("by", "over", "values")
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim that was checked.
+class Hypothesis:
+    """A hypothesis of a sweep file whose keys and values have been checked.
 
     Attributes:
         type: one of :data:`TYPES`.
         text: what the paper says, in words.
         options: its other keys; numbers as numbers.
-        stated: the claim as the sweep file has it.
+        stated: the mapping as the sweep file has it.
     """
 
     type: str
@@ -87,7 +90,7 @@ class Claim:
 
     @property
     def metric(self) -> str:
-        """The metric, or an empty text where the claim is about none."""
+        """The metric, or an empty text where the hypothesis is about none."""
         return self.get("metric", "")
 
     @property
@@ -96,55 +99,56 @@ class Claim:
         return self.get("alpha", 0.05)
 
 
-def check(claims: Iterable[Any]) -> list[Claim]:
-    """Claims of a sweep file, checked.
+def check(claims: Iterable[Any]) -> list[Hypothesis]:
+    """The hypotheses of a sweep file.
 
     Args:
         claims: mappings.
 
     Raises:
-        ResultsError: the first one that is not as it should be, in one line.
+        ResultsError: one is wrong; the text is one line about the first such.
     """
     return [parse(claim, number) for number, claim in enumerate(claims, 1)]
 
 
-def parse(claim: Any, number: int = 1) -> Claim:
-    """One claim.
+def parse(claim: Any, number: int = 1) -> Hypothesis:
+    """One hypothesis.
 
     Args:
         claim: a mapping.
         number: its place in the file, for the message.
 
     Raises:
-        ResultsError: it is not as it should be, in one line.
+        ResultsError: it is wrong; the text is one line.
     """
     name = f"claim {number}"
     if not isinstance(claim, Mapping):
         raise ResultsError(f"{name} is not a mapping with a type")
-    kind = claim.get("type")
+    kind = str(claim.get("type"))
     if kind not in TYPES:
         raise ResultsError(f"{name}: type={kind} is not allowed: one of {', '.join(TYPES)}")
-    keys = TYPES[str(kind)]
-    for key in claim:
-        if key not in keys.all:
-            near = difflib.get_close_matches(str(key), keys.all, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ResultsError(f"{name} ({kind}): there is no key {key}{hint}")
-    there = {key for key, value in claim.items() if value is not None}
-    for key in sorted(keys.required - there):
-        raise ResultsError(f"{name} ({kind}): {key} is missing")
-    for group in keys.one_of:
-        if len(there & set(group)) != 1:
-            raise ResultsError(f"{name} ({kind}): give exactly one of {' and '.join(group)}")
-    for group in keys.any_of:
-        if not there & set(group):
-            raise ResultsError(f"{name} ({kind}): give one of {' and '.join(group)}")
+    _check_keys(f"{name} ({kind})", TYPES[kind], claim)
     options = {
         str(k): _option(name, str(k), v) for k, v in claim.items() if k not in ("type", "text")
     }
-    _shape(name, str(kind), options)
+    _check_together(name, kind, options)
     text = str(claim.get("text") or f"{kind} {claim.get('metric', '')}".strip())
-    return Claim(str(kind), text, options, dict(claim))
+    return Hypothesis(kind, text, options, dict(claim))
+
+
+def _check_keys(name: str, keys: Keys, claim: Mapping[str, Any]) -> None:
+    for key in claim:
+        if key not in keys.all:
+            raise ResultsError(f"{name}: there is no key {key}{hint(str(key), keys.all)}")
+    given = {key for key, value in claim.items() if value is not None}
+    for key in sorted(keys.required - given):
+        raise ResultsError(f"{name}: {key} is missing")
+    for group in keys.one_of:
+        if len(given & set(group)) != 1:
+            raise ResultsError(f"{name}: give exactly one of {' and '.join(group)}")
+    for group in keys.any_of:
+        if not given & set(group):
+            raise ResultsError(f"{name}: give one of {' and '.join(group)}")
 
 
 def _option(name: str, key: str, value: Any) -> Any:
@@ -176,8 +180,8 @@ def _number(name: str, key: str, value: Any) -> float:
     return number
 
 
-def _shape(name: str, kind: str, options: Mapping[str, Any]) -> None:
-    """Rules that concern several keys."""
+def _check_together(name: str, kind: str, options: Mapping[str, Any]) -> None:
+    """Check the rules that concern several keys."""
     if kind == "equivalent":
         groups = options["groups"]
         values = next(iter(groups.values()))
@@ -200,3 +204,10 @@ def _shape(name: str, kind: str, options: Mapping[str, Any]) -> None:
     low, high = options.get("at_least"), options.get("at_most")
     if low is not None and high is not None and low > high:
         raise ResultsError(f"{name}: at_least must not be above at_most")
+
+
+def claimed_metrics(frame: pd.DataFrame) -> list[str]:
+    """The metrics that the claims of some sweeps are about; a table shows these first."""
+    stated = [c for sweep in frame.attrs.get("sweeps", {}).values() for c in sweep.claims]
+    names = [c.get("metric") for c in stated if isinstance(c, dict)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))

@@ -1,7 +1,7 @@
-"""How each type of claim is answered: what is compared, by which test, and what would decide it.
+"""The test of each type of hypothesis: what is compared, how, and how many seeds would decide.
 
-A finding is the answer for one comparison (a pair of groups in one stratum). Findings become one
-verdict in :mod:`fisher_lab.results.claims`.
+A finding is the answer for one comparison (a pair of groups in one stratum). The findings of a
+hypothesis become one verdict in :mod:`fisher_lab.results.claims`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fisher_lab.results import stats
 from fisher_lab.results.axes import find_axes, resolve, select
-from fisher_lab.results.hypotheses import Claim
-from fisher_lab.results.table import Cell, make_cell
-from fisher_lab.results.values import Frame, label, levels, meaning, same
+from fisher_lab.results.hypotheses import Hypothesis
+from fisher_lab.results.table import TableCell, make_cell
+from fisher_lab.results.values import column, label, levels, meaning, same, where
 from fisher_lab.runs.status import UNFINISHED, Status
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
@@ -26,20 +27,20 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison of a claim.
+    """One comparison of a hypothesis.
 
     Attributes:
         about: what was compared, in words.
-        verdict: holds, does not hold or inconclusive, before the correction for many.
-        n: seeds (pairs, or runs) that it rests on.
+        verdict: holds, does not hold or inconclusive, before Holm's correction.
+        n: how many seeds (pairs, or runs) it rests on.
         says: the numbers in words.
-        p_holds: of the test that it holds; NaN where there was no test.
-        p_fails: of the test that it does not; NaN likewise.
-        needed: how many seeds would decide, None where that is not known.
-        seeds_at: the same, where the level is shared between so many comparisons.
+        p_holds: p of the test that it holds; NaN where there was no test.
+        p_fails: p of the test that it does not hold; NaN likewise.
+        needed: how many seeds would decide; None where that is not known.
         values: the numbers themselves.
-        lost: runs that should be there and are not: what became of them, to how many.
-        exact: the pairs do not vary, and were compared as numbers without a test.
+        lost: state of the runs that are lost -> how many.
+        seeds_at: number of comparisons that the level is divided by -> how many seeds would decide.
+        exact: the pairs do not vary and were compared as numbers, without a test.
     """
 
     about: str
@@ -70,20 +71,20 @@ TEST = {
     "fails": "share of runs, Clopper and Pearson",
     "share": "share of runs, Clopper and Pearson",
 }
-"""Type -> what is done, in words."""
+"""Type -> the test, in words."""
 
 
-def findings(claim: Claim, runs: Frame) -> list[Finding]:
-    """All comparisons of a claim.
+def findings(hypothesis: Hypothesis, runs: pd.DataFrame) -> list[Finding]:
+    """All comparisons of a hypothesis.
 
     Args:
-        claim: a checked one.
+        hypothesis: the hypothesis.
         runs: those that it is about; not empty, with its metric.
 
     Raises:
         ResultsError: a setting that the runs do not have.
     """
-    answer: dict[str, Callable[[Claim, _Stratum], list[Finding]]] = {
+    answer: dict[str, Callable[[Hypothesis, _Stratum], list[Finding]]] = {
         "equivalent": _equivalent,
         "stable": _stable,
         "faster": _faster,
@@ -94,8 +95,8 @@ def findings(claim: Claim, runs: Frame) -> list[Finding]:
         "share": _share,
     }
     found: list[Finding] = []
-    for stratum in _strata(claim, runs):
-        found += answer[claim.type](claim, stratum)
+    for stratum in _strata(hypothesis, runs):
+        found += answer[hypothesis.type](hypothesis, stratum)
     return found
 
 
@@ -104,46 +105,43 @@ def findings(claim: Claim, runs: Frame) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Stratum:
-    """Runs that differ only in what the claim compares, and in seeds."""
+    """Runs that differ only in what the hypothesis compares, and in seeds."""
 
     name: str
-    runs: Frame
+    runs: pd.DataFrame
     over: list[str]
     expected: int
-    compared: set[str]
 
-    def cell(self, where: Mapping[str, Any], metric: str) -> Cell:
-        runs = select(self.runs, where)
+    def cell(self, settings: Mapping[str, Any], metric: str) -> TableCell:
+        """One metric of the runs with some settings; of repeated runs the latest completed one."""
+        runs = select(self.runs, settings)
         keys = _over_keys(runs, self.over)
-        last = {key: i for i, key in sorted(enumerate(keys), key=lambda ik: _age(runs, ik[0]))}
-        # Settings that the claim pools beside the seed make more runs than seeds.
+        age = list(
+            zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True)
+        )
+        last = {keys[i]: i for i in sorted(range(len(keys)), key=age.__getitem__)}
+        # Settings that are pooled beside the seed make more runs than seeds.
         return make_cell(runs.iloc[list(last.values())], metric, list(last), self.expected)
 
     def about(self, words: str) -> str:
         return ", ".join(part for part in (words, self.name) if part)
 
 
-def _age(runs: Frame, i: int) -> tuple[bool, str]:
-    row = runs.iloc[i]
-    return (row["status"] == Status.COMPLETED, row["finished"] or "")
+def _over_keys(runs: pd.DataFrame, over: Sequence[str]) -> list[Any]:
+    return [
+        tuple(meaning(v) for v in row) for row in runs.loc[:, list(over)].itertuples(index=False)
+    ]
 
 
-def _over_keys(runs: Frame, over: Sequence[str]) -> list[Any]:
-    return [tuple(meaning(v) for v in row) for row in runs[list(over)].itertuples(index=False)]
-
-
-def _strata(claim: Claim, runs: Frame) -> list[_Stratum]:
-    over = [resolve(runs, name) for name in claim.get("over", ["seed"])]
-    compared = {resolve(runs, name) for name in _compared(claim)}
+def _strata(hypothesis: Hypothesis, runs: pd.DataFrame) -> list[_Stratum]:
+    over = [resolve(runs, name) for name in hypothesis.get("over", ["seed"])]
+    compared = {resolve(runs, name) for name in _compared(hypothesis)}
     axes = find_axes(runs)
-    # A setting that moves with a compared one, or that a compared one moves with, is no stratum.
-    tied = {f for axis in compared for f in axes.followers.get(axis, [])}
-    tied |= {axis for axis, followers in axes.followers.items() if compared & set(followers)}
-    pooled = compared | tied | set(over)
-    rest = [name for name in axes.values if name not in pooled]
-    by = [resolve(runs, name) for name in claim.get("by", rest)]
-    if claim.type == "share":
-        by = [resolve(runs, name) for name in claim.get("by", [])]
+    # A setting that varies with a compared one makes no stratum of its own.
+    pooled = compared | axes.tied(compared) | set(over)
+    rest = [] if hypothesis.type == "share" else [a for a in axes.values if a not in pooled]
+    by = [resolve(runs, name) for name in hypothesis.get("by", rest)]
+    if hypothesis.type == "share":
         over = [*over, *(a for a in axes.values if a not in {*over, *by})]
     strata = []
     for values in itertools.product(*(levels(runs[name]) for name in by)):
@@ -152,21 +150,21 @@ def _strata(claim: Claim, runs: Frame) -> list[_Stratum]:
             continue
         name = ", ".join(f"{n}={label(v)}" for n, v in zip(by, values, strict=True))
         expected = len(set(_over_keys(chosen, over)))
-        strata.append(_Stratum(name, chosen, over, expected, compared))
+        strata.append(_Stratum(name, chosen, over, expected))
     return strata
 
 
-def _compared(claim: Claim) -> list[str]:
-    """Settings that the claim compares."""
-    names = [name for key in ("groups", "a", "b", "cells") for name in claim.get(key, {})]
-    return [*names, *([claim.get("axis")] if claim.get("axis") else [])]
+def _compared(hypothesis: Hypothesis) -> list[str]:
+    """Settings that the hypothesis compares."""
+    names = [name for key in ("groups", "a", "b", "cells") for name in hypothesis.get(key, {})]
+    return [*names, *([hypothesis.get("axis")] if hypothesis.get("axis") else [])]
 
 
-def _words(where: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={label(value)}" for name, value in where.items())
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={label(value)}" for name, value in settings.items())
 
 
-def _lost(*cells: Cell) -> dict[str, int]:
+def _lost(*cells: TableCell) -> dict[str, int]:
     lost: dict[str, int] = {}
     for cell in cells:
         for what, count in (*cell.lost.items(), (Status.MISSING, cell.missing)):
@@ -175,9 +173,9 @@ def _lost(*cells: Cell) -> dict[str, int]:
     return lost
 
 
-def _pairs(a: Cell, b: Cell) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(a: TableCell, b: TableCell) -> tuple[np.ndarray, np.ndarray]:
     both = a.values.index.intersection(b.values.index, sort=False)
-    return a.values[both].to_numpy(), b.values[both].to_numpy()
+    return a.values.loc[both].to_numpy(), b.values.loc[both].to_numpy()
 
 
 def _nothing(about: str, lost: Mapping[str, int]) -> Finding:
@@ -187,45 +185,45 @@ def _nothing(about: str, lost: Mapping[str, int]) -> Finding:
 # ---- the types -----------------------------------------------------------------------------------
 
 
-def _equivalent(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    ((axis, values),) = claim.get("groups").items()
-    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
-    ratio = claim.get("ratio")
+def _equivalent(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    ((axis, values),) = hypothesis.get("groups").items()
+    cells = [(value, stratum.cell({axis: value}, hypothesis.metric)) for value in values]
+    ratio = hypothesis.get("ratio")
     return [
-        _within(claim, stratum, axis, one, other, ratio)
+        _within(hypothesis, stratum, axis, one, other, ratio)
         for one, other in itertools.combinations(cells, 2)
     ]
 
 
-def _stable(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    axis, at = claim.get("axis"), claim.get("at")
+def _stable(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    axis, at = hypothesis.get("axis"), hypothesis.get("at")
     there = levels(stratum.runs[resolve(stratum.runs, axis)])
-    values = claim.get("values") or _range(claim, there)
+    values = hypothesis.get("values") or _range(hypothesis, there)
     found = [
         Finding(stratum.about(f"{axis}={label(value)}"), OPEN, 0, "nothing was run there")
-        for value in _absent(claim, there)
+        for value in _absent(hypothesis, there)
     ]
     if len(values) < 2:
         return found or [_nothing(stratum.about(f"{axis}: fewer than two values in the range"), {})]
-    cells = [(value, stratum.cell({axis: value}, claim.metric)) for value in values]
+    cells = [(value, stratum.cell({axis: value}, hypothesis.metric)) for value in values]
     for pair in itertools.combinations(cells, 2):
         if at is None or any(same(at, value) for value, _ in pair):
-            finding = _within(claim, stratum, axis, *pair, claim.get("factor"))
-            found.append(_broken(finding, _evidence(claim, pair)))
+            finding = _within(hypothesis, stratum, axis, *pair, hypothesis.get("factor"))
+            found.append(_broken(finding, _evidence(hypothesis, pair)))
     return found
 
 
-def _evidence(claim: Claim, pair: Iterable[tuple[Any, Cell]]) -> int:
-    """Diverged runs that speak against stability.
+def _evidence(hypothesis: Hypothesis, pair: Iterable[tuple[Any, TableCell]]) -> int:
+    """How many diverged runs speak against stability.
 
-    Where ``not`` says that one value is unstable, what diverged at another does not show it.
+    Where ``not`` says that one value is unstable, a run that diverged at another does not show it.
     """
-    at = claim.get("at") if claim.get("not", False) else None
+    at = hypothesis.get("at") if hypothesis.get("not", False) else None
     return sum(cell.diverged for value, cell in pair if at is None or same(at, value))
 
 
 def _broken(finding: Finding, diverged: int) -> Finding:
-    """A run that diverged within the range has left it; what else was lost tells nothing."""
+    """A run that diverged within the range is out of it; other lost runs say nothing."""
     if not diverged:
         return finding
     says = f"{diverged} diverged within the range"
@@ -235,39 +233,39 @@ def _broken(finding: Finding, diverged: int) -> Finding:
 SLACK = 1 + 1e-12
 
 
-def _range(claim: Claim, values: Sequence[Any]) -> list[Any]:
-    """The values of an axis that a claim is about: all, or the numbers between two ends."""
-    low, high = claim.get("from", -math.inf), claim.get("to", math.inf)
+def _range(hypothesis: Hypothesis, values: Sequence[Any]) -> list[Any]:
+    """The values of an axis that are compared: all, or the numbers between two ends."""
+    low, high = hypothesis.get("from", -math.inf), hypothesis.get("to", math.inf)
     if (low, high) == (-math.inf, math.inf):
         return list(values)
     numbers = [v for v in values if isinstance(meaning(v), float)]
     return [v for v in numbers if low / SLACK <= meaning(v) <= high * SLACK]
 
 
-def _absent(claim: Claim, values: Sequence[Any]) -> list[Any]:
-    """What a claim names of an axis and no run has: a range is not known to its ends then."""
-    named = [claim.get(key) for key in ("from", "to", "at")]
+def _absent(hypothesis: Hypothesis, values: Sequence[Any]) -> list[Any]:
+    """The values that are named and that no run has: the range was not run to its ends."""
+    named = [hypothesis.get(key) for key in ("from", "to", "at")]
     return [v for v in named if v is not None and not any(same(v, one) for one in values)]
 
 
 def _within(
-    claim: Claim,
+    hypothesis: Hypothesis,
     stratum: _Stratum,
     axis: str,
-    one: tuple[Any, Cell],
-    other: tuple[Any, Cell],
+    one: tuple[Any, TableCell],
+    other: tuple[Any, TableCell],
     ratio: float | None,
 ) -> Finding:
-    """Whether two cells are equal, to the claim's margin or to a ratio."""
+    """Whether two cells are equal within the margin or a ratio."""
     (first, a), (second, b) = one, other
     about = stratum.about(f"{axis}: {label(second)} against {label(first)}")
     x, y = _pairs(b, a)
-    lost, margin = _lost(a, b), claim.get("margin")
+    lost, margin = _lost(a, b), hypothesis.get("margin")
     if x.size == 0:
         return _nothing(about, lost)
     if margin is not None:
-        return _tested(about, x - y, margin, _size(x, y), claim.alpha, lost)
-    return _ratio_within(about, x, y, ratio or 1.0, claim.alpha, lost)
+        return _tested(about, x - y, margin, _size(x, y), hypothesis.alpha, lost)
+    return _ratio_within(about, x, y, ratio or 1.0, hypothesis.alpha, lost)
 
 
 def _ratio_within(
@@ -300,8 +298,9 @@ def _tested(
     """Two one-sided tests of differences, or of logarithms of ratios."""
     low, high = bound if isinstance(bound, tuple) else (-bound, bound)
     e = stats.equivalence(d, low, high, alpha, scale)
-    shape = math.exp if as_ratio else float
-    values = {"mean": shape(e.mean), "low": shape(e.low), "high": shape(e.high), "std": e.std}
+    scaled = math.exp if as_ratio else float
+    values = {name: scaled(getattr(e, name)) for name in ("mean", "low", "high")}
+    values["std"] = e.std
     name = "ratio" if as_ratio else "difference"
     if e.n == 1:
         # Nothing is known of the spread yet: two are the least that can be tested.
@@ -327,44 +326,46 @@ def _tested(
 
 
 def _interval(alpha: float) -> str:
-    """The interval that tests at this level on either side ask of: a table's is another one."""
+    """The interval that two one-sided tests at this level use; a table's interval is wider."""
     return f"{100 * (1 - 2 * alpha):g}% interval"
 
 
-def _faster(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    a, b = claim.get("a"), claim.get("b")
+def _faster(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    a, b = hypothesis.get("a"), hypothesis.get("b")
     about = stratum.about(f"{_words(b)} over {_words(a)}")
-    one, other = stratum.cell(a, claim.metric), stratum.cell(b, claim.metric)
+    one, other = stratum.cell(a, hypothesis.metric), stratum.cell(b, hypothesis.metric)
     x, y = _pairs(one, other)
     lost = _lost(one, other)
     if x.size == 0:
         return [_nothing(about, lost)]
     if min(x.min(), y.min()) <= 0:
         return [Finding(about, OPEN, x.size, "not all numbers are above 0: no ratio", lost=lost)]
-    most = claim.get("at_most")
-    bounds = (math.log(claim.get("at_least", 1.0)), math.log(most) if most else math.inf)
-    return [_tested(about, np.log(y / x), bounds, 1.0, claim.alpha, lost, as_ratio=True)]
+    most = hypothesis.get("at_most")
+    bounds = (math.log(hypothesis.get("at_least", 1.0)), math.log(most) if most else math.inf)
+    return [_tested(about, np.log(y / x), bounds, 1.0, hypothesis.alpha, lost, as_ratio=True)]
 
 
-def _matches(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    if claim.get("value") is not None:
-        cell = stratum.cell({}, claim.metric)
+def _matches(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    if hypothesis.get("value") is not None:
+        cell = stratum.cell({}, hypothesis.metric)
         x, lost = cell.values.to_numpy(), _lost(cell)
-        y = np.full_like(x, claim.get("value"))
-        about = stratum.about(f"against {claim.get('value'):g}")
+        y = np.full_like(x, hypothesis.get("value"))
+        about = stratum.about(f"against {hypothesis.get('value'):g}")
     else:
         a, b = (
-            stratum.cell(claim.get("a"), claim.metric),
-            stratum.cell(claim.get("b"), claim.metric),
+            stratum.cell(hypothesis.get("a"), hypothesis.metric),
+            stratum.cell(hypothesis.get("b"), hypothesis.metric),
         )
         x, y = _pairs(a, b)
         lost = _lost(a, b)
-        about = stratum.about(f"{_words(claim.get('a'))} against {_words(claim.get('b'))}")
+        about = stratum.about(
+            f"{_words(hypothesis.get('a'))} against {_words(hypothesis.get('b'))}"
+        )
     if x.size == 0:
         return [_nothing(about, lost)]
-    relative = claim.get("relative", True)
+    relative = hypothesis.get("relative", True)
     error = float(_errors(x, y, relative).max())
-    verdict = HOLDS if error <= claim.get("tolerance") else FAILS
+    verdict = HOLDS if error <= hypothesis.get("tolerance") else FAILS
     words = "relative" if relative else "absolute"
     says = f"exact to {error:.2g} ({words})" if verdict == HOLDS else f"{words} error {error:.3g}"
     return [Finding(about, verdict, x.size, says, values={"error": error}, lost=lost)]
@@ -377,64 +378,65 @@ def _errors(x: np.ndarray, y: np.ndarray, relative: bool) -> np.ndarray:
     return np.divide(error, np.abs(y), out=np.where(error == 0, 0.0, np.inf), where=y != 0)
 
 
-def _bounded(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    cell = stratum.cell({}, claim.metric)
-    x, about = cell.values.to_numpy(), stratum.about(claim.metric)
+def _bounded(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    cell = stratum.cell({}, hypothesis.metric)
+    x, about = cell.values.to_numpy(), stratum.about(hypothesis.metric)
     if x.size == 0:
         return [_nothing(about, _lost(cell))]
-    low, high = claim.get("at_least", -math.inf), claim.get("at_most", math.inf)
+    low, high = hypothesis.get("at_least", -math.inf), hypothesis.get("at_most", math.inf)
     verdict = HOLDS if low <= x.min() and x.max() <= high else FAILS
     says = f"from {x.min():.4g} to {x.max():.4g}"
     values = {"least": float(x.min()), "most": float(x.max())}
     return [Finding(about, verdict, x.size, says, values=values, lost=_lost(cell))]
 
 
-def _fails(claim: Claim, stratum: _Stratum) -> list[Finding]:
+def _fails(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
     wanted = {
         name: value if isinstance(value, list | tuple) else [value]
-        for name, value in claim.get("cells").items()
+        for name, value in hypothesis.get("cells").items()
     }
     found = []
     for values in itertools.product(*wanted.values()):
-        where = dict(zip(wanted, values, strict=True))
-        runs = select(stratum.runs, where)
-        ended = runs[~runs["status"].isin([*UNFINISHED, Status.CANCELLED])]
-        broken = sum(_is_broken(claim, row) for row in ended.to_dict("records"))
-        lost: dict[str, int] = (
-            {Status.MISSING: len(runs) - len(ended)} if len(runs) > len(ended) else {}
-        )
-        bounds = (claim.get("share", 0.5), 1.0)
+        settings = dict(zip(wanted, values, strict=True))
+        runs = select(stratum.runs, settings)
+        ended = where(runs, ~column(runs, "status").isin([*UNFINISHED, Status.CANCELLED]))
+        broken = sum(_is_broken(hypothesis, row) for row in ended.to_dict("records"))
+        missing = len(runs) - len(ended)
+        lost: dict[str, int] = {Status.MISSING: missing} if missing else {}
+        bounds = (hypothesis.get("share", 0.5), 1.0)
         found.append(
-            _shares(
-                stratum.about(_words(where)), broken, len(ended), bounds, claim.alpha, lost,
+            _proportion(
+                stratum.about(_words(settings)), broken, len(ended), bounds, hypothesis.alpha, lost,
                 "failed or diverged",
             )
         )  # fmt: skip
     return found
 
 
-def _is_broken(claim: Claim, row: Mapping[str, Any]) -> bool:
+def _is_broken(hypothesis: Hypothesis, row: Mapping[str, Any]) -> bool:
     if row["status"] != Status.COMPLETED:
         return True
     names = str(row["not_finite"] or "").split()
-    if not claim.metric:
+    if not hypothesis.metric:
         return bool(names)
-    value = row[claim.metric]
-    beyond = value > claim.get("above", math.inf) or value < claim.get("below", -math.inf)
-    return claim.metric in names or beyond
+    value = row[hypothesis.metric]
+    beyond = value > hypothesis.get("above", math.inf) or value < hypothesis.get("below", -math.inf)
+    return hypothesis.metric in names or beyond
 
 
-def _share(claim: Claim, stratum: _Stratum) -> list[Finding]:
-    cell = stratum.cell({}, claim.metric)
-    count = int((cell.values > claim.get("above", 0.0)).sum())
-    least = claim.get("at_least", 0.0)
-    bounds = (least if least > 0 else -math.inf, claim.get("at_most", 1.0))
-    words = f"above {claim.get('above', 0.0):g}"
-    about = stratum.about(f"{claim.metric} {words}")
-    return [_shares(about, count, len(cell.values), bounds, claim.alpha, _lost(cell), words)]
+def _share(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
+    cell = stratum.cell({}, hypothesis.metric)
+    count = int((cell.values > hypothesis.get("above", 0.0)).sum())
+    least = hypothesis.get("at_least", 0.0)
+    bounds = (least if least > 0 else -math.inf, hypothesis.get("at_most", 1.0))
+    words = f"above {hypothesis.get('above', 0.0):g}"
+    about = stratum.about(f"{hypothesis.metric} {words}")
+    return [
+        _proportion(about, count, len(cell.values), bounds, hypothesis.alpha, _lost(cell), words)
+    ]
 
 
-def _shares(
+def _proportion(
     about: str,
     count: int,
     n: int,
@@ -443,38 +445,36 @@ def _shares(
     lost: Mapping[str, int],
     words: str,
 ) -> Finding:
-    """Whether a share of runs lies between two bounds."""
+    """Whether the proportion of some runs lies between two bounds."""
     if n == 0:
         return _nothing(about, lost)
-    verdict, low, high = _share_verdict(count, n, bounds, alpha, alpha)
-    p_holds, p_fails = stats.share_tests(count, n, *bounds)
+    verdict, low, high = _proportion_verdict(count, n, bounds, alpha, alpha)
+    p_holds, p_fails = stats.proportion_tests(count, n, *bounds)
     says = f"{count} of {n} {words}: {count / n:.0%}, {_interval(alpha)} [{low:.0%}, {high:.0%}]"
     values = {"share": count / n, "low": low, "high": high}
 
     def runs_at(many: int) -> int | None:
         part, level = count / n, alpha / many
         return _first_decided(
-            lambda m: _share_verdict(round(part * m), m, bounds, alpha, level)[0], n
+            lambda m: _proportion_verdict(round(part * m), m, bounds, alpha, level)[0], n
         )
 
     return Finding(about, verdict, n, says, p_holds, p_fails, None, values, lost, runs_at)
 
 
-def _share_verdict(
+def _proportion_verdict(
     count: int, n: int, bounds: tuple[float, float], alpha: float, fails_at: float
 ) -> tuple[str, float, float]:
-    """The verdict on a share, and its interval; ``fails_at`` is the level of "does not hold"."""
-    low, high = stats.share_interval(count, n, alpha)
+    """The verdict on a proportion and its interval; ``fails_at`` is the level of failing."""
+    low, high = stats.proportion_interval(count, n, alpha)
     if (low > bounds[0] or bounds[0] < 0) and (high < bounds[1] or bounds[1] >= 1):
         return HOLDS, low, high
-    if stats.share_tests(count, n, *bounds)[1] < fails_at:
+    if stats.proportion_tests(count, n, *bounds)[1] < fails_at:
         return FAILS, low, high
     return OPEN, low, high
 
 
 def _first_decided(verdict: Callable[[int], str], n: int) -> int | None:
-    """How many runs would decide, the share being what it is."""
-    for number in range(n + 1, stats.MAX_SEEDS + 1):
-        if verdict(number) != OPEN:
-            return number
-    return None
+    """How many runs would decide if the proportion stays what it is."""
+    numbers = range(n + 1, stats.MAX_SEEDS + 1)
+    return next((number for number in numbers if verdict(number) != OPEN), None)

@@ -1,6 +1,6 @@
-"""Run directories as data frames: a row a run, or a row a line of the runs' tables.
+"""Run directories as data frames: one row per run, or one row per line of the runs' tables.
 
-What cannot be read is left out and named with the reason, never passed over in silence.
+A directory that cannot be read is left out and named with the reason, never silently.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results import planned
-from fisher_lab.results.values import Column, ResultsError, Shared
+from fisher_lab.results.axes import GROUP_KEYS, SEED
+from fisher_lab.results.values import ResultsError, Shared, column, meaning
 from fisher_lab.runs.record import METRICS_FILE, RUN_FILE
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
 MULTIRUN_FILE = "multirun.yaml"
-OURS = ("figures",)
+WRITTEN_HERE = ("figures",)
 """Directories that this package writes beside the runs."""
 
 
@@ -44,7 +44,7 @@ class Sweep:
     Attributes:
         name: its directory's name, or what ``sweep.json`` says.
         directory: where its runs lie.
-        about: the contents of ``sweep.json``; empty for an ad-hoc multirun.
+        about: the contents of ``sweep.json``; empty for a plain multirun.
         problem: why ``sweep.json`` could not be read, if it could not.
     """
 
@@ -54,14 +54,31 @@ class Sweep:
     problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sweep:
-        """Itself: pandas copies the ``attrs`` of a frame with every column that it hands out."""
+        """Itself: pandas copies the ``attrs`` of a frame with every column that it returns."""
         return self
+
+    @property
+    def axes(self) -> list[str]:
+        """The swept keys, in order."""
+        axes = self.about.get("axes")
+        return [str(name) for name in axes] if isinstance(axes, dict | list) else []
 
     @property
     def claims(self) -> list[Any]:
         """The claims as the sweep file states them."""
         stated = self.about.get("claims")
         return stated if isinstance(stated, list) else []
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """``run_id`` -> what ``sweep.json`` says of a cell: its axes, overrides and settings."""
+        cells = [c for c in self.about.get("cells") or [] if isinstance(c, dict)]
+        return {str(c["run_id"]): c for c in cells if "run_id" in c and "axes" in c}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings that all its cells have in common."""
+        return self.about.get("settings") or {}
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:
         yield LeftOut(str(directory), f"no {RUN_FILE}: the run died before its record began")
         return
     for name in folders:
-        if not name.startswith(".") and name not in OURS:
+        if not name.startswith(".") and name not in WRITTEN_HERE:
             yield from _walk(directory / name, sweep)
 
 
@@ -154,8 +171,8 @@ META = (
     "sweep", "directory", "run_id", "status", "reason", "started", "finished", "seconds",
     "overrides", "not_finite",
 )  # fmt: skip
-"""Columns that every frame has. ``seconds`` is the wall time of the run, ``overrides`` are as typed
-into a shell, ``not_finite`` names the metrics that came out as NaN or infinite."""
+"""Columns that every frame has. ``seconds`` is the wall time of the run, ``overrides`` are quoted
+for a shell, ``not_finite`` names the metrics that are NaN or infinite."""
 
 Run = dict[str, dict[str, Any]]
 Row = tuple[Found, Run]
@@ -163,18 +180,17 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 def load(paths: Paths) -> pd.DataFrame:
-    """Read run directories, a row a run.
+    """Read run directories, one row per run.
 
     Args:
         paths: a run, a sweep, a directory of sweeps, or several of these.
 
     Returns:
-        Columns: :data:`META`; the resolved configuration, ``kfac.damping``; metrics, ``ng/norm``
-        (with ``metric/`` before a name that is taken); ``provenance.*``. A cell that a sweep file
-        asks for and that was never run is a row with the status ``missing``. Its ``attrs`` hold the
-        names of these: ``config``, ``metrics``; ``sweeps``: directory to
-        :class:`~fisher_lab.results.loading.Sweep`; ``left_out``: a list of
-        :class:`~fisher_lab.results.loading.LeftOut`.
+        Columns: :data:`META`; the resolved configuration, such as ``kfac.damping``; the metrics,
+        such as ``ng/norm`` (``metric/`` stands before a name that is taken); ``provenance.*``. A
+        cell of a sweep that was never run is a row with the status ``missing``. The frame's
+        ``attrs`` hold ``config`` and ``metrics``, the names of these columns; ``sweeps``: directory
+        to :class:`Sweep`; ``left_out``: a list of :class:`LeftOut`.
 
     Raises:
         ResultsError: a path that does not exist.
@@ -184,8 +200,7 @@ def load(paths: Paths) -> pd.DataFrame:
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
     rows, unread = _read_all(found)
     left += unread
-    rows = planned.complete(rows, sweeps)
-    frame = _frame(rows, sweeps)
+    frame = _frame([*rows, *_not_run(rows, sweeps)], sweeps)
     frame.attrs.update(left_out=Shared(left), sweeps=sweeps)
     return frame
 
@@ -195,7 +210,7 @@ def _sweeps(found: Iterable[Found]) -> dict[str, Sweep]:
 
 
 def load_layers(paths: Paths) -> pd.DataFrame:
-    """Read ``layers.csv`` of every run, a row a layer and run.
+    """Read ``layers.csv`` of every run, one row per layer and run.
 
     Args:
         paths: as for :func:`load`.
@@ -208,7 +223,7 @@ def load_layers(paths: Paths) -> pd.DataFrame:
 
 
 def load_table(paths: Paths, name: str) -> pd.DataFrame:
-    """Read one of the runs' tables, such as ``curve.csv``: a row a line and run.
+    """Read one of the runs' tables, such as ``curve.csv``: one row per line and run.
 
     Args:
         paths: as for :func:`load`.
@@ -227,8 +242,8 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
         except (OSError, ValueError, csv.Error) as error:
             left.append(LeftOut(str(one.directory), f"{name}: {error}"))
     frame = pd.DataFrame(rows)
-    for column in frame.columns:
-        frame[column] = _numbers(frame[column])
+    for name in frame.columns:
+        frame[name] = _numbers(column(frame, name))
     frame.attrs["left_out"] = left
     return frame
 
@@ -378,60 +393,108 @@ def _read_all(found: Sequence[Found]) -> tuple[list[Row], list[LeftOut]]:
     return rows, left
 
 
+def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
+    """The cells that ``sweep.json`` lists and that have left no record that can be read.
+
+    A record without a configuration (of a cell that died early) gets that of its cell.
+    """
+    added: list[Row] = []
+    for sweep in sweeps.values():
+        mine = {r["meta"]["run_id"]: r for one, r in rows if one.sweep == sweep.directory}
+        for name, cell in sweep.cells.items():
+            if name in mine and mine[name]["config"]:
+                continue
+            config = _flat({**sweep.shared, **(cell.get("settings") or {})})
+            config = config or _guess(cell["axes"], sweep, mine)
+            if name in mine:
+                mine[name]["config"] = config
+                continue
+            found = Found(sweep.directory / name, sweep.directory)
+            unread = (found.directory / RUN_FILE).exists()
+            meta = {
+                "run_id": name,
+                "status": Status.CORRUPT if unread else Status.MISSING,
+                "reason": "its record cannot be read" if unread else "it has not been run",
+                "not_finite": "",
+                "overrides": shlex.join(map(str, cell.get("overrides") or [])),
+            }
+            added.append((found, {"meta": meta, "config": config, "metrics": {}, "provenance": {}}))
+    return added
+
+
+def _guess(axes: Mapping[str, Any], sweep: Sweep, runs: Mapping[str, Run]) -> dict[str, Any]:
+    """A cell's settings where an older release wrote its axes alone.
+
+    They are those that all runs share, and those that one of its axes decides in the other runs.
+    """
+    known = [(sweep.cells[n]["axes"], r["config"]) for n, r in runs.items() if n in sweep.cells]
+    known = [(at, config) for at, config in known if config]
+    first = known[0][1] if known else {}
+    config = {k: v for k, v in first.items() if all(c.get(k) == v for _, c in known)}
+    for axis, value in axes.items():
+        of_value = {str(at.get(axis)): c for at, c in known}
+        alike = of_value.get(str(value), {})
+        for key, setting in alike.items():
+            if all(of_value[str(at.get(axis))].get(key) == c.get(key) for at, c in known):
+                config[key] = setting
+        key = GROUP_KEYS.get(axis, axis.replace("/", "."))
+        plain = axis == SEED or "." in key  # and not a section with several keys
+        if plain and not alike and (not known or key in first):
+            config[key] = _typed(value)
+    return config
+
+
+def _typed(value: Any) -> Any:
+    number = meaning(value)
+    return int(number) if str(value).lstrip("+-").isdigit() else number
+
+
 def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in META}
-    names: dict[str, dict[str, str]] = {"config": {}, "metrics": {}, "provenance": {}}
-    for part, known in names.items():
-        for _, run in rows:
-            for name in run[part]:
-                if name not in known:
-                    # A metric may be called as a key of the configuration is.
-                    known[name] = (
-                        f"metric/{name}" if part == "metrics" and name in columns else name
-                    )
-                    columns[known[name]] = [None] * len(rows)
-    for i, (one, run) in enumerate(rows):
-        columns["sweep"][i] = sweeps[str(one.sweep)].name
-        columns["directory"][i] = str(one.directory)
-        for name, value in run["meta"].items():
-            columns[name][i] = value
-        for part, known in names.items():
-            for name, value in run[part].items():
-                columns[known[name]][i] = value
-    measured = {"seconds", *names["metrics"].values()}
+    settings = dict.fromkeys(name for _, run in rows for name in run["config"])
+    metrics = {
+        name: f"metric/{name}" if name in META or name in settings else name
+        for _, run in rows
+        for name in run["metrics"]
+    }
+    lines = []
+    for found, run in rows:
+        about = {"sweep": sweeps[str(found.sweep)].name, "directory": str(found.directory)}
+        lost = " ".join(metrics[name] for name in (run["meta"]["not_finite"] or "").split())
+        numbers = {metrics[name]: value for name, value in run["metrics"].items()}
+        lines.append(
+            {**run["config"], **numbers, **run["provenance"], **run["meta"], **about}
+            | {"not_finite": lost}
+        )
+    provenance = dict.fromkeys(name for _, run in rows for name in run["provenance"])
+    measured = {"seconds", *metrics.values()}
+    columns = {
+        name: [line.get(name) for line in lines]
+        for name in (*META, *settings, *metrics.values(), *provenance)
+    }
     frame = pd.DataFrame(
         {
             name: pd.Series(values, dtype=float) if name in measured else _column(values)
             for name, values in columns.items()
         }
     )
-    frame["not_finite"] = [_renamed(text, names["metrics"]) for text in columns["not_finite"]]
-    frame.attrs.update(
-        config=Shared(names["config"].values()), metrics=Shared(names["metrics"].values())
-    )
+    frame.attrs.update(config=Shared(settings), metrics=Shared(metrics.values()))
     return frame
 
 
-def _renamed(names: str | None, known: Mapping[str, str]) -> str:
-    return " ".join(known[name] for name in (names or "").split())
-
-
-def _column(values: list[Any]) -> Column:
+def _column(values: list[Any]) -> pd.Series:
     """Numbers as numbers; a setting that is null here and a number there keeps its null."""
     kinds = set(map(type, values))
     if kinds and kinds <= {int, float}:
         return pd.Series(values)
-    if kinds == {bool}:
-        return pd.Series(values, dtype=bool)
-    return pd.Series(values, dtype=object)
+    return pd.Series(values, dtype=bool if kinds == {bool} else object)
 
 
-def _numbers(column: Column) -> Column:
+def _numbers(texts: pd.Series) -> pd.Series:
     """A column of texts as numbers, where all of them are (an empty one is missing)."""
-    if column.dtype.kind in "fiub":
-        return column
-    bare = column.replace("", None)
+    if texts.dtype.kind in "fiub":
+        return texts
+    bare = texts.replace("", None)
     try:
-        return pd.to_numeric(bare)
+        return pd.Series(pd.to_numeric(bare))
     except (ValueError, TypeError):
         return bare

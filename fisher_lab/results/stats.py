@@ -1,4 +1,4 @@
-"""The statistics, by scipy and statsmodels; here only what they are asked and in which order.
+"""The statistics of tables and claims; scipy and statsmodels compute them.
 
 Differences are taken between runs that share everything but the compared setting (and so the
 seed). Two samples that do not vary have no distribution to test: they are compared as numbers and
@@ -14,32 +14,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from fisher_lab.results.values import Column
-
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_SEEDS = 1000
-"""Numbers of seeds beyond this are not worth naming."""
+"""The largest number of seeds that is worth naming."""
 
 ROUNDING = 1e-12
-"""Numbers that vary by less than this share of their size do not vary: that is the order of
-summation speaking, and no test should be run on it."""
+"""Numbers that vary by less than this fraction of their size do not vary: the order of summation
+causes such differences, and no test should be run on them."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What some runs of one cell come to.
+    """The mean, spread, interval and quartiles of the runs of one cell.
 
     Attributes:
-        n: numbers that there are.
+        n: how many numbers there are.
         mean: NaN where there is none; likewise all others.
         std: sample standard deviation, NaN where ``n < 2``.
         low: lower end of the interval for the mean, NaN where ``n < 2``.
@@ -327,26 +326,26 @@ def first(power: Callable[[int], float], start: int = 2) -> int | None:
     return high
 
 
-# ---- shares --------------------------------------------------------------------------------------
+# ---- proportions ---------------------------------------------------------------------------------
 
 
-def share_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
-    """The interval of a share by Clopper and Pearson, each side at level ``alpha``."""
+def proportion_interval(count: int, n: int, alpha: float) -> tuple[float, float]:
+    """The interval of a proportion by Clopper and Pearson, each side at level ``alpha``."""
     ends = np.asarray(proportion_confint(count, n, alpha=2 * alpha, method="beta"), dtype=float)
     return float(ends[0]), float(ends[1])
 
 
-def share_tests(count: int, n: int, low: float, high: float) -> tuple[float, float]:
-    """P values of a share by the exact binomial tests that Clopper and Pearson's interval inverts.
+def proportion_tests(count: int, n: int, low: float, high: float) -> tuple[float, float]:
+    """P values of a proportion by the exact binomial tests that Clopper and Pearson invert.
 
     Args:
-        count: of the runs.
-        n: all of them; at least one.
+        count: runs that have the property.
+        n: all runs; at least one.
         low: bound; below 0 where there is none.
         high: bound; 1 or more where there is none.
 
     Returns:
-        That it lies between the bounds, and that it lies beyond one of them.
+        P that it lies between the bounds, and p that it lies beyond one of them.
     """
     sides = []
     if low >= 0:
@@ -365,9 +364,9 @@ def share_tests(count: int, n: int, low: float, high: float) -> tuple[float, flo
 
 
 def overlap(
-    values: Column, others: Column, confidence: float = CONFIDENCE, statistic: str = "mean"
+    values: pd.Series, others: pd.Series, confidence: float = CONFIDENCE, statistic: str = "mean"
 ) -> bool:
-    """Whether two cells cannot be told apart.
+    """Whether two cells do not differ significantly.
 
     Args:
         values: of one cell, by pairing key.
@@ -378,14 +377,14 @@ def overlap(
     Returns:
         For means: True where the interval of their difference contains zero, paired where at least
         two members belong together, else by Welch's test. For medians likewise by rank tests:
-        Wilcoxon's of the pairs (see :func:`_alike_in_the_middle` where these are few), else that of
+        Wilcoxon's of the pairs (see :func:`_medians_alike` where these are few), else that of
         Mann and Whitney. False where two cells of single runs are compared: there is no test.
     """
     both = values.index.intersection(others.index)
     if len(both) >= 2:
-        x, y = values[both].to_numpy(dtype=float), others[both].to_numpy(dtype=float)
+        x, y = (np.asarray(side[both], dtype=float) for side in (values, others))
         if statistic == "median":
-            return _alike_in_the_middle(x, y, confidence)
+            return _medians_alike(x, y, confidence)
         found = paired(x, y, confidence)
         return found.identical or found.low <= 0 <= found.high
     if min(len(values), len(others)) < 2:
@@ -397,12 +396,12 @@ def overlap(
     return bool(interval.low <= 0 <= interval.high)
 
 
-def _alike_in_the_middle(x: Floats, y: Floats, confidence: float) -> bool:
-    """Whether paired numbers that may be skewed cannot be told apart.
+def _medians_alike(x: Floats, y: Floats, confidence: float) -> bool:
+    """Whether paired numbers that may be skewed do not differ significantly.
 
-    By Wilcoxon's signed rank test. Of fewer pairs than that can reach its level (six at 95 %) two
-    things are asked to tell them apart: that all pairs point one way, and that the t interval of
-    the logarithms of their ratios excludes zero.
+    The test is Wilcoxon's signed rank test. Fewer pairs than it needs to reach its level (six at
+    95 %) differ if all pairs point one way and the t interval of the logarithms of their ratios
+    excludes zero.
     """
     d, level = x - y, 1 - confidence
     scale = _scale(x, y)

@@ -1,8 +1,8 @@
-"""The ablation table: rows by columns of swept settings, cells over seeds, compared and marked.
+"""The table of an ablation: rows and columns of swept settings, cells averaged over seeds.
 
-Every run is in some cell and counted: what failed, diverged or is missing is shown in its cell and
-never averaged away. A setting that varies and was put nowhere becomes a row, so that a mean is only
-ever over seeds, or over what ``over`` names.
+Every run is counted in a cell: runs that failed, diverged or are missing are shown there and are
+never averaged away. A setting that varies and that nobody placed becomes a row, so that a mean is
+taken over seeds alone, or over what ``over`` names.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Any
 import pandas as pd
 
 from fisher_lab.results import stats
-from fisher_lab.results.axes import SEED, find_axes, resolve, select
+from fisher_lab.results.axes import SEED, find_axes, key_of, resolve, select
 from fisher_lab.results.stats import CONFIDENCE, Summary, summarise
 from fisher_lab.results.values import (
-    Column,
-    Frame,
     ResultsError,
     Rounded,
     better,
@@ -30,31 +28,37 @@ from fisher_lab.results.values import (
     is_time,
     label,
     levels,
-    meaning,
     same,
 )
 from fisher_lab.runs.status import Status
+
+Key = tuple[Any, ...]
+"""Values of the settings of a row or a column."""
+
+CellKey = tuple[Key, str, Key]
+"""Row, metric and column of a cell."""
 
 BROKEN_NUMBERS = ("NonFiniteError", "FloatingPointError", "LinAlgError", "not finite", "non-finite")
 """Words in the reason of a failed run that say its numbers broke down, and not the machine."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One metric of the runs that share a cell's settings.
+class TableCell:
+    """One metric of the runs that have a cell's settings.
 
     Attributes:
-        values: finite numbers by pairing key (the seed), one a completed run.
-        lost: what became of the others: ``failed``, ``diverged``, ``running``, ... to how many.
-        missing: runs that other cells have and this one has not.
+        values: finite numbers by pairing key (the seed), one per completed run.
+        lost: state of the other runs (``failed``, ``diverged``, ``running``, ...) -> how many.
+        missing: how many runs other cells have and this one does not.
         reasons: why runs were lost, each once.
-        diverged: lost runs whose numbers broke down: ``diverged``, and failed for that reason. What
-            was killed, timed out or ran out of memory says nothing of its numbers.
+        diverged: how many of the lost runs broke down numerically: those that diverged, and those
+            that failed for that reason. A run that was killed, timed out or ran out of memory says
+            nothing about its numbers.
         confidence: of the interval.
         method: of the interval, ``t`` or ``bootstrap``.
     """
 
-    values: Column
+    values: pd.Series
     lost: dict[str, int] = field(default_factory=dict)
     missing: int = 0
     reasons: tuple[str, ...] = ()
@@ -68,7 +72,7 @@ class Cell:
         return summarise(self.values.to_numpy(dtype=float), self.confidence, self.method)
 
     def rounded(self, statistic: str) -> Rounded:
-        """The number that is shown, to the digits that count.
+        """The number that is shown, with the digits that its interval leaves.
 
         Args:
             statistic: ``mean`` (with half its interval) or ``median``.
@@ -80,17 +84,17 @@ class Cell:
 
     @property
     def expected(self) -> int:
-        """Runs that the cell should have."""
+        """How many runs the cell should have."""
         return len(self.values) + sum(self.lost.values()) + self.missing
 
     @property
     def complete(self) -> bool:
-        """Whether every run has come to a finite number."""
+        """Whether every run has a finite number."""
         return len(self.values) == self.expected > 0
 
     @property
     def state(self) -> str:
-        """What is lacking, in words: ``1 of 3 failed``; empty where nothing is."""
+        """The runs that are lost, in words: ``1 failed of 3``; empty where none is."""
         parts = [f"{count} {what}" for what, count in self.lost.items()]
         if self.missing:
             parts.append(f"{self.missing} missing")
@@ -102,18 +106,18 @@ class Cell:
 
 
 def make_cell(
-    runs: Frame,
+    runs: pd.DataFrame,
     metric: str,
     keys: Sequence[Hashable],
     expected: int,
     confidence: float = CONFIDENCE,
     method: str = "t",
-) -> Cell:
+) -> TableCell:
     """The cell of one metric.
 
     Args:
-        runs: the cell's runs, one a pairing key.
-        metric: its column.
+        runs: the cell's runs, one per pairing key.
+        metric: the name of its column.
         keys: pairing key of each run.
         expected: runs that the cell should have.
         confidence: of the interval.
@@ -139,7 +143,7 @@ def make_cell(
             lost["not measured"] += 1
         else:
             values[key] = float(value)
-    return Cell(
+    return TableCell(
         pd.Series(values, dtype=float),
         {what: count for what, count in lost.items() if what != Status.MISSING},
         max(expected - len(runs), 0) + lost[Status.MISSING],
@@ -150,11 +154,8 @@ def make_cell(
     )
 
 
-Key = tuple[Any, ...]
 NEGLIGIBLE = 1e-6
-"""Numbers that differ by less than this share are equally good, however certain that is."""
-STATISTICS = ("auto", "mean", "median")
-INTERVALS = ("t", "bootstrap")
+"""Numbers that differ by less than this fraction are equally good, however certain that is."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Comparison:
     """A cell against its baseline cell.
 
     Attributes:
-        difference: paired by everything but the baseline's settings; None where no pair is.
-        p_holm: after Holm's correction over all comparisons of the table; NaN where not tested.
+        difference: paired by everything but the baseline's settings; None where there is no pair.
+        p_holm: p after Holm's correction over all comparisons of the table; NaN where not tested.
         is_baseline: the cell is the baseline itself.
     """
 
@@ -180,43 +181,44 @@ class Table:
         title: of the table.
         row_names: settings that the rows stand for.
         col_names: settings that the columns stand for; empty where the columns are the metrics.
-        rows: a tuple of values for each row.
-        cols: a tuple of values for each column.
         metrics: names.
-        cells: (row, metric, column) -> cell; all there.
         over: settings that a cell runs over.
         statistic: metric -> ``mean`` or ``median``.
-        best: (row, metric, column) of the best cell of each metric.
-        ties: those that cannot be told from it.
-        comparisons: with a baseline: (row, metric, column) -> comparison.
-        baseline: what every cell is compared with.
-        notes: what a reader has to know.
+        confidence: of the intervals.
+        notes: what a reader has to know, one sentence each.
         details: cells are shown with their standard deviation and number of runs.
+        rows: a tuple of values for each row.
+        cols: a tuple of values for each column.
+        cells: (row, metric, column) -> cell, for all of them.
+        best: (row, metric, column) of the best cell of each metric.
+        ties: those that do not differ significantly from the best.
+        baseline: the settings that every cell is compared with.
+        comparisons: with a baseline: (row, metric, column) -> comparison.
     """
 
     title: str
     row_names: list[str]
     col_names: list[str]
-    rows: list[Key]
-    cols: list[Key]
     metrics: list[str]
-    cells: dict[tuple[Key, str, Key], Cell]
     over: list[str]
     statistic: dict[str, str]
     confidence: float = stats.CONFIDENCE
-    best: set[tuple[Key, str, Key]] = field(default_factory=set)
-    ties: set[tuple[Key, str, Key]] = field(default_factory=set)
-    comparisons: dict[tuple[Key, str, Key], Comparison] = field(default_factory=dict)
-    baseline: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     details: bool = False
+    rows: list[Key] = field(default_factory=list)
+    cols: list[Key] = field(default_factory=list)
+    cells: dict[CellKey, TableCell] = field(default_factory=dict)
+    best: set[CellKey] = field(default_factory=set)
+    ties: set[CellKey] = field(default_factory=set)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    comparisons: dict[CellKey, Comparison] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[tuple[str, Key]]:
         """(metric, column) from left to right."""
         return list(itertools.product(self.metrics, self.cols))
 
-    def point(self, key: tuple[Key, str, Key]) -> tuple[float, float, float]:
+    def point(self, key: CellKey) -> tuple[float, float, float]:
         """The number that stands for a cell, and the ends of its interval (NaN where none)."""
         s = self.cells[key].summary
         if self.statistic[key[1]] == "median":
@@ -225,13 +227,13 @@ class Table:
         return s.mean, s.low, s.high
 
     def heading(self, metric: str, col: Key) -> str:
-        """What stands over a column."""
+        """The heading of a column."""
         where = ", ".join(label(value) for value in col)
         return f"{metric} ({where})" if where else metric
 
 
 def tabulate(
-    frame: Frame,
+    frame: pd.DataFrame,
     *,
     rows: Sequence[str] | None = None,
     cols: Sequence[str] = (),
@@ -250,8 +252,8 @@ def tabulate(
     """Make the table of some runs.
 
     Args:
-        frame: from :func:`fisher_lab.results.loading`.
-        rows: settings; by default all that were swept and are not elsewhere.
+        frame: from :func:`fisher_lab.results.load`.
+        rows: settings; by default all that were swept and have no other place.
         cols: settings.
         metrics: names; by default a choice that suits the runs.
         over: settings that a cell's numbers are taken over; by default the seed.
@@ -260,43 +262,41 @@ def tabulate(
         statistic: ``mean`` with its interval, ``median`` with the quartiles, or ``auto``: median
             for times.
         interval: ``t`` or ``bootstrap``.
-        confidence: of the intervals, and of the tests that marks rest on.
-        directions: metric -> ``min`` or ``max``, which is best; by default by its name.
+        confidence: of the intervals, and of the tests behind the marks.
+        directions: metric -> which is best, ``min``, ``max`` or ``none``; by default by its name.
         first: metrics that are chosen first where none are named.
-        title: by default the sweeps' names.
+        title: of the table; by default the sweeps' names.
         details: show the standard deviation and the number of runs in every cell.
 
     Raises:
         ResultsError: no run, or a setting or metric that the runs do not have.
     """
-    _check_choice("statistic", statistic, STATISTICS)
-    _check_choice("interval", interval, INTERVALS)
+    _check_choice("statistic", statistic, ("auto", "mean", "median"))
+    _check_choice("interval", interval, ("t", "bootstrap"))
     if not 0 < confidence < 1:
         raise ResultsError(f"confidence={confidence:g} is not allowed: between 0 and 1")
     runs = select(frame, where or {})
     if runs.empty:
         raise ResultsError("there are no runs" + (" that match" if where else ""))
-    plan = _plan(runs, rows, cols, over)
+    row_names, col_names, across, notes = _place_settings(runs, rows, cols, over)
     names = choose(runs, metrics, first)
+    auto = {m: "median" if is_time(m) else "mean" for m in names}
     table = Table(
-        title=title or ", ".join(dict.fromkeys(runs["sweep"])),
-        row_names=plan.rows,
-        col_names=plan.cols,
-        rows=[],
-        cols=[],
-        metrics=names,
-        cells={},
-        over=plan.over,
-        statistic={m: _statistic(m, statistic) for m in names},
-        confidence=confidence,
-        notes=plan.notes,
-        details=details,
+        title or ", ".join(dict.fromkeys(runs["sweep"])),
+        row_names,
+        col_names,
+        names,
+        across,
+        auto if statistic == "auto" else dict.fromkeys(names, statistic),
+        confidence,
+        notes,
+        details,
     )
     _fill(table, runs, interval)
     _mark(table, directions or {})
     if baseline:
         _compare(table, {resolve(runs, name): value for name, value in baseline.items()})
-    _tell(table)
+    _add_notes(table)
     return table
 
 
@@ -305,98 +305,64 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ResultsError(f"{name}={value} is not allowed: one of {', '.join(allowed)}")
 
 
-def _statistic(metric: str, wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "median" if is_time(metric) else "mean"
-
-
-# ---- which settings go where ---------------------------------------------------------------------
-
-
-@dataclass
-class _Plan:
-    rows: list[str]
-    cols: list[str]
-    over: list[str]
-    notes: list[str]
-
-
-def _plan(
-    runs: Frame,
+def _place_settings(
+    runs: pd.DataFrame,
     rows: Sequence[str] | None,
     cols: Sequence[str],
     over: Sequence[str] | None,
-) -> _Plan:
-    axes = find_axes(runs)
-    taken = [resolve(runs, name) for name in cols]
-    across = [resolve(runs, name) for name in (over if over is not None else _seed(runs))]
-    named = [resolve(runs, name) for name in rows] if rows is not None else []
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Settings of the rows, of the columns and those averaged over; and what to note of them."""
+    if over is None:
+        over = [SEED] if SEED in runs.attrs.get("config", []) else []
+    columns, across = ([resolve(runs, name) for name in names] for names in (cols, over))
+    named = [resolve(runs, name) for name in rows or ()]
     for name in named:
-        if name in taken or name in across:
+        if name in columns or name in across:
             raise ResultsError(f"{name} cannot stand in two places of a table")
-    placed = {*named, *taken, *across}
-    led = {follower for a in placed for follower in axes.followers.get(a, [])}
-    leaders = {a for a, followers in axes.followers.items() if placed & set(followers)}
-    rest = [name for name in axes.values if name not in placed | led | leaders]
+    axes = find_axes(runs)
+    placed = {*named, *columns, *across}
+    rest = [name for name in axes.values if name not in placed | axes.tied(placed)]
     notes = []
     if rows is not None and rest:
         notes.append(
             f"{', '.join(rest)} {'varies' if len(rest) == 1 else 'vary'} too and became rows; "
             "choose a value with --where, or average over it with --over"
         )
-    for leader, followers in axes.followers.items():
-        shown = ", ".join(followers[:4]) + (", ..." if len(followers) > 4 else "")
-        notes.append(f"{shown} {'varies' if len(followers) == 1 else 'vary'} with {leader}")
-    return _Plan([*named, *rest], taken, across, notes)
-
-
-def _seed(runs: Frame) -> list[str]:
-    return [SEED] if SEED in runs.attrs.get("config", []) else []
+    for axis, followers in axes.followers.items():
+        some = ", ".join(followers[:4]) + (", ..." if len(followers) > 4 else "")
+        notes.append(f"{some} {'varies' if len(followers) == 1 else 'vary'} with {axis}")
+    return [*named, *rest], columns, across, notes
 
 
 # ---- cells ---------------------------------------------------------------------------------------
 
 
-def _fill(table: Table, runs: Frame, interval: str) -> None:
-    groups: dict[tuple[Key, Key], dict[Key, int]] = {}
+def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
+    """Sort the runs into cells; of runs with the same settings and seed the latest one counts."""
     spelled: dict[str, dict[Any, Any]] = {}
-    repeated = 0
-    order = runs["finished"].fillna("").to_numpy()
-    keys = {
-        part: _keys(runs, names, spelled)
-        for part, names in (("r", table.row_names), ("c", table.col_names), ("o", table.over))
-    }
-    for i in range(len(runs)):
-        members = groups.setdefault((keys["r"][i], keys["c"][i]), {})
-        other = members.get(keys["o"][i])
-        if other is not None:
-            repeated += 1
-            # The latest that completed counts: the same seed twice is not two samples.
-            if (_done(runs, other), order[other]) > (_done(runs, i), order[i]):
-                continue
-        members[keys["o"][i]] = i
+    rows, cols, over = (
+        _keys(runs, names, spelled) for names in (table.row_names, table.col_names, table.over)
+    )
+    age = list(zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True))
+    groups: dict[tuple[Key, Key], dict[Key, int]] = {}
+    for i, (row, col, key) in enumerate(zip(rows, cols, over, strict=True)):
+        members = groups.setdefault((row, col), {})
+        other = members.get(key)
+        if other is None or age[other] <= age[i]:
+            members[key] = i
+    repeated = len(runs) - sum(map(len, groups.values()))
     if repeated:
         table.notes.append(
             f"{repeated} runs repeat settings and {', '.join(table.over) or 'all'} of others: "
             "the latest completed one of each counts"
         )
-    _place(table, runs, groups, interval)
-
-
-def _place(
-    table: Table,
-    runs: Frame,
-    groups: Mapping[tuple[Key, Key], Mapping[Key, int]],
-    interval: str,
-) -> None:
     table.rows = _sorted({row for row, _ in groups})
     table.cols = _sorted({col for _, col in groups})
     expected = len({key for members in groups.values() for key in members})
-    runs = runs[["status", "reason", "not_finite", *table.metrics]]
+    numbers = runs.loc[:, ["status", "reason", "not_finite", *table.metrics]]
     for row, col in itertools.product(table.rows, table.cols):
         members = groups.get((row, col), {})
-        chosen = runs.iloc[list(members.values())]
+        chosen = numbers.iloc[list(members.values())]
         # The seed itself where cells are over nothing else: an index of tuples takes far longer.
         keys = [key[0] if len(key) == 1 else key for key in members]
         for metric in table.metrics:
@@ -405,18 +371,15 @@ def _place(
             )
 
 
-def _keys(runs: Frame, names: Sequence[str], spelled: dict[str, dict[Any, Any]]) -> list[Key]:
+def _keys(
+    runs: pd.DataFrame, names: Sequence[str], spelled: dict[str, dict[Any, Any]]
+) -> list[Key]:
     """The values of some settings for each run; one spelling for values that mean the same."""
     columns = []
     for name in names:
         known = spelled.setdefault(name, {})
-        columns.append([known.setdefault(_typed(v), _plain(v)) for v in runs[name]])
+        columns.append([known.setdefault(key_of(v), _plain(v)) for v in runs[name]])
     return list(zip(*columns, strict=True)) if columns else [()] * len(runs)
-
-
-def _typed(value: Any) -> Any:
-    known = meaning(value)
-    return (type(known).__name__, known)
 
 
 def _plain(value: Any) -> Any:
@@ -424,24 +387,18 @@ def _plain(value: Any) -> Any:
     return None if value != value else value
 
 
-def _done(runs: Frame, i: int) -> bool:
-    return bool(runs["status"].iloc[i] == Status.COMPLETED)
-
-
 def _sorted(keys: Iterable[Key]) -> list[Key]:
     keys = list(keys)
-    width = len(keys[0]) if keys else 0
-    places = [
-        {_typed(v): i for i, v in enumerate(levels(key[j] for key in keys))} for j in range(width)
-    ]
-    return sorted(keys, key=lambda key: [places[j][_typed(v)] for j, v in enumerate(key)])
+    columns = [levels(values) for values in zip(*keys, strict=True)]
+    order = [{key_of(v): i for i, v in enumerate(values)} for values in columns]
+    return sorted(keys, key=lambda key: [at[key_of(v)] for at, v in zip(order, key, strict=True)])
 
 
 # ---- marks ---------------------------------------------------------------------------------------
 
 
 def _mark(table: Table, directions: Mapping[str, str]) -> None:
-    """The best cell of each metric, and those that cannot be told from it."""
+    """Mark the best cell of each metric, and those that do not differ significantly from it."""
     for metric, wanted in directions.items():
         _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
     for metric in table.metrics:
@@ -452,15 +409,15 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
         points = {k: table.point(k)[0] for k in keys}
         top = (max if direction == "max" else min)(points.values())
         best = next(k for k in keys if math.isclose(points[k], top, rel_tol=1e-12))
-        as_good = {k for k in keys if _looks_like(table, k, best)}
-        if len(as_good) == len(keys):
+        alike = {k for k in keys if _looks_like(table, k, best)}
+        if len(alike) == len(keys):
             continue  # nothing to choose between
         table.best.add(best)
-        table.ties |= {k for k in keys if k != best and (k in as_good or _tied(table, k, best))}
+        table.ties |= {k for k in keys if k != best and (k in alike or _tied(table, k, best))}
 
 
-def _looks_like(table: Table, key: tuple[Key, str, Key], best: tuple[Key, str, Key]) -> bool:
-    """Whether two cells show the same number, or differ by a negligible share of it."""
+def _looks_like(table: Table, key: CellKey, best: CellKey) -> bool:
+    """Whether two cells show the same number, or differ by a negligible fraction of it."""
     a, b = table.point(key)[0], table.point(best)[0]
     if abs(a - b) <= NEGLIGIBLE * max(abs(a), abs(b)):
         return True
@@ -468,8 +425,8 @@ def _looks_like(table: Table, key: tuple[Key, str, Key], best: tuple[Key, str, K
     return (float(one.value), one.exponent) == (float(other.value), other.exponent)
 
 
-def _tied(table: Table, key: tuple[Key, str, Key], best: tuple[Key, str, Key]) -> bool:
-    """Whether a test of what the cells show cannot tell them apart."""
+def _tied(table: Table, key: CellKey, best: CellKey) -> bool:
+    """Whether the numbers that the cells show do not differ significantly."""
     one, other = table.cells[key].values, table.cells[best].values
     return stats.overlap(one, other, table.confidence, table.statistic[key[1]])
 
@@ -490,82 +447,64 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
                 f"there are {', '.join(label(v) for v in levels(there))}"
             )
         spelled[name] = match
-    table.baseline = baseline = spelled
-    found: dict[tuple[Key, str, Key], Comparison] = {}
-    for key in table.cells:
-        row, metric, col = key
-        other = (
-            _moved(row, table.row_names, baseline),
+    table.baseline = spelled
+    found: dict[CellKey, Comparison] = {}
+    for row, metric, col in table.cells:
+        base = (
+            tuple(spelled.get(n, v) for n, v in zip(table.row_names, row, strict=True)),
             metric,
-            _moved(col, table.col_names, baseline),
+            tuple(spelled.get(n, v) for n, v in zip(table.col_names, col, strict=True)),
         )
-        if other == key:
-            found[key] = Comparison(None, is_baseline=True)
-            continue
-        base = table.cells.get(other)
+        key = row, metric, col
         difference = None
-        if base is not None:
-            difference = _difference(table.cells[key], base, table.confidence)
-        found[key] = Comparison(difference)
-    tested = [k for k, c in found.items() if c.difference is not None]
-    corrected = stats.holm([_p(found[k]) for k in tested])
-    for key, p in zip(tested, corrected, strict=True):
-        found[key] = Comparison(found[key].difference, p)
+        if base != key and base in table.cells:
+            difference = _difference(table.cells[key], table.cells[base], table.confidence)
+        found[key] = Comparison(difference, is_baseline=base == key)
+    tested = {k: c.difference for k, c in found.items() if c.difference is not None}
+    corrected = stats.holm([difference.p for difference in tested.values()])
+    for (key, difference), p in zip(tested.items(), corrected, strict=True):
+        found[key] = Comparison(difference, p)
     table.comparisons = found
 
 
-def _p(comparison: Comparison) -> float:
-    return math.nan if comparison.difference is None else comparison.difference.p
-
-
-def _difference(cell: Cell, base: Cell, confidence: float) -> stats.Paired | None:
+def _difference(cell: TableCell, base: TableCell, confidence: float) -> stats.Paired | None:
     both = cell.values.index.intersection(base.values.index)
     return stats.paired(cell.values[both], base.values[both], confidence) if len(both) else None
-
-
-def _moved(key: Key, names: Sequence[str], baseline: Mapping[str, Any]) -> Key:
-    """The same place with the baseline's settings."""
-    return tuple(baseline.get(n, v) for n, v in zip(names, key, strict=True))
 
 
 # ---- notes ---------------------------------------------------------------------------------------
 
 
-def _tell(table: Table) -> None:
-    numbers = [cell.summary.n for cell in table.cells.values()]
-    over = ", ".join(table.over) or "nothing"
-    most = max(numbers, default=0)
-    if most == 1:
-        table.notes.insert(0, "one run a cell: no interval can be given")
-    elif most > 1:
-        table.notes.insert(0, _what_is_shown(table, over, {n for n in numbers if n}))
+def _add_notes(table: Table) -> None:
+    numbers = {cell.summary.n for cell in table.cells.values()} - {0}
+    if numbers == {1}:
+        table.notes.insert(0, "one run per cell: no interval can be given")
+    elif numbers:
+        table.notes.insert(0, _what_is_shown(table, numbers))
     lost = sum(not cell.complete for cell in table.cells.values())
     if lost:
         table.notes.append(
-            f"{lost} of {len(table.cells)} cells lack runs; what is lacking stands in the cell"
+            f"{lost} of {len(table.cells)} cells lack runs; missing runs are shown in the cell"
         )
     if table.best:
-        tied = "; ~ cannot be told from it" if table.ties else ""
-        table.notes.append(f"* best of its metric{tied}" + (" (single runs)" if most == 1 else ""))
+        tied = "; ~ not significantly different from the best" if table.ties else ""
+        single = " (single runs)" if numbers == {1} else ""
+        table.notes.append(f"* best of its metric{tied}{single}")
     if table.baseline:
         cell = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
         table.notes.append(
-            f"differences to {cell}: mean ± half the {_percent(table)} interval, paired t test, "
-            "Holm over the table; d is Cohen's d_z"
+            f"differences to {cell}: mean ± half the {100 * table.confidence:g}% interval, "
+            "paired t test, Holm over the table; d is Cohen's d_z"
         )
 
 
-def _percent(table: Table) -> str:
-    return f"{100 * table.confidence:g}%"
-
-
-def _what_is_shown(table: Table, over: str, numbers: set[int]) -> str:
+def _what_is_shown(table: Table, numbers: set[int]) -> str:
     runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
     shown = []
     if "mean" in table.statistic.values():
-        shown.append(f"mean ± half the {_percent(table)} interval")
+        shown.append(f"mean ± half the {100 * table.confidence:g}% interval")
     if "median" in table.statistic.values():
         shown.append("median [quartiles] of times")
     if table.details:
         shown.append("sd is the standard deviation")
-    return f"{'; '.join(shown)}; over {over}, n = {runs}"
+    return f"{'; '.join(shown)}; over {', '.join(table.over) or 'nothing'}, n = {runs}"

@@ -1,8 +1,7 @@
-"""Values of settings and numbers of metrics: compared, ordered and written.
+"""Values of settings and metrics: how they are compared, ordered, rounded and chosen.
 
-A setting reaches us from three places: a run's configuration (typed), a sweep file (where YAML
-makes ``1e-5`` a string) and a command line (always a string). :func:`same` compares them by what
-they mean.
+A setting comes from a run's configuration (typed), from a sweep file (where YAML reads ``1e-5`` as
+a string) or from a command line (always a string). :func:`same` compares values by their meaning.
 """
 
 from __future__ import annotations
@@ -12,7 +11,13 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
 
 WORDS = {"null": None, "~": None, "true": True, "false": False}
 """As YAML and Hydra read them; ``none`` is a text, and a choice of some settings."""
@@ -110,35 +115,36 @@ class Rounded:
 
         Args:
             value: finite.
-            spread: half the interval's width; None or 0 where there is none.
+            spread: half the width of the interval; None or 0 where there is none.
             digits: significant digits of ``value`` where there is no spread.
         """
-        known = spread is not None and math.isfinite(spread) and spread > 0
-        size = max(abs(value), spread or 0.0) if known else abs(value)
+        spread = spread if spread is not None and math.isfinite(spread) and spread > 0 else None
+        size = max(abs(value), spread or 0.0)
         top = math.floor(math.log10(size)) if size > 0 else 0
         self.exponent = top if not -3 <= top < 5 else 0
-        last = (
-            math.floor(math.log10(spread)) - 1 if known and spread is not None else top - digits + 1
-        )
-        if not known and not self.exponent:
-            last = min(last, 0)  # all digits of a whole number
+        if spread is not None:
+            last = math.floor(math.log10(spread)) - 1
+        else:
+            last = top - digits + 1
+            last = last if self.exponent else min(last, 0)  # all digits of a whole number
         # A spread far below the precision of the number itself adds no digits.
         last = max(last, top - 14) - self.exponent
-        self.value = _places(value, self.exponent, last)
-        self.spread = _places(spread, self.exponent, last) if known and spread is not None else None
-        if not known:
-            self.value = _trim(self.value, value)
+        self.value = _digits(value, self.exponent, last)
+        self.spread = None if spread is None else _digits(spread, self.exponent, last)
+        if spread is None and "." in self.value and float(value).is_integer():
+            self.value = self.value.rstrip("0").rstrip(".")  # a whole number has no tail of zeros
 
     @property
     def plain(self) -> str:
         """``1.234 ± 0.056`` or ``(1.234 ± 0.056)e-7``."""
+        power = f"e{self.exponent}" if self.exponent else ""
         if self.spread is None:
-            return self.value + (f"e{self.exponent}" if self.exponent else "")
+            return self.value + power
         both = f"{self.value} ± {self.spread}"
-        return f"({both})e{self.exponent}" if self.exponent else both
+        return f"({both}){power}" if power else both
 
 
-def _places(value: float, exponent: int, last: int) -> str:
+def _digits(value: float, exponent: int, last: int) -> str:
     scaled = Decimal(repr(float(value))).scaleb(-exponent)
     rounded = scaled.quantize(Decimal(1).scaleb(last))
     if rounded == 0:
@@ -146,55 +152,54 @@ def _places(value: float, exponent: int, last: int) -> str:
     return f"{rounded:f}" if last < 0 else f"{int(rounded)}"
 
 
-def _trim(text: str, value: float) -> str:
-    """Whole numbers without a tail of zeros."""
-    return text.rstrip("0").rstrip(".") if "." in text and float(value).is_integer() else text
-
-
 class ResultsError(ValueError):
-    """What was asked for cannot be had; the text is one line that names the thing."""
-
-
-Frame: TypeAlias = Any
-"""A ``pandas.DataFrame``; with ``attrs`` as :func:`fisher_lab.results.loading` gives them."""
-
-Column: TypeAlias = Any
-"""A ``pandas.Series``."""
+    """A request that cannot be answered; the text is one line that names what is wrong."""
 
 
 class Shared(list[Any]):
-    """A list for ``attrs`` that is never changed.
+    """A list in ``attrs`` that never changes.
 
-    pandas copies ``attrs`` in depth whenever it hands out a column; this is handed on as it is.
+    pandas copies ``attrs`` deeply whenever it returns a column; this list is passed on as it is.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         return self
 
 
-def only(frame: Frame, sweep: str) -> Frame:
-    """The runs of one sweep, with the metrics that any of them has.
+def column(frame: pd.DataFrame, name: str) -> pd.Series:
+    """One column of a frame; pandas' own types do not tell it from a frame."""
+    return cast("pd.Series", frame[name])
+
+
+def where(frame: pd.DataFrame, keep: ArrayLike) -> pd.DataFrame:
+    """The runs for which ``keep`` is true, with the frame's ``attrs``."""
+    chosen = frame.loc[np.asarray(keep, dtype=bool)]
+    chosen.attrs = frame.attrs
+    return chosen
+
+
+def only(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
+    """The runs of one sweep, with the metrics that at least one of them has.
 
     Args:
-        frame: from :func:`fisher_lab.results.loading`.
+        frame: from :func:`fisher_lab.results.load`.
         sweep: its name.
     """
-    runs = frame[frame["sweep"] == sweep]
+    runs = where(frame, frame["sweep"] == sweep)
+    lost = set(" ".join(column(runs, "not_finite").fillna("")).split())
+    measured = Shared(m for m in known(frame) if m in lost or column(runs, m).notna().any())
     sweeps = {d: s for d, s in frame.attrs.get("sweeps", {}).items() if s.name == sweep}
-    measured = Shared(m for m in frame.attrs.get("metrics", []) if _measured(runs, m))
     runs.attrs = {**frame.attrs, "sweeps": sweeps, "metrics": measured}
     return runs
 
 
-def _measured(runs: Frame, metric: str) -> bool:
-    lost = " ".join(runs["not_finite"].fillna("")).split()
-    return bool(runs[metric].notna().any()) or metric in lost
+# ---- metrics -------------------------------------------------------------------------------------
 
-
-LESS = ("_s", "seconds", "_mb", "_bytes", "bytes", "error", "fallbacks", "jitter_events", "_max")
+LESS = (
+    "_s", "seconds", "_mb", "_bytes", "bytes", "error", "fallbacks", "jitter_events", "_max",
+)  # fmt: skip
 MORE = ("decrease", "decrease_best", "cosine", "per_s", "speedup", "efficiency")
 LOSSES = ("loss", "heldout_loss", "heldout", "heldout_best")
-TIMES = ("_s", "seconds")
 
 FIRST = (
     "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best", "ng/cosine",
@@ -202,27 +207,27 @@ FIRST = (
     "kfac/factor_bytes", "loss/heldout", "loss/heldout_best", "train/seconds",
     "spectral/seconds", "lanczos/seconds", "loss",
 )  # fmt: skip
-"""Metrics of a table where none are named: those of these that the runs have."""
+"""Metrics that a table shows by default, where the runs have them."""
 
 MOST = 6
-"""Metrics of a table where none are named, at most."""
+"""How many of them it shows at most."""
 
 ENGINES = (
     "spectral/largest_eigenvalue", "spectral/effective_rank", "lanczos/eigenvalue_0",
     "lanczos/effective_dimension", "group_fisher/trace",
 )  # fmt: skip
-"""Beside those, what each further engine that ran is about."""
+"""The main numbers of every further engine that ran; a table shows them in addition."""
 
 
 def is_time(name: str) -> bool:
-    """Whether a metric is a time: skewed by whatever else the machine did, so median and IQR."""
-    return name.endswith(TIMES) and not name.endswith("per_s")
+    """Whether a metric is a time. Other load of the machine skews times: median and quartiles."""
+    return name.endswith(("_s", "seconds")) and not name.endswith("per_s")
 
 
 def better(name: str) -> str | None:
-    """``min``, ``max``, or None where nothing says which is better.
+    """``min`` or ``max``, or None where the name does not say which is better.
 
-    Neither is of a clipped share: it is 0 by construction where there is no floor.
+    It is None for a clipped fraction, which is 0 by construction where there is no floor.
     """
     last = name.rpartition("/")[2]
     if last.endswith(MORE):
@@ -232,35 +237,40 @@ def better(name: str) -> str | None:
     return None
 
 
-def known(frame: Frame) -> list[str]:
+def known(frame: pd.DataFrame) -> list[str]:
     """The metrics of a frame, with or without a finite number."""
     return [m for m in frame.attrs.get("metrics", []) if m in frame]
 
 
-def choose(frame: Frame, wanted: Sequence[str] | None, first: Iterable[str] = ()) -> list[str]:
+def choose(
+    frame: pd.DataFrame, wanted: Sequence[str] | None, first: Iterable[str] = ()
+) -> list[str]:
     """The metrics of a table.
 
     Args:
         frame: of runs.
         wanted: names, or None for a choice that suits the runs.
-        first: metrics that come before others where none are named (those of the claims).
+        first: metrics that come first where none are named (those of the claims).
 
     Raises:
         ResultsError: a metric that no run has.
     """
     there = known(frame)
+    for name in wanted or ():
+        if name not in there:
+            some = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+            raise ResultsError(
+                f"{name}: no run has this metric{hint(name, there)} (there are {some or 'none'})"
+            )
     if wanted:
-        for name in wanted:
-            if name not in there:
-                raise ResultsError(_unknown(name, there))
         return list(dict.fromkeys(wanted))
-    usual = [*(n for n in first if n in there), *(n for n in FIRST if n in there)]
-    usual = list(dict.fromkeys(usual))[: max(MOST, len(set(first)))]
+    first = list(dict.fromkeys(first))
+    usual = [name for name in dict.fromkeys((*first, *FIRST)) if name in there]
+    usual = usual[: max(MOST, len(first))]
     return usual + [n for n in ENGINES if n in there and n not in usual] or there[:MOST]
 
 
-def _unknown(name: str, there: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, there, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    some = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-    return f"{name}: no run has this metric{hint} (there are {some or 'none'})"
+def hint(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` where a known name is close, else an empty text."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

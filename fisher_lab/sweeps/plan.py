@@ -26,6 +26,7 @@ from fisher_lab.config.schema import Config
 from fisher_lab.config.sweep_files import SweepFile
 from fisher_lab.runs import atomic
 from fisher_lab.runs.identity import LEFT_OUT, run_id
+from fisher_lab.runs.record import strict as plain
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell
 from fisher_lab.sweeps.directory import SCHEMA, Layout
@@ -78,8 +79,13 @@ class SweepPlan:
         before = _read(path)
         earlier = [
             *(one for one in before.get("earlier", []) if one["run_id"] not in current),
-            *(one for one in before.get("cells", []) if one["run_id"] not in current),
+            *(
+                {key: value for key, value in one.items() if key != "settings"}
+                for one in before.get("cells", [])
+                if one["run_id"] not in current
+            ),
         ]
+        shared, cells = _settings(self.cells)
         content = {
             "schema": SCHEMA,
             "name": self.name,
@@ -90,7 +96,8 @@ class SweepPlan:
             "claims": self.file.claims if self.file else [],
             "config": self.file.config if self.file else {},
             "overrides": self.overrides,
-            "cells": [_entry(cell) for cell in self.cells],
+            "settings": shared,
+            "cells": cells,
             "earlier": earlier,
         }
         if {**before, "updated": None} == {**content, "updated": None}:
@@ -99,8 +106,32 @@ class SweepPlan:
         atomic.write_json(path, content)
 
 
-def _entry(cell: Cell) -> dict[str, Any]:
-    return {"run_id": cell.run_id, "axes": dict(cell.axes), "overrides": list(cell.overrides)}
+def _settings(cells: Sequence[Cell]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The composed settings that all cells share, by dotted key, and an entry for each cell.
+
+    An entry holds those settings in which the cells differ.
+    """
+    configs = [_flat(plain(dataclasses.asdict(cell.config))) for cell in cells]
+    first = configs[0] if configs else {}
+    shared = {k: v for k, v in first.items() if all(c.get(k) == v for c in configs)}
+    entries = [
+        {
+            "run_id": cell.run_id,
+            "axes": dict(cell.axes),
+            "overrides": list(cell.overrides),
+            "settings": {k: v for k, v in config.items() if k not in shared},
+        }
+        for cell, config in zip(cells, configs, strict=True)
+    ]
+    return shared, entries
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
 
 
 def _read(path: Path) -> dict[str, Any]:

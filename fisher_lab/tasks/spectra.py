@@ -31,7 +31,6 @@ from fisher_lab.curvature.group_fisher.parameter_groups import GROUPS
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
-from fisher_lab.tasks import spectra_figures as figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workload.build import Bench
 from fisher_lab.workload.corpus import Side
@@ -113,6 +112,13 @@ def _own_parts(
     return ranks.own_parts(bench.batches(side, config.kfac.n_batches, config.seed))
 
 
+def _draw(name: str, result: Mapping[str, Any], run: Run) -> None:
+    """Draws a figure of the run; matplotlib is imported for the first, since few processes draw."""
+    from fisher_lab.results import curve_figures
+
+    curve_figures.draw_of_run(name, result, run.directory)
+
+
 # ---- spectrum ------------------------------------------------------------------------------------
 
 
@@ -145,7 +151,7 @@ def run_spectral(
         for name, record in result["per_block"].items()
     ]
     run.table("spectral.csv", rows)
-    figures.decay(run.directory / "spectral_decay", result)
+    _draw("spectral_decay", result, run)
     whole = result["global"]
     metrics = {
         f"spectral/{key}": whole[key] for key in SPECTRAL_METRICS if whole.get(key) is not None
@@ -191,7 +197,7 @@ def run_lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[st
         if name in result:
             metrics |= _estimate(f"lanczos/{name}", result[name])
     atomic.write_json(run.directory / "lanczos.json", strict(result))
-    figures.eigenvalues(run.directory / "lanczos_eigenvalues", pairs)
+    _draw("lanczos_eigenvalues", pairs, run)
     if "density" in result:
         metrics["lanczos/mass_at_zero"] = result["density"]["mass_at_zero"]
         _write_density(result["density"], run)
@@ -203,7 +209,7 @@ def _write_density(density: Mapping[str, Any], run: Run) -> None:
     columns = ("grid", "density", "standard_error")
     rows = zip(*(density[name] for name in columns), strict=True)
     run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])
-    figures.density(run.directory / "lanczos_density", density)
+    _draw("lanczos_density", density, run)
 
 
 def _say(line: str) -> None:
@@ -251,7 +257,7 @@ def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> di
     if section.save_state:
         collector.save(run.directory / "group_fisher")
     _export(collector, section, run)
-    figures.importance(run.directory / "group_fisher_layers", summary["importance"]["layer"])
+    _draw("group_fisher_layers", summary["importance"]["layer"], run)
     metrics: dict[str, Any] = {
         f"group_fisher/overlap_{key}": value for key, value in overlap.items() if value is not None
     }

@@ -9,7 +9,7 @@ import pytest
 from fisher_lab.results import find_axes, load
 from fisher_lab.results.axes import resolve, select
 from fisher_lab.results.values import ResultsError, Rounded, label, levels, same
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 
 def grid(**axes):

@@ -15,7 +15,7 @@ from fisher_lab.results.claims import INVALID, evaluate_one
 from fisher_lab.results.hypotheses import TYPES, check
 from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN
 from fisher_lab.results.values import ResultsError
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 A, B = {"kfac.policy": "all"}, {"kfac.policy": "auto"}
 

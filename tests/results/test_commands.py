@@ -1,4 +1,4 @@
-"""The sub-commands through the front door, and what is written at the end of a sweep."""
+"""The sub-commands through the front command, and what is written at the end of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fisher_lab import cli
 from fisher_lab.results import at_end, diff, finish
 from fisher_lab.results.finishing import STAMP_FILE, finish_if_due
 from fisher_lab.results.values import ResultsError
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 CLAIM = {"type": "equivalent", "text": "policies agree", "metric": "m", "margin": 0.5,
          "groups": {"kfac/policy": ["all", "auto"]}}  # fmt: skip
@@ -30,7 +30,7 @@ def sweep(tmp_path):
 
 
 @pytest.fixture
-def door(capsys):
+def command(capsys):
     def call(*arguments):
         capsys.readouterr()
         code = cli.main([str(a) for a in arguments])
@@ -39,8 +39,8 @@ def door(capsys):
     return call
 
 
-def test_table(door, sweep):
-    code, out, err = door(
+def test_table(command, sweep):
+    code, out, err = command(
         "table", sweep, "--metrics", "m,kfac/total_s", "--baseline", "kfac/policy=all"
     )
     assert (code, err) == (0, "")
@@ -48,18 +48,18 @@ def test_table(door, sweep):
     assert "p (Holm)" in out
     assert "1 missing of 4" in out
     assert ", n 3" not in out
-    assert "sd 1.0, n 3" in door("table", sweep, "--metrics", "m", "--sd")[1]
+    assert "sd 1.0, n 3" in command("table", sweep, "--metrics", "m", "--sd")[1]
 
 
-def test_table_formats_and_files(door, sweep, tmp_path):
+def test_table_formats_and_files(command, sweep, tmp_path):
     for name, beginning in (("t.csv", "kfac.policy,metric,n"), ("t.md", "**"), ("t.html", "<div"),
                             ("t.tex", "% needs: booktabs"), ("t.txt", "p")):  # fmt: skip
-        assert door("table", sweep, "-o", name)[0] == 0
+        assert command("table", sweep, "-o", name)[0] == 0
         assert (tmp_path / name).read_text().startswith(beginning)
-    assert door("table", sweep, "--format", "tex", "--siunitx", "--standalone")[1].startswith(
+    assert command("table", sweep, "--format", "tex", "--siunitx", "--standalone")[1].startswith(
         "\\documentclass"
     )
-    assert door("table", sweep, "--format", "csv")[1] == (tmp_path / "t.csv").read_text()
+    assert command("table", sweep, "--format", "csv")[1] == (tmp_path / "t.csv").read_text()
 
 
 BAD = [
@@ -80,33 +80,33 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(door, sweep, tmp_path, arguments, words):
+def test_bad_input_is_one_line_and_exit_code_2(command, sweep, tmp_path, arguments, words):
     if arguments[1:] == ["."]:
         (tmp_path / "empty").mkdir()
         arguments = [arguments[0], "empty"]
         words = "empty: there is no run"
-    code, out, err = door(*arguments)
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert words in err
     assert len(err.strip().splitlines()) == 1
 
 
-def test_claims(door, sweep, tmp_path):
-    code, out, _ = door("claims", sweep)
+def test_claims(command, sweep, tmp_path):
+    code, out, _ = command("claims", sweep)
     assert code == 0
     assert "inconclusive" in out  # one run of "auto" is missing
     assert "policies agree" in out
-    code, out, _ = door("claims", sweep, "--json")
+    code, out, _ = command("claims", sweep, "--json")
     assert json.loads(out)[0]["verdict"] == "inconclusive"
     (tmp_path / "c.yaml").write_text("claims:\n- {type: bounded, metric: m, at_most: 1e2}\n")
-    assert "holds" in door("claims", sweep, "--claims", "c.yaml")[1]
+    assert "holds" in command("claims", sweep, "--claims", "c.yaml")[1]
     (tmp_path / "c.yaml").write_text("claims:\n- {type: boundd, metric: m, at_most: 1}\n")
-    code, out, err = door("claims", sweep, "--claims", "c.yaml")
+    code, out, err = command("claims", sweep, "--claims", "c.yaml")
     assert code == 2
     assert "type=boundd is not allowed" in err
 
 
-def test_diff_shows_only_what_differs(door, tmp_path):
+def test_diff_shows_only_what_differs(command, tmp_path):
     layers = [{"name": "h.0", "kappa_A": 10.0}, {"name": "h.1", "kappa_A": 5.0}]
     other = [{"name": "h.0", "kappa_A": 20.0}, {"name": "h.1", "kappa_A": 5.0}]
     make_run(tmp_path / "a", {"kfac.damping": 1e-5}, {"m": 1.0, "n": 2.0}, layers=layers)
@@ -122,11 +122,11 @@ def test_diff_shows_only_what_differs(door, tmp_path):
     }
     assert found.parts["metrics"][0].ratio == 1.5
     assert diff("a", "b", tolerance=0.6).parts["metrics"] == []
-    code, out, _ = door("diff", "a", "b")
+    code, out, _ = command("diff", "a", "b")
     assert code == 0
     assert "kfac.damping" in out
     assert "h.1" not in out
-    assert "nothing differs" in door("diff", "a", "a")[1]
+    assert "nothing differs" in command("diff", "a", "a")[1]
 
 
 def test_finish_writes_everything_and_again_only_what_changed(sweep):
@@ -156,11 +156,11 @@ def test_finish_of_nothing():
         finish("nowhere")
 
 
-def test_a_sweep_whose_launcher_is_gone_is_finished_by_the_next_look(door, sweep):
+def test_a_sweep_whose_launcher_is_gone_is_finished_by_the_next_look(command, sweep):
     make_run(sweep / "z", {"kfac.policy": "auto", "seed": 9}, status="running")
     assert finish_if_due(sweep) is None
     make_run(sweep / "z", {"kfac.policy": "auto", "seed": 9}, {"m": 9.1})
-    door("table", sweep)
+    command("table", sweep)
     assert (sweep / STAMP_FILE).is_file()
     assert (sweep / "table.tex").is_file()
 

@@ -40,7 +40,7 @@ def test_the_seeds_of_a_sweep_can_settle_what_is_to_fail():
         for claim in check(sweep.get("claims") or []):
             if claim.type == "fails":
                 runs = len(str(sweep["params"]["seed"]).split(","))
-                low, _ = stats.share_interval(runs, runs, claim.alpha)
+                low, _ = stats.proportion_interval(runs, runs, claim.alpha)
                 assert low > claim.get("share", 0.5), f"{file.name}: {runs} seeds"
                 settled += 1
     assert settled

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from fisher_lab.results import (
+    curve_figures,
+    figure_style,
     figures,
     finish,
     load,
     load_layers,
     load_table,
-    metric_figures,
-    plotting,
     tabulate,
 )
 from fisher_lab.runs.record import Run
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 DAMPINGS = [1e-5, 1e-4, 1e-3]
 
@@ -71,10 +71,10 @@ def test_ticks_are_the_swept_values_on_a_logarithmic_axis(sweep):
 
 
 def test_null_stands_beyond_the_numbers_and_categories_in_a_row():
-    places, log = plotting.positions([1e5, 1e6, None])
+    places, log = figure_style.positions([1e5, 1e6, None])
     assert (places, log) == ([1e5, 1e6, 1e7], True)
-    assert plotting.positions(["all", "auto"]) == ([0.0, 1.0], False)
-    assert plotting.positions([1, 2, 3]) == ([1.0, 2.0, 3.0], False)
+    assert figure_style.positions(["all", "auto"]) == ([0.0, 1.0], False)
+    assert figure_style.positions([1, 2, 3]) == ([1.0, 2.0, 3.0], False)
 
 
 def test_cells_without_a_number_have_no_point_and_are_counted(tmp_path):
@@ -141,7 +141,7 @@ def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
         drawn["kfac/total_s", container.get_label()] = x
         drawn["kfac/peak_mb", container.get_label()] = y
     assert len(drawn) == 12
-    assert [axes.get_ylabel() for axes in scaling.axes] == list(metric_figures.SCALING)
+    assert [axes.get_ylabel() for axes in scaling.axes] == list(figures.SCALING)
     for axes in scaling.axes:
         modes = [text.get_text() for text in axes.get_xticklabels()]
         for container in axes.containers:
@@ -199,9 +199,9 @@ def test_curves_are_means_over_runs(tmp_path):
     frame = load(root)
     names = figures.cell_names(tabulate(frame, metrics=["m"]), frame)
     curves = load_table(root, "curve.csv")
-    figure = figures.line_figure(curves, names, "step", "heldout_loss")
+    figure = curve_figures.line_figure(curves, names, "step", "heldout_loss")
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.0, 1.5, 3.0, 4.5]
-    assert figures.line_figure(curves, names, "step", "other") is None
+    assert curve_figures.line_figure(curves, names, "step", "other") is None
 
 
 def trained(directory, seed):
@@ -321,8 +321,8 @@ def test_files_are_pdf_and_png_at_column_width_and_the_same_every_time(sweep, tm
 
 
 def test_names_that_are_no_names_for_files():
-    assert plotting.file_name("../a/b c%d") == "a_b_c_d"
-    assert plotting.file_name("///") == "figure"
+    assert figure_style.file_name("../a/b c%d") == "a_b_c_d"
+    assert figure_style.file_name("///") == "figure"
 
 
 def test_dollars_in_names_are_no_mathematics(tmp_path):
@@ -378,7 +378,7 @@ def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):
     for words, scale in (("deterministic=false", 1.0), ("deterministic=true", 7.0)):
         expected = [(i + 1, scale * 10.0**-i * 1.5) for i in range(3)]  # zero is not drawn
         np.testing.assert_allclose(drawn[words], expected, rtol=1e-12)
-    assert figure.get_figwidth() == plotting.WIDTH
+    assert figure.get_figwidth() == figure_style.WIDTH
     (tmp_path / "s" / "0-1.0" / "spectral.json").write_text("[]")
     (problem,) = figures.draw(tabulate(frame), frame, tmp_path / "out").problems
     assert "spectral.json cannot be read" in problem

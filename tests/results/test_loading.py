@@ -1,4 +1,4 @@
-"""Run directories as frames: whole ones, incomplete ones, broken ones; the cache."""
+"""Run directories as frames: whole ones, incomplete ones, broken ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from fisher_lab.results import load, load_layers, load_table
 from fisher_lab.results.values import ResultsError
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 LAYERS = [
     {"name": "h.0", "dim_A": 10, "clipped_A": 2, "kappa_A": 1e6, "method": "eig"},
@@ -156,6 +156,21 @@ def test_cells_of_the_plan_that_were_not_run_are_rows(tmp_path):
     assert frame["model.width"].tolist() == [64, 64]
 
 
+def test_a_cell_that_was_not_run_has_the_settings_that_the_sweep_composed(tmp_path):
+    root = make_sweep(tmp_path / "s", [({"kfac.policy": "all", "seed": 0}, {"a": 1.0})])
+    shared = {"model.name": "mlp", "kfac.include": ["h.0"], "kfac.damping": 1e-3}
+    cell = {"run_id": "f" * 16, "axes": {"kfac/policy": "auto"}, "overrides": ["kfac/policy=auto"],
+            "settings": {"kfac.policy": "auto", "kfac.max_condition_number": None}}  # fmt: skip
+    about = {"axes": {"kfac/policy": ["all", "auto"]}, "settings": shared, "cells": [cell]}
+    (root / "sweep.json").write_text(json.dumps(about))
+    frame = load(root)
+    assert frame["status"].tolist() == ["completed", "missing"]
+    missing = frame.iloc[1]
+    for key, value in {**shared, **cell["settings"], "kfac.include": '["h.0"]'}.items():
+        assert missing[key] == value
+    assert missing["overrides"] == "kfac/policy=auto"
+
+
 def test_layers_and_other_tables(tmp_path):
     make_run(tmp_path / "s" / "0", {"seed": 0}, layers=LAYERS)
     make_run(tmp_path / "s" / "1", {"seed": 1}, layers=LAYERS)
@@ -179,7 +194,7 @@ def test_nothing_here_imports_torch():
     script = (
         "import sys\n"
         "from fisher_lab.results import *\n"
-        "from fisher_lab.results import commands, appendix\n"
+        "from fisher_lab.results import commands, paper\n"
         "print([name for name in ('torch', 'hydra', 'omegaconf') if name in sys.modules])"
     )
     done = subprocess.run(

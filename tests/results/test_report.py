@@ -12,10 +12,10 @@ import pytest
 
 from fisher_lab.config import paths
 from fisher_lab.results import load, paper, write_report
-from fisher_lab.results.appendix import write_appendix
-from fisher_lab.results.report.page import page
+from fisher_lab.results.paper import write_appendix
+from fisher_lab.results.report import page
 from tests.results.browser import Browser, executable
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 NASTY = "<script>alert('x')</script>_50%&$x"
 CLAIMS = [
@@ -91,7 +91,7 @@ def test_the_methods_paragraph_says_what_the_records_say(results):
         "512 tokens",
         "3 seeds",
         "PyTorch 2.13.0",
-        "Commit 0123456789ab",
+        "at commit 0123456789ab",
         "Of 13 runs, 1 failed",
     ):
         assert words in text
@@ -106,8 +106,8 @@ def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_pa
         make_run(tmp_path / name / "0", {"task.name": "train", "seed": 0, **settings}, numbers)
     text = " ".join(paper.sentences(load(tmp_path / "kfac")))
     assert "optimiser kfac (learning rate 0.03) for 5 steps of 1,024 tokens." in text
-    assert "on each factor, in the trainings 300 times that on the A side" in text
-    assert "Factors were built from" not in text
+    assert "on each factor, and on the G side of the trainings 300 times that on the A side" in text
+    assert "factors were computed from" not in text
     assert "K-FAC" not in " ".join(paper.sentences(load(tmp_path / "sgd")))
 
 
@@ -115,8 +115,8 @@ def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_pa
     ("tasks", "said"),
     [
         (["analyze", "analyze"], None),  # makes its factors once
-        (["train", "train"], "Factors are refreshed every 10 steps; "),
-        (["analyze", "train"], "Factors are refreshed every 10 steps in the trainings; "),
+        (["train", "train"], "The factors were refreshed every 10 steps."),
+        (["analyze", "train"], "The factors were refreshed every 10 steps in the trainings."),
     ],
 )
 def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):

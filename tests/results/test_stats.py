@@ -216,7 +216,7 @@ def test_the_interval_of_a_share_covers():
     rng = np.random.default_rng(RNG)
     for share in (0.01, 0.3, 0.9):
         counts = rng.binomial(20, share, 2000)
-        ends = {c: stats.share_interval(int(c), 20, 0.05) for c in set(counts)}
+        ends = {c: stats.proportion_interval(int(c), 20, 0.05) for c in set(counts)}
         hits = np.mean([ends[c][0] <= share <= ends[c][1] for c in counts])
         assert hits >= binomial(0.9, 2000)[0]
 
@@ -231,9 +231,9 @@ def test_cells_that_cannot_be_told_apart():
 
 def test_a_share_is_tested_as_its_interval_says():
     for count, low, high in ((9, 0.5, 1.0), (1, 0.5, 1.0), (7, -1.0, 0.3), (4, 0.1, 0.9)):
-        inside, beyond = stats.share_tests(count, 10, low, high)
+        inside, beyond = stats.proportion_tests(count, 10, low, high)
         for alpha in (0.001, 0.01, 0.05, 0.2):
-            ends = stats.share_interval(count, 10, alpha)
+            ends = stats.proportion_interval(count, 10, alpha)
             held = (low < 0 or ends[0] > low) and (high >= 1 or ends[1] < high)
             assert (inside < alpha) == held
             assert (beyond < alpha) == (ends[0] > high or ends[1] < low)

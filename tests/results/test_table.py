@@ -13,9 +13,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from fisher_lab.results import export, load, tabulate
-from fisher_lab.results.latex import breakable, document, escape, to_latex
+from fisher_lab.results.export import breakable, document, escape, to_latex
 from fisher_lab.results.values import ResultsError
-from tests.results.made import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep
 
 VALUES = {  # (policy, damping) -> a number a seed
     ("all", 1e-5): [1.0, 1.2, 1.1],
@@ -122,7 +122,7 @@ def marks(tmp_path, metric, cells, **more):
     runs = [({"kfac.damping": d, "seed": s}, {metric: v})
             for d, numbers in cells.items() for s, v in enumerate(numbers)]  # fmt: skip
     table = tabulate(load(make_sweep(tmp_path / "s", runs)), metrics=[metric], **more)
-    return {row[0]: export.shown(table, (row, metric, ())).mark for row in table.rows}
+    return {row[0]: export.cell_text(table, (row, metric, ())).mark for row in table.rows}
 
 
 def test_what_no_reader_can_see_is_no_better(tmp_path):
@@ -163,9 +163,9 @@ def test_standard_deviation_and_n_are_shown_on_demand(sweep):
     frame = load(sweep)
     plain, table = tabulate(frame), tabulate(frame, details=True)
     row = tuple({"kfac.policy": "all", "kfac.damping": 1e-4}[n] for n in table.row_names)
-    assert export.shown(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
-    assert export.shown(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
-    assert export.shown(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
+    assert export.cell_text(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
+    assert export.cell_text(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
+    assert export.cell_text(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
     for text in (export.to_text(table, 120), export.to_markdown(table), export.to_html(table)):
         assert "2.10 ± 0.25 (sd 0.10, n 3)" in text
         assert "sd is the standard deviation" in text
@@ -181,9 +181,9 @@ def test_a_difference_of_rounding_reads_identical(tmp_path):
              for p, numbers in (("all", [0.3, 0.6]), ("auto", [0.1 + 0.2, 0.6]))
              for s, v in enumerate(numbers)]  # fmt: skip
     table = tabulate(load(make_sweep(tmp_path / "s", cells)), baseline={"kfac.policy": "all"})
-    ((_, comparison),) = export.differences(table)
-    assert 0 < comparison.difference.mean < 1e-16
-    assert export.difference_words(comparison) == ("identical", "", "", "2")
+    (found,) = (c.difference for c in table.comparisons.values() if not c.is_baseline)
+    assert 0 < found.mean < 1e-16
+    assert export.differences(table) == [["auto", "ng/cosine", "identical", "", "", "2"]]
 
 
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
@@ -228,7 +228,7 @@ def lost(tmp_path):
 
 def test_what_is_lost_is_shown_and_never_averaged_away(lost):
     table = tabulate(load(lost), metrics=["ng/cosine"])
-    shown = {row[0]: export.shown(table, (row, "ng/cosine", ())).plain for row in table.rows}
+    shown = {row[0]: export.cell_text(table, (row, "ng/cosine", ())).plain for row in table.rows}
     assert shown["all"].startswith("0.10 ± 0.25")
     assert shown["auto"] == "0.9000 (1 diverged, 1 failed of 3)"
     assert shown["hybrid"] == "failed"
@@ -236,7 +236,7 @@ def test_what_is_lost_is_shown_and_never_averaged_away(lost):
     assert table.cells[("hybrid",), "ng/cosine", ()].reasons == ("MemoryError: no room",)
     assert table.best == set()  # only one cell is whole
     details = tabulate(load(lost), metrics=["ng/cosine"], details=True)
-    part = export.shown(details, (("auto",), "ng/cosine", ()))
+    part = export.cell_text(details, (("auto",), "ng/cosine", ()))
     assert part.plain == "0.9000 (n 1; 1 diverged, 1 failed of 3)"
     assert any("3 of 4 cells lack runs" in note for note in table.notes)
 
@@ -246,7 +246,7 @@ def test_one_seed_gives_no_interval_and_says_so(tmp_path):
         tmp_path / "s", [({"kfac.damping": d}, {"ng/cosine": 10 * d}) for d in (0.01, 0.02)]
     )
     table = tabulate(load(sweep))
-    assert table.notes[0] == "one run a cell: no interval can be given"
+    assert table.notes[0] == "one run per cell: no interval can be given"
     assert "±" not in export.to_text(table).replace(table.notes[0], "")
 
 
@@ -270,7 +270,7 @@ def test_a_grid_with_a_hole(sweep):
         if name.isdecimal() and int(name) >= 9:
             os.remove(sweep / name / "run.json")
     table = tabulate(load(sweep), cols=["kfac.policy"], metrics=["ng/cosine"])
-    shown = export.shown(table, ((1e-4,), "ng/cosine", ("auto",)))
+    shown = export.cell_text(table, ((1e-4,), "ng/cosine", ("auto",)))
     assert shown.plain == "missing"
 
 
@@ -375,5 +375,5 @@ def test_infinite_and_missing_metrics_are_no_numbers(tmp_path):
         )
     table = tabulate(load(root), metrics=["a", "b"])
     (row,) = table.rows
-    assert export.shown(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
-    assert export.shown(table, (row, "b", ())).plain == "2"
+    assert export.cell_text(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
+    assert export.cell_text(table, (row, "b", ())).plain == "2"

@@ -15,8 +15,8 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.fields import problems
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from fisher_lab.results import curve_figures
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks import spectra_figures
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import run_engines
 from tests.curvature.spectra.reference import batch_of, tiny
@@ -149,15 +149,12 @@ def test_dtypes_and_sketch_rank_reach_the_engines(bench, run):
 
 
 @pytest.mark.parametrize(("n_blocks", "title"), [(12, "N = 5"), (13, "N = 5; 12 of 13 blocks")])
-def test_the_decay_says_what_it_leaves_out(n_blocks, title, tmp_path, monkeypatch):
+def test_the_decay_says_what_it_leaves_out(n_blocks, title):
     record = {"status": "ok", "trace": 1.0, "eigenvalues": [1.0, 0.5], "threshold": 0.0}
     result = {
         "per_block": {f"b{i}": {**record, "trace": float(i)} for i in range(n_blocks)},
         "metadata": {"block_structure": "layer", "n_samples": 5},
     }
-    drawn = []
-    monkeypatch.setattr(spectra_figures, "_save", lambda figure, target: drawn.append(figure))
-    spectra_figures.decay(tmp_path / "decay", result)
-    (axes,) = drawn[0].axes
+    (axes,) = curve_figures.spectrum_figure(result).axes
     assert axes.get_title().replace(" (largest traces)", "").endswith(title)
     assert len(axes.lines) == 12

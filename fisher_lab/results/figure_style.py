@@ -1,7 +1,8 @@
-"""How figures look and are saved: column width, colours that colour-blind readers tell apart.
+"""How figures look and how they are saved.
 
-Colours: Okabe and Ito 2008; every series also differs in its mark and its dashes, so that a print
-in grey can be read. Matplotlib is used without its global state.
+A figure has the width of a paper's column. The colours are those of Okabe and Ito (2008), which
+colour-blind readers can tell apart; series also differ in marks and dashes, so that a print in grey
+is readable. Matplotlib is used without its global state.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.35, 2.5
 """Inches of a figure in one column of a paper."""
+NOTE: Any = {"fontsize": 6.5, "color": "#444444"}
+"""How the note above the axes looks."""
+MOST_SERIES = 7
+"""Lines that are drawn in one panel: as many as there are colours."""
 
 STYLE: Any = {
     "font.size": 8,
@@ -41,14 +46,14 @@ STYLE: Any = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "axes.linewidth": 0.6,
-    # Text in a PDF stays text.
+    # Text in a PDF remains text.
     "pdf.fonttype": 42,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 DPI = 200
 
-# It tells every table of every font that it cuts down.
+# fontTools logs every table of every font that it subsets.
 logging.getLogger("fontTools").setLevel(logging.WARNING)
 
 
@@ -60,14 +65,14 @@ def new_figure(
     FigureCanvasAgg(figure)
     panel_axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in panel_axes:
-        # Names are no mathematics: a dollar sign in a metric's name is a dollar sign.
+        # A dollar sign in a metric's name is a dollar sign and does not begin mathematics.
         for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
             text.set_parse_math(False)
     return figure, panel_axes
 
 
 def words(figure: Figure) -> str:
-    """What a figure shows, for its caption."""
+    """The caption of a figure."""
     return str(figure.get_label())
 
 
@@ -77,22 +82,22 @@ def is_wide(figure: Figure) -> bool:
 
 
 def legend(figure: Figure, axes: Axes, count: int) -> None:
-    """What the series are, below the axes, where no point can hide behind it."""
-    if count > 1:
-        handles, words = axes.get_legend_handles_labels()
-        width = max(map(len, words), default=0)
-        columns = 1 if width > 24 else 2 if width > 14 else 3
-        made = figure.legend(
-            handles, words, loc="outside lower center", frameon=False, ncols=min(columns, count)
-        )
-        for text in made.get_texts():
-            text.set_parse_math(False)
-        extra = math.ceil(count / columns) * 0.13
-        figure.set_figheight(figure.get_figheight() + extra)
+    """The legend of more than one series, below the axes, where it hides no point."""
+    if count < 2:
+        return
+    handles, names = axes.get_legend_handles_labels()
+    width = max(map(len, names), default=0)
+    columns = 1 if width > 24 else 2 if width > 14 else 3
+    made = figure.legend(
+        handles, names, loc="outside lower center", frameon=False, ncols=min(columns, count)
+    )
+    for text in made.get_texts():
+        text.set_parse_math(False)
+    figure.set_figheight(figure.get_figheight() + math.ceil(count / columns) * 0.13)
 
 
 def styled(make: Callable[..., T]) -> Callable[..., T]:
-    """Draw in our style: matplotlib looks it up while things are made."""
+    """Decorator: a function draws in this style, which matplotlib looks up while it draws."""
 
     @functools.wraps(make)
     def in_style(*args: Any, **kwargs: Any) -> T:
@@ -103,7 +108,7 @@ def styled(make: Callable[..., T]) -> Callable[..., T]:
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, mark and dashes of the i-th series."""
+    """Colour, mark and dashes of series number ``i``."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKS[i % len(MARKS)],
@@ -112,7 +117,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def save(figure: Figure, target: Path) -> list[Path]:
-    """Write a figure as PDF and PNG; without dates, so that the same numbers give the same bytes.
+    """Write a figure as PDF and PNG, without dates: the same numbers give the same bytes.
 
     Args:
         figure: with its content.
@@ -121,7 +126,7 @@ def save(figure: Figure, target: Path) -> list[Path]:
     files = []
     with rc_context(STYLE):
         figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the arrangement costs as much as the drawing: once for both
+    figure.set_layout_engine("none")  # the layout costs as much as drawing: once for both
     for suffix, about in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         file = target.with_name(f"{target.name}.{suffix}")
         with rc_context(STYLE), atomic.writing(file) as temporary:
@@ -136,16 +141,16 @@ def file_name(text: str) -> str:
 
 
 def positions(values: Sequence[Any]) -> tuple[list[float], bool]:
-    """Where the values of a setting stand on an axis.
+    """Where the values of a setting are drawn on an axis.
 
-    Numbers stand at themselves, on a logarithmic axis where they span a decade or more; null stands
-    one step further, and anything else at 0, 1, 2, ...
+    Numbers are drawn at their value, on a logarithmic axis where they span a decade or more; null
+    is drawn one step further, and anything else at 0, 1, 2, ...
 
     Args:
         values: in order.
 
     Returns:
-        The places, and whether the axis is logarithmic.
+        The positions, and whether the axis is logarithmic.
     """
     known = [meaning(v) for v in values]
     numbers = [v for v in known if isinstance(v, float)]
@@ -162,23 +167,30 @@ def positions(values: Sequence[Any]) -> tuple[list[float], bool]:
     return [v if isinstance(v, float) else beyond for v in known], log
 
 
-def set_ticks(axes: Axes, values: Sequence[Any], places: Sequence[float], log: bool) -> None:
+def set_ticks(axes: Axes, values: Sequence[Any], at: Sequence[float], log: bool) -> None:
     """Ticks at the swept values, and nowhere else."""
     if log:
         axes.set_xscale("log")
-    words = [label(v) for v in values]
-    long = sum(map(len, words)) > 34 or len(words) > 7
+    names = [label(v) for v in values]
+    long = sum(map(len, names)) > 34 or len(names) > 7
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
+    name_ticks(axes, names, 40 if long else 0, list(at))
+    if not log and len(at) > 1:
+        axes.margins(x=0.1)
+
+
+def name_ticks(
+    axes: Axes, names: Sequence[str], rotation: float = 60, at: Sequence[float] | None = None
+) -> None:
+    """Names below the x axis at some positions; by default at 0, 1, 2, ..."""
     axes.set_xticks(
-        list(places),
-        words,
-        rotation=40 if long else 0,
-        ha="right" if long else "center",
+        range(len(names)) if at is None else at,
+        list(names),
+        rotation=rotation,
+        ha="right" if rotation else "center",
         parse_math=False,
     )
-    if not log and len(places) > 1:
-        axes.margins(x=0.1)
 
 
 def spans_decades(values: Sequence[float], decades: float = 2.0) -> bool:

@@ -1,0 +1,352 @@
+"""Figures of curves: learning curves, spectra by rank, spectral densities, numbers by block.
+
+The runs of a sweep are drawn as the mean over the runs of a cell, with their range. The engines of
+one run draw their own result, by the same functions. Densities are put on one grid first, since
+every run has a grid of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fisher_lab.results import figure_style as style
+from fisher_lab.results.figure_style import MOST_SERIES
+from fisher_lab.results.values import ResultsError
+
+SPECTRUM_FILE, LANCZOS_FILE = "spectral.json", "lanczos.json"
+MOST_BLOCKS = 12
+"""Blocks that are drawn, those of the largest trace."""
+DECADES = 8
+"""Decades of a density that are shown, from its maximum down."""
+
+Curves = Mapping[str, pd.DataFrame]
+"""Name of a line -> columns ``mean``, ``min`` and ``max``, indexed by x."""
+
+
+def line_values(
+    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str
+) -> dict[str, pd.DataFrame]:
+    """Cell -> mean, minimum and maximum of ``y`` over its completed runs, by ``x``."""
+    if rows.empty or not {x, y} <= set(rows.columns):
+        return {}
+    known = rows.assign(cell=[cells.get(d) for d in rows["directory"]]).dropna(
+        subset=["cell", x, y]
+    )
+    found = {}
+    for cell in dict.fromkeys(cells.values()):
+        part = known.loc[known["cell"] == cell]
+        if not part.empty:
+            found[cell] = part.groupby(x)[y].agg(["mean", "min", "max"])
+    return found
+
+
+@style.styled
+def draw_curves(
+    curves: Curves,
+    x: str,
+    y: str,
+    note: str,
+    *,
+    log: Sequence[str] = (),
+    decades: int | None = None,
+) -> Figure:
+    """Lines with a band around them.
+
+    Args:
+        curves: name -> values; there may be none.
+        x: label of the x axis.
+        y: label of the y axis.
+        note: stands above the axes.
+        log: the axes that are logarithmic, ``x`` and ``y``.
+        decades: of the values that are shown, from the largest down; None: all.
+    """
+    figure, (axes,) = style.new_figure()
+    for i, (name, values) in enumerate(curves.items()):
+        look: dict[str, Any] = {**style.look(i), "marker": ""}
+        look["linewidth"] = max(2.4 - 0.4 * i, 0.9)  # equal curves are both seen
+        at = values.index.to_numpy(dtype=float)
+        axes.plot(at, values["mean"].to_numpy(), label=name, **look)
+        low, high = values["min"].to_numpy(), values["max"].to_numpy()
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axes.set(**{f"{axis}scale": "log" for axis in log})
+    top = max((float(v["mean"].to_numpy().max()) for v in curves.values() if len(v)), default=0.0)
+    if decades is not None and top > 0:
+        axes.set_ylim(top * 10.0**-decades, top * 3)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(note, **style.NOTE)
+    figure.set_label(f"{y} against {x}")
+    style.legend(figure, axes, len(curves))
+    return figure
+
+
+def line_figure(
+    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str, **options: Any
+) -> Figure | None:
+    """Mean curves of the cells with the range over their runs. None where there are none.
+
+    Args:
+        rows: one row per point and run.
+        cells: run directory -> the words for its cell.
+        x: column of the positions.
+        y: column of the values.
+        options: of :func:`draw_curves`.
+    """
+    curves = line_values(rows, cells, x, y)
+    if not curves:
+        return None
+    more = f"; {MOST_SERIES} of {len(curves)} cells" if len(curves) > MOST_SERIES else ""
+    shown = dict(itertools.islice(curves.items(), MOST_SERIES))
+    return draw_curves(shown, x, y, f"mean and range over runs{more}", **options)
+
+
+def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
+    """A number of every block of the spectra, one line per cell over depth."""
+    if rows.empty or not {"block", what} <= set(rows.columns):
+        return None
+    blocks = list(dict.fromkeys(rows["block"]))
+    position = {block: i for i, block in enumerate(blocks)}
+    figure = line_figure(
+        rows.assign(block=[position[b] for b in rows["block"]]), cells, "block", what
+    )
+    if figure is not None:
+        style.name_ticks(figure.axes[0], [str(b)[-20:] for b in blocks])
+        figure.axes[0].tick_params(axis="x", labelsize=5.5)
+        figure.set_label(f"{what} by block")
+    return figure
+
+
+# ---- eigenvalues ---------------------------------------------------------------------------------
+
+
+def load_spectra(paths: Iterable[str]) -> pd.DataFrame:
+    """Eigenvalues, one row each.
+
+    Args:
+        paths: run directories; those without spectra have no rows.
+
+    Returns:
+        Columns ``directory``, ``block``, ``rank`` from 1, ``eigenvalue``; blocks in order of depth.
+
+    Raises:
+        ResultsError: a spectrum that cannot be read.
+    """
+    rows: list[tuple[str, str, int, float]] = []
+    for path in paths:
+        file = Path(path) / SPECTRUM_FILE
+        if not file.is_file():
+            continue
+        try:
+            blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
+            for name, values in _positive(blocks).items():
+                rows += [(path, name, i, value) for i, value in enumerate(values, 1)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResultsError(f"{file} cannot be read: {error!r}") from error
+    return pd.DataFrame(rows, columns=["directory", "block", "rank", "eigenvalue"])
+
+
+def _positive(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Block -> its eigenvalues above the threshold that the spectrum states, the largest first."""
+    return {
+        name: sorted(
+            (v for v in block["eigenvalues"] if v > max(block["threshold"], 0.0)), reverse=True
+        )
+        for name, block in blocks.items()
+        if block["status"] == "ok"
+    }
+
+
+def decay_plans(
+    paths: Iterable[str], cells: Mapping[str, str]
+) -> dict[str, Callable[[], Figure | None]]:
+    """Name of a file -> what draws the eigenvalues of one block.
+
+    Args:
+        paths: directories of completed runs.
+        cells: run directory -> the words for its cell.
+
+    Raises:
+        ResultsError: a spectrum that cannot be read.
+    """
+    rows = load_spectra(paths)
+    blocks = rows.groupby("block", sort=False)["eigenvalue"]
+    traces = {str(block): float(values.to_numpy().sum()) for block, values in blocks}
+    shown = sorted(traces, key=lambda block: -traces[block])[:MOST_BLOCKS]
+    return {
+        style.file_name(f"spectra-decay-{block}"): functools.partial(
+            decay_figure, rows, cells, block
+        )
+        for block in traces
+        if block in shown
+    }
+
+
+def decay_figure(rows: pd.DataFrame, cells: Mapping[str, str], block: str) -> Figure | None:
+    """The eigenvalues of one block by rank, one line per cell, both axes logarithmic."""
+    own = rows.loc[rows["block"] == block]
+    figure = line_figure(own, cells, "rank", "eigenvalue", log="xy")
+    if figure is not None:
+        figure.axes[0].set_ylabel(f"eigenvalue of {block}", parse_math=False)
+        figure.set_label(f"Eigenvalues of {block} by rank")
+    return figure
+
+
+def spectrum_figure(result: Mapping[str, Any]) -> Figure:
+    """The eigenvalues of the blocks of one run by rank, both axes logarithmic.
+
+    Args:
+        result: of ``compute_fisher_spectrum``; blocks of small traces are left out.
+    """
+    blocks = {name: block for name, block in result["per_block"].items() if block["status"] == "ok"}
+    largest = sorted(blocks, key=lambda name: -blocks[name]["trace"])[:MOST_BLOCKS]
+    curves = {
+        name: _exact(range(1, len(values) + 1), values)
+        for name, values in _positive(blocks).items()
+        if name in largest
+    }
+    meta = result["metadata"]
+    note = f"Fisher spectrum by {meta['block_structure']}, N = {meta['n_samples']}"
+    if len(largest) < len(blocks):
+        note += f"; {len(largest)} of {len(blocks)} blocks (largest traces)"
+    return draw_curves(curves, "rank", "eigenvalue of F", note, log="xy")
+
+
+def _exact(x: Iterable[float], y: Sequence[float]) -> pd.DataFrame:
+    return pd.DataFrame({"mean": y, "min": y, "max": y}, index=list(x), dtype=float)
+
+
+@style.styled
+def eigenvalue_figure(pairs: Mapping[str, Any]) -> Figure:
+    """The top eigenvalues of one run with their residuals; open marks have not converged.
+
+    Args:
+        pairs: of ``top_eigenpairs``.
+    """
+    figure, (axes,) = style.new_figure()
+    values, colour = pairs["eigenvalues"], style.COLOURS[0]
+    ranks = range(1, len(values) + 1)
+    axes.vlines(ranks, 0, values, color=colour, linewidth=1)
+    for rank, value, converged in zip(ranks, values, pairs["converged"], strict=True):
+        axes.plot(rank, value, "o", color=colour, markerfacecolor=colour if converged else "white")
+    axes.errorbar(ranks, values, yerr=pairs["residuals"], fmt="none", ecolor=style.COLOURS[1])
+    axes.set(xlabel="rank", ylabel=f"eigenvalue ({pairs['operator']})")
+    axes.set_title(f"top {len(ranks)} by Lanczos, {pairs['n_products']} products", **style.NOTE)
+    return figure
+
+
+@style.styled
+def importance_figure(scores: Mapping[str, float]) -> Figure:
+    """A bar for the importance of each layer of one run.
+
+    Args:
+        scores: layer -> its mean squared gradient.
+    """
+    figure, (axes,) = style.new_figure(height=1.0 + 0.13 * len(scores))
+    axes.barh(range(len(scores)), list(scores.values()), color=style.COLOURS[2])
+    axes.set_yticks(range(len(scores)), list(scores), fontsize=5.5, parse_math=False)
+    axes.invert_yaxis()
+    if any(value > 0 for value in scores.values()):
+        axes.set_xscale("log")
+    axes.set(xlabel="mean squared gradient of an element")
+    axes.set_title("importance by layer", **style.NOTE)
+    return figure
+
+
+# ---- densities -----------------------------------------------------------------------------------
+
+
+def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | None:
+    """Spectral densities, one line per cell."""
+    curves = on_one_grid(rows, "grid", "density")
+    figure = line_figure(curves, cells, "grid", "density", log="y", decades=DECADES)
+    if figure is not None:
+        words = _eigenvalue_label(str(rows["directory"].iloc[0]))
+        figure.axes[0].set_xlabel(words)
+        figure.set_label(f"Spectral density against {words}")
+    return figure
+
+
+def run_density_figure(found: Mapping[str, Any]) -> Figure:
+    """The spectral density of one run with a band of one standard error.
+
+    Args:
+        found: of ``spectral_density``.
+    """
+    density = np.asarray(found["density"], dtype=float)
+    error = np.nan_to_num(np.asarray(found["standard_error"] or 0.0, dtype=float))
+    curve = pd.DataFrame(
+        {"mean": density, "min": (density - error).clip(min=0.0), "max": density + error},
+        index=found["grid"],
+    )
+    log = found["scale"] == "log10"
+    note = f"{found['operator']}, {len(found['nodes'])} probes"
+    note += f"; {found['mass_left_out']:.1%} at zero left out" if log else ""
+    x = "log10 eigenvalue" if log else "eigenvalue"
+    scale = "y" if (density > 0).any() else ""
+    return draw_curves({"density": curve}, x, "density", note, log=scale, decades=DECADES)
+
+
+def _eigenvalue_label(directory: str) -> str:
+    """What a run's density is over, as its ``lanczos.json`` says."""
+    try:
+        about = json.loads((Path(directory) / LANCZOS_FILE).read_text(encoding="utf-8"))
+        log = about["density"]["scale"] == "log10"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "grid"
+    return "log10 eigenvalue" if log else "eigenvalue"
+
+
+def on_one_grid(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """The curves of the runs at the same positions, so that their mean is a mean of curves.
+
+    Args:
+        rows: of all runs, with their ``directory``.
+        x: the column of positions. Where the runs have different ones, they are replaced by as many
+            as a run has, over the span of all; the curves are interpolated, and are zero beyond
+            their ends.
+        y: the column of values.
+    """
+    if rows.empty or not {x, y} <= set(rows.columns):
+        return rows
+    runs = {
+        directory: own.sort_values(x)[[x, y]].to_numpy(dtype=float).T
+        for directory, own in rows.groupby("directory")
+    }
+    grids = [at for at, _ in runs.values()]
+    if all(np.array_equal(at, grids[0]) for at in grids):
+        return rows
+    low, high = min(at[0] for at in grids), max(at[-1] for at in grids)
+    grid = np.linspace(low, high, max(map(len, grids)))
+    parts = []
+    for directory, (at, values) in runs.items():
+        values = np.interp(grid, at, values, left=0.0, right=0.0)
+        parts.append(pd.DataFrame({"directory": directory, x: grid, y: values}))
+    return pd.concat(parts, ignore_index=True)
+
+
+RUN_FIGURES: Mapping[str, Callable[[Any], Figure]] = {
+    "spectral_decay": spectrum_figure,
+    "lanczos_eigenvalues": eigenvalue_figure,
+    "lanczos_density": run_density_figure,
+    "group_fisher_layers": importance_figure,
+}
+"""Name of a file in the run directory -> what draws the result of its engine."""
+
+
+def draw_of_run(name: str, result: Mapping[str, Any], directory: Path) -> None:
+    """Write a figure of one run.
+
+    Args:
+        name: one of :data:`RUN_FIGURES`.
+        result: what the figure's function takes.
+        directory: the run directory.
+    """
+    style.save(RUN_FIGURES[name](result), directory / name)

@@ -1,0 +1,295 @@
+"""The report: everything about some sweeps in one HTML file that needs no network.
+
+The template escapes every text; style, script and figures are inside the file, and its content
+security policy forbids everything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from fisher_lab.results import claims, export, figure_style, figures, paper
+from fisher_lab.results.axes import SEED, UNINTERESTING, find_axes
+from fisher_lab.results.export import HtmlCell
+from fisher_lab.results.hypotheses import claimed_metrics
+from fisher_lab.results.paper import Places
+from fisher_lab.results.table import Table, tabulate
+from fisher_lab.results.values import ResultsError, column, label, only, where
+from fisher_lab.runs import atomic
+from fisher_lab.runs.status import Status
+
+MOST_FIGURES = 24
+"""Figures of one sweep that go into the file; ``figures/`` beside the runs has all of them."""
+
+SCREEN_DPI = 170
+
+PRIVATE = ("host.name", "host.system", "pid")
+"""Provenance that names a machine or a process; it is kept in ``run.json`` alone."""
+
+PRIVATE_OF_A_RANK = ("host", "pid")
+
+
+def write_report(frame: pd.DataFrame, output: Path) -> list[Path]:
+    """Write the report and, beside it, ``methods.md`` and ``methods.tex``.
+
+    Args:
+        frame: from :func:`fisher_lab.results.load`.
+        output: the HTML file.
+
+    Returns:
+        The files that were written.
+    """
+    texts = {
+        output: page(frame),
+        output.with_name("methods.md"): paper.markdown(frame),
+        output.with_name("methods.tex"): paper.latex(frame),
+    }
+    for file, text in texts.items():
+        atomic.write_text(file, text)
+    return list(texts)
+
+
+def page(frame: pd.DataFrame) -> str:
+    """The report as text."""
+    places = Places(frame)
+    verdicts = claims.evaluate(places.reasons(frame))
+    frame = places.shown(frame)
+    sweeps = list(dict.fromkeys(frame["sweep"]))
+    style, script = _asset("report.css"), _asset("report.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(style)}'; "
+        f"script-src 'sha256-{_digest(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    return (
+        export.templates()
+        .get_template("report.html.j2")
+        .render(
+            policy=policy,
+            style=style,
+            script=script,
+            title=", ".join(sweeps) or "runs",
+            counts=_counts(frame, verdicts),
+            left_out=[f"{one.directory}: {one.reason}" for one in frame.attrs.get("left_out", [])],
+            claims=[_verdict_row(verdict, places) for verdict in verdicts],
+            sweeps=[_sweep(only(frame, sweep), sweep, places) for sweep in sweeps],
+            failures=_failures(frame, places),
+            **_runs(frame, places),
+            provenance=_provenance(frame, places),
+            methods=paper.paragraphs(frame),
+            latex=paper.latex(frame),
+        )
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("fisher_lab.results").joinpath("templates", name).read_text("utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _counts(frame: pd.DataFrame, verdicts: Iterable[claims.Verdict]) -> list[tuple[int, str, str]]:
+    """How many runs have each status and how many claims each verdict: number, words, class."""
+    statuses = frame["status"].value_counts().items()
+    found = Counter(verdict.verdict for verdict in verdicts)
+    return [
+        *((count, f"{status} runs", str(status)) for status, count in statuses),
+        *((found[v], f"claims: {v}", _class(v)) for v in claims.STYLES if found[v]),
+    ]
+
+
+def _class(verdict: str) -> str:
+    return verdict.replace(" ", "-")
+
+
+def _verdict_row(v: claims.Verdict, places: Places) -> list[HtmlCell]:
+    needed = "" if v.seeds_needed is None else str(v.seeds_needed)
+    return [
+        HtmlCell(v.verdict, f"word verdict {_class(v.verdict)}"),
+        HtmlCell(v.text, "word long"),
+        HtmlCell(places.short(v.why), "word long"),
+        HtmlCell(str(v.seeds)),
+        HtmlCell(needed),
+        HtmlCell(v.test, "word long"),
+        HtmlCell(v.sweep, "word"),
+    ]
+
+
+# ---- one sweep -----------------------------------------------------------------------------------
+
+
+def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
+    titles = [str(s.about.get("title") or "") for s in frame.attrs["sweeps"].values()]
+    about: dict[str, Any] = {"name": name, "title": "; ".join(filter(None, titles)), "problem": ""}
+    try:
+        table = tabulate(frame, first=claimed_metrics(frame), title=name)
+    except ResultsError as error:
+        return about | {"problem": places.short(str(error))}
+    drawn = _figures(table, frame)
+    return about | {
+        "table": export.to_html(figures.complete(table, frame)),
+        "figures": drawn[:MOST_FIGURES],
+        "more": len(drawn[MOST_FIGURES:]),
+        "commands": _commands(table, frame, places),
+    }
+
+
+def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
+    drawn = []
+    for name, make in figures.plans(table, frame).items():
+        try:
+            figure = make()
+        except (ResultsError, OSError, ValueError, KeyError):
+            continue
+        if figure is not None:
+            data = _png(figure) if len(drawn) < MOST_FIGURES else ""
+            words = figure_style.words(figure) or name
+            drawn.append({"data": data, "words": words, "wide": figure_style.is_wide(figure)})
+    return drawn
+
+
+def _png(figure: Figure) -> str:
+    data = io.BytesIO()
+    with rc_context(figure_style.STYLE):
+        figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _commands(table: Table, frame: pd.DataFrame, places: Places) -> dict[str, list[str]]:
+    """Cell -> the commands that run its runs again."""
+    names = figures.cell_names(table, frame)
+    lines: dict[str, dict[str, None]] = {}
+    for directory, overrides in zip(frame["directory"], frame["overrides"], strict=True):
+        of_cell = lines.setdefault(names.get(directory, "?"), {})
+        of_cell[places.command(_text(overrides))] = None
+    return {cell: list(of_cell) for cell, of_cell in lines.items()}
+
+
+# ---- all runs ------------------------------------------------------------------------------------
+
+
+def _failures(frame: pd.DataFrame, places: Places) -> list[list[HtmlCell]]:
+    """Every run that did not complete, or not with finite numbers, and why."""
+    broken = column(frame, "not_finite").fillna("") != ""
+    lost = where(frame, broken | (frame["status"] != Status.COMPLETED))
+    columns = ["sweep", "status", "reason", "not_finite", "overrides", "directory"]
+    rows = []
+    for sweep, status, *texts in lost.loc[:, columns].itertuples(index=False):
+        reason, not_finite, overrides, directory = map(_text, texts)
+        words = [reason, f"not finite: {not_finite}" if not_finite else ""]
+        rows.append(
+            [
+                HtmlCell(sweep, "word"),
+                HtmlCell(status, f"word {status}"),
+                HtmlCell("; ".join(filter(None, words)), "word long"),
+                HtmlCell(places.short(overrides), "word long"),
+                HtmlCell(places.run(directory), "word long"),
+            ]
+        )
+    return rows
+
+
+def _text(value: object) -> str:
+    """A text, or nothing: where only some runs have one, pandas puts NaN for the others."""
+    return value if isinstance(value, str) else ""
+
+
+def _runs(frame: pd.DataFrame, places: Places) -> dict[str, Any]:
+    """Every run, the settings that all share, and every configuration with its own settings."""
+    axes = [name for name in find_axes(frame).values if name in frame]
+    rows = []
+    heads = ["sweep", "run_id", "status", "seconds", *axes]
+    for sweep, run, status, seconds, *values in frame.loc[:, heads].itertuples(index=False):
+        time = "" if seconds != seconds else f"{seconds:.1f}"
+        words = [HtmlCell(sweep, "word"), HtmlCell(run, "word"), HtmlCell(status, f"word {status}")]
+        rows.append([*words, HtmlCell(time), *(HtmlCell(label(value)) for value in values)])
+    columns = {c: column(frame, c) for c in frame.attrs.get("config", [])}
+    alike = (c for c, values in columns.items() if values.nunique(dropna=False) == 1)
+    shared = {c: label(columns[c].iloc[0]) for c in alike}
+    return {
+        "run_headings": ["sweep", "run", "status", "seconds", *axes],
+        "runs": rows,
+        "shared": _lines(shared, places),
+        "configurations": list(_configurations(frame, shared, places)),
+    }
+
+
+def _configurations(
+    frame: pd.DataFrame, shared: Iterable[str], places: Places
+) -> Iterable[tuple[str, list[str]]]:
+    own = [c for c in frame.attrs.get("config", []) if c not in shared and c != SEED]
+    own = [c for c in own if c.partition(".")[0] not in UNINTERESTING]
+    for sweep in dict.fromkeys(frame["sweep"]):
+        part = only(frame, sweep)
+        axes = [name for name in find_axes(part).names if name in own]
+        found: dict[tuple[str, ...], list[int]] = {}
+        keys = zip(*(part[c].map(label) for c in own), strict=True) if own else [()] * len(part)
+        for i, key in enumerate(keys):
+            found.setdefault(key, []).append(i)
+        for key, members in found.items():
+            runs = part.iloc[members]
+            settings = dict(zip(own, key, strict=True))
+            words = figures.settings_words(axes, [settings[name] for name in axes])
+            if set(runs["status"]) <= {
+                Status.MISSING,
+                Status.CORRUPT,
+            }:  # of which not all settings are known
+                settings = {c: v for c, v in settings.items() if runs[c].notna().any()}
+            count = f"{len(members)} run{'' if len(members) == 1 else 's'}"
+            title = f"{sweep}{words and f': {words}'} ({count})"
+            yield title, [_names(runs), *_lines(settings, places)]
+
+
+def _names(runs: pd.DataFrame) -> str:
+    """The runs, with their seeds."""
+    seeds = [f" (seed {label(seed)})" for seed in runs[SEED]] if SEED in runs else [""] * len(runs)
+    named = zip(runs["run_id"], seeds, strict=True)
+    return f"runs: {', '.join(run + seed for run, seed in named)}"
+
+
+def _lines(settings: Mapping[str, str], places: Places) -> list[str]:
+    return [f"{name}: {places.short(value)}" for name, value in settings.items()]
+
+
+# ---- provenance ----------------------------------------------------------------------------------
+
+
+def _provenance(frame: pd.DataFrame, places: Places, most: int = 6) -> list[list[HtmlCell]]:
+    """What the records say about code, machine and data, without the names of machines."""
+    rows = []
+    for key in map(str, frame.columns):
+        name = key.removeprefix("provenance.")
+        if name == key or name in PRIVATE:
+            continue
+        counts = Counter(places.short(_public(value)) for value in frame[key]).most_common()
+        some = ", ".join(f"{value} ({count})" for value, count in counts[:most])
+        some += f", {len(counts) - most} more" if len(counts) > most else ""
+        words = counts[0][0] if len(counts) == 1 else some
+        rows.append([HtmlCell(name, "word"), HtmlCell(words, "word long")])
+    return rows
+
+
+def _public(value: Any) -> str:
+    """An entry as text; of a list of ranks without hosts and process numbers."""
+    if isinstance(value, str) and value.startswith("[{"):
+        try:
+            entries = json.loads(value)
+        except ValueError:
+            return label(value)
+        return json.dumps(
+            [{k: v for k, v in entry.items() if k not in PRIVATE_OF_A_RANK} for entry in entries]
+        )
+    return label(value)
