@@ -38,7 +38,7 @@ from fisher_lab.curvature.spectra.eigensolve import NUMBERS
 from fisher_lab.curvature.spectra.gradient_cache import GradientCache
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.samples import as_batches
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral, Progress
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral
 from fisher_lab.workload.build import build
 
 Batch = Any
@@ -280,24 +280,16 @@ class SpectralEngines:
         self._batches = [batch for batch in batches if batch is not None]
         self._ranks = communicator or Alone()
 
-    def spectrum(
-        self,
-        section: SpectralSection,
-        *,
-        deterministic: bool = False,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    def spectrum(self, section: SpectralSection, *, deterministic: bool = False) -> dict[str, Any]:
         """Returns the spectra of the blocks (:meth:`FisherSpectral.compute_fisher_spectrum`).
 
         Args:
             section: the options.
             deterministic: use deterministic algorithms alone.
-            progress: gets (done, total) samples.
         """
         engine = FisherSpectral(
             options_of(section, SpectralConfig, use_deterministic=deterministic),
             loss_fn=self._loss_fn,
-            progress=progress,
             communicator=self._ranks,
         )
         return engine.compute_fisher_spectrum(
@@ -460,9 +452,11 @@ class UnifiedModelAnalyzer:
         """
         config = self.config
         batches = list(batches)
+        with isolated(model, seed=config.seed):
+            total, count = summed_loss(model, batches, loss_fn)
         result: dict[str, Any] = {
             "n_params": sum(p.numel() for p in model.parameters()),
-            "loss": self._mean_loss(model, batches, loss_fn),
+            "loss": total / max(count, 1),
         }
         if config.compute_advanced_fisher_metrics:
             collected = self._collect(model, batches, loss_fn)
@@ -485,13 +479,6 @@ class UnifiedModelAnalyzer:
                 )
             )
         return result
-
-    def _mean_loss(
-        self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction | None
-    ) -> float:
-        with isolated(model, seed=self.config.seed):
-            total, count = summed_loss(model, batches, loss_fn)
-        return total / max(count, 1)
 
     def _analyze(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         if wanted.get("model") is not None:

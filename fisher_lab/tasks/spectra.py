@@ -1,7 +1,7 @@
 """Steps of ``task=analyze`` for the spectral engines: compute, write, draw, summarise.
 
-Each step writes its files into the run directory and returns flat metrics. Files: ``spectral.json``
-and ``spectral.csv``; ``lanczos.json`` and ``density.csv``; ``group_fisher.json``,
+On rank 0 each step writes its files into the run directory and returns flat metrics:
+``spectral.json`` and ``spectral.csv``; ``lanczos.json`` and ``density.csv``; ``group_fisher.json``,
 ``group_fisher/`` (the state), ``group_fisher.csv`` and ``group_fisher_export.safetensors``; a PDF
 and a PNG for every figure.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -36,8 +36,6 @@ from fisher_lab.workload.build import Bench
 from fisher_lab.workload.corpus import Side
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[int, int], None]
 
 SPECTRAL_METRICS = (
     "largest_eigenvalue",
@@ -79,9 +77,9 @@ def run_engines(
         All their metrics; those of rank 0 are recorded.
     """
     steps = (
-        ("spectral", config.spectral.enabled, "Fisher spectrum", run_spectral),
-        ("lanczos", config.lanczos.enabled, "Lanczos", run_lanczos),
-        ("group_fisher", config.group_fisher.enabled, "group Fisher", run_group_fisher),
+        ("spectral", config.spectral.enabled, "Fisher spectrum", _spectral),
+        ("lanczos", config.lanczos.enabled, "Lanczos", _lanczos),
+        ("group_fisher", config.group_fisher.enabled, "group Fisher", _group_fisher),
     )
     ranks = Ranks() if ranks is None else ranks
     metrics: dict[str, Any] = {}
@@ -122,24 +120,11 @@ def _draw(name: str, result: Mapping[str, Any], run: Run) -> None:
 # ---- spectrum ------------------------------------------------------------------------------------
 
 
-def run_spectral(
-    config: Config, bench: Bench, run: Run, ranks: Ranks, *, report: Report | None = None
-) -> dict[str, Any]:
-    """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay.
-
-    Args:
-        config: the validated configuration.
-        bench: model and batches.
-        run: the run's record.
-        ranks: the ranks.
-        report: gets (done, total) samples.
-
-    Returns:
-        Flat metrics under ``spectral/``; none but on rank 0.
-    """
+def _spectral(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+    """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay."""
     start = perf_counter()
     result = _engines(config, bench, ranks).spectrum(
-        config.spectral, deterministic=config.deterministic, progress=report
+        config.spectral, deterministic=config.deterministic
     )
     seconds = perf_counter() - start  # of the engine, without its files and figures
     if not ranks.is_rank_zero:
@@ -165,18 +150,8 @@ def run_spectral(
 # ---- Lanczos -------------------------------------------------------------------------------------
 
 
-def run_lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
-    """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``.
-
-    Args:
-        config: the validated configuration.
-        bench: model and batches.
-        run: the run's record.
-        ranks: the ranks.
-
-    Returns:
-        Flat metrics under ``lanczos/``; none but on rank 0.
-    """
+def _lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+    """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``."""
     start = perf_counter()
     result = _engines(config, bench, ranks).lanczos(config.lanczos, say=_say)
     seconds = perf_counter() - start
@@ -228,19 +203,10 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
 # ---- group Fisher --------------------------------------------------------------------------------
 
 
-def run_group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+def _group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
 
     Training and held-out text are two tasks: their overlap says how stable the importance is.
-
-    Args:
-        config: the validated configuration.
-        bench: model and batches.
-        run: the run's record.
-        ranks: the ranks.
-
-    Returns:
-        Flat metrics under ``group_fisher/``; none but on rank 0.
     """
     section = config.group_fisher
     start = perf_counter()

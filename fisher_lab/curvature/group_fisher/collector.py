@@ -135,15 +135,24 @@ class FisherCollector:
                     f"task {task}: {name} of shape {tuple(rows.shape[1:])}; so far it was "
                     f"{tuple(state[name].mean.shape)}"
                 )
-        for name, rows in gradients.items():
-            new = Moments.of(rows.detach().double().square(), weights)
+        new = (
+            (name, Moments.of(rows.detach().double().square(), weights))
+            for name, rows in gradients.items()
+        )
+        self._add(task, new, float(weights.sum()), len(weights))
+
+    def _add(
+        self, task: str, new: Iterable[tuple[str, Moments]], tokens: float, updates: int
+    ) -> None:
+        """Merges moments of other data into those of a task; the moments are kept, not copied."""
+        state = self._moments.setdefault(task, {})
+        for name, moments in new:
             if name in state:
-                state[name].merge(new)
+                state[name].merge(moments)
             else:
-                state[name] = new
-        self._moments[task] = state
-        self.token_total[task] = self.token_total.get(task, 0.0) + float(weights.sum())
-        self.n_updates[task] = self.n_updates.get(task, 0) + len(weights)
+                state[name] = moments
+        self.token_total[task] = self.token_total.get(task, 0.0) + tokens
+        self.n_updates[task] = self.n_updates.get(task, 0) + updates
 
     def collect(
         self, model: nn.Module, batch: Any, task: str = "default", *, may_be_empty: bool = False
@@ -172,8 +181,12 @@ class FisherCollector:
                     raise BatchError(f"task {task}: no batch; allowed: one or more")
                 for one in batches:
                     self._collect_mean(model, one, parameters, task)
-            else:
-                self._collect_samples(model, batch, parameters, task, may_be_empty)
+                return
+            samples = self._draw(model, batch, task, may_be_empty=may_be_empty)
+            rows = PerSampleGradients(
+                model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
+            )
+            self._update_from_chunks(model, samples, rows, parameters, task)
 
     def _collect_mean(
         self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
@@ -198,20 +211,6 @@ class FisherCollector:
             return {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
         scored = losses.score(model, batch, self._loss_fn)
         return losses.gradients_of(losses.summed_loss(scored), parameters), scored.n_labels
-
-    def _collect_samples(
-        self,
-        model: nn.Module,
-        batch: Any,
-        parameters: Mapping[str, nn.Parameter],
-        task: str,
-        may_be_empty: bool,
-    ) -> None:
-        samples = self._draw(model, batch, task, may_be_empty=may_be_empty)
-        rows = PerSampleGradients(
-            model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
-        )
-        self._update_from_chunks(model, samples, rows, parameters, task)
 
     def update_from(
         self, model: nn.Module, batch: Any, chunks: Iterable[Chunk], task: str = "default"
@@ -284,14 +283,8 @@ class FisherCollector:
                 if name in mine and mine[name].mean.shape != moments.mean.shape:
                     raise CurvatureError(f"task {task}: {name} has another shape in the other")
         for task, theirs in other._moments.items():
-            mine = self._moments.setdefault(task, {})
-            for name, moments in theirs.items():
-                if name in mine:
-                    mine[name].merge(moments)
-                else:
-                    mine[name] = moments.clone()
-            self.token_total[task] = self.token_total.get(task, 0.0) + other.token_total[task]
-            self.n_updates[task] = self.n_updates.get(task, 0) + other.n_updates[task]
+            copies = ((name, moments.clone()) for name, moments in theirs.items())
+            self._add(task, copies, other.token_total[task], other.n_updates[task])
         self._layout = self._layout or other._layout
 
     # ---- reading ---------------------------------------------------------------------------

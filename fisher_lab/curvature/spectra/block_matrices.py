@@ -105,7 +105,7 @@ class GramMatrix(BlockMatrix):
         space: makes room for one array; in memory or spilled.
         device: where tiles are multiplied.
         dtype: of the rows where the loss does not reach the block.
-        longest: rows of the rank that has most; None: ``n``.
+        longest: rows of the rank that has most.
 
     Attributes:
         rows: what is kept of the dense parameters; None where there are none.
@@ -121,7 +121,7 @@ class GramMatrix(BlockMatrix):
         device: torch.device,
         *,
         dtype: torch.dtype,
-        longest: int | None = None,
+        longest: int,
     ) -> None:
         self._n, self._sizes, self.device, self._dtype = n, dict(sizes), device, dtype
         p = sum(sizes.values())

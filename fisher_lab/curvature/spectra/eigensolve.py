@@ -88,8 +88,11 @@ def solve(
     return Solved(values.double().cpu(), trace, used)
 
 
-def sketch(rows: Tensor, rank: int, *, oversample: int = 8, iterations: int = 4) -> Solved:
+def sketch(rows: Tensor, rank: int) -> Solved:
     """Approximates the top eigenvalues of ``(1/N) J^T J`` by a randomised SVD.
+
+    Eight further columns of the random projection, four power iterations (Halko et al. 2011,
+    algorithm 4.4).
 
     The error estimate is a posteriori: within each pair's residual ``|F v - l v|`` there is a
     true eigenvalue of ``F``; what the sketch did not see is the discarded trace.
@@ -97,17 +100,15 @@ def sketch(rows: Tensor, rank: int, *, oversample: int = 8, iterations: int = 4)
     Args:
         rows: ``J`` ``[N, P]`` float64, centred already where asked for.
         rank: eigenvalues wanted.
-        oversample: further columns of the random projection.
-        iterations: power iterations (Halko et al. 2011, algorithm 4.4).
 
     Raises:
         SolveError: the SVD failed.
     """
     n, p = rows.shape
     scaled = rows / n**0.5
-    q = min(rank + oversample, n, p)
+    q = min(rank + 8, n, p)
     try:
-        _, singular, right = torch.svd_lowrank(scaled, q=q, niter=iterations)
+        _, singular, right = torch.svd_lowrank(scaled, q=q, niter=4)
     except RuntimeError as error:
         raise SolveError(f"the sketch failed: {str(error).splitlines()[0]}") from error
     values, right = singular[:rank].square(), right[:, :rank]

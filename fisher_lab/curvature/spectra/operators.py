@@ -169,7 +169,6 @@ class CurvatureOperator:
     Attributes:
         n: number of elements, ``n``.
         n_labels: ``N``, of all ranks.
-        n_products: products made so far.
         products: the way asked for.
         used: the way in use.
 
@@ -206,7 +205,6 @@ class CurvatureOperator:
         together(self._ranks, lambda: self._open(batch, loss_fn))
         own = sum(part.n_labels for part in self._parts)
         self.n_labels = sum(self._ranks.all_gather_objects(own))
-        self.n_products = 0
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
         self._sum = SumOverRanks(self._own_part, self.n, self.dtype, self.device, self._ranks)
@@ -238,7 +236,6 @@ class CurvatureOperator:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Returns the product with a flat vector, on the vector's device and in its dtype."""
-        self.n_products += 1
         here = vector.to(device=self.device, dtype=self.dtype)
         total = self._own_part(here) if self._ranks.size == 1 else self._sum(here)
         return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)

@@ -29,7 +29,6 @@ class SequenceSamples:
 
     Attributes:
         batch: the prepared batch, cut down to this sequence (leading dimension 1).
-        n_labels: labels of the sequence that count.
         chosen: indices of the wanted labelled tokens, ascending, in ``Scored`` order; all of them
             for the unit ``sequence``, where they are summed.
         first_row: row of this rank's ``J`` at which the samples of the sequence start.
@@ -38,7 +37,6 @@ class SequenceSamples:
     """
 
     batch: Any
-    n_labels: int
     chosen: tuple[int, ...]
     first_row: int
     n_rows: int
@@ -218,10 +216,10 @@ def _group(
     result, row = [], 0
     for sequence, indices in sorted(chosen.items()):
         one = found[sequence]
-        count = len(one.positions)
-        wanted = tuple(sorted(indices)) if unit == "token" else tuple(range(count))
+        every = range(len(one.positions))
+        wanted = tuple(sorted(indices)) if unit == "token" else tuple(every)
         n_rows = len(wanted) if unit == "token" else 1
-        result.append(SequenceSamples(one.batch, count, wanted, row, n_rows, one.group))
+        result.append(SequenceSamples(one.batch, wanted, row, n_rows, one.group))
         row += n_rows
     return tuple(result)
 
@@ -239,13 +237,9 @@ def _slice(batch: Any, row: int, size: int) -> Any:
 
 def _digest(sample: Any) -> str:
     sha = hashlib.sha1(usedforsecurity=False)
-    items: Sequence[tuple[str, Any]]
-    if isinstance(sample, Mapping):
-        items = sorted((str(key), value) for key, value in sample.items())
-    else:
-        items = [(str(i), value) for i, value in enumerate(sample)]
+    items = sorted(sample.items()) if isinstance(sample, Mapping) else enumerate(sample)
     for key, value in items:
-        sha.update(key.encode())
+        sha.update(str(key).encode())
         if isinstance(value, Tensor):
             add_to_hash(sha, value)
         else:

@@ -72,14 +72,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class FileBytes(Bytes):
-    """Keeps the bytes in an unnamed temporary file.
+    """Keeps the bytes in an unnamed file in the system's directory for temporary files."""
 
-    Args:
-        directory: where; None takes the system's directory for temporary files.
-    """
-
-    def __init__(self, directory: str | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (closed in close)
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed in close)
 
     @override
     def write(self, offset: int, tensor: Tensor) -> None:
@@ -113,16 +109,13 @@ class DenseRows:
         n: rows, ``N``; on several ranks this rank's.
         p: columns, ``P``.
         dtype: of the rows; that of what is written goes before it.
-        longest: rows of the rank that has most, so that all ranks have the same tiles; None: ``n``.
+        longest: rows of the rank that has most, so that all ranks have the same tiles.
     """
 
-    def __init__(
-        self, space: Bytes, n: int, p: int, dtype: torch.dtype, longest: int | None = None
-    ) -> None:
+    def __init__(self, space: Bytes, n: int, p: int, dtype: torch.dtype, longest: int) -> None:
         self._space = space
         self.n, self.p, self._dtype = n, p, dtype
-        rows = max(n if longest is None else longest, 1)
-        self.width = max(1, min(p, TILE_BYTES // (8 * rows)))
+        self.width = max(1, min(p, TILE_BYTES // (8 * max(longest, 1))))
 
     def write(self, first: int, rows: Tensor) -> None:
         """Puts ``rows`` ``[c, P]`` at row ``first``."""
