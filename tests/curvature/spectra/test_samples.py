@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def with_hash_seeds(deterministic):
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", _PROCESS, str(int(deterministic))],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.getcwd()},
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         outputs.append(json.loads(done.stdout.splitlines()[-1]))
