@@ -49,6 +49,7 @@ def test_repeated_sequences_are_samples_of_their_own():
     assert len(set(samples.keys)) == samples.n
 
 
+ROOT = Path(__file__).parents[3]
 _PROCESS = """
 import json, sys
 import torch
@@ -66,7 +67,7 @@ def with_hash_seeds(deterministic):
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", _PROCESS, str(int(deterministic))],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[3])},
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
             capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         outputs.append(json.loads(done.stdout.splitlines()[-1]))
