@@ -1,1 +1,1 @@
-"""Several ranks: moving tensors with ``torch.distributed``, and starting the processes."""
+"""Several ranks of one run: starting them, on one node or several, and their process group."""

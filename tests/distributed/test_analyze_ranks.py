@@ -98,8 +98,8 @@ def check_files(one: Path, two: Path, bound: float) -> None:
     states = [
         json.loads((d / "group_fisher" / "group_fisher.json").read_text()) for d in (one, two)
     ]
-    told: list[Any] = [[(t["name"], t["token_total"]) for t in s["tasks"]] for s in states]
-    assert told[0] == told[1]
+    tokens: list[Any] = [[(t["name"], t["token_total"]) for t in s["tasks"]] for s in states]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("key", ["distributed.nproc=2", "distributed.nodes=2"])

@@ -120,14 +120,14 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     layout = Layout(tmp_path / "sweep")
     identity = run_id(dataclasses.asdict(config), content)
     cell = Cell(layout, identity, arguments, {}, config, content)
-    told = {
+    logging_config = {
         "version": 1,
         "handlers": {"file": {"class": "logging.FileHandler",
                               "filename": "@RUN_DIRECTORY@/fisher_lab.log"}},
         "root": {"level": "INFO", "handlers": ["file"]},
         "disable_existing_loggers": False,
     }  # fmt: skip
-    (frozen,) = freeze(new_submission(layout), [cell], told)
+    (frozen,) = freeze(new_submission(layout), [cell], logging_config)
     return frozen
 
 
