@@ -176,16 +176,17 @@ def measured(case: Case, communicator: Any) -> dict[str, Any]:
     communicator.all_gather_objects(None)
     after = loopback_bytes()
     g = kfac.kfac_factors[""].G
+    core = vars(g).get("core")  # where it was computed
     found = {
         "sent": sum(traffic.values()),
         "by_collective": traffic,
         "loopback": None if before is None or after is None else after - before,
         "peak_mib": memory.growth_mib,
         "kept": g.nbytes(),
-        "K": 0 if g._kernel is None else g._kernel.numel() * g._kernel.element_size(),
+        "K": 0 if core is None else core.numel() * core.element_size(),
         "norm": float(natural["weight"].double().norm()),
     }
-    del kfac, g
+    del kfac, g, core
     rest = [one_pass(case, communicator, model, batch)[0] for _ in range(case.passes - 2)]
     timed = rest or [first]
     return {**{key: median(one[key] for one in timed) for key in first}, **found}
