@@ -1,8 +1,9 @@
-"""What the engine needs of other ranks, and its implementation for one process.
+"""What the engines need of the other ranks, for one process and for ``torch.distributed``.
 
 The mathematics of several ranks (``docs/math.md``, section 7) is written against
-:class:`Communicator`; who moves the data is the caller's affair (:mod:`fisher_lab.distributed`
-does it with ``torch.distributed``). Every method is collective: all ranks call it, in one order.
+:class:`Communicator`. :class:`Alone` is its implementation for one process,
+:class:`TorchCommunicator` that for a process group. Every method is collective: all ranks call
+it, in the same order.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.curvature.errors import CurvatureError, RankError
 
 
 class Communicator(Protocol):
-    """Moves tensors between ranks."""
+    """Moves tensors between ranks.
 
-    @property
-    def rank(self) -> int:
-        """This rank, from 0."""
-        ...
+    Attributes:
+        rank: this rank, from 0.
+        size: number of ranks.
+    """
 
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        ...
+    rank: int
+    size: int
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Returns the sum of ``x`` over the ranks; ``x`` itself may hold it afterwards."""
@@ -70,47 +70,47 @@ class Communicator(Protocol):
         ...
 
 
-class Alone:
+class Alone(Communicator):
     """One process: everything is at hand already."""
 
     rank = 0
     size = 1
 
+    @override
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See :class:`Communicator`."""
         return x
 
+    @override
     def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """See :class:`Communicator`."""
         return x
 
+    @override
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """See :class:`Communicator`."""
         return x
 
+    @override
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """See :class:`Communicator`."""
         return x
 
+    @override
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """See :class:`Communicator`."""
         return [value]
 
 
 def slice_of_rank(length: int, rank: int, size: int) -> slice:
-    """Returns a rank's share of ``range(length)``: contiguous, sizes differ by one at most."""
+    """Returns a rank's slice of ``range(length)``: contiguous, sizes differ by one at most."""
     base, more = divmod(length, size)
     start = rank * base + min(rank, more)
     return slice(start, start + base + int(rank < more))
 
 
 def slice_sizes(length: int, size: int) -> list[int]:
-    """Returns the sizes of all ranks' shares of ``range(length)``."""
+    """Returns the sizes of all ranks' slices of ``range(length)``."""
     return [len(range(length)[slice_of_rank(length, rank, size)]) for rank in range(size)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns ``float32`` for ``torch.float32``, to be told to other ranks."""
+    """Returns ``float32`` for ``torch.float32``, to be sent to other ranks."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -137,7 +137,7 @@ def together(communicator: Communicator, step: Callable[[], None]) -> None:
 
 
 def raise_others(errors: Sequence[str | None]) -> None:
-    """Raises where a rank told of an error.
+    """Raises an error where a rank has sent one.
 
     Raises:
         RankError: names the first such rank.
@@ -189,7 +189,7 @@ def rank_seed(seed: int, rank: int) -> int:
 def exchange_tokens_for_outputs(
     x: Tensor, rows: Sequence[int], communicator: Communicator
 ) -> Tensor:
-    """Exchanges a rank's tokens of all outputs for all tokens of its share of the outputs.
+    """Exchanges a rank's tokens of all outputs for all tokens of its slice of the outputs.
 
     Args:
         x: ``[rows[rank], out]``.
@@ -241,7 +241,7 @@ class Traffic:
     seconds: float = 0.0
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """Collectives of one process group, counted.
 
     Args:
@@ -262,36 +262,26 @@ class TorchCommunicator:
         self.group: dist.ProcessGroup = group
         self.traffic: dict[str, Traffic] = {}
         self.patience: timedelta | None = None
-        self._rank = dist.get_rank(self.group)
-        self._size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+        self.size = dist.get_world_size(self.group)
         self._pairwise = pairwise
         nccl = "nccl" in dist.get_backend(self.group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
 
-    @property
-    def rank(self) -> int:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
-        return self._size
-
     # ---- collectives -------------------------------------------------------------------------
 
+    @override
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
         here = x.to(self.device).contiguous()
-        moved = 2 * (self.size - 1) * _bytes(here) // self.size
+        moved = 2 * (self.size - 1) * here.nbytes // self.size
         with self._counted("all_reduce", here, moved, moved):
             self._finish(dist.all_reduce(here, group=self.group, async_op=True))
         return here.to(x.device)
 
+    @override
     def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`: padded to the longest."""
         if len(rows) != self.size or x.shape[0] != rows[self.rank]:
-            raise ValueError(f"all_gather: {x.shape[0]} rows on rank {self.rank}, told {rows}")
+            raise ValueError(f"all_gather: {x.shape[0]} rows on rank {self.rank}, expected {rows}")
         longest = max(rows)
         piece = x.to(self.device).contiguous()
         if piece.shape[0] < longest:
@@ -301,7 +291,7 @@ class TorchCommunicator:
         if piece.numel() == 0:
             return x.new_empty(sum(rows), *x.shape[1:])
         every = piece.new_empty(self.size * longest, *piece.shape[1:])
-        moved = (self.size - 1) * _bytes(piece)
+        moved = (self.size - 1) * piece.nbytes
         with self._counted("all_gather", piece, moved, moved):
             self._finish(
                 _gather_into(_as_bytes(every), _as_bytes(piece), group=self.group, async_op=True)
@@ -311,8 +301,8 @@ class TorchCommunicator:
             every = torch.cat([pieces[r, :n] for r, n in enumerate(rows)])
         return every.to(x.device)
 
+    @override
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
         here = x.to(self.device).contiguous()
         result = here.new_empty(sum(received))
         size, own = here.element_size(), self.rank
@@ -354,20 +344,20 @@ class TorchCommunicator:
         for each in work:
             self._finish(each)
 
+    @override
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
         here = x.to(self.device).contiguous()
         if here.numel() == 0:
             return x
         root = source == self.rank
-        sent = (self.size - 1) * _bytes(here) if root else 0
-        with self._counted("broadcast", here, sent, 0 if root else _bytes(here)):
+        sent = (self.size - 1) * here.nbytes if root else 0
+        with self._counted("broadcast", here, sent, 0 if root else here.nbytes):
             peer = dist.get_global_rank(self.group, source)  # type: ignore[arg-type]
             self._finish(dist.broadcast(_as_bytes(here), peer, group=self.group, async_op=True))
         return here.to(x.device)
 
+    @override
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """See :class:`fisher_lab.curvature.collectives.Communicator`."""
         text = json.dumps(value).encode()
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         sizes = self.all_gather(torch.tensor([len(text)]), [1] * self.size).tolist()
@@ -403,7 +393,7 @@ class TorchCommunicator:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CommunicationError(
-                f"rank {self.rank} of {self.size}: {name} of {str(x.dtype).removeprefix('torch.')}"
+                f"rank {self.rank} of {self.size}: {name} of {dtype_name(x.dtype)}"
                 f"{list(x.shape)} failed after {perf_counter() - start:.1f} s ({reason}); another "
                 "rank has ended, is stuck, or calls something else"
             ) from error
@@ -431,10 +421,6 @@ class TorchCommunicator:
 _CPU = torch.device("cpu")
 # Renamed in torch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 def _as_bytes(x: Tensor) -> Tensor:

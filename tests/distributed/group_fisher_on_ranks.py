@@ -10,12 +10,12 @@ from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
 from fisher_lab.distributed.process_group import Ranks
-from tests.distributed import joined
+from tests.distributed import kfac_on_ranks
 
 
 def collected(unit: str, name: str, batches: list[dict]) -> FisherCollector:
     collector = FisherCollector(unit)
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     for number, batch in enumerate(batches):
         collector.collect(model, batch, f"task{number % 2}")
     return collector
@@ -45,7 +45,7 @@ def in_shares(
     """Every rank has its share of the sequences of whole batches."""
     ranks = Ranks(comm)
     collector = FisherCollector(unit, sequence_weight=weight)
-    model = joined.model_of(name, dtype)
+    model = kfac_on_ranks.model_of(name, dtype)
     collect_slices(collector, model, ranks.own_parts(batches), "train", comm)
     return merge_over_ranks(collector, comm).state()
 
@@ -54,7 +54,7 @@ def of_own_batches(
     comm: Any, units: list[str], name: str, batches: list[dict], dtype: torch.dtype
 ) -> dict[str, tuple[dict, dict]]:
     """By unit: every rank's own batches, of which some have no label; as many on every rank."""
-    found, model = {}, joined.model_of(name, dtype)
+    found, model = {}, kfac_on_ranks.model_of(name, dtype)
     for unit in units:
         collector = FisherCollector(unit)
         collect_slices(collector, model, batches, "train", comm)
@@ -65,7 +65,9 @@ def of_own_batches(
 def without_labels(comm: Any, unit: str, name: str, batches: list[dict]) -> str:
     collector = FisherCollector(unit)
     try:
-        collect_slices(collector, joined.model_of(name, torch.float64), batches, "train", comm)
+        collect_slices(
+            collector, kfac_on_ranks.model_of(name, torch.float64), batches, "train", comm
+        )
     except CurvatureError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -24,7 +24,7 @@ from fisher_lab.curvature.spectra import per_sample_gradients, spill
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests import reference
-from tests.distributed import joined
+from tests.distributed import kfac_on_ranks
 
 Rows = dict[str, Tensor]
 
@@ -59,7 +59,7 @@ def spectra(
     comm: Any, name: str, dtype: torch.dtype, jobs: list[Job], batches: list[dict]
 ) -> list[tuple[dict, dict]]:
     """On a rank: every job's result, and what was moved for it."""
-    model = joined.model_of(name, dtype)
+    model = kfac_on_ranks.model_of(name, dtype)
     found = []
     for job in jobs:
         if not isinstance(comm, Alone):
@@ -173,7 +173,7 @@ def pairs(
     comm: Any, name: str, options: list[dict], batches: list[dict], block: str
 ) -> list[dict[str, Any]]:
     """On a rank: the top eigenpairs of a block, for each choice of options."""
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     return [
         FisherLanczos(k=4, tol=1e-11, **chosen, communicator=comm).top_eigenpairs(
             model, batches, block, eigenvectors=True
@@ -186,7 +186,7 @@ def everything(
     comm: Any, name: str, dtype: torch.dtype, tol: float, batches: list[dict]
 ) -> dict[str, Any]:
     """On a rank: everything else that `FisherLanczos` has to give, of the whole model."""
-    model = joined.model_of(name, dtype)
+    model = kfac_on_ranks.model_of(name, dtype)
     engine = FisherLanczos(k=2, tol=tol, communicator=comm)
     steps = {"n_probes": 2, "steps": 5}
     result = engine.analyze(model, batches, lam=1e-3, **steps)
@@ -204,8 +204,8 @@ def in_wrapper(
     comm: Any, kind: str | None, name: str, dtype: torch.dtype, batches: list[dict]
 ) -> dict[str, Any]:
     """On a rank: a spectrum, Lanczos and group Fisher of a wrapped model (None: the plain one)."""
-    model = joined.model_of(name, dtype)
-    model = model if kind is None else joined.wrapped(comm, model, kind)
+    model = kfac_on_ranks.model_of(name, dtype)
+    model = model if kind is None else kfac_on_ranks.wrapped(comm, model, kind)
     model.train()
     before = {n: (type(p), p.shape) for n, p in model.named_parameters()}
     job = Job("layer", config={"storage_mode": "chunked"})
@@ -244,7 +244,7 @@ def in_wrapper(
 
 def refused(comm: Any, kind: str, name: str, batches: list[dict]) -> str:
     """What this rank says when rank 1 has something wrong."""
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     config: dict[str, Any] = {}
     if kind == "sketch":
         config = {"storage_mode": "sketch"}
@@ -273,7 +273,7 @@ class FailingLoss(CrossEntropy):
 
 def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> str:
     """An error of rank `kind` in the middle of Lanczos, or of no rank in particular."""
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     engine = FisherLanczos(k=2, communicator=comm)
     step = "fisher_lab.curvature.spectra.operators._Part.product"
     if kind == "nan" and comm.rank == 1:
@@ -304,5 +304,5 @@ def counted_decompositions(comm: Any, name: str, batches: list[dict]) -> int:
         return solve(matrix)
 
     with patch("torch.linalg.eigvalsh", counting):
-        Job().run(comm, joined.model_of(name, torch.float64), batches)
+        Job().run(comm, kfac_on_ranks.model_of(name, torch.float64), batches)
     return len(calls)

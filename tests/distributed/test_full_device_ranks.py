@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import filling, joined
-from tests.distributed.joined import Setting
+from tests.distributed import full_device_on_one_rank, kfac_on_ranks
+from tests.distributed.kfac_on_ranks import Setting
 from tests.distributed.rank_pool import Pool
 
 EKFAC = {"ekfac": True}
@@ -39,9 +39,15 @@ def named(case: tuple[str, Setting]) -> str:
 
 @pytest.mark.parametrize(("stage", "setting"), CASES, ids=map(named, CASES))
 def test_one_rank_moves_to_its_host_memory(ranks: Pool, stage: str, setting: Setting) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (40, 7))]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 2, (40, 7))]
     found = ranks.run(
-        filling.full_on_one, 2, each=each, full=1, stage=stage, name="gpt2", setting=setting
+        full_device_on_one_rank.full_on_one,
+        2,
+        each=each,
+        full=1,
+        stage=stage,
+        name="gpt2",
+        setting=setting,
     )
     for rank, (count, worst, warnings) in enumerate(found):
         assert count > 2, "the stage takes memory"

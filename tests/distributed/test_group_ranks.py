@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import models, reference
-from tests.distributed import group_fisher_on_ranks, joined, spectra_on_ranks
+from tests.distributed import group_fisher_on_ranks, kfac_on_ranks, spectra_on_ranks
 from tests.distributed.rank_pool import Pool
 
 
@@ -23,7 +23,7 @@ def test_merged_states(ranks: Pool, unit: str, size: int) -> None:
     found = ranks.run(group_fisher_on_ranks.on_a_rank, size, each=each, unit=unit, name="tiny")
     every = [batch for own in each for batch in own["batches"]]
     whole = group_fisher_on_ranks.FisherCollector(unit)
-    model = joined.model_of("tiny", joined.torch.float64)
+    model = kfac_on_ranks.model_of("tiny", kfac_on_ranks.torch.float64)
     for own in each:  # the tasks are numbered on each rank
         for number, batch in enumerate(own["batches"]):
             whole.collect(model, batch, f"task{number % 2}")
@@ -46,15 +46,18 @@ def test_other_units_are_refused_on_all_ranks(ranks: Pool) -> None:
 
 def whole_batches() -> list[dict]:
     """Two batches; on three ranks the last one has no sequence of the second."""
-    model = joined.model_of("gpt2", torch.float64)
+    model = kfac_on_ranks.model_of("gpt2", torch.float64)
     first = models.language_batch((9, 7, 12, 5), seed=4)
     second = models.language_batch((6, 8), seed=5)
-    return [joined.with_labels(model, first, 20), joined.with_labels(model, second, 3)]
+    return [
+        kfac_on_ranks.with_labels(model, first, 20),
+        kfac_on_ranks.with_labels(model, second, 3),
+    ]
 
 
 def moments_of(unit: str, weight: str) -> dict[str, torch.Tensor]:
     """Means of the squared gradient, written from `docs/math.md`, section 9."""
-    model = joined.model_of("gpt2", torch.float64).eval()
+    model = kfac_on_ranks.model_of("gpt2", torch.float64).eval()
     batches = whole_batches()
     if unit == "batch":
         rows = [spectra_on_ranks.rows_of(model, [batch]) for batch in batches]
@@ -89,7 +92,7 @@ def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> No
     truth = {n: t for n, t in truth.items() if float(t.norm()) > 1e-25}
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         alone = group_fisher_on_ranks.FisherCollector(unit, sequence_weight=weight)
-        alone.collect(joined.model_of("gpt2", dtype), batches, "train")
+        alone.collect(kfac_on_ranks.model_of("gpt2", dtype), batches, "train")
         tensors, plain = alone.state()
         for got, about in ranks.run(
             group_fisher_on_ranks.in_shares, size, dtype=dtype, **arguments
@@ -107,14 +110,14 @@ def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> No
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("labels", [(40,), (40, 0), joined.LABELS, (0, 6), (0, 6, 7)])
+@pytest.mark.parametrize("labels", [(40,), (40, 0), kfac_on_ranks.LABELS, (0, 6), (0, 6, 7)])
 def test_uneven_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
     """40, 0 and 7 labels, or a first rank with none: means from the explicit gradients."""
     size = len(labels)
-    batches = joined.batches_of(name, size, labels)
+    batches = kfac_on_ranks.batches_of(name, size, labels)
     each = [{"batches": own} for own in batches]
     every = spectra_on_ranks.together(batches)
-    model = joined.model_of(name, torch.float64).eval()
+    model = kfac_on_ranks.model_of(name, torch.float64).eval()
     counting = [reference.counting_labels(model, batch) for batch in every]
     active = torch.cat([
         batch["attention_mask"].sum(1)[(counts != reference.IGNORE).any(1)]
@@ -165,7 +168,7 @@ def mean_gradient(model: torch.nn.Module, batches: list[dict]) -> dict[str, torc
 
 @pytest.mark.parametrize("unit", ["token", "batch"])
 def test_no_label_on_any_rank(ranks: Pool, unit: str) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 2, (0, 0))]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 2, (0, 0))]
     for text in ranks.run(
         group_fisher_on_ranks.without_labels, 2, each=each, unit=unit, name="gpt2"
     ):

@@ -13,8 +13,8 @@ import torch
 from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, random_like
-from tests.distributed import joined
-from tests.distributed.joined import LABELS, Joined, Setting, assert_all
+from tests.distributed import kfac_on_ranks
+from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, assert_all
 from tests.distributed.rank_pool import Pool
 from tests.reference import Damping
 
@@ -33,10 +33,10 @@ def answers_of(
     **more: Any,
 ) -> list[list[dict]]:
     """By setting: every rank's answer."""
-    batches = joined.batches_of(name, size) if batches is None else batches
+    batches = kfac_on_ranks.batches_of(name, size) if batches is None else batches
     each = [{"batches": own} for own in batches[:size]]
     found = ranks.run(
-        joined.collect, size, each=each, name=name, dtype=dtype, settings=settings, **more
+        kfac_on_ranks.collect, size, each=each, name=name, dtype=dtype, settings=settings, **more
     )
     return [list(of_setting) for of_setting in zip(*found, strict=True)]
 
@@ -78,9 +78,9 @@ def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> 
 
 def test_gradient_of_every_parameter_is_weighted_by_labels(ranks: Pool) -> None:
     """By autograd over all batches in one process, position embeddings included."""
-    batches = joined.batches_of("gpt2", 3)
+    batches = kfac_on_ranks.batches_of("gpt2", 3)
     ((*answers,),) = answers_of(ranks, "gpt2", 3, [Setting()], batches=batches)
-    model = joined.model_of("gpt2", torch.float64)
+    model = kfac_on_ranks.model_of("gpt2", torch.float64)
     for (batch,) in batches:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         loss, _ = reference.summed_loss(model, model(**inputs).logits, batch)
@@ -122,7 +122,7 @@ def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, 
     """What the others take from the first rank that has something must not be rank 0's."""
     lengths = tuple({40: (30, 24), 0: (9,), 7: (5, 8)}[count] for count in labels)
     size = len(labels)
-    batches = joined.batches_of(name, size, labels, lengths)
+    batches = kfac_on_ranks.batches_of(name, size, labels, lengths)
     settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
     settings += [Setting("all", mode).also(ekfac=True) for mode in MODES]
     found = answers_of(ranks, name, size, settings, batches=batches)
@@ -145,7 +145,7 @@ def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ekfac(ranks: Pool, name: str, size: int, dtype: torch.dtype) -> None:
     settings = [Setting(policy, mode).also(ekfac=True) for policy in POLICIES for mode in MODES]
-    batches = joined.two_batches(joined.batches_of(name, size))
+    batches = kfac_on_ranks.two_batches(kfac_on_ranks.batches_of(name, size))
     wants = ("own", "natural", "general")
     found = answers_of(ranks, name, size, settings, dtype=dtype, batches=batches, wants=wants)
     for setting, answers in zip(settings, found, strict=True):
@@ -186,7 +186,7 @@ def test_fisher_kinds(ranks: Pool, name: str, kind: str, dtype: torch.dtype, siz
         if kind == "true":
             head = one.truth.tokens["lm_head"]
             logits = head.a @ head.module.weight.detach().T.to(head.a)
-            scored = torch.cat([_scored(name, a) for a in joined.batches_of(name, size)])
+            scored = torch.cat([_scored(name, a) for a in kfac_on_ranks.batches_of(name, size)])
             G = reference.true_fisher_of_softmax(logits[scored], len(head.a))
             one.truth.G_override["lm_head"] = G
             truth = one.truth.true_head_natural_gradient(own, setting.damping, "lm_head")
@@ -210,7 +210,7 @@ def _passes(answer: dict, which: slice) -> dict:
 
 def _scored(name: str, batches: list[dict]) -> torch.Tensor:
     """Which tokens of a rank carry a label, in the order of the tokens."""
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     (batch,) = batches
     counted = reference.counting_labels(model, batch) != reference.IGNORE
     return counted[batch["attention_mask"].bool()]
@@ -241,7 +241,7 @@ def test_columns_of_16_bits(ranks: Pool, stored: str) -> None:
 def test_several_batches_norms_and_other_families(ranks: Pool, mode: str) -> None:
     for name in ("bert", "t5", "tiny"):
         labels = LABELS if name != "t5" else (20, 0, 5)
-        batches = joined.two_batches(joined.batches_of(name, 3, labels))
+        batches = kfac_on_ranks.two_batches(kfac_on_ranks.batches_of(name, 3, labels))
         (answers,) = answers_of(ranks, name, 3, [Setting("all", mode)], batches=batches)
         one = Joined(name, torch.float64, answers, sum(labels))
         # The gradient of a key's bias is zero in exact arithmetic.
@@ -269,8 +269,8 @@ def test_tied_weights(ranks: Pool, tied: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("nothing", ["padding", "no batch"])
 def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
-    batches = joined.batches_of("gpt2", 3)
-    batches[1] = [joined.empty_batch()] if nothing == "padding" else []
+    batches = kfac_on_ranks.batches_of("gpt2", 3)
+    batches[1] = [kfac_on_ranks.empty_batch()] if nothing == "padding" else []
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", mode)], batches=batches)
     if nothing == "padding":
         assert all(len(a) == 0 for _, a, _ in answers[1]["tokens"].values())
@@ -281,7 +281,7 @@ def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
 
 
 def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
-    batches = joined.batches_of("gpt2", 3, (40, 3, 7))
+    batches = kfac_on_ranks.batches_of("gpt2", 3, (40, 3, 7))
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", "none")], batches=batches)
     for answer, labels in zip(answers, (40, 3, 7), strict=True):
         one = Joined("gpt2", torch.float64, [answer], labels)
@@ -294,17 +294,21 @@ def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
 def test_the_sum_of_local_grams_is_wrong(ranks: Pool) -> None:
     """Even where all ranks have as many tokens, so that the sizes match (`docs/math.md`, 7)."""
     lengths, labels = (13, 10), (12, 7)
-    model = joined.model_of("llama", torch.float64)
+    model = kfac_on_ranks.model_of("llama", torch.float64)
     batches = [
-        [joined.with_labels(model, models.language_batch(lengths, share=1.0, seed=rank), count)]
+        [
+            kfac_on_ranks.with_labels(
+                model, models.language_batch(lengths, share=1.0, seed=rank), count
+            )
+        ]
         for rank, count in enumerate(labels)
     ]
     settings = [Setting("all", "gram")]
     each = [{"batches": own} for own in batches]
     arguments = {"name": "llama", "dtype": torch.float64, "settings": settings}
     wants = ("own", "general")
-    right = ranks.run(joined.collect, 2, each=each, **arguments)
-    wrong = ranks.run(joined.with_local_grams, 2, each=each, wants=wants, **arguments)
+    right = ranks.run(kfac_on_ranks.collect, 2, each=each, **arguments)
+    wrong = ranks.run(kfac_on_ranks.with_local_grams, 2, each=each, wants=wants, **arguments)
     answers = [found[0] for found in right]
     one = Joined("llama", torch.float64, answers, sum(labels))
     truth = one.truth.natural_gradient(one.own(), settings[0].damping)
@@ -365,9 +369,9 @@ def test_compressed_columns_lose_what_is_told(ranks: Pool) -> None:
 def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
     more = {"max_columns": 20, "kfac_true_fisher_head": True}
     settings = [Setting("small_only", mode).also(**more) for mode in MODES]
-    batches = joined.batches_of("tiny_llama", 3)
+    batches = kfac_on_ranks.batches_of("tiny_llama", 3)
     alone = ranks.run(
-        joined.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
+        kfac_on_ranks.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
         name="tiny_llama", dtype=torch.float64, settings=settings[:1], wants=("own", "natural"),
     )[0][0]  # fmt: skip
     for answers in answers_of(
@@ -380,10 +384,10 @@ def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
 def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
     more = {"norm_layers": False, "uncovered": "diagonal"}
     setting = Setting("all", mode).also(**more)
-    batches = joined.batches_of("tiny_llama", 3)
+    batches = kfac_on_ranks.batches_of("tiny_llama", 3)
     wants = ("own", "natural", "no tokens")
     alone = ranks.run(
-        joined.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
+        kfac_on_ranks.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
         name="tiny_llama", dtype=torch.float64, settings=[setting], wants=wants,
     )[0][0]  # fmt: skip
     (answers,) = answers_of(ranks, "tiny_llama", 3, [setting], batches=batches, wants=wants)
@@ -395,11 +399,13 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size: int) -> None:
     """With `T > out` in `gram`: each `out x out` matrix on one rank, by cost, for all."""
-    each = [{"batches": own} for own in joined.batches_of("gpt2", size)]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", size)]
     setting = Setting("all", "gram")
-    found = ranks.run(joined.counted_decompositions, size, each=each, name="gpt2", setting=setting)
-    tokens = sum(sum(lengths) for lengths in joined.LENGTHS[:size])
-    layers = joined.model_of("gpt2", torch.float64).named_modules()
+    found = ranks.run(
+        kfac_on_ranks.counted_decompositions, size, each=each, name="gpt2", setting=setting
+    )
+    tokens = sum(sum(lengths) for lengths in kfac_on_ranks.LENGTHS[:size])
+    layers = kfac_on_ranks.model_of("gpt2", torch.float64).named_modules()
     outputs = [m.weight.shape[1] for _, m in layers if type(m).__name__ == "Conv1D"]
     narrow = sorted(out for out in [*outputs, models.VOCAB] if out < tokens)
     assert narrow
@@ -408,21 +414,21 @@ def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size:
     for _, natural in found:
         assert all(torch.equal(value, found[0][1][name]) for name, value in natural.items())
     for rank, text in enumerate(
-        ranks.run(joined.fails_on_one, size, each=each, name="gpt2", setting=setting)
+        ranks.run(kfac_on_ranks.fails_on_one, size, each=each, name="gpt2", setting=setting)
     ):
         assert text == ("" if rank == 1 else "RankError: rank 1: ") + "ValueError: no room"
 
 
 def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
-    each = [{"batches": own} for own in joined.batches_of("tiny", 3, (40, 3, 7))]
-    found = ranks.run(joined.not_finite_on_one, 3, each=each, name="tiny")
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("tiny", 3, (40, 3, 7))]
+    found = ranks.run(kfac_on_ranks.not_finite_on_one, 3, each=each, name="tiny")
     assert found[1][0].startswith(("NonFiniteError: layer", "BatchError: batch 0"))
     for rank in (0, 2):
         assert found[rank][0].startswith("RankError: rank 1: ")
     assert all(kept for _, kept in found)
-    for text in ranks.run(joined.different_gradients, 3, each=each, name="tiny"):
+    for text in ranks.run(kfac_on_ranks.different_gradients, 3, each=each, name="tiny"):
         assert "gradients: those of rank 1" in text
-    for text in ranks.run(joined.different_settings, 2, each=each[:2], name="tiny"):
+    for text in ranks.run(kfac_on_ranks.different_settings, 2, each=each[:2], name="tiny"):
         assert "rank 1: its covered layers, K-FAC settings" in text
 
 
@@ -430,8 +436,8 @@ def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
 def test_exported_factors_are_whole(ranks: Pool, more: dict[str, Any]) -> None:
     """Any rank's export serves one process; all ranks export the same."""
     setting = Setting("all", "gram").also(**more)
-    each = [{"batches": own} for own in joined.batches_of("llama", 3)]
-    found = ranks.run(joined.saved, 3, each=each, name="llama", setting=setting)
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("llama", 3)]
+    found = ranks.run(kfac_on_ranks.saved, 3, each=each, name="llama", setting=setting)
     for answer in found:
         reference.assert_close(answer["after"], answer["before"], 1e-9)
         assert set(answer["tensors"]) == set(found[0]["tensors"])

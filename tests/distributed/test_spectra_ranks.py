@@ -14,7 +14,7 @@ import torch
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
 from fisher_lab.curvature.spectra.pairwise_gram import exchanges
-from tests.distributed import joined, spectra_on_ranks
+from tests.distributed import kfac_on_ranks, spectra_on_ranks
 from tests.distributed.rank_pool import Pool
 from tests.distributed.spectra_on_ranks import Job
 
@@ -71,8 +71,8 @@ def answers_of(
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: int) -> None:
-    batches = joined.batches_of(name, size)
-    model = joined.model_of(name, torch.float64).eval()
+    batches = kfac_on_ranks.batches_of(name, size)
+    model = kfac_on_ranks.model_of(name, torch.float64).eval()
     every = spectra_on_ranks.together(batches)
     by_unit = {unit: spectra_on_ranks.rows_of(model, every, unit) for unit in ("token", "sequence")}
     methods = set()
@@ -114,7 +114,7 @@ def check_blocks(
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: int) -> None:
-    batches = joined.batches_of(name, size)
+    batches = kfac_on_ranks.batches_of(name, size)
     every = spectra_on_ranks.together(batches)
     alone = spectra_on_ranks.spectra(Alone(), name, torch.float32, JOBS, every)
     every_answer = answers_of(ranks, size, torch.float32, JOBS, batches, name)
@@ -142,7 +142,7 @@ def repeated(batches: list[list[dict]]) -> list[list[dict]]:
 
 
 def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
-    batches = repeated(joined.batches_of("gpt2", 3))
+    batches = repeated(kfac_on_ranks.batches_of("gpt2", 3))
     jobs = [
         Job("layer", n_samples=n, config={"sample_unit": unit, "seed": seed})
         for n, unit, seed in (
@@ -174,9 +174,9 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
     """Bytes of every rank as `docs/distributed.md` has them, and nobody gets all gradients."""
-    batches = joined.batches_of("gpt2", size, (12, 5, 9))
+    batches = kfac_on_ranks.batches_of("gpt2", size, (12, 5, 9))
     jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
-    parameters = sum(p.numel() for p in joined.model_of("gpt2", torch.float64).parameters())
+    parameters = sum(p.numel() for p in kfac_on_ranks.model_of("gpt2", torch.float64).parameters())
     for answers in answers_of(ranks, size, torch.float64, jobs, batches, "gpt2"):
         counts = answers[0][0]["metadata"]["samples_by_rank"]
         assert counts == [12, 5, 9][:size]
@@ -199,12 +199,12 @@ def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
 
 
 def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
-    batches = joined.batches_of("gpt2", 3)
+    batches = kfac_on_ranks.batches_of("gpt2", 3)
     found = ranks.run(
         spectra_on_ranks.counted_decompositions, 3,
         each=[{"batches": own} for own in batches], name="gpt2",
     )  # fmt: skip
-    blocks = len(parameter_blocks(joined.model_of("gpt2", torch.float64), "layer"))
+    blocks = len(parameter_blocks(kfac_on_ranks.model_of("gpt2", torch.float64), "layer"))
     assert sum(found) == blocks
     assert max(found) == math.ceil(blocks / 3)
 
@@ -218,7 +218,7 @@ def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (40, 6, 7))]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3, (40, 6, 7))]
     found = ranks.run(spectra_on_ranks.refused, 3, each=each, kind=kind, name="gpt2")
     assert text in found[1]
     for rank in (0, 2):
@@ -235,13 +235,13 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str
     ],
 )
 def test_what_ranks_do_not_have_is_refused_on_all(ranks: Pool, kind: str, text: str) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 2)]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 2)]
     for said in ranks.run(spectra_on_ranks.refused, 2, each=each, kind=kind, name="gpt2"):
         assert text in said
 
 
 def test_no_label_on_any_rank_is_degenerate(ranks: Pool) -> None:
-    batches = joined.batches_of("gpt2", 2, (0, 0))
+    batches = kfac_on_ranks.batches_of("gpt2", 2, (0, 0))
     ((*answers,),) = answers_of(ranks, 2, torch.float64, [Job()], batches, "gpt2")
     for result, _ in answers:
         assert result["global"]["status"] == "degenerate"
@@ -262,12 +262,12 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size: int) -> None:
-    batches = joined.batches_of("gpt2", size, FEW)
+    batches = kfac_on_ranks.batches_of("gpt2", size, FEW)
     each = [{"batches": own} for own in batches]
     found = ranks.run(
         spectra_on_ranks.pairs, size, each=each, name="gpt2", options=OPTIONS, block=BLOCK
     )
-    model = joined.model_of("gpt2", torch.float64).eval()
+    model = kfac_on_ranks.model_of("gpt2", torch.float64).eval()
     every, names = spectra_on_ranks.together(batches), [f"{BLOCK}.weight", f"{BLOCK}.bias"]
     rows = spectra_on_ranks.matrix_of(spectra_on_ranks.rows_of(model, every), names)
     empirical = rows.T @ rows / len(rows)
@@ -299,7 +299,7 @@ def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size:
 def test_lanczos_gives_what_one_process_does(
     ranks: Pool, name: str, size: int, dtype: torch.dtype
 ) -> None:
-    batches = joined.batches_of(name, size, FEW)
+    batches = kfac_on_ranks.batches_of(name, size, FEW)
     each = [{"batches": own} for own in batches]
     common = {"name": name, "dtype": dtype, "tol": 1e-9 if dtype == torch.float64 else 1e-4}
     found = ranks.run(spectra_on_ranks.everything, size, each=each, **common)
@@ -318,7 +318,7 @@ def test_lanczos_gives_what_one_process_does(
 
 @pytest.mark.parametrize("kind", ["rank 0", "rank 2"])
 def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: str) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 3)]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3)]
     found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
     for rank, said in enumerate(found):
         own = kind == f"rank {rank}"
@@ -327,7 +327,7 @@ def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: 
 
 
 def test_an_error_of_rank_0_is_raised_on_all(ranks: Pool) -> None:
-    each = [{"batches": own} for own in joined.batches_of("gpt2", 3, (9, 6, 7))]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3, (9, 6, 7))]
     for kind, text in (("nan", "holds NaN"), ("basis", "max_vectors: ")):
         found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
         assert text in found[0]

@@ -8,8 +8,8 @@ import torch
 from fisher_lab.curvature.collectives import Alone
 from tests import reference
 from tests.capturing import random_like
-from tests.distributed import joined, spectra_on_ranks
-from tests.distributed.joined import LABELS, Joined, Setting, assert_all
+from tests.distributed import kfac_on_ranks, spectra_on_ranks
+from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, assert_all
 from tests.distributed.rank_pool import Pool
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -50,10 +50,16 @@ def test_wrapped_models_in_other_policies_and_modes(
 def check_wrapped(
     ranks: Pool, size: int, kind: str, name: str, dtype: torch.dtype, settings: list[Setting]
 ) -> None:
-    each = [{"batches": own} for own in joined.batches_of(name, size)]
+    each = [{"batches": own} for own in kfac_on_ranks.batches_of(name, size)]
     for setting in settings:
         answers = ranks.run(
-            joined.in_wrapper, size, each=each, kind=kind, name=name, dtype=dtype, setting=setting
+            kfac_on_ranks.in_wrapper,
+            size,
+            each=each,
+            kind=kind,
+            name=name,
+            dtype=dtype,
+            setting=setting,
         )
         one = Joined(name, dtype, answers, sum(LABELS[:size]))
         own, bound = one.own(), BOUNDS[dtype]
@@ -77,7 +83,7 @@ def test_spectra_lanczos_and_group_fisher(
 ) -> None:
     """Names and values of one process with the plain model, which the wrapped one has not lost."""
     bound = BOUNDS[dtype]
-    batches = joined.batches_of(name, 2, (12, 5))
+    batches = kfac_on_ranks.batches_of(name, 2, (12, 5))
     each = [{"batches": own} for own in batches]
     found = ranks.run(spectra_on_ranks.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
     (without, *_) = ranks.run(
@@ -86,7 +92,7 @@ def test_spectra_lanczos_and_group_fisher(
     every = spectra_on_ranks.together(batches)
     one = spectra_on_ranks.in_wrapper(Alone(), None, name, dtype, every)
     assert list(found[0]["vectors"]) == [
-        n for n, _ in joined.model_of(name, dtype).named_parameters()
+        n for n, _ in kfac_on_ranks.model_of(name, dtype).named_parameters()
     ]
     for answer in found:
         assert list(answer["spectrum"]["per_block"]) == list(one["spectrum"]["per_block"])

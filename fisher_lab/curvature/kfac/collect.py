@@ -1,8 +1,8 @@
 """From batches to the statistics of a refresh, on this rank.
 
 Every batch is captured (:mod:`.capture`) and its token inputs and token gradients are added to the
-:class:`~.statistics.Sums` of their layers. Nothing outside them changes, so that a refresh that
-fails leaves the engine as it was.
+:class:`~.statistics.Statistics` of their layers. Nothing outside them changes, so that a refresh
+that fails leaves the engine as it was.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fisher_lab.curvature.kfac.capture import (
 )
 from fisher_lab.curvature.kfac.draws import Draw, draws, resolve
 from fisher_lab.curvature.kfac.layers import Kind, Layer
-from fisher_lab.curvature.kfac.statistics import Side, Sums
+from fisher_lab.curvature.kfac.statistics import Side, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
     IGNORE_INDEX,
@@ -55,7 +55,7 @@ from fisher_lab.curvature.wrappers import unwrap
 
 
 def collect(
-    sums: Sums,
+    sums: Statistics,
     model: nn.Module,
     batch: Any,
     loss: Tensor | LossFunction | None,
@@ -117,7 +117,7 @@ def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
 class _Collector:
     """Adds captured batches to the statistics of a model without its wrappers."""
 
-    def __init__(self, model: nn.Module, sums: Sums, n_ranks: int) -> None:
+    def __init__(self, model: nn.Module, sums: Statistics, n_ranks: int) -> None:
         self.model, self.sums, self.settings, self.n_ranks = model, sums, sums.settings, n_ranks
         self._generator = torch.Generator().manual_seed(sums.seed)
 

@@ -39,7 +39,7 @@ from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.reduce import reduce
 from fisher_lab.curvature.kfac.refresh import Refresh, refresh
 from fisher_lab.curvature.kfac.report import LayerReport, layer_line, report_of
-from fisher_lab.curvature.kfac.statistics import Sums
+from fisher_lab.curvature.kfac.statistics import Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import LossFunction
 
@@ -170,7 +170,7 @@ class KFACNaturalGradient:
         self.communicator = self._ranks(self._given_ranks or world())
         captured, self.captured = self.captured, None
         try:
-            statistics = Sums(
+            statistics = Statistics(
                 wrappers.unwrap(model),
                 self._layers_behind(loss, captured, model),
                 self.settings,

@@ -1,9 +1,9 @@
-"""Joins the ranks' sums into those of all tokens (``docs/math.md``, section 7).
+"""Makes the statistics of this rank those of all ranks (``docs/math.md``, section 7).
 
-Every rank has captured its own batches; nothing was exchanged so far. :func:`join` makes each
-rank's :class:`~.sums.Sums` what one process would have summed up over the joined batches: sums
-are added, token columns gathered (``gather``) or exchanged for rows (``gram``). The tokens of the
-joined batches are those of rank 0, then those of rank 1, and so on.
+Every rank has captured its own batches, and nothing has been exchanged so far. After
+:func:`reduce` each rank has what one process would have summed over the batches of all
+ranks: sums are added, token columns gathered (``gather``) or exchanged for rows (``gram``). The
+tokens are those of rank 0, then those of rank 1, and so on.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccu
 from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.policy import wants_woodbury
-from fisher_lab.curvature.kfac.statistics import InputSum, Side, Sums
+from fisher_lab.curvature.kfac.statistics import InputSum, Side, Statistics
 from fisher_lab.curvature.linalg import add_second_moment, full_precision, gram, symmetric_eigen
 
 
 @full_precision()
-def reduce(sums: Sums, communicator: Communicator) -> list[dict[str, int]]:
-    """Makes the sums of this rank those of all ranks; collective.
+def reduce(sums: Statistics, communicator: Communicator) -> list[dict[str, int]]:
+    """Makes the statistics of this rank those of all ranks; collective.
 
     Args:
         sums: of this rank, after its last batch.
@@ -48,41 +48,41 @@ def reduce(sums: Sums, communicator: Communicator) -> list[dict[str, int]]:
     """
     counts = communicator.all_gather_objects(sums.counts())
     if communicator.size > 1:
-        _Join(sums, communicator).run()
+        _Reduction(sums, communicator).run()
     return counts
 
 
-def _fingerprint(sums: Sums) -> str:
+def _fingerprint(sums: Statistics) -> str:
     layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
     text = f"{layers} {sums.settings} {sums.keep_gradient}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class _Join:
-    def __init__(self, sums: Sums, communicator: Communicator) -> None:
+class _Reduction:
+    def __init__(self, sums: Statistics, communicator: Communicator) -> None:
         self.sums, self.communicator = sums, communicator
         self.sharded = sums.settings.reduce == "gram"
         self.core = sums.settings.numerics.core_dtype
         self.device = sums.device
-        self.told: list[dict[str, Any]] = []
+        self.summaries: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Joins everything, in an order that is the same on all ranks."""
-        self.told = self.communicator.all_gather_objects(self._tell())
+        """Reduces everything, in an order that is the same on all ranks."""
+        self.summaries = self.communicator.all_gather_objects(self._summary())
         self._take_counts()
         present = [x for x in self.sums.everyone() if any(self._of(x.name, "tokens"))]
         groups = {x.name: self._of(x.name, "group", -1) for x in present}
-        self._join_inputs(present, groups)
+        self._reduce_inputs(present, groups)
         for layer in present:
-            self._join_layer(layer)
+            self._reduce_layer(layer)
         self._decompose_matrices(present)
-        self._join_head()
-        self._join_named("gradients", self.sums.uncovered.gradients)
-        self._join_named("diagonal", self.sums.uncovered.diagonal)
+        self._reduce_head()
+        self._reduce_named("gradients", self.sums.uncovered.gradients)
+        self._reduce_named("diagonal", self.sums.uncovered.diagonal)
 
-    # ---- what the ranks tell each other ------------------------------------------------------
+    # ---- what each rank knows of the others ------------------------------------------------------
 
-    def _tell(self) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         sums = self.sums
         return {
             "model": _fingerprint(sums),
@@ -92,7 +92,7 @@ class _Join:
             "head": sums.head.name,
             "called": sorted(sums.called),
             "skipped": sums.skipped,
-            "sides": {name: self._tell_side(name) for name in sums.sides},
+            "sides": {name: self._summary_of(name) for name in sums.sides},
             "inputs": {str(group): x.tokens for group, x in sums.inputs.items()},
             "gradients": sorted(sums.uncovered.gradients),
             "diagonal": sorted(sums.uncovered.diagonal),
@@ -100,20 +100,20 @@ class _Join:
             "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
         }
 
-    def _tell_side(self, name: str) -> dict[str, Any]:
+    def _summary_of(self, name: str) -> dict[str, Any]:
         side = self.sums.sides[name]
-        told: dict[str, Any] = {"tokens": side.tokens, "group": side.group}
+        summary: dict[str, Any] = {"tokens": side.tokens, "group": side.group}
         if side.inputs:
-            told["a_dtype"] = dtype_name(side.inputs[0].dtype)
+            summary["a_dtype"] = dtype_name(side.inputs[0].dtype)
         if isinstance(side.g, GradientAccumulator):
             g = side.g
-            told |= {"seen": g.seen, "kept": g.kept, "matrix": g.total is not None}
-            told |= {"reduction": g.reduction, "lost": g.lost}
-            told["dtype"] = dtype_name(g.parts[0].dtype) if g.parts else None
-        return told
+            summary |= {"seen": g.seen, "kept": g.kept, "matrix": g.total is not None}
+            summary |= {"reduction": g.reduction, "lost": g.lost}
+            summary["dtype"] = dtype_name(g.parts[0].dtype) if g.parts else None
+        return summary
 
     def _of(self, name: str, key: str, missing: Any = 0) -> list[Any]:
-        return [told["sides"].get(name, {}).get(key, missing) for told in self.told]
+        return [summary["sides"].get(name, {}).get(key, missing) for summary in self.summaries]
 
     def _dtype(self, name: str, key: str) -> torch.dtype:
         """The dtype of a piece, from the first rank that has it."""
@@ -121,26 +121,28 @@ class _Join:
         return self.core if found is None else getattr(torch, found)
 
     def _take_counts(self) -> None:
-        sums, told = self.sums, self.told
-        for rank, other in enumerate(told):
-            if other["model"] != told[0]["model"]:
+        sums, summaries = self.sums, self.summaries
+        for rank, other in enumerate(summaries):
+            if other["model"] != summaries[0]["model"]:
                 raise CurvatureError(
                     f"rank {rank}: its covered layers, K-FAC settings or keep_gradient are not "
                     "those of rank 0; allowed: the same on all ranks"
                 )
-        sums.n_labels = sum(other["n_labels"] for other in told)
-        sums.n_batches = sum(other["n_batches"] for other in told)
-        sums.called = set().union(*(other["called"] for other in told))
-        for other in told:
+        sums.n_labels = sum(other["n_labels"] for other in summaries)
+        sums.n_batches = sum(other["n_batches"] for other in summaries)
+        sums.called = set().union(*(other["called"] for other in summaries))
+        for other in summaries:
             sums.skipped = {**other["skipped"], **sums.skipped}
-        seen = [other for other in told if other["n_batches"]]
+        seen = [other for other in summaries if other["n_batches"]]
         if seen:
             sums.fisher_kind = seen[0]["fisher"]
-        sums.head.name = next((other["head"] for other in told if other["head"] is not None), None)
+        sums.head.name = next(
+            (other["head"] for other in summaries if other["head"] is not None), None
+        )
 
     # ---- inputs ------------------------------------------------------------------------------
 
-    def _join_inputs(self, present: Sequence[Layer], groups: Mapping[str, list[int]]) -> None:
+    def _reduce_inputs(self, present: Sequence[Layer], groups: Mapping[str, list[int]]) -> None:
         """Sums the A sides; layers share one where they do on every rank."""
         joined: dict[tuple[int, ...], int] = {}
         local = self.sums.inputs
@@ -160,8 +162,8 @@ class _Join:
                 elif uses.count(own) > 1:
                     mine = deepcopy(mine)
                 tokens = sum(
-                    told["inputs"].get(str(group), 0)
-                    for told, group in zip(self.told, key, strict=True)
+                    summary["inputs"].get(str(group), 0)
+                    for summary, group in zip(self.summaries, key, strict=True)
                 )
                 mine.replace([self.communicator.all_reduce(x) for x in mine.tensors()], tokens)
                 result[joined[key]] = mine
@@ -170,7 +172,7 @@ class _Join:
 
     # ---- a layer -----------------------------------------------------------------------------
 
-    def _join_layer(self, layer: Layer) -> None:
+    def _reduce_layer(self, layer: Layer) -> None:
         sums = self.sums
         side = sums.side_of(layer)
         rows = tuple(self._of(layer.name, "tokens"))
@@ -178,8 +180,8 @@ class _Join:
         if isinstance(side.g, NormAccumulator):
             side.g.total = self.communicator.all_reduce(side.g.total)
         elif layer.name != sums.head.name:
-            self._join_gradients(layer, side.g)
-            self._join_tokens(layer, side, side.g, rows)
+            self._reduce_gradients(layer, side.g)
+            self._reduce_tokens(layer, side, side.g, rows)
         if sums.keep_gradient and not layer.tied:
             width = side.g.total.shape[0] if isinstance(side.g, NormAccumulator) else 0
             shape = (width, 1) if width else (layer.n_out, layer.dim_a)
@@ -188,7 +190,7 @@ class _Join:
                 own = torch.zeros(shape, dtype=self.core, device=self.device)
             side.own = self.communicator.all_reduce(own.contiguous())
 
-    def _join_tokens(
+    def _reduce_tokens(
         self, layer: Layer, side: Side, g: GradientAccumulator, rows: tuple[int, ...]
     ) -> None:
         """Inputs and unreduced gradients of the tokens, where push-through or EKFAC want them."""
@@ -208,7 +210,7 @@ class _Join:
 
     # ---- token gradients ---------------------------------------------------------------------
 
-    def _join_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
+    def _reduce_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
         name, settings = layer.name, g.settings
         kept, matrix = sum(self._of(name, "kept")), any(self._of(name, "matrix", False))
         g.seen = sum(self._of(name, "seen"))
@@ -294,7 +296,7 @@ class _Join:
         return x[mine.to(x.device)], of_rank.bincount(minlength=len(rows)).tolist()
 
     def _put_together(self, columns: Tensor, rows: Sequence[int]) -> Tensor:
-        """All tokens of all outputs (``gather``), or of this rank's share of them (``gram``)."""
+        """All tokens of all outputs (``gather``), or of this rank's slice of them (``gram``)."""
         if not self.sharded:
             return self.communicator.all_gather(columns, rows)
         return exchange_tokens_for_outputs(columns, rows, self.communicator)
@@ -311,14 +313,16 @@ class _Join:
 
     # ---- head, uncovered parameters ----------------------------------------------------------
 
-    def _join_head(self) -> None:
+    def _reduce_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
         sums = self.sums
-        rows = [told["rows"] for told in self.told]
+        rows = [summary["rows"] for summary in self.summaries]
         if sums.head.name is None or not any(rows):
             return
         classes = sums.head.classes
-        named = next(told["logits"] for told in self.told if told["logits"] is not None)
+        named = next(
+            summary["logits"] for summary in self.summaries if summary["logits"] is not None
+        )
         parts = sums.head.parts
         device = parts[0].device if parts else self.device
         p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
@@ -330,9 +334,9 @@ class _Join:
         if self.sharded:
             sums.head.ranks = self.communicator
 
-    def _join_named(self, key: str, sums: dict[str, Tensor]) -> None:
+    def _reduce_named(self, key: str, sums: dict[str, Tensor]) -> None:
         """Sums over parameters that any rank has."""
-        names = sorted(set().union(*(told[key] for told in self.told)))
+        names = sorted(set().union(*(summary[key] for summary in self.summaries)))
         for name in names:
             mine = sums.get(name)
             if mine is None:

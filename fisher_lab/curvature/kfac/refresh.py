@@ -21,7 +21,7 @@ from fisher_lab.curvature.kfac.factors import (
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.statistics import Side, Sums
+from fisher_lab.curvature.kfac.statistics import Side, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
 
@@ -66,7 +66,7 @@ class Refresh:
 
 @full_precision()
 def refresh(
-    sums: Sums, rank_counts: Sequence[dict[str, int]], called_before: Collection[str] = ()
+    sums: Statistics, rank_counts: Sequence[dict[str, int]], called_before: Collection[str] = ()
 ) -> Refresh:
     """Divides the statistics into factors; nothing can be added to the statistics after it.
 
@@ -115,7 +115,7 @@ def refresh(
     )
 
 
-def _layer_factors(sums: Sums, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
+def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
     """A layer's factors, pooled with those of its partner where it has one.
 
     Args:
@@ -149,20 +149,20 @@ def _layer_factors(sums: Sums, layer: Layer, shared: dict[int, Factor]) -> Layer
     return factors
 
 
-def _tied_own(sums: Sums, layer: Layer) -> Tensor | None:
+def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     gradients = sums.uncovered.gradients
     weight = gradients.get(layer.weight)
     bias = gradients.get(layer.bias) if layer.bias is not None else None
     return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
 
 
-def _input_factor(sums: Sums, side: Side, shared: dict[int, Factor]) -> Factor:
+def _input_factor(sums: Statistics, side: Side, shared: dict[int, Factor]) -> Factor:
     if side.group not in shared:
         shared[side.group] = sums.inputs[side.group].factor()
     return shared[side.group]
 
 
-def _keep_tokens(sums: Sums, factors: LayerFactors, side: Side, weight: float) -> None:
+def _keep_tokens(sums: Statistics, factors: LayerFactors, side: Side, weight: float) -> None:
     """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
     accumulator, settings = side.g, sums.settings
     assert isinstance(accumulator, GradientAccumulator)

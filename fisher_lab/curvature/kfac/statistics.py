@@ -1,7 +1,7 @@
-"""What has been summed of a refresh's batches: the state between capture and factors.
+"""The sufficient statistics of a refresh: what lies between captured batches and factors.
 
-:class:`~.build.FactorBuilder` adds to it batch by batch, :func:`~.join.join` makes it that of all
-ranks, and :func:`~.forming.form` divides it into factors.
+:mod:`.collect` adds to them batch by batch, :mod:`.reduce` makes them those of all ranks, and
+:mod:`.refresh` divides them into factors.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class Side:
     Attributes:
         layer: the layer.
         g: the sum of its G side (of its whole block, for a norm layer).
-        group: key of its A side in :attr:`Sums.inputs`, which layers may share; -1 for none.
+        group: key of its A side in :attr:`Statistics.inputs`, which layers may share; -1 for none.
         inputs: its tokens ``[T, in]``, a batch each, as long as they may be wanted.
         own: ``sum_t g_t a_t^T``, ``[out, dim_a]`` in the core dtype, where it was asked for.
         tokens: ``T``.
@@ -244,8 +244,8 @@ class Side:
     spread: Spread | None = None
 
 
-class Sums:
-    """The sums of one refresh; of this process, and after :func:`~.join.join` of all ranks.
+class Statistics:
+    """The sums of one refresh: of this process, and after :mod:`.reduce` of all ranks.
 
     Args:
         model: the model, without its wrappers.

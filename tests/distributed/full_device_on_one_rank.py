@@ -15,9 +15,9 @@ from fisher_lab.curvature.kfac.factors import Columns, Damped
 from fisher_lab.curvature.kfac.factors.woodbury import DampedWoodbury
 from tests import reference
 from tests.capturing import random_like
-from tests.curvature.test_full_device import LOGGER, FullOnce
-from tests.distributed import joined
-from tests.distributed.joined import Setting
+from tests.curvature.kfac.test_full_device import LOGGER, FullOnce
+from tests.distributed import kfac_on_ranks
+from tests.distributed.kfac_on_ranks import Setting
 
 STAGES: dict[str, tuple[Any, str]] = {
     "sum of A": (MomentAccumulator, "_add"),
@@ -79,7 +79,7 @@ def full_on_one(
     Returns how many operations there are on that rank, the largest relative difference from the
     run with room enough, and the warnings of this rank.
     """
-    model = joined.model_of(name, torch.float64)
+    model = kfac_on_ranks.model_of(name, torch.float64)
     counting = FullOnce(None)
     expected = once(comm, model, setting, batches, stage, counting)
     count = comm.all_gather_objects(counting.count)[full]

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.kfac import reduce as join
+from fisher_lab.curvature.kfac import accumulators, reduce
 from fisher_lab.curvature.kfac.factors import Columns
 from tests import models, reference
 from tests.capturing import POLICIES, engine, random_like
@@ -217,13 +217,11 @@ class LocalGrams(Columns):
 
 def with_local_grams(comm: Any, **arguments: Any) -> list[dict[str, Any]]:
     """`collect` with the mode `gram` replaced by the sum of the ranks' own Gram matrices."""
-    kept = join.ShardedColumns, join.exchange_tokens_for_outputs
-    join.ShardedColumns = LocalGrams  # type: ignore[misc]
-    join.exchange_tokens_for_outputs = lambda x, rows, communicator: x
-    try:
+    with (
+        patch.object(accumulators, "ShardedColumns", LocalGrams),
+        patch.object(reduce, "exchange_tokens_for_outputs", lambda x, rows, communicator: x),
+    ):
         return collect(comm, **arguments)
-    finally:
-        join.ShardedColumns, join.exchange_tokens_for_outputs = kept  # type: ignore[misc]
 
 
 def wrapped(comm: Any, model: nn.Module, kind: str) -> nn.Module:
