@@ -35,7 +35,7 @@ from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate
 from fisher_lab.runs import atomic
-from fisher_lab.tasks import natural, train
+from fisher_lab.tasks import train
 from fisher_lab.workload import build, models, training_loop
 from fisher_lab.workload.inputs import prepare
 
@@ -100,24 +100,23 @@ def trained(
 ) -> dict[str, Any]:
     """Train once; what a cell's file holds."""
     config = configured(name, lr, seed, steps, args.more)
-    if args.materials is None:
-        args.materials = prepare(config)
-    model = models.with_dtype(args.materials.untrained(seed), config.model.dtype)
-    job = train.make_job(config, {})
+    if args.inputs is None:
+        args.inputs = prepare(config)
+    model = models.with_dtype(args.inputs.untrained(seed), config.model.dtype)
+    run = train.training_run(config, {})
     with tempfile.TemporaryDirectory() as directory:
         result = training_loop.train(
             model.to(build.device_of(config)),
-            args.materials.task,
-            job,
+            args.inputs.objective,
+            run,
             Path(directory),
-            make=natural.maker(config),
             save_every_s=math.inf,
         )
     content = {
         "optimizer": name,
         "lr": lr,
         "seed": seed,
-        "metrics": train.metrics(result, job, None),
+        "metrics": train.metrics(result, None),
         "heldout": [
             [row["step"], row["heldout_loss"], row["seconds"]]
             for row in result.curve.rows
@@ -250,7 +249,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("more", nargs="*", help="further overrides, for every cell")
     args = parser.parse_args()
-    args.materials = None
+    args.inputs = None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     sweep_files.register()

@@ -1,7 +1,10 @@
-"""The doors: the Hydra application behind ``python -m fisher_lab`` and ``fisher-lab``.
+"""The entry points: the Hydra application behind ``python -m fisher_lab``, and the sub-commands.
 
 Bad input ends here, in one line on standard error and exit code 2, before anything is written. A
 run that fails ends in exit code 1 with one line that names its log; a signal in ``128 + signal``.
+
+Two names of ``hydra._internal`` are used, and here alone: Hydra has no public way to parse its
+flags (``get_args_parser``) or to call the user's callbacks (``Callbacks``).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +24,8 @@ from fisher_lab.config.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hydra._internal.hydra import Hydra
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.config_loader import ConfigLoader
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
@@ -60,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         if argv and argv[0] in COMMANDS:
-            return _command(argv[0])(argv[1:])
+            module, _, function = COMMANDS[argv[0]].partition(":")
+            return getattr(import_module(module), function)(argv[1:])
         return _application(_parse(argv), argv)
     except ConfigError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
@@ -69,9 +74,7 @@ def main(argv: Sequence[str]) -> int:
         return 128 + stop.signum
 
 
-def _command(name: str) -> Callable[[Sequence[str]], int]:
-    module, _, function = COMMANDS[name].partition(":")
-    return getattr(import_module(module), function)
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -105,85 +108,61 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for flag, folder in (("--config-dir", args.config_dir), ("--config-path", args.config_path)):
         if folder is not None and not Path(folder).is_dir():
             raise ConfigError(f"{flag} {folder}: there is no such directory")
+    args.config_name = args.config_name or CONFIG_NAME
     return args
 
 
 def _application(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    if args.help:
-        return _help(args)
-    if args.hydra_help or args.shell_completion or args.cfg or args.info:
-        return _hydra_flag(args, argv)
-    from hydra.types import RunMode
-
     from fisher_lab.config import compose
 
-    with _hydra(args) as hydra:
-        name = args.config_name or CONFIG_NAME
-        multirun = args.multirun
-        if multirun:
-            compose.requested(args.overrides)  # +sweeps=a,b has a message of its own
-        cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=multirun)
-        if cfg.hydra.mode == RunMode.MULTIRUN and not multirun:
-            multirun = True
-            cfg = compose.load(hydra.config_loader, args.overrides, name=name, multirun=True)
-        return (_sweep if multirun else _run)(hydra, cfg)
+    with config_loader(args) as loader:
+        if args.help:
+            from fisher_lab.config import help as page
+
+            cfg = compose.load(loader, args.overrides, name=args.config_name)
+            print(page.text(cfg, resolve=args.resolve))
+            return OK
+        if not (args.hydra_help or args.shell_completion or args.cfg or args.info):
+            return _run_or_sweep(args, loader)
+        if args.overrides and not args.shell_completion:
+            compose.load(loader, args.overrides, name=args.config_name)
+    return _hydra_flag(argv)
 
 
 @contextmanager
-def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
-    """Hydra with our search path, as ``hydra.main`` sets it up."""
-    from hydra import version
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.config_search_path import SearchPathQuery
+def config_loader(args: argparse.Namespace) -> Iterator[ConfigLoader]:
+    """Hydra's configuration loader, with the configuration of this project.
+
+    Args:
+        args: of the command line; ``config_path`` and ``config_dir`` are read.
+    """
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from fisher_lab.config import sweep_files
 
-    version.setbase(VERSION_BASE)
     sweep_files.register()
-    path = Path(args.config_path).resolve() if args.config_path else paths.conf()
-    search_path = create_config_search_path(str(path))
-    if args.config_dir is not None:
-        search_path.prepend(
-            provider="command-line",
-            path=f"file://{Path(args.config_dir).resolve()}",
-            anchor=SearchPathQuery(provider="schema"),
-        )
+    folder = Path(args.config_path).resolve() if args.config_path else paths.conf()
     GlobalHydra.instance().clear()
+    with paths.further(args.config_dir):
+        initialize_config_dir(str(folder), job_name="fisher_lab", version_base=VERSION_BASE)
     try:
-        yield Hydra.create_main_hydra2("fisher_lab", search_path)
+        yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().clear()
 
 
-def _help(args: argparse.Namespace) -> int:
-    from fisher_lab.config import compose
-    from fisher_lab.config import help as page
-
-    with _hydra(args) as hydra:
-        name = args.config_name or CONFIG_NAME
-        cfg = compose.load(hydra.config_loader, args.overrides, name=name)
-    print(page.text(cfg, resolve=args.resolve))
-    return OK
-
-
-def _hydra_flag(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def _hydra_flag(argv: Sequence[str]) -> int:
     """``--cfg``, ``--info`` and their like: Hydra's own, once the overrides were checked."""
     import hydra
 
-    from fisher_lab.config import compose
-
-    if args.overrides and not args.shell_completion:
-        with _hydra(args) as instance:
-            name = args.config_name or CONFIG_NAME
-            compose.load(instance.config_loader, args.overrides, name=name)
     program = hydra.main(
         version_base=VERSION_BASE, config_path=str(paths.conf()), config_name=CONFIG_NAME
     )(_never)
     before = sys.argv
-    # Hydra takes the name of the program and the arguments from here, flags before overrides.
-    sys.argv = [before[0], *_flags_first(argv)]
+    # Hydra takes the name of the program and the arguments from here, and overrides in one piece.
+    overrides_last = sorted(argv, key=lambda text: "=" in text and not text.startswith("-"))
+    sys.argv = [before[0], *overrides_last]
     try:
         program()
     except SystemExit as stop:
@@ -197,77 +176,59 @@ def _never(cfg: DictConfig) -> None:
     raise AssertionError("Hydra's flags do not run a task")
 
 
-def _flags_first(argv: Sequence[str]) -> list[str]:
-    """Overrides at the end: Hydra's parser wants them in one piece."""
-    return sorted(argv, key=lambda text: "=" in text and not text.startswith("-"))
+# ---- a run, a sweep ------------------------------------------------------------------------------
 
 
-def preflight(config: Config) -> Mapping[str, Any]:
-    """What can be known to fail before a directory is made or a model is built.
+def _run_or_sweep(args: argparse.Namespace, loader: ConfigLoader) -> int:
+    from hydra.types import RunMode
 
-    Returns:
-        The hashes of text and model, part of the run's identity.
+    from fisher_lab.config import compose
 
-    Raises:
-        ConfigError: a device that this machine does not have; a text or a model that does not
-            exist; a tracker whose package is missing.
-    """
-    from fisher_lab import tracking
-    from fisher_lab.workload.content_identity import content_identity
-
-    tracking.check(config.tracker)
-    content = content_identity(config)
-    _preflight_ranks(config)
-    _preflight_devices(config)
-    return content
+    multirun = args.multirun
+    if multirun:
+        compose.requested(args.overrides)  # +sweeps=a,b has a message of its own
+    cfg = compose.load(loader, args.overrides, name=args.config_name, multirun=multirun)
+    if cfg.hydra.mode == RunMode.MULTIRUN and not multirun:
+        multirun = True
+        cfg = compose.load(loader, args.overrides, name=args.config_name, multirun=True)
+    return (_sweep if multirun else _run)(loader, cfg)
 
 
-def _preflight_devices(config: Config) -> None:
-    """A CUDA device that is asked for by name is there."""
-    asked = {"device": config.device}
-    if config.task.name == "analyze" and config.spectral.enabled:
-        asked["spectral.eigensolve_device"] = config.spectral.eigensolve_device
-    if config.task.name == "analyze" and config.lanczos.enabled:
-        asked["lanczos.vector_device"] = config.lanczos.vector_device
-    if "cuda" not in asked.values():
-        return
-    import torch
+def _run(loader: ConfigLoader, cfg: DictConfig) -> int:
+    from fisher_lab.config.validate import validate
+    from fisher_lab.distributed.nodes import NodeError
+    from fisher_lab.tasks import preflight, ranks
 
-    if torch.cuda.is_available():
-        return
-    for key, value in asked.items():
-        if value == "cuda":
-            raise ConfigError.value(key, value, "auto or cpu on a machine without a CUDA device")
-
-
-def _check_nodes(config: Config) -> None:
-    """The environment names the nodes (where a sweep is submitted, it does not yet)."""
-    import os
-
-    from fisher_lab.distributed import launch
-
-    d = config.distributed
+    config = validate(cfg)
+    _check_single(cfg, config)
+    preflight.check_nodes(config)
+    preflight.preflight(config)
     try:
-        launch.place(d.nproc, d.nodes, os.environ)
-    except launch.LaunchError as error:
-        raise ConfigError(str(error)) from None
+        with ranks.of_one_run(config, cfg, lambda: make_run_directory(cfg)):
+            code = _run_job(loader, cfg)
+            if code != OK:
+                raise ranks.RunFailed(code)  # a rank must not wait for others: it has failed
+            return code
+    except ranks.RunFailed as failed:
+        return failed.code
+    except NodeError as error:
+        print(f"fisher_lab: {error}", file=sys.stderr)
+        return FAILED
 
 
-def _preflight_ranks(config: Config) -> None:
-    """There is a CUDA device for each rank."""
-    d = config.distributed
-    if d.nproc == 1 or config.device == "cpu" or d.backend == "gloo":
-        return
-    import torch
+def _check_single(cfg: DictConfig, config: Config) -> None:
+    """Refuse what only a sweep understands, rather than run something else than was meant."""
+    from fisher_lab.config import compose
 
-    found = torch.cuda.device_count()
-    if d.nproc > found and (found or config.device == "cuda"):
-        raise ConfigError.value(
-            "distributed.nproc", d.nproc, f"at most {found}, the CUDA devices of this machine"
-        )
+    names, _ = compose.requested(list(cfg.hydra.overrides.task))
+    if names:
+        raise ConfigError(f"+sweeps={','.join(names)} names a sweep: add -m to run it")
+    for key, on in (("dry_run", config.sweep.dry_run), ("detach", config.sweep.detach)):
+        if on:
+            raise ConfigError(f"sweep.{key}=true is for sweeps: add -m, with values to sweep over")
 
 
-def claim_directory(cfg: DictConfig) -> Path:
+def make_run_directory(cfg: DictConfig) -> Path:
     """Make the directory of a run, and write it into the configuration.
 
     The default is named after the second: where another process took that name, ``-2``, ``-3`` and
@@ -295,35 +256,12 @@ def claim_directory(cfg: DictConfig) -> Path:
     return directory
 
 
-def _run(hydra: Hydra, cfg: DictConfig) -> int:
-    from fisher_lab.config.validate import validate
-    from fisher_lab.distributed.nodes import NodeError
-    from fisher_lab.tasks import ranks
-
-    config = validate(cfg)
-    _check_single(cfg, config)
-    _check_nodes(config)
-    preflight(config)
-    try:
-        with ranks.of_one_run(config, cfg, lambda: claim_directory(cfg)):
-            code = _run_job(hydra, cfg)
-            if code != OK:
-                raise ranks.RunFailed(code)  # a rank must not wait for others: it has failed
-            return code
-    except ranks.RunFailed as failed:
-        return failed.code
-    except NodeError as error:
-        print(f"fisher_lab: {error}", file=sys.stderr)
-        return FAILED
-
-
-def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
-    from hydra._internal.callbacks import Callbacks
+def _run_job(loader: ConfigLoader, cfg: DictConfig) -> int:
     from hydra.core.utils import env_override, run_job
     from hydra.types import HydraContext, RunMode
 
     cfg.hydra.mode = RunMode.RUN
-    callbacks = Callbacks(cfg)
+    callbacks = _callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
     outcomes: list[Outcome] = []
 
@@ -334,7 +272,7 @@ def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
 
     with env_override(_take_environment(cfg)):
         result = run_job(
-            hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+            hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
             task_function=task,
             config=cfg,
             job_dir_key="hydra.run.dir",
@@ -344,6 +282,12 @@ def _run_job(hydra: Hydra, cfg: DictConfig) -> int:
     if not outcomes:
         _ = result.return_value  # raises what kept the run from being recorded at all
     return outcomes[0].report()
+
+
+def _callbacks(cfg: DictConfig) -> Callbacks:
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks(cfg)
 
 
 def _take_environment(cfg: DictConfig) -> dict[str, str]:
@@ -363,20 +307,7 @@ def _take_environment(cfg: DictConfig) -> dict[str, str]:
     return {str(name): str(value) for name, value in variables.items()}
 
 
-def _check_single(cfg: DictConfig, config: Config) -> None:
-    """Refuse what only a sweep understands, rather than run something else than was meant."""
-    from fisher_lab.config import compose
-
-    names, _ = compose.requested(list(cfg.hydra.overrides.task))
-    if names:
-        raise ConfigError(f"+sweeps={','.join(names)} names a sweep: add -m to run it")
-    for key, on in (("dry_run", config.sweep.dry_run), ("detach", config.sweep.detach)):
-        if on:
-            raise ConfigError(f"sweep.{key}=true is for sweeps: add -m, with values to sweep over")
-
-
-def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
-    from hydra._internal.callbacks import Callbacks
+def _sweep(loader: ConfigLoader, cfg: DictConfig) -> int:
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
@@ -389,11 +320,11 @@ def _sweep(hydra: Hydra, cfg: DictConfig) -> int:
             "distributed.nproc=N every cell starts its own ranks"
         )
     cfg.hydra.mode = RunMode.MULTIRUN
-    callbacks = Callbacks(cfg)
+    callbacks = _callbacks(cfg)
     callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     sweeper = Plugins.instance().instantiate_sweeper(
         config=cfg,
-        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+        hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
         task_function=_never,
     )
     overrides: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)

@@ -6,8 +6,11 @@ messages take several lines and end in exit code 1.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -16,34 +19,27 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.validate import check_section, is_known, unknown_key, validate
-
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-
-    from fisher_lab.config.schema import Config
-import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from omegaconf import OmegaConf
-
 from fisher_lab.config.schema import Config
+from fisher_lab.config.validate import check_keys, find, unknown_key, validate
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+GROUP = "sweeps"
+"""The group of the sweep files."""
 
 # Hydra raises ValueError for options of a wrong type, and YAMLError comes from an edited file.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
 
 _OPTIONS: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDictionary()
+
+
+# ---- overrides -----------------------------------------------------------------------------------
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -93,25 +89,21 @@ def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> 
         if override.package is not None or override.is_delete():
             continue
         options = _options(loader, key)
-        if options:
+        if options and not isinstance(override.value(), dict):
             _check_options(override, options)
-        elif "/" in key:
+        elif "/" in key and not options:
             raise _unknown_group(loader, override)
         elif key != "hydra" and not key.startswith("hydra."):
             _check_key(override)
 
 
-def names_group(loader: ConfigLoader, override: Override) -> bool:
-    """Whether an override chooses an option of a group, and does not set a value."""
-    return bool(_options(loader, override.key_or_group)) and not isinstance(override.value(), dict)
-
-
 def _check_key(override: Override) -> None:
-    key, value = override.key_or_group, override.value()
-    if not is_known(key):
+    key = override.key_or_group
+    field = find(key)
+    if field is None:
         raise unknown_key(key, (override.input_line or "").partition("=")[2])
-    if not override.is_sweep_override():
-        check_section(key, value)
+    if field.section is not None and not override.is_sweep_override():
+        check_keys(field.section, override.value(), f"{key}.")
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:
@@ -123,9 +115,6 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 
 def _check_options(override: Override, options: list[str]) -> None:
     value = override.value()
-    if isinstance(value, dict):
-        check_section(override.key_or_group, value)  # keys of the section, not an option
-        return
     if override.is_sweep_override():
         names = list(override.sweep_string_iterator())
     else:
@@ -141,7 +130,7 @@ def _check_options(override: Override, options: list[str]) -> None:
 
 
 def _unknown_group(loader: ConfigLoader, override: Override) -> ConfigError:
-    groups = list(_groups(loader, ""))
+    groups = _groups(loader, "")
     near = _near(override.key_or_group, groups)
     known = "" if near else f"; groups are {', '.join(groups)}"
     return ConfigError(
@@ -166,6 +155,9 @@ def _near(word: str, words: Sequence[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+# ---- composition ---------------------------------------------------------------------------------
+
+
 def load(
     loader: ConfigLoader, overrides: Sequence[str], *, name: str = "config", multirun: bool = False
 ) -> DictConfig:
@@ -185,54 +177,30 @@ def load(
     """
     check(loader, overrides, multirun=multirun)
     mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    try:
+    with _one_line_errors():
         return loader.load_configuration(name, list(overrides), run_mode=mode)
-    except COMPOSITION_ERRORS as error:
-        raise ConfigError(one_line(error)) from error
 
 
-def load_cell(
-    loader: ConfigLoader, master: DictConfig, overrides: Sequence[str]
-) -> tuple[DictConfig, Config]:
-    """Compose and validate one cell of a sweep.
-
-    Args:
-        loader: Hydra's configuration loader.
-        master: what the sweep was started with.
-        overrides: the cell's own overrides.
-
-    Returns:
-        The composed configuration and its typed form.
-
-    Raises:
-        ConfigError: in one line that ends with the cell's overrides.
-    """
+@contextmanager
+def _one_line_errors(after: str = "") -> Iterator[None]:
+    """Errors of Hydra and OmegaConf become ours, on one line, without search paths and notes."""
     try:
-        check(loader, overrides, multirun=False)
-        cfg = loader.load_sweep_config(master, list(overrides))
-        return cfg, validate(cfg)
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{error} (in the cell {' '.join(overrides)})") from None
-    except COMPOSITION_ERRORS as error:
-        raise ConfigError(f"{one_line(error)} (in the cell {' '.join(overrides)})") from error
+        raise ConfigError(f"{error}{after}") from None
+    except _COMPOSITION_ERRORS as error:
+        texts = [str(error)]
+        if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
+            texts.append(str(error.__cause__))
+        lines = [line.strip() for line in "\n".join(texts).splitlines()]
+        lines = itertools.takewhile(lambda line: not line.startswith("Search path"), lines)
+        noise = ("full_key:", "object_type=", "reference_type=", "See ")
+        kept = [line for line in lines if line and not line.startswith(noise)]
+        text = " ".join(dict.fromkeys(kept)) or type(error).__name__
+        raise ConfigError(f"{text}{after}") from error
 
 
-def one_line(error: BaseException) -> str:
-    """An error of Hydra or OmegaConf on one line, without search paths and internal notes."""
-    texts = [str(error)]
-    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
-        texts.append(str(error.__cause__))
-    kept: list[str] = []
-    for line in "\n".join(texts).splitlines():
-        line = line.strip()
-        if line.startswith("Search path"):
-            break
-        if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "See ")):
-            kept.append(line)
-    return " ".join(dict.fromkeys(kept)) or type(error).__name__
-
-
-GROUP = "sweeps"
+# ---- sweeps --------------------------------------------------------------------------------------
 
 
 def requested(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -269,12 +237,19 @@ def cells(params: Mapping[str, object] | None, arguments: Sequence[str]) -> list
     Raises:
         ConfigError: an override that cannot be parsed, or a sweep that is not a list of values.
     """
-    parsed = parse([*(f"{key}={value}" for key, value in (params or {}).items()), *arguments])
-    try:
-        (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except HydraException as error:
-        raise ConfigError(one_line(error)) from error
-    return batch
+    axes: dict[str, list[str]] = {}
+    for one in parse([*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]):
+        key = one.get_key_element()
+        if not one.is_sweep_override():
+            axes[key] = [f"{key}={one.get_value_element_as_str()}"]
+        elif one.is_discrete_sweep():
+            axes[key] = [f"{key}={value}" for value in one.sweep_string_iterator()]
+        else:
+            raise ConfigError(
+                f"{one.input_line}: a sweep does not support sweep type "
+                f"{one.value_type.name if one.value_type else ''}; give a list of values"
+            )
+    return [list(cell) for cell in itertools.product(*axes.values())]
 
 
 class Composer:
@@ -299,27 +274,28 @@ class Composer:
         Raises:
             ConfigError: in one line that ends with the cell's overrides.
         """
-        parsed = parse(overrides)
-        groups = [one for one in parsed if names_group(self._loader, one)]
-        plain = [one for one in parsed if one not in groups]
-        if not all(_sets_a_value(one) for one in plain):
-            return load_cell(self._loader, self._master, overrides)[1]
-        key = tuple(one.input_line or "" for one in groups)
-        try:
+        with _one_line_errors(f" (in the cell {' '.join(overrides)})"):
             check(self._loader, overrides, multirun=False)
-            if key not in self._composed:
-                composed = self._loader.load_sweep_config(self._master, list(key))
-                names = [str(name) for name in composed if name != "hydra"]
-                self._composed[key] = OmegaConf.masked_copy(composed, names)
-            cfg = copy.deepcopy(self._composed[key])
+            parsed = parse(overrides)
+            groups = [one for one in parsed if self._chooses_option(one)]
+            plain = [one for one in parsed if one not in groups]
+            if not all(map(_sets_a_value, plain)):
+                return validate(self._loader.load_sweep_config(self._master, list(overrides)))
+            cfg = copy.deepcopy(self._compose(tuple(one.input_line or "" for one in groups)))
             for one in plain:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             return validate(cfg)
-        except ConfigError as error:
-            raise ConfigError(f"{error} (in the cell {' '.join(overrides)})") from None
-        except COMPOSITION_ERRORS as error:
-            text = f"{one_line(error)} (in the cell {' '.join(overrides)})"
-            raise ConfigError(text) from error
+
+    def _chooses_option(self, override: Override) -> bool:
+        options = _options(self._loader, override.key_or_group)
+        return bool(options) and not isinstance(override.value(), dict)
+
+    def _compose(self, choices: tuple[str, ...]) -> DictConfig:
+        if choices not in self._composed:
+            composed = self._loader.load_sweep_config(self._master, list(choices))
+            names = [str(name) for name in composed if name != "hydra"]
+            self._composed[choices] = OmegaConf.masked_copy(composed, names)
+        return self._composed[choices]
 
 
 def _sets_a_value(override: Override) -> bool:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.errors import show
 from fisher_lab.config.schema import Config
-from fisher_lab.config.validate import allowed_text
+from fisher_lab.config.validate import fields_of
 
 _PAGE_HEAD = """\
 # Configuration
@@ -79,12 +79,12 @@ def _codes(names: list[str]) -> str:
 def _rows(section: Any, prefix: str, *, deep: bool = False) -> Iterator[str]:
     for item in dataclasses.fields(section):
         key, value = f"{prefix}{item.name}", getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            if deep:
-                yield from _rows(value, f"{key}.", deep=True)
-            continue
-        cells = (f"`{key}`", f"`{show(value)}`", allowed_text(key), item.metadata["meaning"])
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        field = fields_of(type(section))[item.name]
+        if field.section is None:
+            cells = (f"`{key}`", f"`{show(value)}`", field.text, item.metadata["meaning"])
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        elif deep:
+            yield from _rows(value, f"{key}.", deep=True)
 
 
 _HEAD = """\

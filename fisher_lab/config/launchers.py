@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.fields import above, null, one_of, problems, setting, whole
+from fisher_lab.config.fields import above, null, one_of, setting, whole
 from fisher_lab.config.validate import build
 
 
@@ -88,9 +87,6 @@ def check(kind: str, given: Mapping[str, Any]) -> Settings:
         given: plain values.
 
     Raises:
-        ConfigError: a value that is not allowed, in one line.
+        ConfigError: a key that no launcher reads or a value that is not allowed, in one line.
     """
-    typed: Settings = build(KINDS[kind], given, "hydra.launcher.")
-    for key, value, allowed in problems(typed, "hydra.launcher."):
-        raise ConfigError.value(key, value, allowed)
-    return typed
+    return build(KINDS[kind], given, "hydra.launcher.")

@@ -1,7 +1,7 @@
 """The schema: one dataclass a group, every key with its meaning, default and range.
 
-Every key and its default reach Hydra from here (``store.py``); the files under ``conf/`` choose
-among them. ``docs/configuration.md`` is made from this module. Nothing here imports torch.
+Every key and its default reach Hydra from here (`sweep_files.register`); the files under ``conf/``
+choose among them. ``docs/configuration.md`` is made from this module. Nothing here imports torch.
 """
 
 from __future__ import annotations

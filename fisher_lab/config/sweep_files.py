@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 from fisher_lab.config import paths
 from fisher_lab.config.errors import ConfigError, show
+from fisher_lab.config.launchers import LocalSettings, SlurmSettings
 from fisher_lab.config.schema import Config
 
 METADATA = ("title", "params", "alone", "claims", "sweeps")
@@ -164,15 +165,23 @@ def node(file: SweepFile) -> dict[str, Any]:
     return merged
 
 
-DEFAULTS = "schema_defaults"
-"""The entry of the defaults list in ``conf/config.yaml`` that brings every key of the schema."""
+_DEFAULTS: dict[str, type[Any]] = {
+    "schema_defaults": Config,
+    "local_settings": LocalSettings,
+    "slurm_settings": SlurmSettings,
+}
+"""Entry of a defaults list under ``conf/`` -> the options whose defaults it stands for."""
 
 
 def register() -> None:
-    """Register the schema's defaults and the sweeps. May be called more than once."""
-    # Plain values, not the dataclass: its types would make Hydra raise in its own words.
-    store = ConfigStore.instance()
-    store.store(name=DEFAULTS, node=dataclasses.asdict(Config()), provider="fisher_lab")
+    """Register the defaults of all option classes, and the sweeps. May be called more than once.
+
+    The files under ``conf/`` name them in their defaults lists, so that none is repeated there.
+    """
+    # Plain values, not the dataclasses: their types would make Hydra raise in its own words.
+    for name, section in _DEFAULTS.items():
+        defaults = dataclasses.asdict(section())
+        ConfigStore.instance().store(name=name, node=defaults, provider="fisher_lab")
     _register_sweeps()
 
 

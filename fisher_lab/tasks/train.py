@@ -1,7 +1,7 @@
 """``task=train``: train the configured model on the configured text, resumably.
 
 Started again in the same run directory (``hydra.run.dir=...``), a training that was stopped or
-killed goes on where it was, and on the CPU ends bit-identical to one that was left alone.
+killed continues where it was, and on the CPU ends bit-identical to one that was not.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
-from fisher_lab.tasks import crew as crews
-from fisher_lab.tasks import natural
 from fisher_lab.tasks.analyze import RANKS_FILE
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workload import build, cache, models, training_loop
-from fisher_lab.workload.gradient import Passes
-from fisher_lab.workload.inputs import Materials, prepare
+from fisher_lab.workload.data_parallel import DataParallel
+from fisher_lab.workload.gradient import GradientOptions
+from fisher_lab.workload.inputs import Inputs, prepare
+from fisher_lab.workload.training_run import Result, TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ MODEL_DIRECTORY = "model"
 def run(config: Config, run: Run) -> None:
     """Train, and leave ``curve.csv``, ``metrics.json`` and ``model/`` in the run directory.
 
-    On several ranks every step is that of the joined batch; rank 0 writes the files, and a row a
-    rank in ``ranks.csv``.
+    On several ranks every step is that of the whole batch; rank 0 writes the files, among them
+    ``ranks.csv`` with one row per rank.
 
     Args:
         config: The validated configuration.
@@ -55,37 +55,40 @@ def run(config: Config, run: Run) -> None:
         fisher_lab.runs.signals.Interrupted: A signal came; what resuming needs is saved.
     """
     progress = Progress(config.progress)
-    materials = prepare(config)
-    model, origin = _initial(materials, progress, run)
-    run.note(workbench={**materials.record, "initial": origin})
-    ranks, crew = Ranks.of(config), crews.of(config)
-    job = make_job(config, crews.origin(crew, origin))
-    _check_length(job, model)
-    crews.check(config, crew, job.batch_size)
-    model = model.to(build.device_of(config))
-    crew.adopt(model)
+    inputs = prepare(config)
+    model, origin = _initial(inputs, progress, run)
+    run.note(workbench={**inputs.record, "initial": origin})
+    ranks = Ranks.of(config)
+    # What is built here uses all its parameters.
+    unused = config.model.type == "pretrained"
+    parallel = DataParallel(ranks.communicator, config.distributed.wrapper, unused=unused)
+    training = training_run(config, {**origin, **parallel.describe()})
+    _check_length(training, model)
+    check_ranks(config, training.batch_size, parallel.size)
+    device = build.device_of(config)
+    model = model.to(device)
+    parallel.prepare(model)
     ranks.reset_traffic()
-    with PeakMemory(build.device_of(config)) as memory:
+    with PeakMemory(device) as memory:
         result = training_loop.train(
             model,
-            materials.task,
-            job,
+            inputs.objective,
+            training,
             run.directory,
-            make=natural.maker(config, ranks.communicator),
             label=f"training {config.model.name}",
             save_every_s=config.train.save_every_s,
             track=progress.track,
             signals=run.signals,
             on_row=_send_row,
-            crew=crew,
+            parallel=parallel,
         )
-    weights = crew.weights(model)
-    if crew.leads:
-        digest = _save(model, materials, run.directory / MODEL_DIRECTORY, weights)
+    weights = parallel.full_weights(model)
+    if parallel.is_rank_zero:
+        digest = _save(model, inputs, run.directory / MODEL_DIRECTORY, weights)
         run.note(weights_sha256=digest, resumed_at=result.resumed_at)
-    run.metrics(metrics(result, job, config.train.target_loss))
-    if isinstance(crew, crews.RankCrew):
-        rows, about = ranks.report(crew.tokens, crew.labels, memory.growth_mib)
+    run.metrics(metrics(result, config.train.target_loss))
+    if ranks.communicator is not None:
+        rows, about = ranks.report(parallel.tokens, parallel.labels, memory.growth_mib)
         run.metrics({name: value for name, value in about.items() if name.startswith("dist/")})
         run.table(RANKS_FILE, rows)
 
@@ -95,14 +98,14 @@ def _send_row(row: Mapping[str, Any]) -> None:
     tracking.active().log(strict(values), int(row["step"]))
 
 
-def make_job(config: Config, origin: dict[str, Any]) -> training_loop.Job:
+def training_run(config: Config, origin: dict[str, Any]) -> TrainingRun:
     """What is trained, from the sections ``train`` and ``optimizer`` and the model's recipe."""
     recipe = config.model.recipe
     lr = config.optimizer.lr or recipe.lr
     optimizer = dataclasses.replace(
         config.optimizer, lr=lr, rest_lr=config.optimizer.rest_lr or recipe.lr
     )
-    return training_loop.Job(
+    return TrainingRun(
         steps=config.train.steps or recipe.steps,
         batch_size=config.train.batch_size or recipe.batch_size,
         seq_len=config.train.seq_len or recipe.seq_len,
@@ -110,51 +113,71 @@ def make_job(config: Config, origin: dict[str, Any]) -> training_loop.Job:
         seed=config.seed,
         optimizer=optimizer,
         eval_every=config.train.eval_every,
-        passes=Passes(
+        gradient=GradientOptions(
             precision=config.train.precision,
             accumulation=config.train.accumulation,
             gradient_checkpointing=config.train.gradient_checkpointing,
         ),
         divergence_factor=config.train.divergence_factor,
-        curvature=_curvature(config),
+        kfac=config.kfac if optimizer.name in CURVATURE_OPTIMIZERS else None,
         origin=origin,
     )
 
 
-def _curvature(config: Config) -> dict[str, Any]:
-    if config.optimizer.name not in CURVATURE_OPTIMIZERS:
-        return {}
-    return dataclasses.asdict(config.kfac)
+def check_ranks(config: Config, batch_size: int, ranks: int) -> None:
+    """Refuse what ranks with shards cannot do, before anything is trained.
+
+    Args:
+        config: The validated configuration.
+        batch_size: Sequences a step, of all ranks.
+        ranks: Their number.
+
+    Raises:
+        ConfigError: Muon, or a batch with fewer sequences than ranks and a curvature optimiser.
+    """
+    if ranks == 1 or config.distributed.wrapper != "fsdp":
+        return
+    if config.optimizer.name == "muon":
+        raise ConfigError.value(
+            "optimizer.name",
+            "muon",
+            "another one with distributed.wrapper=fsdp, where its steps are not those of whole "
+            "matrices",
+        )
+    if config.optimizer.name in CURVATURE_OPTIMIZERS and batch_size < ranks:
+        raise ConfigError.value(
+            "train.batch_size",
+            batch_size,
+            f"at least {ranks}, the ranks, with distributed.wrapper=fsdp and a curvature optimiser",
+        )
 
 
-def _initial(
-    materials: Materials, progress: Progress, run: Run
-) -> tuple[nn.Module, dict[str, Any]]:
+def _initial(inputs: Inputs, progress: Progress, run: Run) -> tuple[nn.Module, dict[str, Any]]:
     """The weights to begin with, and what they are."""
-    cfg = materials.cfg
-    if cfg.train.from_checkpoint or materials.pretrained is not None:
-        model, about = build.trained(materials, progress, run.signals)
+    cfg = inputs.cfg
+    if cfg.train.from_checkpoint or inputs.pretrained is not None:
+        model, about = build.trained(inputs, progress, run.signals)
         return model, {**about, "dtype": cfg.model.dtype}
-    model = models.with_dtype(materials.untrained(cfg.seed), cfg.model.dtype)
+    model = models.with_dtype(inputs.untrained(cfg.seed), cfg.model.dtype)
     models.set_attention(model, cfg.model.attn_implementation)
     about = {
         "init": "random",
-        "checkpoint": materials.checkpoint_key,
+        "checkpoint": inputs.checkpoint_key,
         "seed": cfg.seed,
         "dtype": cfg.model.dtype,
     }
     return model, about
 
 
-def _check_length(job: training_loop.Job, model: nn.Module) -> None:
+def _check_length(run: TrainingRun, model: nn.Module) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and job.seq_len > limit:
-        raise ConfigError.value("train.seq_len", job.seq_len, f"at most the model's {limit}")
+    if isinstance(limit, int) and run.seq_len > limit:
+        raise ConfigError.value("train.seq_len", run.seq_len, f"at most the model's {limit}")
 
 
 def _save(
     model: nn.Module,
-    materials: Materials,
+    inputs: Inputs,
     directory: Path,
     weights: dict[str, Tensor] | None,
 ) -> str:
@@ -163,19 +186,16 @@ def _save(
         shutil.rmtree(directory)
     with atomic.directory(directory) as temporary:
         models.save(model, temporary, weights)
-        materials.tokenizer.save_pretrained(str(temporary))
+        inputs.tokenizer.save_pretrained(str(temporary))
     return cache.sha256_of(*sorted(directory.glob("*.safetensors")))
 
 
-def metrics(
-    result: training_loop.Result, job: training_loop.Job, target: float | None
-) -> dict[str, float | int | None]:
+def metrics(result: Result, target: float | None) -> dict[str, float | int | None]:
     """What a training came to, for ``metrics.json``.
 
     Args:
-        result: of the training.
-        job: what was asked for.
-        target: held-out loss whose first crossing is reported, or None.
+        result: Of the training.
+        target: Held-out loss whose first crossing is reported, or None.
     """
     rows = result.curve.rows
     last = rows[-1]

@@ -13,8 +13,8 @@ from fisher_lab.curvature import losses
 from fisher_lab.runs.signals import Watch
 from fisher_lab.workload import checkpoint, content_identity, evaluation, models
 from fisher_lab.workload.corpus import Side
-from fisher_lab.workload.inputs import Materials, ProgressLike, prepare
-from fisher_lab.workload.objectives import Batch, TextTask
+from fisher_lab.workload.inputs import Inputs, ProgressLike, prepare
+from fisher_lab.workload.objectives import Batch, Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +24,13 @@ EVALUATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workload:
     """A model and the text it is looked at on.
 
     Attributes:
         model: In evaluation mode, on ``device``.
         tokenizer: The model's.
-        task: Makes the batches.
+        objective: Makes the batches.
         device: Where model and batches are.
         batch_size: Sequences a batch.
         seq_len: Tokens a sequence.
@@ -40,7 +40,7 @@ class Bench:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    task: TextTask
+    objective: Objective
     device: torch.device
     batch_size: int
     seq_len: int
@@ -49,7 +49,7 @@ class Bench:
     @property
     def loss_fn(self) -> losses.CrossEntropy | None:
         """None for a Hugging Face model; else ``loss_fn(outputs, batch)`` gives token losses."""
-        return self.task.loss_fn
+        return self.objective.loss_fn
 
     def batches(self, split: Side, n: int, seed: int) -> list[Batch]:
         """The first ``n`` batches of a side of the text, on the model's device.
@@ -60,7 +60,7 @@ class Bench:
             seed: Of windows and masks.
         """
         made = (
-            self.task.batch(
+            self.objective.batch(
                 split, index, seed=seed, batch_size=self.batch_size, seq_len=self.seq_len
             )
             for index in range(n)
@@ -75,7 +75,9 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device(cfg.device)
 
 
-def build(cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None) -> Bench:
+def build(
+    cfg: Config, progress: ProgressLike | None = None, signals: Watch | None = None
+) -> Workload:
     """Build model, tokenizer and batches; the first time, this trains the checkpoint.
 
     Args:
@@ -87,58 +89,61 @@ def build(cfg: Config, progress: ProgressLike | None = None, signals: Watch | No
         ConfigError: Text or model cannot be had as configured.
         fisher_lab.runs.signals.Interrupted: A signal came while the checkpoint was trained.
     """
-    materials = prepare(cfg)
-    model, about = trained(materials, progress, signals)
+    inputs = prepare(cfg)
+    model, about = trained(inputs, progress, signals)
     device = device_of(cfg)
     model = model.to(device).eval()
-    record = {**materials.record, "model": {**about, "parameters": _count(model)}}
-    bench = Bench(
+    record = {**inputs.record, "model": {**about, "parameters": _count(model)}}
+    workload = Workload(
         model,
-        materials.tokenizer,
-        materials.task,
+        inputs.tokenizer,
+        inputs.objective,
         device,
         cfg.data.batch_size,
         cfg.data.seq_len,
         record,
     )
     if "heldout_loss" not in about:
-        record["model"].update(_evaluate(bench))
-    return bench
+        record["model"].update(_evaluate(workload))
+    return workload
 
 
 def trained(
-    materials: Materials, progress: ProgressLike | None, signals: Watch | None
+    inputs: Inputs, progress: ProgressLike | None, signals: Watch | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model under analysis: pretrained, from its checkpoint, or as initialised.
 
     Returns:
         The model on the CPU, and what the record says of it.
     """
-    model = materials.cfg.model
-    if materials.pretrained is not None:
-        content = content_identity.content_identity(materials.cfg)["model"]
-        return materials.pretrained, {"init": "pretrained", **content}
+    model = inputs.cfg.model
+    if inputs.pretrained is not None:
+        content = content_identity.content_identity(inputs.cfg)["model"]
+        return inputs.pretrained, {"init": "pretrained", **content}
     if model.init == "random":
-        built = models.with_dtype(materials.untrained(model.train_seed), model.dtype)
+        built = models.with_dtype(inputs.untrained(model.train_seed), model.dtype)
         models.set_attention(built, model.attn_implementation)
         return built, {"init": "random", "train_seed": model.train_seed}
-    directory = checkpoint.cached(materials, progress, signals)
+    directory = checkpoint.cached(inputs, progress, signals)
     record = checkpoint.verified_record(directory)
-    return models.load(directory, model, materials.task.name), {"init": "trained", **record}
+    return models.load(directory, model, inputs.objective.name), {"init": "trained", **record}
 
 
-def _evaluate(bench: Bench) -> dict[str, Any]:
+def _evaluate(workload: Workload) -> dict[str, Any]:
     size: Any = {
-        "batch_size": bench.batch_size,
-        "seq_len": bench.seq_len,
+        "batch_size": workload.batch_size,
+        "seq_len": workload.seq_len,
         "limit": EVALUATION_BATCHES,
     }
     return {
-        "heldout_loss": evaluation.heldout_loss(bench.model, bench.task, **size),
-        "baseline_loss": evaluation.baseline_loss(bench.task, **size),
-        "baseline": bench.task.baseline,
+        "heldout_loss": evaluation.heldout_loss(workload.model, workload.objective, **size),
+        "baseline_loss": evaluation.baseline_loss(workload.objective, **size),
+        "baseline": workload.objective.baseline,
     }
 
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+Bench = Workload

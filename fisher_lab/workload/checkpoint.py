@@ -1,4 +1,4 @@
-"""The checkpoint that a built model's recipe gives: trained once, then taken from the cache."""
+"""The checkpoint of a built model: trained once by its recipe, then taken from the cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fisher_lab.config.workload import ModelConfig, OptimizerConfig
 from fisher_lab.runs import atomic, lock
 from fisher_lab.runs.signals import Watch
 from fisher_lab.workload import cache, models, training_loop
 from fisher_lab.workload.snapshot import SnapshotError
+from fisher_lab.workload.training_run import Result, TrainingRun
 
 if TYPE_CHECKING:
-    from fisher_lab.workload.inputs import Materials, ProgressLike
+    from fisher_lab.workload.inputs import Inputs, ProgressLike
 
 log = logging.getLogger(__name__)
 
@@ -31,45 +33,45 @@ class CheckpointError(RuntimeError):
 
 
 def cached(
-    materials: Materials, progress: ProgressLike | None = None, signals: Watch | None = None
+    inputs: Inputs, progress: ProgressLike | None = None, signals: Watch | None = None
 ) -> Path:
     """Train the checkpoint unless the cache has it.
 
     It is trained on the CPU in float32 wherever it is used later, so that a machine's device does
-    not decide what the checkpoint is. A training that is killed goes on where it was, here or in
+    not decide what the checkpoint is. A training that is killed continues where it was, here or in
     another process that wants the same checkpoint.
 
     Returns:
         A directory with ``config.json``, ``model.safetensors``, the tokenizer, ``curve.csv`` and
         ``record.json``.
     """
-    model = materials.cfg.model
-    root = cache.directory(materials.cfg.cache_dir)
-    target = root / "checkpoints" / f"{model.type}-{materials.checkpoint_key}"
+    model = inputs.cfg.model
+    root = cache.directory(inputs.cfg.cache_dir)
+    target = root / "checkpoints" / f"{model.type}-{inputs.checkpoint_key}"
 
     def build(path: Path) -> None:
         partial = path.parent / f"{path.name}.partial"
         try:
-            _train(materials, path, partial, progress, signals)
+            _train(inputs, path, partial, progress, signals)
         except SnapshotError as error:
             log.warning("%s; the training of the checkpoint begins again", error)
             shutil.rmtree(partial)
-            _train(materials, path, partial, progress, signals)
+            _train(inputs, path, partial, progress, signals)
         shutil.rmtree(partial)
 
-    def tell(holder: lock.Holder) -> None:
+    def report_waiting(holder: lock.Holder) -> None:
         log.warning(
             "waiting for %s, which process %d on %s is training", target, holder.pid, holder.host
         )
 
-    lock.once(target, build, on_wait=tell)
+    lock.once(target, build, on_wait=report_waiting)
     return target
 
 
-def job(model: ModelConfig, origin: str | None) -> training_loop.Job:
+def training_run(model: ModelConfig, origin: str | None) -> TrainingRun:
     """The training that makes a model's checkpoint."""
     recipe = model.recipe
-    return training_loop.Job(
+    return TrainingRun(
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         seq_len=recipe.seq_len,
@@ -98,52 +100,58 @@ def verified_record(directory: Path) -> dict[str, Any]:
 
 
 def _train(
-    materials: Materials,
+    inputs: Inputs,
     path: Path,
     partial: Path,
     progress: ProgressLike | None,
     signals: Watch | None,
 ) -> None:
-    config = materials.cfg.model
-    todo = job(config, materials.checkpoint_key)
+    config = inputs.cfg.model
+    run = training_run(config, inputs.checkpoint_key)
     label = f"training {config.type} once"
-    log.info("%s: %d steps, into %s", label, todo.steps, path)
-    model = materials.untrained(config.train_seed)
+    log.info("%s: %d steps, into %s", label, run.steps, path)
+    model = inputs.untrained(config.train_seed)
     # The training seeds the process's random numbers; what comes after must not see whether
     # the checkpoint was trained here or found.
     with torch.random.fork_rng(devices=[]):
         result = training_loop.train(
             model,
-            materials.task,
-            todo,
+            inputs.objective,
+            run,
             partial,
             label=label,
             track=progress.track if progress is not None else training_loop.no_track,
             signals=signals,
         )
-    with atomic.directory(path, keep_existing=True) as temporary:
-        models.save(model, temporary)
-        materials.tokenizer.save_pretrained(str(temporary))
-        result.curve.write(temporary / training_loop.CURVE_FILE)
-        record = {
-            "checkpoint": materials.checkpoint_key,
-            "checkpoint_sha256": cache.sha256_of(temporary / WEIGHTS_FILE),
-            "train_seed": config.train_seed,
-            "steps": todo.steps,
-            "threads": torch.get_num_threads(),
-            "seconds": result.seconds,
-            "heldout_loss": result.heldout_loss,
-            "baseline_loss": result.baseline_loss,
-            "baseline": materials.task.baseline,
-        }
-        atomic.write_json(temporary / RECORD_FILE, record)
+    _save(path, inputs, model, run, result)
+    baseline = inputs.objective.baseline
     log.info(
         "%s: held-out loss %.3f, %s %.3f, %.0f s",
         label,
         result.heldout_loss,
-        materials.task.baseline,
+        baseline,
         result.baseline_loss,
         result.seconds,
     )
     if result.heldout_loss >= result.baseline_loss:
-        log.warning("%s: the recipe does not beat the %s", label, materials.task.baseline)
+        log.warning("%s: the recipe does not beat the %s", label, baseline)
+
+
+def _save(path: Path, inputs: Inputs, model: nn.Module, run: TrainingRun, result: Result) -> None:
+    """Write the trained model, its tokenizer, its curve and its record."""
+    with atomic.directory(path, keep_existing=True) as temporary:
+        models.save(model, temporary)
+        inputs.tokenizer.save_pretrained(str(temporary))
+        result.curve.write(temporary / training_loop.CURVE_FILE)
+        record = {
+            "checkpoint": inputs.checkpoint_key,
+            "checkpoint_sha256": cache.sha256_of(temporary / WEIGHTS_FILE),
+            "train_seed": inputs.cfg.model.train_seed,
+            "steps": run.steps,
+            "threads": torch.get_num_threads(),
+            "seconds": result.seconds,
+            "heldout_loss": result.heldout_loss,
+            "baseline_loss": result.baseline_loss,
+            "baseline": inputs.objective.baseline,
+        }
+        atomic.write_json(temporary / RECORD_FILE, record)

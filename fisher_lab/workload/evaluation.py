@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.curvature import losses
-from fisher_lab.workload.data_parallel import ALONE, Crew
-from fisher_lab.workload.objectives import TextTask
+from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
+from fisher_lab.workload.objectives import Objective
 
 BASELINE_LABELS = 60_000
 """The trivial model counts at least so many labels of the train side."""
@@ -18,67 +18,69 @@ SEED = 0
 @torch.no_grad()
 def heldout_loss(
     model: nn.Module,
-    task: TextTask,
+    objective: Objective,
     *,
     batch_size: int,
     seq_len: int,
     limit: int | None = None,
-    crew: Crew = ALONE,
+    parallel: DataParallel = ONE_PROCESS,
 ) -> float:
     """Mean loss a label over the held-out text, in nats; the model's mode is left as it was.
 
-    Ranks take their share of each batch and all return the same number.
+    Each rank takes its sequences of every batch; all return the same number.
 
     Args:
         model: The model.
-        task: Where the batches come from.
+        objective: Makes the batches.
         batch_size: Sequences a batch.
         seq_len: Tokens a sequence.
         limit: Batches at most; None takes every held-out window.
-        crew: Who evaluates.
+        parallel: The processes that evaluate.
     """
     training = model.training
     model.eval()
     total, count = 0.0, 0
     try:
-        for index in range(_batches(task, batch_size, seq_len, limit)):
-            batch = task.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
-            for own in crew.own([losses.prepare(model, batch)]):
-                summed = losses.compute_loss(model, own, task.loss_fn)
+        for index in range(_batches(objective, batch_size, seq_len, limit)):
+            batch = objective.batch(
+                "heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len
+            )
+            for own in parallel.own_sequences([losses.prepare(model, batch)]):
+                summed = losses.compute_loss(model, own, objective.loss_fn)
                 total += float(summed.loss)
                 count += summed.n_labels
     finally:
         model.train(training)
-        crew.settle(model)
-    total, count = crew.total(total, count)
+        parallel.reshard(model)
+    total, count = parallel.sum(total, count)
     return total / max(count, 1)
 
 
 def baseline_loss(
-    task: TextTask, *, batch_size: int, seq_len: int, limit: int | None = None
+    objective: Objective, *, batch_size: int, seq_len: int, limit: int | None = None
 ) -> float:
     """Mean held-out loss, in nats, of label frequencies counted on train batches (plus one each).
 
     Args:
-        task: Where the labels come from.
+        objective: Makes the batches.
         batch_size: Sequences a batch.
         seq_len: Tokens a sequence.
         limit: Held-out batches at most, as in `heldout_loss`.
     """
-    counts = torch.ones(task.classes, dtype=torch.float64)
+    counts = torch.ones(objective.classes, dtype=torch.float64)
     index = 0
-    while counts.sum() < BASELINE_LABELS + task.classes:
-        batch = task.batch("train", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
-        counts += torch.bincount(task.targets(batch), minlength=task.classes)
+    while counts.sum() < BASELINE_LABELS + objective.classes:
+        batch = objective.batch("train", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
+        counts += torch.bincount(objective.targets(batch), minlength=objective.classes)
         index += 1
     nats = -(counts / counts.sum()).log()
     seen: list[Tensor] = []
-    for index in range(_batches(task, batch_size, seq_len, limit)):
-        batch = task.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
-        seen.append(nats[task.targets(batch)])
+    for index in range(_batches(objective, batch_size, seq_len, limit)):
+        batch = objective.batch("heldout", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
+        seen.append(nats[objective.targets(batch)])
     return float(torch.cat(seen).mean())
 
 
-def _batches(task: TextTask, batch_size: int, seq_len: int, limit: int | None) -> int:
-    count = task.heldout_batches(batch_size, seq_len)
+def _batches(objective: Objective, batch_size: int, seq_len: int, limit: int | None) -> int:
+    count = objective.heldout_batches(batch_size, seq_len)
     return count if limit is None else min(count, limit)

@@ -13,7 +13,7 @@ from torch import nn
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.wrappers import device_of
-from fisher_lab.workload.data_parallel import ALONE, Crew
+from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
 from fisher_lab.workload.objectives import Batch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,7 +21,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Passes:
+class GradientOptions:
     """How forward and backward passes are made.
 
     Attributes:
@@ -36,15 +36,16 @@ class Passes:
     gradient_checkpointing: bool = False
 
 
-class Gradient:
-    """Computes gradients and has them applied.
+class BatchGradient:
+    """Computes the gradient of a batch and lets optimisers step along it.
 
     Args:
         model: The model.
         loss_fn: None for a Hugging Face model.
-        passes: How.
+        options: How forward and backward passes are made.
         clip_norm: The gradient's norm is cut to this; None leaves it.
-        optimizers: What `apply` lets step.
+        *optimizers: Step in `apply`.
+        parallel: The processes that compute it together.
 
     Attributes:
         cut: What the last gradient was multiplied by, to keep its norm under the limit.
@@ -57,25 +58,25 @@ class Gradient:
         self,
         model: nn.Module,
         loss_fn: losses.LossFunction | None,
-        passes: Passes,
+        options: GradientOptions,
         clip_norm: float | None,
         *optimizers: torch.optim.Optimizer,
-        crew: Crew = ALONE,
+        parallel: DataParallel = ONE_PROCESS,
     ) -> None:
-        self.model, self.loss_fn, self.passes, self.crew = model, loss_fn, passes, crew
+        self.model, self.loss_fn, self.options, self.parallel = model, loss_fn, options, parallel
         self.limit = math.inf if clip_norm is None else clip_norm
         self.optimizers = optimizers
         self.device = device_of(model)
-        scaled = passes.precision == "fp16"
+        scaled = options.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        if passes.gradient_checkpointing:
+        if options.gradient_checkpointing:
             checkpoint_activations(model)
-        self.called = crew.called(model)
+        self.wrapped = parallel.wrap(model)
         self.cut = 1.0
 
     def autocast(self) -> Any:
         """The context of a forward pass."""
-        dtype = AUTOCAST.get(self.passes.precision)
+        dtype = AUTOCAST.get(self.options.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def compute(self, batch: Batch) -> dict[str, float]:
@@ -93,12 +94,12 @@ class Gradient:
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        norm = self.crew.clip(self.model.parameters(), self.limit)
+        norm = self.parallel.clip(self.model.parameters(), self.limit)
         self.cut = _cut(norm, self.limit)
         return {"loss": total / max(count, 1), "grad_norm": norm}
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
-        if self.passes.accumulation == 1 and self.crew.size == 1:
+        if self.options.accumulation == 1 and self.parallel.size == 1:
             summed = self._forward(batch)
             self._start(summed.loss / max(summed.n_labels, 1))
             return float(summed.loss.detach()), summed.n_labels
@@ -106,24 +107,24 @@ class Gradient:
         # numbers near those of the mean loss (float16 has little room).
         scale = max(1, next(iter(batch.values())).shape[0])
         total, count = 0.0, 0
-        parts = self.crew.parts(batch, self.passes.accumulation)
+        parts = self.parallel.micro_batches(batch, self.options.accumulation)
         for index, part in enumerate(parts):
-            with self.crew.syncing(self.called, index + 1 == len(parts)):
+            with self.parallel.gradient_sync(self.wrapped, index + 1 == len(parts)):
                 summed = self._forward(part)
                 self._start(summed.loss / scale)
             total += float(summed.loss.detach())
             count += summed.n_labels
-        self.crew.saw(batch, count)
-        total, count = self.crew.total(total, count)
-        # The gradient that the ranks have joined is the mean of theirs.
-        factor = self.crew.size * scale / max(count, 1)
+        self.parallel.count_tokens(batch, count)
+        total, count = self.parallel.sum(total, count)
+        # The gradient that was reduced over the ranks is the mean of theirs.
+        factor = self.parallel.size * scale / max(count, 1)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         return total, count
 
     def _forward(self, batch: Batch, model: nn.Module | None = None) -> losses.SummedLoss:
-        model = self.called if model is None else model
+        model = self.wrapped if model is None else model
         with self.autocast():
             return losses.compute_loss(model, batch, self.loss_fn)
 
@@ -134,11 +135,11 @@ class Gradient:
     def loss(self, batch: Batch) -> float:
         """The mean loss of a batch with the weights as they are, in the model's mode."""
         total, count = 0.0, 0
-        for part in self.crew.parts(batch, self.passes.accumulation):
+        for part in self.parallel.micro_batches(batch, self.options.accumulation):
             summed = self._forward(part, self.model)
             total += float(summed.loss)
             count += summed.n_labels
-        total, count = self.crew.total(total, count)
+        total, count = self.parallel.sum(total, count)
         return total / max(count, 1)
 
     def apply(self, **arguments: Any) -> None:

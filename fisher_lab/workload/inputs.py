@@ -10,18 +10,9 @@ from torch import nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.workload import (
-    cache,
-    content_identity,
-    corpus,
-    models,
-    objective_kinds,
-    text,
-    tokenizer,
-)
+from fisher_lab.workload import cache, content_identity, corpus, models, objectives, text, tokenizer
 from fisher_lab.workload.corpus import Corpus
-from fisher_lab.workload.objective_kinds import Causal, Masked, MaskTokens, Spans
-from fisher_lab.workload.objectives import TextTask
+from fisher_lab.workload.objectives import Causal, Masked, MaskTokens, Objective, Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,31 +31,33 @@ class ProgressLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Materials:
+class Inputs:
     """All but the model's weights; what a training needs.
 
     Attributes:
         cfg: The configuration.
         tokenizer: The model's.
-        task: Makes the batches.
-        record: What is known so far for `Bench.record`.
+        objective: Makes the batches.
+        record: What is known so far for `Workload.record`.
         pretrained: The loaded model, where ``model.type`` is ``pretrained``.
         checkpoint_key: The checkpoint's name in the cache, for every other type.
     """
 
     cfg: Config
     tokenizer: PreTrainedTokenizerBase
-    task: TextTask
+    objective: Objective
     record: dict[str, Any]
     pretrained: nn.Module | None
     checkpoint_key: str | None
 
     def untrained(self, seed: int) -> nn.Module:
         """A new model with weights drawn from ``seed``."""
-        return models.build(self.cfg.model, self.tokenizer, classes=self.task.classes, seed=seed)
+        return models.build(
+            self.cfg.model, self.tokenizer, classes=self.objective.classes, seed=seed
+        )
 
 
-def prepare(cfg: Config) -> Materials:
+def prepare(cfg: Config) -> Inputs:
     """Read the text, load or train the tokenizer, and tokenize.
 
     Raises:
@@ -81,7 +74,7 @@ def prepare(cfg: Config) -> Materials:
         _check_positions(cfg, pretrained)
         about: dict[str, Any] = {"source": cfg.model.name_or_path}
     else:
-        kind = models.TASK_OF[cfg.model.type]
+        kind = models.OBJECTIVE_OF[cfg.model.type]
         tokenizer_key = tokenizer.key(sides[0], cfg.data.vocab_size)
         root = cache.directory(cfg.cache_dir)
         made = tokenizer.load(tokenizer.cached(sides[0], cfg.data.vocab_size, root))
@@ -91,7 +84,7 @@ def prepare(cfg: Config) -> Materials:
         about = {"key": tokenizer_key}
     tokens = corpus.encode(sides, made)
     classes = _asked(cfg, len(made)) if pretrained is None else _outputs(pretrained, len(made))
-    task = make_task(kind, tokens, made, classes=classes, window=cfg.model.recipe.seq_len)
+    objective = make_objective(kind, tokens, made, classes=classes, window=cfg.model.recipe.seq_len)
     record = {
         "data": {
             "type": cfg.data.type,
@@ -102,20 +95,20 @@ def prepare(cfg: Config) -> Materials:
             "heldout_tokens": len(tokens.heldout),
         },
         "tokenizer": {**about, "sha256": tokenizer.sha256(made), "vocab_size": len(made)},
-        "task": task.name,
+        "task": objective.name,
     }
-    return Materials(cfg, made, task, record, pretrained, checkpoint_key)
+    return Inputs(cfg, made, objective, record, pretrained, checkpoint_key)
 
 
-def make_task(
+def make_objective(
     kind: str,
     tokens: Corpus,
     made: PreTrainedTokenizerBase,
     *,
     classes: int,
     window: int,
-) -> TextTask:
-    """The task of a kind (``causal``, ``masked``, ``spans``, ``topics``) with a tokenizer.
+) -> Objective:
+    """The objective of a kind (``causal``, ``masked``, ``spans``, ``topics``) with a tokenizer.
 
     Args:
         kind: One of the four.
@@ -125,7 +118,7 @@ def make_task(
         window: A document of fewer held-out tokens is no topic.
 
     Raises:
-        ConfigError: The tokenizer lacks the special tokens that the task needs.
+        ConfigError: The tokenizer lacks the special tokens that the objective needs.
     """
     match kind:
         case "causal":
@@ -141,7 +134,7 @@ def make_task(
             end = _needed(made.eos_token_id, "an end token")
             return Spans(tokens, classes, tokenizer.sentinels(made), end)
         case "topics":
-            return objective_kinds.Topics(tokens, classes, objective_kinds.find(tokens, window))
+            return objectives.Topics(tokens, classes, objectives.find(tokens, window))
     raise ConfigError.value("model.task", kind, "one of causal, masked, spans")
 
 

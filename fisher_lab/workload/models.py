@@ -19,8 +19,14 @@ from fisher_lab.runs import atomic
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TASK_OF = {"gpt2": "causal", "llama": "causal", "bert": "masked", "t5": "spans", "mlp": "topics"}
-"""Built model -> its task on the text."""
+OBJECTIVE_OF = {
+    "gpt2": "causal",
+    "llama": "causal",
+    "bert": "masked",
+    "t5": "spans",
+    "mlp": "topics",
+}
+"""Built model -> its objective on the text."""
 
 LEARNED_POSITIONS = ("gpt2", "bert")
 """Built models that cannot take a sequence longer than ``positions``."""
@@ -105,7 +111,6 @@ def positions(model: ModelConfig) -> int:
 
 def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes: int) -> nn.Module:
     hf = _transformers()
-
     common: dict[str, Any] = {
         "vocab_size": classes,
         "bos_token_id": tokenizer.bos_token_id,
@@ -113,70 +118,80 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": model.tied,
     }
-    inner = model.mlp_width or 4 * model.width
-    # 0.02 is too little for a narrow model: the spread goes with the root of the width.
-    deviation = BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
     match model.type:
         case "gpt2":
-            return hf.GPT2LMHeadModel(
-                hf.GPT2Config(
-                    n_positions=positions(model),
-                    n_embd=model.width,
-                    n_layer=model.layers,
-                    n_head=model.heads,
-                    n_inner=inner,
-                    resid_pdrop=model.dropout,
-                    embd_pdrop=model.dropout,
-                    attn_pdrop=model.dropout,
-                    # The same function as gelu_new, in one kernel.
-                    activation_function="gelu_pytorch_tanh",
-                    initializer_range=deviation,
-                    **common,
-                )
-            )
+            return hf.GPT2LMHeadModel(hf.GPT2Config(**_gpt2(model), **common))
         case "llama":
-            return hf.LlamaForCausalLM(
-                hf.LlamaConfig(
-                    hidden_size=model.width,
-                    intermediate_size=inner,
-                    num_hidden_layers=model.layers,
-                    num_attention_heads=model.heads,
-                    num_key_value_heads=model.kv_heads or model.heads,
-                    max_position_embeddings=model.positions or 2048,
-                    attention_dropout=model.dropout,
-                    initializer_range=deviation,
-                    **common,
-                )
-            )
+            return hf.LlamaForCausalLM(hf.LlamaConfig(**_llama(model), **common))
         case "bert":
-            return hf.BertForMaskedLM(
-                hf.BertConfig(
-                    hidden_size=model.width,
-                    intermediate_size=inner,
-                    num_hidden_layers=model.layers,
-                    num_attention_heads=model.heads,
-                    max_position_embeddings=positions(model),
-                    hidden_dropout_prob=model.dropout,
-                    attention_probs_dropout_prob=model.dropout,
-                    initializer_range=deviation,
-                    **common,
-                )
-            )
+            return hf.BertForMaskedLM(hf.BertConfig(**_bert(model), **common))
         case "t5":
-            return hf.T5ForConditionalGeneration(
-                hf.T5Config(
-                    d_model=model.width,
-                    d_kv=model.width // model.heads,
-                    d_ff=inner,
-                    num_layers=model.layers,
-                    num_decoder_layers=model.layers,
-                    num_heads=model.heads,
-                    dropout_rate=model.dropout,
-                    decoder_start_token_id=tokenizer.pad_token_id,
-                    **common,
-                )
-            )
+            start = {"decoder_start_token_id": tokenizer.pad_token_id}
+            return hf.T5ForConditionalGeneration(hf.T5Config(**_t5(model), **start, **common))
     raise ConfigError.value("model.type", model.type, "one of gpt2, llama, bert, t5, mlp")
+
+
+def _inner_width(model: ModelConfig) -> int:
+    return model.mlp_width or 4 * model.width
+
+
+def _deviation(model: ModelConfig) -> float:
+    """0.02 is too little for a narrow model: the spread goes with the root of the width."""
+    return BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
+
+
+def _gpt2(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_positions": positions(model),
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": _inner_width(model),
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": model.dropout,
+        "attn_pdrop": model.dropout,
+        # The same function as gelu_new, in one kernel.
+        "activation_function": "gelu_pytorch_tanh",
+        "initializer_range": _deviation(model),
+    }
+
+
+def _llama(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": model.width,
+        "intermediate_size": _inner_width(model),
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
+        "max_position_embeddings": model.positions or 2048,
+        "attention_dropout": model.dropout,
+        "initializer_range": _deviation(model),
+    }
+
+
+def _bert(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": model.width,
+        "intermediate_size": _inner_width(model),
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": positions(model),
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.dropout,
+        "initializer_range": _deviation(model),
+    }
+
+
+def _t5(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_model": model.width,
+        "d_kv": model.width // model.heads,
+        "d_ff": _inner_width(model),
+        "num_layers": model.layers,
+        "num_decoder_layers": model.layers,
+        "num_heads": model.heads,
+        "dropout_rate": model.dropout,
+    }
 
 
 # -- files -------------------------------------------------------------------------------------

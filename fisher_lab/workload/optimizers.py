@@ -1,27 +1,35 @@
-"""How a training changes its weights: one small interface, library optimisers behind it, rates.
-
-Curvature optimisers have the same face and come in from above (``fisher_lab.tasks.natural``): this
-package knows no engine.
-"""
+"""The optimisers of a training in one table, and one step with each: `make` gives an `Updater`."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[reportPrivateImportUsage]
 
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import KfacConfig
 from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.curvature import losses
-from fisher_lab.workload.data_parallel import ALONE, Crew
-from fisher_lab.workload.gradient import Gradient, Passes
+from fisher_lab.curvature.collectives import Communicator
+from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
+from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
+from fisher_lab.workload.gradient import BatchGradient
 from fisher_lab.workload.objectives import Batch
+from fisher_lab.workload.training_run import TrainingRun
 
-Further = Callable[[int], Batch]
-"""``further(k)``: the batch that comes ``k`` steps later, prepared; 0 is the step's own."""
+log = logging.getLogger(__name__)
+
+LaterBatch = Callable[[int], Batch]
+"""``later(k)``: the batch that comes ``k`` steps later, prepared; 0 is the step's own."""
 
 
 class Diverged(Exception):
@@ -37,15 +45,15 @@ class Diverged(Exception):
 
 
 class Updater(Protocol):
-    """One step of a training; a curvature optimiser has the same face."""
+    """One step of a training."""
 
-    def step(self, batch: Batch, rate: float, further: Further) -> dict[str, float]:
+    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
         """Change the weights by one batch.
 
         Args:
             batch: Prepared for the model (`fisher_lab.curvature.losses.prepare`).
             rate: The learning rate of this step.
-            further: Batches of the steps to come, for who builds factors from several.
+            later: Batches of the steps to come, where factors are built from several.
 
         Returns:
             Numbers for the learning curve; ``loss`` (mean a label, before the step) among them.
@@ -64,28 +72,20 @@ class Updater(Protocol):
         ...
 
 
-MakeUpdater = Callable[
-    [nn.Module, losses.LossFunction | None, OptimizerConfig, Passes, Crew], Updater
-]
-"""What makes the updater of a training."""
-
-
 class GradientUpdater:
     """Steps of ``torch.optim`` optimisers along the gradient of the mean loss.
 
     Args:
-        gradient: Computes the gradient.
-        optimizers: Each with its parameters; their learning rates are overwritten at every step,
-            by the rate times a group's ``rate_factor`` (1 where a group has none).
+        gradient: Computes the gradient. The learning rates of its optimisers are overwritten at
+            every step, by the rate times a group's ``rate_factor`` (1 where a group has none).
     """
 
-    def __init__(self, gradient: Gradient, *optimizers: torch.optim.Optimizer) -> None:
+    def __init__(self, gradient: BatchGradient) -> None:
         self.gradient = gradient
-        self.optimizers = optimizers
 
-    def step(self, batch: Batch, rate: float, further: Further) -> dict[str, float]:
+    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
         """Forward, backward, clip, step; returns ``loss`` and ``grad_norm`` (before the cut)."""
-        for optimizer in self.optimizers:
+        for optimizer in self.gradient.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate_factor", 1.0)
         row = self.gradient.compute(batch)
@@ -97,28 +97,145 @@ class GradientUpdater:
     def state_dict(self) -> dict[str, Any]:
         """The optimisers' states."""
         return {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.gradient.optimizers],
             "gradient": self.gradient.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the optimisers' states."""
-        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(self.gradient.crew.held(one, optimizer))
+        parallel = self.gradient.parallel
+        for optimizer, one in zip(self.gradient.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(parallel.scatter_state(one, optimizer))
         self.gradient.load_state_dict(state["gradient"])
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices alone."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+class NaturalUpdater:
+    """Steps of a `KFACOptimizer`.
+
+    Args:
+        gradient: Computes the gradient of a batch.
+        optimizer: Makes the steps.
+        config: Its choices.
+        n_batches: Batches behind a refresh of the factors: the step's own and those that follow.
+    """
+
+    def __init__(
+        self,
+        gradient: BatchGradient,
+        optimizer: KFACOptimizer,
+        config: OptimizerConfig,
+        n_batches: int,
+    ) -> None:
+        self.gradient, self.optimizer = gradient, optimizer
+        self.rest_factor, self.ratio, self.n_batches = rest_factor(config), config.ratio, n_batches
+        self.parallel = gradient.parallel
+
+    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
+        """One step; the row also says what the clipping, the damping and the ratio were."""
+        optimizer, parallel = self.optimizer, self.parallel
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (self.rest_factor if group["name"] == "adamw" else 1.0)
+        measure = self.ratio and optimizer.inverse_due
+        noise = torch.get_rng_state() if measure else None
+        row = self.gradient.compute(batch)
+        if not math.isfinite(row["loss"]):
+            raise Diverged(row)
+        began = perf_counter()
+        if (
+            optimizer.refresh_due
+            and parallel.first_problem(self._refresh(batch, later)) is not None
+        ):
+            raise Diverged(row)
+        if parallel.first_problem(self._apply(measure)) is not None:
+            raise Diverged(row)
+        spent = perf_counter() - began
+        row |= optimizer.last
+        if noise is not None and "predicted" in optimizer.last:
+            row["reduction_ratio"] = self._ratio(batch, row["loss"], noise)
+        row["damping_multiplier"] = optimizer.multiplier
+        row["curvature_seconds"] = spent
+        return row
+
+    def _refresh(self, batch: Batch, later: LaterBatch) -> str | None:
+        """New factors; returns why there are none."""
+        optimizer, parallel = self.optimizer, self.parallel
+        batches = parallel.own_sequences([batch, *(later(k) for k in range(1, self.n_batches))])
+        engine = optimizer.kfac
+        if not batches and self._separate:
+            engine.forget()  # no sequence, no say in the coming steps
+            return None
+        try:
+            optimizer.refresh(batches, self.gradient.loss_fn)
+            engine.prepare_inverses()
+        except (CurvatureError, LinAlgError) as error:
+            if self._separate and isinstance(error, BatchError):
+                engine.forget()
+                return None
+            return _not_finite(error)
+        finally:
+            parallel.reshard(self.gradient.model)
+        return None
+
+    def _apply(self, measure: bool) -> str | None:
+        """The step; returns why there was none."""
+        self.optimizer.last = {}  # stays so where an overflow (fp16) skips the step
+        try:
+            self.gradient.apply(predict=measure, cut=self.gradient.cut)
+        except (CurvatureError, LinAlgError) as error:
+            return _not_finite(error)
+        return None
+
+    def _ratio(self, batch: Batch, before: float, noise: torch.Tensor) -> float:
+        """Actual over predicted change of the batch's loss, with the same dropout."""
+        with torch.random.fork_rng():
+            torch.set_rng_state(noise)
+            after = self.gradient.loss(batch)
+        return self.optimizer.adapt(before, after)
+
+    @property
+    def _separate(self) -> bool:
+        """Whether each rank has factors of its own."""
+        return self.parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state; with factors of each rank's own, those of all ranks."""
+        state = self.optimizer.state_dict()
+        if self._separate:
+            state["kfac"] = self.parallel.gather_states(state["kfac"])
+        return {"optimizer": state, "gradient": self.gradient.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the optimiser's state."""
+        own = dict(self.parallel.scatter_state(state["optimizer"], self.optimizer))
+        if self.optimizer.rest is not None:
+            own["rest"] = self.parallel.scatter_state(own["rest"], self.optimizer.rest)
+        if self._separate:
+            own["kfac"] = own["kfac"][self.parallel.rank]
+        self.optimizer.load_state_dict(own)
+        self.gradient.load_state_dict(state["gradient"])
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def _not_finite(error: CurvatureError | LinAlgError) -> str:
+    """The text of an error that means a diverged training, here or on another rank.
+
+    Raises:
+        CurvatureError: the error, where it means something else.
+    """
+    text = f"{type(error).__name__}: {error}"
+    names = ("BatchError", "NonFiniteError", "LinAlgError", "not finite")
+    if not any(name in text for name in names):
+        raise error
+    log.warning("no step can be made: %s", text)
+    return text
+
+
+# ---- the optimisers ------------------------------------------------------------------------------
+
+
+def _adamw(
+    model: nn.Module, run: TrainingRun, communicator: Communicator | None
+) -> list[torch.optim.Optimizer]:
+    return [_adamw_over(_trainable(model), run.optimizer)]
 
 
 def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -130,35 +247,18 @@ def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torc
     )
 
 
-def _adamw(
-    model: nn.Module,
-    loss_fn: losses.LossFunction | None,
-    config: OptimizerConfig,
-    passes: Passes,
-    crew: Crew = ALONE,
-) -> Updater:
-    optimizer = _adamw_over(_trainable(model), config)
-    gradient = Gradient(model, loss_fn, passes, config.clip_norm, optimizer, crew=crew)
-    return GradientUpdater(gradient, optimizer)
-
-
 def _sgd(
-    model: nn.Module,
-    loss_fn: losses.LossFunction | None,
-    config: OptimizerConfig,
-    passes: Passes,
-    crew: Crew = ALONE,
-) -> Updater:
-    # Weight decay that is decoupled, as everywhere here: torch's own SGD adds it to the gradient.
-    optimizer = _DecoupledSGD(
-        _groups(_trainable(model), config.weight_decay), lr=1.0, momentum=config.momentum
-    )
-    gradient = Gradient(model, loss_fn, passes, config.clip_norm, optimizer, crew=crew)
-    return GradientUpdater(gradient, optimizer)
+    model: nn.Module, run: TrainingRun, communicator: Communicator | None
+) -> list[torch.optim.Optimizer]:
+    groups = _groups(_trainable(model), run.optimizer.weight_decay)
+    return [_DecoupledSGD(groups, lr=1.0, momentum=run.optimizer.momentum)]
 
 
 class _DecoupledSGD(torch.optim.SGD):
-    """``torch.optim.SGD`` with the decay taken off the weights, not added to the gradient."""
+    """``torch.optim.SGD`` with decoupled weight decay, as the other optimisers here have it.
+
+    torch adds the decay to the gradient, and so to the momentum; here it is taken off the weights.
+    """
 
     def step(self, closure: Any = None) -> Any:
         with torch.no_grad():
@@ -175,17 +275,14 @@ class _DecoupledSGD(torch.optim.SGD):
 
 
 def _muon(
-    model: nn.Module,
-    loss_fn: losses.LossFunction | None,
-    config: OptimizerConfig,
-    passes: Passes,
-    crew: Crew = ALONE,
-) -> Updater:
+    model: nn.Module, run: TrainingRun, communicator: Communicator | None
+) -> list[torch.optim.Optimizer]:
     """``torch.optim.Muon`` on the hidden matrices, AdamW on embeddings, head and vectors."""
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError.value(
             "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
         )
+    config = run.optimizer
     outer = {module.weight for module in embeddings_and_head(model).values()}
     parameters = _trainable(model)
     hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
@@ -199,14 +296,60 @@ def _muon(
     adamw = _adamw_over(others, config)
     for group in adamw.param_groups:
         group["rate_factor"] = rest_factor(config)
-    gradient = Gradient(model, loss_fn, passes, config.clip_norm, muon, adamw, crew=crew)
-    return GradientUpdater(gradient, muon, adamw)
+    return [muon, adamw]
+
+
+def _kfac(
+    model: nn.Module, run: TrainingRun, communicator: Communicator | None
+) -> list[torch.optim.Optimizer]:
+    """K-FAC, or EKFAC; embeddings and head are left to AdamW unless ``outer`` is ``kfac``."""
+    config, kfac = run.optimizer, run.kfac or KfacConfig()
+    outer = [] if config.outer == "kfac" else list(embeddings_and_head(model))
+    kfac = dataclasses.replace(
+        kfac,
+        ekfac=config.name == "ekfac",
+        exclude=[*kfac.exclude, *outer],
+        damping_A=kfac.damping_A or kfac.damping * config.damping_ratio,
+    )
+    adapts = config.damping_schedule == "lm"
+    optimizer = KFACOptimizer(
+        model,
+        KFACNaturalGradient(kfac, seed=run.seed, track_diagonal=False, communicator=communicator),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clipping=Clipping(kind=config.clip, limit=config.clip_limit),  # type: ignore[arg-type]
+        damping=LevenbergMarquardt(factor=config.lm_factor) if adapts else ConstantDamping(),
+        inverse_freq=config.inverse_freq,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        communicator=communicator,
+    )
+    return [optimizer]
+
+
+OPTIMIZERS: dict[
+    str, Callable[[nn.Module, TrainingRun, Communicator | None], list[torch.optim.Optimizer]]
+] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon, "kfac": _kfac, "ekfac": _kfac}
+"""``optimizer.name`` -> what makes the optimisers that a step lets step, in order."""
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices alone."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def rest_factor(config: OptimizerConfig) -> float:
     """Rate of AdamW, for what an optimiser leaves to it, over the optimiser's own.
 
-    Both rates are known by the time a training begins (`fisher_lab.tasks.train.make_job`).
+    Both rates are known by the time a training begins (`fisher_lab.tasks.train.training_run`).
     """
     if config.lr is None or config.rest_lr is None:
         return 1.0
@@ -224,25 +367,34 @@ def embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-UPDATERS: dict[str, MakeUpdater] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon}
-"""``optimizer.name`` -> what makes the updater, for those that need no engine."""
-
-
 def make(
     model: nn.Module,
     loss_fn: losses.LossFunction | None,
-    config: OptimizerConfig,
-    passes: Passes,
-    crew: Crew = ALONE,
+    run: TrainingRun,
+    parallel: DataParallel = ONE_PROCESS,
 ) -> Updater:
-    """The updater that a configuration names.
+    """The updater of a training, by ``run.optimizer.name``.
+
+    Args:
+        model: The model, prepared by `DataParallel.prepare`.
+        loss_fn: None for a Hugging Face model.
+        run: The training.
+        parallel: The processes that train.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is no optimiser of that name.
     """
-    if config.name not in UPDATERS:
-        raise ConfigError.value("optimizer.name", config.name, "one of " + ", ".join(UPDATERS))
-    return UPDATERS[config.name](model, loss_fn, config, passes, crew)
+    config = run.optimizer
+    if config.name not in OPTIMIZERS:
+        raise ConfigError.value("optimizer.name", config.name, "one of " + ", ".join(OPTIMIZERS))
+    found = OPTIMIZERS[config.name](model, run, parallel.communicator)
+    gradient = BatchGradient(
+        model, loss_fn, run.gradient, config.clip_norm, *found, parallel=parallel
+    )
+    if isinstance(found[0], KFACOptimizer):
+        n_batches = 1 if run.kfac is None else run.kfac.n_batches
+        return NaturalUpdater(gradient, found[0], config, n_batches)
+    return GradientUpdater(gradient)
 
 
 def rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:

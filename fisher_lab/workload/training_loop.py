@@ -7,35 +7,28 @@ also the position in the data, since a batch is a function of its number (`corpu
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.curvature import losses
 from fisher_lab.runs import atomic
 from fisher_lab.runs.signals import Pending, Watch
-from fisher_lab.workload import cache, evaluation, optimizers, snapshot
-from fisher_lab.workload.data_parallel import ALONE, Crew
-from fisher_lab.workload.gradient import Passes
-from fisher_lab.workload.objectives import TextTask
-from fisher_lab.workload.optimizers import Diverged, MakeUpdater
+from fisher_lab.workload import evaluation, optimizers, snapshot
+from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
+from fisher_lab.workload.objectives import Batch, Objective
+from fisher_lab.workload.optimizers import Diverged
 from fisher_lab.workload.snapshot import SnapshotError
+from fisher_lab.workload.training_run import Curve, Result, TrainingRun
 
 STATE_FILE = "state.safetensors"
-STATE_FORMAT = 2
-"""Raised where what is in the file changes: the states of others are refused."""
 CURVE_FILE = "curve.csv"
-CURVE_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "heldout_loss", "seconds")
 RANK_SEED = 1_000_003
 """Between the seeds of two ranks' dropout; rank 0 has what one process would have."""
 EVALUATION_BATCHES = 8
@@ -43,119 +36,6 @@ EVALUATION_BATCHES = 8
 
 Track = Callable[[Iterable[int], str, int], Iterable[int]]
 """Hands on the items of an iterable and shows how far it is: ``track(items, label, total)``."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that decides what comes out of a training beside model, text and initial weights.
-
-    Attributes:
-        steps: How many.
-        batch_size: Sequences a step.
-        seq_len: Tokens a sequence.
-        lr: Peak learning rate.
-        seed: Of batches and dropout.
-        optimizer: What is done with the gradient.
-        eval_every: Steps between two held-out evaluations.
-        passes: How gradients are computed.
-        divergence_factor: The training ends early where a loss is over this many times the
-            first one; None: only where it is not finite.
-        curvature: The choices of a curvature optimiser beside ``optimizer``; part of the
-            fingerprint.
-        origin: What the initial weights and the text are; part of the fingerprint.
-    """
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    lr: float
-    seed: int
-    optimizer: OptimizerConfig
-    eval_every: int
-    passes: Passes = field(default_factory=Passes)
-    divergence_factor: float | None = None
-    curvature: dict[str, Any] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """A saved state of another fingerprint is not gone on with."""
-        return cache.key_of({**asdict(self), "format": STATE_FORMAT})
-
-
-@dataclass
-class Curve:
-    """The learning curve, a row a step; all but the columns of seconds is the same in a repeat."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        """Write it as CSV, atomically; numbers in full precision."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        atomic.write_text(path, text.getvalue())
-
-    @property
-    def columns(self) -> list[str]:
-        """The usual columns, then what the updater adds."""
-        return list(dict.fromkeys((*CURVE_COLUMNS, *(key for row in self.rows for key in row))))
-
-    @classmethod
-    def read(cls, path: Path, steps: int) -> Curve:
-        """Read the first ``steps`` rows of a curve.
-
-        Raises:
-            SnapshotError: The file does not have them.
-        """
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = [
-                    {key: _number(key, value) for key, value in row.items() if value != ""}
-                    for row in csv.DictReader(file)
-                ][:steps]
-        except (OSError, ValueError) as error:
-            raise SnapshotError(f"{path} cannot be read as a learning curve: {error}") from error
-        if [row.get("step") for row in rows] != list(range(1, steps + 1)):
-            raise SnapshotError(f"{path} does not have the steps 1 to {steps}")
-        return cls(rows)
-
-
-def _number(column: str, text: str) -> float | int:
-    return int(text) if column in ("step", "tokens") else float(text)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training gave.
-
-    Attributes:
-        curve: A row a step.
-        heldout_loss: At the end, over all of the held-out text, in nats a label.
-        best_heldout_loss: The lowest on the way (over fewer batches) or at the end.
-        baseline_loss: The trivial model's, on the same held-out labels.
-        seconds: Spent in steps, all attempts together; held-out evaluations are not in it.
-        evaluation_seconds: Spent in held-out evaluations on the way.
-        resumed_at: The step that this attempt began with.
-        diverged_at: The step (from 1) at which the training was given up, or None.
-    """
-
-    curve: Curve
-    heldout_loss: float
-    best_heldout_loss: float
-    baseline_loss: float
-    seconds: float
-    evaluation_seconds: float
-    resumed_at: int
-    diverged_at: int | None
-
-    def reached(self, target: float) -> dict[str, Any] | None:
-        """The first row of the curve whose held-out loss is at or under ``target``, or None."""
-        for row in self.curve.rows:
-            if row.get("heldout_loss", math.inf) <= target:
-                return row
-        return None
 
 
 def no_track(items: Iterable[int], label: str, total: int) -> Iterable[int]:
@@ -169,45 +49,43 @@ def no_row(row: Mapping[str, Any]) -> None:
 
 def train(
     model: nn.Module,
-    task: TextTask,
-    job: Job,
+    objective: Objective,
+    run: TrainingRun,
     directory: Path,
     *,
-    make: MakeUpdater = optimizers.make,
     label: str = "training",
     save_every_s: float = 5.0,
     track: Track = no_track,
     signals: Watch | None = None,
     after_step: Callable[[int], None] | None = None,
     on_row: Callable[[Mapping[str, Any]], None] = no_row,
-    crew: Crew = ALONE,
+    parallel: DataParallel = ONE_PROCESS,
 ) -> Result:
-    """Train a model, or go on with it where ``directory`` has the state of this very training.
+    """Train a model, or continue where ``directory`` has the state of this very training.
 
-    Several ranks call it together; every step is that of the joined batch, and rank 0 alone reads
+    Several ranks call it together; every step is that of the whole batch, and rank 0 alone reads
     and writes ``directory``.
 
     Args:
         model: With its initial weights; changed in place, and left in evaluation mode.
-        task: Where the batches come from.
-        job: What is done.
+        objective: Makes the batches.
+        run: What is done.
         directory: Gets ``state.safetensors`` and ``curve.csv``.
-        make: Makes what changes the weights.
         label: For the progress bar.
         save_every_s: Seconds between two saves.
         track: Shows progress.
         signals: Where given, SIGTERM and SIGUSR2 end the loop between two steps, state saved.
         after_step: Called with the number of steps done, after each (and after its save).
         on_row: Called with each new row of the curve, the last one with the final evaluation.
-        crew: Who trains; the model is theirs already (`Crew.adopt`).
+        parallel: The processes that train; they have prepared the model (`DataParallel.prepare`).
 
     Raises:
         SnapshotError: ``directory`` has the state of another training, or an unreadable one.
         fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
     """
-    loop = _Loop(model, task, job, directory, make, crew)
+    loop = _Loop(model, objective, run, directory, parallel)
     start = loop.restore()
-    end = start if loop.diverged_at is not None else job.steps
+    end = start if loop.diverged_at is not None else run.steps
     deferred: AbstractContextManager[Pending | None] = (
         nullcontext() if signals is None else signals.deferred()
     )
@@ -217,10 +95,10 @@ def train(
             loop.step(step)
             if loop.diverged_at is not None:
                 break
-            if step + 1 < job.steps:
+            if step + 1 < run.steps:
                 on_row(loop.curve.rows[-1])
             came = 0 if pending is None else pending()
-            came, due = crew.agree(came, time.monotonic() - loop.saved_at >= save_every_s)
+            came, due = parallel.agree(came, time.monotonic() - loop.saved_at >= save_every_s)
             if came or due:
                 loop.save(step + 1)
             if came and pending is not None:
@@ -240,18 +118,14 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        task: TextTask,
-        job: Job,
+        objective: Objective,
+        run: TrainingRun,
         directory: Path,
-        make: MakeUpdater,
-        crew: Crew,
+        parallel: DataParallel,
     ) -> None:
-        self.model = model
-        self.task = task
-        self.job = job
-        self.directory = directory
-        self.crew = crew
-        self.updater = make(model, task.loss_fn, job.optimizer, job.passes, crew)
+        self.model, self.objective, self.run = model, objective, run
+        self.directory, self.parallel = directory, parallel
+        self.updater = optimizers.make(model, objective.loss_fn, run, parallel)
         self.curve = Curve()
         self.seconds = 0.0
         self.evaluation_seconds = 0.0
@@ -260,12 +134,12 @@ class _Loop:
 
     def step(self, step: int) -> None:
         """Step number ``step``, from 0, and its row of the curve."""
-        job, began = self.job, time.perf_counter()
+        run, began = self.run, time.perf_counter()
         self.model.train()
-        rate = optimizers.rate(step, job.steps, job.lr, job.optimizer)
+        rate = optimizers.rate(step, run.steps, run.lr, run.optimizer)
         row: dict[str, Any] = {
             "step": step + 1,
-            "tokens": (step + 1) * job.batch_size * job.seq_len,
+            "tokens": (step + 1) * run.batch_size * run.seq_len,
             "lr": rate,
         }
         try:
@@ -278,15 +152,15 @@ class _Loop:
         self.curve.rows.append(row)
         if self.has_diverged(row["loss"]):
             self.diverged_at = step + 1
-        elif (step + 1) % job.eval_every == 0 and step + 1 < job.steps:
+        elif (step + 1) % run.eval_every == 0 and step + 1 < run.steps:
             row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
-            self.crew.check(self.model)
+            self.parallel.check_weights(self.model)
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> Batch:
         """The batch of a step, on the model's device."""
-        job = self.job
-        batch = self.task.batch(
-            "train", step, seed=job.seed, batch_size=job.batch_size, seq_len=job.seq_len
+        run = self.run
+        batch = self.objective.batch(
+            "train", step, seed=run.seed, batch_size=run.batch_size, seq_len=run.seq_len
         )
         return losses.prepare(self.model, batch)
 
@@ -294,7 +168,7 @@ class _Loop:
         """Whether this loss is the end of the training."""
         if not math.isfinite(loss):
             return True
-        factor = self.job.divergence_factor
+        factor = self.run.divergence_factor
         return factor is not None and loss > factor * self.curve.rows[0]["loss"]
 
     def heldout_loss(self, limit: int | None) -> float:
@@ -302,27 +176,27 @@ class _Loop:
         began = time.perf_counter()
         loss = evaluation.heldout_loss(
             self.model,
-            self.task,
-            batch_size=self.job.batch_size,
-            seq_len=self.job.seq_len,
+            self.objective,
+            batch_size=self.run.batch_size,
+            seq_len=self.run.seq_len,
             limit=limit,
-            crew=self.crew,
+            parallel=self.parallel,
         )
         self.evaluation_seconds += time.perf_counter() - began
         return loss
 
     def save(self, steps: int) -> None:
         """Write curve and state; the curve first, so that it has all that the state speaks of."""
-        crew = self.crew
-        model = crew.whole(dict(_weights(self.model)))
-        updater = crew.whole(self.updater.state_dict())
-        random = crew.every(snapshot.random_state())
-        if crew.leads:
+        parallel = self.parallel
+        model = parallel.gather_shards(dict(_weights(self.model)))
+        updater = parallel.gather_shards(self.updater.state_dict())
+        random = parallel.gather_states(snapshot.random_state())
+        if parallel.is_rank_zero:
             self.curve.write(self.directory / CURVE_FILE)
             snapshot.save(
                 self.directory / STATE_FILE,
                 {
-                    "fingerprint": self.job.fingerprint,
+                    "fingerprint": self.run.fingerprint,
                     "steps": steps,
                     "seconds": self.seconds,
                     "evaluation_seconds": self.evaluation_seconds,
@@ -332,24 +206,24 @@ class _Loop:
                     "random": random,
                 },
             )
-        crew.problem(None)  # no rank goes on, or ends, before all is written
+        parallel.first_problem(None)  # no rank goes on, or ends, before all is written
         self.saved_at = time.monotonic()
 
     def restore(self) -> int:
         """Take up the saved state, if there is one; returns the number of steps done."""
-        state = self.crew.lead(self._saved)
+        state = self.parallel.from_rank_zero(self._saved)
         if state is None:
-            torch.manual_seed(self.job.seed + RANK_SEED * self.crew.rank)
+            torch.manual_seed(self.run.seed + RANK_SEED * self.parallel.rank)
             return 0
         with torch.no_grad():
             for name, tensor in _weights(self.model):
-                self.crew.fill(tensor, state["model"][name])
+                self.parallel.set_tensor(tensor, state["model"][name])
         self.updater.load_state_dict(state["updater"])
         self.curve = Curve(state["curve"])
         self.seconds = state["seconds"]
         self.evaluation_seconds = state["evaluation_seconds"]
         self.diverged_at = state["diverged_at"]
-        snapshot.restore_random_state(state["random"][self.crew.rank])
+        snapshot.restore_random_state(state["random"][self.parallel.rank])
         return state["steps"]
 
     def _saved(self) -> dict[str, Any] | None:
@@ -360,7 +234,7 @@ class _Loop:
         if not path.exists():
             return None
         state = snapshot.load(path)
-        if state["fingerprint"] != self.job.fingerprint:
+        if state["fingerprint"] != self.run.fingerprint:
             raise SnapshotError(
                 f"{path} is the state of another training; choose another directory or remove it"
             )
@@ -371,24 +245,24 @@ class _Loop:
         """Evaluate at the end, and put that into the curve's last row."""
         final = self.heldout_loss(None)
         self.model.eval()
-        self.crew.check(self.model)
+        self.parallel.check_weights(self.model)
         self.curve.rows[-1]["heldout_loss"] = final
-        if self.crew.leads:
+        if self.parallel.is_rank_zero:
             self.curve.write(self.directory / CURVE_FILE)
         seen = [row["heldout_loss"] for row in self.curve.rows if "heldout_loss" in row]
         best = min((loss for loss in seen if math.isfinite(loss)), default=math.nan)
         baseline = evaluation.baseline_loss(
-            self.task, batch_size=self.job.batch_size, seq_len=self.job.seq_len
+            self.objective, batch_size=self.run.batch_size, seq_len=self.run.seq_len
         )
         return Result(
-            self.curve,
-            final,
-            best,
-            baseline,
-            self.seconds,
-            self.evaluation_seconds,
-            start,
-            self.diverged_at,
+            curve=self.curve,
+            heldout_loss=final,
+            best_heldout_loss=best,
+            baseline_loss=baseline,
+            seconds=self.seconds,
+            evaluation_seconds=self.evaluation_seconds,
+            resumed_at=start,
+            diverged_at=self.diverged_at,
         )
 
 

@@ -1,4 +1,4 @@
-"""Brings the schema's defaults and the sweeps of fisher_lab to Hydra."""
+"""Brings the schema's defaults, the sweeps and ``--config-dir`` of fisher_lab to Hydra."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class FisherLabSearchPath(SearchPathPlugin):
                 from fisher_lab.config import sweep_files
 
                 sweep_files.register()
-                return
+        for folder in paths.further_folders():
+            search_path.append("command-line", f"file://{folder}")
 
 
 def _local(path: str) -> Path | None:

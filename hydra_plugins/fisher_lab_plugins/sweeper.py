@@ -42,9 +42,9 @@ class ValidatingSweeper(Sweeper):
         Returns:
             The exit code.
         """
-        from fisher_lab.cli import preflight
         from fisher_lab.config.errors import ConfigError
         from fisher_lab.sweeps import run
+        from fisher_lab.tasks.preflight import preflight
 
         launcher = self._launcher
         if not isinstance(launcher, CellLauncher):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fisher_lab import cli
-from fisher_lab.tasks import runner
+from fisher_lab.tasks import preflight, runner
 
 
 @dataclass
@@ -60,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setitem(sys.modules, "fake_task", module)
     monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "fake_task"))
     monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
-    monkeypatch.setattr(cli, "preflight", lambda config: {"data": "abc"})
+    monkeypatch.setattr(preflight, "preflight", lambda config: {"data": "abc"})
     return configs
 
 

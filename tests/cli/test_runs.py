@@ -119,7 +119,7 @@ def test_the_default_directory_is_never_shared(tmp_path):
     chosen = []
     for _ in range(3):
         cfg = OmegaConf.create({"hydra": {"run": {"dir": str(taken)}, "overrides": {"hydra": []}}})
-        chosen.append(cli.claim_directory(cfg).name)
+        chosen.append(cli.make_run_directory(cfg).name)
         assert cfg.hydra.run.dir == str(taken.with_name(chosen[-1]))
     assert chosen == ["12-00-00", "12-00-00-2", "12-00-00-3"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.tasks import crew as crews
 from fisher_lab.tasks import train
-from fisher_lab.tasks.crew import RankCrew
+from fisher_lab.workload.data_parallel import DataParallel
 from tests.distributed import trained
 from tests.distributed.rank_pool import Pool
 from tests.distributed.trained import config_of
@@ -189,30 +189,26 @@ def test_weights_that_differ_are_an_error(ranks: Pool, data: str, tmp_path: Path
 
 
 def test_what_shards_cannot_do_is_refused(data: str) -> None:
-    class Two(RankCrew):
-        def __init__(self) -> None:
-            self.size = 2
-
     muon = config(data, "muon", distributed={"wrapper": "fsdp"})
     with pytest.raises(ConfigError, match=r"optimizer\.name=muon .*wrapper=fsdp"):
-        crews.check(muon, Two(), 4)
+        train.check_ranks(muon, batch_size=4, ranks=2)
     kfac = config(data, "kfac", distributed={"wrapper": "fsdp"})
     with pytest.raises(ConfigError, match=r"train\.batch_size=1 .*at least 2, the ranks"):
-        crews.check(kfac, Two(), 1)
-    crews.check(kfac, Two(), 2)
+        train.check_ranks(kfac, batch_size=1, ranks=2)
+    train.check_ranks(kfac, batch_size=2, ranks=2)
     kfac.distributed.wrapper = "ddp"
-    crews.check(kfac, Two(), 1)
+    train.check_ranks(kfac, batch_size=1, ranks=2)
 
 
 def test_other_ranks_are_another_training(data: str) -> None:
-    class Two(RankCrew):
-        def __init__(self, size: int, sharded: bool) -> None:
-            self.size, self.sharded = size, sharded
-
     made = config(data, "adamw")
     found = {
-        train.make_job(made, crews.origin(Two(size, sharded), {})).fingerprint
+        train.training_run(made, DataParallel(of_size(size), wrapper).describe()).fingerprint
         for size in (2, 3)
-        for sharded in (False, True)
+        for wrapper in ("ddp", "fsdp")
     }
     assert len(found) == 4
+
+
+def of_size(size: int) -> Any:
+    return SimpleNamespace(rank=0, size=size)

@@ -16,11 +16,10 @@ from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig
 from fisher_lab.curvature import wrappers
 from fisher_lab.runs.signals import Interrupted, Watch
-from fisher_lab.tasks import natural, train
-from fisher_lab.tasks.crew import RankCrew
+from fisher_lab.tasks import train
 from fisher_lab.workload import models, snapshot, training_loop
-from fisher_lab.workload.data_parallel import ALONE
-from fisher_lab.workload.inputs import Materials, prepare
+from fisher_lab.workload.data_parallel import DataParallel
+from fisher_lab.workload.inputs import Inputs, prepare
 
 STEPS = 5
 
@@ -58,10 +57,10 @@ def text_in(directory: Path) -> str:
     return str(directory)
 
 
-_MADE: dict[tuple[Any, ...], Materials] = {}
+_MADE: dict[tuple[Any, ...], Inputs] = {}
 
 
-def materials_of(config: Config) -> Materials:
+def inputs_of(config: Config) -> Inputs:
     """Text and tokenizer, read once a process."""
     key = (config.data.path, config.model.type)
     if key not in _MADE:
@@ -89,26 +88,25 @@ def trained(
         disturb: is given the model before the training begins.
         signals: as in `training.train`.
     """
-    crew = ALONE if comm is None else RankCrew(comm, wrapper)
-    directory = Path(run) if crew.leads else Path(run, f"of_rank{crew.rank}")
+    parallel = DataParallel(comm, wrapper)
+    directory = Path(run) if parallel.is_rank_zero else Path(run, f"of_rank{parallel.rank}")
     directory.mkdir(parents=True, exist_ok=True)
-    materials = materials_of(config)
-    model = models.with_dtype(materials.untrained(1), config.model.dtype)
+    inputs = inputs_of(config)
+    model = models.with_dtype(inputs.untrained(1), config.model.dtype)
     if disturb is not None:
         disturb(model)
-    crew.adopt(model)
+    parallel.prepare(model)
     rows: list[dict[str, Any]] = []
     result = training_loop.train(
         model,
-        materials.task,
-        train.make_job(config, {}),
+        inputs.objective,
+        train.training_run(config, {}),
         directory,
-        make=natural.maker(config, comm),
         save_every_s=0.0,
         after_step=after_step,
         signals=signals,
         on_row=lambda row: rows.append(dict(row)),
-        crew=crew,
+        parallel=parallel,
     )
     return {
         "weights": whole(model),
@@ -120,13 +118,13 @@ def trained(
         "diverged_at": result.diverged_at,
         "resumed_at": result.resumed_at,
         "files": sorted(path.name for path in directory.glob("*.*")),
-        "seen": (getattr(crew, "tokens", 0), getattr(crew, "labels", 0)),
+        "seen": (parallel.tokens, parallel.labels),
     }
 
 
 def initial(config: Config) -> dict[str, Tensor]:
     """The weights that every training here begins with."""
-    untrained = materials_of(config).untrained(1)
+    untrained = inputs_of(config).untrained(1)
     return whole(models.with_dtype(untrained, config.model.dtype))
 
 

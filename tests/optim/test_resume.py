@@ -21,9 +21,9 @@ from fisher_lab.config.workload import (
     TrainConfig,
 )
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks import natural, train
+from fisher_lab.tasks import train
 from fisher_lab.workload import optimizers, training_loop
-from fisher_lab.workload.data_parallel import Crew
+from fisher_lab.workload.data_parallel import DataParallel
 from fisher_lab.workload.inputs import prepare
 
 STEPS = 8
@@ -31,7 +31,7 @@ KILLS = (1, 3, 4, 8)
 
 
 @pytest.fixture(scope="module")
-def materials(tmp_path_factory):
+def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("text")
     (directory / "text.txt").write_text(
         "\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(400))
@@ -76,8 +76,8 @@ class Killed(BaseException):
     """Stands for a death between two steps: nothing is saved on the way out."""
 
 
-def go(config, materials, directory, die_at=None, **more):
-    model = materials.untrained(1)
+def go(config, inputs, directory, die_at=None, **more):
+    model = inputs.untrained(1)
 
     def after_step(done):
         if done == die_at:
@@ -85,10 +85,9 @@ def go(config, materials, directory, die_at=None, **more):
 
     result = training_loop.train(
         model,
-        materials.task,
-        train.make_job(config, {}),
+        inputs.objective,
+        train.training_run(config, {}),
         directory,
-        make=natural.maker(config),
         save_every_s=0.0,
         after_step=after_step,
         **more,
@@ -113,8 +112,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_killed_at_any_step_it_ends_bit_identical(name, materials, tmp_path):
-    config, made = materials(
+def test_killed_at_any_step_it_ends_bit_identical(name, inputs, tmp_path):
+    config, made = inputs(
         optimizer={"name": name, **OPTIONS[name]}, train={"eval_every": 3, "accumulation": 2}
     )
     whole, expected = go(config, made, tmp_path / "whole")
@@ -133,8 +132,8 @@ def test_killed_at_any_step_it_ends_bit_identical(name, materials, tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_loss_falls(name, materials, tmp_path):
-    config, made = materials(
+def test_the_loss_falls(name, inputs, tmp_path):
+    config, made = inputs(
         optimizer={"name": name, **OPTIONS[name]}, train={"steps": 40, "eval_every": 40}
     )
     _, result = go(config, made, tmp_path)
@@ -144,28 +143,28 @@ def test_the_loss_falls(name, materials, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5", "mlp"])
-def test_every_model_takes_a_curvature_step(kind, materials, tmp_path):
-    config, made = materials(kind, optimizer={"name": "kfac", "lr": 0.01}, train={"steps": 4})
+def test_every_model_takes_a_curvature_step(kind, inputs, tmp_path):
+    config, made = inputs(kind, optimizer={"name": "kfac", "lr": 0.01}, train={"steps": 4})
     _, result = go(config, made, tmp_path)
     assert result.diverged_at is None
     assert {"kl_scale", "decrement", "curvature_seconds"} <= result.curve.rows[0].keys()
     assert math.isfinite(result.heldout_loss)
 
 
-def test_micro_batches_add_up_to_the_batch(materials, tmp_path):
+def test_micro_batches_add_up_to_the_batch(inputs, tmp_path):
     """In float64, with unequal numbers of labels (masked language model) and clipping."""
     rows = []
     for parts in (1, 2, 3):
-        config, made = materials(
+        config, made = inputs(
             "bert",
             optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5},
             train={"accumulation": parts},
         )
         model = made.untrained(1).double().eval()
-        job = train.make_job(config, {})
-        updater = optimizers.make(model, made.task.loss_fn, job.optimizer, job.passes)
-        batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
-        row = updater.step(batch, 0.1, made.task.batch)  # further batches: none wanted
+        run = train.training_run(config, {})
+        updater = optimizers.make(model, made.objective.loss_fn, run)
+        batch = made.objective.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+        row = updater.step(batch, 0.1, made.objective.batch)  # further batches: none wanted
         rows.append((row, [p.detach().clone() for p in model.parameters()]))
     for row, parameters in rows[1:]:
         assert row["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-6)
@@ -174,28 +173,28 @@ def test_micro_batches_add_up_to_the_batch(materials, tmp_path):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
-def test_checkpointed_activations_change_nothing(materials, tmp_path):
+def test_checkpointed_activations_change_nothing(inputs, tmp_path):
     for name in ("adamw", "kfac"):
         curves = []
         for checkpointing in (False, True):
-            config, made = materials(
+            config, made = inputs(
                 optimizer={"name": name, "lr": 0.01},
                 train={"gradient_checkpointing": checkpointing, "steps": 4},
             )
             _, result = go(config, made, tmp_path / f"{name}{checkpointing}")
             curves.append([row["loss"] for row in result.curve.rows])
         assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    config, made = materials("mlp", train={"gradient_checkpointing": True})
+    config, made = inputs("mlp", train={"gradient_checkpointing": True})
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing=true"):
         go(config, made, tmp_path / "mlp")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["adamw", "kfac"])
-def test_mixed_precision_is_near_to_full(name, precision, materials, tmp_path):
+def test_mixed_precision_is_near_to_full(name, precision, inputs, tmp_path):
     results = []
     for one in ("fp32", precision):
-        config, made = materials(
+        config, made = inputs(
             model={"dropout": 0.0},
             optimizer={"name": name, "lr": 0.003},
             train={"precision": one, "steps": 6},
@@ -207,15 +206,15 @@ def test_mixed_precision_is_near_to_full(name, precision, materials, tmp_path):
     assert results[0] == pytest.approx(results[1], rel=0.02)
 
 
-def test_an_overflow_of_fp16_skips_the_step(materials):
-    config, made = materials(optimizer={"name": "kfac", "lr": 0.01}, train={"precision": "fp16"})
+def test_an_overflow_of_fp16_skips_the_step(inputs):
+    config, made = inputs(optimizer={"name": "kfac", "lr": 0.01}, train={"precision": "fp16"})
     model = made.untrained(1)
-    job = train.make_job(config, {})
-    updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+    run = train.training_run(config, {})
+    updater = optimizers.make(model, made.objective.loss_fn, run)
     updater.gradient.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+    batch = made.objective.batch("train", 0, seed=0, batch_size=4, seq_len=16)
     before = [p.detach().clone() for p in model.parameters()]
-    row = updater.step(batch, 0.01, made.task.batch)
+    row = updater.step(batch, 0.01, made.objective.batch)
     assert not math.isfinite(row["grad_norm"])
     assert "reduction_ratio" not in row
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -223,8 +222,8 @@ def test_an_overflow_of_fp16_skips_the_step(materials):
 
 
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
-def test_a_divergence_ends_the_run_and_is_a_result(name, materials, tmp_path):
-    config, _ = materials(
+def test_a_divergence_ends_the_run_and_is_a_result(name, inputs, tmp_path):
+    config, _ = inputs(
         optimizer={"name": name, "lr": 1e4, "clip": "none", "clip_norm": None, "warmup": 0.0},
         train={"eval_every": 100, "target_loss": 0.01, "divergence_factor": 1.5},
     )
@@ -243,8 +242,8 @@ def test_a_divergence_ends_the_run_and_is_a_result(name, materials, tmp_path):
     assert second["tokens"] == metrics["tokens"]
 
 
-def test_metrics_of_a_curvature_run(materials, tmp_path):
-    config, made = materials(
+def test_metrics_of_a_curvature_run(inputs, tmp_path):
+    config, made = inputs(
         optimizer={"name": "kfac", "lr": 0.01},
         train={"target_loss": 100.0, "eval_every": 3},
         kfac={"n_batches": 2},
@@ -253,7 +252,7 @@ def test_metrics_of_a_curvature_run(materials, tmp_path):
     _, result = go(config, made, tmp_path, on_row=rows.append)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows == result.curve.rows
-    metrics = train.metrics(result, train.make_job(config, {}), 100.0)
+    metrics = train.metrics(result, 100.0)
     assert metrics["train/target_steps"] == 3
     assert metrics["train/target_s"] == result.curve.rows[2]["seconds"]
     assert 0 < metrics["train/curvature_share"] < 1
@@ -265,16 +264,16 @@ def test_metrics_of_a_curvature_run(materials, tmp_path):
     assert metrics["tokens"] == STEPS * 4 * 16
 
 
-def test_factors_come_from_the_batches_to_come(materials, tmp_path):
-    config, made = materials(optimizer={"name": "kfac", "lr": 0.01}, kfac={"n_batches": 3})
+def test_factors_come_from_the_batches_to_come(inputs, tmp_path):
+    config, made = inputs(optimizer={"name": "kfac", "lr": 0.01}, kfac={"n_batches": 3})
     model = made.untrained(1)
-    job = train.make_job(config, {})
-    updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+    run = train.training_run(config, {})
+    updater = optimizers.make(model, made.objective.loss_fn, run)
     asked = []
 
     def further(k):
         asked.append(k)
-        return made.task.batch("train", k, seed=0, batch_size=4, seq_len=16)
+        return made.objective.batch("train", k, seed=0, batch_size=4, seq_len=16)
 
     updater.step(further(0), 0.01, further)
     assert asked == [0, 1, 2]
@@ -282,12 +281,12 @@ def test_factors_come_from_the_batches_to_come(materials, tmp_path):
     assert tokens == 3 * 4 * 16
 
 
-def test_embeddings_and_head_go_to_adamw_unless_asked_for(materials):
+def test_embeddings_and_head_go_to_adamw_unless_asked_for(inputs):
     for outer, expected in (("adamw", False), ("kfac", True)):
-        config, made = materials(optimizer={"name": "kfac", "outer": outer})
+        config, made = inputs(optimizer={"name": "kfac", "outer": outer})
         model = made.untrained(1)
-        job = train.make_job(config, {})
-        updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
+        run = train.training_run(config, {})
+        updater = optimizers.make(model, made.objective.loss_fn, run)
         assert ("transformer.wte.weight" in updater.optimizer._names) is expected
 
 
@@ -297,14 +296,14 @@ def test_rates_of_what_is_left_to_adamw():
     assert optimizers.rest_factor(OptimizerConfig()) == 1.0
 
 
-def test_decoupled_decay_of_sgd(materials):
-    config, made = materials(
+def test_decoupled_decay_of_sgd(inputs):
+    config, made = inputs(
         optimizer={"name": "sgd", "lr": 0.1, "weight_decay": 0.5, "clip_norm": None}
     )
     model = made.untrained(1).eval()
-    job = train.make_job(config, {})
-    updater = optimizers.make(model, made.task.loss_fn, job.optimizer, job.passes)
-    batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+    run = train.training_run(config, {})
+    updater = optimizers.make(model, made.objective.loss_fn, run)
+    batch = made.objective.batch("train", 0, seed=0, batch_size=4, seq_len=16)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     updater.step(batch, 0.1, lambda k: batch)
     for name, parameter in model.named_parameters():
@@ -314,10 +313,10 @@ def test_decoupled_decay_of_sgd(materials):
     assert TrainConfig().divergence_factor == 2.0
 
 
-def test_the_ratio_is_that_of_the_gradient_before_the_cut(materials):
+def test_the_ratio_is_that_of_the_gradient_before_the_cut(inputs):
     """A gradient that ``clip_norm`` has made a hundredth of itself promises no less by it."""
     for limit in (0.01, None):
-        config, made = materials(
+        config, made = inputs(
             model={"dropout": 0.0},
             optimizer={
                 "name": "kfac", "lr": 1e-4, "rest_lr": 1e-6, "clip": "none", "clip_norm": limit,
@@ -325,11 +324,11 @@ def test_the_ratio_is_that_of_the_gradient_before_the_cut(materials):
             },
         )  # fmt: skip
         model = made.untrained(1).double()
-        job = train.make_job(config, {})
-        updater = natural.maker(config)(model, made.task.loss_fn, job.optimizer, job.passes)
-        batch = made.task.batch("train", 0, seed=0, batch_size=4, seq_len=16)
+        run = train.training_run(config, {})
+        updater = optimizers.make(model, made.objective.loss_fn, run)
+        batch = made.objective.batch("train", 0, seed=0, batch_size=4, seq_len=16)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        row = updater.step(batch, 1e-4, made.task.batch)  # no further ones
+        row = updater.step(batch, 1e-4, made.objective.batch)  # no further ones
         optimizer = updater.optimizer
         cut = 1.0 if limit is None else limit / row["grad_norm"]
         assert updater.gradient.cut == pytest.approx(cut, rel=1e-4)
@@ -342,10 +341,11 @@ def test_the_ratio_is_that_of_the_gradient_before_the_cut(materials):
         assert row["reduction_ratio"] == pytest.approx(1.0, abs=0.02)
 
 
-class Seldom(Crew):
+class Seldom(DataParallel):
     """Saves after some steps alone, whatever the clock says."""
 
     def __init__(self, saved) -> None:
+        super().__init__()
         self.saved, self.done = set(saved), 0
 
     def agree(self, signum, due):
@@ -354,16 +354,16 @@ class Seldom(Crew):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_long_after_the_last_save_it_ends_bit_identical(seed, materials, tmp_path):
+def test_killed_long_after_the_last_save_it_ends_bit_identical(seed, inputs, tmp_path):
     """Steps are made again: more than one, over a refresh of factors or inverses."""
-    config, made = materials(optimizer={"name": "kfac", **OPTIONS["kfac"]}, train={"eval_every": 3})
+    config, made = inputs(optimizer={"name": "kfac", **OPTIONS["kfac"]}, train={"eval_every": 3})
     whole, expected = go(config, made, tmp_path / "whole")
     draw = random.Random(seed)
     kill = draw.randint(4, STEPS - 1)
     saved = draw.sample(range(1, kill - 1), k=draw.randint(1, 2))
     sent = []
     with pytest.raises(Killed):
-        go(config, made, tmp_path / "cut", die_at=kill, crew=Seldom(saved), on_row=sent.append)
+        go(config, made, tmp_path / "cut", die_at=kill, parallel=Seldom(saved), on_row=sent.append)
     again, result = go(config, made, tmp_path / "cut")
     assert len(sent) == kill
     assert result.resumed_at == max(saved) < kill - 1

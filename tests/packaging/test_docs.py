@@ -40,10 +40,10 @@ def test_overrides_in_examples_are_valid(page: Path):
 
     lines = re.findall(r"^(?:\$ )?python -m fisher_lab(.*)$", page.read_text(), re.MULTILINE)
     commands = [line.partition("#")[0].split() for line in lines]
-    with cli._hydra(cli._parse([])) as hydra:
+    with cli.config_loader(cli._parse([])) as loader:
         for words in commands:
             overrides = [word.strip("'\"") for word in words if "=" in word and word[0] != "-"]
-            compose.check(hydra.config_loader, overrides, multirun="-m" in words)
+            compose.check(loader, overrides, multirun="-m" in words)
     assert all(isinstance(words, list) for words in commands)
 
 

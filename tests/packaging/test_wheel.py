@@ -83,7 +83,7 @@ def test_nothing_else_lands(site):
 
 def test_configuration_and_sweeps_travel_inside(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, source in (("conf", paths.conf()), ("sweeps", paths.sweeps())):
+    for folder, source in (("conf", paths.conf()), ("conf_sweeps", paths.sweeps())):
         for file in source.rglob("*.yaml"):
             assert f"fisher_lab/{folder}/{file.relative_to(source).as_posix()}" in names
     assert not [name for name in names if name.startswith(("tests", "docs", "conf", "benchmarks"))]
@@ -101,32 +101,45 @@ def borrowed(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Path:
-    folder = tmp_path / "elsewhere"
+def other_directory(tmp_path: Path) -> Path:
+    folder = tmp_path / "other_directory"
     folder.mkdir()
     return folder
 
 
-def test_the_console_script_works_from_another_directory(environment, site, elsewhere, tmp_path):
+def test_the_console_script_works_from_another_directory(
+    environment, site, other_directory, tmp_path
+):
     script = str(environment / "bin" / "fisher-lab")
     needs = borrowed(tmp_path)
-    shown = run(script, "--cfg", "job", "kfac/policy=hybrid", cwd=elsewhere, **needs)
+    shown = run(script, "--cfg", "job", "kfac/policy=hybrid", cwd=other_directory, **needs)
     assert shown.returncode == 0, shown.stderr
     assert yaml.safe_load(shown.stdout)["kfac"]["policy"] == "hybrid"
     python = str(environment / "bin" / "python")
     where = run(
-        python, "-c", "import fisher_lab; print(fisher_lab.__file__)", cwd=elsewhere, **needs
+        python, "-c", "import fisher_lab; print(fisher_lab.__file__)", cwd=other_directory, **needs
     )
     assert Path(where.stdout.strip()) == site / "fisher_lab" / "__init__.py"
-    helped = run(script, "--help", cwd=elsewhere, **needs)
+    helped = run(script, "--help", cwd=other_directory, **needs)
     assert "sweeps: appendix, appendix_full, damping" in helped.stdout
-    bad = run(script, "kfac.damping=-1", cwd=elsewhere, **needs)
+    sweep = run(
+        script,
+        "-m",
+        "+sweeps=damping",
+        "seed=0",
+        "sweep.dry_run=true",
+        cwd=other_directory,
+        **needs,
+    )
+    assert sweep.returncode == 0, sweep.stderr
+    assert "10 cells: 10 to run" in sweep.stdout
+    bad = run(script, "kfac.damping=-1", cwd=other_directory, **needs)
     assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
-    assert list(elsewhere.iterdir()) == []
+    assert list(other_directory.iterdir()) == []
 
 
-def test_a_run_by_the_console_script(environment, elsewhere, tmp_path):
-    """A training of two steps: through workbench, record and screen."""
+def test_a_run_by_the_console_script(environment, other_directory, tmp_path):
+    """A training of two steps: through workload, record and summary."""
     done = run(
         str(environment / "bin" / "fisher-lab"),
         "task=train",
@@ -138,9 +151,9 @@ def test_a_run_by_the_console_script(environment, elsewhere, tmp_path):
         "train.seq_len=16",
         "train.batch_size=2",
         "hydra.run.dir=here",
-        cwd=elsewhere,
+        cwd=other_directory,
         **borrowed(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert (elsewhere / "here" / "run.json").is_file()
+    assert (other_directory / "here" / "run.json").is_file()
     assert "run directory" in done.stdout

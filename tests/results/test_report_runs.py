@@ -34,16 +34,16 @@ kfac: {damping: 3e-4}
 
 def planned(arguments):
     args = cli._parse(["-m", *arguments])
-    with cli._hydra(args) as hydra:
-        cfg = compose.load(hydra.config_loader, args.overrides, multirun=True)
-        return plan.make(hydra.config_loader, cfg, args.overrides, lambda config: CONTENT)
+    with cli.config_loader(args) as loader:
+        cfg = compose.load(loader, args.overrides, multirun=True)
+        return plan.make(loader, cfg, args.overrides, lambda config: CONTENT)
 
 
 def single(arguments):
     """The configuration of a run that is no sweep's."""
     args = cli._parse(arguments)
-    with cli._hydra(args) as hydra:
-        cfg = compose.load(hydra.config_loader, args.overrides)
+    with cli.config_loader(args) as loader:
+        cfg = compose.load(loader, args.overrides)
         config = validate.validate(cfg)
         cli._check_single(cfg, config)
     return config

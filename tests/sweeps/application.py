@@ -40,7 +40,8 @@ def launch(
         background = f"{chosen}run.main(sys.argv[1:])"
         chosen += f"run.BACKGROUND = ('-c', {'import sys; ' + background!r}); "
     if identity is not None:
-        chosen += f"cli.preflight = lambda config: {identity!r}; "
+        chosen += "from fisher_lab.tasks import preflight; "
+        chosen += f"preflight.preflight = lambda config: {identity!r}; "
     script = f"import sys; from fisher_lab import cli; {chosen}sys.exit(cli.main(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],

@@ -62,13 +62,13 @@ def test_a_job_has_as_many_nodes_as_its_cell() -> None:
 
 def test_a_sweep_is_submitted_where_no_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment names the nodes once the job runs, and not before."""
-    from fisher_lab import cli
+    from fisher_lab.tasks import preflight
 
     for name in ("NODE_RANK", "SLURM_NODEID", "MASTER_ADDR", "SLURM_JOB_NODELIST"):
         monkeypatch.delenv(name, raising=False)
     config = Config()
     config.distributed.nodes = 2
     config.device = "cpu"
-    cli._preflight_ranks(config)
+    preflight.check_ranks(config)
     with pytest.raises(ConfigError, match=r"neither SLURM_NODEID"):
-        cli._check_nodes(config)
+        preflight.check_nodes(config)

@@ -10,6 +10,7 @@ import pytest
 
 from fisher_lab import cli
 from fisher_lab.config import compose, paths, sweep_files
+from fisher_lab.config.validate import validate
 from fisher_lab.results import hypotheses
 from fisher_lab.sweeps import plan
 
@@ -24,9 +25,9 @@ def own_sweep(name: str, text: str) -> None:
 
 def planned(*arguments: str) -> list[plan.SweepPlan]:
     args = cli._parse(["-m", *arguments])
-    with cli._hydra(args) as hydra:
-        cfg = compose.load(hydra.config_loader, args.overrides, multirun=True)
-        return plan.make(hydra.config_loader, cfg, args.overrides, lambda config: {"data": "x"})
+    with cli.config_loader(args) as loader:
+        cfg = compose.load(loader, args.overrides, multirun=True)
+        return plan.make(loader, cfg, args.overrides, lambda config: {"data": "x"})
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -202,14 +203,13 @@ def test_cells_are_composed_as_hydra_does():
     """Groups once, values set: the same configurations, cell by cell."""
     args = cli._parse(["-m", "kfac/policy=all,auto", "model=mlp,gpt2", "seed=1,2"])
     extra = ["kfac={damping:1e-3,update_freq:2}", "data.seq_len=16", "threads=${seed}"]
-    with cli._hydra(args) as hydra:
-        loader = hydra.config_loader
+    with cli.config_loader(args) as loader:
         master = compose.load(loader, [*args.overrides, *extra], multirun=True)
         composer = compose.Composer(loader, master)
         batch = compose.cells(None, [*args.overrides, *extra])
         assert len(batch) == 8
         for overrides in batch:
-            assert composer(overrides) == compose.load_cell(loader, master, overrides)[1]
+            assert composer(overrides) == validate(loader.load_sweep_config(master, overrides))
 
 
 def test_values_of_an_axis_may_be_a_list():

@@ -22,7 +22,9 @@ AT_STEP = 50
 _train = training_loop.train
 
 
-def held(model: Any, task: Any, job: Any, directory: Path, *, signals: Any, **more: Any) -> Any:
+def held(
+    model: Any, objective: Any, run: Any, directory: Path, *, signals: Any, **more: Any
+) -> Any:
     """What `training.train` does, with a wait for a signal after a step."""
 
     def after_step(done: int) -> None:
@@ -38,7 +40,7 @@ def held(model: Any, task: Any, job: Any, directory: Path, *, signals: Any, **mo
                 threading.Event().wait(0.01)
 
     return _train(
-        model, task, job, directory, signals=signals, after_step=after_step, **more
+        model, objective, run, directory, signals=signals, after_step=after_step, **more
     )  # fmt: skip
 
 

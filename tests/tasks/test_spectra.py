@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from fisher_lab import cli
 from fisher_lab.config import schema
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.fields import problems
@@ -17,6 +16,7 @@ from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from fisher_lab.results import curve_figures
 from fisher_lab.runs.record import Run
+from fisher_lab.tasks.preflight import preflight
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import run_engines
 from tests.curvature.spectra.reference import batch_of, tiny
@@ -125,14 +125,14 @@ def test_a_device_that_is_not_there_stops_before_any_work(section, key, monkeypa
         "fisher_lab.workload.content_identity.content_identity", lambda config: {"data": "abc"}
     )
     config = configured(spectral=1, lanczos=1)
-    assert cli.preflight(config) == {"data": "abc"}
+    assert preflight(config) == {"data": "abc"}
     setattr(getattr(config, section), key, "cuda")
     wanted = rf"^{section}\.{key}=cuda is not allowed: .* must be auto or cpu on a machine"
     with pytest.raises(ConfigError, match=wanted):
-        cli.preflight(config)
+        preflight(config)
     # An engine that is off asks for nothing.
     getattr(config, section).enabled = False
-    assert cli.preflight(config) == {"data": "abc"}
+    assert preflight(config) == {"data": "abc"}
 
 
 def test_dtypes_and_sketch_rank_reach_the_engines(bench, run):

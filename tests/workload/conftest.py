@@ -11,7 +11,7 @@ import pytest
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig, TrainConfig
 from fisher_lab.workload import text
-from fisher_lab.workload.inputs import Materials, prepare
+from fisher_lab.workload.inputs import Inputs, prepare
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +57,10 @@ def config(text_directory: Path, cache_directory: Path) -> Callable[..., Config]
 
 
 @pytest.fixture(scope="session")
-def materials(config: Callable[..., Config]) -> Callable[..., Materials]:
-    made: dict[str, Materials] = {}
+def inputs(config: Callable[..., Config]) -> Callable[..., Inputs]:
+    made: dict[str, Inputs] = {}
 
-    def get(kind: str) -> Materials:
+    def get(kind: str) -> Inputs:
         if kind not in made:
             made[kind] = prepare(config(kind))
         return made[kind]

@@ -15,15 +15,15 @@ KINDS = ["gpt2", "llama", "bert", "t5", "mlp"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_configured_is_built(config, materials, kind):
-    made = materials(kind)
+def test_what_is_configured_is_built(config, inputs, kind):
+    made = inputs(kind)
     model = replace(config(kind).model, layers=2, mlp_width=24)
-    built = models.build(model, made.tokenizer, classes=made.task.classes, seed=0)
+    built = models.build(model, made.tokenizer, classes=made.objective.classes, seed=0)
     shapes = [tuple(p.shape) for p in built.parameters()]
     names = [name for name, _ in built.named_parameters()]
     if kind == "mlp":
-        assert shapes == [(16, 400), (16,), (16, 16), (16,), (made.task.classes, 16),
-                          (made.task.classes,)]  # fmt: skip
+        assert shapes == [(16, 400), (16,), (16, 16), (16,), (made.objective.classes, 16),
+                          (made.objective.classes,)]  # fmt: skip
         return
     assert (400, 16) in shapes
     assert any(24 in shape for shape in shapes)
@@ -32,7 +32,7 @@ def test_what_is_configured_is_built(config, materials, kind):
         assert [problem[:2] for problem in replace(model, tied=False).check()] == [("tied", False)]
         return
     untied = models.build(
-        replace(model, tied=False), made.tokenizer, classes=made.task.classes, seed=0
+        replace(model, tied=False), made.tokenizer, classes=made.objective.classes, seed=0
     )
     extra = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in built.parameters())
     assert extra == 400 * (17 if kind == "bert" else 16)  # the bias of BERT's head is tied too
@@ -42,7 +42,7 @@ def test_what_is_configured_is_built(config, materials, kind):
 def test_a_head_may_be_wider_than_the_tokenizer(config, kind):
     asked = config(kind)
     made = prepare(replace(asked, model=replace(asked.model, outputs=421)))
-    assert (len(made.tokenizer), made.task.classes) == (400, 421)
+    assert (len(made.tokenizer), made.objective.classes) == (400, 421)
     shapes = {tuple(p.shape) for p in made.untrained(0).parameters()}
     assert (421, 16) in shapes
     assert (400, 16) not in shapes
@@ -57,8 +57,8 @@ def test_topics_are_no_vocabulary(config):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_decides_the_weights_and_nothing_else_is_touched(materials, kind):
-    made = materials(kind)
+def test_the_seed_decides_the_weights_and_nothing_else_is_touched(inputs, kind):
+    made = inputs(kind)
     torch.manual_seed(7)
     before = torch.get_rng_state()
 
@@ -71,21 +71,21 @@ def test_the_seed_decides_the_weights_and_nothing_else_is_touched(materials, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_a_model_computes_the_same(materials, tmp_path, kind):
-    made = materials(kind)
+def test_saved_and_loaded_a_model_computes_the_same(inputs, tmp_path, kind):
+    made = inputs(kind)
     built = made.untrained(0).eval()
     models.save(built, tmp_path)
-    loaded = models.load(tmp_path, made.cfg.model, made.task.name).eval()
-    batch = made.task.batch("train", 0, seed=0, batch_size=2, seq_len=32)
-    one, other = (losses.score(m, batch, made.task.loss_fn).logits for m in (built, loaded))
+    loaded = models.load(tmp_path, made.cfg.model, made.objective.name).eval()
+    batch = made.objective.batch("train", 0, seed=0, batch_size=2, seq_len=32)
+    one, other = (losses.score(m, batch, made.objective.loss_fn).logits for m in (built, loaded))
     assert torch.equal(one, other)
-    double = models.load(tmp_path, replace(made.cfg.model, dtype="float64"), made.task.name)
+    double = models.load(tmp_path, replace(made.cfg.model, dtype="float64"), made.objective.name)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
-    assert losses.score(double.eval(), batch, made.task.loss_fn).logits.dtype == torch.float64
+    assert losses.score(double.eval(), batch, made.objective.loss_fn).logits.dtype == torch.float64
 
 
-def test_attention_can_be_chosen(materials):
-    built = materials("gpt2").untrained(0)
+def test_attention_can_be_chosen(inputs):
+    built = inputs("gpt2").untrained(0)
     models.set_attention(built, "eager")
     assert built.config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match=r"model\.attn_implementation=psychic is not allowed"):
@@ -93,8 +93,8 @@ def test_attention_can_be_chosen(materials):
     models.set_attention(torch.nn.Linear(1, 1), "eager")
 
 
-def test_llama_can_share_key_and_value_heads(config, materials):
-    made = materials("llama")
+def test_llama_can_share_key_and_value_heads(config, inputs):
+    made = inputs("llama")
     built = models.build(
         replace(config("llama").model, kv_heads=1), made.tokenizer, classes=400, seed=0
     )
@@ -105,14 +105,14 @@ def test_llama_can_share_key_and_value_heads(config, materials):
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bert", "t5"])
-def saved(request, materials, tmp_path_factory):
+def saved(request, inputs, tmp_path_factory):
     """A local directory as save_pretrained writes it, with what was saved."""
-    made = materials(request.param)
+    made = inputs(request.param)
     directory = tmp_path_factory.mktemp(request.param)
     built = made.untrained(3)
     models.save(built, directory)
     made.tokenizer.save_pretrained(str(directory))
-    return directory, built, made.task.name
+    return directory, built, made.objective.name
 
 
 def pretrained(config, directory, **model):
@@ -126,7 +126,7 @@ def pretrained(config, directory, **model):
 def test_a_pretrained_directory_is_used_for_what_it_is(config, saved):
     directory, built, task = saved
     made = build.build(pretrained(config, directory))
-    assert made.task.name == task
+    assert made.objective.name == task
     assert type(made.model) is type(built)
     assert not made.model.training
     for (name, ours), theirs in zip(made.model.named_parameters(), built.parameters(), strict=True):
@@ -179,8 +179,8 @@ def test_models_that_are_not_there_are_named_in_one_line(config, tmp_path):
     assert "a name on the hub that can be reached" in one_line(pretrained(config, "a/b/c"))
 
 
-def test_a_model_that_does_not_say_what_it_is_for(config, tmp_path, materials):
-    models.save(materials("gpt2").untrained(0), tmp_path)
+def test_a_model_that_does_not_say_what_it_is_for(config, tmp_path, inputs):
+    models.save(inputs("gpt2").untrained(0), tmp_path)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("GPT2LMHeadModel", "GPT2Model"))
     cfg = pretrained(config, tmp_path)

@@ -8,9 +8,9 @@ import torch
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature.losses import IGNORE_INDEX
-from fisher_lab.workload import corpus, evaluation, objective_kinds
+from fisher_lab.workload import corpus, evaluation, objectives
 from fisher_lab.workload.corpus import Corpus, Stream
-from fisher_lab.workload.objective_kinds import Causal
+from fisher_lab.workload.objectives import Causal
 
 SIZE = {"seed": 3, "batch_size": 2, "seq_len": 32}
 KINDS = ["gpt2", "bert", "t5", "mlp"]
@@ -69,8 +69,8 @@ def test_too_little_text_and_unknown_sides():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_repeat_and_differ(materials, kind):
-    task = materials(kind).task
+def test_batches_repeat_and_differ(inputs, kind):
+    task = inputs(kind).objective
     one = task.batch("train", 0, **SIZE)
     again = task.batch("train", 0, **SIZE)
     assert one.keys() == again.keys()
@@ -84,8 +84,8 @@ def test_batches_repeat_and_differ(materials, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_baseline_is_no_better_than_the_labels_own_entropy(materials, kind):
-    task = materials(kind).task
+def test_the_baseline_is_no_better_than_the_labels_own_entropy(inputs, kind):
+    task = inputs(kind).objective
     size = {"batch_size": 2, "seq_len": 32}
     loss = evaluation.baseline_loss(task, **size)
     batches = range(task.heldout_batches(**size))
@@ -127,7 +127,7 @@ def test_causal_labels_are_the_inputs():
 
 def test_masks_hide_15_percent_of_every_row_as_bert_does():
     text = np.arange(100, 2100)[None].repeat(20, axis=0)
-    inputs, labels = objective_kinds.mask(text, np.random.default_rng(0), mask_token=2, classes=50)
+    inputs, labels = objectives.mask(text, np.random.default_rng(0), mask_token=2, classes=50)
     chosen = labels != IGNORE_INDEX
     assert (chosen.sum(axis=1) == 300).all()
     np.testing.assert_array_equal(labels[chosen], text[chosen])
@@ -139,8 +139,8 @@ def test_masks_hide_15_percent_of_every_row_as_bert_does():
     assert not np.array_equal(chosen[0], chosen[1])
 
 
-def test_masked_batches_are_framed_and_the_frame_is_never_predicted(materials):
-    task = materials("bert").task
+def test_masked_batches_are_framed_and_the_frame_is_never_predicted(inputs):
+    task = inputs("bert").objective
     batch = task.batch("heldout", 0, **SIZE)
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == labels.shape == (2, 32)
@@ -151,7 +151,7 @@ def test_masked_batches_are_framed_and_the_frame_is_never_predicted(materials):
 
 
 def test_a_tokenizer_without_a_frame_gets_none():
-    task = objective_kinds.Masked(numbered(), 20_000, objective_kinds.MaskTokens(2, None, None))
+    task = objectives.Masked(numbered(), 20_000, objectives.MaskTokens(2, None, None))
     assert task.batch("train", 0, **SIZE)["input_ids"].shape == (2, 32)
     assert task.heldout_batches(2, 32) == 3
 
@@ -161,8 +161,8 @@ def test_a_tokenizer_without_a_frame_gets_none():
 
 @pytest.mark.parametrize("length", [8, 32, 128, 512, 2000])
 def test_the_encoder_is_filled_and_the_decoder_is_shorter(length):
-    shape = objective_kinds.Shape.of_encoder(length, 32)
-    assert shape.encoder <= length < objective_kinds.Shape.of_text(shape.text + 1, 32).encoder + 1
+    shape = objectives.SpanLengths.of_encoder(length, 32)
+    assert shape.encoder <= length < objectives.SpanLengths.of_text(shape.text + 1, 32).encoder + 1
     assert length - shape.encoder <= 1
     assert shape.decoder < shape.encoder
     assert 1 <= shape.spans <= min(32, shape.noise)
@@ -189,10 +189,10 @@ def put_back(source, target, sentinels, end):
 @pytest.mark.parametrize("length", [2, 9, 50, 300])
 def test_corruption_can_be_undone(length):
     sentinels, end = list(range(9000, 9032)), 9999
-    shape = objective_kinds.Shape.of_text(length, len(sentinels))
+    shape = objectives.SpanLengths.of_text(length, len(sentinels))
     for seed in range(20):
         text = np.arange(length)
-        source, target = objective_kinds.corrupt(
+        source, target = objectives.corrupt(
             text, shape, np.random.default_rng(seed), sentinels, end
         )
         assert (len(source), len(target)) == (shape.encoder, shape.decoder)
@@ -201,10 +201,10 @@ def test_corruption_can_be_undone(length):
         assert used == sentinels[: shape.spans]
 
 
-def test_span_batches_have_two_lengths_and_no_padding(materials):
-    task = materials("t5").task
+def test_span_batches_have_two_lengths_and_no_padding(inputs):
+    task = inputs("t5").objective
     batch = task.batch("train", 0, **SIZE)
-    shape = objective_kinds.Shape.of_encoder(32, 32)
+    shape = objectives.SpanLengths.of_encoder(32, 32)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, shape.encoder)
     assert batch["labels"].shape == (2, shape.decoder)
     assert shape.encoder != shape.decoder
@@ -224,16 +224,16 @@ def test_span_batches_have_two_lengths_and_no_padding(materials):
 
 
 def test_bags_count_tokens():
-    bags = objective_kinds.bag(np.array([[0, 2, 2], [1, 1, 1]]), 4)
+    bags = objectives.bag(np.array([[0, 2, 2], [1, 1, 1]]), 4)
     np.testing.assert_allclose(np.expm1(bags), [[1, 0, 2, 0], [0, 3, 0, 0]], rtol=1e-6)
     assert bags.dtype == np.float32
 
 
 def test_topics_are_documents_and_examples_are_theirs():
     tokens = numbered(documents=5)
-    found = objective_kinds.find(tokens, 32)
+    found = objectives.find(tokens, 32)
     assert len(found) == 5
-    task = objective_kinds.Topics(tokens, 20_000, found)
+    task = objectives.Topics(tokens, 20_000, found)
     for side, per_document, first in (("train", 200, 0), ("heldout", 40, 10_000)):
         batch = task.batch(side, 0, **SIZE)
         assert batch["bag"].shape == (64, 20_000)
@@ -245,10 +245,10 @@ def test_topics_are_documents_and_examples_are_theirs():
 
 
 def test_one_long_document_has_stretches_for_topics():
-    found = objective_kinds.find(numbered(), 32)
-    assert len(found) == objective_kinds.STRETCHES
+    found = objectives.find(numbered(), 32)
+    assert len(found) == objectives.STRETCHES
     assert found[0].train[0] == 0
     assert found[-1].train[1] == 1000
     assert found[-1].heldout[1] == 200
     with pytest.raises(ConfigError, match="5 held-out tokens are too few"):
-        objective_kinds.find(numbered(heldout=5), 32)
+        objectives.find(numbered(heldout=5), 32)

@@ -15,13 +15,13 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.runs.signals import Interrupted, Watch
 from fisher_lab.workload import models, optimizers, snapshot, training_loop
-from fisher_lab.workload.gradient import Passes
 from fisher_lab.workload.snapshot import SnapshotError
+from fisher_lab.workload.training_run import TrainingRun
 
 STEPS = 9
 
 
-def job(**changes):
+def training_run(**changes):
     fields = {
         "steps": STEPS,
         "batch_size": 2,
@@ -31,16 +31,18 @@ def job(**changes):
         "optimizer": OptimizerConfig(),
         "eval_every": 4,
     }
-    return training_loop.Job(**{**fields, **changes})
+    return TrainingRun(**{**fields, **changes})
 
 
-def fresh(materials, kind="gpt2", dropout=0.3):
+def fresh(inputs, kind="gpt2", dropout=0.3):
     """A new model; with dropout, so that the random numbers matter."""
-    made = materials(kind)
+    made = inputs(kind)
     config = made.cfg.model
     sizes = {name: getattr(config, name) for name in ("type", "layers", "width", "heads", "recipe")}
     model = type(config)(**sizes, dropout=dropout)
-    return models.build(model, made.tokenizer, classes=made.task.classes, seed=1), made.task
+    return models.build(
+        model, made.tokenizer, classes=made.objective.classes, seed=1
+    ), made.objective
 
 
 def weights(model):
@@ -69,42 +71,44 @@ def die_at(step):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(materials, tmp_path_factory):
-    model, task = fresh(materials)
-    result = training_loop.train(model, task, job(), tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(inputs, tmp_path_factory):
+    model, task = fresh(inputs)
+    result = training_loop.train(
+        model, task, training_run(), tmp_path_factory.mktemp("undisturbed")
+    )
     return weights(model), result
 
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
-def test_an_interrupted_training_ends_bit_identical(materials, undisturbed, tmp_path, save_every_s):
+def test_an_interrupted_training_ends_bit_identical(inputs, undisturbed, tmp_path, save_every_s):
     """With a save at every step, and with none but the one at the start of it all."""
     for deaths in (3, 7):
-        model, task = fresh(materials)
+        model, task = fresh(inputs)
         with pytest.raises(Killed):
             training_loop.train(
                 model,
                 task,
-                job(),
+                training_run(),
                 tmp_path,
                 save_every_s=save_every_s,
                 after_step=die_at(deaths),
             )
-    model, task = fresh(materials)
+    model, task = fresh(inputs)
     random.seed(99)
     torch.manual_seed(99)
-    result = training_loop.train(model, task, job(), tmp_path)
+    result = training_loop.train(model, task, training_run(), tmp_path)
     assert result.resumed_at == (7 if save_every_s == 0 else 0)
     assert_same(weights(model), undisturbed[0])
     assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)
     assert result.heldout_loss == undisturbed[1].heldout_loss
 
 
-def test_a_finished_training_is_not_repeated(materials, undisturbed, tmp_path):
-    model, task = fresh(materials)
-    training_loop.train(model, task, job(), tmp_path)
-    again, _ = fresh(materials)
+def test_a_finished_training_is_not_repeated(inputs, undisturbed, tmp_path):
+    model, task = fresh(inputs)
+    training_loop.train(model, task, training_run(), tmp_path)
+    again, _ = fresh(inputs)
     calls = []
-    result = training_loop.train(again, task, job(), tmp_path, after_step=calls.append)
+    result = training_loop.train(again, task, training_run(), tmp_path, after_step=calls.append)
     assert calls == []
     assert result.resumed_at == STEPS
     assert_same(weights(again), undisturbed[0])
@@ -112,25 +116,30 @@ def test_a_finished_training_is_not_repeated(materials, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5", "mlp"])
-def test_every_model_trains_and_resumes(materials, tmp_path, kind):
-    whole, task = fresh(materials, kind)
+def test_every_model_trains_and_resumes(inputs, tmp_path, kind):
+    whole, task = fresh(inputs, kind)
     before = weights(whole)
-    result = training_loop.train(whole, task, job(steps=4), tmp_path / "whole")
+    result = training_loop.train(whole, task, training_run(steps=4), tmp_path / "whole")
     assert result.heldout_loss > 0
     assert not all(torch.equal(before[name], tensor) for name, tensor in weights(whole).items())
-    part, _ = fresh(materials, kind)
+    part, _ = fresh(inputs, kind)
     with pytest.raises(Killed):
         training_loop.train(
-            part, task, job(steps=4), tmp_path / "part", save_every_s=0, after_step=die_at(2)
+            part,
+            task,
+            training_run(steps=4),
+            tmp_path / "part",
+            save_every_s=0,
+            after_step=die_at(2),
         )
-    resumed, _ = fresh(materials, kind)
-    training_loop.train(resumed, task, job(steps=4), tmp_path / "part")
+    resumed, _ = fresh(inputs, kind)
+    training_loop.train(resumed, task, training_run(steps=4), tmp_path / "part")
     assert_same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_saves_at_the_next_step_and_ends(materials, undisturbed, tmp_path, signum):
-    model, task = fresh(materials)
+def test_a_signal_saves_at_the_next_step_and_ends(inputs, undisturbed, tmp_path, signum):
+    model, task = fresh(inputs)
 
     def send(done):
         if done == 4:
@@ -140,7 +149,7 @@ def test_a_signal_saves_at_the_next_step_and_ends(materials, undisturbed, tmp_pa
         training_loop.train(
             model,
             task,
-            job(),
+            training_run(),
             tmp_path,
             save_every_s=1e9,
             signals=signals,
@@ -148,8 +157,8 @@ def test_a_signal_saves_at_the_next_step_and_ends(materials, undisturbed, tmp_pa
         )
     assert stop.value.status == ("cancelled" if signum == signal.SIGTERM else "preempted")
     assert snapshot.load(tmp_path / training_loop.STATE_FILE)["steps"] == 5
-    model, task = fresh(materials)
-    assert training_loop.train(model, task, job(), tmp_path).resumed_at == 5
+    model, task = fresh(inputs)
+    assert training_loop.train(model, task, training_run(), tmp_path).resumed_at == 5
     assert_same(weights(model), undisturbed[0])
 
 
@@ -170,21 +179,25 @@ def test_the_curve(undisturbed, tmp_path):
         training_loop.Curve.read(tmp_path / "none.csv", 1)
 
 
-def test_another_trainings_state_is_refused(materials, tmp_path):
-    model, task = fresh(materials)
-    training_loop.train(model, task, job(steps=2), tmp_path)
-    for other in (job(steps=3), job(steps=2, seed=6), job(steps=2, origin={"text": "another"})):
+def test_another_trainings_state_is_refused(inputs, tmp_path):
+    model, task = fresh(inputs)
+    training_loop.train(model, task, training_run(steps=2), tmp_path)
+    for other in (
+        training_run(steps=3),
+        training_run(steps=2, seed=6),
+        training_run(steps=2, origin={"text": "another"}),
+    ):
         with pytest.raises(SnapshotError, match="state of another training"):
             training_loop.train(model, task, other, tmp_path)
 
 
-def test_a_state_cut_short_is_an_error_that_names_it(materials, tmp_path):
-    model, task = fresh(materials)
-    training_loop.train(model, task, job(steps=2), tmp_path)
+def test_a_state_cut_short_is_an_error_that_names_it(inputs, tmp_path):
+    model, task = fresh(inputs)
+    training_loop.train(model, task, training_run(steps=2), tmp_path)
     path = tmp_path / training_loop.STATE_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SnapshotError, match=r"state\.safetensors cannot be read as the state"):
-        training_loop.train(model, task, job(steps=2), tmp_path)
+        training_loop.train(model, task, training_run(steps=2), tmp_path)
 
 
 def test_snapshots_keep_types_and_bits(tmp_path):
@@ -230,13 +243,14 @@ def test_rates_rise_and_fall():
     assert optimizers.rate(99, 100, 1.5, constant) == 1.5
 
 
-def test_one_step_of_adamw_is_the_librarys(materials):
+def test_one_step_of_adamw_is_the_librarys(inputs):
     """On the mean loss, cut at the norm, decaying matrices alone."""
-    model, task = fresh(materials, dropout=0.0)
-    reference, _ = fresh(materials, dropout=0.0)
+    model, task = fresh(inputs, dropout=0.0)
+    reference, _ = fresh(inputs, dropout=0.0)
     config = OptimizerConfig(clip_norm=0.05, weight_decay=0.5, eps=1e-4)
     batch = task.batch("train", 0, seed=0, batch_size=2, seq_len=32)
-    row = optimizers.make(model, None, config, Passes()).step(batch, 0.1, lambda k: batch)
+    updater = optimizers.make(model, None, training_run(optimizer=config))
+    row = updater.step(batch, 0.1, lambda k: batch)
     loss = reference(**batch).loss
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -250,10 +264,10 @@ def test_one_step_of_adamw_is_the_librarys(materials):
         torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_an_unknown_optimizer_is_named(materials):
-    model, _ = fresh(materials)
+def test_an_unknown_optimizer_is_named(inputs):
+    model, _ = fresh(inputs)
     with pytest.raises(ConfigError, match=r"optimizer\.name=lion .*one of adamw"):
-        optimizers.make(model, None, OptimizerConfig(name="lion"), Passes())
+        optimizers.make(model, None, training_run(optimizer=OptimizerConfig(name="lion")))
 
 
 CHILD = """
@@ -261,31 +275,30 @@ import os, random, signal, sys
 from pathlib import Path
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import *
-from fisher_lab.workload import models, training
+from fisher_lab.workload import models, training_loop
 from fisher_lab.workload.inputs import prepare
+from fisher_lab.workload.training_run import TrainingRun
 text, cache, directory, kill_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 model = ModelConfig(layers=1, width=16, heads=2, dropout=0.3, recipe=RecipeConfig(seq_len=32))
 data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2, seq_len=32)
 made = prepare(Config(device="cpu", cache_dir=cache, model=model, data=data))
-built = models.build(model, made.tokenizer, classes=made.task.classes, seed=1)
-job = training.Job(9, 2, 32, 1e-2, 5, OptimizerConfig(), 4)
+built = models.build(model, made.tokenizer, classes=made.objective.classes, seed=1)
+run = TrainingRun(9, 2, 32, 1e-2, 5, OptimizerConfig(), 4)
 def after_step(done):
     if done == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
-training.train(built, made.task, job, directory, save_every_s=0.02, after_step=after_step)
+training_loop.train(built, made.objective, run, directory, save_every_s=0.02, after_step=after_step)
 """
 
 
-def test_sigkill_at_a_random_step(
-    materials, undisturbed, text_directory, cache_directory, tmp_path
-):
+def test_sigkill_at_a_random_step(inputs, undisturbed, text_directory, cache_directory, tmp_path):
     kill_at = random.randrange(2, STEPS)
     print(f"killed at step {kill_at}")
     arguments = [str(text_directory), str(cache_directory), str(tmp_path), str(kill_at)]
     child = subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=240)
     assert child.returncode == -signal.SIGKILL
-    model, task = fresh(materials)
-    result = training_loop.train(model, task, job(), tmp_path)
+    model, task = fresh(inputs)
+    result = training_loop.train(model, task, training_run(), tmp_path)
     assert result.resumed_at <= kill_at
     assert_same(weights(model), undisturbed[0])
     assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)

@@ -1,0 +1,83 @@
+"""What can be known to fail before a directory is made or a model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fisher_lab import tracking
+from fisher_lab.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fisher_lab.config.schema import Config
+
+
+def preflight(config: Config) -> Mapping[str, Any]:
+    """Check what a configuration needs of this machine.
+
+    Returns:
+        The hashes of text and model, part of the run's identity.
+
+    Raises:
+        ConfigError: a device that this machine does not have; a text or a model that does not
+            exist; a tracker whose package is missing.
+    """
+    from fisher_lab.workload.content_identity import content_identity
+
+    tracking.check(config.tracker)
+    content = content_identity(config)
+    check_ranks(config)
+    _check_devices(config)
+    return content
+
+
+def check_ranks(config: Config) -> None:
+    """Check that there is a CUDA device for each rank.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    d = config.distributed
+    if d.nproc == 1 or config.device == "cpu" or d.backend == "gloo":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if d.nproc > found and (found or config.device == "cuda"):
+        raise ConfigError.value(
+            "distributed.nproc", d.nproc, f"at most {found}, the CUDA devices of this machine"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    """Check that a CUDA device that is asked for by name is there."""
+    asked = {"device": config.device}
+    if config.task.name == "analyze" and config.spectral.enabled:
+        asked["spectral.eigensolve_device"] = config.spectral.eigensolve_device
+    if config.task.name == "analyze" and config.lanczos.enabled:
+        asked["lanczos.vector_device"] = config.lanczos.vector_device
+    if "cuda" not in asked.values():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for key, value in asked.items():
+        if value == "cuda":
+            raise ConfigError.value(key, value, "auto or cpu on a machine without a CUDA device")
+
+
+def check_nodes(config: Config) -> None:
+    """Check that the environment names the nodes (where a sweep is submitted, it does not yet).
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from fisher_lab.distributed import launch
+
+    d = config.distributed
+    try:
+        launch.place(d.nproc, d.nodes, os.environ)
+    except launch.LaunchError as error:
+        raise ConfigError(str(error)) from None
