@@ -36,8 +36,7 @@ from fisher_lab.curvature.errors import (
     check_options,
 )
 from fisher_lab.curvature.evaluation_mode import isolated
-from fisher_lab.curvature.group_fisher import overlap
-from fisher_lab.curvature.group_fisher.moments import Moments
+from fisher_lab.curvature.group_fisher.moments import Moments, by_element, by_group, overlap
 from fisher_lab.curvature.group_fisher.parameter_groups import (
     GROUPS,
     Slot,
@@ -372,16 +371,16 @@ class FisherCollector:
             group: None compares element by element, else group by group.
 
         Returns:
-            As :func:`fisher_lab.curvature.group_fisher.overlap.overlap`.
+            As :func:`fisher_lab.curvature.group_fisher.moments.overlap`.
 
         Raises:
             CurvatureError: no such task or group, or the share is out of range.
         """
         if group is not None:
             scores = (self.importance(first, group), self.importance(second, group))
-            return overlap.overlap(*overlap.by_group(*scores), share)
+            return overlap(*by_group(*scores), share)
         means = ({n: m.mean for n, m in self._task(t).items()} for t in (first, second))
-        return overlap.overlap(*overlap.by_element(*means), share)
+        return overlap(*by_element(*means), share)
 
     def _task(self, task: str) -> dict[str, Moments]:
         if task not in self._moments:

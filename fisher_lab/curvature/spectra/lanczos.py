@@ -26,8 +26,10 @@ from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.krylov import (
     LanczosResult,
     MatVec,
+    Vectors,
     default_vectors,
     lanczos_algorithm,
+    place,
 )
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.quadrature import (
@@ -38,7 +40,6 @@ from fisher_lab.curvature.spectra.quadrature import (
     hutch_plus_plus,
     quadrature,
 )
-from fisher_lab.curvature.spectra.vector_memory import Vectors, place
 from fisher_lab.curvature.wrappers import plain
 
 logger = logging.getLogger(__name__)

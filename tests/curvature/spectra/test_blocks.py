@@ -19,7 +19,6 @@ from fisher_lab.curvature.spectra.samples import draw_samples
 from tests.curvature.spectra.reference import (
     batch_of,
     reference_rows,
-    spectrum,
     tiny,
 )
 
@@ -52,11 +51,6 @@ def test_llama_modules_and_generic_models():
     assert list(parameter_blocks(stack, "layer")) == ["blocks.0", "blocks.1"]
     assert list(parameter_blocks(nn.Linear(2, 2), "layer")) == ["model"]
     assert architecture_of(stack) == "generic"
-
-
-def test_parameter_blocks_are_keyed_by_parameter_names(case):
-    result = spectrum(case.model, case.batch, structure="parameter")
-    assert list(result["per_block"]) == [name for name, _ in case.model.named_parameters()]
 
 
 @given(

@@ -34,6 +34,7 @@ def test_every_block_matches_the_loops(case, mode, unit, center):
     result = spectrum(case.model, case.batch, storage_mode=mode, sample_unit=unit, center=center)
     blocks = parameter_blocks(case.model, "layer")
     assert set(result["per_block"]) == set(blocks)
+    assert result["metadata"]["regularization_used"] == 0.0
     joined = []
     for block, names in blocks.items():
         record = result["per_block"][block]
@@ -56,6 +57,8 @@ def test_every_block_matches_the_loops(case, mode, unit, center):
 @pytest.mark.parametrize("structure", ["module", "parameter", "full"])
 def test_every_structure_matches_the_explicit_matrix(case, structure):
     result = spectrum(case.model, case.batch, structure=structure, linear_gram="auto")
+    if structure == "parameter":
+        assert list(result["per_block"]) == [name for name, _ in case.model.named_parameters()]
     noise = 1e-20 * result["global"]["largest_eigenvalue"]  # key biases: zero but for rounding
     for block, names in parameter_blocks(case.model, structure).items():
         wanted = torch.linalg.eigvalsh(reference_fisher(case.rows["token"], names)).flip(0)
