@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -60,9 +61,11 @@ def test_the_first_end_is_the_run_s_and_stops_the_other_nodes(
     monkeypatch.setattr(nodes, "CHECK_EVERY_S", 0.0)
     failed, lost = RunEnd({"type": "X", "rank": 1}), RunEnd({"type": "CommunicationError"})
     stopped: list[bool] = []
+    at_work = threading.Event()  # an end that comes sooner is one for `gather` to see
 
     def first(group: Nodes) -> RunEnd | None:
         group.gather()
+        at_work.set()
         end = group.agree(lost, patience_s=20)  # its error follows from that of the other node
         with pytest.raises(RunEnded):
             group.check()
@@ -71,6 +74,7 @@ def test_the_first_end_is_the_run_s_and_stops_the_other_nodes(
 
     def second(group: Nodes) -> RunEnd | None:
         group.gather()
+        assert at_work.wait(WAIT_S)
         return group.agree(failed)
 
     assert both(first, second) == [failed, failed]
