@@ -54,3 +54,36 @@ def test_sections_of_the_mathematics_that_docstrings_cite_exist():
     for file in (ROOT / "fisher_lab").rglob("*.py"):
         for cited in re.findall(r"math\.md``?,? section (\d+)", file.read_text()):
             assert int(cited) in sections, f"{file.name} cites section {cited}"
+
+
+def modules_of_the_tree(page: str) -> set[str]:
+    """The files that the tree in docs/architecture.md names, with their folders."""
+    tree = page.partition("```\n")[2].partition("```")[0]
+    folder, files = "", set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            files.add(folder + name)
+        else:
+            folder = name
+    return files
+
+
+def test_every_module_is_named_in_the_architecture_and_nothing_else_is():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    modules = {
+        file.relative_to(ROOT).as_posix()
+        for top in ("fisher_lab", "hydra_plugins")
+        for file in (ROOT / top).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert modules_of_the_tree(page) == modules
+
+
+def test_every_path_in_the_architecture_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    paths_named = set(re.findall(r"`([\w/*]+(?:\.py|\.md|/))`", page))
+    bases = (ROOT, ROOT / "fisher_lab", ROOT / "fisher_lab" / "curvature")
+    lost = [p for p in paths_named if not any(any(base.glob(p.rstrip("/"))) for base in bases)]
+    assert lost == []
+    assert len(paths_named) > 30
