@@ -20,13 +20,12 @@ import sys
 import threading
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import IO
 
 from typing_extensions import override
 
-import fisher_lab
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.runs.processes import python_path
 from fisher_lab.tracking.base import Start, Tracker
 
 log = logging.getLogger(__name__)
@@ -67,14 +66,12 @@ class SinkProcess(Tracker):
     def start(self, start: Start) -> None:
         # Whether the child succeeds shows in the calls that follow.
         began = time.monotonic()
-        root = str(Path(fisher_lab.__file__).parents[1])
-        python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.child = subprocess.Popen(
             [*COMMAND, self.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": python_path},
+            env={**os.environ, "PYTHONPATH": python_path()},
             start_new_session=True,  # Ctrl-C in the terminal is meant for the run
         )
         for target in (self._write, self._read):
