@@ -15,42 +15,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_lab.results.axes import Axes, find_axes
-    from fisher_lab.results.claims import evaluate
-    from fisher_lab.results.commands import diff
-    from fisher_lab.results.finishing import at_end, finish
-    from fisher_lab.results.loading import load, load_layers, load_table
-    from fisher_lab.results.report import write_report
-    from fisher_lab.results.table import Table, tabulate
+    from fisher_lab.results.axes import Axes as Axes
+    from fisher_lab.results.axes import find_axes as find_axes
+    from fisher_lab.results.claims import evaluate as evaluate
+    from fisher_lab.results.commands import diff as diff
+    from fisher_lab.results.finishing import at_end as at_end
+    from fisher_lab.results.finishing import finish as finish
+    from fisher_lab.results.loading import load as load
+    from fisher_lab.results.loading import load_layers as load_layers
+    from fisher_lab.results.loading import load_table as load_table
+    from fisher_lab.results.report import write_report as write_report
+    from fisher_lab.results.table import Table as Table
+    from fisher_lab.results.table import tabulate as tabulate
 
-_MODULES = {
-    "load": "loading",
-    "load_layers": "loading",
-    "load_table": "loading",
-    "Axes": "axes",
-    "find_axes": "axes",
-    "Table": "table",
-    "tabulate": "table",
-    "evaluate": "claims",
-    "finish": "finishing",
-    "at_end": "finishing",
-    "write_report": "report",
-    "diff": "commands",
+_NAMES = {
+    "axes": ("Axes", "find_axes"),
+    "claims": ("evaluate",),
+    "commands": ("diff",),
+    "finishing": ("at_end", "finish"),
+    "loading": ("load", "load_layers", "load_table"),
+    "report": ("write_report",),
+    "table": ("Table", "tabulate"),
 }
-__all__ = [
-    "load",
-    "load_layers",
-    "load_table",
-    "Axes",
-    "find_axes",
-    "Table",
-    "tabulate",
-    "evaluate",
-    "finish",
-    "at_end",
-    "write_report",
-    "diff",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -91,7 +91,7 @@ def resolve(frame: pd.DataFrame, name: str) -> str:
         ResultsError: there is no such setting.
     """
     settings = list(frame.attrs.get("config", frame.columns))
-    found = _setting(name, settings)
+    found = setting_of(name, settings)
     if found is None:
         raise ResultsError(f"{name}: the runs have no such setting{hint(name, settings)}")
     return found
@@ -115,7 +115,8 @@ def select(frame: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
     return where(frame, keep)
 
 
-def _setting(name: str, settings: Sequence[str]) -> str | None:
+def setting_of(name: str, settings: Sequence[str]) -> str | None:
+    """The key that a name on a command line or in a sweep file stands for; None: there is none."""
     dotted = name.lstrip("+").replace("/", ".")
     candidates = (name, GROUP_KEYS.get(name, name), dotted, f"{dotted}.name", f"{dotted}.enabled")
     return next((c for c in candidates if c in settings), None)
@@ -134,7 +135,7 @@ def _swept(frame: pd.DataFrame) -> list[str]:
             if sign:
                 typed.setdefault(key.lstrip("+~"), set()).add(value)
     names += [key for key, values in typed.items() if len(values) > 1]
-    columns = [_setting(name, settings) for name in names]
+    columns = [setting_of(name, settings) for name in names]
     return list(dict.fromkeys(c for c in columns if c is not None))
 
 

@@ -57,7 +57,8 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``claims.json``."""
-        about = {name: getattr(self, name) for name in _WRITTEN}
+        names = "sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "claim"
+        about = {name: getattr(self, name) for name in names}
         findings = [
             {
                 "about": f.about,
@@ -73,10 +74,6 @@ class Verdict:
             for f in self.findings
         ]
         return strict({**about, "findings": findings})
-
-
-_WRITTEN = ("sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "claim")
-"""Fields of a verdict as ``claims.json`` has them, in order."""
 
 
 def evaluate(frame: pd.DataFrame) -> list[Verdict]:
@@ -112,30 +109,14 @@ def evaluate_one(claim: Any, runs: pd.DataFrame, *, sweep: str = "", number: int
     try:
         hypothesis = parse(claim, number)
         chosen = select(runs, hypothesis.get("where", {}))
-        metric = hypothesis.metric
-        if metric and metric not in runs:
-            return _verdict(sweep, hypothesis, OPEN, f"no run has the metric {metric}", [])
-        if chosen.empty:
-            return _verdict(sweep, hypothesis, OPEN, "there are no runs that it is about", [])
-        found = findings(hypothesis, chosen)
+        why = "there are no runs that it is about" if chosen.empty else ""
+        if hypothesis.metric and hypothesis.metric not in runs:
+            why = f"no run has the metric {hypothesis.metric}"
+        found = [] if why else findings(hypothesis, chosen)
     except ResultsError as error:
         text = str(claim.get("text") or claim.get("type")) if isinstance(claim, dict) else ""
         return Verdict(sweep, claim, text, INVALID, str(error))
-    return _decide(sweep, hypothesis, found)
-
-
-def _verdict(
-    sweep: str,
-    hypothesis: Hypothesis,
-    verdict: str,
-    why: str,
-    found: Sequence[Finding],
-    needed: int | None = None,
-) -> Verdict:
-    fewest = min((f.n for f in found), default=0)
-    test = _test_made(hypothesis, found)
-    about = sweep, hypothesis.stated, hypothesis.text
-    return Verdict(*about, verdict, why, test, fewest, needed, tuple(found))
+    return _decide(sweep, hypothesis, found, why)
 
 
 def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:
@@ -149,8 +130,8 @@ def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:
     return f"no test: {exact}" if exact else "no test"
 
 
-def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding]) -> Verdict:
-    """Join the findings into one verdict."""
+def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: str) -> Verdict:
+    """Join the findings into one verdict; ``why`` says why there are none."""
     corrected = _corrected(hypothesis, found)
     verdicts = {f.verdict for f in corrected}
     verdict = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else OPEN
@@ -167,9 +148,16 @@ def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding]) -> Ver
     decided = None if incomplete or None in wanted else max(filter(None, wanted), default=None)
     if hypothesis.get("not", False):
         verdict = {HOLDS: FAILS, FAILS: HOLDS}.get(verdict, verdict)
-    why = _why(corrected, verdict, lost, decided, "" if incomplete else unit)
-    return _verdict(
-        sweep, hypothesis, verdict, why, corrected, decided if verdict == OPEN else None
+    return Verdict(
+        sweep,
+        hypothesis.stated,
+        hypothesis.text,
+        verdict,
+        why or _why(corrected, verdict, lost, decided, "" if incomplete else unit),
+        _test_made(hypothesis, corrected),
+        min((f.n for f in corrected), default=0),
+        decided if verdict == OPEN else None,
+        tuple(corrected),
     )
 
 

@@ -45,6 +45,8 @@ class CellText:
         mark: :data:`BEST`, :data:`TIE` or nothing.
         deviation: the standard deviation, where it is asked for.
         runs: how many runs the number rests on, where that is asked for.
+        value: the number in full.
+        reasons: why runs were lost.
     """
 
     number: Rounded | None
@@ -53,6 +55,8 @@ class CellText:
     mark: str = ""
     deviation: Rounded | None = None
     runs: int | None = None
+    value: float = math.nan
+    reasons: tuple[str, ...] = ()
 
     @property
     def plain(self) -> str:
@@ -74,14 +78,16 @@ def cell_text(table: Table, key: CellKey) -> CellText:
     cell, statistic = table.cells[key], table.statistic[key[1]]
     s = cell.summary
     if s.n == 0:
-        return CellText(None, state=cell.state or Status.MISSING)
+        return CellText(None, state=cell.state or Status.MISSING, reasons=cell.reasons)
     number, ends, deviation = cell.rounded(statistic), None, None
     if statistic != "mean" and number.spread is not None:
         ends = (_like(number, s.q1), _like(number, s.q3))
     if table.details and statistic == "mean" and s.n > 1:
         deviation = Rounded(s.std, digits=2)
     mark = BEST if key in table.best else TIE if key in table.ties else ""
-    return CellText(number, ends, cell.state, mark, deviation, s.n if table.details else None)
+    runs = s.n if table.details else None
+    value = table.point(key)[0]
+    return CellText(number, ends, cell.state, mark, deviation, runs, value, cell.reasons)
 
 
 def _like(number: Rounded, value: float) -> str:
@@ -90,39 +96,52 @@ def _like(number: Rounded, value: float) -> str:
     return f"{value / 10.0**number.exponent:.{decimals}f}"
 
 
-def _cells(
-    table: Table, columns: Sequence[tuple[str, Key]] | None = None
-) -> Iterable[tuple[list[str], list[CellText]]]:
-    """Row by row: the labels of the row, and its cells."""
-    for row in table.rows:
-        texts = [cell_text(table, (row, m, c)) for m, c in columns or table.columns]
-        yield list(map(label, row)), texts
+@dataclass(frozen=True)
+class Grid:
+    """What every output shows of a table, or of its differences to a baseline.
+
+    Attributes:
+        names: the headings.
+        left: how many columns, from the left, are of texts.
+        rows: texts and cells.
+    """
+
+    names: list[str]
+    left: int
+    rows: list[list[str | CellText]]
 
 
-def heading_row(table: Table) -> list[str]:
-    """The headings of the columns of a table."""
-    return [*table.row_names, *(table.heading(m, c) for m, c in table.columns)]
+def grid(table: Table, columns: Sequence[tuple[str, Key]] | None = None) -> Grid:
+    """The cells of a table with the labels of their rows, in some of its columns or in all."""
+    columns = columns or table.columns
+    rows = [
+        [*map(label, row), *(cell_text(table, (row, m, c)) for m, c in columns)]
+        for row in table.rows
+    ]
+    names = [*table.row_names, *(table.heading(m, c) for m, c in columns)]
+    return Grid(names, len(table.row_names), rows)
 
 
-DIFFERENCE_HEADINGS = ("difference", "p (Holm)", "d", "pairs")
+def differences(table: Table) -> Grid | None:
+    """The comparisons with the baseline, in words; None where there is no baseline.
 
-
-def difference_row(table: Table) -> list[str]:
-    """The headings of the columns of the differences."""
-    return [*table.row_names, *table.col_names, "metric", *DIFFERENCE_HEADINGS]
-
-
-def differences(table: Table) -> list[list[str]]:
-    """The comparisons with the baseline as rows of words.
-
-    They are the settings of the cell, its metric, the difference with its interval, p after Holm's
+    A row has the settings of the cell, its metric, the difference with its interval, p after Holm's
     correction, the effect size and the number of pairs.
     """
-    return [
+    if not table.comparisons:
+        return None
+    left = [*table.row_names, *table.col_names, "metric"]
+    rows: list[list[str | CellText]] = [
         [*map(label, row), *map(label, col), metric, *_difference_words(comparison)]
         for (row, metric, col), comparison in table.comparisons.items()
         if not comparison.is_baseline
     ]
+    return Grid([*left, "difference", "p (Holm)", "d", "pairs"], len(left), rows)
+
+
+def _grids(table: Table) -> list[Grid]:
+    """The whole table, and the differences where there are any."""
+    return [grid(table), *filter(None, [differences(table)])]
 
 
 def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
@@ -142,24 +161,13 @@ def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
 
 
 def to_terminal(table: Table, width: int = 100) -> RenderableType:
-    """The table for a terminal; columns that do not fit are put in a block below.
-
-    Args:
-        table: of cells.
-        width: of the terminal in characters.
-    """
+    """The table for a terminal of some width; columns that do not fit are put in a block below."""
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
-    for columns in blocks(table, width):
-        out = rich_table(table.row_names, [table.heading(m, c) for m, c in columns])
-        for labels, cells in _cells(table, columns):
-            out.add_row(*map(Text, labels), *map(_styled, cells))
-        parts += [out, Text()]
-    if table.comparisons:
-        names = difference_row(table)
-        left = len(names) - len(DIFFERENCE_HEADINGS)
-        out = rich_table(names[:left], names[left:])
-        for words in differences(table):
-            out.add_row(*map(Text, words))
+    grids = [grid(table, columns) for columns in blocks(table, width)]
+    for one in (*grids, *filter(None, [differences(table)])):
+        out = rich_table(one.names[: one.left], one.names[one.left :])
+        for row in one.rows:
+            out.add_row(*map(_styled, row))
         parts += [out, Text()]
     parts += [Text(note, style="dim") for note in table.notes]
     return Group(*parts)
@@ -175,7 +183,9 @@ def rich_table(left: Sequence[str], right: Sequence[str]) -> RichTable:
     return out
 
 
-def _styled(cell: CellText) -> Text:
+def _styled(cell: str | CellText) -> Text:
+    if isinstance(cell, str):
+        return Text(cell)
     style = "bold" if cell.mark == BEST else "red" if cell.number is None else ""
     return Text(cell.plain, style=style)
 
@@ -268,22 +278,23 @@ def _safe(value: Any) -> Any:
 
 def to_markdown(table: Table) -> str:
     """The table in GitHub's Markdown; pandas needs one more package for it and escapes less."""
-    names = heading_row(table)
-    align = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
-    lines = [f"**{_md(table.title)}**", "", _md_line(map(_md, names)), _md_line(align)]
-    for labels, cells in _cells(table):
-        words = [f"**{_md(c.plain)}**" if c.mark == BEST else _md(c.plain) for c in cells]
-        lines.append(_md_line([*map(_md, labels), *words]))
-    if table.comparisons:
-        names = difference_row(table)
-        lines += ["", _md_line(map(_md, names)), _md_line(["---"] * len(names))]
-        lines += [_md_line(map(_md, words)) for words in differences(table)]
+    lines = [f"**{_md(table.title)}**"]
+    for one in _grids(table):
+        align = ["---"] * one.left + ["---:"] * (len(one.names) - one.left)
+        lines += ["", _md_line(map(_md, one.names)), _md_line(align)]
+        lines += [_md_line(map(_md_cell, row)) for row in one.rows]
     lines += ["", *(f"- {_md(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
 def _md_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _md_cell(cell: str | CellText) -> str:
+    if isinstance(cell, str):
+        return _md(cell)
+    return f"**{_md(cell.plain)}**" if cell.mark == BEST else _md(cell.plain)
 
 
 def _md(text: str) -> str:
@@ -303,14 +314,12 @@ class HtmlCell:
         kind: its classes.
         sort: what it is sorted by, where that is not the text.
         title: shown when the pointer rests on it.
-        heading: whether it is the heading of its row.
     """
 
     text: str
     kind: str = ""
     sort: str | None = None
     title: str = ""
-    heading: bool = False
 
 
 @functools.cache
@@ -329,23 +338,20 @@ def templates() -> Environment:
 
 def to_html(table: Table) -> str:
     """The table as an HTML fragment; ``data-sort`` holds the number in full."""
-    rows = []
-    for row, (labels, cells) in zip(table.rows, _cells(table), strict=True):
-        keys = [(row, metric, col) for metric, col in table.columns]
-        words = [HtmlCell(text, sort=text, heading=True) for text in labels]
-        rows.append([*words, *(_html_cell(table, k, c) for k, c in zip(keys, cells, strict=True))])
     page: Any = templates().get_template("table.html.j2").module
-    other = [list(map(HtmlCell, words)) for words in differences(table)]
-    parts = [page.grid(heading_row(table), rows)]
-    parts += [page.grid(difference_row(table), other)] if table.comparisons else []
+    parts = [
+        page.grid(one.names, [list(map(_html_cell, row)) for row in one.rows], left=one.left)
+        for one in _grids(table)
+    ]
     return "\n".join(map(str, [*parts, page.notes(table.notes)]))
 
 
-def _html_cell(table: Table, key: CellKey, cell: CellText) -> HtmlCell:
-    number = table.point(key)[0]
+def _html_cell(cell: str | CellText) -> HtmlCell:
+    if isinstance(cell, str):
+        return HtmlCell(cell, sort=cell)
     kind = {BEST: "best", TIE: "tie"}.get(cell.mark, "") if cell.number else "lost"
-    reasons = "; ".join(table.cells[key].reasons)
-    return HtmlCell(cell.plain, kind, repr(number) if number == number else None, reasons)
+    sort = None if math.isnan(cell.value) else repr(cell.value)
+    return HtmlCell(cell.plain, kind, sort, "; ".join(cell.reasons))
 
 
 # ---- LaTeX ---------------------------------------------------------------------------------------
@@ -441,37 +447,28 @@ def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: st
     name = name or "".join(c if c.isalnum() else "-" for c in table.title)
     parts = []
     for number, columns in enumerate(blocks(table, PAGE_WIDTH, _room)):
-        names = [*table.row_names, *(table.heading(m, c) for m, c in columns)]
-        rows = [
-            [*map(escape, labels), *(_latex_cell(cell, siunitx) for cell in cells)]
-            for labels, cells in _cells(table, columns)
-        ]
-        parts.append(
-            _environment(
-                list(map(_heading, names)), rows, len(table.row_names),
-                f"{table.title}, continued." if number else words,
-                f"{name}-{number + 1}" if number else name,
-            )
-        )  # fmt: skip
-    if table.comparisons:
-        names = difference_row(table)
+        caption = f"{table.title}, continued." if number else words
+        own = f"{name}-{number + 1}" if number else name
+        parts.append(_environment(grid(table, columns), _heading, siunitx, caption, own))
+    found = differences(table)
+    if found is not None:
         base = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
-        rows = [list(map(escape, words)) for words in differences(table)]
-        left = len(names) - len(DIFFERENCE_HEADINGS)
-        title = f"{table.title}: differences to {base}."
-        parts.append(
-            _environment(list(map(escape, names)), rows, left, title, f"{name}-differences")
-        )
+        caption = f"{table.title}: differences to {base}."
+        parts.append(_environment(found, escape, siunitx, caption, f"{name}-differences"))
     needs = "booktabs, graphicx" + (", siunitx" if siunitx else "")
     return f"% needs: {needs}\n" + "\n".join(parts)
 
 
 def _environment(
-    head: Sequence[str], rows: Sequence[Sequence[str]], left: int, caption: str, name: str
+    shown: Grid, heading: Callable[[str], str], siunitx: bool, caption: str, name: str
 ) -> str:
-    """A table whose first ``left`` columns are aligned left; it is never wider than the line."""
-    frame = pd.DataFrame(rows, columns=list(head))
-    layout = f"@{{}}{'l' * left}{'r' * (len(head) - left)}@{{}}"
+    """A table that is never wider than the line."""
+    rows = [
+        [escape(c) if isinstance(c, str) else _latex_cell(c, siunitx) for c in row]
+        for row in shown.rows
+    ]
+    frame = pd.DataFrame(rows, columns=list(map(heading, shown.names)))
+    layout = f"@{{}}{'l' * shown.left}{'r' * (len(shown.names) - shown.left)}@{{}}"
     tabular = frame.style.hide(axis="index").to_latex(column_format=layout, hrules=True)
     return "\n".join(
         [
@@ -522,20 +519,18 @@ def _latex_cell(cell: CellText, siunitx: bool) -> str:
 
 def _number(cell: CellText, siunitx: bool) -> str:
     assert cell.number is not None
-    number = cell.number
+    value, spread, exponent = cell.number.value, cell.number.spread, cell.number.exponent
+    ends = cell.quartiles
     if siunitx:
-        power = f"e{number.exponent}" if number.exponent else ""
-        if cell.quartiles:
-            low, high = cell.quartiles
-            scale = f"\\num{{{power}}}" if power else ""
-            return f"\\num{{{number.value}}} [\\num{{{low}}}, \\num{{{high}}}]{scale}"
-        spread = rf" \pm {number.spread}" if number.spread else ""
-        return rf"\num[separate-uncertainty]{{{number.value}{spread}{power}}}"
-    power = rf" \times 10^{{{number.exponent}}}" if number.exponent else ""
-    if cell.quartiles:
-        low, high = cell.quartiles
-        return f"${number.value}\\ [{low}, {high}]{power}$"
-    if number.spread is None:
-        return f"${number.value}{power}$"
-    both = rf"{number.value} \pm {number.spread}"
-    return f"$({both}){power}$" if power else f"${both}$"
+        power = f"e{exponent}" if exponent else ""
+        if ends:
+            low, high = (rf"\num{{{end}}}" for end in ends)
+            return rf"\num{{{value}}} [{low}, {high}]" + (rf"\num{{{power}}}" if power else "")
+        spread = rf" \pm {spread}" if spread else ""
+        return rf"\num[separate-uncertainty]{{{value}{spread}{power}}}"
+    power = rf" \times 10^{{{exponent}}}" if exponent else ""
+    if ends:
+        return rf"${value}\ [{', '.join(ends)}]{power}$"
+    if spread is None:
+        return f"${value}{power}$"
+    return rf"$({value} \pm {spread}){power}$" if power else rf"${value} \pm {spread}$"

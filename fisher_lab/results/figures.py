@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,17 +73,26 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
         directory: of the files; it is made where it is missing.
     """
     drawn = Drawn()
+    for name, figure in made(table, frame):
+        if isinstance(figure, str):
+            drawn.problems.append(figure)
+            continue
+        pdf, png = style.save(figure, directory / name)
+        drawn.files += [pdf, png]
+        drawn.figures.append(DrawnFigure(pdf, style.words(figure), style.is_wide(figure)))
+    return drawn
+
+
+def made(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
+    """The file's name and the figure, or why it cannot be drawn, of every figure of a sweep."""
     for name, make in plans(table, frame).items():
         try:
             figure = make()
         except (ResultsError, OSError, ValueError, KeyError) as error:
-            drawn.problems.append(f"figure {name}: {error}")
+            yield name, f"figure {name}: {error}"
             continue
         if figure is not None:
-            pdf, png = style.save(figure, directory / name)
-            drawn.files += [pdf, png]
-            drawn.figures.append(DrawnFigure(pdf, style.words(figure), style.is_wide(figure)))
-    return drawn
+            yield name, figure
 
 
 def plans(table: Table, frame: pd.DataFrame) -> Plans:
@@ -100,8 +109,8 @@ def plans(table: Table, frame: pd.DataFrame) -> Plans:
         for metric in table.metrics
     }
     found |= {
-        "time-and-memory": lambda: trade_figure(whole(), frame),
-        "distributed-scaling": lambda: scaling_figure(whole(), frame),
+        "time-and-memory": lambda: trade_figure(whole()),
+        "distributed-scaling": lambda: scaling_figure(whole(), _rank_axis(table, known(frame))),
         "layers-clipped": lambda: layer_figure(layers(), cells, "clipped"),
         "layers-kappa": lambda: layer_figure(layers(), cells, "kappa"),
         "learning-curves": lambda: line_figure(
@@ -211,26 +220,21 @@ def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
 
 
 @style.styled
-def scaling_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
+def scaling_figure(table: Table, axis: str | None) -> Figure | None:
     """Time, its communication, bytes sent and memory on several ranks, one panel each.
 
-    They are drawn against the number of ranks or nodes where it was swept, else against the way in
-    which the ranks reduce. Bytes and memory are those of the rank that has most.
+    Bytes and memory are those of the rank that has most.
 
     Args:
-        table: of the sweep; its rows and columns are the cells.
-        frame: its runs.
+        table: with these metrics.
+        axis: the number of ranks or nodes where it was swept, else the way in which they reduce.
 
     Returns:
-        The figure; None where no run had several ranks, none of these settings was swept, or
-        nothing varies.
+        The figure; None where there is no such axis, or nothing varies.
     """
-    there = known(frame)
-    axis = _rank_axis(table, there)
     if axis is None:
         return None
-    cells = complete(table, frame)
-    series = {metric: _series(cells, metric, axis) for metric in SCALING if metric in there}
+    series = {m: _series(table, m, axis) for m in SCALING if m in table.metrics}
     series = {metric: points for metric, points in series.items() if _varies(points)}
     if not series:
         return None
@@ -238,7 +242,7 @@ def scaling_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
     figure, panels = style.new_figure(width, panels=len(series))
     figure.set_label(f"Time, bytes and memory against {axis}")
     lines = [
-        _draw(axes, cells, metric, axis, points)
+        _draw(axes, table, metric, axis, points)
         for axes, (metric, points) in zip(panels, series.items(), strict=True)
     ]
     style.legend(figure, panels[lines.index(max(lines))], max(lines))
@@ -322,23 +326,17 @@ def _note(table: Table, metric: str, lines: int) -> str:
 
 
 @style.styled
-def trade_figure(table: Table, frame: pd.DataFrame) -> Figure | None:
-    """Time against memory growth, one point per cell: quartiles of time, interval of memory.
-
-    Args:
-        table: of the sweep; its rows and columns are the cells.
-        frame: its runs.
-    """
-    if not {TIME, MEMORY} <= set(known(frame)):
+def trade_figure(table: Table) -> Figure | None:
+    """Time against memory growth, one point per cell: quartiles of time, interval of memory."""
+    if not {TIME, MEMORY} <= set(table.metrics):
         return None
-    both = complete(table, frame)
-    keys = [(row, col) for row in both.rows for col in both.cols]
+    keys = list(itertools.product(table.rows, table.cols))
     if not 1 < len(keys) <= 3 * MOST_SERIES:
         return None
     figure, (axes,) = style.new_figure()
-    names = [*both.row_names, *both.col_names]
+    names = [*table.row_names, *table.col_names]
     for i, (row, col) in enumerate(keys):
-        x, y = both.point((row, TIME, col)), both.point((row, MEMORY, col))
+        x, y = table.point((row, TIME, col)), table.point((row, MEMORY, col))
         if not (math.isfinite(x[0]) and math.isfinite(y[0])):
             continue
         look: dict[str, Any] = {**style.look(i), "linestyle": "none"}

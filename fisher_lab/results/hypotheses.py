@@ -6,6 +6,8 @@ A claim is a hypothesis with a verdict. The hypothesis is a mapping in a sweep f
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,54 +17,25 @@ from fisher_lab.results.values import ResultsError, hint, label, meaning, same
 if TYPE_CHECKING:
     import pandas as pd
 
-COMMON = {"type", "text", "where", "by", "over", "alpha", "not"}
+COMMON = ("type", "text", "where", "by", "over", "alpha", "not")
 
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of a type of hypothesis.
-
-    Attributes:
-        required: keys that must be given.
-        optional: keys that may be given.
-        one_of: groups of keys of which exactly one must be given.
-        any_of: groups of keys of which at least one must be given.
-    """
-
-    required: frozenset[str]
-    optional: frozenset[str] = frozenset()
-    one_of: tuple[tuple[str, ...], ...] = ()
-    any_of: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def all(self) -> set[str]:
-        """Every key that is allowed, the common ones included."""
-        more = {name for group in (*self.one_of, *self.any_of) for name in group}
-        return COMMON | self.required | self.optional | more
-
-
-_RATIO = Keys(frozenset({"metric", "a", "b"}), frozenset({"at_least", "at_most"}))
-TYPES: dict[str, Keys] = {
-    "equivalent": Keys(frozenset({"metric", "groups"}), one_of=(("margin", "ratio"),)),
-    "stable": Keys(
-        frozenset({"metric", "axis"}),
-        frozenset({"values", "from", "to", "at"}),
-        (("factor", "margin"),),
-    ),
-    "faster": _RATIO,
-    "smaller": _RATIO,
-    "matches": Keys(
-        frozenset({"metric", "tolerance"}), frozenset({"a", "relative"}), (("b", "value"),)
-    ),
-    "bounded": Keys(frozenset({"metric"}), any_of=(("at_most", "at_least"),)),
-    "fails": Keys(frozenset({"cells"}), frozenset({"metric", "above", "below", "share"})),
-    "share": Keys(frozenset({"metric"}), frozenset({"above"}), any_of=(("at_least", "at_most"),)),
+TYPES = {
+    "equivalent": ("metric groups margin|ratio", ""),
+    "stable": ("metric axis factor|margin", "values from to at"),
+    "faster": ("metric a b", "at_least at_most"),
+    "smaller": ("metric a b", "at_least at_most"),
+    "matches": ("metric tolerance b|value", "a relative"),
+    "bounded": ("metric at_most+at_least", ""),
+    "fails": ("cells", "metric above below share"),
+    "share": ("metric at_least+at_most", "above"),
 }
-"""Type -> its keys."""
+"""Type -> the keys that it must have, and those that it may have beside :data:`COMMON`. Of ``a|b``
+exactly one is given, of ``a+b`` at least one."""
 
-POSITIVE = ("margin", "tolerance", "alpha")
-ABOVE_ONE = ("ratio", "factor")
-NUMBERS = ("at_least", "at_most", "value", "above", "below", "share", "from", "to")
+ABOVE = {"margin": 0, "tolerance": 0, "alpha": 0, "ratio": 1, "factor": 1}
+"""Numbers that must be above a bound."""
+
+NUMBERS = (*ABOVE, "at_least", "at_most", "value", "above", "below", "share", "from", "to")
 MAPPINGS = ("where", "a", "b", "groups", "cells")
 LISTS = ("by", "over", "values")
 
@@ -74,7 +47,7 @@ class Hypothesis:
     Attributes:
         type: one of :data:`TYPES`.
         text: what the paper says, in words.
-        options: its other keys; numbers as numbers.
+        options: its other keys that are given; numbers as numbers.
         stated: the mapping as the sweep file has it.
     """
 
@@ -85,8 +58,7 @@ class Hypothesis:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key."""
-        value = self.options.get(name)
-        return default if value is None else value
+        return self.options.get(name, default)
 
     @property
     def metric(self) -> str:
@@ -127,34 +99,36 @@ def parse(claim: Any, number: int = 1) -> Hypothesis:
     kind = str(claim.get("type"))
     if kind not in TYPES:
         raise ResultsError(f"{name}: type={kind} is not allowed: one of {', '.join(TYPES)}")
-    _check_keys(f"{name} ({kind})", TYPES[kind], claim)
+    _check_keys(f"{name} ({kind})", *TYPES[kind], claim)
     options = {
-        str(k): _option(name, str(k), v) for k, v in claim.items() if k not in ("type", "text")
+        str(key): _option(name, str(key), value)
+        for key, value in claim.items()
+        if key not in ("type", "text") and value is not None
     }
     _check_together(name, kind, options)
     text = str(claim.get("text") or f"{kind} {claim.get('metric', '')}".strip())
     return Hypothesis(kind, text, options, dict(claim))
 
 
-def _check_keys(name: str, keys: Keys, claim: Mapping[str, Any]) -> None:
+def _check_keys(name: str, required: str, optional: str, claim: Mapping[str, Any]) -> None:
+    allowed = {*COMMON, *re.findall(r"\w+", f"{required} {optional}")}
     for key in claim:
-        if key not in keys.all:
-            raise ResultsError(f"{name}: there is no key {key}{hint(str(key), keys.all)}")
+        if key not in allowed:
+            raise ResultsError(f"{name}: there is no key {key}{hint(str(key), allowed)}")
     given = {key for key, value in claim.items() if value is not None}
-    for key in sorted(keys.required - given):
-        raise ResultsError(f"{name}: {key} is missing")
-    for group in keys.one_of:
-        if len(given & set(group)) != 1:
+    for names in required.split():
+        group = re.split(r"[|+]", names)
+        count = len(given & set(group))
+        if "|" in names and count != 1:
             raise ResultsError(f"{name}: give exactly one of {' and '.join(group)}")
-    for group in keys.any_of:
-        if not given & set(group):
-            raise ResultsError(f"{name}: give one of {' and '.join(group)}")
+        if count == 0:
+            one_of = "+" in names
+            words = f"give one of {' and '.join(group)}" if one_of else f"{names} is missing"
+            raise ResultsError(f"{name}: {words}")
 
 
 def _option(name: str, key: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if key in (*POSITIVE, *ABOVE_ONE, *NUMBERS):
+    if key in NUMBERS:
         return _number(name, key, value)
     if key in MAPPINGS:
         if not isinstance(value, Mapping) or not value:
@@ -169,12 +143,10 @@ def _option(name: str, key: str, value: Any) -> Any:
 
 def _number(name: str, key: str, value: Any) -> float:
     number = meaning(value)
-    if not isinstance(number, float) or abs(number) == float("inf"):
+    if not isinstance(number, float) or abs(number) == math.inf:
         raise ResultsError(f"{name}: {key}={value} is not a number")
-    if key in POSITIVE and number <= 0:
-        raise ResultsError(f"{name}: {key}={value} is not allowed: above 0")
-    if key in ABOVE_ONE and number <= 1:
-        raise ResultsError(f"{name}: {key}={value} is not allowed: above 1")
+    if number <= ABOVE.get(key, -math.inf):
+        raise ResultsError(f"{name}: {key}={value} is not allowed: above {ABOVE[key]}")
     if (key == "alpha" and number >= 0.5) or (key == "share" and not 0 <= number < 1):
         raise ResultsError(f"{name}: {key}={value} is not allowed")
     return number
@@ -182,28 +154,27 @@ def _number(name: str, key: str, value: Any) -> float:
 
 def _check_together(name: str, kind: str, options: Mapping[str, Any]) -> None:
     """Check the rules that concern several keys."""
+    low, high = options.get("at_least"), options.get("at_most")
+    values, at = options.get("values"), options.get("at")
+    beyond = sorted(options.keys() & {"above", "below"})
+    wrong = ""
     if kind == "equivalent":
         groups = options["groups"]
-        values = next(iter(groups.values()))
-        if len(groups) != 1 or not isinstance(values, list | tuple) or len(values) < 2:
-            raise ResultsError(f"{name}: groups must be one setting with two values or more")
-    if kind in ("faster", "smaller"):
-        low, high = options.get("at_least") or 1.0, options.get("at_most")
-        if low <= 0 or (high is not None and high <= low):
-            raise ResultsError(f"{name}: at_least must be above 0 and below at_most")
-    if kind == "matches" and ("b" in options) != ("a" in options):
-        raise ResultsError(f"{name}: give a and b, or value alone")
-    if kind == "stable" and options.get("at") is not None:
-        at, values = options["at"], options.get("values")
-        if values and not any(same(at, value) for value in values):
-            raise ResultsError(f"{name}: at={label(at)} is not among its values")
-    if kind == "fails" and options.get("metric") is None:
-        for key in ("above", "below"):
-            if options.get(key) is not None:
-                raise ResultsError(f"{name}: {key} needs a metric")
-    low, high = options.get("at_least"), options.get("at_most")
-    if low is not None and high is not None and low > high:
-        raise ResultsError(f"{name}: at_least must not be above at_most")
+        many = next(iter(groups.values()))
+        if len(groups) != 1 or not isinstance(many, list | tuple) or len(many) < 2:
+            wrong = "groups must be one setting with two values or more"
+    elif kind in ("faster", "smaller") and not 0 < (low or 1.0) < options.get("at_most", math.inf):
+        wrong = "at_least must be above 0 and below at_most"
+    elif kind == "matches" and ("b" in options) != ("a" in options):
+        wrong = "give a and b, or value alone"
+    elif values and at is not None and not any(same(at, value) for value in values):
+        wrong = f"at={label(at)} is not among its values"
+    elif kind == "fails" and "metric" not in options and beyond:
+        wrong = f"{beyond[0]} needs a metric"
+    elif low is not None and high is not None and low > high:
+        wrong = "at_least must not be above at_most"
+    if wrong:
+        raise ResultsError(f"{name}: {wrong}")
 
 
 def claimed_metrics(frame: pd.DataFrame) -> list[str]:

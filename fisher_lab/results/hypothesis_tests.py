@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 from fisher_lab.results import stats
 from fisher_lab.results.axes import find_axes, resolve, select
 from fisher_lab.results.hypotheses import Hypothesis
-from fisher_lab.results.table import TableCell, make_cell
+from fisher_lab.results.table import TableCell, latest, make_cell
 from fisher_lab.results.values import column, label, levels, meaning, same, where
 from fisher_lab.runs.status import UNFINISHED, Status
 
@@ -84,20 +84,8 @@ def findings(hypothesis: Hypothesis, runs: pd.DataFrame) -> list[Finding]:
     Raises:
         ResultsError: a setting that the runs do not have.
     """
-    answer: dict[str, Callable[[Hypothesis, _Stratum], list[Finding]]] = {
-        "equivalent": _equivalent,
-        "stable": _stable,
-        "faster": _faster,
-        "smaller": _faster,
-        "matches": _matches,
-        "bounded": _bounded,
-        "fails": _fails,
-        "share": _share,
-    }
-    found: list[Finding] = []
-    for stratum in _strata(hypothesis, runs):
-        found += answer[hypothesis.type](hypothesis, stratum)
-    return found
+    answer = _ANSWERS[hypothesis.type]
+    return [one for stratum in _strata(hypothesis, runs) for one in answer(hypothesis, stratum)]
 
 
 # ---- strata and cells ----------------------------------------------------------------------------
@@ -115,11 +103,7 @@ class _Stratum:
     def cell(self, settings: Mapping[str, Any], metric: str) -> TableCell:
         """One metric of the runs with some settings; of repeated runs the latest completed one."""
         runs = select(self.runs, settings)
-        keys = _over_keys(runs, self.over)
-        age = list(
-            zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True)
-        )
-        last = {keys[i]: i for i in sorted(range(len(keys)), key=age.__getitem__)}
+        last = latest(runs, _over_keys(runs, self.over))
         # Settings that are pooled beside the seed make more runs than seeds.
         return make_cell(runs.iloc[list(last.values())], metric, list(last), self.expected)
 
@@ -199,35 +183,27 @@ def _stable(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
     axis, at = hypothesis.get("axis"), hypothesis.get("at")
     there = levels(stratum.runs[resolve(stratum.runs, axis)])
     values = hypothesis.get("values") or _range(hypothesis, there)
-    found = [
-        Finding(stratum.about(f"{axis}={label(value)}"), OPEN, 0, "nothing was run there")
-        for value in _absent(hypothesis, there)
+    named = [v for v in map(hypothesis.get, ("from", "to", "at")) if v is not None]
+    found = [  # ends to which the range was not run
+        Finding(stratum.about(f"{axis}={label(end)}"), OPEN, 0, "nothing was run there")
+        for end in named
+        if not any(same(end, value) for value in there)
     ]
     if len(values) < 2:
         return found or [_nothing(stratum.about(f"{axis}: fewer than two values in the range"), {})]
     cells = [(value, stratum.cell({axis: value}, hypothesis.metric)) for value in values]
+    # Where ``not`` says that one value is unstable, a run that diverged elsewhere shows nothing.
+    evident = at if hypothesis.get("not", False) else None
     for pair in itertools.combinations(cells, 2):
-        if at is None or any(same(at, value) for value, _ in pair):
-            finding = _within(hypothesis, stratum, axis, *pair, hypothesis.get("factor"))
-            found.append(_broken(finding, _evidence(hypothesis, pair)))
+        if at is not None and not any(same(at, value) for value, _ in pair):
+            continue
+        finding = _within(hypothesis, stratum, axis, *pair, hypothesis.get("factor"))
+        diverged = sum(c.diverged for v, c in pair if evident is None or same(evident, v))
+        if diverged:  # which is out of the range; other lost runs say nothing
+            says = f"{diverged} diverged within the range"
+            finding = Finding(finding.about, FAILS, finding.n, says, lost=finding.lost)
+        found.append(finding)
     return found
-
-
-def _evidence(hypothesis: Hypothesis, pair: Iterable[tuple[Any, TableCell]]) -> int:
-    """How many diverged runs speak against stability.
-
-    Where ``not`` says that one value is unstable, a run that diverged at another does not show it.
-    """
-    at = hypothesis.get("at") if hypothesis.get("not", False) else None
-    return sum(cell.diverged for value, cell in pair if at is None or same(at, value))
-
-
-def _broken(finding: Finding, diverged: int) -> Finding:
-    """A run that diverged within the range is out of it; other lost runs say nothing."""
-    if not diverged:
-        return finding
-    says = f"{diverged} diverged within the range"
-    return Finding(finding.about, FAILS, finding.n, says, lost=finding.lost)
 
 
 SLACK = 1 + 1e-12
@@ -240,12 +216,6 @@ def _range(hypothesis: Hypothesis, values: Sequence[Any]) -> list[Any]:
         return list(values)
     numbers = [v for v in values if isinstance(meaning(v), float)]
     return [v for v in numbers if low / SLACK <= meaning(v) <= high * SLACK]
-
-
-def _absent(hypothesis: Hypothesis, values: Sequence[Any]) -> list[Any]:
-    """The values that are named and that no run has: the range was not run to its ends."""
-    named = [hypothesis.get(key) for key in ("from", "to", "at")]
-    return [v for v in named if v is not None and not any(same(v, one) for one in values)]
 
 
 def _within(
@@ -264,7 +234,7 @@ def _within(
     if x.size == 0:
         return _nothing(about, lost)
     if margin is not None:
-        return _tested(about, x - y, margin, _size(x, y), hypothesis.alpha, lost)
+        return _tested(about, x - y, margin, stats.size(x, y), hypothesis.alpha, lost)
     return _ratio_within(about, x, y, ratio or 1.0, hypothesis.alpha, lost)
 
 
@@ -280,10 +250,6 @@ def _ratio_within(
         return Finding(about, FAILS if apart else OPEN, x.size, words, lost=lost)
     d = np.log(np.abs(x)) - np.log(np.abs(y))
     return _tested(about, d, math.log(ratio), 1.0, alpha, lost, as_ratio=True)
-
-
-def _size(x: np.ndarray, y: np.ndarray) -> float:
-    return float(max(np.abs(x).max(), np.abs(y).max()))
 
 
 def _tested(
@@ -309,11 +275,9 @@ def _tested(
     if e.exact:
         verdict = HOLDS if e.p_inside < alpha else FAILS
         worst = float(np.abs(d).max())
-        says = (
-            f"exact to {worst:.2g}" if verdict == HOLDS else f"{name} {values['mean']:.6g}, exact"
-        )
-        if as_ratio and verdict == HOLDS and worst > 1e-9:
-            says = f"ratio {values['mean']:.6g}, exact"
+        says = f"{name} {values['mean']:.6g}, exact"
+        if verdict == HOLDS and not (as_ratio and worst > 1e-9):
+            says = f"exact to {worst:.2g}"
         return Finding(about, verdict, e.n, says, values=values, lost=lost, exact=True)
     verdict = HOLDS if e.p_inside < alpha else FAILS if e.p_outside < alpha else OPEN
     ends = f"[{values['low']:.4g}, {values['high']:.4g}]"
@@ -346,36 +310,28 @@ def _faster(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
 
 
 def _matches(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
-    if hypothesis.get("value") is not None:
-        cell = stratum.cell({}, hypothesis.metric)
-        x, lost = cell.values.to_numpy(), _lost(cell)
-        y = np.full_like(x, hypothesis.get("value"))
-        about = stratum.about(f"against {hypothesis.get('value'):g}")
+    value = hypothesis.get("value")
+    settings = [{}] if value is not None else [hypothesis.get("a"), hypothesis.get("b")]
+    cells = [stratum.cell(one, hypothesis.metric) for one in settings]
+    if value is not None:
+        x = cells[0].values.to_numpy()
+        y, words = np.full_like(x, value), f"against {value:g}"
     else:
-        a, b = (
-            stratum.cell(hypothesis.get("a"), hypothesis.metric),
-            stratum.cell(hypothesis.get("b"), hypothesis.metric),
-        )
-        x, y = _pairs(a, b)
-        lost = _lost(a, b)
-        about = stratum.about(
-            f"{_words(hypothesis.get('a'))} against {_words(hypothesis.get('b'))}"
-        )
+        x, y = _pairs(*cells)
+        words = " against ".join(map(_words, settings))
+    lost, about = _lost(*cells), stratum.about(words)
     if x.size == 0:
         return [_nothing(about, lost)]
     relative = hypothesis.get("relative", True)
-    error = float(_errors(x, y, relative).max())
+    errors = np.abs(x - y)
+    if relative:
+        none = np.where(errors == 0, 0.0, np.inf)
+        errors = np.divide(errors, np.abs(y), out=none, where=y != 0)
+    error = float(errors.max())
     verdict = HOLDS if error <= hypothesis.get("tolerance") else FAILS
     words = "relative" if relative else "absolute"
     says = f"exact to {error:.2g} ({words})" if verdict == HOLDS else f"{words} error {error:.3g}"
     return [Finding(about, verdict, x.size, says, values={"error": error}, lost=lost)]
-
-
-def _errors(x: np.ndarray, y: np.ndarray, relative: bool) -> np.ndarray:
-    error = np.abs(x - y)
-    if not relative:
-        return error
-    return np.divide(error, np.abs(y), out=np.where(error == 0, 0.0, np.inf), where=y != 0)
 
 
 def _bounded(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
@@ -391,25 +347,20 @@ def _bounded(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
 
 
 def _fails(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
-    wanted = {
-        name: value if isinstance(value, list | tuple) else [value]
-        for name, value in hypothesis.get("cells").items()
-    }
+    wanted = hypothesis.get("cells")
+    options = (v if isinstance(v, list | tuple) else [v] for v in wanted.values())
+    bounds = (hypothesis.get("share", 0.5), 1.0)
     found = []
-    for values in itertools.product(*wanted.values()):
+    for values in itertools.product(*options):
         settings = dict(zip(wanted, values, strict=True))
         runs = select(stratum.runs, settings)
         ended = where(runs, ~column(runs, "status").isin([*UNFINISHED, Status.CANCELLED]))
         broken = sum(_is_broken(hypothesis, row) for row in ended.to_dict("records"))
         missing = len(runs) - len(ended)
         lost: dict[str, int] = {Status.MISSING: missing} if missing else {}
-        bounds = (hypothesis.get("share", 0.5), 1.0)
-        found.append(
-            _proportion(
-                stratum.about(_words(settings)), broken, len(ended), bounds, hypothesis.alpha, lost,
-                "failed or diverged",
-            )
-        )  # fmt: skip
+        about, words = stratum.about(_words(settings)), "failed or diverged"
+        alpha = hypothesis.alpha
+        found.append(_proportion(about, broken, len(ended), bounds, alpha, lost, words))
     return found
 
 
@@ -426,14 +377,12 @@ def _is_broken(hypothesis: Hypothesis, row: Mapping[str, Any]) -> bool:
 
 def _share(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
     cell = stratum.cell({}, hypothesis.metric)
-    count = int((cell.values > hypothesis.get("above", 0.0)).sum())
-    least = hypothesis.get("at_least", 0.0)
+    above, least = hypothesis.get("above", 0.0), hypothesis.get("at_least", 0.0)
+    count = int((cell.values > above).sum())
     bounds = (least if least > 0 else -math.inf, hypothesis.get("at_most", 1.0))
-    words = f"above {hypothesis.get('above', 0.0):g}"
+    words, n = f"above {above:g}", len(cell.values)
     about = stratum.about(f"{hypothesis.metric} {words}")
-    return [
-        _proportion(about, count, len(cell.values), bounds, hypothesis.alpha, _lost(cell), words)
-    ]
+    return [_proportion(about, count, n, bounds, hypothesis.alpha, _lost(cell), words)]
 
 
 def _proportion(
@@ -454,10 +403,12 @@ def _proportion(
     values = {"share": count / n, "low": low, "high": high}
 
     def runs_at(many: int) -> int | None:
-        part, level = count / n, alpha / many
-        return _first_decided(
-            lambda m: _proportion_verdict(round(part * m), m, bounds, alpha, level)[0], n
-        )
+        """How many runs would decide if the proportion stays what it is."""
+        for number in range(n + 1, stats.MAX_SEEDS + 1):
+            expected = round(count / n * number)
+            if _proportion_verdict(expected, number, bounds, alpha, alpha / many)[0] != OPEN:
+                return number
+        return None
 
     return Finding(about, verdict, n, says, p_holds, p_fails, None, values, lost, runs_at)
 
@@ -474,7 +425,13 @@ def _proportion_verdict(
     return OPEN, low, high
 
 
-def _first_decided(verdict: Callable[[int], str], n: int) -> int | None:
-    """How many runs would decide if the proportion stays what it is."""
-    numbers = range(n + 1, stats.MAX_SEEDS + 1)
-    return next((number for number in numbers if verdict(number) != OPEN), None)
+_ANSWERS: dict[str, Callable[[Hypothesis, _Stratum], list[Finding]]] = {
+    "equivalent": _equivalent,
+    "stable": _stable,
+    "faster": _faster,
+    "smaller": _faster,
+    "matches": _matches,
+    "bounded": _bounded,
+    "fails": _fails,
+    "share": _share,
+}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results.axes import GROUP_KEYS, SEED
+from fisher_lab.results.axes import setting_of
 from fisher_lab.results.values import ResultsError, Shared, column, meaning
 from fisher_lab.runs.record import METRICS_FILE, RUN_FILE
 from fisher_lab.runs.status import Status
@@ -148,19 +148,13 @@ def _natural(name: str) -> tuple[int, int, str]:
 def describe(directory: Path) -> Sweep:
     """What the directory of a sweep says of it."""
     sweep = Sweep(directory.resolve().name, directory)
-    file = directory / SWEEP_FILE
-    if not file.is_file():
-        return sweep
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        sweep.about = _object(directory / SWEEP_FILE)
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError) as error:
         sweep.problem = f"{SWEEP_FILE} cannot be read: {error}"
-        return sweep
-    if not isinstance(about, dict):
-        sweep.problem = f"{SWEEP_FILE} is not an object"
-        return sweep
-    sweep.about = about
-    sweep.name = str(about.get("name") or sweep.name)
+    sweep.name = str(sweep.about.get("name") or sweep.name)
     return sweep
 
 
@@ -198,8 +192,12 @@ def load(paths: Paths) -> pd.DataFrame:
     found, left = find(_as_list(paths))
     sweeps = _sweeps(found)
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
-    rows, unread = _read_all(found)
-    left += unread
+    rows: list[Row] = []
+    for one in found:
+        try:
+            rows.append((one, read_run(one.directory)))
+        except ResultsError as error:
+            left.append(LeftOut(str(one.directory), str(error)))
     frame = _frame([*rows, *_not_run(rows, sweeps)], sweeps)
     frame.attrs.update(left_out=Shared(left), sweeps=sweeps)
     return frame
@@ -264,7 +262,9 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
     error = record.get("error") or {}
     reason = record.get("reason")
     if isinstance(error, dict) and error:
-        reason = f"{str(error.get('type', '')).rpartition('.')[2]}: {_first(error.get('message'))}"
+        lines = str(error.get("message") or "").strip().splitlines()
+        kind = str(error.get("type", "")).rpartition(".")[2]
+        reason = f"{kind}: {lines[0] if lines else '(no message)'}"
     meta = {
         "run_id": record["run_id"],
         "status": record["status"],
@@ -274,12 +274,12 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
         "seconds": _seconds(record.get("started"), record.get("finished")),
         "overrides": shlex.join(map(str, record.get("overrides") or [])),
     }
+    numbers: dict[str, float] = {}
     try:
         numbers = _metrics(directory / METRICS_FILE)
     except FileNotFoundError:
-        numbers = {}
+        pass
     except (OSError, ValueError) as problem:
-        numbers = {}
         if record["status"] == Status.COMPLETED:
             meta |= {"status": Status.CORRUPT, "reason": f"{METRICS_FILE}: {problem}"}
     meta["not_finite"] = " ".join(n for n, v in numbers.items() if not math.isfinite(v))
@@ -327,15 +327,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _metrics(path: Path) -> dict[str, float]:
     """Names to numbers. The record writes what is not finite as null."""
-    values = {}
-    for name, value in _object(path).items():
-        if value is None:
-            values[name] = math.nan
-        elif isinstance(value, int | float):
-            values[name] = float(value)
-        else:
+    values = {k: math.nan if v is None else v for k, v in _object(path).items()}
+    for name, value in values.items():
+        if not isinstance(value, int | float):
             raise ValueError(f"{name} is not a number")
-    return values
+    return {name: float(value) for name, value in values.items()}
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
@@ -363,11 +359,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _first(message: Any) -> str:
-    lines = str(message or "").strip().splitlines()
-    return lines[0] if lines else "(no message)"
-
-
 def _seconds(started: Any, finished: Any) -> float | None:
     try:
         between = datetime.fromisoformat(finished) - datetime.fromisoformat(started)
@@ -383,16 +374,6 @@ def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _read_all(found: Sequence[Found]) -> tuple[list[Row], list[LeftOut]]:
-    rows, left = [], []
-    for one in found:
-        try:
-            rows.append((one, read_run(one.directory)))
-        except ResultsError as error:
-            left.append(LeftOut(str(one.directory), str(error)))
-    return rows, left
-
-
 def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
     """The cells that ``sweep.json`` lists and that have left no record that can be read.
 
@@ -405,7 +386,7 @@ def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
             if name in mine and mine[name]["config"]:
                 continue
             config = _flat({**sweep.shared, **(cell.get("settings") or {})})
-            config = config or _guess(cell["axes"], sweep, mine)
+            config = config or _guess(cell["axes"], mine.values())
             if name in mine:
                 mine[name]["config"] = config
                 continue
@@ -422,31 +403,12 @@ def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
     return added
 
 
-def _guess(axes: Mapping[str, Any], sweep: Sweep, runs: Mapping[str, Run]) -> dict[str, Any]:
-    """A cell's settings where an older release wrote its axes alone.
-
-    They are those that all runs share, and those that one of its axes decides in the other runs.
-    """
-    known = [(sweep.cells[n]["axes"], r["config"]) for n, r in runs.items() if n in sweep.cells]
-    known = [(at, config) for at, config in known if config]
-    first = known[0][1] if known else {}
-    config = {k: v for k, v in first.items() if all(c.get(k) == v for _, c in known)}
-    for axis, value in axes.items():
-        of_value = {str(at.get(axis)): c for at, c in known}
-        alike = of_value.get(str(value), {})
-        for key, setting in alike.items():
-            if all(of_value[str(at.get(axis))].get(key) == c.get(key) for at, c in known):
-                config[key] = setting
-        key = GROUP_KEYS.get(axis, axis.replace("/", "."))
-        plain = axis == SEED or "." in key  # and not a section with several keys
-        if plain and not alike and (not known or key in first):
-            config[key] = _typed(value)
-    return config
-
-
-def _typed(value: Any) -> Any:
-    number = meaning(value)
-    return int(number) if str(value).lstrip("+-").isdigit() else number
+def _guess(axes: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
+    """A cell's settings where ``sweep.json`` has its axes alone: what all runs share, and these."""
+    configs = [run["config"] for run in runs if run["config"]]
+    first = configs[0] if configs else {}
+    config = {k: v for k, v in first.items() if all(c.get(k) == v for c in configs)}
+    return config | {setting_of(axis, list(first)) or axis: meaning(v) for axis, v in axes.items()}
 
 
 def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
@@ -467,22 +429,20 @@ def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
         )
     provenance = dict.fromkeys(name for _, run in rows for name in run["provenance"])
     measured = {"seconds", *metrics.values()}
-    columns = {
-        name: [line.get(name) for line in lines]
-        for name in (*META, *settings, *metrics.values(), *provenance)
-    }
     frame = pd.DataFrame(
         {
-            name: pd.Series(values, dtype=float) if name in measured else _column(values)
-            for name, values in columns.items()
+            name: _column([line.get(name) for line in lines], name in measured)
+            for name in (*META, *settings, *metrics.values(), *provenance)
         }
     )
     frame.attrs.update(config=Shared(settings), metrics=Shared(metrics.values()))
     return frame
 
 
-def _column(values: list[Any]) -> pd.Series:
+def _column(values: list[Any], measured: bool) -> pd.Series:
     """Numbers as numbers; a setting that is null here and a number there keeps its null."""
+    if measured:
+        return pd.Series(values, dtype=float)
     kinds = set(map(type, values))
     if kinds and kinds <= {int, float}:
         return pd.Series(values)

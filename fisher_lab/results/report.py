@@ -149,12 +149,8 @@ def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
 
 def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
     drawn = []
-    for name, make in figures.plans(table, frame).items():
-        try:
-            figure = make()
-        except (ResultsError, OSError, ValueError, KeyError):
-            continue
-        if figure is not None:
+    for name, figure in figures.made(table, frame):
+        if not isinstance(figure, str):
             data = _png(figure) if len(drawn) < MOST_FIGURES else ""
             words = figure_style.words(figure) or name
             drawn.append({"data": data, "words": words, "wide": figure_style.is_wide(figure)})

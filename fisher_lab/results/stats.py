@@ -86,21 +86,17 @@ def summarise(
     about = _describe(x)
     low, high = about.tconfint_mean(alpha=1 - confidence)
     if method == "bootstrap":
-        low, high = _bootstrap(x, confidence, seed)
+        with warnings.catch_warnings():
+            # Few seeds give degenerate resamples; scipy then answers with NaN, which is shown.
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap((x,), np.mean, confidence_level=confidence, rng=seed)
+        low, high = found.confidence_interval
     return Summary(x.size, mean, float(about.std), float(low), float(high), median, q1, q3)
 
 
 def _describe(x: Floats) -> Any:
     """By statsmodels; its cached attributes carry no types."""
     return DescrStatsW(x, ddof=1)
-
-
-def _bootstrap(x: Floats, confidence: float, seed: int) -> tuple[float, float]:
-    with warnings.catch_warnings():
-        # Few seeds give degenerate resamples; scipy then answers with NaN, which is shown.
-        warnings.simplefilter("ignore")
-        found = stats.bootstrap((x,), np.mean, confidence_level=confidence, rng=seed)
-    return found.confidence_interval.low, found.confidence_interval.high
 
 
 def constant(values: ArrayLike, scale: float | None = None) -> bool:
@@ -155,7 +151,7 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     mean = float(d.mean())
     if d.size == 1:
         return Paired(1, mean, *[math.nan] * 4, exact=False)
-    scale = _scale(x, y)
+    scale = size(x, y)
     if constant(d, scale):
         same = float(np.abs(d).max()) <= ROUNDING * scale
         return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True, identical=same)
@@ -167,7 +163,8 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     )
 
 
-def _scale(x: Floats, y: Floats) -> float:
+def size(x: Floats, y: Floats) -> float:
+    """The largest magnitude in two samples, by which rounding is told from variation."""
     return float(max(np.abs(x).max(), np.abs(y).max()))
 
 
@@ -403,8 +400,7 @@ def _medians_alike(x: Floats, y: Floats, confidence: float) -> bool:
     95 %) differ if all pairs point one way and the t interval of the logarithms of their ratios
     excludes zero.
     """
-    d, level = x - y, 1 - confidence
-    scale = _scale(x, y)
+    d, level, scale = x - y, 1 - confidence, size(x, y)
     if constant(d, scale):
         return float(np.abs(d).max()) <= ROUNDING * scale
     if 2.0 ** (1 - d.size) < level:

@@ -343,14 +343,13 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
     rows, cols, over = (
         _keys(runs, names, spelled) for names in (table.row_names, table.col_names, table.over)
     )
-    age = list(zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True))
+    keys = list(zip(rows, cols, over, strict=True))
+    counted = latest(runs, keys)
     groups: dict[tuple[Key, Key], dict[Key, int]] = {}
-    for i, (row, col, key) in enumerate(zip(rows, cols, over, strict=True)):
-        members = groups.setdefault((row, col), {})
-        other = members.get(key)
-        if other is None or age[other] <= age[i]:
-            members[key] = i
-    repeated = len(runs) - sum(map(len, groups.values()))
+    for at in dict.fromkeys(keys):
+        row, col, key = at
+        groups.setdefault((row, col), {})[key] = counted[at]
+    repeated = len(runs) - len(counted)
     if repeated:
         table.notes.append(
             f"{repeated} runs repeat settings and {', '.join(table.over) or 'all'} of others: "
@@ -369,6 +368,17 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
             table.cells[row, metric, col] = make_cell(
                 chosen, metric, keys, expected, table.confidence, interval
             )
+
+
+def latest(runs: pd.DataFrame, keys: Sequence[Any]) -> dict[Any, int]:
+    """Key -> position of the run that counts: of those with one key the latest completed one.
+
+    Args:
+        runs: all of them.
+        keys: settings of each, hashable.
+    """
+    age = list(zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True))
+    return {keys[i]: i for i in sorted(range(len(keys)), key=age.__getitem__)}
 
 
 def _keys(

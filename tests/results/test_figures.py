@@ -98,7 +98,7 @@ def test_nothing_is_drawn_of_what_does_not_vary(sweep):
 
 def test_time_and_memory_are_the_cells(sweep):
     table = tabulate(load(sweep), metrics=["ng/cosine"])
-    figure = figures.trade_figure(table, load(sweep))
+    figure = figures.plans(table, load(sweep))["time-and-memory"]()
     points = {c.get_label(): (c[0].get_xdata()[0], c[0].get_ydata()[0])
               for c in figure.axes[0].containers}  # fmt: skip
     assert len(points) == 6
@@ -269,7 +269,7 @@ def ranked(tmp_path, ranks, modes):
 
 def test_scaling_over_ranks_is_the_cells(tmp_path):
     frame, table = ranked(tmp_path, [1, 2, 4], ["gather", "gram"])
-    figure = figures.scaling_figure(table, frame)
+    figure = figures.plans(table, frame)["distributed-scaling"]()
     drawn = {axes.get_ylabel(): axes for axes in figure.axes}
     assert list(drawn) == ["kfac/total_s", "dist/comm_s_max", "dist/sent_bytes_max", "kfac/peak_mb"]
     for metric, axes in drawn.items():
@@ -287,7 +287,7 @@ def test_scaling_over_ranks_is_the_cells(tmp_path):
 
 def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
     frame, table = ranked(tmp_path, [2], ["none", "gather", "gram"])
-    figure = figures.scaling_figure(table, frame)
+    figure = figures.plans(table, frame)["distributed-scaling"]()
     # All modes take the same time to communicate in these runs, so that there is no such panel.
     assert [a.get_ylabel() for a in figure.axes] == [
         "kfac/total_s",
@@ -305,7 +305,7 @@ def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
 
 def test_runs_of_one_process_have_no_scaling(sweep):
     frame = load(sweep)
-    assert figures.scaling_figure(tabulate(frame), frame) is None
+    assert figures.plans(tabulate(frame), frame)["distributed-scaling"]() is None
 
 
 def test_files_are_pdf_and_png_at_column_width_and_the_same_every_time(sweep, tmp_path):

@@ -61,7 +61,7 @@ def test_rows_and_columns_as_asked(sweep):
     )
     assert table.rows == [(1e-5,), (1e-4,)]
     assert table.cols == [("all",), ("auto",)]
-    assert export.heading_row(table) == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
+    assert export.grid(table).names == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
 
 
 def test_a_setting_that_was_forgotten_becomes_a_row_and_is_not_averaged(sweep):
@@ -183,7 +183,7 @@ def test_a_difference_of_rounding_reads_identical(tmp_path):
     table = tabulate(load(make_sweep(tmp_path / "s", cells)), baseline={"kfac.policy": "all"})
     (found,) = (c.difference for c in table.comparisons.values() if not c.is_baseline)
     assert 0 < found.mean < 1e-16
-    assert export.differences(table) == [["auto", "ng/cosine", "identical", "", "", "2"]]
+    assert export.differences(table).rows == [["auto", "ng/cosine", "identical", "", "", "2"]]
 
 
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
