@@ -247,9 +247,6 @@ def _report(argv: Sequence[str]) -> int:
 
 # ---- diff ----------------------------------------------------------------------------------------
 
-ALWAYS_DIFFERENT = ("provenance.pid",)
-"""Names that are not shown, since they differ between any two runs."""
-
 MOST_LAYERS = 40
 """Differences of layers that are shown; the others are counted."""
 
@@ -301,33 +298,27 @@ def diff(
     """
     from fisher_lab.results.loading import read_run
 
-    one, other = Path(a), Path(b)
     runs = []
-    for path in (one, other):
+    for path in map(Path, (a, b)):
         if not (path / RUN_FILE).is_file():
             raise ResultsError(f"{path}: this is no run directory: it has no {RUN_FILE}")
         try:
-            runs.append(read_run(path))
+            run = read_run(path)
         except ResultsError as error:
             raise ResultsError(f"{path}: {error}") from error
-    left, right = runs
-    outcome = [{k: run["meta"][k] for k in ("run_id", "status", "reason")} for run in runs]
-    provenance = _differ(left["provenance"], right["provenance"])
-    return Differences(
-        one,
-        other,
-        {
-            "outcome": _differ(outcome[0], outcome[1]),
-            "configuration": _differ(left["config"], right["config"]),
-            "metrics": _differ(left["metrics"], right["metrics"], tolerance),
-            "layers": _differ(_layers(one), _layers(other), tolerance),
-            "provenance": [d for d in provenance if d.name not in ALWAYS_DIFFERENT],
-        },
-    )
+        run["outcome"] = {name: run["meta"][name] for name in ("run_id", "status", "reason")}
+        run["configuration"], run["layers"] = run["config"], _layers(path)
+        run["provenance"].pop("provenance.pid", None)  # which differs between any two runs
+        runs.append(run)
+    one, other = runs
+    measured: dict[str, float] = {"metrics": tolerance, "layers": tolerance}
+    parts = ("outcome", "configuration", "metrics", "layers", "provenance")
+    found = {part: _differ(one[part], other[part], measured.get(part, 0.0)) for part in parts}
+    return Differences(Path(a), Path(b), found)
 
 
 def _differ(
-    left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float = 0.0
+    left: Mapping[str, Any], right: Mapping[str, Any], tolerance: float
 ) -> list[Difference]:
     return [
         Difference(name, left.get(name), right.get(name))
@@ -347,17 +338,12 @@ def _layers(path: Path) -> dict[str, Any]:
     """The numbers of a run's layers, by the names of layer and column."""
     from fisher_lab.results.loading import load_layers
 
-    frame = load_layers(path)
-    if frame.empty:
-        return {}
-    names = frame["name" if "name" in frame else "row"]
+    found = {}
     skip = {"sweep", "directory", "run_id", "status", "row", "name"}
-    kept = frame.loc[:, [c for c in frame.columns if c not in skip]]
-    return {
-        f"{name} · {column}": value
-        for name, row in zip(names, kept.to_dict("records"), strict=True)
-        for column, value in row.items()
-    }
+    for line in load_layers(path).to_dict("records"):
+        layer = line.get("name", line["row"])
+        found |= {f"{layer} · {key}": value for key, value in line.items() if key not in skip}
+    return found
 
 
 def _differences(found: Differences) -> RenderableType:

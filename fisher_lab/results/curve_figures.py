@@ -32,23 +32,6 @@ Curves = Mapping[str, pd.DataFrame]
 """Name of a line -> columns ``mean``, ``min`` and ``max``, indexed by x."""
 
 
-def line_values(
-    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str
-) -> dict[str, pd.DataFrame]:
-    """Cell -> mean, minimum and maximum of ``y`` over its completed runs, by ``x``."""
-    if rows.empty or not {x, y} <= set(rows.columns):
-        return {}
-    known = rows.assign(cell=[cells.get(d) for d in rows["directory"]]).dropna(
-        subset=["cell", x, y]
-    )
-    found = {}
-    for cell in dict.fromkeys(cells.values()):
-        part = known.loc[known["cell"] == cell]
-        if not part.empty:
-            found[cell] = part.groupby(x)[y].agg(["mean", "min", "max"])
-    return found
-
-
 @style.styled
 def draw_curves(
     curves: Curves,
@@ -100,7 +83,17 @@ def line_figure(
         y: column of the values.
         options: of :func:`draw_curves`.
     """
-    curves = line_values(rows, cells, x, y)
+    if rows.empty or not {x, y} <= set(rows.columns):
+        return None
+    known = rows.assign(cell=[cells.get(d) for d in rows["directory"]]).dropna(
+        subset=["cell", x, y]
+    )
+    parts = {cell: known.loc[known["cell"] == cell] for cell in dict.fromkeys(cells.values())}
+    curves = {
+        cell: part.groupby(x)[y].agg(["mean", "min", "max"])
+        for cell, part in parts.items()
+        if not part.empty
+    }
     if not curves:
         return None
     more = f"; {MOST_SERIES} of {len(curves)} cells" if len(curves) > MOST_SERIES else ""
@@ -127,18 +120,8 @@ def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Fig
 # ---- eigenvalues ---------------------------------------------------------------------------------
 
 
-def load_spectra(paths: Iterable[str]) -> pd.DataFrame:
-    """Eigenvalues, one row each.
-
-    Args:
-        paths: run directories; those without spectra have no rows.
-
-    Returns:
-        Columns ``directory``, ``block``, ``rank`` from 1, ``eigenvalue``; blocks in order of depth.
-
-    Raises:
-        ResultsError: a spectrum that cannot be read.
-    """
+def _load_spectra(paths: Iterable[str]) -> pd.DataFrame:
+    """Directory, block, rank from 1 and eigenvalue, one row each; the blocks in order of depth."""
     rows: list[tuple[str, str, int, float]] = []
     for path in paths:
         file = Path(path) / SPECTRUM_FILE
@@ -176,20 +159,20 @@ def decay_plans(
     Raises:
         ResultsError: a spectrum that cannot be read.
     """
-    rows = load_spectra(paths)
+    rows = _load_spectra(paths)
     blocks = rows.groupby("block", sort=False)["eigenvalue"]
     traces = {str(block): float(values.to_numpy().sum()) for block, values in blocks}
     shown = sorted(traces, key=lambda block: -traces[block])[:MOST_BLOCKS]
     return {
         style.file_name(f"spectra-decay-{block}"): functools.partial(
-            decay_figure, rows, cells, block
+            _decay_figure, rows, cells, block
         )
         for block in traces
         if block in shown
     }
 
 
-def decay_figure(rows: pd.DataFrame, cells: Mapping[str, str], block: str) -> Figure | None:
+def _decay_figure(rows: pd.DataFrame, cells: Mapping[str, str], block: str) -> Figure | None:
     """The eigenvalues of one block by rank, one line per cell, both axes logarithmic."""
     own = rows.loc[rows["block"] == block]
     figure = line_figure(own, cells, "rank", "eigenvalue", log="xy")
@@ -208,7 +191,9 @@ def spectrum_figure(result: Mapping[str, Any]) -> Figure:
     blocks = {name: block for name, block in result["per_block"].items() if block["status"] == "ok"}
     largest = sorted(blocks, key=lambda name: -blocks[name]["trace"])[:MOST_BLOCKS]
     curves = {
-        name: _exact(range(1, len(values) + 1), values)
+        name: pd.DataFrame(
+            dict.fromkeys(("mean", "min", "max"), values), range(1, len(values) + 1), dtype=float
+        )
         for name, values in _positive(blocks).items()
         if name in largest
     }
@@ -217,10 +202,6 @@ def spectrum_figure(result: Mapping[str, Any]) -> Figure:
     if len(largest) < len(blocks):
         note += f"; {len(largest)} of {len(blocks)} blocks (largest traces)"
     return draw_curves(curves, "rank", "eigenvalue of F", note, log="xy")
-
-
-def _exact(x: Iterable[float], y: Sequence[float]) -> pd.DataFrame:
-    return pd.DataFrame({"mean": y, "min": y, "max": y}, index=list(x), dtype=float)
 
 
 @style.styled
@@ -265,7 +246,7 @@ def importance_figure(scores: Mapping[str, float]) -> Figure:
 
 def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | None:
     """Spectral densities, one line per cell."""
-    curves = on_one_grid(rows, "grid", "density")
+    curves = _on_one_grid(rows, "grid", "density")
     figure = line_figure(curves, cells, "grid", "density", log="y", decades=DECADES)
     if figure is not None:
         words = _eigenvalue_label(str(rows["directory"].iloc[0]))
@@ -304,15 +285,11 @@ def _eigenvalue_label(directory: str) -> str:
     return "log10 eigenvalue" if log else "eigenvalue"
 
 
-def on_one_grid(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+def _on_one_grid(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """The curves of the runs at the same positions, so that their mean is a mean of curves.
 
-    Args:
-        rows: of all runs, with their ``directory``.
-        x: the column of positions. Where the runs have different ones, they are replaced by as many
-            as a run has, over the span of all; the curves are interpolated, and are zero beyond
-            their ends.
-        y: the column of values.
+    Where the runs have different positions, these are replaced by as many as a run has, over the
+    span of all; the curves are interpolated, and are zero beyond their ends.
     """
     if rows.empty or not {x, y} <= set(rows.columns):
         return rows

@@ -59,6 +59,11 @@ class CellText:
     reasons: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> str:
+        """Its class in HTML."""
+        return {BEST: "best", TIE: "tie"}.get(self.mark, "") if self.number else "lost"
+
+    @property
     def plain(self) -> str:
         """For the terminal, Markdown and HTML."""
         if self.number is None:
@@ -163,7 +168,7 @@ def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
 def to_terminal(table: Table, width: int = 100) -> RenderableType:
     """The table for a terminal of some width; columns that do not fit are put in a block below."""
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
-    grids = [grid(table, columns) for columns in blocks(table, width)]
+    grids = [grid(table, columns) for columns in _blocks(table, width)]
     for one in (*grids, *filter(None, [differences(table)])):
         out = rich_table(one.names[: one.left], one.names[one.left :])
         for row in one.rows:
@@ -190,16 +195,10 @@ def _styled(cell: str | CellText) -> Text:
     return Text(cell.plain, style=style)
 
 
-def blocks(
+def _blocks(
     table: Table, width: int, room_of: Callable[[str], int] = len
 ) -> Iterable[list[tuple[str, Key]]]:
-    """The columns in groups, each of which fits into the width beside the row labels.
-
-    Args:
-        table: of cells.
-        width: in characters.
-        room_of: the width of a heading; by default its length.
-    """
+    """The columns in groups that fit, with headings of some width, beside the row labels."""
     left = sum(
         2 + max(len(name), *(len(label(row[i])) for row in table.rows))
         for i, name in enumerate(table.row_names)
@@ -305,23 +304,6 @@ def _md(text: str) -> str:
 # ---- HTML ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HtmlCell:
-    """A cell of a table in HTML.
-
-    Attributes:
-        text: what it shows.
-        kind: its classes.
-        sort: what it is sorted by, where that is not the text.
-        title: shown when the pointer rests on it.
-    """
-
-    text: str
-    kind: str = ""
-    sort: str | None = None
-    title: str = ""
-
-
 @functools.cache
 def templates() -> Environment:
     """The HTML templates, which escape every text."""
@@ -339,19 +321,8 @@ def templates() -> Environment:
 def to_html(table: Table) -> str:
     """The table as an HTML fragment; ``data-sort`` holds the number in full."""
     page: Any = templates().get_template("table.html.j2").module
-    parts = [
-        page.grid(one.names, [list(map(_html_cell, row)) for row in one.rows], left=one.left)
-        for one in _grids(table)
-    ]
+    parts = [page.grid(one.names, one.rows, one.left) for one in _grids(table)]
     return "\n".join(map(str, [*parts, page.notes(table.notes)]))
-
-
-def _html_cell(cell: str | CellText) -> HtmlCell:
-    if isinstance(cell, str):
-        return HtmlCell(cell, sort=cell)
-    kind = {BEST: "best", TIE: "tie"}.get(cell.mark, "") if cell.number else "lost"
-    sort = None if math.isnan(cell.value) else repr(cell.value)
-    return HtmlCell(cell.plain, kind, sort, "; ".join(cell.reasons))
 
 
 # ---- LaTeX ---------------------------------------------------------------------------------------
@@ -422,12 +393,7 @@ def breakable(text: str) -> str:
 
 
 def document(body: str, title: str = "") -> str:
-    """A document that compiles as it is.
-
-    Args:
-        body: LaTeX.
-        title: plain text.
-    """
+    """A document that compiles as it is, from LaTeX and a title in plain text."""
     head = f"\\title{{{escape(title)}}}\n\\date{{}}\n" if title else ""
     made = "\\maketitle\n" if title else ""
     return f"{PREAMBLE}{head}\\begin{{document}}\n{made}{body}\n\\end{{document}}\n"
@@ -446,7 +412,7 @@ def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: st
     words = caption or f"{table.title}. {notes}"
     name = name or "".join(c if c.isalnum() else "-" for c in table.title)
     parts = []
-    for number, columns in enumerate(blocks(table, PAGE_WIDTH, _room)):
+    for number, columns in enumerate(_blocks(table, PAGE_WIDTH, _room)):
         caption = f"{table.title}, continued." if number else words
         own = f"{name}-{number + 1}" if number else name
         parts.append(_environment(grid(table, columns), _heading, siunitx, caption, own))

@@ -154,20 +154,28 @@ def left_out_lines(frame: pd.DataFrame) -> list[str]:
 
 def _write(done: Finished) -> None:
     root = done.directory
-    texts = {CLAIMS_FILE: verdicts_text(done.verdicts)}
+    atomic.write_text(root / CLAIMS_FILE, verdicts_text(done.verdicts))
+    done.files.append(root / CLAIMS_FILE)
     if done.table is not None:
-        texts |= {
-            f"{TABLE_FILE}.csv": export.to_csv(complete(done.table, done.frame)),
-            f"{TABLE_FILE}.md": export.to_markdown(done.table),
-            f"{TABLE_FILE}.tex": export.to_latex(done.table),
-        }
-    for name, text in texts.items():
-        atomic.write_text(root / name, text)
-        done.files.append(root / name)
-    if done.table is not None:
+        done.files += write_table(done.table, done.frame, root)
         drawn = draw(done.table, done.frame, root / "figures")
         done.files += drawn.files
         done.problems += drawn.problems
+
+
+def write_table(
+    table: Table, frame: pd.DataFrame, directory: Path, *, siunitx: bool = False
+) -> list[Path]:
+    """Write a table of some runs as CSV, Markdown and LaTeX."""
+    texts = {
+        "csv": export.to_csv(complete(table, frame)),
+        "md": export.to_markdown(table),
+        "tex": export.to_latex(table, siunitx=siunitx),
+    }
+    files = {directory / f"{TABLE_FILE}.{suffix}": text for suffix, text in texts.items()}
+    for file, text in files.items():
+        atomic.write_text(file, text)
+    return list(files)
 
 
 def verdicts_text(verdicts: Sequence[claims.Verdict]) -> str:

@@ -104,18 +104,14 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[Lef
         root = Path(path)
         if not root.is_dir():
             raise ResultsError(f"{root}: there is no such directory")
-        for item in _walk(root, _marked(root.resolve().parent)):
+        above = root.resolve().parent
+        marked = any((above / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE))
+        for item in _walk(root, above if marked else None):
             if isinstance(item, Found):
                 runs.setdefault(os.path.realpath(item.directory), item)
             else:
                 left.setdefault(os.path.realpath(item.directory), item)
     return list(runs.values()), list(left.values())
-
-
-def _marked(directory: Path) -> Path | None:
-    """The directory, if it says that it holds a sweep."""
-    files = (SWEEP_FILE, MULTIRUN_FILE)
-    return directory if any((directory / name).is_file() for name in files) else None
 
 
 def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:

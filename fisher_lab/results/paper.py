@@ -21,7 +21,7 @@ import pandas as pd
 from fisher_lab.results import claims, export, figures
 from fisher_lab.results.export import breakable, escape
 from fisher_lab.results.figure_style import file_name
-from fisher_lab.results.finishing import CLAIMS_FILE, TABLE_FILE, verdicts_text
+from fisher_lab.results.finishing import CLAIMS_FILE, TABLE_FILE, verdicts_text, write_table
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.table import tabulate
 from fisher_lab.results.values import ResultsError, Shared, column, label, levels, only, where
@@ -431,12 +431,7 @@ def _section(
         table = tabulate(frame, first=claimed_metrics(frame), title=name)
     except ResultsError as error:
         return [*body, escape(places.short(f"No table: {error}"))], []
-    texts = {
-        f"{TABLE_FILE}.tex": export.to_latex(table, siunitx=siunitx),
-        f"{TABLE_FILE}.csv": export.to_csv(figures.complete(table, frame)),
-        f"{TABLE_FILE}.md": export.to_markdown(table),
-    }
-    files = _write(directory / folder, texts)
+    files = write_table(table, frame, directory / folder, siunitx=siunitx)
     drawn = figures.draw(table, frame, directory / folder)
     body.append(f"\\input{{{folder}/{TABLE_FILE}}}")
     # Two figures in a line, wide ones in a line of their own; lines may go over pages.

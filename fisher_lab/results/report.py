@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 from fisher_lab.results import claims, export, figure_style, figures, paper
 from fisher_lab.results.axes import SEED, UNINTERESTING, find_axes
-from fisher_lab.results.export import HtmlCell
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.paper import Places
 from fisher_lab.results.table import Table, tabulate
@@ -107,25 +106,13 @@ def _counts(frame: pd.DataFrame, verdicts: Iterable[claims.Verdict]) -> list[tup
     found = Counter(verdict.verdict for verdict in verdicts)
     return [
         *((count, f"{status} runs", str(status)) for status, count in statuses),
-        *((found[v], f"claims: {v}", _class(v)) for v in claims.STYLES if found[v]),
+        *((found[v], f"claims: {v}", v.replace(" ", "-")) for v in claims.STYLES if found[v]),
     ]
 
 
-def _class(verdict: str) -> str:
-    return verdict.replace(" ", "-")
-
-
-def _verdict_row(v: claims.Verdict, places: Places) -> list[HtmlCell]:
+def _verdict_row(v: claims.Verdict, places: Places) -> list[str]:
     needed = "" if v.seeds_needed is None else str(v.seeds_needed)
-    return [
-        HtmlCell(v.verdict, f"word verdict {_class(v.verdict)}"),
-        HtmlCell(v.text, "word long"),
-        HtmlCell(places.short(v.why), "word long"),
-        HtmlCell(str(v.seeds)),
-        HtmlCell(needed),
-        HtmlCell(v.test, "word long"),
-        HtmlCell(v.sweep, "word"),
-    ]
+    return [v.verdict, v.text, places.short(v.why), str(v.seeds), needed, v.test, v.sweep]
 
 
 # ---- one sweep -----------------------------------------------------------------------------------
@@ -177,7 +164,7 @@ def _commands(table: Table, frame: pd.DataFrame, places: Places) -> dict[str, li
 # ---- all runs ------------------------------------------------------------------------------------
 
 
-def _failures(frame: pd.DataFrame, places: Places) -> list[list[HtmlCell]]:
+def _failures(frame: pd.DataFrame, places: Places) -> list[list[str]]:
     """Every run that did not complete, or not with finite numbers, and why."""
     broken = column(frame, "not_finite").fillna("") != ""
     lost = where(frame, broken | (frame["status"] != Status.COMPLETED))
@@ -185,16 +172,8 @@ def _failures(frame: pd.DataFrame, places: Places) -> list[list[HtmlCell]]:
     rows = []
     for sweep, status, *texts in lost.loc[:, columns].itertuples(index=False):
         reason, not_finite, overrides, directory = map(_text, texts)
-        words = [reason, f"not finite: {not_finite}" if not_finite else ""]
-        rows.append(
-            [
-                HtmlCell(sweep, "word"),
-                HtmlCell(status, f"word {status}"),
-                HtmlCell("; ".join(filter(None, words)), "word long"),
-                HtmlCell(places.short(overrides), "word long"),
-                HtmlCell(places.run(directory), "word long"),
-            ]
-        )
+        why = "; ".join(filter(None, [reason, not_finite and f"not finite: {not_finite}"]))
+        rows.append([sweep, status, why, places.short(overrides), places.run(directory)])
     return rows
 
 
@@ -210,8 +189,7 @@ def _runs(frame: pd.DataFrame, places: Places) -> dict[str, Any]:
     heads = ["sweep", "run_id", "status", "seconds", *axes]
     for sweep, run, status, seconds, *values in frame.loc[:, heads].itertuples(index=False):
         time = "" if seconds != seconds else f"{seconds:.1f}"
-        words = [HtmlCell(sweep, "word"), HtmlCell(run, "word"), HtmlCell(status, f"word {status}")]
-        rows.append([*words, HtmlCell(time), *(HtmlCell(label(value)) for value in values)])
+        rows.append([sweep, run, status, time, *map(label, values)])
     columns = {c: column(frame, c) for c in frame.attrs.get("config", [])}
     alike = (c for c, values in columns.items() if values.nunique(dropna=False) == 1)
     shared = {c: label(columns[c].iloc[0]) for c in alike}
@@ -239,21 +217,16 @@ def _configurations(
             runs = part.iloc[members]
             settings = dict(zip(own, key, strict=True))
             words = figures.settings_words(axes, [settings[name] for name in axes])
-            if set(runs["status"]) <= {
-                Status.MISSING,
-                Status.CORRUPT,
-            }:  # of which not all settings are known
+            # Not all settings of these are known.
+            if set(runs["status"]) <= {Status.MISSING, Status.CORRUPT}:
                 settings = {c: v for c, v in settings.items() if runs[c].notna().any()}
             count = f"{len(members)} run{'' if len(members) == 1 else 's'}"
-            title = f"{sweep}{words and f': {words}'} ({count})"
-            yield title, [_names(runs), *_lines(settings, places)]
-
-
-def _names(runs: pd.DataFrame) -> str:
-    """The runs, with their seeds."""
-    seeds = [f" (seed {label(seed)})" for seed in runs[SEED]] if SEED in runs else [""] * len(runs)
-    named = zip(runs["run_id"], seeds, strict=True)
-    return f"runs: {', '.join(run + seed for run, seed in named)}"
+            seeds = (
+                [f" (seed {label(s)})" for s in runs[SEED]] if SEED in runs else [""] * len(runs)
+            )
+            named = ", ".join(run + seed for run, seed in zip(runs["run_id"], seeds, strict=True))
+            lines = [f"runs: {named}", *_lines(settings, places)]
+            yield f"{sweep}{words and f': {words}'} ({count})", lines
 
 
 def _lines(settings: Mapping[str, str], places: Places) -> list[str]:
@@ -263,7 +236,7 @@ def _lines(settings: Mapping[str, str], places: Places) -> list[str]:
 # ---- provenance ----------------------------------------------------------------------------------
 
 
-def _provenance(frame: pd.DataFrame, places: Places, most: int = 6) -> list[list[HtmlCell]]:
+def _provenance(frame: pd.DataFrame, places: Places, most: int = 6) -> list[list[str]]:
     """What the records say about code, machine and data, without the names of machines."""
     rows = []
     for key in map(str, frame.columns):
@@ -273,8 +246,7 @@ def _provenance(frame: pd.DataFrame, places: Places, most: int = 6) -> list[list
         counts = Counter(places.short(_public(value)) for value in frame[key]).most_common()
         some = ", ".join(f"{value} ({count})" for value, count in counts[:most])
         some += f", {len(counts) - most} more" if len(counts) > most else ""
-        words = counts[0][0] if len(counts) == 1 else some
-        rows.append([HtmlCell(name, "word"), HtmlCell(words, "word long")])
+        rows.append([name, counts[0][0] if len(counts) == 1 else some])
     return rows
 
 

@@ -81,7 +81,7 @@ def summarise(
     mean = float(x.mean())
     if x.size == 1:
         return Summary(1, mean, math.nan, math.nan, math.nan, median, q1, q3)
-    if constant(x):
+    if _constant(x, size(x, x)):
         return Summary(x.size, mean, 0.0, mean, mean, median, q1, q3)
     about = _describe(x)
     low, high = about.tconfint_mean(alpha=1 - confidence)
@@ -99,16 +99,9 @@ def _describe(x: Floats) -> Any:
     return DescrStatsW(x, ddof=1)
 
 
-def constant(values: ArrayLike, scale: float | None = None) -> bool:
-    """Whether numbers do not vary beyond rounding.
-
-    Args:
-        values: at least one.
-        scale: size of the numbers that they were computed from; by default their own.
-    """
-    x = np.asarray(values, dtype=float)
-    size = float(np.abs(x).max()) if scale is None else scale
-    return bool(x.max() - x.min() <= ROUNDING * size)
+def _constant(x: Floats, scale: float) -> bool:
+    """Whether numbers, computed from some of a size, do not vary beyond rounding."""
+    return bool(x.max() - x.min() <= ROUNDING * scale)
 
 
 @dataclass(frozen=True)
@@ -152,7 +145,7 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     if d.size == 1:
         return Paired(1, mean, *[math.nan] * 4, exact=False)
     scale = size(x, y)
-    if constant(d, scale):
+    if _constant(d, scale):
         same = float(np.abs(d).max()) <= ROUNDING * scale
         return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True, identical=same)
     test = stats.ttest_rel(x, y)
@@ -221,8 +214,8 @@ def equivalence(
     x = np.asarray(d, dtype=float)
     mean = float(x.mean())
     if x.size == 1:
-        return Equivalence(1, mean, math.nan, math.nan, math.nan, math.nan, math.nan, False)
-    if constant(x, scale):
+        return Equivalence(1, mean, *[math.nan] * 5, exact=False)
+    if _constant(x, scale):
         inside = bool((x >= lower).all() and (x <= upper).all())
         p = (0.0, 1.0) if inside else (1.0, 0.0)
         return Equivalence(x.size, mean, 0.0, mean, mean, *p, exact=True)
@@ -301,15 +294,15 @@ def seeds_for(
     if not (d.n > 1 and d.std > 0):
         return None
     if lower < d.mean < upper:
-        return first(lambda n: power_inside(n, d.mean, d.std, lower, upper, alpha))
+        return _first(lambda n: power_inside(n, d.mean, d.std, lower, upper, alpha))
     level = alpha / many / max(sum(map(math.isfinite, (lower, upper))), 1)
     far = max(lower - d.mean, d.mean - upper) / d.std
-    return first(
+    return _first(
         lambda n: _reaches(float(stats.t.ppf(1 - level, n - 1)), n - 1, far * math.sqrt(n))
     )
 
 
-def first(power: Callable[[int], float], start: int = 2) -> int | None:
+def _first(power: Callable[[int], float], start: int = 2) -> int | None:
     """The smallest number with enough power: by doubling, then by halves."""
     high = start
     while power(high) < POWER:
@@ -401,7 +394,7 @@ def _medians_alike(x: Floats, y: Floats, confidence: float) -> bool:
     excludes zero.
     """
     d, level, scale = x - y, 1 - confidence, size(x, y)
-    if constant(d, scale):
+    if _constant(d, scale):
         return float(np.abs(d).max()) <= ROUNDING * scale
     if 2.0 ** (1 - d.size) < level:
         return bool(_signed_rank(d) >= level)
@@ -409,7 +402,7 @@ def _medians_alike(x: Floats, y: Floats, confidence: float) -> bool:
         return True
     if min(x.min(), y.min()) > 0:
         d, scale = np.log(x) - np.log(y), 1.0
-    if constant(d, scale):
+    if _constant(d, scale):
         return False
     test: Any = stats.ttest_1samp(d, 0.0)
     return bool(test.pvalue >= level)

@@ -6,7 +6,6 @@ The protocol: JSON messages ended by a zero byte, read from file descriptor 3 an
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -121,11 +120,6 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
-
-    def screenshot(self, file: Path, full: bool = False) -> None:
-        """Save what is seen as PNG."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=full)["data"]
-        file.write_bytes(base64.b64decode(data))
 
     @property
     def complaints(self) -> list[Any]:

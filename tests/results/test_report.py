@@ -148,11 +148,6 @@ def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
     assert "<h3>one</h3><p>Tikhonov damping was 0.001 on" in page(frame)
 
 
-def test_the_methods_of_nothing(tmp_path):
-    make_run(tmp_path / "s" / "0", {}, error=RuntimeError("x"))
-    assert paper.sentences(load(tmp_path / "s")) == ["No run has completed."]
-
-
 def test_the_report_in_a_real_browser(results, tmp_path):
     if executable() is None:
         pytest.skip("no Chromium here: apt-get install chromium")
@@ -198,11 +193,14 @@ def compiles(*files):
 
 
 @pytest.mark.parametrize("siunitx", [False, True])
-def test_the_appendix_compiles(results, tmp_path, siunitx):
+def test_the_appendix_compiles_and_nothing_is_wider_than_the_page(results, tmp_path, siunitx):
+    """Figures side by side beyond the margin would be lost without an error."""
     files = write_appendix(load(results), tmp_path / "appendix", siunitx=siunitx)
     before = set((tmp_path / "appendix").rglob("*"))
     done = compiles("--pdf", files[-1], files[-1].parent / "damping" / "table.tex")
     assert done.returncode == 0, done.stderr
+    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", done.stdout)
+    assert [float(points) for points in too_wide if float(points) > 5] == []
     assert set((tmp_path / "appendix").rglob("*")) - before == {files[-1].with_suffix(".pdf")}
     assert (files[-1].parent / "appendix.pdf").stat().st_size > 10_000
     names = {f.relative_to(tmp_path / "appendix").as_posix() for f in files}
@@ -219,15 +217,6 @@ def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
         ("damping", "inconclusive"), ("damping", "does not hold"), ("damping", "invalid"),
         ("third", "holds"),
     ]  # fmt: skip
-
-
-def test_what_is_wider_than_the_page_is_told_by_latex_and_nothing_is(results, tmp_path):
-    """Figures side by side beyond the margin would be lost without an error."""
-    document = write_appendix(load(results), tmp_path / "appendix")[-1]
-    done = compiles(document)
-    assert done.returncode == 0
-    too_wide = re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide\)", done.stdout)
-    assert [float(points) for points in too_wide if float(points) > 5] == []
 
 
 FAKE = """#!/bin/sh

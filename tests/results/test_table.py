@@ -37,10 +37,14 @@ def sweep(tmp_path):
     return make_sweep(tmp_path / "s", list(cells()))
 
 
-def cell(table, policy, damping, metric="ng/cosine"):
-    row = tuple({"kfac.policy": policy, "kfac.damping": damping}[n] for n in table.row_names)
-    col = tuple({"kfac.policy": policy, "kfac.damping": damping}[n] for n in table.col_names)
-    return table.cells[row, metric, col]
+def key(table, policy, damping, metric="ng/cosine"):
+    at = {"kfac.policy": policy, "kfac.damping": damping}
+    row, col = (tuple(map(at.get, names)) for names in (table.row_names, table.col_names))
+    return row, metric, col
+
+
+def cell(table, policy, damping):
+    return table.cells[key(table, policy, damping)]
 
 
 def test_axes_are_found_and_cells_are_over_seeds(sweep):
@@ -81,21 +85,14 @@ def test_times_are_medians_with_quartiles(sweep):
 
 def test_best_and_ties_are_marked(sweep):
     table = tabulate(load(sweep), metrics=["ng/cosine"])
-    key = {(*row, m): row for row, m, _ in table.cells}
-    (best,) = table.best
-    assert dict(zip(table.row_names, best[0], strict=True)) == {
-        "kfac.policy": "auto",
-        "kfac.damping": 1e-4,
-    }
+    assert len(table.cells) == 4
+    assert table.best == {key(table, "auto", 1e-4)}
     assert table.ties == set()
     least = tabulate(load(sweep), metrics=["ng/cosine"], directions={"ng/cosine": "min"})
     (best,), (tie,) = least.best, least.ties
-    place = least.row_names.index("kfac.policy")
-    assert {best[0][place], tie[0][place]} == {"all", "auto"}
-    assert len(key) == 4
-    assert (
-        tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"]).best == set()
-    )
+    assert {best, tie} == {key(least, policy, 1e-5) for policy in ("all", "auto")}
+    none = tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"])
+    assert none.best == set()
 
 
 def test_the_confidence_goes_for_marks_and_differences_too(sweep):
@@ -106,8 +103,7 @@ def test_the_confidence_goes_for_marks_and_differences_too(sweep):
         table = tabulate(frame, metrics=["ng/cosine"], baseline={"kfac.policy": "all"},
                          confidence=confidence)  # fmt: skip
         marked[confidence] = len(table.ties)
-        row = tuple({"kfac.policy": "auto", "kfac.damping": 1e-4}[n] for n in table.row_names)
-        d = table.comparisons[row, "ng/cosine", ()].difference
+        d = table.comparisons[key(table, "auto", 1e-4)].difference
         known = scipy_stats.ttest_rel(VALUES["auto", 1e-4], VALUES["all", 1e-4])
         assert (d.low, d.high) == pytest.approx(tuple(known.confidence_interval(confidence)))
         text = export.to_text(table)
@@ -162,10 +158,10 @@ def test_times_are_tied_by_what_they_show(tmp_path):
 def test_standard_deviation_and_n_are_shown_on_demand(sweep):
     frame = load(sweep)
     plain, table = tabulate(frame), tabulate(frame, details=True)
-    row = tuple({"kfac.policy": "all", "kfac.damping": 1e-4}[n] for n in table.row_names)
-    assert export.cell_text(plain, (row, "ng/cosine", ())).plain == "2.10 ± 0.25"
-    assert export.cell_text(table, (row, "ng/cosine", ())).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
-    assert export.cell_text(table, (row, "kfac/total_s", ())).plain == "0.476 [0.465, 0.488] (n 3)"
+    at, time = key(table, "all", 1e-4), key(table, "all", 1e-4, "kfac/total_s")
+    assert export.cell_text(plain, at).plain == "2.10 ± 0.25"
+    assert export.cell_text(table, at).plain == "2.10 ± 0.25 (sd 0.10, n 3)"
+    assert export.cell_text(table, time).plain == "0.476 [0.465, 0.488] (n 3)"
     for text in (export.to_text(table, 120), export.to_markdown(table), export.to_html(table)):
         assert "2.10 ± 0.25 (sd 0.10, n 3)" in text
         assert "sd is the standard deviation" in text
@@ -191,8 +187,7 @@ def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
     p = []
     for damping in (1e-5, 1e-4):
         a, b = VALUES["auto", damping], VALUES["all", damping]
-        row = tuple({"kfac.policy": "auto", "kfac.damping": damping}[n] for n in table.row_names)
-        comparison = table.comparisons[row, "ng/cosine", ()]
+        comparison = table.comparisons[key(table, "auto", damping)]
         known = scipy_stats.ttest_rel(a, b)
         assert comparison.difference.p == pytest.approx(known.pvalue)
         assert comparison.difference.mean == pytest.approx(np.mean(a) - np.mean(b))
