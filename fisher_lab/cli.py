@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from fisher_lab.tasks.runner import Outcome
 
 COMMANDS = {
-    "cancel": "fisher_lab.sweeps.commands:cancel",
+    "cancel": "fisher_lab.sweeps.status:cancel",
     "claims": "fisher_lab.results.commands:claims_command",
     "diff": "fisher_lab.results.commands:diff_command",
     "report": "fisher_lab.results.commands:report_command",
-    "status": "fisher_lab.sweeps.commands:status",
+    "status": "fisher_lab.sweeps.status:status",
     "table": "fisher_lab.results.commands:table_command",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
@@ -80,13 +80,11 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    from fisher_lab.runs.arguments import raise_errors
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; python -m fisher_lab --help shows what is allowed")
 
     parser = get_args_parser()
-    raise_errors(
-        parser,
-        lambda text: ConfigError(f"{text}; python -m fisher_lab --help shows what is allowed"),
-    )
+    parser.error = fail
     args = parser.parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
         raise ConfigError(

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from fisher_lab.results.values import ResultsError, label, same
 from fisher_lab.runs import atomic
-from fisher_lab.runs.arguments import raise_errors
 from fisher_lab.runs.record import RUN_FILE
 
 if TYPE_CHECKING:
@@ -49,8 +48,11 @@ def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
 
 
 def _parser(name: str, what: str) -> argparse.ArgumentParser:
+    def fail(message: str) -> NoReturn:
+        raise ResultsError(f"{name}: {message}")
+
     parser = argparse.ArgumentParser(prog=f"fisher-lab {name}", description=what)
-    raise_errors(parser, lambda text: ResultsError(f"{name}: {text}"))
+    parser.error = fail
     if name != "diff":
         parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
     return parser

@@ -8,16 +8,16 @@ begins with a dot and ends in ``.tmp`` (see `remove_leftovers`).
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "clear_leftovers",
     "directory",
     "remove_leftovers",
     "write_bytes",
@@ -106,46 +106,20 @@ def directory(path: str | os.PathLike[str], *, keep_existing: bool = False) -> I
     _flush_directory(target.parent)
 
 
-def remove_leftovers(path: str | os.PathLike[str]) -> int:
-    """Remove what killed writers of ``path`` left behind; only for the holder of its lock.
+def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove what killed writers left behind; nobody else may write there meanwhile.
 
     Args:
-        path: The target whose temporary names are removed; the target itself is not touched.
-
-    Returns:
-        How many files and directories were removed.
+        folder: The directory in which they wrote.
+        name: Of the one target whose temporary names are removed; None for every target in the
+            directory and in those below it. Targets themselves are not touched.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        return 0
-    return _remove(
-        entry for entry in target.parent.iterdir() if entry.name.startswith(f".{target.name}.")
-    )
-
-
-def clear_leftovers(directory: str | os.PathLike[str]) -> int:
-    """Remove what killed writers of anything under a directory left behind.
-
-    Args:
-        directory: Nobody else may write into it meanwhile.
-
-    Returns:
-        How many files and directories were removed.
-    """
-    return _remove(Path(directory).rglob(".*.tmp"))
-
-
-def _remove(entries: Iterable[Path]) -> int:
-    removed = 0
-    for entry in list(entries):
-        if not entry.name.endswith(".tmp"):
-            continue
+    pattern = "**/.*.tmp" if name is None else f".{glob.escape(name)}.*.tmp"
+    for entry in list(Path(folder).glob(pattern)):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-        removed += 1
-    return removed
 
 
 def _temporary_name(target: Path) -> Path:

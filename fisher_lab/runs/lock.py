@@ -22,6 +22,7 @@ compares the clocks of hosts, has no heartbeat, and keeps a dead holder's lock u
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -34,11 +35,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fisher_lab.runs import atomic, processes
+from fisher_lab.runs import atomic
 
 __all__ = ["Holder", "Lock", "LockTimeout", "once"]
 
 STALE_AFTER = 60.0
+_STATE, _START_TIME = 0, 19
+"""Positions in ``/proc/<pid>/stat``, counted from the field after the program's name."""
 _PAUSE_FIRST_S, _PAUSE_LAST_S = 0.005, 0.5
 
 
@@ -54,8 +57,8 @@ class Holder:
         token: The random name of this acquisition; unique.
         host: Name of the host.
         pid: Process number on that host.
-        namespace: What makes ``pid`` comparable (``processes.namespace``).
-        started: When the process began (``processes.start_time``).
+        namespace: What makes ``pid`` comparable (``_namespace``).
+        started: When the process began (``_start_time``).
         touched: Time of the last heartbeat, by the file system's clock.
     """
 
@@ -73,8 +76,8 @@ class Holder:
             token=secrets.token_hex(8),
             host=socket.gethostname(),
             pid=os.getpid(),
-            namespace=processes.namespace(),
-            started=processes.start_time(os.getpid()),
+            namespace=_namespace(),
+            started=_start_time(os.getpid()),
         )
 
     @classmethod
@@ -101,12 +104,12 @@ class Holder:
 
     def is_here(self) -> bool:
         """Whether the holder is a process of this host that lives."""
-        return self.namespace == processes.namespace() and not self.is_gone()
+        return self.namespace == _namespace() and not self.is_gone()
 
     def is_gone(self) -> bool:
         """Whether the holder was a process of this host that has ended."""
-        here = self.namespace == processes.namespace()
-        return here and processes.is_gone(self.pid, self.started)
+        here = self.namespace == _namespace()
+        return here and _is_gone(self.pid, self.started)
 
 
 class Lock:
@@ -277,7 +280,7 @@ def once(
     with lock:
         if target.exists():
             return False
-        atomic.remove_leftovers(target)
+        atomic.remove_leftovers(target.parent, target.name)
         build(target)
         if not target.exists():
             raise RuntimeError(f"{target} is not there although its builder returned")
@@ -292,3 +295,46 @@ def _pauses(until: float = math.inf) -> Iterator[None]:
         time.sleep(pause * random.uniform(0.5, 1.0))  # so that those who wait do not move as one
         pause = min(2 * pause, _PAUSE_LAST_S)
         yield
+
+
+@functools.cache
+def _namespace() -> str:
+    """A name under which process numbers can be compared: host, boot and process namespace."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "|".join(parts)
+
+
+def _start_time(pid: int) -> str:
+    """When a process of this namespace began, in clock ticks since boot; empty where unknown.
+
+    It tells a process from a later one with the same number. psutil derives the time of day from
+    it, which changes when the clock is set.
+    """
+    stat = _stat(pid)
+    return stat[_START_TIME] if len(stat) > _START_TIME else ""
+
+
+def _is_gone(pid: int, started: str) -> bool:
+    """Whether a process of this namespace has certainly ended.
+
+    Args:
+        pid: its number.
+        started: its :func:`_start_time`, when it was known to live.
+    """
+    import psutil
+
+    stat = _stat(pid)
+    if not stat:  # there is no /proc here, or it hides the processes of other users
+        return not psutil.pid_exists(pid)
+    return stat[_STATE] in ("Z", "X") or stat[_START_TIME] != started
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()  # the program's name, in brackets, may hold spaces

@@ -104,7 +104,7 @@ def host() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _processor(),
         "cpus": psutil.cpu_count(logical=True),
-        "cpus_allowed": _allowed_cpus(),
+        "cpus_allowed": allowed_cpus(),
         "memory_mb": psutil.virtual_memory().total // 2**20,
     }
 
@@ -121,7 +121,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _allowed_cpus() -> int | None:
+def python_path() -> str:
+    """``PYTHONPATH`` with which another process imports this very package, wherever it is run."""
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([root, *(path for path in known if path and path != root)])
+
+
+def allowed_cpus() -> int | None:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

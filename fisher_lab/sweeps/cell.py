@@ -1,31 +1,46 @@
-"""A cell of a sweep, and the file in which it is frozen for the process that runs it."""
+"""A cell of a sweep: how it stands, and the file in which it is frozen for its process."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate_plain
-from fisher_lab.distributed import launch
-from fisher_lab.runs import atomic
+from fisher_lab.runs import atomic, record
+from fisher_lab.runs.lock import Lock
+from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.directory import Layout
 
 SCHEMA = "fisher_lab.cell/1"
 CANCELLED_FILE = "cancelled"
 RUN_DIRECTORY = "@RUN_DIRECTORY@"
 """Stands for the run directory in the frozen configuration of the logging."""
+_LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How a cell has ended for its launcher.
+
+    Attributes:
+        status: of its record, or ``held`` where another launcher runs it, or ``not started``.
+        message: why it failed, in one line.
+        seconds: that it took, where that is known.
+    """
+
+    status: Status
+    message: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One cell, composed and validated.
 
@@ -37,138 +52,128 @@ class Cell:
         config: the configuration.
         content: hashes of text and model.
         alone: whether no other cell may run beside it.
+        launch: name of the submission in which it is frozen; empty before that.
+        logging: the configuration of the logging, with a name in the place of the run directory.
+        cwd: the directory from which relative paths are meant.
     """
 
     layout: Layout
     run_id: str
-    overrides: tuple[str, ...]
+    overrides: Sequence[str]
     axes: Mapping[str, str]
     config: Config
     content: Mapping[str, Any]
     alone: bool = False
+    launch: str = ""
+    logging: Mapping[str, Any] = field(default_factory=dict)
+    cwd: str = ""
+
+    @classmethod
+    def load(cls, path: Path) -> Cell:
+        """Read a frozen cell; its sweep is the one that it lies in, wherever that has been moved.
+
+        Raises:
+            ValueError: the file is none, or of another version of the code.
+        """
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path} is no frozen cell of this version ({SCHEMA})")
+        data["config"] = validate_plain(data["config"])
+        return cls(layout=Layout(path.parents[4]), launch=path.parents[1].name, **data)
+
+    def freeze(self, launch: str, logging: Mapping[str, Any]) -> Cell:
+        """Write the cell as it is now, so that a later change of a YAML file does not reach it."""
+        cell = replace(self, launch=launch, logging=logging, cwd=os.getcwd())
+        data = {
+            name: value for name, value in vars(cell).items() if name not in ("layout", "launch")
+        }
+        atomic.write_json(cell.path, {"schema": SCHEMA, **data, "config": asdict(cell.config)})
+        return cell
+
+    @property
+    def submission(self) -> Path:
+        """The directory of its launch."""
+        return self.layout.submissions / self.launch
+
+    @property
+    def path(self) -> Path:
+        """The file in which it is frozen."""
+        return self.submission / "cells" / f"{self.run_id}.json"
 
     @property
     def directory(self) -> Path:
         """The run directory."""
         return self.layout.run_directory(self.run_id)
+
+    @property
+    def label(self) -> str:
+        """Its axes as they are written on the command line."""
+        return label_of(self.axes) or self.run_id
 
     @property
     def line(self) -> str:
         """The overrides that give this cell, and no other, with ``python -m fisher_lab -m``."""
         return " ".join(self.overrides)
 
-
-@dataclass(frozen=True, eq=False)
-class FrozenCell:
-    """A cell as it was when it was submitted.
-
-    Attributes:
-        path: the file.
-        data: its contents.
-    """
-
-    path: Path
-    data: Mapping[str, Any]
-
-    @classmethod
-    def load(cls, path: Path) -> FrozenCell:
-        """Read a frozen cell.
-
-        Raises:
-            ValueError: the file is none, or of another version.
-        """
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is no frozen cell of this version ({SCHEMA})")
-        return cls(Path(path), data)
+    @property
+    def lock(self) -> Lock:
+        """A new lock object, for whoever wants to run the cell or to end its record."""
+        return self.layout.lock(self.run_id, self.config.resume.stale_after_s)
 
     @property
-    def run_id(self) -> str:
-        """The cell's identity."""
-        return self.data["run_id"]
-
-    @property
-    def label(self) -> str:
-        """Its axes as they are written on the command line."""
-        return label_of(self.data["axes"]) or self.run_id
-
-    @property
-    def line(self) -> str:
-        """The overrides that give this cell, and no other, with ``python -m fisher_lab -m``."""
-        return " ".join(self.data["overrides"])
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other cell may run beside it."""
-        return self.data["alone"]
-
-    @property
-    def submission(self) -> Path:
-        """The directory of its launch."""
-        return self.path.parents[1]
-
-    @property
-    def layout(self) -> Layout:
-        """Of its sweep, wherever that has been moved to."""
-        return Layout(self.path.parents[4])
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return self.layout.run_directory(self.run_id)
-
-    @cached_property
-    def config(self) -> Config:
-        """The typed configuration.
-
-        Raises:
-            ConfigError: this version of the code does not take it.
-        """
-        return validate_plain(self.data["config"])
-
-    @property
-    def sweep(self) -> Mapping[str, Any]:
-        """The section ``sweep`` of the configuration."""
-        return self.data["config"]["sweep"]
-
-    @property
-    def stale_after_s(self) -> float:
-        """Seconds without a heartbeat after which its lock is stale."""
-        return self.data["config"]["resume"]["stale_after_s"]
-
-    @property
-    def nodes(self) -> int:
-        """Nodes on which its ranks run."""
-        return self.data["config"]["distributed"]["nodes"]
-
-    @property
-    def node(self) -> int:
-        """This node among them, as the environment says.
-
-        Raises:
-            LaunchError: it does not say it.
-        """
-        given = self.data["config"]["distributed"]
-        return launch.place(given["nproc"], given["nodes"], os.environ).node
+    def state(self) -> Status:
+        """How the cell stands (``Layout.state``)."""
+        return self.layout.state(self.run_id, self.config.resume.stale_after_s)
 
     @property
     def cancelled(self) -> bool:
         """Whether the user has cancelled the launch that this cell belongs to."""
         return (self.submission / CANCELLED_FILE).exists()
 
-    def logging(self) -> dict[str, Any]:
+    def own_logging(self) -> dict[str, Any]:
         """The configuration of the logging, for the run directory."""
-        text = json.dumps(self.data["logging"])
+        text = json.dumps(self.logging)
         return json.loads(text.replace(RUN_DIRECTORY, json.dumps(str(self.directory))[1:-1]))
 
-    def record(self) -> dict[str, object]:
-        """What ``run.json`` says of the run where its process did not come to write one."""
-        return {
+    def end_record(
+        self, status: Status, reason: str, error: Mapping[str, Any] | None = None
+    ) -> None:
+        """End ``run.json`` where the process has not; only for the holder of the lock."""
+        otherwise = {
             "run_id": self.run_id,
-            "config": self.data["config"],
-            "overrides": self.data["overrides"],
-            "provenance": {"content": self.data["content"]},
+            "config": asdict(self.config),
+            "overrides": list(self.overrides),
+            "provenance": {"content": self.content},
         }
+        record.end_from_outside(self.directory, status, reason, error=error, otherwise=otherwise)
+
+    def settle(self, status: Status, reason: str, error: Mapping[str, Any] | None = None) -> None:
+        """End ``run.json`` and note it in the journal; only for the holder of the lock."""
+        self.end_record(status, reason, error)
+        self.layout.journal.append(status, run_id=self.run_id, reason=reason)
+
+    def settle_lost(
+        self, status: Status, reason: str, error: Mapping[str, Any] | None = None
+    ) -> bool:
+        """:meth:`settle` a cell that nobody runs; false where one runs or has completed it."""
+        lock = self.lock
+        if not lock.acquire_within(_LOCK_TIMEOUT_S):
+            return False
+        with lock:
+            if record.status_of(self.directory) is Status.COMPLETED:
+                return False
+            self.settle(status, reason, error)
+        return True
+
+    def give_up(self, reason: str, message: str) -> Outcome:
+        """Make a cell that nobody runs ``failed``; returns what has become of it."""
+        self.settle_lost(Status.FAILED, reason, death(message))
+        return Outcome(Status.FAILED, message)
+
+
+def death(message: str, **details: Any) -> dict[str, Any]:
+    """The error of a cell whose process could not say it itself."""
+    return {"type": "JobDied", "message": message, "traceback": "", **details}
 
 
 def label_of(axes: Mapping[str, str]) -> str:
@@ -176,31 +181,8 @@ def label_of(axes: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in axes.items())
 
 
-def new_submission(layout: Layout) -> Path:
-    """Make the directory of a new launch; its name sorts by time."""
+def submit(cells: Sequence[Cell], logging: Mapping[str, Any]) -> list[Cell]:
+    """Freeze cells of one sweep in the directory of a new launch, whose name sorts by time."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    directory = layout.submissions / f"{stamp}-{secrets.token_hex(3)}"
-    directory.mkdir(parents=True)
-    return directory
-
-
-def freeze(submission: Path, cells: Sequence[Cell], logging: Mapping[str, Any]) -> list[FrozenCell]:
-    """Write cells as they are now, so that a later change of a YAML file does not reach them."""
-    (submission / "cells").mkdir()
-    return [_freeze(submission / "cells" / f"{cell.run_id}.json", cell, logging) for cell in cells]
-
-
-def _freeze(path: Path, cell: Cell, logging: Mapping[str, Any]) -> FrozenCell:
-    data = {
-        "schema": SCHEMA,
-        "run_id": cell.run_id,
-        "overrides": list(cell.overrides),
-        "axes": dict(cell.axes),
-        "alone": cell.alone,
-        "cwd": os.getcwd(),
-        "config": dataclasses.asdict(cell.config),
-        "content": dict(cell.content),
-        "logging": dict(logging),
-    }
-    atomic.write_json(path, data)
-    return FrozenCell(path, data)
+    launch = f"{stamp}-{secrets.token_hex(3)}"
+    return [cell.freeze(launch, logging) for cell in cells]

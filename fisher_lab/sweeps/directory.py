@@ -5,7 +5,7 @@ Under ``results/<sweep>/``:
 ``sweep.json``
     What the sweep is: its file, axes, claims and cells.
 ``events.jsonl``
-    What happened to which cell, append-only.
+    What happened to which cell, append-only (:class:`Journal`).
 ``<run_id>/``
     A cell's run directory; ``job.log`` in it is what its processes printed.
 ``.sweep/locks/``
@@ -16,12 +16,17 @@ Under ``results/<sweep>/``:
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fisher_lab.runs import record
-from fisher_lab.runs.journal import Journal
-from fisher_lab.runs.lock import STALE_AFTER, Lock
+from fisher_lab.runs.lock import STALE_AFTER, Lock, LockTimeout
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
@@ -32,6 +37,9 @@ LAUNCH_FILE = "launch.json"
 LAUNCHER = "launcher"
 """What a launcher locks, in the directory of each of its submissions, for as long as it lives."""
 SCHEMA = "fisher_lab.sweep/1"
+
+JOURNAL_STALE_AFTER_S, JOURNAL_TIMEOUT_S = 20.0, 120.0
+TAIL_LINES, TAIL_BYTES = 20, 4096
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,14 @@ class Layout:
         return self.directory / SWEEP_FILE
 
     @property
-    def hidden(self) -> Path:
-        """What no reader of results needs."""
-        return self.directory / ".sweep"
-
-    @property
     def locks(self) -> Path:
         """The locks on cells and on the journal."""
-        return self.hidden / "locks"
+        return self.directory / ".sweep" / "locks"
 
     @property
     def submissions(self) -> Path:
         """A directory for every launch."""
-        return self.hidden / "submissions"
+        return self.directory / ".sweep" / "submissions"
 
     @property
     def journal(self) -> Journal:
@@ -78,6 +81,17 @@ class Layout:
     def lock(self, run_id: str, stale_after: float = STALE_AFTER) -> Lock:
         """The lock of a cell."""
         return Lock(self.locks / run_id, stale_after)
+
+    def ask_holder(self, run_id: str, stale_after: float) -> bool:
+        """Ask the process that runs a cell on this machine to save and end; was there one?"""
+        holder = self.lock(run_id, stale_after).holder()
+        if holder is None or not holder.is_here():
+            return False
+        try:
+            os.kill(holder.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            return False
+        return True
 
     def note(self, run_id: str, status: Status) -> None:
         """Append how a cell ended, where its worker was killed before it could do so itself."""
@@ -111,3 +125,73 @@ class Layout:
         if status is None:
             return Status.MISSING
         return Status.INTERRUPTED if status is Status.RUNNING else status
+
+
+@dataclass(frozen=True)
+class Journal:
+    """An append-only file of JSON lines that many processes write, on this host or on others.
+
+    The holder of a lock writes a line in one piece, because the append mode of a network file
+    system alone would let two hosts write over each other. A writer that is killed in the middle
+    leaves a line without an end: readers pass over it, and the next writer begins a new one.
+
+    Attributes:
+        path: the file; made by the first event.
+        locks: directory of the lock under which lines are written.
+    """
+
+    path: Path
+    locks: Path
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add one event, flushed to the disk.
+
+        Args:
+            event: what happened.
+            fields: JSON-able details.
+
+        Raises:
+            LockTimeout: others held the journal for :data:`JOURNAL_TIMEOUT_S` seconds.
+        """
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        line = json.dumps({**entry, **fields}, allow_nan=False).encode() + b"\n"
+        lock = Lock(self.locks / self.path.name, JOURNAL_STALE_AFTER_S)
+        if not lock.acquire_within(JOURNAL_TIMEOUT_S):
+            raise LockTimeout(f"{self.path} is held by {lock.holder()}")
+        with lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        line = b"\n" + line
+                file.write(line)
+                os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole events, in the order in which they were written."""
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        events = []
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, Mapping):
+                events.append(dict(entry))
+        return events
+
+
+def tail(path: Path, offset: int = 0) -> str:
+    """The last lines of a log from ``offset`` on, at most :data:`TAIL_BYTES`."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(offset, size - TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-TAIL_LINES:])

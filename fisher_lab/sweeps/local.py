@@ -1,4 +1,9 @@
-"""``hydra/launcher=local``: a bounded number of worker processes on this machine."""
+"""``hydra/launcher=serial`` and ``local``: cells in the launching process, or in others beside it.
+
+``serial`` is the default: one cell after the other, the libraries are imported once, and a debugger
+works. A cell that takes the process down takes the sweep with it, until it is started again.
+``local`` runs a bounded number of worker processes.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,67 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from fisher_lab.config.launchers import LocalSettings
+from fisher_lab.runs import record
+from fisher_lab.runs.provenance import allowed_cpus
 from fisher_lab.runs.signals import Pending, Watch
-from fisher_lab.sweeps.cell import FrozenCell
-from fisher_lab.sweeps.queue import Executor
-from fisher_lab.sweeps.tally import Outcome
+from fisher_lab.runs.status import Status
+from fisher_lab.sweeps import worker
+from fisher_lab.sweeps.cell import Cell, Outcome
+from fisher_lab.sweeps.queue import Executor, say
 from fisher_lab.sweeps.worker_process import WorkerProcess
+
+
+class InProcess(Executor):
+    """Runs a cell to its end in ``start``."""
+
+    def __init__(self) -> None:
+        self._started = 0
+        self._ended: list[tuple[Cell, Outcome]] = []
+
+    @property
+    def running(self) -> list[Cell]:
+        """The cell that has ended and was not yet reported."""
+        return [cell for cell, _ in self._ended]
+
+    def start(self, cells: Sequence[Cell]) -> None:
+        """Run cells.
+
+        Raises:
+            Interrupted: a signal ended a cell; its record says so.
+        """
+        for cell in cells:
+            say(f"#{self._started} : {cell.label}")
+            self._started += 1
+            self._ended.append((cell, _run(cell)))
+
+    def ended(self) -> list[tuple[Cell, Outcome]]:
+        """What :meth:`start` has run."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self, cells: Sequence[Cell]) -> None:
+        """Nothing runs while the queue is at work."""
+
+    @contextlib.contextmanager
+    def signals(self, watch: Watch) -> Iterator[Pending]:
+        """They are raised at once, in the cell that runs."""
+        yield Pending()
+
+
+def _run(cell: Cell) -> Outcome:
+    began = time.monotonic()
+    code = worker.run(cell)
+    if code == worker.HELD:
+        return Outcome(Status.HELD)
+    if code == worker.CANCELLED:  # the user has cancelled the sweep at this very moment
+        return Outcome(Status.NOT_STARTED)
+    status = record.status_of(cell.directory) or Status.FAILED
+    message = record.brief(cell.directory) if status is Status.FAILED else None
+    return Outcome(status, message, time.monotonic() - began)
 
 
 class LocalProcesses(Executor):
@@ -30,23 +88,23 @@ class LocalProcesses(Executor):
         self._processes: list[WorkerProcess] = []
 
     @property
-    def running(self) -> list[FrozenCell]:
+    def running(self) -> list[Cell]:
         """The cells of the processes."""
         return [process.cell for process in self._processes]
 
-    def start(self, cells: Sequence[FrozenCell]) -> None:
+    def start(self, cells: Sequence[Cell]) -> None:
         """Start a process for each cell."""
         for cell in cells:
             process = WorkerProcess(cell, threads=self._threads, grace_s=self._grace_s)
             self._processes.append(process)
 
-    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+    def ended(self) -> list[tuple[Cell, Outcome]]:
         """Enforce the limits of the processes; those that have ended, with their outcome."""
         outcomes = [(process, process.poll()) for process in self._processes]
         self._processes = [process for process, outcome in outcomes if outcome is None]
         return [(process.cell, outcome) for process, outcome in outcomes if outcome is not None]
 
-    def stop(self, cells: Sequence[FrozenCell]) -> None:
+    def stop(self, cells: Sequence[Cell]) -> None:
         """Send SIGTERM, and SIGKILL after the grace period."""
         for process in self._processes:
             if process.cell in cells:
@@ -69,5 +127,4 @@ def threads_for(settings: LocalSettings) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (allowed or 1) // settings.n_jobs)
+    return max(1, (allowed_cpus() or 1) // settings.n_jobs)

@@ -39,15 +39,6 @@ _OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
 """Overrides that say what this launch does, and nothing of its cells."""
 
 
-@dataclass(frozen=True)
-class Invalid:
-    """A cell that cannot run, and why."""
-
-    overrides: tuple[str, ...]
-    axes: Mapping[str, str]
-    reason: str
-
-
 @dataclass
 class SweepPlan:
     """One sweep of a multirun.
@@ -59,7 +50,7 @@ class SweepPlan:
         axes: swept key -> its values, as text.
         overrides: what all cells have in common, as typed.
         file: the sweep file, where there is one.
-        invalid: cells that cannot run.
+        invalid: axes of the cells that cannot run, and why.
         repeated: how many cells were the same as an earlier one.
     """
 
@@ -69,7 +60,7 @@ class SweepPlan:
     axes: dict[str, list[str]]
     overrides: list[str]
     file: SweepFile | None = None
-    invalid: list[Invalid] = field(default_factory=list)
+    invalid: list[tuple[Mapping[str, str], str]] = field(default_factory=list)
     repeated: int = 0
 
     def write(self) -> None:
@@ -166,7 +157,7 @@ def make(
         ConfigError: nothing to sweep over, or a cell that cannot run.
     """
     names, others = cells_of.requested(arguments)
-    known = _Known(identify)
+    known = _once(identify)
     if not names:
         return [_one(loader, master, others, None, known, strict)]
     name = str(master.hydra.job.config_name)
@@ -190,7 +181,7 @@ def _one(
     master: DictConfig,
     arguments: Sequence[str],
     file: SweepFile | None,
-    known: _Known,
+    known: Identify,
     strict: bool,
 ) -> SweepPlan:
     params = OmegaConf.to_container(master.hydra.sweeper.params or OmegaConf.create({}))
@@ -211,7 +202,7 @@ def _one(
         except ConfigError as error:
             if strict:
                 raise
-            plan.invalid.append(Invalid(tuple(overrides), axes, str(error)))
+            plan.invalid.append((axes, str(error)))
             continue
         identity = run_id(dataclasses.asdict(config), content)
         if identity in seen:
@@ -226,19 +217,18 @@ def _one(
     return plan
 
 
-class _Known:
+def _once(identify: Identify) -> Identify:
     """Content hashes, taken once for all cells that point to the same text and model."""
+    known: dict[str, Mapping[str, Any]] = {}
 
-    def __init__(self, identify: Identify) -> None:
-        self._identify = identify
-        self._known: dict[str, Mapping[str, Any]] = {}
-
-    def __call__(self, config: Config) -> Mapping[str, Any]:
+    def ask(config: Config) -> Mapping[str, Any]:
         asked = (config.model, config.data, config.train)
         key = json.dumps([config.device, *map(dataclasses.asdict, asked)], sort_keys=True)
-        if key not in self._known:
-            self._known[key] = self._identify(config)
-        return self._known[key]
+        if key not in known:
+            known[key] = identify(config)
+        return known[key]
+
+    return ask
 
 
 def _pairs(overrides: Iterable[str]) -> list[tuple[str, str]]:
@@ -290,22 +280,19 @@ def _is_neutral(override: str) -> bool:
     return any(key == out or key.startswith(f"{out}.") for out in LEFT_OUT)
 
 
-def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Path, Status]]:
-    """What is to be done.
+def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Cell, Status]]:
+    """What a launcher is given, and the state of every cell.
 
-    Returns:
-        The cells that a launcher is given (those that another launcher runs now among them, to be
-        waited for), and the state of every cell by run directory: two sweeps of one multirun may
-        hold cells of the same identity.
+    Cells that another launcher runs now are among the former, to be waited for.
     """
-    wanted: list[Cell] = []
-    states: dict[Path, Status] = {}
-    for cell in cells:
-        state = cell.layout.state(cell.run_id, cell.config.resume.stale_after_s)
-        states[cell.directory] = state
-        retry = state is Status.FAILED and cell.config.resume.retry_failed
-        if state.is_resumable or state is Status.RUNNING or retry:
-            wanted.append(cell)
+    states = {cell: cell.state for cell in cells}
+    wanted = [
+        cell
+        for cell, state in states.items()
+        if state.is_resumable
+        or state is Status.RUNNING
+        or (state is Status.FAILED and cell.config.resume.retry_failed)
+    ]
     return wanted, states
 
 
@@ -319,66 +306,29 @@ def show(plans: Sequence[SweepPlan]) -> int:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=WIDTH)
-    memory = _Memory()
     counted: Counter[str] = Counter()
     for one in plans:
-        console.print(_table(one, memory, counted))
+        table = Table(title=f"{one.name}: {one.layout.directory}", title_justify="left", box=None)
+        for axis in one.axes:
+            table.add_column(axis, overflow="fold")
+        table.add_column("state", no_wrap=True)
+        wanted, states = to_run(one.cells)
+        rows = [(cell.axes, _shown(states[cell], cell in wanted)) for cell in one.cells]
+        for axes, state in [*rows, *((axes, "invalid") for axes, _ in one.invalid)]:
+            counted[state] += 1
+            table.add_row(*(axes.get(axis, "") for axis in one.axes), state)
+        console.print(table)
         if one.repeated:
             console.print(f"{one.repeated} cells are the same as another one and run once")
     counts = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
     console.print(f"{sum(counted.values())} cells: {counts}")
-    for one in plans:
-        for cell in one.invalid:
-            print(f"fisher_lab: {cell.reason}", file=sys.stderr)
-    return BAD_INPUT if any(one.invalid for one in plans) else OK
+    reasons = [reason for one in plans for _, reason in one.invalid]
+    for reason in reasons:
+        print(f"fisher_lab: {reason}", file=sys.stderr)
+    return BAD_INPUT if reasons else OK
 
 
-def _table(one: SweepPlan, memory: _Memory, counted: Counter[str]) -> Table:
-    table = Table(title=f"{one.name}: {one.layout.directory}", title_justify="left", box=None)
-    for axis in one.axes:
-        table.add_column(axis, overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("factors, MiB", justify="right", no_wrap=True)
-    wanted, states = to_run(one.cells)
-    for cell in one.cells:
-        state = states[cell.directory]
-        state = f"{state}, to run" if _again(cell, state, wanted) else _WORDS.get(state, state)
-        counted[state] += 1
-        table.add_row(*(cell.axes.get(axis, "") for axis in one.axes), state, memory(cell.config))
-    for bad in one.invalid:
-        counted["invalid"] += 1
-        table.add_row(*(bad.axes.get(axis, "") for axis in one.axes), "invalid", "")
-    return table
-
-
-def _again(cell: Cell, state: str, wanted: Sequence[Cell]) -> bool:
-    return state in ("failed", "preempted", "cancelled") and cell in wanted
-
-
-class _Memory:
-    """The plan's estimate of the factors' memory; once for cells that differ in nothing else."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str] = {}
-
-    def __call__(self, config: Config) -> str:
-        if config.task.name == "train":
-            return ""
-        plain = dataclasses.asdict(config)
-        for key in ("seed", "sweep", "resume", "tracker"):
-            plain.pop(key, None)
-        for key in ("damping", "damping_A", "damping_G", "max_condition_number", "update_freq"):
-            plain["kfac"].pop(key, None)
-        key = json.dumps(plain, sort_keys=True)
-        if key not in self._known:
-            self._known[key] = _estimate(config)
-        return self._known[key]
-
-
-def _estimate(config: Config) -> str:
-    from fisher_lab.tasks import plan as task  # torch, for this table alone
-
-    try:
-        return f"{task.estimate(config)['plan/bytes'] / 2**20:.1f}"
-    except (RuntimeError, ValueError, OSError) as error:
-        return f"? ({type(error).__name__})"
+def _shown(state: Status, wanted: bool) -> str:
+    if wanted and state in (Status.FAILED, Status.PREEMPTED, Status.CANCELLED):
+        return f"{state}, to run"
+    return _WORDS.get(state, state)

@@ -1,24 +1,25 @@
 """The queue of a launch: which cell runs next, on whatever executor, and what stops the rest.
 
-An executor runs the cells that the queue gives it: in this process (``serial``), in processes of
-this machine (``local``), or as jobs of SLURM (``slurm``). Cells that another launcher runs are
-looked at now and then; the queue takes those whose process has ended without a result.
+An executor runs the cells that the queue gives it: in this process or in others of this machine
+(``local``), or as jobs of SLURM (``slurm``). Cells that another launcher runs are waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from fisher_lab.runs import record
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps.cell import FrozenCell
-from fisher_lab.sweeps.tally import Outcome, Tally, say
-from fisher_lab.sweeps.worker_process import give_up
+from fisher_lab.sweeps.cell import Cell, Outcome
+from fisher_lab.sweeps.directory import JOB_LOG, RUN_LOG
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks for a request to cancel, and at cells that another launcher runs."""
@@ -39,19 +40,19 @@ class Executor(ABC):
 
     @property
     @abstractmethod
-    def running(self) -> list[FrozenCell]:
+    def running(self) -> list[Cell]:
         """The cells that were started and whose end was not yet reported."""
 
     @abstractmethod
-    def start(self, cells: Sequence[FrozenCell]) -> None:
+    def start(self, cells: Sequence[Cell]) -> None:
         """Run cells: one, or all where there is no limit."""
 
     @abstractmethod
-    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+    def ended(self) -> list[tuple[Cell, Outcome]]:
         """The cells that have ended since the last call, and how."""
 
     @abstractmethod
-    def stop(self, cells: Sequence[FrozenCell]) -> None:
+    def stop(self, cells: Sequence[Cell]) -> None:
         """Ask running cells to save their state and to end."""
 
     def withdraw(self) -> None:  # noqa: B027 (most executors begin what they are given at once)
@@ -64,8 +65,76 @@ class Executor(ABC):
             yield pending
 
 
+@dataclass
+class Tally:
+    """How the cells of a launch have ended; one line on the screen for each.
+
+    Attributes:
+        total: how many there are.
+        max_failures: no further cell is to be started after this many failures.
+        ended: run directory -> outcome.
+    """
+
+    total: int
+    max_failures: int | None = None
+    ended: dict[Path, Outcome] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> int:
+        """How many have failed."""
+        return sum(outcome.status is Status.FAILED for outcome in self.ended.values())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no further cell is to be started."""
+        return self.max_failures is not None and self.failures >= self.max_failures
+
+    def end(self, cell: Cell, outcome: Outcome) -> None:
+        """Note how a cell ended, and say so."""
+        self.ended[cell.directory] = outcome
+        took = "" if outcome.seconds is None else f" in {outcome.seconds:.1f} s"
+        why = f": {outcome.message}" if outcome.message else ""
+        say(f"[{len(self.ended)}/{self.total}] {outcome.status}{took}  {cell.label}{why}")
+
+    def report(self, cells: Sequence[Cell]) -> int:
+        """Print the end of a launch: every failure with its overrides and log; the exit code.
+
+        Args:
+            cells: all of the multirun, those that were done before among them.
+        """
+        done = Outcome(Status.COMPLETED)
+        outcomes = [(cell, self.ended.get(cell.directory, done)) for cell in cells]
+        completed = sum(outcome.status is Status.COMPLETED for _, outcome in outcomes)
+        missing = sum(not outcome.status.is_final for _, outcome in outcomes)
+        say(f"{completed} of {len(cells)} cells completed")
+        for cell, outcome in outcomes:
+            if outcome.status is Status.FAILED:
+                why = outcome.message or record.brief(cell.directory)
+                say(f"fisher_lab: {cell.line}: failed: {why}; {_log(cell.directory)}", error=True)
+        if missing:
+            say(
+                f"fisher_lab: {missing} cells did not come to an end; run the same command again "
+                "to go on",
+                error=True,
+            )
+        return 0 if completed == len(cells) else 1
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line; a terminal that has gone is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _log(directory: Path) -> str:
+    for name in (RUN_LOG, JOB_LOG):
+        if (directory / name).is_file():
+            return f"the log is {directory / name}"
+    return f"its directory is {directory}"
+
+
 class Queue:
-    """What has yet to run, what runs, and what another launcher runs.
+    """What has yet to run, and what runs.
 
     Args:
         cells: in the order in which they are to be started.
@@ -73,13 +142,13 @@ class Queue:
         tally: learns how each has ended.
     """
 
-    def __init__(self, cells: Sequence[FrozenCell], executor: Executor, tally: Tally) -> None:
+    def __init__(self, cells: Sequence[Cell], executor: Executor, tally: Tally) -> None:
         self._waiting = deque(cells)
-        self._held: list[FrozenCell] = []
         self._executor = executor
         self._tally = tally
-        self._preemptions: Counter[FrozenCell] = Counter()
+        self._preemptions: Counter[Cell] = Counter()
         self._looked = time.monotonic()
+        self._wait_until = 0.0
 
     def run(self) -> None:
         """Work until every cell has ended.
@@ -89,7 +158,7 @@ class Queue:
                 the executor outlives the launcher; the others are left as they are.
         """
         with Watch() as watch, self._executor.signals(watch) as pending:
-            while self._waiting or self._held or self._executor.running:
+            while self._waiting or self._executor.running:
                 if not self.step():
                     time.sleep(self._executor.pause_s)
                 if pending():
@@ -101,8 +170,9 @@ class Queue:
         ended = self._executor.ended()
         for cell, outcome in ended:
             self._note(cell, outcome)
-        if time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self._look()
+        if time.monotonic() - self._looked >= LOOK_EVERY_S and not self._executor.outlives:
+            self._looked = time.monotonic()  # where jobs outlive it, `cancel` asks them itself
+            self._executor.stop([cell for cell in self._executor.running if cell.cancelled])
         if self._tally.exhausted:
             self._drop()
             self._executor.withdraw()
@@ -112,61 +182,50 @@ class Queue:
             started = True
         return started or bool(ended)
 
-    def _next(self) -> list[FrozenCell]:
-        """Take what is to be started now out of the queue."""
+    def _next(self) -> list[Cell]:
+        """Take what is to be started now out of the queue; what another launcher runs stays."""
         if self._executor.limit is None:
             batch = list(self._waiting)
             self._waiting.clear()
             return batch
-        while self._waiting and self._has_room(self._waiting[0]):
+        for _ in range(len(self._waiting)):
+            if time.monotonic() < self._wait_until or not self._has_room(self._waiting[0]):
+                return []
             cell = self._waiting.popleft()
-            if cell.cancelled:
+            state = cell.state
+            if state is Status.COMPLETED:
+                self._tally.end(cell, Outcome(state))
+            elif cell.cancelled:
                 self._tally.end(cell, Outcome(Status.NOT_STARTED))
-            elif cell.layout.lock(cell.run_id, cell.stale_after_s).holder() is not None:
-                self._held.append(cell)
+            elif state is Status.RUNNING:
+                self._waiting.append(cell)
             else:
                 return [cell]
+        self._wait_until = time.monotonic() + LOOK_EVERY_S
         return []
 
-    def _has_room(self, cell: FrozenCell) -> bool:
+    def _has_room(self, cell: Cell) -> bool:
         running = self._executor.running
         if cell.alone or any(other.alone for other in running):
             return not running
         return len(running) < (self._executor.limit or 1)
 
-    def _note(self, cell: FrozenCell, outcome: Outcome) -> None:
+    def _note(self, cell: Cell, outcome: Outcome) -> None:
         if outcome.status is Status.HELD:
-            self._held.append(cell)
+            self._waiting.append(cell)
             return
         if outcome.status is Status.PREEMPTED:
             self._preemptions[cell] += 1
-            allowed = cell.sweep["max_requeues"]
+            allowed = cell.config.sweep.max_requeues
             if self._preemptions[cell] <= allowed:
                 self._waiting.append(cell)
                 return
             message = f"preempted more often than sweep.max_requeues={allowed}"
-            give_up(cell, "max_requeues", message)
-            outcome = Outcome(Status.FAILED, message, outcome.seconds)
+            outcome = cell.give_up("max_requeues", message)
         self._tally.end(cell, outcome)
-        if outcome.status is Status.FAILED and cell.sweep["fail_fast"]:
+        if outcome.status is Status.FAILED and cell.config.sweep.fail_fast:
             self._drop()
             self._executor.stop(self._executor.running)
-
-    def _look(self) -> None:
-        """Stop what the user has cancelled; see what has become of cells of another launcher."""
-        self._looked = time.monotonic()
-        if not self._executor.outlives:  # else the command that cancels asks them
-            self._executor.stop([cell for cell in self._executor.running if cell.cancelled])
-        held, self._held = self._held, []
-        for cell in held:
-            state = cell.layout.state(cell.run_id, cell.stale_after_s)
-            if state is Status.RUNNING:
-                self._held.append(cell)
-            elif state.is_final or (state.has_ended and cell.cancelled):
-                message = record.brief(cell.directory) if state is Status.FAILED else None
-                self._tally.end(cell, Outcome(state, message))
-            else:  # its process died, or its own launch was cancelled, and not this one
-                self._waiting.append(cell)
 
     def _drop(self) -> None:
         """The cells that wait are not started."""

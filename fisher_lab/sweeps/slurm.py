@@ -17,28 +17,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from submitit.helpers import DelayedSubmission
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import SlurmSettings
-from fisher_lab.runs import processes, record
+from fisher_lab.runs import provenance, record
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker, worker_process
-from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
-from fisher_lab.sweeps.directory import Layout
-from fisher_lab.sweeps.queue import Executor
-from fisher_lab.sweeps.tally import Outcome, say
-from fisher_lab.sweeps.worker_process import (
-    WorkerProcess,
-    ask_holder,
-    death,
-    end_lost,
-    give_up,
-    tail,
-)
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome, death
+from fisher_lab.sweeps.directory import Layout, tail
+from fisher_lab.sweeps.queue import Executor, say
+from fisher_lab.sweeps.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     import submitit
@@ -83,19 +74,15 @@ class CellJob:
         Raises:
             CellFailed: it did not complete.
         """
-        cell = FrozenCell.load(Path(path))
+        cell = Cell.load(Path(path))
+        node = worker.node_of(cell)
         asked: list[int] = []
-
-        def note(signum: int, _: FrameType | None) -> None:
-            asked.append(signum)
-
-        node = cell.node
-        requeue = signal.signal(signal.SIGUSR2, note)
+        requeue = signal.signal(signal.SIGUSR2, lambda signum, _: asked.append(signum))
         process = WorkerProcess(
             cell,
             threads=self.threads,
             grace_s=self.grace_s,
-            environment={worker.SCHEDULED: "slurm"},
+            scheduled=True,
             command=self.command,
             node=node,
         )
@@ -115,28 +102,27 @@ class CellJob:
         """What submitit queues again: the same, which finds the state that the worker saved."""
         return DelayedSubmission(self, path)
 
-    def _may_come_back(self, cell: FrozenCell, seconds: float) -> bool:
+    def _may_come_back(self, cell: Cell, seconds: float) -> bool:
         limit_reached = seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
         text = f"reached the job's time limit (hydra.launcher.timeout_min={self.limit_s / 60:g})"
         if record.read(cell.directory).get("reason") != signal.SIGUSR2.name:
             if limit_reached:
-                give_up(cell, "timeout", text)
+                cell.give_up("timeout", text)
             return False  # SIGTERM: if the scheduler wants the job back, it does so itself
         if cell.cancelled:
             return False
         if limit_reached and cell.config.task.name not in RESUMABLE:
-            give_up(cell, "timeout", text)
+            cell.give_up("timeout", text)
             return False
-        allowed = cell.sweep["max_requeues"]
+        allowed = cell.config.sweep.max_requeues
         if _preemptions(cell) > allowed:
-            message = f"preempted more often than sweep.max_requeues={allowed}"
-            give_up(cell, "max_requeues", message)
+            cell.give_up("max_requeues", f"preempted more often than sweep.max_requeues={allowed}")
             return False
         cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
 
 
-def _preemptions(cell: FrozenCell) -> int:
+def _preemptions(cell: Cell) -> int:
     """How often this cell was preempted since it was last submitted."""
     count = 0
     for entry in cell.layout.journal.read():
@@ -147,20 +133,10 @@ def _preemptions(cell: FrozenCell) -> int:
     return count
 
 
-ENDED = frozenset(
-    {
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    }
-)
+ENDED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT",
+})  # fmt: skip
 """States of a job that does not come back."""
 
 GONE = "GONE"
@@ -247,18 +223,18 @@ class SubmititJobs(Executor):
         self._settings = settings
         self._is_local = settings.cluster == "local"
         self.limit = settings.array_parallelism if self._is_local else None
-        self._jobs: dict[FrozenCell, str] = {}
+        self._jobs: dict[Cell, str] = {}
         self._handles: dict[str, submitit.Job[str]] = {}
-        self._gone: Counter[FrozenCell] = Counter()
+        self._gone: Counter[Cell] = Counter()
         self._looked = 0.0
         self._withdrawn = False
 
     @property
-    def running(self) -> list[FrozenCell]:
+    def running(self) -> list[Cell]:
         """The cells whose jobs wait or run."""
         return list(self._jobs)
 
-    def start(self, cells: Sequence[FrozenCell]) -> None:
+    def start(self, cells: Sequence[Cell]) -> None:
         """Submit cells, but for those that SLURM has in its queue: their jobs are attached to.
 
         Jobs of a launch that was cancelled are on their way out, and no others are put beside them.
@@ -267,19 +243,16 @@ class SubmititJobs(Executor):
             ConfigError: there is no SLURM here, or it does not take the jobs.
         """
         layouts = list(dict.fromkeys(cell.layout for cell in cells))
-        known: dict[Path, str] = {}
         if not self._is_local:
             _wait_for_cancelled_jobs(layouts, self._settings.poll_s)
             for layout in layouts:
                 last = Jobs.of(layout).last
                 active = states(last.values()) or {}
-                known |= {
-                    layout.run_directory(run_id): job
-                    for run_id, job in last.items()
-                    if is_active(active.get(job))
-                }
-        wanted = [cell for cell in cells if cell.directory not in known]
-        self._jobs |= {cell: known[cell.directory] for cell in cells if cell.directory in known}
+                for cell in cells:
+                    job = last.get(cell.run_id) if cell.layout == layout else None
+                    if job is not None and is_active(active.get(job)):
+                        self._jobs[cell] = job
+        wanted = [cell for cell in cells if cell not in self._jobs]
         if len(wanted) < len(cells):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
         size = len(cells) if self._is_local else self._settings.max_array_size or max_array_size()
@@ -296,7 +269,7 @@ class SubmititJobs(Executor):
                     layout.journal.append("submitted", jobs=own)
             say(f"submitted {len(batch)} cells as {numbers[0].partition('_')[0]}")
 
-    def ended(self) -> list[tuple[FrozenCell, Outcome]]:
+    def ended(self) -> list[tuple[Cell, Outcome]]:
         """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
         if not self._jobs or time.monotonic() - self._looked < self._settings.poll_s:
             return []
@@ -314,16 +287,15 @@ class SubmititJobs(Executor):
                 found.append((cell, outcome))
         return found
 
-    def stop(self, cells: Sequence[FrozenCell]) -> None:
+    def stop(self, cells: Sequence[Cell]) -> None:
         """Cancel jobs, and mark their launch for those that have not come to their cell."""
         wanted = [cell for cell in cells if cell in self._jobs]
-        for submission in {cell.submission for cell in wanted}:
-            (submission / CANCELLED_FILE).touch()
+        _mark_cancelled(wanted)
         if not self._is_local:
             cancel(self._jobs[cell] for cell in wanted)
             return
         for cell in wanted:
-            ask_holder(cell.layout, cell.run_id, cell.stale_after_s)
+            cell.layout.ask_holder(cell.run_id, cell.config.resume.stale_after_s)
 
     def withdraw(self) -> None:
         """Cancel the jobs of SLURM that have not begun."""
@@ -331,8 +303,7 @@ class SubmititJobs(Executor):
             return
         self._withdrawn = True
         known = self._states() or {}
-        for submission in {cell.submission for cell in self._jobs}:
-            (submission / CANCELLED_FILE).touch()
+        _mark_cancelled(self._jobs)
         cancel(job for job, state in known.items() if state == "PENDING")
 
     def _states(self) -> dict[str, str] | None:
@@ -343,13 +314,19 @@ class SubmititJobs(Executor):
             for job in self._jobs.values()
         }
 
-    def _outcome(self, cell: FrozenCell, job: str, job_state: str) -> Outcome | None:
+    def _outcome(self, cell: Cell, job: str, job_state: str) -> Outcome | None:
         """How the cell of a job that has ended stands; None where it is too early to say."""
-        state = cell.layout.state(cell.run_id, cell.stale_after_s)
+        state = cell.state
         if state is Status.RUNNING or (not state.is_final and self._gone[cell] < PATIENCE):
             return None  # or somebody else runs it, or the lock of a dead node is not stale yet
         state = end_cell(cell, job, job_state)
         return Outcome(state, record.brief(cell.directory) if state is Status.FAILED else None)
+
+
+def _mark_cancelled(cells: Iterable[Cell]) -> None:
+    """Tell the cells of these launches that have not begun not to begin."""
+    for submission in {cell.submission for cell in cells}:
+        (submission / CANCELLED_FILE).touch()
 
 
 @dataclass(frozen=True)
@@ -405,7 +382,7 @@ def _wait_for_cancelled_jobs(layouts: Sequence[Layout], poll_s: float) -> None:
         time.sleep(poll_s)
 
 
-def batches(cells: Sequence[FrozenCell], size: int) -> Iterator[list[FrozenCell]]:
+def batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
     """Arrays of at most ``size`` cells; those that run alone in arrays of their own."""
     for alone in (False, True):
         own = [cell for cell in cells if cell.alone == alone]
@@ -413,30 +390,11 @@ def batches(cells: Sequence[FrozenCell], size: int) -> Iterator[list[FrozenCell]
             yield own[start : start + size]
 
 
-def parameters(settings: SlurmSettings, *, alone: bool) -> dict[str, Any]:
-    """The settings by submitit's names."""
-    given = {
-        "timeout_min": settings.timeout_min,
-        "nodes": settings.nodes,
-        "tasks_per_node": 1,
-        "cpus_per_task": settings.cpus_per_task,
-        "gpus_per_node": settings.gpus_per_node,
-        "mem_gb": settings.mem_gb,
-        "name": "fisher_lab",
-        "slurm_partition": settings.partition,
-        "slurm_account": settings.account,
-        "slurm_qos": settings.qos,
-        "slurm_constraint": settings.constraint,
-        "slurm_gres": settings.gres,
-        "slurm_mail_user": settings.mail_user,
-        "slurm_mail_type": settings.mail_type,
-        "slurm_setup": settings.setup or None,
-        "slurm_signal_delay_s": settings.signal_delay_s,
-        "slurm_array_parallelism": 1 if alone else settings.array_parallelism,
-        "slurm_exclusive": True if alone else None,
-        "slurm_additional_parameters": settings.additional_parameters,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+_OPTIONS = (
+    "partition", "account", "qos", "constraint", "gres", "mail_user", "mail_type", "setup",
+    "signal_delay_s", "additional_parameters",
+)  # fmt: skip
+"""Settings that submitit takes under the same name, after ``slurm_``."""
 
 
 def executor(
@@ -445,36 +403,48 @@ def executor(
     """The executor of submitit with everything set."""
     import submitit
 
-    cluster = settings.cluster
     made = submitit.AutoExecutor(
         folder=folder,
-        cluster=cluster,
-        **{f"{cluster}_max_num_timeout": requeues + 1, f"{cluster}_python": settings.python},
+        cluster=settings.cluster,
+        **{
+            f"{settings.cluster}_max_num_timeout": requeues + 1,
+            f"{settings.cluster}_python": settings.python,
+        },
     )
-    made.update_parameters(**parameters(settings, alone=alone))
+    given = {
+        "name": "fisher_lab",
+        "timeout_min": settings.timeout_min,
+        "nodes": settings.nodes,
+        "tasks_per_node": 1,
+        "cpus_per_task": settings.cpus_per_task,
+        "gpus_per_node": settings.gpus_per_node,
+        "mem_gb": settings.mem_gb,
+        "slurm_array_parallelism": 1 if alone else settings.array_parallelism,
+        "slurm_exclusive": True if alone else None,
+        **{f"slurm_{name}": getattr(settings, name) for name in _OPTIONS},
+    }
+    made.update_parameters(
+        **{name: value for name, value in given.items() if value not in (None, [])}
+    )
     return made
 
 
-def job_of(settings: SlurmSettings) -> CellJob:
-    """What every job calls with the path of its frozen cell."""
-    return CellJob(
+def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job[str]]:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    job = CellJob(
         threads=settings.threads or settings.cpus_per_task,
         grace_s=settings.grace_s,
         limit_s=60.0 * settings.timeout_min,
         signal_delay_s=settings.signal_delay_s,
         command=worker_process.WORKER,
     )
-
-
-def _submit(cells: Sequence[FrozenCell], settings: SlurmSettings) -> list[submitit.Job[str]]:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
+    requeues = max(cell.config.sweep.max_requeues for cell in cells)
     folder = cells[0].submission / "slurm" / "%j"
-    requeues = max(cell.sweep["max_requeues"] for cell in cells)
+    os.environ["PYTHONPATH"] = provenance.python_path()  # sbatch hands it on
     try:
-        with processes.importable():
-            made = executor(settings, folder, requeues, alone=cells[0].alone)
-            return made.map_array(job_of(settings), [str(cell.path) for cell in cells])
+        made = executor(settings, folder, requeues, alone=cells[0].alone)
+        return made.map_array(job, [str(cell.path) for cell in cells])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
@@ -482,7 +452,7 @@ def _submit(cells: Sequence[FrozenCell], settings: SlurmSettings) -> list[submit
         ) from None
 
 
-def end_cell(cell: FrozenCell, job: str, job_state: str) -> Status:
+def end_cell(cell: Cell, job: str, job_state: str) -> Status:
     """End the record of a cell whose job has ended and is not coming back.
 
     Args:
@@ -493,7 +463,7 @@ def end_cell(cell: FrozenCell, job: str, job_state: str) -> Status:
     Returns:
         The cell's state from now on.
     """
-    state = cell.layout.state(cell.run_id, cell.stale_after_s)
+    state = cell.state
     if state.is_final or state is Status.RUNNING:
         return state
     if _was_cancelled(cell, state, job_state):
@@ -501,15 +471,17 @@ def end_cell(cell: FrozenCell, job: str, job_state: str) -> Status:
             return Status.CANCELLED
         status, error = Status.CANCELLED, None
     else:
-        message = f"the job {job} ended as {job_state} and left no result"
         status = Status.FAILED
-        error = death(message, job=job, log_tail=_job_log(cell.layout, job))
-    if end_lost(cell, status, job_state, error):
-        return status
-    return cell.layout.state(cell.run_id, cell.stale_after_s)
+        error = death(lost_message(job, job_state), job=job, log_tail=_job_log(cell.layout, job))
+    return status if cell.settle_lost(status, job_state, error) else cell.state
 
 
-def _was_cancelled(cell: FrozenCell, state: Status, job_state: str) -> bool:
+def lost_message(job: str, job_state: str) -> str:
+    """Why a cell has failed whose job is gone."""
+    return f"the job {job} ended as {job_state} and left no result"
+
+
+def _was_cancelled(cell: Cell, state: Status, job_state: str) -> bool:
     """Whether a job was cancelled, by fisher-lab or by a plain scancel, and did not die."""
     if job_state == "CANCELLED":
         return True

@@ -1,31 +1,51 @@
-"""How a sweep stands, from its files and the queue; neither torch nor its launcher is needed."""
+"""``fisher-lab status`` and ``cancel``: how a sweep stands, from its files and the queue.
+
+Neither torch nor the launcher is needed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import sys
 import time
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.runs import record
+from fisher_lab.runs.lock import STALE_AFTER
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
-from fisher_lab.sweeps.cell import FrozenCell, label_of
-from fisher_lab.sweeps.directory import JOB_LOG, LAUNCH_FILE, RUN_LOG, SWEEP_FILE, Layout
-from fisher_lab.sweeps.slurm import is_active
-from fisher_lab.sweeps.worker_process import tail
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, label_of
+from fisher_lab.sweeps.directory import JOB_LOG, LAUNCH_FILE, RUN_LOG, SWEEP_FILE, Layout, tail
 
-LOGS = (RUN_LOG, JOB_LOG)
 LOOK_AGAIN_S = 2.0
 """Seconds after which a job that has left no result is looked for once more before its cell has
 failed: records travel slowly over network file systems."""
 STARTING_S = 30.0
 """Seconds that the launcher of a detached sweep may take until it shows that it lives."""
+
+PIPE_WIDTH = 160
+STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
+STYLES = {
+    Status.COMPLETED: "green",
+    Status.FAILED: "red",
+    Status.RUNNING: "cyan",
+    Status.QUEUED: "cyan",
+    Status.INTERRUPTED: "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -57,24 +77,137 @@ class CellStatus:
     job: str | None
     lost: tuple[str, str] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
+
+def _sweep(name: str, description: str, arguments: Sequence[str], *options: Any) -> Any:
+    """The parsed arguments of a command, with the sweep's layout."""
+    prog = f"fisher-lab {name}"
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {prog} --help shows what is allowed")
+
+    parser = ArgumentParser(prog, description=description)
+    parser.error = fail
+    parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
+    for flag, settings in options:
+        parser.add_argument(flag, **settings)
+    chosen = parser.parse_args(list(arguments))
+    for directory in (Path(chosen.sweep), Path("results") / chosen.sweep):
+        if (directory / SWEEP_FILE).is_file():
+            chosen.layout = Layout(directory.resolve())
+            return chosen
+    raise ConfigError(
+        f"{chosen.sweep} is no sweep: give the directory of one (with a {SWEEP_FILE}) or its name "
+        "under results/"
+    )
 
 
-def find(name: str) -> Layout:
-    """The sweep of a directory, or of a name under ``results/``.
+def status(arguments: Sequence[str]) -> int:
+    """Show the cells of a sweep; returns the exit code.
 
     Raises:
-        ConfigError: there is no sweep there.
+        ConfigError: there is no such sweep, or an argument is not allowed.
     """
-    for directory in (Path(name), Path("results") / name):
-        if (directory / SWEEP_FILE).is_file():
-            return Layout(directory.resolve())
-    raise ConfigError(
-        f"{name} is no sweep: give the directory of one (with a {SWEEP_FILE}) or its name under "
-        "results/"
+    again = "again and again, until nothing runs or waits any more"
+    chosen = _sweep(
+        "status",
+        "How the cells of a sweep stand.",
+        arguments,
+        ("--watch", {"action": "store_true", "help": again}),
+        ("--every", {"type": float, "default": 2.0, "metavar": "SECONDS"}),
+        ("--metrics", {"default": "loss,loss/heldout", "metavar": "A,B"}),
+        ("--json", {"action": "store_true", "help": "everything, for programs"}),
     )
+    layout: Layout = chosen.layout
+    metrics = [name for name in chosen.metrics.split(",") if name]
+    cells = settled(layout)
+    if chosen.json:
+        print(json.dumps([asdict(cell) for cell in cells], indent=2))
+        return 0
+    from fisher_lab.results.finishing import finish_if_due, standard_output
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    if not chosen.watch:
+        console.print(_screen(layout, cells, metrics))
+    else:
+        live = Live(console=console, auto_refresh=False)
+        with contextlib.suppress(KeyboardInterrupt), live:
+            live.update(_screen(layout, cells, metrics), refresh=True)
+            while not is_over(layout, cells):
+                time.sleep(max(0.1, chosen.every))
+                cells = settled(layout)
+                live.update(_screen(layout, cells, metrics), refresh=True)
+    done = finish_if_due(layout.directory, console=standard_output())  # its launcher may be gone
+    if done is not None and not done.files:  # else the table says so
+        print(f"table, claims and figures in {layout.directory}")
+    return 0
+
+
+def cancel(arguments: Sequence[str]) -> int:
+    """Cancel what runs and what waits of a sweep; returns the exit code.
+
+    Launchers and workers find the mark that is left in their submissions; processes of this machine
+    and jobs of SLURM are signalled at once. Cells save their state, and the same sweep can be run
+    again.
+
+    Raises:
+        ConfigError: there is no such sweep, or an argument is not allowed.
+    """
+    layout: Layout = _sweep("cancel", "End the running cells of a sweep.", arguments).layout
+    before = look(layout)
+    open_cells = [cell for cell in before if cell.state in (Status.RUNNING, Status.QUEUED)]
+    for submission in sorted(layout.submissions.iterdir()):
+        (submission / CANCELLED_FILE).touch()
+    layout.journal.append("cancel", cells=[cell.run_id for cell in open_cells])
+    jobs = [cell.job for cell in before if cell.job is not None]
+    if not slurm.cancel(jobs):
+        print(f"fisher_lab: scancel failed for {', '.join(jobs)}", file=sys.stderr)
+        return 1
+    frozen = layout.frozen()
+    asked = sum(
+        layout.ask_holder(cell.run_id, _stale_after_s(_frozen(frozen.get(cell.run_id))))
+        for cell in open_cells
+        if cell.job is None
+    )
+    print(
+        f"cancelled {len(open_cells)} cells of {layout.directory.name}: {len(jobs)} jobs of "
+        f"SLURM, {asked} processes on this machine"
+    )
+    return 0
+
+
+def _screen(layout: Layout, cells: Sequence[CellStatus], metrics: Sequence[str]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    metrics = [name for name in metrics if any(name in cell.metrics for cell in cells)]
+    table.add_column("cell", overflow="fold", min_width=20)
+    table.add_column("state", no_wrap=True, min_width=len("interrupted"))
+    table.add_column("s", justify="right", no_wrap=True, min_width=4)
+    for name in metrics:
+        table.add_column(name, justify="right", no_wrap=True, min_width=8)
+    table.add_column("log", overflow="fold", min_width=16)
+    table.add_column("last line, or why it failed", overflow="ellipsis", no_wrap=True, ratio=1)
+    for cell in cells:
+        values = [cell.metrics.get(name) for name in metrics]
+        table.add_row(
+            Text(cell.label),
+            Text(cell.state, style=STYLES.get(cell.state, "")),
+            "" if cell.seconds is None else f"{cell.seconds:.0f}",
+            *(f"{value:.5g}" if isinstance(value, int | float) else "" for value in values),
+            Text(str(Path(cell.log).relative_to(layout.directory)) if cell.log else ""),
+            Text(cell.reason or STAMP.sub("", cell.last_line)),
+        )
+    counted = Counter(cell.state for cell in cells)
+    foot = f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counted.items())
+    if (left := eta_s(cells)) is not None:
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        foot += (
+            f"; about {hours} h {minutes} min left"
+            if hours
+            else (f"; about {minutes} min {seconds} s left")
+        )
+    return Group(Text(f"{layout.directory.name}: {layout.directory}"), table, Text(foot))
 
 
 def look(layout: Layout) -> list[CellStatus]:
@@ -89,32 +222,24 @@ def look(layout: Layout) -> list[CellStatus]:
         raise ConfigError(f"{layout.sweep_file} cannot be read: {error}") from None
     jobs, frozen = slurm.Jobs.of(layout), layout.frozen()
     known = slurm.states(jobs.last.values()) or {}
-    return [_cell(layout, one, jobs, known, frozen.get(str(one["run_id"]))) for one in cells]
+    return [_cell(layout, one, jobs, known, _frozen(frozen.get(one["run_id"]))) for one in cells]
 
 
-def settle(layout: Layout, before: Sequence[CellStatus]) -> list[CellStatus]:
-    """Look again, and end the records of cells that were lost and still are.
+def settled(layout: Layout) -> list[CellStatus]:
+    """:func:`look`, after the records of cells were ended whose jobs have left no result.
 
-    Where nobody waits for the jobs (``sweep.detach=true``) there is nobody else to do it.
-
-    Args:
-        layout: of the sweep.
-        before: what :func:`look` has found some time ago.
+    Where nobody waits for the jobs (``sweep.detach=true``) there is nobody else to do it. A job
+    must be gone at two looks.
     """
-    lost = {cell.run_id: cell.lost for cell in before if cell.lost is not None}
     cells = look(layout)
-    if layout.has_launcher():
-        return cells  # it is the launcher's business
-    still = {
-        cell.run_id: cell.lost
-        for cell in cells
-        if cell.lost is not None and cell.lost == lost.get(cell.run_id)
-    }
-    if not still:
+    lost = {cell.run_id: cell.lost for cell in cells if cell.lost is not None}
+    if not lost or layout.has_launcher():  # it is the launcher's business
         return cells
+    time.sleep(LOOK_AGAIN_S)
     frozen = layout.frozen()
-    for run_id, job in still.items():
-        slurm.end_cell(FrozenCell.load(frozen[run_id]), *job)
+    for cell in look(layout):
+        if cell.lost is not None and cell.lost == lost.get(cell.run_id):
+            slurm.end_cell(Cell.load(frozen[cell.run_id]), *cell.lost)
     return look(layout)
 
 
@@ -124,15 +249,20 @@ def is_over(layout: Layout, cells: Sequence[CellStatus]) -> bool:
         return True
     if any(cell.state in (Status.RUNNING, Status.QUEUED, Status.LOST) for cell in cells):
         return False
-    return not is_launched(layout)
+    files = layout.submissions.glob(f"*/{LAUNCH_FILE}")  # one may only just have been started
+    starting = any(time.time() - file.stat().st_mtime < STARTING_S for file in files)
+    return not (starting or layout.has_launcher())
 
 
-def is_launched(layout: Layout) -> bool:
-    """Whether a launcher of the sweep lives, or has only just been started."""
-    files = layout.submissions.glob(f"*/{LAUNCH_FILE}")
-    return layout.has_launcher() or any(
-        time.time() - file.stat().st_mtime < STARTING_S for file in files
-    )
+def _frozen(file: Path | None) -> Cell | None:
+    """The frozen cell of a file; None where there is none that this version can read."""
+    with contextlib.suppress(ValueError):
+        return Cell.load(file) if file is not None else None
+    return None
+
+
+def _stale_after_s(cell: Cell | None) -> float:
+    return cell.config.resume.stale_after_s if cell is not None else STALE_AFTER
 
 
 def _cell(
@@ -140,51 +270,47 @@ def _cell(
     entry: Mapping[str, Any],
     jobs: slurm.Jobs,
     job_states: Mapping[str, str],
-    file: Path | None,
+    frozen: Cell | None,
 ) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
-    frozen = FrozenCell.load(file) if file is not None else None
-    state = layout.state(run_id, frozen.stale_after_s) if frozen else layout.state(run_id)
+    state = layout.state(run_id, _stale_after_s(frozen))
     job = jobs.last.get(run_id)
     job_state = job_states.get(job) if job is not None else None
     lost = why = None
-    if job is not None and is_active(job_state) and not (state.is_final or state is Status.RUNNING):
+    if slurm.is_active(job_state) and not (state.is_final or state is Status.RUNNING):
         state = Status.QUEUED
     elif frozen is not None and frozen.cancelled and state is Status.MISSING:
         state = Status.CANCELLED
-    elif frozen is not None and state.is_waiting:
-        current = frozen.cancelled or job not in jobs.past
-        if job is not None and job_state is not None and current:
-            state, lost = Status.LOST, (job, job_state)
-            why = f"the job {job} ended as {job_state} and left no result"
-    found = _record(directory)
-    log = next((directory / name for name in LOGS if (directory / name).is_file()), None)
+    elif (
+        job is not None
+        and job_state is not None
+        and frozen is not None
+        and state.is_waiting
+        and (frozen.cancelled or job not in jobs.past)
+    ):
+        state, lost = Status.LOST, (job, job_state)
+        why = slurm.lost_message(job, job_state)
+    found = _json(directory / record.RUN_FILE)
+    logs = [directory / name for name in (RUN_LOG, JOB_LOG) if (directory / name).is_file()]
     reason = why or (record.brief(directory) if state is Status.FAILED else found.get("reason"))
     return CellStatus(
         run_id=run_id,
         label=label_of(entry["axes"]) or run_id,
         state=state,
         seconds=_seconds(found, state),
-        metrics=_metrics(directory),
-        log=str(log) if log else None,
-        last_line=(tail(log).splitlines() or [""])[-1] if log else "",
+        metrics=_json(directory / record.METRICS_FILE),
+        log=str(logs[0]) if logs else None,
+        last_line=(tail(logs[0]).splitlines() or [""])[-1] if logs else "",
         reason=reason,
-        job=job if is_active(job_state) else None,
+        job=job if slurm.is_active(job_state) else None,
         lost=lost,
     )
 
 
-def _record(directory: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return record.read(directory)
-    except (OSError, ValueError):
-        return {}
-
-
-def _metrics(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / record.METRICS_FILE).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -200,11 +326,6 @@ def _seconds(found: Mapping[str, Any], state: Status) -> float | None:
     except (KeyError, TypeError, ValueError):
         return None
     return (until - began).total_seconds()
-
-
-def counts(cells: Sequence[CellStatus]) -> Counter[Status]:
-    """How many cells are in which state."""
-    return Counter(cell.state for cell in cells)
 
 
 def eta_s(cells: Sequence[CellStatus]) -> float | None:

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fisher_lab.distributed import launch
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.signals import Interrupted, Watch, leave
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps.cell import FrozenCell
+from fisher_lab.sweeps.cell import Cell
 
 if TYPE_CHECKING:
     from fisher_lab.distributed.nodes import Nodes
@@ -39,15 +40,25 @@ def main(arguments: list[str]) -> int:
     """Run the frozen cell of a file; returns the exit code."""
     try:
         with Watch():
-            frozen = FrozenCell.load(Path(arguments[0]))
-            if os.path.isdir(frozen.data["cwd"]):  # where relative paths are meant from
-                os.chdir(frozen.data["cwd"])
-            return run(frozen)
+            cell = Cell.load(Path(arguments[0]))
+            if os.path.isdir(cell.cwd):  # where relative paths are meant from
+                os.chdir(cell.cwd)
+            return run(cell)
     except Interrupted as stop:
         return PREEMPTED if stop.status is Status.PREEMPTED else CANCELLED
 
 
-def run(frozen: FrozenCell) -> int:
+def node_of(cell: Cell) -> int:
+    """This node among those of a cell, as the environment says.
+
+    Raises:
+        LaunchError: it does not say it.
+    """
+    given = cell.config.distributed
+    return launch.place(given.nproc, given.nodes, os.environ).node
+
+
+def run(cell: Cell) -> int:
     """Run a frozen cell in this process.
 
     Returns:
@@ -56,114 +67,102 @@ def run(frozen: FrozenCell) -> int:
     Raises:
         Interrupted: a signal ended the cell; everything is recorded.
     """
-    if frozen.nodes == 1:
-        return _run(frozen)
+    if cell.config.distributed.nodes == 1:
+        return _run(cell)
     from fisher_lab.distributed.nodes import NodeError
     from fisher_lab.tasks import ranks
 
-    is_first = frozen.node == 0
+    is_first = node_of(cell) == 0
     try:
-        with ranks.connected_nodes(frozen.config) as nodes:
+        with ranks.connected_nodes(cell.config) as nodes:
             if nodes is None or nodes.is_first:
-                return _run(frozen)
-            return _run_ranks(frozen, nodes)
+                return _run(cell)
+            return _run_ranks(cell, nodes)
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
-        if is_first:
-            return _run(frozen, error)
-        return FAILED
+        return _run(cell, error) if is_first else FAILED
 
 
-def _run_ranks(frozen: FrozenCell, nodes: Nodes) -> int:
+def _run_ranks(cell: Cell, nodes: Nodes) -> int:
     """Runs the ranks of another node than the first, once node 0 holds the lock of the cell."""
     from fisher_lab.tasks import ranks, runner
 
     directory = nodes.directory()
     if directory is None:
         return HELD
+    settings = cell.own_logging()
     log_file = ranks.node_log(nodes.where.node, directory)
-    with _logging(frozen, ranks.log_of(frozen.logging(), log_file)):
-        outcome = runner.begin(_work(frozen, directory), frozen.logging())
+    with _logging(cell, ranks.log_of(settings, log_file)):
+        outcome = runner.begin(_work(cell, directory), settings)
     return COMPLETED if outcome.status == "completed" else FAILED
 
 
-def _run(frozen: FrozenCell, problem: Exception | None = None) -> int:
+def _run(cell: Cell, problem: Exception | None = None) -> int:
     """Run a cell under its lock, or record there why it cannot be run."""
-    layout, run_id = frozen.layout, frozen.run_id
-    lock = layout.lock(run_id, frozen.stale_after_s)
+    lock = cell.lock
     if not lock.acquire():
         return HELD
     with lock:
-        if record.status_of(frozen.directory) is Status.COMPLETED:
-            layout.note(run_id, Status.COMPLETED)
+        if record.status_of(cell.directory) is Status.COMPLETED:
+            cell.layout.note(cell.run_id, Status.COMPLETED)
             return COMPLETED
-        if frozen.cancelled:  # it was in a queue when the user cancelled, and came back
+        if cell.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
-        atomic.clear_leftovers(frozen.directory)
-        (frozen.directory / record.RUN_FILE).unlink(missing_ok=True)
-        layout.journal.append("started", run_id=run_id, pid=os.getpid(), host=os.uname().nodename)
-        return _perform(frozen, lock, problem)
+        atomic.remove_leftovers(cell.directory)
+        (cell.directory / record.RUN_FILE).unlink(missing_ok=True)
+        about = {"run_id": cell.run_id, "pid": os.getpid(), "host": os.uname().nodename}
+        cell.layout.journal.append("started", **about)
+        return _perform(cell, lock, problem)
 
 
-def _work(frozen: FrozenCell, directory: Path) -> Work:
+def _work(cell: Cell, directory: Path) -> Work:
     from fisher_lab.tasks.run_spec import Work
 
-    overrides, content = tuple(frozen.data["overrides"]), frozen.data["content"]
-    return Work(frozen.config, directory, overrides, content)
+    return Work(cell.config, directory, tuple(cell.overrides), cell.content)
 
 
-def _perform(frozen: FrozenCell, lock: Lock, problem: Exception | None = None) -> int:
+def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
     from fisher_lab.tasks import runner
 
     stopped: Interrupted | None = None
-    with _logging(frozen, frozen.logging()):
+    settings = cell.own_logging()
+    with _logging(cell, settings):
         try:
             if problem is not None:
                 raise problem
-            runner.begin(_work(frozen, frozen.directory), frozen.logging())
+            runner.begin(_work(cell, cell.directory), settings)
         except Interrupted as stop:
             stopped = stop
-            _amend(frozen, stop)
+            _amend(cell, stop)
         except Exception as error:  # before or after the task, which handles its own
             logging.getLogger(__name__).exception("the cell failed")
-            _fail(frozen, error)
-    status = record.status_of(frozen.directory) or Status.FAILED
+            described = record.describe(error)
+            cell.end_record(Status.FAILED, record.headline(described), described)
+    status = record.status_of(cell.directory) or Status.FAILED
     if lock.lost.is_set():
         # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
         return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
-    frozen.layout.journal.append(status, run_id=frozen.run_id, **reason)
+    cell.layout.journal.append(status, run_id=cell.run_id, **reason)
     if stopped is not None and status is not Status.COMPLETED:
         raise stopped
     return COMPLETED if status is Status.COMPLETED else FAILED
 
 
-def _amend(frozen: FrozenCell, stop: Interrupted) -> None:
+def _amend(cell: Cell, stop: Interrupted) -> None:
     """What a signal means depends on who sent it: a scheduler ends jobs that may come back."""
-    directory, status = frozen.directory, record.status_of(frozen.directory)
-    if stop.status is Status.CANCELLED and os.environ.get(SCHEDULED) and not frozen.cancelled:
-        record.end_from_outside(directory, Status.PREEMPTED, stop.signum.name)
-    elif status in (None, Status.RUNNING):  # it came before the record was begun
-        record.end_from_outside(directory, stop.status, stop.signum.name, otherwise=frozen.record())
-
-
-def _fail(frozen: FrozenCell, error: Exception) -> None:
-    described = record.describe(error)
-    record.end_from_outside(
-        frozen.directory,
-        Status.FAILED,
-        record.headline(described),
-        error=described,
-        otherwise=frozen.record(),
-    )
+    if stop.status is Status.CANCELLED and os.environ.get(SCHEDULED) and not cell.cancelled:
+        cell.end_record(Status.PREEMPTED, stop.signum.name)
+    elif record.status_of(cell.directory) in (None, Status.RUNNING):  # before the record was begun
+        cell.end_record(stop.status, stop.signum.name)
 
 
 @contextlib.contextmanager
-def _logging(frozen: FrozenCell, settings: Mapping[str, Any]) -> Iterator[None]:
+def _logging(cell: Cell, settings: Mapping[str, Any]) -> Iterator[None]:
     """Log into the run directory; what was set up before is set up again afterwards."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    frozen.directory.mkdir(parents=True, exist_ok=True)
+    cell.directory.mkdir(parents=True, exist_ok=True)
     logging.config.dictConfig(dict(settings))
     try:
         yield

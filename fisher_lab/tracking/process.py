@@ -25,7 +25,7 @@ from typing import IO
 from typing_extensions import override
 
 from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.runs.processes import python_path
+from fisher_lab.runs.provenance import python_path
 from fisher_lab.tracking.base import Start, Tracker
 
 log = logging.getLogger(__name__)

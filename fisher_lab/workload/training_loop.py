@@ -229,8 +229,8 @@ class _Loop:
     def _saved(self) -> dict[str, Any] | None:
         """The saved state with its curve, or None."""
         path = self.directory / STATE_FILE
-        atomic.remove_leftovers(path)
-        atomic.remove_leftovers(self.directory / CURVE_FILE)
+        atomic.remove_leftovers(path.parent, path.name)
+        atomic.remove_leftovers(self.directory, CURVE_FILE)
         if not path.exists():
             return None
         state = snapshot.load(path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fisher_lab.sweeps.cell import Cell, freeze, new_submission
+from fisher_lab.sweeps.cell import Cell, submit
 from fisher_lab.sweeps.directory import Layout
 from tests.distributed.runs_on_ranks import (
     FAILING,
@@ -127,7 +127,7 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
         "root": {"level": "INFO", "handlers": ["file"]},
         "disable_existing_loggers": False,
     }  # fmt: skip
-    (frozen,) = freeze(new_submission(layout), [cell], logging_config)
+    (frozen,) = submit([cell], logging_config)
     return frozen
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig
-from fisher_lab.sweeps.cell import Cell, FrozenCell, freeze, new_submission
+from fisher_lab.sweeps.cell import Cell, submit
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout
 
 
 def submitted(
     *seeds: int, alone: bool = False, stale_after_s: float = 60.0, **sweep: Any
-) -> list[FrozenCell]:
+) -> list[Cell]:
     """Cells of ``results/made``, one a seed, as one launch submits them.
 
     Args:
@@ -39,14 +39,14 @@ def submitted(
         )
         for seed in seeds
     ]
-    submission = new_submission(layout)
-    (submission / LAUNCH_FILE).write_text("{}")
+    made = submit(cells, {"version": 1})
+    (made[0].submission / LAUNCH_FILE).write_text("{}")
     entries = [{"run_id": c.run_id, "axes": c.axes, "overrides": c.overrides} for c in cells]
     (layout.directory / SWEEP_FILE).write_text(json.dumps({"cells": entries}))
-    return freeze(submission, cells, {"version": 1})
+    return made
 
 
-def begin(cell: FrozenCell, status: str = "running", **fields: object) -> None:
+def begin(cell: Cell, status: str = "running", **fields: object) -> None:
     """Leave a record, as a worker that is gone would have."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     found = {
@@ -56,7 +56,7 @@ def begin(cell: FrozenCell, status: str = "running", **fields: object) -> None:
         "reason": None,
         "started": "2026-01-01T00:00:00.000+00:00",
         "finished": None,
-        "config": cell.data["config"],
+        "config": dataclasses.asdict(cell.config),
         "overrides": [],
         "error": None,
         "provenance": {},

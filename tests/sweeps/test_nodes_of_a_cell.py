@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.launchers import LocalSettings, SlurmSettings
-from fisher_lab.config.schema import Config
+from fisher_lab.config.launchers import LocalSettings, SerialSettings, SlurmSettings
+from fisher_lab.config.schema import Config, SweepConfig
 from fisher_lab.runs import record
 from fisher_lab.sweeps import run as session
-from fisher_lab.sweeps.cell import Cell, FrozenCell, freeze, new_submission
+from fisher_lab.sweeps.cell import Cell, submit
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.sweeps.slurm import CellFailed, CellJob
 
 
-def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> FrozenCell:
+def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> Cell:
     for name, value in (("NODE_RANK", str(node)), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     config = Config()
     config.distributed.nodes = 2
     layout = Layout(tmp_path / "sweep")
     cell = Cell(layout, "abc", (), {}, config, {})
-    (frozen,) = freeze(new_submission(layout), [cell], {"version": 1})
+    (frozen,) = submit([cell], {"version": 1})
     return frozen
 
 
@@ -51,13 +51,17 @@ def test_node_0_alone_settles_how_a_job_ended(
 
 
 def test_a_job_has_as_many_nodes_as_its_cell() -> None:
-    slurm = SlurmSettings(nodes=2)
-    session._check_nodes(2, "slurm", slurm)
-    session._check_nodes(1, "serial", LocalSettings())
-    with pytest.raises(ConfigError, match=r"distributed\.nodes=1.*hydra\.launcher\.nodes=2"):
-        session._check_nodes(1, "slurm", slurm)
-    with pytest.raises(ConfigError, match=r"distributed\.nodes=2.*hydra/launcher=local"):
-        session._check_nodes(2, "local", LocalSettings())
+    one, two = (Cell(Layout(Path()), "abc", (), {}, Config(), {}) for _ in range(2))
+    two.config.distributed.nodes = 2
+    for cell, kind, settings, allowed in (
+        (two, "slurm", SlurmSettings(nodes=2), None),
+        (one, "serial", SerialSettings(), None),
+        (one, "slurm", SlurmSettings(nodes=2), "hydra.launcher.nodes=2, the job's"),
+        (two, "local", LocalSettings(), "1 with hydra/launcher=local; SLURM gives several"),
+    ):
+        nodes = cell.config.distributed.nodes
+        expected = [] if allowed is None else [("distributed.nodes", nodes, allowed)]
+        assert list(session._refused([cell], SweepConfig(), kind, settings)) == expected
 
 
 def test_a_sweep_is_submitted_where_no_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps import commands, slurm
+from fisher_lab.sweeps import slurm
 from fisher_lab.sweeps import status as stand
-from fisher_lab.sweeps.cell import CANCELLED_FILE, FrozenCell
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell
 from fisher_lab.sweeps.directory import LAUNCHER, Layout
 from fisher_lab.sweeps.status import CellStatus
 from tests.sweeps.submitted_cells import begin, submitted
@@ -87,17 +87,16 @@ def test_a_lost_cell_keeps_the_end_of_the_jobs_log(door, queue):
     assert (error["job"], error["log_tail"]) == ("7_0", "slurmstepd: error: out of memory")
 
 
-def test_a_lost_cell_is_left_to_a_launcher_that_lives_and_to_a_second_look(queue):
+def test_a_lost_cell_is_left_to_a_launcher_that_lives_and_to_a_second_look(queue, monkeypatch):
     (frozen,) = submitted(1)
     put(frozen.layout, seed1="7")
-    before = stand.look(frozen.layout)
     launcher = Lock(frozen.submission / LAUNCHER)
     assert launcher.acquire()
     with launcher:
-        assert [cell.state for cell in stand.settle(frozen.layout, before)] == ["lost"]
-    assert [cell.state for cell in stand.settle(frozen.layout, [])] == ["lost"]
-    begin(frozen, "completed")  # its record has come over the network in the meantime
-    assert [cell.state for cell in stand.settle(frozen.layout, before)] == ["completed"]
+        assert [cell.state for cell in stand.settled(frozen.layout)] == ["lost"]
+    # Its record comes over the network in the meantime.
+    monkeypatch.setattr(stand.time, "sleep", lambda seconds: begin(frozen, "completed"))
+    assert [cell.state for cell in stand.settled(frozen.layout)] == ["completed"]
 
 
 def test_a_job_of_before_says_nothing_of_what_came_after(queue):
@@ -122,7 +121,7 @@ class Screens:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *between) -> None:
         self.between, self.slept = list(between), 0
-        monkeypatch.setattr(commands.time, "sleep", self.sleep)
+        monkeypatch.setattr(stand.time, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.slept += 1
@@ -215,7 +214,7 @@ def _ago(age: float) -> tuple[float, float]:
     return time.time() - age, time.time() - age
 
 
-def old_lock(frozen: FrozenCell, age: float) -> None:
+def old_lock(frozen: Cell, age: float) -> None:
     """A lock of a process of another machine, last touched some time ago."""
     file = frozen.layout.locks / f"{frozen.run_id}.lock.0"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.runs import journal
-from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.lock import Lock, LockTimeout
+from fisher_lab.sweeps import directory
+from fisher_lab.sweeps.directory import Journal
 
 WRITER = """
 import sys
 from pathlib import Path
-from fisher_lab.runs.journal import Journal
+from fisher_lab.sweeps.directory import Journal
 log = Journal(Path("events.jsonl"), Path("locks"))
 for number in range(20):
     log.append("tick", writer=sys.argv[1], number=number)
@@ -59,7 +59,7 @@ def test_a_line_that_was_cut_short_is_passed_over():
 
 
 def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
-    monkeypatch.setattr(journal, "TIMEOUT", 0.1)
+    monkeypatch.setattr(directory, "JOURNAL_TIMEOUT_S", 0.1)
     log = Journal(Path("events.jsonl"), Path("locks"))
     told = pytest.raises(LockTimeout, match=r"events\.jsonl is held by")
     with _held(Path("locks/events.jsonl")), told:
