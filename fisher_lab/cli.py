@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fisher_lab.config.schema import Config
-    from fisher_lab.tasks.runner import Outcome
+    from fisher_lab.tasks.runner import RunOutcome
 
 COMMANDS = {
     "cancel": "fisher_lab.sweeps.status:cancel",
@@ -261,7 +261,7 @@ def _run_job(loader: ConfigLoader, cfg: DictConfig) -> int:
     cfg.hydra.mode = RunMode.RUN
     callbacks = _callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
-    outcomes: list[Outcome] = []
+    outcomes: list[RunOutcome] = []
 
     def task(task_cfg: DictConfig) -> None:
         from fisher_lab.tasks import runner

@@ -27,7 +27,7 @@ from fisher_lab.sweeps.cell import Cell
 if TYPE_CHECKING:
     from fisher_lab.distributed.nodes import Nodes
     from fisher_lab.runs.lock import Lock
-    from fisher_lab.tasks.run_spec import Work
+    from fisher_lab.tasks.run_spec import RunSpec
 
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
 """Exit codes. ``HELD``: somebody else runs the cell."""
@@ -115,10 +115,10 @@ def _run(cell: Cell, problem: Exception | None = None) -> int:
         return _perform(cell, lock, problem)
 
 
-def _work(cell: Cell, directory: Path) -> Work:
-    from fisher_lab.tasks.run_spec import Work
+def _work(cell: Cell, directory: Path) -> RunSpec:
+    from fisher_lab.tasks.run_spec import RunSpec
 
-    return Work(cell.config, directory, tuple(cell.overrides), cell.content)
+    return RunSpec(cell.config, directory, tuple(cell.overrides), cell.content)
 
 
 def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:

@@ -22,7 +22,7 @@ from fisher_lab.runs.record import Run
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import refuse, run_engines
-from fisher_lab.workload.build import Bench, build
+from fisher_lab.workload.build import Workload, build
 
 log = logging.getLogger(__name__)
 
@@ -62,47 +62,47 @@ def run(config: Config, run: Run) -> None:
     progress = Progress(config.progress)
     ranks = Ranks.of(config)
     refuse(config, ranks)
-    bench = build(config, progress, run.signals)
-    run.note(workbench=bench.record)
-    batches = ranks.own_batches(bench.batches("train", config.kfac.n_batches, config.seed))
-    heldout = bench.batches("heldout", config.task.heldout_batches, config.seed)
+    workload = build(config, progress, run.signals)
+    run.note(workbench=workload.record)
+    batches = ranks.own_batches(workload.batches("train", config.kfac.n_batches, config.seed))
+    heldout = workload.batches("heldout", config.task.heldout_batches, config.seed)
     if ranks.reduced.size > 1:
         heldout = ranks.own_batches(heldout)
     engine = KFACNaturalGradient(
         config.kfac, seed=config.seed, track_diagonal=False, progress=progress.track
     )
-    engine.layers_of(bench.model)  # what does not go with the model is said before the work
-    _record_loss(bench, batches, run, ranks)
-    _time_plain_pass(bench, batches, run)
-    gradient, natural = _precondition(engine, bench, batches, run, ranks)
+    engine.layers_of(workload.model)  # what does not go with the model is said before the work
+    _record_loss(workload, batches, run, ranks)
+    _time_plain_pass(workload, batches, run)
+    gradient, natural = _precondition(engine, workload, batches, run, ranks)
     reports = engine.reports()
     run.table(LAYERS_FILE, layer_rows(reports))
     run.metrics(layer_metrics(reports))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
     if config.kfac.save_factors:
-        engine.save(run.directory / FACTORS_FILE, bench.model)
+        engine.save(run.directory / FACTORS_FILE, workload.model)
     metrics = gradient_metrics(gradient, natural)
     run.metrics(metrics)
-    run.metrics(_steps(bench, heldout, natural, metrics["ng/decrement"], progress, ranks))
-    run_engines(config, bench, run, progress, ranks)
+    run.metrics(_steps(workload, heldout, natural, metrics["ng/decrement"], progress, ranks))
+    run_engines(config, workload, run, progress, ranks)
 
 
 # ---- loss and time -------------------------------------------------------------------------------
 
 
-def mean_loss(bench: Bench, batches: Iterable[Any], ranks: Ranks | None = None) -> float:
+def mean_loss(workload: Workload, batches: Iterable[Any], ranks: Ranks | None = None) -> float:
     """Returns the mean loss over all labels of some batches, in nats.
 
     Args:
-        bench: the model.
+        workload: the model.
         batches: the batches.
         ranks: whose batches count together; collective then.
     """
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in batches:
-            scored = losses.score(bench.model, batch, bench.loss_fn)
+            scored = losses.score(workload.model, batch, workload.loss_fn)
             total += float(losses.summed_loss(scored))
             count += scored.n_labels
     if ranks is not None:
@@ -110,38 +110,38 @@ def mean_loss(bench: Bench, batches: Iterable[Any], ranks: Ranks | None = None) 
     return total / max(count, 1)
 
 
-def _record_loss(bench: Bench, batches: list[Any], run: Run, ranks: Ranks) -> None:
-    about = bench.record.get("model", {})
-    run.metrics({"loss": mean_loss(bench, batches, ranks)})
+def _record_loss(workload: Workload, batches: list[Any], run: Run, ranks: Ranks) -> None:
+    about = workload.record.get("model", {})
+    run.metrics({"loss": mean_loss(workload, batches, ranks)})
     known = {"loss/heldout": "heldout_loss", "loss/baseline": "baseline_loss"}
     run.metrics({name: about[key] for name, key in known.items() if about.get(key) is not None})
 
 
-def _time_plain_pass(bench: Bench, batches: list[Any], run: Run) -> None:
+def _time_plain_pass(workload: Workload, batches: list[Any], run: Run) -> None:
     """A plain forward and backward pass over the same batches, the second of two."""
     seconds = 0.0
     for _ in range(2):
-        _wait(bench)
+        _wait(workload)
         start = perf_counter()
         for batch in batches:
-            summed = losses.summed_loss(losses.score(bench.model, batch, bench.loss_fn))
+            summed = losses.summed_loss(losses.score(workload.model, batch, workload.loss_fn))
             summed.backward()
-        _wait(bench)
+        _wait(workload)
         seconds = perf_counter() - start
-        bench.model.zero_grad(set_to_none=True)
+        workload.model.zero_grad(set_to_none=True)
     run.metrics({"kfac/forward_backward_s": seconds})
 
 
-def _wait(bench: Bench) -> None:
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize(bench.device)
+def _wait(workload: Workload) -> None:
+    if workload.device.type == "cuda":
+        torch.cuda.synchronize(workload.device)
 
 
 # ---- K-FAC ---------------------------------------------------------------------------------------
 
 
 def _precondition(
-    engine: KFACNaturalGradient, bench: Bench, batches: list[Any], run: Run, ranks: Ranks
+    engine: KFACNaturalGradient, workload: Workload, batches: list[Any], run: Run, ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Collects, factors and applies, timed apart; returns gradient and natural gradient.
 
@@ -151,17 +151,19 @@ def _precondition(
     marks = []
 
     def mark() -> None:
-        _wait(bench)
+        _wait(workload)
         marks.append(perf_counter())
 
     ranks.reset_traffic()
-    with PeakMemory(bench.device) as memory:
+    with PeakMemory(workload.device) as memory:
         mark()
-        engine.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn, keep_gradient=True)
+        engine.collect_kfac_factors(
+            workload.model, batches, loss=workload.loss_fn, keep_gradient=True
+        )
         mark()
         engine.prepare_inverses()
         mark()
-        natural = engine.compute_natural_gradient(None, bench.model)
+        natural = engine.compute_natural_gradient(None, workload.model)
         mark()
     collect, factor, apply = (b - a for a, b in pairwise(marks))
     run.metrics(
@@ -179,7 +181,7 @@ def _precondition(
     run.metrics(metrics)
     if len(rows) > 1:
         run.table(RANKS_FILE, rows)
-    gradient = engine.own_gradients(bench.model)
+    gradient = engine.own_gradients(workload.model)
     covered = [name for name in gradient if name not in engine.uncovered]
     return {n: gradient[n] for n in covered}, {n: natural[n] for n in covered}
 
@@ -313,7 +315,7 @@ def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
 
 
 def _steps(
-    bench: Bench,
+    workload: Workload,
     heldout: list[Any],
     natural: Mapping[str, Tensor],
     decrement: float,
@@ -325,10 +327,10 @@ def _steps(
         log.warning("decrement %g is not positive: no step is tried", decrement)
         return {"ng/heldout_loss_decrease": math.nan, "ng/heldout_loss_decrease_best": math.nan}
     eta = math.sqrt(2.0 * MODEL_DECREASE / decrement)
-    before = mean_loss(bench, heldout, ranks)
+    before = mean_loss(workload, heldout, ranks)
     decreases = {}
     for k in progress.track(STEP_POWERS, "held-out steps", len(STEP_POWERS)):
-        decreases[k] = before - loss_after(bench, heldout, natural, eta * 2.0**k, ranks)
+        decreases[k] = before - loss_after(workload, heldout, natural, eta * 2.0**k, ranks)
     best = max(decreases, key=lambda k: decreases[k])
     return {
         "ng/eta": eta,
@@ -340,21 +342,21 @@ def _steps(
 
 
 def loss_after(
-    bench: Bench,
+    workload: Workload,
     batches: list[Any],
     direction: Mapping[str, Tensor],
     eta: float,
     ranks: Ranks | None = None,
 ) -> float:
     """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
-    parameters = dict(bench.model.named_parameters())
+    parameters = dict(workload.model.named_parameters())
     kept = {name: parameters[name].detach().clone() for name in direction}
     try:
         with torch.no_grad():
             for name, value in direction.items():
                 moved = kept[name].double() - eta * value.double()
                 parameters[name].copy_(moved.to(kept[name].dtype))
-        return mean_loss(bench, batches, ranks)
+        return mean_loss(workload, batches, ranks)
     finally:
         with torch.no_grad():
             for name, value in kept.items():

@@ -32,7 +32,7 @@ from fisher_lab.curvature.kfac.policy import (
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.summary import stdout_console
-from fisher_lab.workload.build import Bench, build
+from fisher_lab.workload.build import Workload, build
 
 PLAN_FILE = "plan.csv"
 
@@ -50,9 +50,9 @@ def run(config: Config, run: Run) -> None:
         ConfigError: text or model cannot be had as configured.
         LayerError: no supported layer.
     """
-    bench = _untrained(config)
-    run.note(workbench=bench.record)
-    rows = _rows(bench, config)
+    workload = _untrained(config)
+    run.note(workbench=workload.record)
+    rows = _rows(workload, config)
     run.table(PLAN_FILE, rows)
     total = _total(rows)
     run.metrics({"tokens": max(row["tokens"] for row in rows), **total})
@@ -69,30 +69,30 @@ def estimate(config: Config) -> dict[str, float]:
     return _total(_rows(_untrained(config), config))
 
 
-def _untrained(config: Config) -> Bench:
+def _untrained(config: Config) -> Workload:
     untrained = dataclasses.replace(config.model, init="random")
     return build(dataclasses.replace(config, model=untrained), Progress(config.progress))
 
 
-def _rows(bench: Bench, config: Config) -> list[dict[str, Any]]:
+def _rows(workload: Workload, config: Config) -> list[dict[str, Any]]:
     settings = EngineSettings.of(config.kfac, seed=config.seed)
-    layers = discover(bench.model, settings)
+    layers = discover(workload.model, settings)
     return [
         _row(layers.layers[name], count, settings, config)
-        for name, count in _tokens(bench, layers, config).items()
+        for name, count in _tokens(workload, layers, config).items()
         if count
     ]
 
 
-def _tokens(bench: Bench, layers: Layers, config: Config) -> dict[str, int]:
+def _tokens(workload: Workload, layers: Layers, config: Config) -> dict[str, int]:
     """Tokens of each layer over the batches that the factors would be built from."""
     totals = dict.fromkeys(layers.layers, 0)
-    for batch in bench.batches("train", config.kfac.n_batches, config.seed):
-        prepared = losses.prepare(bench.model, batch)
-        with torch.enable_grad(), Capture(bench.model, layers) as recording:
-            losses.forward(bench.model, prepared)
+    for batch in workload.batches("train", config.kfac.n_batches, config.seed):
+        prepared = losses.prepare(workload.model, batch)
+        with torch.enable_grad(), Capture(workload.model, layers) as recording:
+            losses.forward(workload.model, prepared)
         recording.close()
-        for name, count in count_tokens(bench.model, recording, prepared).items():
+        for name, count in count_tokens(workload.model, recording, prepared).items():
             totals[name] += count
     return totals
 

@@ -43,13 +43,13 @@ def main(path: str) -> int:
         _redirect(folder / f"rank{rank}.log")
     logging.config.dictConfig(log_config(given["logging"], folder, rank))
     # Only now: what the imports print is in the rank's log, and they end with the parent.
-    from fisher_lab.tasks.run_spec import Work
+    from fisher_lab.tasks.run_spec import RunSpec
     from fisher_lab.tasks.runner import perform
 
     try:
-        work = Work.of(given)
-        with joined(work.config) as communicator:
-            outcome = perform(work, communicator)
+        spec = RunSpec.of(given)
+        with joined(spec.config) as communicator:
+            outcome = perform(spec, communicator)
             if outcome.error is not None:
                 raise outcome.error
     except Interrupted as stop:

@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from fisher_lab.config.schema import Config
     from fisher_lab.curvature.collectives import TorchCommunicator
-    from fisher_lab.tasks.run_spec import Work
+    from fisher_lab.tasks.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 
 MODULE = "fisher_lab.tasks.rank_main"
 """What every rank runs, with the path of the file that says what is to be done."""
 
-WORK_FILE = "work.json"
+WORK_FILE = "spec.json"
 
 NODES_WAIT_S = 300.0
 """Nodes wait for each other this long, or ``distributed.timeout_s`` where that is less."""
@@ -74,11 +74,11 @@ def wanted(config: Config) -> bool:
 # ---- the launcher --------------------------------------------------------------------------------
 
 
-def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | None:
+def start(spec: RunSpec, logging_config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Starts the ranks of a run and waits for them.
 
     Args:
-        work: what is to be done.
+        spec: what is to be done.
         logging_config: Hydra's, resolved; rank 0 logs as this process does.
 
     Returns:
@@ -88,20 +88,20 @@ def start(work: Work, logging_config: Mapping[str, Any]) -> dict[str, Any] | Non
         Interrupted: this process, or that of another node, got a signal, and handed it on.
         launch.LaunchError: the environment does not say which node this is.
     """
-    d = work.config.distributed
+    d = spec.config.distributed
     where = launch.place(d.nproc, d.nodes, os.environ)
-    folder = work.directory / FOLDER
+    folder = spec.directory / FOLDER
     if where.node == 0:
         clear(folder)
     path = folder / (WORK_FILE if where.node == 0 else f"{_node_name(where.node)}.{WORK_FILE}")
-    atomic.write_json(path, {**work.plain(), "logging": logging_config})
+    atomic.write_json(path, {**spec.plain(), "logging": logging_config})
     log.info("starting %d ranks on this node (%d of %d)", d.nproc, where.node + 1, d.nodes)
     with Watch() as signals:
         end = _run_ranks(path, where, nodes.current() if where.nodes > 1 else None, signals)
         if end is None:
             return None
         if where.node == 0:
-            _record_end(work, end)
+            _record_end(spec, end)
     if end.signum is not None:
         raise Interrupted(end.signum)
     return end.error
@@ -184,23 +184,23 @@ def stopped_by(failures: Mapping[int, ProcessFailure]) -> signal.Signals | None:
     return next((signum for signum in STATUS if codes == {128 + signum}), None)
 
 
-def _record_end(work: Work, end: RunEnd) -> None:
+def _record_end(spec: RunSpec, end: RunEnd) -> None:
     """Makes the record say how the run ended, whatever rank 0 has made of it."""
-    config = record.strict(dataclasses.asdict(work.config))
+    config = record.strict(dataclasses.asdict(spec.config))
     otherwise = {
-        "run_id": identity.run_id(config, work.frozen or {}),
+        "run_id": identity.run_id(config, spec.frozen or {}),
         "config": config,
-        "overrides": list(work.overrides),
+        "overrides": list(spec.overrides),
         "provenance": provenance.collect(),
     }
     if end.error is not None:
         reason = record.headline(end.error)
         record.end_from_outside(
-            work.directory, Status.FAILED, reason, error=end.error, otherwise=otherwise
+            spec.directory, Status.FAILED, reason, error=end.error, otherwise=otherwise
         )
-    elif end.signum is not None and not _has_ended(work.directory):
+    elif end.signum is not None and not _has_ended(spec.directory):
         signum = signal.Signals(end.signum)
-        record.end_from_outside(work.directory, STATUS[signum], signum.name, otherwise=otherwise)
+        record.end_from_outside(spec.directory, STATUS[signum], signum.name, otherwise=otherwise)
 
 
 def _has_ended(directory: Path) -> bool:

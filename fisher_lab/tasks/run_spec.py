@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class RunSpec:
     """What a run is to do, and where.
 
     Attributes:
@@ -41,7 +41,7 @@ class Work:
         }
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Work:
+    def of(cls, plain: Mapping[str, Any]) -> RunSpec:
         """From what :meth:`plain` gave."""
         config = validate(plain["config"])
         directory, overrides = Path(plain["directory"]), tuple(plain["overrides"])

@@ -21,7 +21,7 @@ from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.runs.status import Status
-from fisher_lab.tasks.run_spec import Work
+from fisher_lab.tasks.run_spec import RunSpec
 from fisher_lab.tracking import send
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def prepare(config: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run ended."""
 
     directory: Path
@@ -106,7 +106,7 @@ class Outcome:
         return 1
 
 
-def execute(cfg: DictConfig) -> Outcome:
+def execute(cfg: DictConfig) -> RunOutcome:
     """Run the task of a composed configuration in Hydra's output directory.
 
     An error of the task is recorded and logged in full, and not raised.
@@ -120,14 +120,14 @@ def execute(cfg: DictConfig) -> Outcome:
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), tuple(hydra.overrides.task)
     logging_config: Any = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    return begin(Work(validate(cfg), directory, overrides), logging_config)
+    return begin(RunSpec(validate(cfg), directory, overrides), logging_config)
 
 
-def begin(work: Work, logging_config: Mapping[str, Any]) -> Outcome:
+def begin(spec: RunSpec, logging_config: Mapping[str, Any]) -> RunOutcome:
     """Run a task: in this process, or in ranks that are started for it.
 
     Args:
-        work: what to do.
+        spec: what to do.
         logging_config: how the ranks are to log.
 
     Raises:
@@ -136,60 +136,60 @@ def begin(work: Work, logging_config: Mapping[str, Any]) -> Outcome:
     from fisher_lab.tasks import ranks
 
     logging.captureWarnings(True)
-    if not ranks.wanted(work.config):
-        return perform(work, ranks.current())
-    error = ranks.start(work, logging_config)
+    if not ranks.wanted(spec.config):
+        return perform(spec, ranks.current())
+    error = ranks.start(spec, logging_config)
     if error is None:
-        return Outcome(work.directory, Status.COMPLETED)
-    return Outcome(work.directory, Status.FAILED, record.headline(error))
+        return RunOutcome(spec.directory, Status.COMPLETED)
+    return RunOutcome(spec.directory, Status.FAILED, record.headline(error))
 
 
-def perform(work: Work, communicator: TorchCommunicator | None = None) -> Outcome:
+def perform(spec: RunSpec, communicator: TorchCommunicator | None = None) -> RunOutcome:
     """Run a task in this process, as one of several ranks or alone.
 
     Only rank 0 writes the run directory; the others keep their record in a temporary one.
 
     Args:
-        work: what to do.
+        spec: what to do.
         communicator: of the ranks; None for one process alone.
 
     Raises:
         Interrupted: a signal ended the run; its record says so.
     """
     if communicator is None:
-        return _perform(work, None)
+        return _perform(spec, None)
     from fisher_lab.tasks.rank_status import RankStatus
 
-    rank = RankStatus(communicator, work.directory)
+    rank = RankStatus(communicator, spec.directory)
     if rank.rank == 0:
-        return _perform(work, rank)
+        return _perform(spec, rank)
     with TemporaryDirectory(prefix="fisher_lab-rank-") as directory:
-        return _perform(dataclasses.replace(work, directory=Path(directory)), rank)
+        return _perform(dataclasses.replace(spec, directory=Path(directory)), rank)
 
 
-def _perform(work: Work, rank: RankStatus | None) -> Outcome:
-    run, problem = _start_record(work)
+def _perform(spec: RunSpec, rank: RankStatus | None) -> RunOutcome:
+    run, problem = _start_record(spec)
     is_rank_zero = rank is None or rank.rank == 0
-    tracker_config = work.config.tracker if is_rank_zero else TrackerConfig()
+    tracker_config = spec.config.tracker if is_rank_zero else TrackerConfig()
     tracker = tracking.make(tracker_config)
     tracker.start(
         send.start_of(
             run,
             tracker_config,
-            task=work.config.task.name,
+            task=spec.config.task.name,
             overrides=run.record["overrides"],
         )
     )
     try:
         with run.signals:
-            _run_task(work.config, run, rank, problem, tracker)
+            _run_task(spec.config, run, rank, problem, tracker)
     except Interrupted as stop:
-        log.warning("%s; the run directory is %s", stop, work.directory)
+        log.warning("%s; the run directory is %s", stop, spec.directory)
         raise
     except Exception as error:
         _log_in_full(error)
         headline = record.headline(run.record["error"] or record.describe(error))
-        return Outcome(work.directory, Status.FAILED, headline, error)
+        return RunOutcome(spec.directory, Status.FAILED, headline, error)
     else:
         log.info("completed")
     finally:
@@ -198,24 +198,24 @@ def _perform(work: Work, rank: RankStatus | None) -> Outcome:
         from fisher_lab.tasks import summary
 
         summary.show(run)
-    return Outcome(work.directory, Status.COMPLETED)
+    return RunOutcome(spec.directory, Status.COMPLETED)
 
 
-def _start_record(work: Work) -> tuple[Run, Exception | None]:
+def _start_record(spec: RunSpec) -> tuple[Run, Exception | None]:
     """Begins the record; also returns what is wrong with text or model, for the record to hold."""
-    content, problem = _content(work.config)
-    if work.frozen is not None:
-        if problem is None and content != work.frozen:
-            problem = InputsChanged(_changed(content, work.frozen))
-        content = dict(work.frozen)
+    content, problem = _content(spec.config)
+    if spec.frozen is not None:
+        if problem is None and content != spec.frozen:
+            problem = InputsChanged(_changed(content, spec.frozen))
+        content = dict(spec.frozen)
     run = Run.start(
-        work.directory,
-        config=dataclasses.asdict(work.config),
-        overrides=work.overrides,
+        spec.directory,
+        config=dataclasses.asdict(spec.config),
+        overrides=spec.overrides,
         identity=content,
         provenance=provenance.collect(),
     )
-    log.info("run %s in %s: task %s", run.run_id, work.directory, work.config.task.name)
+    log.info("run %s in %s: task %s", run.run_id, spec.directory, spec.config.task.name)
     return run, problem
 
 

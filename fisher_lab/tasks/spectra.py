@@ -32,7 +32,7 @@ from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.workload.build import Bench
+from fisher_lab.workload.build import Workload
 from fisher_lab.workload.corpus import Side
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ def refuse(config: Config, ranks: Ranks) -> None:
 
 
 def run_engines(
-    config: Config, bench: Bench, run: Run, progress: Progress, ranks: Ranks | None = None
+    config: Config, workload: Workload, run: Run, progress: Progress, ranks: Ranks | None = None
 ) -> dict[str, Any]:
     """Runs the engines that are switched on, one after another, and records their metrics.
 
     Args:
         config: the validated configuration.
-        bench: model and batches.
+        workload: model and batches.
         run: the run's record.
         progress: shows which engine is at work.
         ranks: the ranks; collective where there are several.
@@ -87,27 +87,27 @@ def run_engines(
         if enabled:
             ranks.reset_traffic()
             with progress.step(label):
-                found = step(config, bench, run, ranks)
+                found = step(config, workload, run, ranks)
             found |= ranks.traffic_metrics(name)
             run.metrics(found)
             metrics |= found
     return metrics
 
 
-def _engines(config: Config, bench: Bench, ranks: Ranks) -> SpectralEngines:
+def _engines(config: Config, workload: Workload, ranks: Ranks) -> SpectralEngines:
     return SpectralEngines(
-        bench.model,
-        _own_parts(config, bench, ranks, "train"),
-        loss_fn=bench.loss_fn,
+        workload.model,
+        _own_parts(config, workload, ranks, "train"),
+        loss_fn=workload.loss_fn,
         communicator=ranks.world,
     )
 
 
 def _own_parts(
-    config: Config, bench: Bench, ranks: Ranks, side: Side
+    config: Config, workload: Workload, ranks: Ranks, side: Side
 ) -> Sequence[dict[str, Tensor] | None]:
     """This rank's sequences of every batch, None for a batch of which it holds none."""
-    return ranks.own_parts(bench.batches(side, config.kfac.n_batches, config.seed))
+    return ranks.own_parts(workload.batches(side, config.kfac.n_batches, config.seed))
 
 
 def _draw(name: str, result: Mapping[str, Any], run: Run) -> None:
@@ -120,10 +120,10 @@ def _draw(name: str, result: Mapping[str, Any], run: Run) -> None:
 # ---- spectrum ------------------------------------------------------------------------------------
 
 
-def _spectral(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+def _spectral(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Computes the blocks' spectra; writes ``spectral.json``, ``spectral.csv`` and the decay."""
     start = perf_counter()
-    result = _engines(config, bench, ranks).spectrum(
+    result = _engines(config, workload, ranks).spectrum(
         config.spectral, deterministic=config.deterministic
     )
     seconds = perf_counter() - start  # of the engine, without its files and figures
@@ -150,10 +150,10 @@ def _spectral(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str,
 # ---- Lanczos -------------------------------------------------------------------------------------
 
 
-def _lanczos(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+def _lanczos(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Runs Lanczos, density, trace and effective dimension; writes ``lanczos.json``."""
     start = perf_counter()
-    result = _engines(config, bench, ranks).lanczos(config.lanczos, say=_say)
+    result = _engines(config, workload, ranks).lanczos(config.lanczos, say=_say)
     seconds = perf_counter() - start
     if not ranks.is_rank_zero:
         return {}
@@ -203,7 +203,7 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
 # ---- group Fisher --------------------------------------------------------------------------------
 
 
-def _group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[str, Any]:
+def _group_fisher(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict[str, Any]:
     """Collects group Fisher on training and held-out batches; writes scores, overlap and state.
 
     Training and held-out text are two tasks: their overlap says how stable the importance is.
@@ -211,8 +211,8 @@ def _group_fisher(config: Config, bench: Bench, run: Run, ranks: Ranks) -> dict[
     section = config.group_fisher
     start = perf_counter()
     sides: tuple[Side, Side] = ("train", "heldout")
-    tasks = {side: _own_parts(config, bench, ranks, side) for side in sides}
-    collector = _engines(config, bench, ranks).group_fisher(section, tasks)
+    tasks = {side: _own_parts(config, workload, ranks, side) for side in sides}
+    collector = _engines(config, workload, ranks).group_fisher(section, tasks)
     if not ranks.is_rank_zero:
         return {}
     rows, summary = _scores(collector, section)

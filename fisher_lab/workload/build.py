@@ -144,6 +144,3 @@ def _evaluate(workload: Workload) -> dict[str, Any]:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-Bench = Workload

@@ -86,16 +86,16 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
     assert metrics["kfac/total_s"] == pytest.approx(
         sum(metrics[f"kfac/{part}_s"] for part in ("collect", "factor", "apply"))
     )
-    bench = build(config())
-    batches = bench.batches("train", 1, 0)
-    outputs = bench.model(**batches[0])
+    workload = build(config())
+    batches = workload.batches("train", 1, 0)
+    outputs = workload.model(**batches[0])
     assert metrics["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
     outputs.loss.backward()
-    parameters = dict(bench.model.named_parameters())
+    parameters = dict(workload.model.named_parameters())
     kfac = kfac_engine(config("kfac.damping=0.1"))
-    kfac.collect_kfac_factors(bench.model, batches, loss=bench.loss_fn)
+    kfac.collect_kfac_factors(workload.model, batches, loss=workload.loss_fn)
     gradient = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    natural = kfac.compute_natural_gradient(gradient, bench.model)
+    natural = kfac.compute_natural_gradient(gradient, workload.model)
     covered = [n for n in gradient if n not in kfac.uncovered]
     inner = sum(float((gradient[n] * natural[n]).sum()) for n in covered)
     norm = sum(float(natural[n].square().sum()) for n in covered) ** 0.5
@@ -108,9 +108,11 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
 def test_pooled_factors_of_a_tied_head_are_analysed(tmp_path):
     """The head's G has no spectrum at hand; in its dense form it has, with the same values."""
     metrics, rows, _ = analysed(tmp_path, "kfac.tied=sum", "kfac.damping=0.1")
-    bench = build(config())
+    workload = build(config())
     kfac = kfac_engine(config("kfac.tied=sum", "kfac/policy=small_only", "kfac.damping=0.1"))
-    kfac.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
+    kfac.collect_kfac_factors(
+        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
+    )
     tops = kfac.top_eigenvalues(1)
     assert {row["name"] for row in rows} == set(tops)
     top = max(float(t[0]) for t in tops.values())
@@ -147,9 +149,11 @@ def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
     """The floor is one on pairs of eigenvectors; the sides are not clipped."""
     overrides = ["kfac.ekfac=true", "kfac.damping=1e-5", "kfac.max_condition_number=30"]
     metrics, rows, _ = analysed(tmp_path, *overrides)
-    bench = build(config())
+    workload = build(config())
     kfac = kfac_engine(config(*overrides))
-    kfac.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
+    kfac.collect_kfac_factors(
+        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
+    )
     kfac.prepare_inverses()
     clipped = pairs = 0
     for row in rows:
@@ -188,13 +192,15 @@ def test_factors_are_kept_where_asked_for(tmp_path):
     analysed(tmp_path / "without")
     assert not (tmp_path / "without" / "factors.safetensors").exists()
     analysed(tmp_path / "with", "kfac.save_factors=true", "kfac.damping=0.1")
-    bench = build(config())
+    workload = build(config())
     kept, fresh = kfac_engine(config("kfac.damping=0.1")), kfac_engine(config("kfac.damping=0.1"))
-    kept.load(tmp_path / "with" / "factors.safetensors", bench.model)
-    fresh.collect_kfac_factors(bench.model, bench.batches("train", 1, 0), loss=bench.loss_fn)
-    gradient = {n: torch.ones_like(p) for n, p in bench.model.named_parameters()}
-    one = kept.compute_natural_gradient(gradient, bench.model)
-    other = fresh.compute_natural_gradient(gradient, bench.model)
+    kept.load(tmp_path / "with" / "factors.safetensors", workload.model)
+    fresh.collect_kfac_factors(
+        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
+    )
+    gradient = {n: torch.ones_like(p) for n, p in workload.model.named_parameters()}
+    one = kept.compute_natural_gradient(gradient, workload.model)
+    other = fresh.compute_natural_gradient(gradient, workload.model)
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-8, msg=name)
 
@@ -213,22 +219,22 @@ def test_policies_differ_in_method_and_in_nothing_that_matters(tmp_path):
 
 def test_the_step_is_judged_and_taken_back(tmp_path):
     cfg = config()
-    bench = build(cfg)
-    before = {n: p.detach().clone() for n, p in bench.model.named_parameters()}
-    heldout = bench.batches("heldout", 2, 0)
+    workload = build(cfg)
+    before = {n: p.detach().clone() for n, p in workload.model.named_parameters()}
+    heldout = workload.batches("heldout", 2, 0)
     name = "transformer.h.0.mlp.c_fc.weight"
     # Not a constant: the input of the layer sums to zero after its LayerNorm.
     direction = {name: torch.randn(before[name].shape, generator=torch.Generator().manual_seed(0))}
-    start = analyze.mean_loss(bench, heldout)
-    moved = analyze.loss_after(bench, heldout, direction, 0.5)
+    start = analyze.mean_loss(workload, heldout)
+    moved = analyze.loss_after(workload, heldout, direction, 0.5)
     with torch.no_grad():
-        dict(bench.model.named_parameters())[name].sub_(0.5 * direction[name])
-    assert moved == pytest.approx(analyze.mean_loss(bench, heldout), rel=1e-12)
+        dict(workload.model.named_parameters())[name].sub_(0.5 * direction[name])
+    assert moved == pytest.approx(analyze.mean_loss(workload, heldout), rel=1e-12)
     assert moved != pytest.approx(start, rel=1e-6)
     with torch.no_grad():
-        dict(bench.model.named_parameters())[name].copy_(before[name])
-    analyze.loss_after(bench, heldout, direction, 0.5)
-    assert all(torch.equal(p, before[n]) for n, p in bench.model.named_parameters())
+        dict(workload.model.named_parameters())[name].copy_(before[name])
+    analyze.loss_after(workload, heldout, direction, 0.5)
+    assert all(torch.equal(p, before[n]) for n, p in workload.model.named_parameters())
 
 
 def test_plan_says_what_analyze_then_does(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import rank_status, ranks
 from fisher_lab.tasks.rank_status import RankStatus
-from fisher_lab.tasks.run_spec import Work
+from fisher_lab.tasks.run_spec import RunSpec
 
 WAIT_S = 60
 """Seconds for a process that ends at once."""
@@ -116,7 +116,7 @@ def launched(
         monkeypatch.setenv(name, value)
     config = Config()
     config.distributed.nodes = 2
-    return ranks.start(Work(config, directory, ()), {})
+    return ranks.start(RunSpec(config, directory, ()), {})
 
 
 @pytest.mark.parametrize(

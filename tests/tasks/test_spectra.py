@@ -23,7 +23,7 @@ from tests.curvature.spectra.reference import batch_of, tiny
 
 
 @pytest.fixture
-def bench():
+def workload():
     def batches(split, n, seed):
         return [batch_of("gpt2", seed=seed + (1 if split == "train" else 100))][:n]
 
@@ -43,9 +43,9 @@ def configured(**engines):
     return config
 
 
-def test_all_engines_leave_their_files_and_numbers(bench, run):
+def test_all_engines_leave_their_files_and_numbers(workload, run):
     config = configured(spectral=1, lanczos=1, group_fisher=1)
-    metrics = run_engines(config, bench, run, Progress(False))
+    metrics = run_engines(config, workload, run, Progress(False))
     files = {path.name for path in run.directory.iterdir()}
     assert {
         "spectral.json", "spectral.csv", "lanczos.json", "density.csv", "group_fisher.json",
@@ -60,7 +60,7 @@ def test_all_engines_leave_their_files_and_numbers(bench, run):
     assert recorded == metrics
     assert all(math.isfinite(value) for value in metrics.values())
     wanted = FisherSpectral(SpectralConfig()).compute_fisher_spectrum(
-        bench.model, bench.batches("train", 1, 0)
+        workload.model, workload.batches("train", 1, 0)
     )
     assert metrics["spectral/largest_eigenvalue"] == wanted["global"]["largest_eigenvalue"]
     with (run.directory / "spectral.csv").open() as file:
@@ -75,17 +75,17 @@ def test_all_engines_leave_their_files_and_numbers(bench, run):
     assert metrics["group_fisher/token_total"] == 11
 
 
-def test_engines_that_are_off_do_nothing(bench, run):
+def test_engines_that_are_off_do_nothing(workload, run):
     before = {path.name for path in run.directory.iterdir()}
-    assert run_engines(schema.Config(), bench, run, Progress(False)) == {}
+    assert run_engines(schema.Config(), workload, run, Progress(False)) == {}
     assert {path.name for path in run.directory.iterdir()} == before
 
 
-def test_figures_of_the_same_numbers_have_the_same_bytes(bench, tmp_path):
+def test_figures_of_the_same_numbers_have_the_same_bytes(workload, tmp_path):
     found = []
     for name in ("a", "b"):
         run = Run.start(tmp_path / name, config={}, overrides=[], identity={}, provenance={})
-        run_engines(configured(spectral=1), bench, run, Progress(False))
+        run_engines(configured(spectral=1), workload, run, Progress(False))
         found.append((run.directory / "spectral_decay.pdf").read_bytes())
     assert found[0] == found[1]
 
@@ -135,12 +135,12 @@ def test_a_device_that_is_not_there_stops_before_any_work(section, key, monkeypa
     assert preflight(config) == {"data": "abc"}
 
 
-def test_dtypes_and_sketch_rank_reach_the_engines(bench, run):
+def test_dtypes_and_sketch_rank_reach_the_engines(workload, run):
     config = configured(spectral=1, lanczos=1)
     config.spectral.storage_mode, config.spectral.sketch_rank = "sketch", 3
     config.spectral.dtype_eigensolve, config.lanczos.vector_dtype = "float32", "float32"
     config.lanczos.density_probes = 0
-    metrics = run_engines(config, bench, run, Progress(False))
+    metrics = run_engines(config, workload, run, Progress(False))
     found = json.loads((run.directory / "spectral.json").read_text())
     assert found["metadata"]["dtype_eigensolve"] == "float32"
     assert {len(r["eigenvalues"]) for r in found["per_block"].values()} <= {0, 3}
