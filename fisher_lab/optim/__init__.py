@@ -5,9 +5,13 @@ It knows the public methods of the engine, and nothing of runs, files or tasks.
 
 from __future__ import annotations
 
-from fisher_lab.optim.clipping import Clipping
-from fisher_lab.optim.damping import ConstantDamping, DampingSchedule, LevenbergMarquardt
-from fisher_lab.optim.kfac import KFACOptimizer
+from fisher_lab.optim.kfac import (
+    Clipping,
+    ConstantDamping,
+    DampingSchedule,
+    KFACOptimizer,
+    LevenbergMarquardt,
+)
 
 __all__ = [
     "Clipping",

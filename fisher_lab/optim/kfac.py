@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.fields import at_least, fraction, null, whole
+from fisher_lab.config.fields import Allowed, at_least, fraction, null, one_of, whole
 from fisher_lab.config.kfac import require
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
@@ -24,11 +25,112 @@ from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
-from fisher_lab.optim.clipping import Clipping
-from fisher_lab.optim.damping import ConstantDamping, DampingSchedule
 
 COVERED, REST = 0, 1
 """Indices of the two parameter groups."""
+
+ClipName = Literal["unit", "kl", "trust", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """How long a step may be: a bound on the predicted change of the model's distribution.
+
+    Along a step ``d`` the divergence between the predictions before and after is, to second order,
+    ``KL = d^T F d / 2`` nats a label, with ``F`` the Fisher matrix of the mean loss.
+
+    Attributes:
+        kind: ``unit`` gives the natural gradient the length 1 in the damped metric, so that a
+            step's predicted divergence is ``lr^2 / 2`` whatever the gradient's size (the step of a
+            trust region whose radius is ``lr``); ``kl`` bounds the natural gradient of this
+            batch, before momentum, with ``d^T F d`` estimated by ``lr^2 <g, u>`` (Ba, Grosse &
+            Martens 2017, section 5: free, and an upper bound, since the damping is in it);
+            ``trust`` bounds the whole step, momentum included, with K-FAC's own Fisher-vector
+            product (one more product a step); ``none`` bounds nothing.
+        limit: largest ``d^T F d / 2``, in nats a label.
+    """
+
+    kind: ClipName = "kl"
+    limit: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require("clip", self.kind, one_of("unit", "kl", "trust", "none"), str)
+        require("clip_limit", self.limit, at_least(0))
+
+    def scale(self, quadratic: float) -> float:
+        """The factor, at most 1, by which a step with this ``d^T F d`` is shortened.
+
+        With ``unit``: the factor that gives it the length 1.
+        """
+        if self.kind == "none" or quadratic <= 0.0:
+            return 1.0
+        if self.kind == "unit":
+            return 1.0 / math.sqrt(quadratic)
+        return min(1.0, math.sqrt(2.0 * self.limit / quadratic))
+
+
+class DampingSchedule(Protocol):
+    """What multiplies the dampings of both factors; 1 at the start."""
+
+    wants_ratio: bool
+    """Whether the schedule needs the reduction ratio, which costs a forward pass."""
+
+    def update(self, multiplier: float, ratio: float) -> float:
+        """The next multiplier.
+
+        Args:
+            multiplier: the one that the last steps were made with.
+            ratio: actual over predicted change of the loss; not finite where it cannot be told.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantDamping:
+    """The damping stays what it is."""
+
+    wants_ratio = False
+
+    def update(self, multiplier: float, ratio: float) -> float:
+        """The same multiplier."""
+        return multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevenbergMarquardt:
+    """More damping after steps that the quadratic model promised too much for, less after others.
+
+    Martens & Grosse 2015, section 6.5: the multiplier grows where the reduction ratio is under
+    ``low`` and shrinks where it is over ``high``. NaN and minus infinity count as low.
+
+    Attributes:
+        factor: what the multiplier is divided or multiplied by, between 0 and 1.
+        low: ratios below it ask for more damping.
+        high: ratios above it allow less.
+        smallest: the multiplier stays at or above this.
+        largest: and at or below this.
+    """
+
+    factor: float = 0.77
+    low: float = 0.25
+    high: float = 0.75
+    smallest: float = 1e-3
+    largest: float = 1e6
+
+    wants_ratio = True
+
+    def __post_init__(self) -> None:
+        require("lm_factor", self.factor, fraction())
+        below = Allowed(f"a number from 0 to {self.high:g}", lambda low: 0.0 <= low <= self.high)
+        require("lm_low", self.low, below)
+
+    def update(self, multiplier: float, ratio: float) -> float:
+        """The next multiplier; see :class:`DampingSchedule`."""
+        if ratio > self.high:
+            return max(multiplier * self.factor, self.smallest)
+        if ratio >= self.low:
+            return multiplier
+        return min(multiplier / self.factor, self.largest)
 
 
 class KFACOptimizer(torch.optim.Optimizer):

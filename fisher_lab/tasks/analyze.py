@@ -16,7 +16,7 @@ from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.factors import FactorReport
-from fisher_lab.curvature.kfac.report import LayerReport, PairsReport
+from fisher_lab.curvature.kfac.inverses import LayerReport, PairsReport
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.memory import PeakMemory

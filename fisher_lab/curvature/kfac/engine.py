@@ -31,14 +31,13 @@ from fisher_lab.curvature.errors import FactorFileError, LossError
 from fisher_lab.curvature.kfac import precondition, serialization
 from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.collect import collect, uncompiled
-from fisher_lab.curvature.kfac.inverses import Inverses, same_vectors
+from fisher_lab.curvature.kfac.inverses import Inverses, LayerReport, layer_line, same_vectors
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Layers, discover
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.reduce import reduce
 from fisher_lab.curvature.kfac.refresh import Refresh, refresh
-from fisher_lab.curvature.kfac.report import LayerReport, layer_line, report_of
 from fisher_lab.curvature.kfac.statistics import Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import LossFunction
@@ -287,7 +286,7 @@ class KFACNaturalGradient:
         for name in names:
             if name not in self._logged:
                 self._logged.add(name)
-                log.info("%s", layer_line(report_of(self._inverses, name, kappa=False)))
+                log.info("%s", layer_line(self._inverses.report(name, kappa=False)))
 
     # ---- precondition ------------------------------------------------------------------------
 
@@ -393,7 +392,7 @@ class KFACNaturalGradient:
     @full_precision()
     def reports(self) -> list[LayerReport]:
         """Returns what was done to each layer, in the model's order."""
-        return [report_of(self._inverses, name) for name in self.kfac_factors]
+        return [self._inverses.report(name) for name in self.kfac_factors]
 
     @full_precision()
     def trace(self) -> dict[str, float]:

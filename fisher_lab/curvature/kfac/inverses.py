@@ -1,8 +1,10 @@
-"""The damped factors of a refresh, decomposed when they are first wanted."""
+"""The damped factors of a refresh, decomposed when they are first wanted, and their reports."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import Communicator, raise_others
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import ekfac
-from fisher_lab.curvature.kfac.factors import Damped, Factor
+from fisher_lab.curvature.kfac.factors import Damped, Factor, FactorReport
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.refresh import Refresh
@@ -131,6 +133,45 @@ def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class PairsReport:
+    """What EKFAC's damping and floor did to the pairs of eigenvectors of a layer.
+
+    Attributes:
+        dim: their number, outputs times inputs with the bias column.
+        clipped: how many the floor raised.
+        kappa_before: condition number of the damped eigenvalues.
+        kappa_after: condition number of those in use.
+    """
+
+    dim: int
+    clipped: int
+    kappa_before: float
+    kappa_after: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a refresh did to one layer: a row of ``layers.csv``.
+
+    Attributes:
+        factors: the layer's factors.
+        A: report of the input side, None for norm layers.
+        G: report of the output side.
+        seconds: spent on decomposing both sides.
+        kappa_max: largest condition number that the floor allows, None for no floor.
+        pairs: what EKFAC did to the eigenvalues of the layer's block, where it is in use: its
+            floor is one on the pairs, and the sides are as they come then.
+    """
+
+    factors: LayerFactors
+    A: FactorReport | None
+    G: FactorReport
+    seconds: float
+    kappa_max: float | None = None
+    pairs: PairsReport | None = None
+
+
 class Inverses:
     """Both sides of every layer under one damping; what has been computed of them is kept.
 
@@ -224,6 +265,28 @@ class Inverses:
         value = dim_a * sides[0] + (0.0 if factors.A is None else dim_g * sides[1])
         return value + dim_g * dim_a * float(torch.tensor(factors.ratio).double().log())
 
+    def report(self, name: str, *, kappa: bool = True) -> LayerReport:
+        """Returns what was done to a layer.
+
+        Args:
+            name: of the layer.
+            kappa: False leaves out condition numbers that would have to be computed.
+        """
+        factors, pairs = self.factors[name], None
+        sides = [s.report(kappa=kappa) for s in self.sides(factors)]
+        if self.corrects(factors):
+            basis = self.basis(name)
+            n = factors.layer.n_out * factors.layer.dim_a
+            pairs = PairsReport(n, basis.clipped, basis.kappa_before, basis.kappa_after)
+            # The floor is the pairs': no eigenvalue of a side is raised.
+            sides = [
+                replace(s, clipped=0, kappa_after=s.kappa_before, floor_applied=False)
+                for s in sides
+            ]
+        a = sides[1] if len(sides) > 1 else None
+        seconds = self.seconds.get(name, 0.0)
+        return LayerReport(factors, a, sides[0], seconds, self.settings.kappa_max, pairs)
+
     def _damped_of(self, factor: Factor, lam: float) -> Damped:
         key = (id(factor), lam)
         if key not in self._damped:
@@ -233,3 +296,27 @@ class Inverses:
 
     def _spent(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def layer_line(report: LayerReport) -> str:
+    """Returns what was done to a layer in one line, for the log."""
+    f = report.factors
+    parts = [f"layer {f.layer.name or '(the model)'}: T={f.tokens} {f.method} ({f.fisher})"]
+    for side, r in (("A", report.A), ("G", report.G)):
+        if r is not None:
+            parts.append(f"{side}: lambda {r.damping:g}, {_clipping(r)}, {r.route}" + _events(r))
+    if report.pairs is not None:
+        parts.append(f"EKFAC: {_clipping(report.pairs)} of pairs")
+    return "; ".join(parts)
+
+
+def _clipping(r: FactorReport | PairsReport) -> str:
+    kappa = (
+        "" if math.isnan(r.kappa_before) else f", kappa {r.kappa_before:.2e} -> {r.kappa_after:.2e}"
+    )
+    return f"clipped {r.clipped}/{r.dim}{kappa}"
+
+
+def _events(r: FactorReport) -> str:
+    jitter = f", jitter {r.jitter:.1e}" if r.jitter else ""
+    return jitter + (f", fallback {r.fallback}" if r.fallback else "")

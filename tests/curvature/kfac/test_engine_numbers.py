@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fisher_lab.curvature.kfac import engine as engine_module
 from fisher_lab.curvature.kfac.factors import base, woodbury
+from fisher_lab.curvature.kfac.inverses import Inverses
 from tests import models, reference
 from tests.capturing import POLICIES, engine, inputs_of, shared_capture
 from tests.reference import Damping
@@ -196,7 +196,7 @@ def test_each_refresh_is_logged_once_and_nothing_is_computed_for_it(caplog, monk
     model, batch = case.model(torch.float32), case.batch("few")
     kfac = engine("all", Damping(1e-3, 1e-3, 1e6))
     asked = []
-    monkeypatch.setattr(engine_module, "report_of", spied(engine_module.report_of, asked))
+    monkeypatch.setattr(Inverses, "report", spied(Inverses.report, asked))
     kfac.collect_kfac_factors(model, batch, keep_gradient=True)
     kfac.compute_natural_gradient(None, model)
     assert asked == []

@@ -4,9 +4,14 @@ Every factor is a positive semi-definite matrix ``M`` of dimension ``dim``. :met
 gives its damped and clipped form, which applies any power of itself to a matrix.
 """
 
-from fisher_lab.curvature.kfac.factors.base import ColumnFactor, Damped, Factor, FactorReport
+from fisher_lab.curvature.kfac.factors.base import (
+    ColumnFactor,
+    Damped,
+    DenseFactor,
+    Factor,
+    FactorReport,
+)
 from fisher_lab.curvature.kfac.factors.columns import Columns, ShardedColumns
-from fisher_lab.curvature.kfac.factors.dense import DenseFactor
 from fisher_lab.curvature.kfac.factors.diagonal import DiagonalFactor, DiagonalLowRankFactor
 from fisher_lab.curvature.kfac.factors.woodbury import WoodburyFactor
 

@@ -173,7 +173,7 @@ class Factor(ABC):
         """Returns ``M + diag(diagonal)``; ``diagonal`` is ``[dim]``, >= 0."""
         matrix = self.to_dense().clone()
         matrix.diagonal().add_(diagonal.to(matrix))
-        return Factor.structures["dense"].from_dense(matrix)
+        return DenseFactor(matrix)
 
     def product(self, y: Tensor) -> Tensor:
         """Returns :meth:`multiply`, in host memory where the device is full."""
@@ -273,6 +273,29 @@ class Factor(ABC):
             read: reads the tensors.
         """
         return cls.from_dense(read.tensor("matrix", dim, dim))
+
+
+class DenseFactor(Factor):
+    """``M`` as a matrix: the A side, and the G side on the eigendecomposition path.
+
+    Args:
+        matrix: ``[dim, dim]`` in the core dtype.
+    """
+
+    structure = "dense"
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.dim = matrix.shape[0]
+
+    @override
+    def to_dense(self) -> Tensor:
+        return self.matrix
+
+    @classmethod
+    @override
+    def from_dense(cls, matrix: Tensor) -> DenseFactor:
+        return cls(matrix)
 
 
 class ColumnFactor(Factor):
