@@ -61,12 +61,36 @@ def shared_capture(
 
 
 def own_collect(
-    kfac: KFACNaturalGradient, model: nn.Module, batches: list, *, labels: int, **truth_settings
+    kfac: KFACNaturalGradient,
+    model: nn.Module,
+    batches: list,
+    *,
+    labels: int,
+    keep_gradient: bool = False,
+    **truth_settings,
 ) -> Truth:
     """Let the engine run the model itself (its own loss), recorded from outside."""
     with reference.record(model) as rec:
-        kfac.collect_kfac_factors(model, batches if len(batches) > 1 else batches[0])
+        given = batches if len(batches) > 1 else batches[0]
+        kfac.collect_kfac_factors(model, given, keep_gradient=keep_gradient)
     return Truth(model, rec, batches, labels=labels, **truth_settings)
+
+
+def assert_natural(
+    kfac: KFACNaturalGradient,
+    model: nn.Module,
+    truth: Truth,
+    damping: Damping,
+    bound: float = 1e-9,
+    *,
+    random: bool = False,
+) -> None:
+    """The natural gradient of the batch's own gradient (and of a random one) is the dense one."""
+    own = truth.own_gradient(truth.labels)
+    for vectors in (own, random_like(own)) if random else (own,):
+        result = kfac.compute_natural_gradient(vectors, model)
+        assert set(result) >= set(vectors)
+        reference.assert_close(result, truth.natural_gradient(vectors, damping), bound)
 
 
 def random_like(gradients: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

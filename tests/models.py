@@ -40,15 +40,15 @@ def _eager(config):
     return config
 
 
-def gpt2(tied: bool = True) -> GPT2LMHeadModel:
+def gpt2(tied: bool = True, *, width: int = WIDTH, layers: int = 2) -> GPT2LMHeadModel:
     """GPT-2: `Conv1D` layers, biases, a head tied to the token embedding or not."""
     return GPT2LMHeadModel(
         _eager(
             GPT2Config(
                 vocab_size=VOCAB,
                 n_positions=40,
-                n_embd=WIDTH,
-                n_layer=2,
+                n_embd=width,
+                n_layer=layers,
                 n_head=2,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
@@ -61,7 +61,7 @@ def gpt2(tied: bool = True) -> GPT2LMHeadModel:
     )
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama(tied: bool = False, *, width: int = WIDTH, inner: int = 24) -> LlamaForCausalLM:
     """LLaMA: no biases, RMSNorm, a gated MLP whose gate and up share an input.
 
     Its eager attention takes the softmax in float32, where a float64 mask overflows and a row of
@@ -69,8 +69,8 @@ def llama(tied: bool = False) -> LlamaForCausalLM:
     """
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=24,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,

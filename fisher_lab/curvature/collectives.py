@@ -207,6 +207,26 @@ def exchange_tokens_for_outputs(
     return communicator.exchange(flat, sent, received).view(sum(rows), mine)
 
 
+def chosen_rows(
+    x: Tensor, rows: Sequence[int], chosen: Tensor, communicator: Communicator
+) -> tuple[Tensor, list[int]]:
+    """Returns which of the rows that are chosen among those of all ranks are this rank's.
+
+    Args:
+        x: this rank's rows.
+        rows: how many each rank has.
+        chosen: indices into the rows of all ranks, ascending.
+        communicator: of the ranks.
+
+    Returns:
+        This rank's chosen rows, and how many each rank has of them.
+    """
+    bounds = torch.tensor([0, *rows]).cumsum(0)
+    of_rank = torch.bucketize(chosen, bounds, right=True) - 1
+    mine = chosen[of_rank == communicator.rank] - bounds[communicator.rank]
+    return x[mine.to(x.device)], of_rank.bincount(minlength=len(rows)).tolist()
+
+
 Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """``progress(items, label, total)`` yields the items; how it shows them is the caller's affair."""
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.collectives import Alone
@@ -34,30 +33,10 @@ LENGTHS = ((30, 24), (9,), (5, 8))
 """Sequence lengths of the ranks' batches: 76 tokens, between the widths of the layers."""
 
 
-def gpt2() -> GPT2LMHeadModel:
-    """GPT-2 whose outputs (32 to 128) lie on both sides of the joined token count."""
-    config = GPT2Config(
-        vocab_size=models.VOCAB, n_positions=40, n_embd=32, n_layer=1, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    config._attn_implementation = "eager"
-    return GPT2LMHeadModel(config)
-
-
-def llama() -> LlamaForCausalLM:
-    """LLaMA with an untied head and outputs on both sides of the joined token count."""
-    config = LlamaConfig(
-        vocab_size=models.VOCAB, hidden_size=32, intermediate_size=88, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=40,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
-
-
+# Of the first two, outputs (32 to 128) lie on both sides of the joined token count.
 BUILDS = {
-    "gpt2": gpt2,
-    "llama": llama,
+    "gpt2": lambda: models.gpt2(width=32, layers=1),
+    "llama": lambda: models.llama(width=32, inner=88),
     "bert": models.bert,
     "t5": models.t5,
     "tiny": models.gpt2,

@@ -41,6 +41,15 @@ def answers_of(
     return [list(of_setting) for of_setting in zip(*found, strict=True)]
 
 
+def one_process(
+    ranks: Pool, setting: Setting, batches: list[list[dict]], wants: tuple[str, ...]
+) -> dict:
+    """What one process answers that has the batches of all ranks."""
+    each = [{"batches": [b for own in batches for b in own]}]
+    more = {"name": "tiny_llama", "dtype": torch.float64, "settings": [setting], "wants": wants}
+    return ranks.run(kfac_on_ranks.collect, 1, each=each, **more)[0][0]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -370,13 +379,9 @@ def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
     more = {"max_columns": 20, "kfac_true_fisher_head": True}
     settings = [Setting("small_only", mode).also(**more) for mode in MODES]
     batches = kfac_on_ranks.batches_of("tiny_llama", 3)
-    alone = ranks.run(
-        kfac_on_ranks.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
-        name="tiny_llama", dtype=torch.float64, settings=settings[:1], wants=("own", "natural"),
-    )[0][0]  # fmt: skip
-    for answers in answers_of(
-        ranks, "tiny_llama", 3, settings, batches=batches, wants=("own", "natural")
-    ):
+    wants = ("own", "natural")
+    alone = one_process(ranks, settings[0], batches, wants)
+    for answers in answers_of(ranks, "tiny_llama", 3, settings, batches=batches, wants=wants):
         assert_all(answers, "natural", alone["natural"], 1e-10)
 
 
@@ -386,10 +391,7 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
     setting = Setting("all", mode).also(**more)
     batches = kfac_on_ranks.batches_of("tiny_llama", 3)
     wants = ("own", "natural", "no tokens")
-    alone = ranks.run(
-        kfac_on_ranks.collect, 1, each=[{"batches": [b for own in batches for b in own]}],
-        name="tiny_llama", dtype=torch.float64, settings=[setting], wants=wants,
-    )[0][0]  # fmt: skip
+    alone = one_process(ranks, setting, batches, wants)
     (answers,) = answers_of(ranks, "tiny_llama", 3, [setting], batches=batches, wants=wants)
     norms = {n: v for n, v in alone["natural"].items() if "norm" in n}
     assert norms

@@ -7,7 +7,7 @@ moves to host memory when the device is full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fisher_lab.curvature.collectives import Communicator
+from fisher_lab.curvature.collectives import Alone, Communicator, chosen_rows
 from fisher_lab.curvature.errors import NonFiniteError
 from fisher_lab.curvature.kfac.factors import (
     Columns,
@@ -110,21 +110,17 @@ class MomentAccumulator:
         self.tokens += a.shape[0]
         self._fresh = False
 
-    def tensors(self) -> list[Tensor]:
-        """Returns what has been summed, to be added to that of other ranks."""
-        if self._fresh:
-            self.total.zero_()
-        return [self.total] if self._sums is None else [self.total, self._sums]
-
-    def replace(self, tensors: Sequence[Tensor], tokens: int) -> None:
-        """Takes sums over all ranks.
+    def reduce(self, ranks: Communicator, tokens: int) -> None:
+        """Makes the sums those of all ranks; collective.
 
         Args:
-            tensors: in the place of those of :meth:`tensors`.
+            ranks: the ranks.
             tokens: of all ranks.
         """
-        self.total, *rest = tensors
-        self._sums = rest[0] if rest else None
+        if self._fresh:
+            self.total.zero_()
+        self.total = ranks.all_reduce(self.total)
+        self._sums = None if self._sums is None else ranks.all_reduce(self._sums)
         self.tokens, self._fresh = tokens, False
 
     def factor(self) -> DenseFactor:
@@ -149,13 +145,9 @@ class CountAccumulator:
         self.total += torch.bincount(indices, minlength=self.total.numel())
         self.tokens += indices.numel()
 
-    def tensors(self) -> list[Tensor]:
-        """Returns the counts, as :meth:`MomentAccumulator.tensors`."""
-        return [self.total]
-
-    def replace(self, tensors: Sequence[Tensor], tokens: int) -> None:
-        """Takes counts over all ranks, as :meth:`MomentAccumulator.replace`."""
-        (self.total,), self.tokens = tensors, tokens
+    def reduce(self, ranks: Communicator, tokens: int) -> None:
+        """Makes the counts those of all ranks, as :meth:`MomentAccumulator.reduce`."""
+        self.total, self.tokens = ranks.all_reduce(self.total), tokens
 
     def factor(self) -> DiagonalFactor:
         """Returns ``A = diag(counts) / T``."""
@@ -212,11 +204,12 @@ class GradientAccumulator:
         """Whether an ``out x out`` matrix may be formed."""
         return self.out <= self.settings.max_dense_dim
 
-    def on_device(self, work: Callable[[], T]) -> T:
+    def on_device(self, work: Callable[[], T], *, collective: bool = False) -> T:
         """Does an operation on the sum; both move to host memory when the device is full.
 
         Args:
             work: changes nothing when it fails.
+            collective: whether it takes all ranks, so that none repeats it by itself.
         """
 
         def there(device: torch.device) -> T:
@@ -227,7 +220,7 @@ class GradientAccumulator:
             return work()
 
         held = self.parts[0] if self.total is None else self.total
-        return on_device(there, held.device, f"{self.label}, sum")
+        return on_device(there, held.device, f"{self.label}, sum", collective=collective)
 
     def add(self, g: Tensor) -> None:
         """Adds token gradients ``[T, out]`` of one draw."""
@@ -239,7 +232,7 @@ class GradientAccumulator:
         self.parts.append(g.to(self.parts[0].device) if self.parts else g)
         self.kept += g.shape[0]
         if self.dense_allowed and not wants_woodbury(self.settings, self.out, self.seen):
-            self._to_matrix()
+            self.to_matrix()
         elif self.kept > self.settings.max_columns:
             self._reduce()
 
@@ -247,7 +240,8 @@ class GradientAccumulator:
         assert self.total is not None
         add_second_moment(self.total, g.to(self.total.device))
 
-    def _to_matrix(self) -> None:
+    def to_matrix(self) -> None:
+        """Puts the summed matrix in the place of the columns."""
         self.total = self.on_device(self._matrix)
         self.parts.clear()
 
@@ -270,51 +264,61 @@ class GradientAccumulator:
     def _reduce(self) -> None:
         if self.dense_allowed:
             self.reduction = "lossless"
-            self._to_matrix()
+            self.to_matrix()
         elif self.settings.column_reduction == "subsample":
-            self._subsample()
+            (self.kept,) = self.subsample([self.kept], Alone())
         else:
-            values, kept = self.on_device(self._leading)
-            self.truncated(kept, values, self.lost)
+            self.truncate(self.lost, Alone())
 
-    def _subsample(self) -> None:
-        """Keeps the columns with the smallest keys: uniform over all that have come so far."""
-        keys = self.keys(self.kept)
-        chosen = keys.topk(self.settings.max_columns, largest=False).indices.sort().values
-        self._keys = keys[chosen]
-        self.parts = [self.on_device(lambda: self._chosen(chosen))]
-        self.kept = self.settings.max_columns
-        self.reduction, self.discarded = "subsample", 1.0 - self.kept / self.seen
-
-    def _chosen(self, chosen: Tensor) -> Tensor:
-        joined = self._joined()
-        return joined[chosen.to(joined.device)]
-
-    def keys(self, kept: int) -> Tensor:
-        """Returns the random keys of the columns at hand, ``[kept]``: the smallest ones stay."""
-        fresh = kept - (0 if self._keys is None else self._keys.numel())
-        keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
-        return keys if self._keys is None else torch.cat([self._keys, keys])
-
-    def _leading(self) -> tuple[Tensor, Tensor]:
-        """All eigenvalues of the columns' Gram matrix, and the columns in the leading ones."""
-        joined = self._joined()
-        values, vectors = symmetric_eigen(gram(joined, self.settings.numerics.core_dtype))
-        return values, vectors[:, -self.settings.max_columns :].to(joined).T @ joined
-
-    def truncated(self, kept: Tensor, values: Tensor, lost: float) -> None:
-        """Takes the leading directions in the place of the columns.
+    def subsample(self, rows: list[int], ranks: Communicator) -> list[int]:
+        """Keeps the columns with the smallest keys: uniform over all tokens of all ranks.
 
         Args:
-            kept: the columns in the leading directions.
-            values: all eigenvalues of the columns' Gram matrix, ascending.
+            rows: how many columns each rank has.
+            ranks: the ranks; each keeps what is chosen of its own.
+
+        Returns:
+            How many columns each rank keeps.
+        """
+        fresh = rows[ranks.rank] - (0 if self._keys is None else self._keys.numel())
+        keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
+        keys = keys if self._keys is None else torch.cat([self._keys, keys])
+        keys = ranks.all_gather(keys, rows)
+        most = min(self.settings.max_columns, len(keys))
+        chosen = keys.topk(most, largest=False).indices.sort().values
+        self._keys = keys[chosen]
+        self.reduction, self.discarded = "subsample", 1.0 - most / self.seen
+        kept, rows = self.on_device(lambda: self._chosen(rows, chosen, ranks))
+        self.parts = [kept]
+        return rows
+
+    def _chosen(
+        self, rows: list[int], chosen: Tensor, ranks: Communicator
+    ) -> tuple[Tensor, list[int]]:
+        return chosen_rows(self._joined(), rows, chosen, ranks)
+
+    def truncate(self, lost: float, ranks: Communicator) -> None:
+        """Puts the leading directions in the place of the columns.
+
+        Args:
             lost: trace that earlier reductions left out.
+            ranks: the ranks that have the columns, or (:attr:`ranks`) a slice of the outputs each.
         """
         most = self.settings.max_columns
+        values, kept = self.on_device(lambda: self._leading(ranks), collective=ranks.size > 1)
         self.lost = lost + float(values[:-most].sum())
         total = self.lost + float(values[-most:].sum())
         self.parts, self.kept, self.reduction = [kept], len(kept), "lowrank"
         self.discarded = self.lost / total if total > 0 else 0.0
+
+    def _leading(self, ranks: Communicator) -> tuple[Tensor, Tensor]:
+        """All eigenvalues of the columns' Gram matrix, and the columns in the leading ones."""
+        joined = self._joined()
+        kernel = gram(joined, self.settings.numerics.core_dtype)
+        kernel = kernel if self.ranks is None else self.ranks.all_reduce(kernel)
+        values, vectors = symmetric_eigen(kernel)
+        vectors = ranks.broadcast(vectors, 0)
+        return values, vectors[:, -self.settings.max_columns :].to(joined).T @ joined
 
     # ---- the factor --------------------------------------------------------------------------
 

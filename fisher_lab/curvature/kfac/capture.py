@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ class Capture:
         self.outputs: list[Any] = []
         self._live: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._pending: dict[nn.Module, list[tuple[Tensor | None, Origin]]] = {}
+        self._pending: dict[nn.Module, list[Origin]] = {}
         self._in_encoder = False
         self._encoded: Tensor | None = None
         self._replaying = False
@@ -267,7 +268,7 @@ class Capture:
                 return
             origin = self._origin(a)
             if not torch.is_grad_enabled():  # a re-entrant checkpoint: its replay has the graph
-                self._pending.setdefault(module, []).append((None, origin))
+                self._pending.setdefault(module, []).append(origin)
                 return
             self.calls[name].append(_call(a, origin, output))
 
@@ -277,8 +278,7 @@ class Capture:
         waiting = self._pending.get(module)
         if not waiting or not torch.is_grad_enabled() or not output.requires_grad:
             return
-        _, origin = waiting.pop()
-        call = _call(a, origin, output)
+        call = _call(a, waiting.pop(), output)
         self.calls[name].append(call)
         output.register_hook(lambda grad: setattr(call, "grad", grad))
 
@@ -356,7 +356,7 @@ class Capture:
         for calls in self.calls.values():
             for call in calls:
                 if call.edge is not None:
-                    call.edge.node.register_prehook(_receiver(call))
+                    call.edge.node.register_prehook(partial(_receive, call))
         self._replaying = True
         try:
             for parameter in kept:
@@ -371,11 +371,8 @@ class Capture:
         return {name: [c.grad for c in calls] for name, calls in self.calls.items()}, wanted
 
 
-def _receiver(call: Call) -> Any:
-    def receive(grads: tuple[Tensor | None, ...]) -> None:
-        call.grad = grads[call.edge.output_nr]  # type: ignore[union-attr]
-
-    return receive
+def _receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
+    call.grad = grads[call.edge.output_nr]  # type: ignore[union-attr]
 
 
 def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
@@ -417,20 +414,6 @@ def share_key(call: Call, augmented: bool) -> tuple:
     )
 
 
-def is_token_call(layer: Layer, call: Call, masks: TokenMasks, confirmed: bool) -> bool:
-    """Says whether an embedding's call looks up tokens, not positions or buckets.
-
-    Args:
-        layer: the layer; only embeddings can be otherwise.
-        call: its call.
-        masks: of the batch.
-        confirmed: the layer is the model's input embedding.
-    """
-    if layer.kind is not Kind.EMBEDDING or confirmed:
-        return True
-    return masks.looks_up_tokens(call.a, layer.name)
-
-
 def count_tokens(model: nn.Module, capture: Capture, batch: Any) -> dict[str, int]:
     """Returns the tokens that each layer saw in a captured forward pass.
 
@@ -440,16 +423,16 @@ def count_tokens(model: nn.Module, capture: Capture, batch: Any) -> dict[str, in
         batch: the prepared batch.
     """
     masks = TokenMasks.of(unwrap(model), batch)
-    counts: dict[str, int] = {}
-    for layer in capture.layers.layers.values():
-        confirmed = layer.name not in capture.layers.candidates
-        trailing = 0 if layer.kind is Kind.EMBEDDING else 1
-        counts[layer.name] = sum(
-            masks.select(call.a, call.origin, layer.name, trailing=trailing).shape[0]
-            for call in capture.calls[layer.name]
-            if is_token_call(layer, call, masks, confirmed)
+    live = token_calls(capture, capture.layers, masks)
+    return {
+        name: sum(
+            masks.select(
+                call.a, call.origin, name, trailing=int(layer.kind is not Kind.EMBEDDING)
+            ).shape[0]
+            for call in live[name]
         )
-    return counts
+        for name, layer in capture.layers.layers.items()
+    }
 
 
 class BatchTokens:
@@ -518,6 +501,8 @@ class BatchTokens:
 def token_calls(capture: Capture, layers: Layers, masks: TokenMasks) -> dict[str, list[Call]]:
     """Returns the calls of each layer, tied partners too, that look at tokens.
 
+    An embedding may look up positions or buckets instead; the model's input embedding does not.
+
     Args:
         capture: of the forward pass; with re-entrant checkpoints, after the backward pass.
         layers: the model's K-FAC layers.
@@ -525,9 +510,10 @@ def token_calls(capture: Capture, layers: Layers, masks: TokenMasks) -> dict[str
     """
     live: dict[str, list[Call]] = {}
     for layer, _ in every_module(layers.layers.values()):
-        confirmed = layer.name not in layers.candidates
         calls = capture.calls[layer.name]
-        live[layer.name] = [c for c in calls if is_token_call(layer, c, masks, confirmed)]
+        if layer.kind is Kind.EMBEDDING and layer.name in layers.candidates:
+            calls = [call for call in calls if masks.looks_up_tokens(call.a, layer.name)]
+        live[layer.name] = calls
     return live
 
 

@@ -8,7 +8,8 @@ complement are zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from fisher_lab.curvature.linalg import blocks
 from fisher_lab.curvature.memory import HOST, on_device
 
 
-@dataclass(kw_only=True)
-class Basis:
+class Basis(NamedTuple):
     """Eigenvectors of both factors of a layer, and what the tokens are in them.
 
     Attributes:
@@ -50,8 +50,8 @@ class Eigenbasis:
         v_g: as in :class:`Basis`, in the apply dtype.
         v_a: the same.
         denominator: ``[r, dim_a]`` damped and floored eigenvalues.
-        complement: ``[dim_a]`` the same for the directions of G that are not at hand.
-        whole: whether ``v_g`` spans the whole space.
+        complement: ``[dim_a]`` the same for the directions of G that are not at hand; None where
+            ``v_g`` spans the whole space.
         clipped: how many pairs the floor raised, the complement's included.
         kappa_before: condition number of the damped eigenvalues.
         kappa_after: condition number of those in use.
@@ -61,8 +61,7 @@ class Eigenbasis:
     v_g: Columns
     v_a: Tensor | None
     denominator: Tensor
-    complement: Tensor
-    whole: bool
+    complement: Tensor | None
     clipped: int
     kappa_before: float
     kappa_after: float
@@ -104,12 +103,14 @@ def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
         collective=g.sharded,
     )
     if factors.spread is not None:
-        found.sums = factors.spread.communicator.all_reduce(found.sums)
-    found.sums = found.sums / (factors.tokens * factors.n_draws)
+        found = found._replace(sums=factors.spread.communicator.all_reduce(found.sums))
+    found = found._replace(sums=found.sums / (factors.tokens * factors.n_draws))
 
     def there(device: torch.device) -> Eigenbasis:
-        tensors = {k: v if v is None else v.to(device) for k, v in vars(found).items()}
-        here = found if device == found.sums.device else replace(found, **tensors)
+        here = found
+        if device != found.sums.device:
+            moved = {k: v.to(device) for k, v in found._asdict().items() if v is not None}
+            here = found._replace(**moved)
         return eigenbasis(factors, here, settings, f"{what}, application")
 
     return on_device(there, found.sums.device, what)
@@ -143,7 +144,7 @@ def basis_of(factors: LayerFactors, numerics: Numerics) -> Basis:
     else:
         vectors = v_g.data.T
         sums = squared_products(factors, lambda rows: g[rows].to(vectors) @ vectors, m_g, v_a)
-    return Basis(v_g=v_g, v_a=v_a, m_g=m_g, m_a=m_a, sums=sums)
+    return Basis(v_g, v_a, m_g, m_a, sums)
 
 
 def _sums_of_own_tokens(
@@ -222,25 +223,26 @@ def eigenbasis(
     m_g, m_a, s = basis.m_g, basis.m_a, basis.sums
     lam_a, lam_g, kappa_max = settings.lam_A, settings.lam_G, settings.kappa_max
     damped = s + lam_a * m_g[:, None] + lam_g * m_a[None, :] + lam_a * lam_g
-    complement = lam_g * m_a + lam_a * lam_g
-    rank, out = len(m_g), factors.layer.n_out
-    whole, clipped = rank == out, 0
-    before = _kappa(damped, None if whole else complement)
+    missing = factors.layer.n_out - len(m_g)
+    complement = lam_g * m_a + lam_a * lam_g if missing else None
+    before, clipped = _kappa(damped, complement), 0
     if kappa_max is not None:
-        top = max(float(damped.max()), 0.0 if whole else float(complement.max()))
-        floor = top / kappa_max**2
-        clipped = int((damped < floor).sum()) + (out - rank) * int((complement < floor).sum())
-        damped, complement = damped.clamp(min=floor), complement.clamp(min=floor)
+        tops = [float(x.max()) for x in (damped, complement) if x is not None]
+        floor = max(tops) / kappa_max**2
+        clipped = int((damped < floor).sum())
+        damped = damped.clamp(min=floor)
+        if complement is not None:
+            clipped += missing * int((complement < floor).sum())
+            complement = complement.clamp(min=floor)
     dtype = settings.numerics.apply_dtype
     return Eigenbasis(
         v_g=basis.v_g.cast(dtype),
         v_a=None if basis.v_a is None else basis.v_a.to(dtype),
         denominator=damped.to(dtype),
-        complement=complement.to(dtype),
-        whole=whole,
+        complement=None if complement is None else complement.to(dtype),
         clipped=clipped,
         kappa_before=before,
-        kappa_after=_kappa(damped, None if whole else complement),
+        kappa_after=_kappa(damped, complement),
         label=label,
     )
 
@@ -275,7 +277,7 @@ def _apply(basis: Eigenbasis, y: Tensor, p: float) -> Tensor:
     rotated = y if basis.v_a is None else y @ basis.v_a
     inside = basis.v_g.times(rotated)
     result = basis.v_g.transposed_times(inside * basis.denominator.pow(p))
-    if not basis.whole:
+    if basis.complement is not None:
         outside = rotated - basis.v_g.transposed_times(inside)
         result += outside * basis.complement.pow(p)
     return result if basis.v_a is None else result @ basis.v_a.T

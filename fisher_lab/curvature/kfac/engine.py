@@ -501,6 +501,3 @@ def _progress_bars() -> Progress:
         return tqdm(items, desc=label, total=total, leave=False, disable=None)
 
     return show
-
-
-__all__ = ["KFACNaturalGradient"]

@@ -58,31 +58,28 @@ class LayerFactors(Mapping[str, Any]):
     spread: Spread | None = field(default=None, repr=False)
     order: Tensor | None = field(default=None, repr=False)
 
-    _KEYS = (
-        "G_type", "A_bias_augmented", "tokens", "n_labels", "A", "G", "columns", "reduction",
-        "discarded", "storage_error",
-    )  # fmt: skip
+    def _view(self) -> dict[str, Any]:
+        return {
+            "G_type": self.method,
+            "A_bias_augmented": self.layer.augmented,
+            "tokens": self.tokens,
+            "n_labels": self.n_labels,
+            "A": self.A,
+            "G": self.G,
+            "columns": self.G.n_columns,
+            "reduction": self.G.reduction,
+            "discarded": self.G.discarded,
+            "storage_error": self.storage_error,
+        }
 
     def __getitem__(self, key: str) -> Any:
-        match key:
-            case "G_type":
-                return self.method
-            case "A_bias_augmented":
-                return self.layer.augmented
-            case "tokens" | "n_labels" | "A" | "G" | "storage_error":
-                return getattr(self, key)
-            case "columns":
-                return self.G.n_columns
-            case "reduction" | "discarded":
-                return getattr(self.G, key)
-            case _:
-                raise KeyError(key)
+        return self._view()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._KEYS)
+        return iter(self._view())
 
     def __len__(self) -> int:
-        return len(self._KEYS)
+        return len(self._view())
 
     def __post_init__(self) -> None:
         for side, dim, factor in (("G", "out", self.G), ("A", "in", self.A)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
 
@@ -29,12 +29,6 @@ class Numerics:
     eps: float
     on_host: bool = False
 
-    @classmethod
-    def of(cls, settings: KFACSettings, *, on_host: bool = False) -> Numerics:
-        """Returns what the settings ask for; ``auto`` dtypes are measured."""
-        dtypes = resolve_dtype(settings.core_dtype), resolve_dtype(settings.apply_dtype)
-        return cls(*dtypes, settings.eps, on_host)
-
 
 @dataclass
 class EngineSettings(KFACSettings):
@@ -51,13 +45,13 @@ class EngineSettings(KFACSettings):
     @classmethod
     def of(cls, settings: KFACSettings, *, seed: int = 0, on_host: bool = False) -> EngineSettings:
         """Returns the settings with a seed and a place."""
-        options = {item.name: getattr(settings, item.name) for item in fields(KFACSettings)}
-        return cls(**options, seed=seed, on_host=on_host)
+        return cls(**vars(settings), seed=seed, on_host=on_host)
 
     @property
     def numerics(self) -> Numerics:
-        """The precision that the settings ask for."""
-        return Numerics.of(self, on_host=self.on_host)
+        """The precision that the settings ask for; ``auto`` dtypes are measured."""
+        core, apply = resolve_dtype(self.core_dtype), resolve_dtype(self.apply_dtype)
+        return Numerics(core, apply, self.eps, self.on_host)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

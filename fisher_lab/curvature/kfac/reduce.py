@@ -19,6 +19,7 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import (
     Communicator,
     Spread,
+    chosen_rows,
     dtype_name,
     exchange_tokens_for_outputs,
     together,
@@ -29,7 +30,7 @@ from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.policy import wants_woodbury
 from fisher_lab.curvature.kfac.statistics import InputSum, Side, Statistics
-from fisher_lab.curvature.linalg import add_second_moment, full_precision, gram, symmetric_eigen
+from fisher_lab.curvature.linalg import full_precision
 
 
 @full_precision()
@@ -165,7 +166,7 @@ class _Reduction:
                     summary["inputs"].get(str(group), 0)
                     for summary, group in zip(self.summaries, key, strict=True)
                 )
-                mine.replace([self.communicator.all_reduce(x) for x in mine.tensors()], tokens)
+                mine.reduce(self.communicator, tokens)
                 result[joined[key]] = mine
             side.group = joined[key]
         self.sums.inputs = result
@@ -220,25 +221,26 @@ class _Reduction:
             g.reduction = "lossless" if woodbury else ""
             self._sum_matrix(g)
             return
-        columns = self._local_columns(layer, g)
+        if not g.parts:
+            dtype = self._dtype(name, "dtype")
+            g.parts = [torch.empty(0, g.out, dtype=dtype, device=self.device)]
         rows = self._of(name, "kept")
         reduced = any(self._of(name, "reduction", ""))
         if settings.column_reduction == "subsample" and (kept > settings.max_columns or reduced):
-            columns, rows = self._subsample(g, columns, rows)
-        g.parts = [self._put_together(columns, rows)]
+            rows = g.subsample(rows, self.communicator)
+        g.parts = [self._put_together(g.joined(), rows)]
         g.kept = sum(rows)
         if self.sharded:
             g.ranks = self.communicator
         if settings.column_reduction == "lowrank" and (kept > settings.max_columns or reduced):
-            self._truncate(g, sum(self._of(name, "lost", 0.0)))
+            g.truncate(sum(self._of(name, "lost", 0.0)), self.communicator)
 
     def _sum_matrix(self, g: GradientAccumulator) -> None:
+        if g.parts:
+            g.to_matrix()
         total = g.total
         if total is None:
             total = torch.zeros(g.out, g.out, dtype=self.core, device=self.device)
-            for part in g.parts:
-                add_second_moment(total, part.to(total.device))
-            g.parts.clear()
         g.total = self.communicator.all_reduce(total)
 
     def _decompose_matrices(self, present: Sequence[Layer]) -> None:
@@ -261,55 +263,11 @@ class _Reduction:
             values, vectors = (self.communicator.broadcast(x.contiguous(), rank) for x in mine)
             g.eigen = values, vectors
 
-    def _local_columns(self, layer: Layer, g: GradientAccumulator) -> Tensor:
-        if not g.parts:
-            dtype = self._dtype(layer.name, "dtype")
-            return torch.empty(0, g.out, dtype=dtype, device=self.device)
-        return g.joined()
-
-    def _subsample(
-        self, g: GradientAccumulator, columns: Tensor, rows: list[int]
-    ) -> tuple[Tensor, list[int]]:
-        """Keeps the columns with the smallest keys over all ranks: uniform over all tokens."""
-        keys = self.communicator.all_gather(g.keys(len(columns)), rows)
-        most = min(g.settings.max_columns, len(keys))
-        chosen = keys.topk(most, largest=False).indices.sort().values
-        g.reduction, g.discarded = "subsample", 1.0 - most / g.seen
-        return self._chosen_rows(columns, rows, chosen)
-
-    def _chosen_rows(
-        self, x: Tensor, rows: Sequence[int], chosen: Tensor
-    ) -> tuple[Tensor, list[int]]:
-        """Which of the rows that are chosen among those of all ranks are this rank's.
-
-        Args:
-            x: this rank's rows.
-            rows: how many each rank has.
-            chosen: indices into the rows of all ranks, ascending.
-
-        Returns:
-            This rank's chosen rows, and how many each rank has of them.
-        """
-        bounds = torch.tensor([0, *rows]).cumsum(0)
-        of_rank = torch.bucketize(chosen, bounds, right=True) - 1
-        mine = chosen[of_rank == self.communicator.rank] - bounds[self.communicator.rank]
-        return x[mine.to(x.device)], of_rank.bincount(minlength=len(rows)).tolist()
-
     def _put_together(self, columns: Tensor, rows: Sequence[int]) -> Tensor:
         """All tokens of all outputs (``gather``), or of this rank's slice of them (``gram``)."""
         if not self.sharded:
             return self.communicator.all_gather(columns, rows)
         return exchange_tokens_for_outputs(columns, rows, self.communicator)
-
-    def _truncate(self, g: GradientAccumulator, lost: float) -> None:
-        """The leading directions of the joined columns; the trace that goes is added up."""
-        joined, most = g.parts[0], g.settings.max_columns
-        kernel = gram(joined, self.core)
-        if self.sharded:
-            kernel = self.communicator.all_reduce(kernel)
-        values, vectors = symmetric_eigen(kernel)
-        vectors = self.communicator.broadcast(vectors, 0)
-        g.truncated(vectors[:, -most:].to(joined).T @ joined, values, lost)
 
     # ---- head, uncovered parameters ----------------------------------------------------------
 
@@ -329,7 +287,7 @@ class _Reduction:
         chosen = sums.head.chosen(sum(rows))
         if chosen is not None:
             sums.head.weight = sum(rows) / len(chosen)
-            p, rows = self._chosen_rows(p, rows, chosen)
+            p, rows = chosen_rows(p, rows, chosen, self.communicator)
         sums.head.parts = [self._put_together(p, rows)]
         if self.sharded:
             sums.head.ranks = self.communicator

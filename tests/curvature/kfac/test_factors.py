@@ -89,7 +89,7 @@ def used(matrix: torch.Tensor, kappa: float | None) -> tuple[torch.Tensor, torch
     return damped if kappa is None else damped.clamp(min=float(damped.max()) / kappa), vectors
 
 
-def assert_near(found, expected, tolerance: float = 1e-9) -> None:
+def assert_close(found, expected, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * 1e-2)
 
 
@@ -109,14 +109,14 @@ class Reader:
 class TestEveryStructure:
     def test_products_are_those_of_the_matrix(self, factor):
         y, matrix = random(DIM, 3, seed=1), factor.to_dense()
-        assert_near(factor.multiply(y), matrix @ y)
-        assert_near(factor.product(y), matrix @ y)
+        assert_close(factor.multiply(y), matrix @ y)
+        assert_close(factor.product(y), matrix @ y)
         assert factor.trace() == pytest.approx(float(matrix.trace()))
 
     @pytest.mark.parametrize("k", [1, 4, DIM + 3])
     def test_the_largest_eigenvalues_come_in_order(self, factor, k):
         expected = torch.linalg.eigvalsh(factor.to_dense()).clamp(min=0).flip(0)[:k]
-        assert_near(factor.top(k), expected, 1e-7)
+        assert_close(factor.top(k), expected, 1e-7)
 
     @pytest.mark.parametrize("kappa", [None, KAPPA])
     @pytest.mark.parametrize("p", [-1.0, -0.5, 0.5, 1.0])
@@ -127,7 +127,7 @@ class TestEveryStructure:
                 damped.power(y, p)
             return
         values, vectors = used(factor.to_dense(), None if name in LOW_RANK else kappa)
-        assert_near(damped.power(y, p), vectors @ (values.pow(p)[:, None] * (vectors.T @ y)))
+        assert_close(damped.power(y, p), vectors @ (values.pow(p)[:, None] * (vectors.T @ y)))
 
     @pytest.mark.parametrize("kappa", [None, KAPPA])
     @pytest.mark.parametrize("eigen", [False, True])
@@ -159,13 +159,13 @@ class TestEveryStructure:
         matrix = torch.diag(values)
         if vectors is not None:
             matrix = vectors.data.T @ matrix @ vectors.data
-        assert_near(matrix, factor.to_dense())
+        assert_close(matrix, factor.to_dense())
 
     def test_a_diagonal_can_be_added(self, name, factor):
         if name in LOW_RANK:
             factor = DenseFactor(factor.to_dense())
         diagonal = random(DIM, seed=3).square()
-        assert_near(
+        assert_close(
             factor.plus_diagonal(diagonal).to_dense(), factor.to_dense() + torch.diag(diagonal)
         )
 
@@ -176,7 +176,7 @@ class TestEveryStructure:
         torch.testing.assert_close(restored.to_dense(), factor.to_dense(), rtol=1e-15, atol=0.0)
 
     def test_it_can_be_made_from_its_own_matrix(self, factor):
-        assert_near(type(factor).from_dense(factor.to_dense()).to_dense(), factor.to_dense(), 1e-6)
+        assert_close(type(factor).from_dense(factor.to_dense()).to_dense(), factor.to_dense(), 1e-6)
 
     def test_moving_to_host_memory_lets_go_of_what_was_derived(self, factor):
         matrix, size = factor.to_dense().clone(), factor.nbytes()
@@ -207,7 +207,7 @@ def test_push_through_is_the_power_of_the_factors_own_columns():
         factor, b = WoodburyFactor(columns(tokens), 1 / tokens, DOUBLE), random(tokens, 2, seed=4)
         damped = factor.damped(LAM, KAPPA, NUMERICS)
         for p in (-1.0, 0.5):
-            assert_near(
+            assert_close(
                 damped.push_through(b, p), damped.power(factor.columns.transposed_times(b), p)
             )
     with pytest.raises(SettingError, match="no token columns"):

@@ -104,7 +104,7 @@ def stages():
     return {
         "sum of A": (MomentAccumulator, "add", "A side", "all", {}),
         "room for A": (MomentAccumulator, "__init__", "A side", "all", {}),
-        "sum of G": (GradientAccumulator, "_to_matrix", "G side", "small_only", {}),
+        "sum of G": (GradientAccumulator, "to_matrix", "G side", "small_only", {}),
         "columns put together": (*joined, "G side", "all", two),
         "columns stored": (*joined, "G side", "all", two | {"woodbury_dtype": "fp64"}),
         "unrounded columns": (

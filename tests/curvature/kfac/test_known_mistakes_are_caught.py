@@ -138,13 +138,6 @@ def test_4_no_second_forward_pass():
     assert fails(again.natural_gradient(own, DAMPING), expected)
 
 
-def test_4_a_loss_whose_forward_pass_nobody_recorded_is_an_error():
-    model, batch = models.seeded(models.MLP, DOUBLE), rows(width=7)
-    loss = nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
-    with pytest.raises(CurvatureError, match="capture"):
-        engine().collect_kfac_factors(model, batch, loss=loss)
-
-
 # ------------------------------------------------------------------ bug 5
 
 

@@ -47,24 +47,6 @@ def test_own_gradient_with_other_powers(p):
     reference.assert_close(result, truth.powered(own, p, damping), 1e-9)
 
 
-def test_own_gradient_of_several_batches_weighs_labels():
-    """`sum g a^T / N` over all batches, and not the mean of the batches' means."""
-    model, damping = models.seeded(models.gpt2, DOUBLE), Damping(1e-3, 1e-3, None)
-    batches = [
-        models.language_batch((4, 9), seed=2),
-        models.language_batch((17,), share=0.2, seed=3),
-    ]
-    counts = [int((reference.counting_labels(model, b) != -100).sum()) for b in batches]
-    kfac = engine("all", damping)
-    with reference.record(model) as rec:
-        kfac.collect_kfac_factors(model, batches, keep_gradient=True)
-    truth = reference.Truth(model, rec, batches, labels=sum(counts))
-    own = truth.own_gradient(sum(counts), unrounded=True)
-    result = kfac.compute_natural_gradient(None, model)
-    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
-    assert counts[0] != counts[1]
-
-
 @pytest.mark.parametrize("lam", [1e-5, 1e-8])
 def test_own_gradient_at_small_damping_against_many_digits(lam):
     """float32 model and storage: what is stored is `g` itself, and push-through cancels nothing.
@@ -162,8 +144,7 @@ def test_gradient_checkpointing_counts_tokens_once():
         products.append(kfac.compute_fisher_vector_product(vectors, model))
         counts.append({n: f["tokens"] for n, f in kfac.kfac_factors.items()})
     assert counts[0] == counts[1]
-    expected = {n: v.double() for n, v in products[0].items()}
-    reference.assert_close(products[1], expected, 1e-12)
+    reference.assert_close(products[1], products[0], 1e-12)
 
 
 @pytest.mark.parametrize("policy", ["all", "small_only"])
