@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from time import perf_counter
 
@@ -45,7 +45,8 @@ class EngineSettings(KFACSettings):
     @classmethod
     def of(cls, settings: KFACSettings, *, seed: int = 0, on_host: bool = False) -> EngineSettings:
         """Returns the settings with a seed and a place."""
-        return cls(**vars(settings), seed=seed, on_host=on_host)
+        options = {item.name: getattr(settings, item.name) for item in fields(KFACSettings)}
+        return cls(**options, seed=seed, on_host=on_host)
 
     @property
     def numerics(self) -> Numerics:
