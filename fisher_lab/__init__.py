@@ -6,18 +6,22 @@ The public names are imported when they are first used, so that ``import fisher_
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fisher_lab.analysis import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
-    from fisher_lab.config.spectra import SpectralConfig as SpectralConfig
     from fisher_lab.curvature.group_fisher.collector import FisherCollector as FisherCollector
     from fisher_lab.curvature.kfac.engine import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectra.spectrum import FisherSpectral as FisherSpectral
+    from fisher_lab.curvature.spectra.spectrum import SpectralConfig as SpectralConfig
     from fisher_lab.optim import KFACOptimizer as KFACOptimizer
 
 __version__ = "0.1.0"
@@ -26,7 +30,7 @@ _HOMES = {
     "KFACNaturalGradient": "fisher_lab.curvature.kfac.engine",
     "KFACOptimizer": "fisher_lab.optim",
     "FisherSpectral": "fisher_lab.curvature.spectra.spectrum",
-    "SpectralConfig": "fisher_lab.config.spectra",
+    "SpectralConfig": "fisher_lab.curvature.spectra.spectrum",
     "FisherLanczos": "fisher_lab.curvature.spectra.lanczos",
     "FisherCollector": "fisher_lab.curvature.group_fisher.collector",
     "AdvancedFisherCollector": "fisher_lab.analysis",
@@ -49,3 +53,43 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+_MOVED = {
+    "fisher_lab.api": "fisher_lab.curvature.kfac.engine",
+    "fisher_lab.api_collector": "fisher_lab.analysis",
+    "fisher_lab.api_group": "fisher_lab.curvature.group_fisher.collector",
+    "fisher_lab.analyzer": "fisher_lab.analysis",
+    "fisher_lab.curvature.groups": "fisher_lab.curvature.group_fisher",
+    "fisher_lab.curvature.groups.ranks": "fisher_lab.curvature.group_fisher.distributed",
+    "fisher_lab.curvature.settings": "fisher_lab.config.errors",
+    "fisher_lab.curvature.spectral": "fisher_lab.curvature.spectra.spectrum",
+    "fisher_lab.curvature.lanczos": "fisher_lab.curvature.spectra.lanczos",
+    "fisher_lab.distributed.communicator": "fisher_lab.curvature.collectives",
+}
+"""Module of public names that had another place before -> its place; for one release."""
+_RENAMED = {"merged": "merge_over_ranks", "collect_shares": "collect_slices"}
+
+
+class _MovedModules:
+    """Finds and loads the modules of ``_MOVED``: their names are looked up in the new place."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, _MovedModules(), is_package=True) if name in _MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        place = _MOVED[module.__name__]
+        text = f"{module.__name__}: now {place}; the old name goes in the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+
+        def look_up(name: str) -> Any:
+            return getattr(import_module(place), _RENAMED.get(name, name))
+
+        module.__dict__["__getattr__"] = look_up
+
+
+sys.meta_path.append(_MovedModules)

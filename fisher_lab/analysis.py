@@ -22,7 +22,6 @@ from fisher_lab.config.spectra import (
     GroupFisherConfig,
     LanczosConfig,
     LanczosSection,
-    SpectralConfig,
     SpectralSection,
     options_of,
 )
@@ -38,7 +37,7 @@ from fisher_lab.curvature.spectra.eigensolve import NUMBERS
 from fisher_lab.curvature.spectra.gradient_cache import GradientCache
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.samples import as_batches
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from fisher_lab.workload.build import build
 
 Batch = Any

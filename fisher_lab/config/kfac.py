@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -186,9 +187,44 @@ ARGUMENTS = {
 }
 """Fields whose keyword of the engine's constructor is not the key of the configuration."""
 
-ZERO_ALLOWED = ("damping", "damping_A", "damping_G")
-"""May be 0 in Python, where positive powers of the factors are applied too: what the command line
-runs inverts them."""
+IN_PYTHON = {
+    "damping": at_least(0),
+    "damping_A": at_least(0) | null,
+    "damping_G": at_least(0) | null,
+}
+"""Fields that may be 0 in Python, where positive powers of the factors are applied too: what the
+command line runs inverts them."""
+
+BY_POSITION = (
+    "damping", "damping_A", "damping_G", "max_condition_number", "kfac_use_woodbury", "kfac_policy",
+    "kfac_big_threshold", "kfac_auto_rho", "kfac_auto_t_max", "kfac_true_fisher_head", "kfac_eps",
+    "woodbury_store_device", "woodbury_dtype", "use_eigenvalue_correction", "update_freq",
+    "ema_decay", "use_gpu_eigh", "show_progress", "kfac_distributed_reduce",
+)  # fmt: skip
+"""The order in which the engine's constructor took its arguments before it took an object."""
+
+
+def named(values: Sequence[object], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keywords of the engine's constructor; values by position get their names.
+
+    Raises:
+        TypeError: there are too many values, or one is given twice.
+    """
+    if not values:
+        return dict(options)
+    warnings.warn(
+        "arguments of KFACNaturalGradient by position: name them (damping=...); in the next "
+        "release only the settings come by position",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if len(values) > len(BY_POSITION):
+        raise TypeError(f"{len(values)} arguments by position; allowed: {len(BY_POSITION)}")
+    given = dict(zip(BY_POSITION, values, strict=False))
+    twice = sorted(set(given) & set(options))
+    if twice:
+        raise TypeError(f"got multiple values for argument {twice[0]!r}")
+    return {**given, **options}
 
 
 def settings_of(settings: KFACSettings | None, options: Mapping[str, Any]) -> KFACSettings:
@@ -207,8 +243,8 @@ def settings_of(settings: KFACSettings | None, options: Mapping[str, Any]) -> KF
     for item in dataclasses.fields(KFACSettings):
         argument = ARGUMENTS.get(item.name, item.name)
         value = options.get(argument, getattr(start, item.name))
-        if not (item.name in ZERO_ALLOWED and value == 0):
-            require(argument, value, item.metadata["allowed"], _kind(item))
+        allowed = IN_PYTHON.get(item.name, item.metadata["allowed"])
+        require(argument, value, allowed, _kind(item))
         values[item.name] = list(value) if isinstance(value, list | tuple) else value
     unknown = set(options) - {ARGUMENTS.get(name, name) for name in values}
     if unknown:
@@ -234,7 +270,8 @@ def require(name: str, value: object, allowed: Allowed | None, kind: type = floa
         good = allowed is not None and allowed.test(value)
     if not good:
         text = {bool: "True or False", list: "a list"}.get(kind, f"of type {kind.__name__}")
-        raise SettingError(f"{name}: {value!r}; allowed: {allowed.text if allowed else text}")
+        text = allowed.text.replace("null", "None") if allowed else text
+        raise SettingError(f"{name}: {value!r}; allowed: {text}")
 
 
 def _kind(item: dataclasses.Field[Any]) -> type:
@@ -254,7 +291,8 @@ def documented(engine: Engine) -> Engine:
         engine: its constructor takes :class:`KFACSettings`, arguments of its own, and the options
             as further keywords.
     """
-    own = [p for p in inspect.signature(engine).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    given = inspect.signature(engine).parameters.values()
+    own = [p for p in given if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     lines = []
     for item in dataclasses.fields(KFACSettings):
         argument = ARGUMENTS.get(item.name, item.name)

@@ -1,6 +1,7 @@
 """Options of the spectral engines, once each: meaning, default, range and unit.
 
-The engines take ``SpectralConfig``, ``LanczosConfig`` and ``GroupFisherConfig``. The sections
+The engines take ``LanczosConfig``, ``GroupFisherConfig`` and ``SpectralOptions`` (as
+``fisher_lab.SpectralConfig``). The sections
 ``spectral``, ``lanczos`` and ``group_fisher`` of the command line extend them by what
 ``task=analyze`` asks of an engine. Definitions are in ``docs/math.md``, sections 8 and 9. Nothing
 here imports torch.
@@ -79,22 +80,6 @@ class SpectralOptions:
     def __post_init__(self) -> None:
         """Takes a ``torch.dtype`` by its name."""
         self.dtype_eigensolve = str(self.dtype_eigensolve).removeprefix("torch.")
-
-
-@dataclass(kw_only=True)
-class SpectralConfig(SpectralOptions):
-    """Options of ``FisherSpectral``.
-
-    ``dtype_eigensolve`` may also be given as a ``torch.dtype``. ``FisherSpectral`` checks the
-    ranges.
-    """
-
-    use_deterministic: bool = setting(
-        False,
-        "Deterministic algorithms alone, during the call: the same bits from run to run, and an "
-        "error where an operation has no deterministic form. The command line has the key "
-        "`deterministic`.",
-    )
 
 
 @dataclass(kw_only=True)

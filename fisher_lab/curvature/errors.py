@@ -53,4 +53,4 @@ def check_options(options: object) -> None:
         CurvatureError: one is out of range; names the first one and what is allowed.
     """
     for name, value, allowed in problems(options):
-        raise CurvatureError(f"{name}: {value!r}; allowed: {allowed}")
+        raise CurvatureError(f"{name}: {value!r}; allowed: {allowed.replace('null', 'None')}")

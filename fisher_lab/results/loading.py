@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -169,11 +170,12 @@ Row = tuple[Found, Run]
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
-def load(paths: Paths) -> pd.DataFrame:
+def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
     """Read run directories, one row per run.
 
     Args:
         paths: a run, a sweep, a directory of sweeps, or several of these.
+        use_cache: without effect, and gone in the next release.
 
     Returns:
         Columns: :data:`META`; the resolved configuration, such as ``kfac.damping``; the metrics,
@@ -185,6 +187,9 @@ def load(paths: Paths) -> pd.DataFrame:
     Raises:
         ResultsError: a path that does not exist.
     """
+    if use_cache is not None:
+        what = "use_cache: without effect; nothing is cached any more"
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
     found, left = find(_as_list(paths))
     sweeps = _sweeps(found)
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]

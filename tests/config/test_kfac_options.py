@@ -9,7 +9,7 @@ import pytest
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.config.errors import ConfigError, SettingError, show
-from fisher_lab.config.kfac import ARGUMENTS, ZERO_ALLOWED, KFACSettings
+from fisher_lab.config.kfac import ARGUMENTS, BY_POSITION, IN_PYTHON, KFACSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate
 
@@ -76,8 +76,33 @@ def test_a_value_of_another_type_is_refused(name, value):
         KFACNaturalGradient(**{name: value})
 
 
-@pytest.mark.parametrize("name", ZERO_ALLOWED)
+@pytest.mark.parametrize("name", IN_PYTHON)
 def test_no_damping_is_for_python_alone(name):
     assert getattr(KFACNaturalGradient(**{name: 0.0}).settings, name) == 0.0
     with pytest.raises(ConfigError, match=f"kfac.{name}=0"):
         validate({"kfac": {name: 0}})
+
+
+def test_values_by_position_get_the_names_that_they_had_and_say_so():
+    with pytest.warns(DeprecationWarning, match="by position"):
+        found = KFACNaturalGradient(1e-3, None, 2e-3, 1e4, False, use_gpu_eigh=False).settings
+    wanted = KFACSettings(
+        damping=1e-3, damping_G=2e-3, max_condition_number=1e4, use_woodbury=False
+    )
+    assert {name: getattr(found, name) for name in OPTIONS} == dataclasses.asdict(wanted)
+    assert found.on_host
+    assert list(BY_POSITION) == PUBLIC[: len(BY_POSITION)]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "problem"),
+    [
+        (("1e-3",), {}, "damping: '1e-3'; allowed: a finite number of at least 0"),
+        ((1e-3,), {"damping": 1e-3}, "multiple values for argument 'damping'"),
+        ((1e-3,) * 20, {}, "20 arguments by position; allowed: 19"),
+    ],
+)
+def test_wrong_values_by_position_are_refused(values, options, problem):
+    with pytest.warns(DeprecationWarning, match="by position"):
+        with pytest.raises((SettingError, TypeError), match=problem):
+            KFACNaturalGradient(*values, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fisher_lab
 from fisher_lab.config import paths
 
 ROOT = paths.root()
@@ -178,3 +180,16 @@ def test_no_two_classes_have_the_same_name():
 def test_one_module_at_most_uses_what_is_internal_to_hydra():
     users = {file.name for file in SOURCES if "hydra._internal" in file.read_text()}
     assert len(users) <= 1
+
+
+def test_modules_that_were_moved_are_found_for_one_more_release():
+    for old, new in fisher_lab._MOVED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(DeprecationWarning, match=f"{old}: now {new}"):
+            module = importlib.import_module(old)
+        for name in getattr(importlib.import_module(new), "__all__", ()):
+            assert getattr(module, name) is getattr(importlib.import_module(new), name)
+    merged = importlib.import_module("fisher_lab.curvature.groups.ranks").merged
+    assert merged.__name__ == "merge_over_ranks"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("fisher_lab.never")

@@ -211,3 +211,9 @@ def test_a_column_does_not_copy_what_the_frame_knows(tmp_path):
         assert attrs[name] is frame.attrs[name]
     ((_, sweep),) = attrs["sweeps"].items()
     assert sweep is next(iter(frame.attrs["sweeps"].values()))
+
+
+def test_use_cache_is_accepted_for_one_more_release(tmp_path):
+    make_run(tmp_path / "r", {})
+    with pytest.warns(DeprecationWarning, match="use_cache"):
+        assert len(load(tmp_path / "r", use_cache=False)) == 1

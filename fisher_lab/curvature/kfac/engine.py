@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fisher_lab.config import fields
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.kfac import KFACSettings, documented, require, settings_of
+from fisher_lab.config.kfac import KFACSettings, documented, named, require, settings_of
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
 from fisher_lab.curvature.errors import FactorFileError, LossError
@@ -81,7 +81,7 @@ class KFACNaturalGradient:
     def __init__(
         self,
         settings: KFACSettings | None = None,
-        *,
+        *values: Any,
         seed: int = 0,
         use_gpu_eigh: bool = True,
         track_diagonal: bool = True,
@@ -90,6 +90,11 @@ class KFACNaturalGradient:
         communicator: Communicator | None = None,
         **options: Any,
     ) -> None:
+        if values or not isinstance(settings, KFACSettings | None):
+            options = named((settings, *values), options)
+            use_gpu_eigh = options.pop("use_gpu_eigh", use_gpu_eigh)
+            show_progress = options.pop("show_progress", show_progress)
+            settings = None
         given = settings_of(settings, options)
         if given.store_device == "cuda" and not torch.cuda.is_available():
             raise SettingError("woodbury_store_device: 'cuda', but no CUDA device; allowed: cpu")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.spectra import SpectralConfig
+from fisher_lab.config.spectra import SpectralOptions
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk
 from fisher_lab.curvature.spectra.samples import SampleSet, add_to_hash
@@ -44,7 +44,7 @@ class GradientCache:
     chunks: Sequence[Chunk] = field(default=(), repr=False)
     parameters: frozenset[str] = field(default=frozenset(), repr=False)
     model_hash: str = ""
-    config: SpectralConfig | None = None
+    config: SpectralOptions | None = None
 
     @classmethod
     def of(cls, given: object, unit: str) -> GradientCache:
@@ -108,7 +108,7 @@ def cached_chunks(
     samples: SampleSet,
     parameters: Mapping[str, nn.Parameter],
     model: nn.Module,
-    config: SpectralConfig,
+    config: SpectralOptions,
 ) -> Cached | None:
     """Returns the rows of ``J`` out of a cache, or None where it does not hold them.
 

@@ -6,9 +6,10 @@ Definitions are in ``docs/math.md``, section 8.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -506,6 +507,25 @@ class FisherLanczos:
             "n_params": matrix.n,
             "n_samples": matrix.n_labels,
         }
+
+
+def _option_of_config(name: str) -> property:
+    """The attribute that an option was before the engine held them in ``config``."""
+    text = f"FisherLanczos.{name}: now config.{name}; the attribute goes in the next release"
+
+    def get(engine: FisherLanczos) -> Any:
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(engine.config, name)
+
+    def change(engine: FisherLanczos, value: Any) -> None:
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        engine.config = replace(engine.config, **{name: value})
+
+    return property(get, change)
+
+
+for _item in fields(LanczosConfig):
+    setattr(FisherLanczos, _item.name, _option_of_config(_item.name))
 
 
 __all__ = ["Estimate", "FisherLanczos", "LanczosResult", "lanczos_algorithm"]

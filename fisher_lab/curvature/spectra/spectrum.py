@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fisher_lab.config.spectra import SpectralConfig
+from fisher_lab.config.fields import setting
+from fisher_lab.config.spectra import SpectralOptions
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import (
     Alone,
@@ -53,6 +56,30 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """``progress(done, total)``: called after every chunk with counts of samples."""
+
+
+@dataclass(kw_only=True)
+class SpectralConfig(SpectralOptions):
+    """Options of ``FisherSpectral``.
+
+    ``dtype_eigensolve`` may also be given as a ``torch.dtype``.
+
+    Raises:
+        CurvatureError: an option is out of range.
+    """
+
+    use_deterministic: bool = setting(
+        False,
+        "Deterministic algorithms alone, during the call: the same bits from run to run, and an "
+        "error where an operation has no deterministic form. The command line has the key "
+        "`deterministic`.",
+    )
+
+    @override
+    def __post_init__(self) -> None:
+        """Takes a ``torch.dtype`` by its name, and checks the ranges."""
+        super().__post_init__()
+        check_options(self)
 
 
 class FisherSpectral:
@@ -98,7 +125,6 @@ class FisherSpectral:
         communicator: Communicator | None = None,
     ) -> None:
         self.config = SpectralConfig() if config is None else replace(config)
-        check_options(self.config)
         check_device("eigensolve_device", self.config.eigensolve_device)
         self._ranks = communicator or Alone()
         if self._ranks.size > 1:
@@ -161,7 +187,12 @@ class FisherSpectral:
         return self._result(call, collectors, found, cached, factored)
 
     def collect_gradients(
-        self, model: nn.Module, batch: Any, n_samples: int | None = None
+        self,
+        model: nn.Module,
+        batch: Any,
+        n_samples: int | None = None,
+        *,
+        keep_rows: bool | None = None,
     ) -> GradientCache:
         """Collects the gradients that :meth:`compute_fisher_spectrum` would, and keeps them.
 
@@ -169,6 +200,7 @@ class FisherSpectral:
             model: as there.
             batch: as there.
             n_samples: as there.
+            keep_rows: without effect, and gone in the next release.
 
         Returns:
             The cache: up to ``N x P`` numbers in memory, fewer where weights come as products.
@@ -176,6 +208,9 @@ class FisherSpectral:
         Raises:
             CurvatureError: there are several ranks.
         """
+        if keep_rows is not None:
+            what = "keep_rows: without effect; rows are joined when they are asked for"
+            warnings.warn(what, DeprecationWarning, stacklevel=2)
         if self._ranks.size > 1:
             raise CurvatureError("collect_gradients: several ranks; allowed: one process")
         model = plain(model)

@@ -18,9 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fisher_lab.config.spectra import SpectralConfig
 from fisher_lab.curvature.spectra import eigensolve
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 
 EXACT_MODES = ("full", "chunked", "streaming")
 ARCHITECTURES = ("gpt2", "llama", "bert", "t5")

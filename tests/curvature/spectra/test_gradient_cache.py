@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fisher_lab.config.spectra import SpectralConfig
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.spectra import per_sample_gradients
 from fisher_lab.curvature.spectra.gradient_cache import GradientCache
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra.reference import (
     EXACT_MODES,
     assert_no_number,

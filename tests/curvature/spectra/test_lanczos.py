@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.spectra import SpectralConfig
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
 from fisher_lab.curvature.evaluation_mode import isolated
@@ -24,7 +23,7 @@ from fisher_lab.curvature.spectra import lanczos as module
 from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos, lanczos_algorithm
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra.reference import (
     ARCHITECTURES,
     batch_of,

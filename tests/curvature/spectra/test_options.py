@@ -12,13 +12,13 @@ from fisher_lab.config.spectra import (
     GroupFisherSection,
     LanczosConfig,
     LanczosSection,
-    SpectralConfig,
     SpectralSection,
     options_of,
 )
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 
 
 def defaults(function):
@@ -65,3 +65,20 @@ def test_an_engine_keeps_a_copy_of_its_options():
     engine = FisherSpectral(config)
     config.chunk_size = 0
     assert engine.config.chunk_size == 4
+
+
+def test_options_of_lanczos_are_attributes_for_one_more_release():
+    engine = FisherLanczos(3)
+    with pytest.warns(DeprecationWarning, match="config.k"):
+        assert engine.k == 3
+    with pytest.warns(DeprecationWarning, match="config.seed"):
+        engine.seed = 5
+    assert engine.config == LanczosConfig(3, seed=5)
+
+
+def test_keep_rows_is_accepted_for_one_more_release():
+    batch = (torch.ones(3, 2), torch.tensor([0, 1, 1]))
+    engine = FisherSpectral(loss_fn=CrossEntropy())
+    with pytest.warns(DeprecationWarning, match="keep_rows"):
+        cache = engine.collect_gradients(torch.nn.Linear(2, 2), batch, keep_rows=True)
+    assert len(cache) == 3

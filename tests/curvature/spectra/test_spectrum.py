@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fisher_lab.config.spectra import SpectralConfig
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.spectra import eigensolve, per_sample_gradients, spill
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from fisher_lab.curvature.spectra.spectrum import FisherSpectral
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra.reference import (
     ARCHITECTURES,
     EXACT_MODES,
@@ -315,7 +314,7 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
 )  # fmt: skip
 def test_configuration_out_of_range_names_the_field(field, value):
     with pytest.raises(CurvatureError, match=f"{field}: .*allowed"):
-        FisherSpectral(SpectralConfig(**{field: value}))
+        SpectralConfig(**{field: value})
 
 
 def test_errors_name_what_is_wrong(case):
