@@ -103,6 +103,8 @@ def test_values_by_position_get_the_names_that_they_had_and_say_so():
     ],
 )
 def test_wrong_values_by_position_are_refused(values, options, problem):
-    with pytest.warns(DeprecationWarning, match="by position"):
-        with pytest.raises((SettingError, TypeError), match=problem):
-            KFACNaturalGradient(*values, **options)
+    with (
+        pytest.warns(DeprecationWarning, match="by position"),
+        pytest.raises((SettingError, TypeError), match=problem),
+    ):
+        KFACNaturalGradient(*values, **options)
