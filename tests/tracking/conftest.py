@@ -15,7 +15,7 @@ import pytest
 from fisher_lab import cli, tracking
 from fisher_lab.config.schema import Config, TrackerConfig
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks import runner
+from fisher_lab.tasks import preflight, runner
 from fisher_lab.tracking.base import Start
 from fisher_lab.tracking.process import SinkProcess
 from tests.processes import until
@@ -118,11 +118,11 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "small_task"))
     monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
 
-    def preflight(config: Config) -> dict[str, str]:
+    def check_tracker(config: Config) -> dict[str, str]:
         tracking.check(config.tracker)
         return {"data": "abc"}
 
-    monkeypatch.setattr(cli, "preflight", preflight)
+    monkeypatch.setattr(preflight, "preflight", check_tracker)
 
     def call(*arguments: str) -> int:
         return cli.main(list(arguments))
