@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisher_lab.analysis import summed_loss
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
@@ -99,12 +100,7 @@ def mean_loss(workload: Workload, batches: Iterable[Any], ranks: Ranks | None = 
         batches: the batches.
         ranks: whose batches count together; collective then.
     """
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            scored = losses.score(workload.model, batch, workload.loss_fn)
-            total += float(losses.summed_loss(scored))
-            count += scored.n_labels
+    total, count = summed_loss(workload.model, batches, workload.loss_fn)
     if ranks is not None:
         total, count = ranks.total(total, count)
     return total / max(count, 1)
