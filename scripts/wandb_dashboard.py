@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
 from fisher_lab.tracking import send
 
@@ -183,7 +184,10 @@ def main(argv: list[str]) -> int:
     what.add_argument("--aggregate", type=Path, metavar="SWEEP", help="directory of a sweep")
     args = parser.parse_args(argv)
     if args.aggregate is not None:
-        rows = send.aggregate(args.aggregate)
+        try:
+            rows = send.aggregate(args.aggregate)
+        except ResultsError as error:
+            parser.error(f"--aggregate {args.aggregate}: {error}")
         if not rows:
             parser.error(f"--aggregate {args.aggregate}: there is no completed run in it")
         chosen = TrackerConfig(

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+
+def start_python(
+    *arguments: str, environment: Mapping[str, str] | None = None, **more: Any
+) -> subprocess.Popen[str]:
+    """Start Python, which may import what this process may; ``more`` is for `Popen`."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        **more,
+    )
+
+
+def python(
+    *arguments: str, text: str | None = None, seconds: float = 120.0, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, ``text`` on its standard input; see `start_python`."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with start_python(*arguments, **pipes, **more) as process:
+        try:
+            out, err = process.communicate(text, timeout=seconds)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def is_gone(pid: int) -> bool:
@@ -19,7 +48,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 90.0) -> Any:
     """The first true value of a condition; fails after ``seconds``."""
     end = time.monotonic() + seconds
     pause = threading.Event()

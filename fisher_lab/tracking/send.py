@@ -153,10 +153,16 @@ def aggregate(directory: Path) -> list[dict[str, Any]]:
         standard deviation ``/sd``, Student's 95 % interval ``/low`` and ``/high``, and the number
         of runs ``/n``. Deviation and interval of a single run are None. Empty if no run is
         completed.
+
+    Raises:
+        ResultsError: a run's metrics or its record cannot be read.
     """
     from fisher_lab import results
+    from fisher_lab.results.values import ResultsError
 
     runs = results.load(directory)
+    for run in runs.loc[runs["status"] == Status.CORRUPT].itertuples():
+        raise ResultsError(f"{run.directory}: {run.reason}")
     if Status.COMPLETED not in set(runs["status"]):
         return []
     table = results.tabulate(runs, metrics=runs.attrs["metrics"])

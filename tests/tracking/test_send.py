@@ -126,6 +126,17 @@ def test_a_sweep_sends_its_table_once_and_again_when_it_has_changed(sweep):
     assert second.curve("loss/low")[0] == (0, pytest.approx(low, rel=1e-4))
 
 
+def test_metrics_that_cannot_be_read_make_the_table_one_warning_and_the_sweep_goes_on(
+    sweep, warnings_of
+):
+    (sweep / "1" / "metrics.json").write_text("{")
+    assert not send.send_sweep(sweep, OFFLINE)
+    (warning,) = warnings_of()
+    assert warning.startswith(f"the aggregated table of {sweep} was not sent: ")
+    assert "1: metrics.json: " in warning
+    assert not files(sweep)
+
+
 @pytest.mark.parametrize("what", ["no network", "an unwritable directory"])
 def test_a_table_that_was_not_sent_is_one_warning_and_not_marked(
     what, sweep, tmp_path, monkeypatch, warnings_of
