@@ -15,11 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisher_lab.curvature.errors import NonFiniteError
+
+MatVec = Callable[[Tensor], Tensor]
+
 BLOCK_BYTES = 32 * 2**20
 """Upper size of a temporary copy in another precision."""
 
 SYMMETRIC_LEAF = 384
 """Below this width a symmetric product is done as one general product."""
+
+COLUMNS = 1 << 16
+"""Columns of a Lanczos basis that a restart rewrites at once."""
 
 
 def blocks(length: int, bytes_each: int) -> Iterator[slice]:
@@ -240,8 +247,138 @@ def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = F
         diagonal.copy_(kept)
 
 
+class KrylovBasis:
+    """An orthonormal basis that grows by one product at a time: the Lanczos iteration.
+
+    Vectors are the rows of ``vectors`` ``[m, n]``; the projected matrix ``V A V^T`` is kept in
+    float64 with all of its entries, so that a restart is nothing but a change of basis. Source of
+    the orthogonalisation: Giraud et al. 2005 ("twice is enough").
+
+    Args:
+        matvec: the operator.
+        n: its size.
+        m: the most vectors.
+        dtype: of the vectors.
+        device: of the vectors.
+        generator: draws a new direction when an invariant subspace is found.
+        reorthogonalize: False keeps to the three-term recurrence (cheaper by ``m`` dot products a
+            step; copies of converged eigenvalues appear as orthogonality is lost).
+        tridiagonal: takes the projected matrix from the recurrence, and no new direction before
+            the remainder is exactly zero: for a caller that stops at its own bound.
+    """
+
+    def __init__(
+        self,
+        matvec: MatVec,
+        n: int,
+        m: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+        reorthogonalize: bool = True,
+        tridiagonal: bool = False,
+    ) -> None:
+        self._matvec, self._generator = matvec, generator
+        self.reorthogonalize, self._tridiagonal = reorthogonalize, tridiagonal
+        self.vectors = torch.empty(m, n, dtype=dtype, device=device)
+        self.projected = torch.zeros(m, m, dtype=torch.float64)
+        self.size = 0
+        self.beta = 0.0
+        self.n_products = 0
+        self.exhausted = False
+        self._scale = 0.0
+        self._was_fresh = False
+        self._next: Tensor | None = None
+
+    def start(self, vector: Tensor) -> None:
+        """Begins with a vector, normalised."""
+        self.size, self._next = 0, vector.to(self.vectors) / vector.norm()
+
+    def grow(self) -> None:
+        """Adds the next vector and its product.
+
+        Raises:
+            NonFiniteError: the product holds NaN or infinity.
+        """
+        assert self._next is not None
+        j = self.size
+        self.vectors[j] = self._next
+        vector = self.vectors[j].clone()
+        work = self._matvec(vector).to(self.vectors)
+        self.n_products += 1
+        if not bool(torch.isfinite(work).all()):
+            raise NonFiniteError(f"Lanczos: product {self.n_products} holds NaN or infinity")
+        self._scale = max(self._scale, float(work.norm()))
+        work, coefficients = self._orthogonalised(work, vector)
+        self.projected[: j + 1, j] = coefficients
+        self.projected[j, : j + 1] = coefficients
+        self.size = j + 1
+        self.beta = float(work.norm())
+        # Below rounding the subspace is invariant: what is left of the product is noise.
+        noise = 0.0 if self._tridiagonal else 10 * torch.finfo(work.dtype).eps * self._scale
+        if self.beta <= noise:
+            # A fresh random direction that is invariant by itself: what is left of the operator
+            # is a multiple of the identity, and there is nothing more to find.
+            self.exhausted = self._was_fresh or self.size == self.vectors.shape[1]
+            self.beta, self._was_fresh = 0.0, True
+            self._next = self._fresh() if self.size < self.vectors.shape[1] else None
+        else:
+            self._next, self._was_fresh = work / self.beta, False
+
+    def _orthogonalised(self, work: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a product less its part in the basis, and that part's coordinates."""
+        j = self.size
+        recurrence = torch.zeros(j + 1, dtype=torch.float64)
+        if j > 0:
+            recurrence[j - 1] = self.beta
+        if not self.reorthogonalize:
+            if j > 0:
+                work = work - self.beta * self.vectors[j - 1]
+            alpha = vector @ work
+            recurrence[j] = float(alpha)
+            return work - alpha * vector, recurrence
+        if self._tridiagonal:
+            recurrence[j] = float(work @ vector)
+        basis, total = self.vectors[: j + 1], torch.zeros(j + 1, dtype=torch.float64)
+        for _ in range(2):
+            coefficients = basis @ work
+            work = work - coefficients @ basis
+            if not self._tridiagonal:
+                total += coefficients.double().cpu()
+        return work, recurrence if self._tridiagonal else total
+
+    def _fresh(self) -> Tensor:
+        vector = random_vector(self.vectors.shape[1], self._generator).to(self.vectors)
+        for _ in range(2):
+            basis = self.vectors[: self.size]
+            vector -= (basis @ vector) @ basis
+        return vector / vector.norm()
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Returns (values ascending ``[j]``, coordinates ``[j, j]``) of the projected matrix."""
+        return torch.linalg.eigh(self.projected[: self.size, : self.size])
+
+    def restart(self, coordinates: Tensor) -> None:
+        """Keeps only the directions with these coordinates ``[j, l]`` (orthonormal columns)."""
+        keep = coordinates.shape[1]
+        values = coordinates.T @ self.projected[: self.size, : self.size] @ coordinates
+        turn = coordinates.T.to(self.vectors)
+        for start in range(0, self.vectors.shape[1], COLUMNS):
+            stop = start + COLUMNS
+            self.vectors[:keep, start:stop] = turn @ self.vectors[: self.size, start:stop]
+        self.projected.zero_()
+        self.projected[:keep, :keep] = torch.diag(values.diagonal())
+        self.size = keep
+
+
+def random_vector(n: int, generator: torch.Generator) -> Tensor:
+    """Returns a standard normal vector ``[n]`` in float64, drawn on the host."""
+    return torch.randn(n, generator=generator, dtype=torch.float64)
+
+
 def largest_eigenvalue(
-    multiply: Callable[[Tensor], Tensor], like: Tensor, n: int, *, steps: int = 40
+    multiply: MatVec, like: Tensor, n: int, *, steps: int = 40
 ) -> tuple[float, float]:
     """Largest Ritz value of a positive semi-definite operator by Lanczos, and its residual.
 
@@ -260,7 +397,7 @@ def largest_eigenvalue(
 
 
 def largest_eigenvalues(
-    multiply: Callable[[Tensor], Tensor],
+    multiply: MatVec,
     like: Tensor,
     n: int,
     k: int,
@@ -297,39 +434,35 @@ def largest_eigenvalues(
 
 
 def _largest_pair(
-    multiply: Callable[[Tensor], Tensor],
+    multiply: MatVec,
     like: Tensor,
     n: int,
     steps: int,
     agreed: Callable[[bool], bool],
 ) -> tuple[float, float, Tensor]:
     """The largest Ritz value, its residual and its vector."""
+    if n == 0:
+        return 0.0, 0.0, like.new_empty(0)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(n, generator=generator, dtype=torch.float64).to(like)
-    basis = [q / q.norm()]
-    alphas: list[float] = []
-    betas: list[float] = []
-    value = residual = 0.0
-    vectors = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(min(steps, n)):
-        w = multiply(basis[-1])
-        alphas.append(float(w @ basis[-1]))
-        stacked = torch.stack(basis)
-        for _ in range(2):
-            w = w - stacked.T @ (stacked @ w)
-        beta = float(w.norm())
-        small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        if betas:
-            off = torch.tensor(betas, dtype=torch.float64)
-            small = small + torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(small)
-        value, residual = float(values[-1]), abs(beta * float(vectors[-1, -1]))
-        if agreed(residual <= 1e-9 * max(value, 1e-300) or beta <= 1e-14 * max(value, 1e-300)):
-            break
-        betas.append(beta)
-        basis.append(w / beta)
-    vector = torch.stack(basis[: len(vectors)]).T @ vectors[:, -1].to(like)
-    return value, residual, vector / vector.norm()
+    basis = KrylovBasis(
+        multiply,
+        n,
+        min(steps, n),
+        dtype=like.dtype,
+        device=like.device,
+        generator=generator,
+        tridiagonal=True,
+    )
+    basis.start(random_vector(n, generator).to(like))
+    while True:
+        basis.grow()
+        values, vectors = basis.ritz()
+        value, residual = float(values[-1]), abs(basis.beta * float(vectors[-1, -1]))
+        small = max(value, 1e-300)
+        done = agreed(residual <= 1e-9 * small or basis.beta <= 1e-14 * small)
+        if done or basis.size == len(basis.vectors):
+            vector = basis.vectors[: basis.size].T @ vectors[:, -1].to(like)
+            return value, residual, vector / vector.norm()
 
 
 def upper_bound(matrix: Tensor) -> float:

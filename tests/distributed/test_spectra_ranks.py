@@ -13,29 +13,12 @@ import torch
 
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from fisher_lab.curvature.spectra.pairwise_gram import exchanges
 from tests.distributed import kfac_on_ranks, spectra_on_ranks
 from tests.distributed.rank_pool import Pool
 from tests.distributed.spectra_on_ranks import Job
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 NUMBERS = ("largest_eigenvalue", "effective_rank", "spectral_gap", "trace")
-
-
-@pytest.mark.parametrize("turn", [0, 1])
-@pytest.mark.parametrize("size", range(1, 10))
-def test_every_pair_of_ranks_has_its_block_once(size: int, turn: int) -> None:
-    formed = []
-    for rank in range(size):
-        for number, one in enumerate(exchanges(rank, size, turn)):
-            if one.receives:
-                formed.append(frozenset((rank, one.source)))
-            sender = exchanges(one.source, size, turn)[number]
-            assert sender.to == rank
-            assert sender.sends == one.receives
-    pairs = {frozenset((a, b)) for a in range(size) for b in range(a)}
-    assert len(formed) == len(pairs)
-    assert set(formed) == pairs
 
 
 def job(structure: str, mode: str, unit: str, center: bool, **more: Any) -> Job:
@@ -172,30 +155,23 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_rows_travel_once_a_pair(ranks: Pool, size: int) -> None:
+def test_a_rank_gets_its_columns_of_the_others_rows(ranks: Pool, size: int) -> None:
     """Bytes of every rank as `docs/distributed.md` has them, and nobody gets all gradients."""
     batches = kfac_on_ranks.batches_of("gpt2", size, (12, 5, 9))
     jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
     parameters = sum(p.numel() for p in kfac_on_ranks.model_of("gpt2", torch.float64).parameters())
     for answers in answers_of(ranks, size, torch.float64, jobs, batches, "gpt2"):
         counts = answers[0][0]["metadata"]["samples_by_rank"]
+        n = sum(counts)
         assert counts == [12, 5, 9][:size]
         for rank, (_, moved) in enumerate(answers):
-            (*_, last) = exchanges(rank, size, 0)
-            row = parameters * 8
-            sent = counts[rank] * row if last.sends else 0
-            received = counts[last.source] * row if last.receives else 0
-            numbers = [
-                counts[r] * (counts[r] + (counts[m.source] if m.receives else 0))
-                for r in range(size)
-                for m in exchanges(r, size, 0)
-            ]
-            if rank == 0:  # which decomposes the only block
-                received += 8 * sum(numbers[1:])
-            else:
-                sent += 8 * numbers[rank]
-            assert moved["exchange"][1:] == (sent, received)
-            assert moved["exchange"][2] < 0.9 * sum(counts) * row
+            _, sent, received = moved["exchange"]
+            # A tile whose columns do not divide by the ranks gives some of them one more.
+            assert sent == pytest.approx(
+                counts[rank] * parameters * 8 * (size - 1) / size, rel=0.02
+            )
+            assert received == pytest.approx((n - counts[rank]) * parameters * 8 / size, rel=0.02)
+            assert moved["all_reduce"][1] == 2 * (size - 1) * n * n * 8 // size
 
 
 def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:

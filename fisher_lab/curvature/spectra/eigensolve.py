@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fisher_lab.curvature.collectives import Communicator, together
 from fisher_lab.curvature.spectra.block_matrices import BlockMatrix
-from fisher_lab.curvature.spectra.pairwise_gram import matrix_on_owner
 
 NUMBERS = (
     "largest_eigenvalue",
@@ -213,9 +212,6 @@ def union(
     return {**record, "eigenvalues": joined[:kept].tolist(), **counts}
 
 
-Solver = Callable[[str, Tensor | None], Solved]
-"""``solver(block, matrix)``; the matrix is None where the block's own collector forms it."""
-
 Found = Solved | str
 """A block's spectrum, or why there is none."""
 
@@ -223,20 +219,18 @@ Found = Solved | str
 def solve_blocks(
     collectors: Mapping[str, BlockMatrix],
     sizes: Mapping[str, int],
-    rows: Sequence[int],
     communicator: Communicator,
-    solver: Solver,
+    solver: Callable[[str, Tensor], Solved],
     *,
     center: bool,
 ) -> dict[str, Found]:
-    """Decomposes the matrices of all blocks; collective.
+    """Decomposes the matrices of all blocks, on several ranks as many at a time; collective.
 
     Args:
         collectors: block to what was collected of it on this rank.
-        sizes: block to its number of parameters, ``P``.
-        rows: samples of each rank.
+        sizes: block to its number of parameters, ``P``; blocks of a size are decomposed together.
         communicator: of the ranks.
-        solver: gives a block's spectrum.
+        solver: ``solver(block, matrix)`` gives a block's spectrum.
         center: whether the mean row is subtracted.
 
     Returns:
@@ -245,69 +239,36 @@ def solve_blocks(
     """
     by_rank = communicator.all_gather_objects({name: c.touched for name, c in collectors.items()})
     reached = [name for name in collectors if any(other[name] for other in by_rank)]
-    if communicator.size == 1:
-        return {name: _attempt(solver, name, None) for name in reached}
-    found: dict[str, Found] = {}
     order = sorted(reached, key=lambda name: -sizes[name])
-    turns = _turns(order, sizes)
+    own: dict[str, Found] = {}
+
+    def decompose(matrices: Mapping[str, Tensor]) -> None:
+        for name, matrix in matrices.items():
+            try:
+                own[name] = solver(name, matrix)
+            except SolveError as error:
+                own[name] = str(error)
+
     for start in range(0, len(order), communicator.size):
-        mine: list[tuple[str, Tensor]] = []
+        mine: dict[str, Tensor] = {}
         for owner, name in enumerate(order[start : start + communicator.size]):
-            matrix = matrix_on_owner(
-                collectors[name], rows, communicator, owner=owner, turn=turns[name], center=center
-            )
-            if matrix is not None:
-                mine.append((name, matrix))
-        together(communicator, partial(_decompose, solver, mine, found))
-    return _broadcast(order, found, communicator)
-
-
-def _decompose(solver: Solver, mine: Sequence[tuple[str, Tensor]], found: dict[str, Found]) -> None:
-    found.update({name: _attempt(solver, name, matrix) for name, matrix in mine})
-
-
-def _attempt(solver: Solver, name: str, matrix: Tensor | None) -> Found:
-    try:
-        return solver(name, matrix)
-    except SolveError as error:
-        return str(error)
-
-
-def _turns(order: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Which of two opposite ranks forms their block of the Gram matrix: as much work for each."""
-    loads, turns = [0, 0], {}
-    for name in order:
-        turn = turns[name] = loads.index(min(loads))
-        loads[turn] += sizes[name]
-    return turns
-
-
-def _broadcast(
-    order: Sequence[str], own: Mapping[str, Found], communicator: Communicator
-) -> dict[str, Found]:
-    """Returns all ranks' spectra: the eigenvalues as they are, the rest as JSON."""
-    by_rank = communicator.all_gather_objects({name: _plain(one) for name, one in own.items()})
-    result: dict[str, Found] = {}
-    for index, name in enumerate(order):
-        owner = index % communicator.size
-        about = by_rank[owner][name]
-        if isinstance(about, str):
-            result[name] = about
-            continue
-        mine = own.get(name)
-        empty = torch.empty(about["size"], dtype=torch.float64)
-        values = communicator.broadcast(
-            mine.eigenvalues if isinstance(mine, Solved) else empty, owner
-        )
-        result[name] = Solved(values, about["trace"], about["regularization"])
-    return result
-
-
-def _plain(found: Found) -> dict[str, Any] | str:
-    if isinstance(found, str):
-        return found
+            matrix = collectors[name].matrix(center=center)
+            if owner == communicator.rank:
+                mine[name] = matrix
+        together(communicator, partial(decompose, mine))
+    plain = {n: x if isinstance(x, str) else _to_plain(x) for n, x in own.items()}
+    every = communicator.all_gather_objects(plain)
     return {
-        "size": len(found.eigenvalues),
-        "trace": found.trace,
-        "regularization": found.regularization,
+        name: x if isinstance(x, str) else _from_plain(x)
+        for found in every
+        for name, x in found.items()
     }
+
+
+def _to_plain(solved: Solved) -> dict[str, Any]:
+    return {**vars(solved), "eigenvalues": solved.eigenvalues.tolist()}
+
+
+def _from_plain(plain: Mapping[str, Any]) -> Solved:
+    values = torch.tensor(plain["eigenvalues"], dtype=torch.float64)
+    return Solved(**{**plain, "eigenvalues": values})

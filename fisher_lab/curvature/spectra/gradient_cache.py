@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +57,12 @@ class GradientCache:
         if isinstance(given, GradientCache):
             return given
         gradients: Mapping[str, Tensor] = getattr(given, "per_sample_gradients", None) or {}
-        rows = {name: x.flatten(1) for name, x in gradients.items()}
         covered = frozenset(getattr(given, "parameters", None) or ())
         return cls(
             sample_unit=getattr(given, "sample_unit", unit),
             keys=tuple(getattr(given, "keys", ())),
-            chunks=[Chunk(0, len(x), 0, {name: x}) for name, x in rows.items()],
-            parameters=covered | frozenset(rows),
+            chunks=[Chunk(0, len(x), 0, {name: x.flatten(1)}) for name, x in gradients.items()],
+            parameters=covered | frozenset(gradients),
         )
 
     @property
@@ -89,27 +87,13 @@ class GradientCache:
         return len(self.keys) or max((one.first + one.n for one in self.chunks), default=0)
 
 
-class Cached(NamedTuple):
-    """What a cache holds of a call.
-
-    Attributes:
-        chunks: the rows of ``J``.
-        exact: whether the call would compute the very same bits: the samples are those that were
-            collected, no more and no fewer, and so are the options. Otherwise the two agree up to
-            rounding.
-    """
-
-    chunks: Sequence[Chunk]
-    exact: bool
-
-
 def cached_chunks(
     given: object,
     samples: SampleSet,
     parameters: Mapping[str, nn.Parameter],
     model: nn.Module,
     config: SpectralOptions,
-) -> Cached | None:
+) -> tuple[Sequence[Chunk], bool] | None:
     """Returns the rows of ``J`` out of a cache, or None where it does not hold them.
 
     Args:
@@ -118,6 +102,10 @@ def cached_chunks(
         parameters: the columns that are wanted.
         model: whose parameters they are.
         config: the caller's options.
+
+    Returns:
+        The rows, and whether the call would compute the very same bits (the cache was collected
+        with these options on these samples, no more and no fewer); else it would up to rounding.
 
     Raises:
         CurvatureError: the cache was collected for another sample unit, or its rows are neither
@@ -130,16 +118,32 @@ def cached_chunks(
         raise CurvatureError(
             f"gradient_cache: sample_unit {cache.sample_unit!r}; allowed here: {samples.unit!r}"
         )
-    if not cache.keys:
-        _check_lengths(cache, samples)
+    for chunk in cache.chunks:
+        if not cache.keys and chunk.n != samples.n:
+            names = ", ".join(chunk.dense)
+            raise CurvatureError(
+                f"gradient_cache: {chunk.n} rows of {names}; there are {samples.n} samples"
+            )
     problem = _problem(cache, samples, parameters, model)
     if problem is not None:
         logger.warning("gradient_cache: %s; the gradients are computed anew", problem)
         return None
     if cache.config is not None and cache.keys == samples.keys:
-        return Cached(cache.chunks, cache.config == config)
+        return cache.chunks, cache.config == config
     index = {key: i for i, key in enumerate(cache.keys or samples.keys)}
-    return Cached([_picked(cache, parameters, [index[key] for key in samples.keys])], False)
+    rows = torch.tensor([index[key] for key in samples.keys])
+    picked = Chunk(0, samples.n, 0)
+    for name, parameter in parameters.items():
+        found = cache.rows(name)
+        if found is None:
+            continue
+        if found.shape[1] != parameter.numel():
+            raise CurvatureError(
+                f"gradient_cache: {name} has {found.shape[1]} columns; the model's parameter has "
+                f"{parameter.numel()} elements"
+            )
+        picked.dense[name] = found[rows.to(found.device)]
+    return [picked], False
 
 
 def _problem(
@@ -158,31 +162,6 @@ def _problem(
     if cache.model_hash and cache.model_hash != hash_of(model):
         return "the model's weights have changed since it was collected"
     return None
-
-
-def _check_lengths(cache: GradientCache, samples: SampleSet) -> None:
-    for chunk in cache.chunks:
-        if chunk.n != samples.n:
-            raise CurvatureError(
-                f"gradient_cache: {chunk.n} rows of {', '.join(chunk.dense)}; there are "
-                f"{samples.n} samples"
-            )
-
-
-def _picked(cache: GradientCache, parameters: Mapping[str, nn.Parameter], rows: list[int]) -> Chunk:
-    chunk = Chunk(0, len(rows), 0)
-    for name, parameter in parameters.items():
-        found = cache.rows(name)
-        if found is None:
-            continue
-        if found.shape[1] != parameter.numel():
-            raise CurvatureError(
-                f"gradient_cache: {name} has {found.shape[1]} columns; the model's parameter has "
-                f"{parameter.numel()} elements"
-            )
-        everything = rows == list(range(len(found)))
-        chunk.dense[name] = found if everything else found[torch.tensor(rows)]
-    return chunk
 
 
 def hash_of(model: nn.Module) -> str:

@@ -1,8 +1,6 @@
-"""Lanczos with full reorthogonalisation and thick restarts, for any symmetric operator.
+"""Lanczos with thick restarts (Wu and Simon 2000), for any symmetric operator.
 
-Sources: Wu and Simon 2000 (thick restarts); Giraud et al. 2005 ("twice is enough"). Vectors are the
-rows of a basis ``[m, n]``; the projected matrix ``V A V^T`` is kept in float64 with all of its
-entries, so that a restart is nothing but a change of basis. Before vectors are allocated,
+The iteration is :class:`fisher_lab.curvature.linalg.KrylovBasis`. Before vectors are allocated,
 :func:`place` says what they will take and chooses where they fit.
 """
 
@@ -15,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fisher_lab.config.spectra import WHICH
-from fisher_lab.curvature.errors import CurvatureError, NonFiniteError, check_one_of
+from fisher_lab.curvature.errors import CurvatureError, check_one_of
+from fisher_lab.curvature.linalg import KrylovBasis, MatVec, random_vector
 from fisher_lab.curvature.memory import free_memory
-
-MatVec = Callable[[Tensor], Tensor]
-_COLUMNS = 1 << 16  # columns of the basis that a restart rewrites at once
 
 
 @dataclass(frozen=True)
@@ -46,127 +42,6 @@ class LanczosResult:
     n_restarts: int
     n_vectors: int
     memory_bytes: int
-
-
-class KrylovBasis:
-    """An orthonormal basis that grows by one product at a time.
-
-    Args:
-        matvec: the operator.
-        n: its size.
-        m: the most vectors.
-        dtype: of the vectors.
-        device: of the vectors.
-        generator: draws a new direction when an invariant subspace is found.
-        reorthogonalize: False keeps to the three-term recurrence (cheaper by ``m`` dot products a
-            step; copies of converged eigenvalues appear as orthogonality is lost).
-    """
-
-    def __init__(
-        self,
-        matvec: MatVec,
-        n: int,
-        m: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator,
-        reorthogonalize: bool = True,
-    ) -> None:
-        self._matvec, self._generator = matvec, generator
-        self.reorthogonalize = reorthogonalize
-        self.vectors = torch.empty(m, n, dtype=dtype, device=device)
-        self.projected = torch.zeros(m, m, dtype=torch.float64)
-        self.size = 0
-        self.beta = 0.0
-        self.n_products = 0
-        self.exhausted = False
-        self._scale = 0.0
-        self._was_fresh = False
-        self._next: Tensor | None = None
-
-    def start(self, vector: Tensor) -> None:
-        """Begins with a vector, normalised."""
-        self.size, self._next = 0, vector.to(self.vectors) / vector.norm()
-
-    def grow(self) -> None:
-        """Adds the next vector and its product.
-
-        Raises:
-            NonFiniteError: the product holds NaN or infinity.
-        """
-        assert self._next is not None
-        j = self.size
-        self.vectors[j] = self._next
-        work = self._matvec(self.vectors[j].clone()).to(self.vectors)
-        self.n_products += 1
-        if not bool(torch.isfinite(work).all()):
-            raise NonFiniteError(f"Lanczos: product {self.n_products} holds NaN or infinity")
-        self._scale = max(self._scale, float(work.norm()))
-        coefficients = self._orthogonalise(work, j)
-        self.projected[: j + 1, j] = coefficients
-        self.projected[j, : j + 1] = coefficients
-        self.size = j + 1
-        self.beta = float(work.norm())
-        # Below rounding the subspace is invariant: what is left of the product is noise.
-        if self.beta <= 10 * torch.finfo(work.dtype).eps * self._scale:
-            # A fresh random direction that is invariant by itself: what is left of the operator
-            # is a multiple of the identity, and there is nothing more to find.
-            self.exhausted = self._was_fresh or self.size == self.vectors.shape[1]
-            self.beta, self._was_fresh = 0.0, True
-            self._next = self._fresh() if self.size < self.vectors.shape[1] else None
-        else:
-            self._next, self._was_fresh = work / self.beta, False
-
-    def _orthogonalise(self, work: Tensor, j: int) -> Tensor:
-        """Removes the basis from ``work`` in place; returns what was removed."""
-        if not self.reorthogonalize:
-            return self._three_terms(work, j)
-        basis = self.vectors[: j + 1]
-        total = torch.zeros(j + 1, dtype=torch.float64)
-        for _ in range(2):
-            coefficients = basis @ work
-            work -= coefficients @ basis
-            total += coefficients.double().cpu()
-        return total
-
-    def _three_terms(self, work: Tensor, j: int) -> Tensor:
-        coefficients = torch.zeros(j + 1, dtype=torch.float64)
-        if j > 0:
-            work -= self.beta * self.vectors[j - 1]
-            coefficients[j - 1] = self.beta
-        alpha = self.vectors[j] @ work
-        work -= alpha * self.vectors[j]
-        coefficients[j] = float(alpha)
-        return coefficients
-
-    def _fresh(self) -> Tensor:
-        vector = random_vector(self.vectors.shape[1], self._generator).to(self.vectors)
-        for _ in range(2):
-            basis = self.vectors[: self.size]
-            vector -= (basis @ vector) @ basis
-        return vector / vector.norm()
-
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """Returns (values ascending ``[j]``, coordinates ``[j, j]``) of the projected matrix."""
-        return torch.linalg.eigh(self.projected[: self.size, : self.size])
-
-    def restart(self, coordinates: Tensor) -> None:
-        """Keeps only the directions with these coordinates ``[j, l]`` (orthonormal columns)."""
-        keep = coordinates.shape[1]
-        values = coordinates.T @ self.projected[: self.size, : self.size] @ coordinates
-        turn = coordinates.T.to(self.vectors)
-        for start in range(0, self.vectors.shape[1], _COLUMNS):
-            stop = start + _COLUMNS
-            self.vectors[:keep, start:stop] = turn @ self.vectors[: self.size, start:stop]
-        self.projected.zero_()
-        self.projected[:keep, :keep] = torch.diag(values.diagonal())
-        self.size = keep
-
-
-def random_vector(n: int, generator: torch.Generator) -> Tensor:
-    """Returns a standard normal vector ``[n]`` in float64, drawn on the host."""
-    return torch.randn(n, generator=generator, dtype=torch.float64)
 
 
 def default_vectors(n: int, k: int) -> int:

@@ -22,11 +22,11 @@ from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError, check_one_of, check_options
 from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.linalg import MatVec
 from fisher_lab.curvature.memory import check_device
 from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.krylov import (
     LanczosResult,
-    MatVec,
     Vectors,
     default_vectors,
     lanczos_algorithm,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.spectra.krylov import KrylovBasis, MatVec
+from fisher_lab.curvature.linalg import KrylovBasis, MatVec
 
 Function = Callable[[Tensor], Tensor]
 

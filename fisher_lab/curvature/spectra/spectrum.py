@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import (
     Alone,
     Communicator,
+    Spread,
     dtype_name,
     same_everywhere,
     together,
@@ -38,7 +40,6 @@ from fisher_lab.curvature.spectra.block_matrices import (
 from fisher_lab.curvature.spectra.blocks import architecture_of, parameter_blocks
 from fisher_lab.curvature.spectra.eigensolve import Found, Solved, solve_blocks
 from fisher_lab.curvature.spectra.gradient_cache import (
-    Cached,
     GradientCache,
     cached_chunks,
     hash_of,
@@ -49,7 +50,7 @@ from fisher_lab.curvature.spectra.per_sample_gradients import (
     choose_factored,
 )
 from fisher_lab.curvature.spectra.samples import SampleSet, draw_samples
-from fisher_lab.curvature.spectra.spill import Bytes, FileBytes, MemoryBytes
+from fisher_lab.curvature.spectra.spill import FileBytes
 from fisher_lab.curvature.wrappers import device_of, plain
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class FisherSpectral:
         gradient_cache: object = None,
         *,
         loss_fn: losses.LossFunction | None = None,
-        spill: Callable[[], Bytes] | None = None,
+        spill: Callable[[], FileBytes] | None = None,
         progress: Progress | None = None,
         communicator: Communicator | None = None,
     ) -> None:
@@ -175,7 +176,7 @@ class FisherSpectral:
             if cached is None:
                 chunks, factored = self._gradients(call)
             else:
-                chunks = cached.chunks
+                chunks = cached[0]
                 factored = {name for chunk in chunks for name in chunk.factored}
             collectors = self._collectors(call, factored)
             try:
@@ -184,7 +185,8 @@ class FisherSpectral:
             finally:
                 for collector in collectors.values():
                     collector.close()
-        return self._result(call, collectors, found, cached, factored)
+        exact = None if cached is None else cached[1]
+        return self._result(call, collectors, found, exact, factored)
 
     def collect_gradients(
         self,
@@ -281,6 +283,7 @@ class FisherSpectral:
     def _collectors(self, call: _Call, factored: set[str]) -> dict[str, BlockMatrix]:
         samples = call.samples
         parameters = dict(call.model.named_parameters())
+        spread = Spread(self._ranks, samples.rows)
         space = self._space(call)
         device = device_of(call.model)
         result: dict[str, BlockMatrix] = {}
@@ -290,23 +293,18 @@ class FisherSpectral:
             if samples.total == 0 or p == 0:
                 continue
             dtype = functools.reduce(torch.promote_types, (parameters[n].dtype for n in names))
-            if self.config.storage_mode in ("full", "sketch"):
-                result[block] = RowMatrix(samples.n, every, device, dtype)
-            elif self.config.storage_mode == "streaming" and p < samples.total:
-                result[block] = CovarianceMatrix(every, call.center)
+            mode = self.config.storage_mode
+            if mode in ("full", "sketch"):
+                result[block] = RowMatrix(spread, every, device, dtype, mode)
+            elif mode == "streaming" and p < samples.total:
+                result[block] = CovarianceMatrix(spread, every, call.center)
             else:
-                result[block] = GramMatrix(
-                    samples.n,
-                    {name: size for name, size in every.items() if name not in factored},
-                    [name for name in names if name in factored],
-                    space,
-                    device,
-                    dtype=dtype,
-                    longest=max(samples.rows),
-                )
+                dense = {name: size for name, size in every.items() if name not in factored}
+                products = [name for name in names if name in factored]
+                result[block] = GramMatrix(spread, dense, products, space, device, dtype)
         return result
 
-    def _space(self, call: _Call) -> Callable[[], Bytes]:
+    def _space(self, call: _Call) -> Callable[[], FileBytes]:
         """Chooses memory or disk for the whole call, from an upper bound of what has to wait."""
         wanted = {name for names in call.blocks.values() for name in names}
         waiting = call.samples.n * sum(
@@ -321,7 +319,7 @@ class FisherSpectral:
                 waiting / 2**20,
                 self.config.memory_budget_mb,
             )
-        return MemoryBytes if fits else self._spill
+        return (lambda: FileBytes(io.BytesIO())) if fits else self._spill
 
     def _collect(
         self,
@@ -340,30 +338,20 @@ class FisherSpectral:
     def _solve(self, call: _Call, collectors: Mapping[str, BlockMatrix]) -> dict[str, Found]:
         n = call.samples.total
 
-        def solver(block: str, matrix: Tensor | None) -> Solved:
-            return self._eigenvalues(
-                collectors[block], matrix, n, call.sizes[block], center=call.center
-            )
+        def solver(block: str, matrix: Tensor) -> Solved:
+            return self._eigenvalues(matrix, n, call.sizes[block])
 
         wanted = {b: c for b, c in collectors.items() if not n == call.sizes[b] == 1}
-        return solve_blocks(
-            wanted, call.sizes, call.samples.rows, self._ranks, solver, center=call.center
-        )
+        return solve_blocks(wanted, call.sizes, self._ranks, solver, center=call.center)
 
-    def _eigenvalues(
-        self, collector: BlockMatrix, matrix: Tensor | None, n: int, p: int, *, center: bool
-    ) -> Solved:
+    def _eigenvalues(self, matrix: Tensor, n: int, p: int) -> Solved:
         config = self.config
-        if config.storage_mode == "sketch" and isinstance(collector, RowMatrix):
-            rows = collector.rows(center=center)
-            if not bool(torch.isfinite(rows).all()):
-                raise eigensolve.SolveError("non-finite gradients")
-            # Each block starts from the seed, so that blocks do not depend on one another.
-            seed_generators(config.seed)
-            return eigensolve.sketch(rows, min(config.top_k or config.sketch_rank, n, p))
-        matrix = collector.matrix(center=center) if matrix is None else matrix
         if not bool(torch.isfinite(matrix).all()):
             raise eigensolve.SolveError("non-finite gradients")
+        if config.storage_mode == "sketch":
+            # Each block starts from the seed, so that blocks do not depend on one another.
+            seed_generators(config.seed)
+            return eigensolve.sketch(matrix, min(config.top_k or config.sketch_rank, n, p))
         return eigensolve.solve(
             matrix,
             min(n, p),
@@ -384,7 +372,7 @@ class FisherSpectral:
         call: _Call,
         collectors: Mapping[str, BlockMatrix],
         found: Mapping[str, Found],
-        cached: Cached | None,
+        cache_exact: bool | None,
         factored: set[str],
     ) -> dict[str, Any]:
         per_block = {}
@@ -394,9 +382,9 @@ class FisherSpectral:
             record = self._record(block, one, call.samples.total, p)
             if isinstance(one, Solved) and record["status"] == "ok":
                 solved[block] = one
-            per_block[block] = {**record, "method": self._method(collectors.get(block))}
+            per_block[block] = {**record, "method": getattr(collectors.get(block), "method", None)}
         return {
-            "metadata": self._metadata(call, cached, factored, per_block),
+            "metadata": self._metadata(call, cache_exact, factored, per_block),
             "per_block": per_block,
             "global": eigensolve.union(
                 solved.values(),
@@ -427,15 +415,10 @@ class FisherSpectral:
         sketched = self.config.storage_mode == "sketch"
         return torch.float64 if sketched else getattr(torch, self.config.dtype_eigensolve)
 
-    def _method(self, collector: BlockMatrix | None) -> str | None:
-        if collector is None:
-            return None
-        return "sketch" if self.config.storage_mode == "sketch" else collector.method
-
     def _metadata(
         self,
         call: _Call,
-        cached: Cached | None,
+        cache_exact: bool | None,
         factored: set[str],
         per_block: Mapping[str, dict[str, Any]],
     ) -> dict[str, Any]:
@@ -458,8 +441,8 @@ class FisherSpectral:
             "architecture": architecture_of(call.model),
             "nonzero_threshold": f"max(N, P) * eps({dtype_name(self._solver_dtype)}) * "
             "largest eigenvalue",
-            "gradient_source": "backward" if cached is None else "cache",
-            "cache_exact": None if cached is None else cached.exact,
+            "gradient_source": "backward" if cache_exact is None else "cache",
+            "cache_exact": cache_exact,
             "factored_weights": sorted(factored),
             "regularization_used": max(
                 (record["regularization_used"] for record in per_block.values()), default=0.0

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fisher_lab.curvature.spectra.krylov import KrylovBasis
+from fisher_lab.curvature.linalg import KrylovBasis
 from fisher_lab.curvature.spectra.lanczos import lanczos_algorithm
 from fisher_lab.curvature.spectra.quadrature import hutch_plus_plus, quadrature
 
