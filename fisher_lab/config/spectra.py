@@ -133,6 +133,11 @@ class LanczosConfig:
         name = "auto" if self.vector_dtype is None else str(self.vector_dtype)
         self.vector_dtype = name.removeprefix("torch.")
 
+    def check(self) -> Iterator[Problem]:
+        """Yields what concerns more than one option."""
+        if self.max_products is not None and self.max_products < self.k:
+            yield "max_products", self.max_products, f"null, or at least k = {self.k}"
+
 
 @dataclass
 class LanczosSection(LanczosConfig):
@@ -152,6 +157,7 @@ class LanczosSection(LanczosConfig):
 
     def check(self) -> Iterator[Problem]:
         """Yields what concerns more than one key."""
+        yield from super().check()
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
             yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
         if self.enabled and not self.reorthogonalize and self.density_probes > 0:

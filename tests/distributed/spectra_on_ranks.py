@@ -284,7 +284,7 @@ def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> 
             with patch(step, side_effect=ValueError("a product failed")):
                 engine.top_eigenpairs(model, batches)
         elif kind == "basis":
-            with patch("fisher_lab.curvature.spectra.krylov.free_memory", lambda device: 0):
+            with patch("fisher_lab.curvature.spectra.lanczos.free_memory", lambda device: 0):
                 engine.top_eigenpairs(model, batches)
         else:
             engine.top_eigenpairs(model, batches)

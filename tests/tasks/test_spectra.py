@@ -95,7 +95,8 @@ def test_figures_of_the_same_numbers_have_the_same_bytes(workload, tmp_path):
     [
         ("spectral", "storage_mode", "disk"), ("spectral", "chunk_size", 0),
         ("spectral", "memory_budget_mb", -1.0), ("lanczos", "k", 0), ("lanczos", "tol", 0.0),
-        ("lanczos", "max_vectors", 5), ("lanczos", "operator", "fisher"),
+        ("lanczos", "max_vectors", 5), ("lanczos", "max_products", 5),
+        ("lanczos", "operator", "fisher"),
         ("group_fisher", "unit", "word"), ("group_fisher", "share", 1.5),
     ],
 )  # fmt: skip

@@ -49,12 +49,7 @@ class SolveError(RuntimeError):
 
 
 def solve(
-    matrix: Tensor,
-    size: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    regularization: float,
+    matrix: Tensor, size: int, *, dtype: torch.dtype, device: torch.device, regularization: float
 ) -> Solved:
     """Decomposes ``(1/N) J J^T`` or ``(1/N) J^T J``.
 
@@ -90,11 +85,9 @@ def solve(
 def sketch(rows: Tensor, rank: int) -> Solved:
     """Approximates the top eigenvalues of ``(1/N) J^T J`` by a randomised SVD.
 
-    Eight further columns of the random projection, four power iterations (Halko et al. 2011,
-    algorithm 4.4).
-
-    The error estimate is a posteriori: within each pair's residual ``|F v - l v|`` there is a
-    true eigenvalue of ``F``; what the sketch did not see is the discarded trace.
+    Eight further columns and four power iterations (Halko et al. 2011, algorithm 4.4). The error
+    estimate is a posteriori: within each pair's residual ``|F v - l v|`` there is a true eigenvalue
+    of ``F``; what the sketch did not see is the discarded trace.
 
     Args:
         rows: ``J`` ``[N, P]`` float64, centred already where asked for.
@@ -125,13 +118,13 @@ def sketch(rows: Tensor, rank: int) -> Solved:
 def describe(
     solved: Solved, *, n: int, p: int, top_k: int | None, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
-    """Returns the record of a spectrum.
+    """Returns the record of the spectrum of ``N`` samples and ``P`` parameters.
 
     Args:
         solved: all eigenvalues, descending.
         n: samples, ``N``.
         p: parameters, ``P``.
-        top_k: eigenvalues kept in the record, at most ``min(top_k, N, P)``; None keeps all.
+        top_k: eigenvalues kept in the record; None keeps all.
         dtype: of the eigensolver, whose rounding decides what is zero.
     """
     values = solved.eigenvalues
@@ -146,7 +139,7 @@ def describe(
     return {
         "status": "ok",
         "reason": None,
-        "eigenvalues": values[: min(n, p) if top_k is None else min(top_k, n, p)].tolist(),
+        "eigenvalues": values[:top_k].tolist(),
         "largest_eigenvalue": float(values[0]),
         "condition_number": float(nonzero[0] / nonzero[-1]),
         "effective_rank": float(torch.exp(-(weights * weights.log()).sum())),
@@ -191,9 +184,9 @@ def union(
         solved: the blocks that are not degenerate.
         n: samples, ``N``.
         p: parameters of those blocks.
-        top_k: eigenvalues kept in the record.
+        top_k: as for :func:`describe`.
         n_degenerate: blocks that were left out.
-        dtype: of the eigensolver.
+        dtype: as for :func:`describe`.
     """
     parts = list(solved)
     counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}
@@ -206,10 +199,8 @@ def union(
         max(part.regularization for part in parts),
         all(part.exact for part in parts),
     )
-    cut = len(joined) if top_k is None else top_k
-    record = describe(whole, n=n, p=p, top_k=cut, dtype=dtype)
-    kept = len(joined) if top_k is None else min(top_k, len(joined))
-    return {**record, "eigenvalues": joined[:kept].tolist(), **counts}
+    record = describe(whole, n=n, p=p, top_k=top_k, dtype=dtype)
+    return {**record, "eigenvalues": joined[:top_k].tolist(), **counts}
 
 
 Found = Solved | str
@@ -256,19 +247,15 @@ def solve_blocks(
             if owner == communicator.rank:
                 mine[name] = matrix
         together(communicator, partial(decompose, mine))
-    plain = {n: x if isinstance(x, str) else _to_plain(x) for n, x in own.items()}
-    every = communicator.all_gather_objects(plain)
-    return {
-        name: x if isinstance(x, str) else _from_plain(x)
-        for found in every
-        for name, x in found.items()
+    plain = {
+        name: x if isinstance(x, str) else {**vars(x), "eigenvalues": x.eigenvalues.tolist()}
+        for name, x in own.items()
     }
-
-
-def _to_plain(solved: Solved) -> dict[str, Any]:
-    return {**vars(solved), "eigenvalues": solved.eigenvalues.tolist()}
-
-
-def _from_plain(plain: Mapping[str, Any]) -> Solved:
-    values = torch.tensor(plain["eigenvalues"], dtype=torch.float64)
-    return Solved(**{**plain, "eigenvalues": values})
+    found: dict[str, Found] = {}
+    for other in communicator.all_gather_objects(plain):
+        for name, x in other.items():
+            if isinstance(x, dict):
+                values = torch.tensor(x["eigenvalues"], dtype=torch.float64)
+                x = Solved(**{**x, "eigenvalues": values})
+            found[name] = x
+    return found

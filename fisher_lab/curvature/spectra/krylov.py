@@ -1,12 +1,10 @@
 """Lanczos with thick restarts (Wu and Simon 2000), for any symmetric operator.
 
-The iteration is :class:`fisher_lab.curvature.linalg.KrylovBasis`. Before vectors are allocated,
-:func:`place` says what they will take and chooses where they fit.
+The iteration itself is :class:`fisher_lab.curvature.linalg.KrylovBasis`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 from fisher_lab.config.spectra import WHICH
 from fisher_lab.curvature.errors import CurvatureError, check_one_of
 from fisher_lab.curvature.linalg import KrylovBasis, MatVec, random_vector
-from fisher_lab.curvature.memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,8 @@ class _RitzPairs:
     def of(cls, basis: KrylovBasis, which: str) -> _RitzPairs:
         """Returns the pairs of a basis."""
         values, coordinates = basis.ritz()
-        order = _order(values, which)
+        key = {"largest": values, "smallest": -values, "magnitude": values.abs()}[which]
+        order = key.argsort(descending=True)
         residuals = basis.beta * coordinates[-1].abs()
         if not basis.reorthogonalize:
             eps = torch.finfo(basis.vectors.dtype).eps
@@ -219,86 +217,3 @@ def _sizes(n: int, k: int, max_vectors: int | None, max_products: int | None) ->
     if limit < m and limit < k:
         raise CurvatureError(f"max_products: {max_products}; allowed: {k} or more")
     return m, limit
-
-
-def _order(values: Tensor, which: str) -> Tensor:
-    match which:
-        case "largest":
-            return values.argsort(descending=True)
-        case "smallest":
-            return values.argsort()
-        case _:
-            return values.abs().argsort(descending=True)
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Vectors that are about to be allocated.
-
-    Attributes:
-        setting: the argument that their number follows from.
-        basis: vectors of the basis, ``m``.
-        copies: how many blocks of that size there are at once.
-        eigenvectors: further vectors.
-    """
-
-    setting: str
-    basis: int
-    copies: int = 1
-    eigenvectors: int = 0
-
-    @property
-    def count(self) -> int:
-        """Number of all vectors."""
-        return self.basis * self.copies + self.eigenvectors
-
-    def largest_basis(self, count: int) -> int:
-        """Returns the largest basis with which at most ``count`` vectors are allocated."""
-        return max((count - self.eigenvectors) // self.copies, 0)
-
-    def __str__(self) -> str:
-        parts = f"{self.basis} vectors"
-        parts = f"{self.copies} blocks of {parts}" if self.copies > 1 else parts
-        return f"({parts} + {self.eigenvectors} eigenvectors)" if self.eigenvectors else parts
-
-
-def place(
-    wanted: Vectors,
-    n: int,
-    dtype: torch.dtype,
-    *,
-    device: str,
-    model_device: torch.device,
-    say: Callable[[str], None],
-) -> torch.device:
-    """Says what the vectors will take, and chooses where they fit.
-
-    Args:
-        wanted: the vectors.
-        n: their length.
-        dtype: of their elements.
-        device: ``cpu``, ``cuda``, or ``auto`` (with the model if they fit there, else the host).
-        model_device: where the model is.
-        say: gets the line about memory.
-
-    Raises:
-        CurvatureError: they do not fit.
-    """
-    each = n * torch.empty(0, dtype=dtype).element_size()
-    chosen = model_device if device == "auto" else torch.device(device)
-    free = free_memory(chosen)
-    if wanted.count * each > free and device == "auto" and chosen.type != "cpu":
-        chosen = torch.device("cpu")
-        free = free_memory(chosen)
-    say(
-        f"Lanczos basis: {wanted} x {n} parameters x {dtype} = "
-        f"{wanted.count * each / 2**20:.1f} MiB on {chosen} ({free / 2**20:.0f} MiB free)"
-    )
-    if wanted.count * each > free:
-        raise CurvatureError(
-            f"{wanted.setting}: {wanted} of {n} parameters take "
-            f"{wanted.count * each / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free on "
-            f"{chosen}; allowed: {wanted.largest_basis(free // max(each, 1))} or fewer vectors, "
-            "or a smaller block"
-        )
-    return chosen

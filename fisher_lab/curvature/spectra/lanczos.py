@@ -23,14 +23,12 @@ from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError, check_one_of, check_options
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.linalg import MatVec
-from fisher_lab.curvature.memory import check_device
+from fisher_lab.curvature.memory import check_device, free_memory
 from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.krylov import (
     LanczosResult,
-    Vectors,
     default_vectors,
     lanczos_algorithm,
-    place,
 )
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.quadrature import (
@@ -298,8 +296,8 @@ class FisherLanczos:
                 return asdict(rule.trace_of(lambda x: x))
             dtype = self._dtype(matrix)
             # The random range, its orthonormal basis and the work space in between.
-            blocks = Vectors("n_products", max(n_products // 3, 1), copies=3)
-            device = self._place(blocks, matrix.n, dtype, matrix.device)
+            block = max(n_products // 3, 1)
+            device = self._place("n_products", block, matrix.n, dtype, matrix.device, copies=3)
             estimate = hutch_plus_plus(
                 matrix,
                 matrix.n,
@@ -411,7 +409,7 @@ class FisherLanczos:
         config = self.config
         most = config.max_vectors
         m = default_vectors(n, min(k, n)) if most is None else min(most, n)
-        wanted = Vectors("max_vectors", m, eigenvectors=min(k, n) if eigenvectors else 0)
+        more = min(k, n) if eigenvectors else 0
         return lanczos_algorithm(
             matvec,
             n,
@@ -423,13 +421,12 @@ class FisherLanczos:
             which=config.which,
             reorthogonalize=config.reorthogonalize,
             dtype=dtype,
-            device=self._place(wanted, n, dtype, device),
+            device=self._place("max_vectors", m, n, dtype, device, eigenvectors=more),
             eigenvectors=eigenvectors,
         )
 
     def _quadrature(self, matrix: CurvatureOperator, n_probes: int, steps: int) -> Quadrature:
         dtype = self._dtype(matrix)
-        wanted = Vectors("steps", min(steps, matrix.n))
         return quadrature(
             matrix,
             matrix.n,
@@ -437,7 +434,7 @@ class FisherLanczos:
             steps=steps,
             seed=self.config.seed,
             dtype=dtype,
-            device=self._place(wanted, matrix.n, dtype, matrix.device),
+            device=self._place("steps", min(steps, matrix.n), matrix.n, dtype, matrix.device),
         )
 
     def _deflated(
@@ -449,8 +446,9 @@ class FisherLanczos:
         dtype = self._dtype(matrix)
         # The basis that found them is gone; those that are kept are copied unless all are.
         some = 0 if bool(keep.all()) else int(keep.sum())
-        wanted = Vectors("steps", min(steps, matrix.n), eigenvectors=some)
-        self._place(wanted, matrix.n, dtype, matrix.device)
+        self._place(
+            "steps", min(steps, matrix.n), matrix.n, dtype, matrix.device, eigenvectors=some
+        )
         if some:
             vectors = vectors[keep.to(vectors.device)]
         return quadrature(
@@ -469,16 +467,50 @@ class FisherLanczos:
         return matrix.dtype if named == "auto" else getattr(torch, named)
 
     def _place(
-        self, wanted: Vectors, n: int, dtype: torch.dtype, model_device: torch.device
+        self,
+        setting: str,
+        basis: int,
+        n: int,
+        dtype: torch.dtype,
+        model_device: torch.device,
+        *,
+        copies: int = 1,
+        eigenvectors: int = 0,
     ) -> torch.device:
-        return place(
-            wanted,
-            n,
-            dtype,
-            device=self.config.vector_device,
-            model_device=model_device,
-            say=self._say,
+        """Says what vectors will take that are about to be allocated, and chooses where they fit.
+
+        Args:
+            setting: the argument that their number follows from.
+            basis: vectors of the basis, ``m``.
+            n: length of a vector.
+            dtype: of their elements.
+            model_device: where the model is.
+            copies: how many blocks of the basis' size there are at once.
+            eigenvectors: further vectors.
+
+        Raises:
+            CurvatureError: they do not fit.
+        """
+        device = self.config.vector_device
+        count, each = basis * copies + eigenvectors, n * dtype.itemsize
+        chosen = model_device if device == "auto" else torch.device(device)
+        if device == "auto" and count * each > free_memory(chosen):
+            chosen = torch.device("cpu")
+        free = free_memory(chosen)
+        what = f"{copies} blocks of {basis} vectors" if copies > 1 else f"{basis} vectors"
+        what = f"({what} + {eigenvectors} eigenvectors)" if eigenvectors else what
+        size, room = count * each / 2**20, f"{free / 2**20:.0f} MiB"
+        self._say(
+            f"Lanczos basis: {what} x {n} parameters x {dtype} = "
+            f"{size:.1f} MiB on {chosen} ({room} free)"
         )
+        if count * each > free:
+            largest = max((free // max(each, 1) - eigenvectors) // copies, 0)
+            raise CurvatureError(
+                f"{setting}: {what} of {n} parameters take {size:.0f} MiB, and {room} are free on "
+                f"{chosen}; allowed: {largest} or fewer vectors, or a smaller block"
+            )
+        return chosen
 
     # ---- records -----------------------------------------------------------------------------
 

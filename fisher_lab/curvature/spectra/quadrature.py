@@ -76,12 +76,10 @@ class Quadrature:
         """
         known = values.double().cpu()
         weight = torch.full_like(known, 1.0 / self.n)
-        return Quadrature(
-            tuple(torch.cat([known, nodes]) for nodes in self.nodes),
-            tuple(torch.cat([weight, weights]) for weights in self.weights),
-            self.n,
-            self.n_products,
-            self.seed,
+        return replace(
+            self,
+            nodes=tuple(torch.cat([known, nodes]) for nodes in self.nodes),
+            weights=tuple(torch.cat([weight, weights]) for weights in self.weights),
         )
 
     def density(self, grid: Tensor, sigma: float, *, log: bool = False) -> tuple[Tensor, Tensor]:
@@ -98,17 +96,12 @@ class Quadrature:
         """
         curves = []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
-            where = nodes
             if log:
                 keep = nodes > 0
-                where, weights = nodes[keep].log10(), weights[keep]
-            bump = torch.exp(-((grid[:, None] - where) ** 2) / (2 * sigma**2))
+                nodes, weights = nodes[keep].log10(), weights[keep]
+            bump = torch.exp(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2))
             curves.append(bump @ weights / (sigma * math.sqrt(2 * math.pi)))
-        stacked = torch.stack(curves)
-        error = (
-            stacked.std(0) / math.sqrt(len(curves)) if len(curves) > 1 else stacked[0] * math.nan
-        )
-        return stacked.mean(0), error
+        return _mean_and_error(torch.stack(curves))
 
 
 def rademacher(n: int, generator: torch.Generator) -> Tensor:
@@ -187,7 +180,7 @@ def hutch_plus_plus(
     Args:
         matvec: the operator.
         n: its size.
-        n_products: products in all, 6 or more (so that the standard error has two probes).
+        n_products: products in all, at least 6: the standard error takes two probes.
         seed: of the random vectors.
         dtype: of the vectors; ``n_products / 3`` of them are allocated.
         device: of the vectors.
@@ -200,28 +193,32 @@ def hutch_plus_plus(
     generator = torch.Generator().manual_seed(seed)
     third = n_products // 3
     size = min(third, n)
-    span = torch.stack([matvec(_signs(n, generator, dtype, device)) for _ in range(size)])
-    basis = torch.linalg.qr(span.T).Q.T.contiguous()
+
+    def signs() -> Tensor:
+        return rademacher(n, generator).to(device=device, dtype=dtype)
+
+    basis = torch.linalg.qr(torch.stack([matvec(signs()) for _ in range(size)]).T).Q.T.contiguous()
     known = sum(float(row.double() @ matvec(row.clone()).double()) for row in basis)
     if len(basis) == n:
         return Estimate(known, 0.0, 0, 2 * size, seed)
     rest = []
     for _ in range(third):
-        probe = _signs(n, generator, dtype, device)
+        probe = signs()
         probe -= (basis @ probe) @ basis
         rest.append(float(probe.double() @ matvec(probe).double()))
     found = _estimate(rest, 2 * size + third, seed)
     return Estimate(known + found.value, found.standard_error, third, found.n_products, seed)
 
 
-def _signs(n: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return rademacher(n, generator).to(device=device, dtype=dtype)
-
-
 def _estimate(values: list[float], products: int, seed: int) -> Estimate:
-    found = torch.tensor(values, dtype=torch.float64)
-    error = float(found.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return Estimate(float(found.mean()), error, len(values), products, seed)
+    mean, error = _mean_and_error(torch.tensor(values, dtype=torch.float64))
+    return Estimate(float(mean), float(error), len(values), products, seed)
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the probes (the rows) and its standard error, NaN for a single probe."""
+    error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values[0] * math.nan
+    return values.mean(0), error
 
 
 def damped_share(values: Tensor, lam: float) -> Tensor:
@@ -246,9 +243,16 @@ def density_record(
     floor = rule.n * torch.finfo(dtype).eps * largest
     zero = rule.trace_of(lambda x: (x.abs() <= floor).double())
     left_out = rule.trace_of(lambda x: (x <= floor).double())
-    grid, width = _grid(rule.nodes, floor, n_grid, sigma, log)
-    clean = replace(rule, nodes=tuple(_drop(x, floor) for x in rule.nodes)) if log else rule
-    density, error = clean.density(grid, width, log=log)
+    every, smoothed = torch.cat(rule.nodes), rule
+    if log:
+        every = every[every > floor].log10()
+        clean = tuple(torch.where(x > floor, x, torch.zeros_like(x)) for x in rule.nodes)
+        smoothed = replace(rule, nodes=clean)
+    low, high = (float(every.min()), float(every.max())) if len(every) else (-1.0, 0.0)
+    span = max(high - low, 1e-3 * max(abs(high), 1e-30))
+    width = 0.01 * span if sigma is None else sigma
+    grid = torch.linspace(low - 4 * width, high + 4 * width, n_grid, dtype=torch.float64)
+    density, error = smoothed.density(grid, width, log=log)
     return {
         "grid": grid.tolist(),
         "scale": "log10" if log else "linear",
@@ -260,19 +264,3 @@ def density_record(
         "nodes": [nodes.tolist() for nodes in rule.nodes],
         "weights": [weights.tolist() for weights in rule.weights],
     }
-
-
-def _grid(
-    nodes: tuple[Tensor, ...], floor: float, n_grid: int, sigma: float | None, log: bool
-) -> tuple[Tensor, float]:
-    every = torch.cat(nodes)
-    if log:
-        every = every[every > floor].log10()
-    low, high = (float(every.min()), float(every.max())) if len(every) else (-1.0, 0.0)
-    span = max(high - low, 1e-3 * max(abs(high), 1e-30))
-    width = 0.01 * span if sigma is None else sigma
-    return torch.linspace(low - 4 * width, high + 4 * width, n_grid, dtype=torch.float64), width
-
-
-def _drop(nodes: Tensor, floor: float) -> Tensor:
-    return torch.where(nodes > floor, nodes, torch.zeros_like(nodes))

@@ -8,7 +8,6 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -111,8 +110,8 @@ class FisherSpectral:
             every rank gets the spectra of all samples.
 
     Raises:
-        CurvatureError: an option is out of range; a cache or the mode ``sketch`` on several ranks;
-            ``eigensolve_device="cuda"`` on a machine without a CUDA device.
+        CurvatureError: the options are of another class; a cache or the mode ``sketch`` on several
+            ranks; ``eigensolve_device="cuda"`` on a machine without a CUDA device.
     """
 
     def __init__(
@@ -125,6 +124,9 @@ class FisherSpectral:
         progress: Progress | None = None,
         communicator: Communicator | None = None,
     ) -> None:
+        if not isinstance(config, SpectralConfig | None):
+            what = type(config).__name__
+            raise CurvatureError(f"config: a {what}; allowed: SpectralConfig(...) or None")
         self.config = SpectralConfig() if config is None else replace(config)
         check_device("eigensolve_device", self.config.eigensolve_device)
         self._ranks = communicator or Alone()
@@ -168,7 +170,7 @@ class FisherSpectral:
         """
         model = plain(model)
         blocks = parameter_blocks(model, block_structure)
-        with self._isolated(model):
+        with isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic):
             self._check_alike(model, n_samples, block_structure, center_gradients)
             samples = self._draw(model, batch, n_samples)
             call = _Call(model, samples, blocks, block_structure, center_gradients)
@@ -180,7 +182,7 @@ class FisherSpectral:
                 factored = {name for chunk in chunks for name in chunk.factored}
             collectors = self._collectors(call, factored)
             try:
-                together(self._ranks, lambda: self._collect(chunks, samples, collectors))
+                together(self._ranks, lambda: self._collect(chunks, samples.n, collectors))
                 found = self._solve(call, collectors)
             finally:
                 for collector in collectors.values():
@@ -216,7 +218,7 @@ class FisherSpectral:
         if self._ranks.size > 1:
             raise CurvatureError("collect_gradients: several ranks; allowed: one process")
         model = plain(model)
-        with self._isolated(model):
+        with isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic):
             call = _Call(model, self._draw(model, batch, n_samples))
             return GradientCache(
                 sample_unit=call.samples.unit,
@@ -228,9 +230,6 @@ class FisherSpectral:
             )
 
     # ---- samples and gradients ---------------------------------------------------------------
-
-    def _isolated(self, model: nn.Module) -> AbstractContextManager[None]:
-        return isolated(model, seed=self.config.seed, deterministic=self.config.use_deterministic)
 
     def _check_alike(self, model: nn.Module, *choices: object) -> None:
         """Ranks that differ would wait for each other in different collectives."""
@@ -254,38 +253,34 @@ class FisherSpectral:
         )
 
     def _gradients(self, call: _Call) -> tuple[Iterable[Chunk], set[str]]:
-        """Returns the rows of ``J``, still to be computed, and which weights come as products."""
-        factored = self._factored(call)
+        """Returns the rows of ``J``, still to be computed, and which weights come as products.
+
+        Products serve the Gram matrix alone: the modes that need rows take none.
+        """
+        mode, trainable, n = self.config.storage_mode, call.trainable, call.samples.total
+        factored: dict[str, nn.Module] = {}
+        if self.config.linear_gram != "never" and mode in ("chunked", "streaming"):
+            factored = choose_factored(call.model, call.samples, trainable, self._ranks)
+        if mode == "streaming":
+            # A weight with fewer elements than samples may get a P x P matrix, which needs rows.
+            factored = {name: m for name, m in factored.items() if trainable[name].numel() >= n}
         chunks = PerSampleGradients(
             call.model,
             call.samples,
-            call.trainable,
+            trainable,
             factored=factored,
             chunk_size=self.config.chunk_size,
             loss_fn=self._loss_fn,
         )
         return chunks, set(factored)
 
-    def _factored(self, call: _Call) -> dict[str, nn.Module]:
-        """Products serve the Gram matrix alone: the modes that need rows take none."""
-        mode = self.config.storage_mode
-        if self.config.linear_gram == "never" or mode not in ("chunked", "streaming"):
-            return {}
-        chosen = choose_factored(call.model, call.samples, call.trainable, self._ranks)
-        if mode == "chunked":
-            return chosen
-        # A weight with fewer elements than samples may get a P x P matrix, which needs rows.
-        n = call.samples.total
-        return {name: m for name, m in chosen.items() if call.trainable[name].numel() >= n}
-
     # ---- matrices ----------------------------------------------------------------------------
 
     def _collectors(self, call: _Call, factored: set[str]) -> dict[str, BlockMatrix]:
-        samples = call.samples
+        samples, mode = call.samples, self.config.storage_mode
         parameters = dict(call.model.named_parameters())
-        spread = Spread(self._ranks, samples.rows)
+        spread, device = Spread(self._ranks, samples.rows), device_of(call.model)
         space = self._space(call)
-        device = device_of(call.model)
         result: dict[str, BlockMatrix] = {}
         for block, names in call.blocks.items():
             every = {name: parameters[name].numel() for name in names}
@@ -293,7 +288,6 @@ class FisherSpectral:
             if samples.total == 0 or p == 0:
                 continue
             dtype = functools.reduce(torch.promote_types, (parameters[n].dtype for n in names))
-            mode = self.config.storage_mode
             if mode in ("full", "sketch"):
                 result[block] = RowMatrix(spread, every, device, dtype, mode)
             elif mode == "streaming" and p < samples.total:
@@ -306,64 +300,59 @@ class FisherSpectral:
 
     def _space(self, call: _Call) -> Callable[[], FileBytes]:
         """Chooses memory or disk for the whole call, from an upper bound of what has to wait."""
-        wanted = {name for names in call.blocks.values() for name in names}
-        waiting = call.samples.n * sum(
-            p.numel() * p.element_size()
-            for name, p in call.model.named_parameters()
-            if name in wanted
-        )
-        fits = waiting <= self.config.memory_budget_mb * 2**20
-        if not fits and self.config.storage_mode in ("chunked", "streaming"):
+        each = sum(p.numel() * p.element_size() for p in call.trainable.values())
+        waiting = call.samples.n * each
+        if waiting <= self.config.memory_budget_mb * 2**20:
+            return lambda: FileBytes(io.BytesIO())
+        if self.config.storage_mode in ("chunked", "streaming"):
             logger.info(
                 "per-sample gradients: up to %.0f MiB past memory_budget_mb=%g: spilled to disk",
                 waiting / 2**20,
                 self.config.memory_budget_mb,
             )
-        return (lambda: FileBytes(io.BytesIO())) if fits else self._spill
+        return self._spill
 
     def _collect(
-        self,
-        chunks: Iterable[Chunk],
-        samples: SampleSet,
-        collectors: Mapping[str, BlockMatrix],
+        self, chunks: Iterable[Chunk], n: int, collectors: Mapping[str, BlockMatrix]
     ) -> None:
         for chunk in chunks:
             for collector in collectors.values():
                 collector.add(chunk)
             if self._progress is not None:
-                self._progress(chunk.first + chunk.n, samples.n)
+                self._progress(chunk.first + chunk.n, n)
 
     # ---- eigenvalues -------------------------------------------------------------------------
 
     def _solve(self, call: _Call, collectors: Mapping[str, BlockMatrix]) -> dict[str, Found]:
-        n = call.samples.total
+        config, n = self.config, call.samples.total
 
         def solver(block: str, matrix: Tensor) -> Solved:
-            return self._eigenvalues(matrix, n, call.sizes[block])
+            p = call.sizes[block]
+            if not bool(torch.isfinite(matrix).all()):
+                raise eigensolve.SolveError("non-finite gradients")
+            if config.storage_mode == "sketch":
+                # Each block starts from the seed, so that blocks do not depend on one another.
+                seed_generators(config.seed)
+                return eigensolve.sketch(matrix, min(config.top_k or config.sketch_rank, n, p))
+            device = torch.device(config.eigensolve_device.replace("auto", "cpu"))
+            if config.eigensolve_device == "auto" and len(matrix) >= 2048:
+                device = matrix.device
+            return eigensolve.solve(
+                matrix,
+                min(n, p),
+                dtype=self._solver_dtype,
+                device=device,
+                regularization=config.regularization,
+            )
 
         wanted = {b: c for b, c in collectors.items() if not n == call.sizes[b] == 1}
         return solve_blocks(wanted, call.sizes, self._ranks, solver, center=call.center)
 
-    def _eigenvalues(self, matrix: Tensor, n: int, p: int) -> Solved:
-        config = self.config
-        if not bool(torch.isfinite(matrix).all()):
-            raise eigensolve.SolveError("non-finite gradients")
-        if config.storage_mode == "sketch":
-            # Each block starts from the seed, so that blocks do not depend on one another.
-            seed_generators(config.seed)
-            return eigensolve.sketch(matrix, min(config.top_k or config.sketch_rank, n, p))
-        return eigensolve.solve(
-            matrix,
-            min(n, p),
-            dtype=getattr(torch, config.dtype_eigensolve),
-            device=self._device(matrix),
-            regularization=config.regularization,
-        )
-
-    def _device(self, matrix: Tensor) -> torch.device:
-        if self.config.eigensolve_device == "auto":
-            return matrix.device if len(matrix) >= 2048 else torch.device("cpu")
-        return torch.device(self.config.eigensolve_device)
+    @property
+    def _solver_dtype(self) -> torch.dtype:
+        """In which the eigenvalues are found; a sketch is made in float64."""
+        sketched = self.config.storage_mode == "sketch"
+        return torch.float64 if sketched else getattr(torch, self.config.dtype_eigensolve)
 
     # ---- records -----------------------------------------------------------------------------
 
@@ -375,45 +364,34 @@ class FisherSpectral:
         cache_exact: bool | None,
         factored: set[str],
     ) -> dict[str, Any]:
-        per_block = {}
+        n, top_k, dtype = call.samples.total, self.config.top_k, self._solver_dtype
+        per_block: dict[str, dict[str, Any]] = {}
         solved: dict[str, Solved] = {}
         for block, p in call.sizes.items():
             one = found.get(block)
-            record = self._record(block, one, call.samples.total, p)
-            if isinstance(one, Solved) and record["status"] == "ok":
-                solved[block] = one
+            if n == 0:
+                one = "no sample: no label counts"
+            elif one is None:
+                one = "N = P = 1" if n == p == 1 else "no gradient"
+            elif isinstance(one, str):
+                logger.warning("block %s: %s", block, one)
+            if isinstance(one, str):
+                record = eigensolve.degenerate(one, n=n, p=p)
+            else:
+                record = eigensolve.describe(one, n=n, p=p, top_k=top_k, dtype=dtype)
+                if record["status"] == "ok":
+                    solved[block] = one
             per_block[block] = {**record, "method": getattr(collectors.get(block), "method", None)}
-        return {
-            "metadata": self._metadata(call, cache_exact, factored, per_block),
-            "per_block": per_block,
-            "global": eigensolve.union(
-                solved.values(),
-                n=call.samples.total,
-                p=sum(per_block[name]["n_params"] for name in solved),
-                top_k=self.config.top_k,
-                n_degenerate=len(call.blocks) - len(solved),
-                dtype=self._solver_dtype,
-            ),
-        }
-
-    def _record(self, block: str, found: Found | None, n: int, p: int) -> dict[str, Any]:
-        if n == 0:
-            return eigensolve.degenerate("no sample: no label counts", n=n, p=p)
-        if found is None:
-            reason = "N = P = 1" if n == p == 1 else "no gradient"
-            return eigensolve.degenerate(reason, n=n, p=p)
-        if isinstance(found, str):
-            logger.warning("block %s: %s", block, found)
-            return eigensolve.degenerate(found, n=n, p=p)
-        return eigensolve.describe(
-            found, n=n, p=p, top_k=self.config.top_k, dtype=self._solver_dtype
+        whole = eigensolve.union(
+            solved.values(),
+            n=n,
+            p=sum(call.sizes[block] for block in solved),
+            top_k=top_k,
+            n_degenerate=len(call.blocks) - len(solved),
+            dtype=dtype,
         )
-
-    @property
-    def _solver_dtype(self) -> torch.dtype:
-        """In which the eigenvalues are found; a sketch is made in float64."""
-        sketched = self.config.storage_mode == "sketch"
-        return torch.float64 if sketched else getattr(torch, self.config.dtype_eigensolve)
+        metadata = self._metadata(call, cache_exact, factored, per_block)
+        return {"metadata": metadata, "per_block": per_block, "global": whole}
 
     def _metadata(
         self,

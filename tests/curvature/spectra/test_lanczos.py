@@ -18,7 +18,6 @@ from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, NonFiniteError
 from fisher_lab.curvature.evaluation_mode import isolated
-from fisher_lab.curvature.spectra import krylov
 from fisher_lab.curvature.spectra import lanczos as module
 from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos, lanczos_algorithm
@@ -342,7 +341,7 @@ def test_memory_is_said_before_it_is_allocated_and_checked(monkeypatch):
     assert len(said) == 1
     assert f"7 vectors x {n} parameters" in said[0]
     allocated = []
-    monkeypatch.setattr(krylov, "free_memory", lambda device: 7 * n * 8 - 1)
+    monkeypatch.setattr(module, "free_memory", lambda device: 7 * n * 8 - 1)
     monkeypatch.setattr(module, "lanczos_algorithm", lambda *a, **k: allocated.append(a))
     with pytest.raises(CurvatureError, match=r"max_vectors: 7 vectors .* allowed: 6 or fewer"):
         FisherLanczos(k=2, max_vectors=7, say=said.append).top_eigenpairs(model, batch)
@@ -371,7 +370,7 @@ def test_eigenvectors_and_the_blocks_of_the_trace_count(case, monkeypatch):
     engine.trace(case.model, case.batch, n_products=12)
     assert f"3 blocks of 4 vectors x {n} parameters" in said[-1]
     assert f"= {12 * n * 8 / 2**20:.1f} MiB" in said[-1]
-    monkeypatch.setattr(krylov, "free_memory", lambda device: 11 * n * 8 - 1)
+    monkeypatch.setattr(module, "free_memory", lambda device: 11 * n * 8 - 1)
     for run, text in (
         (lambda: engine.analyze(case.model, case.batch), "max_vectors: .* allowed: 7 or fewer"),
         (
@@ -442,6 +441,8 @@ def test_errors_name_what_is_wrong():
         FisherLanczos(operator="fisher")
     with pytest.raises(CurvatureError, match="k: 0"):
         FisherLanczos(k=0)
+    with pytest.raises(CurvatureError, match="max_products: 5; allowed: None, or at least k = 10"):
+        FisherLanczos(max_products=5)
     with pytest.raises(CurvatureError, match=r"block: .*'transformer\.h\.7'"):
         FisherLanczos().top_eigenpairs(model, batch, "transformer.h.7")
     with pytest.raises(CurvatureError, match="max_vectors: 5"):

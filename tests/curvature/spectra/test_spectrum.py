@@ -318,6 +318,8 @@ def test_configuration_out_of_range_names_the_field(field, value):
 
 
 def test_errors_name_what_is_wrong(case):
+    with pytest.raises(CurvatureError, match=r"^config: a dict; allowed: SpectralConfig\(\.\.\.\)"):
+        FisherSpectral({"chunk_size": 3})  # type: ignore[arg-type]
     with pytest.raises(CurvatureError, match="block_structure: 'tower'"):
         spectrum(case.model, case.batch, structure="tower")
     with pytest.raises(CurvatureError, match="n_samples: 0"):
