@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from time import perf_counter
 from typing import Any, Protocol
@@ -189,11 +189,11 @@ def rank_seed(seed: int, rank: int) -> int:
 def exchange_tokens_for_outputs(
     x: Tensor, rows: Sequence[int], communicator: Communicator
 ) -> Tensor:
-    """Exchanges a rank's tokens of all outputs for all tokens of its slice of the outputs.
+    """Exchanges a rank's rows of all columns for all rows of its slice of the columns.
 
     Args:
-        x: ``[rows[rank], out]``.
-        rows: tokens of each rank.
+        x: ``[rows[rank], out]``, such as tokens by outputs.
+        rows: rows of each rank.
         communicator: of the ranks.
 
     Returns:
@@ -268,8 +268,6 @@ class TorchCommunicator(Communicator):
 
     Args:
         group: the process group; None takes the default one.
-        pairwise: build the exchange from sends and receives (what backends without all-to-all
-            get by themselves).
 
     Attributes:
         traffic: name of a collective -> what it has moved.
@@ -277,7 +275,7 @@ class TorchCommunicator(Communicator):
             (nccl); None leaves the time-out to the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, pairwise: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise RuntimeError("several ranks need a process group: call init_process_group first")
@@ -286,7 +284,6 @@ class TorchCommunicator(Communicator):
         self.patience: timedelta | None = None
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
-        self._pairwise = pairwise
         nccl = "nccl" in dist.get_backend(self.group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
 
@@ -330,41 +327,18 @@ class TorchCommunicator(Communicator):
         size, own = here.element_size(), self.rank
         going = (sum(sent) - sent[own]) * size
         coming = (sum(received) - received[own]) * size
-        source, target = _as_bytes(here), _as_bytes(result)
-        out_sizes = [n * size for n in sent]
-        in_sizes = [n * size for n in received]
         with self._counted("exchange", here, going, coming):
-            if not self._pairwise:
-                try:
-                    self._finish(
-                        dist.all_to_all_single(
-                            target, source, in_sizes, out_sizes, group=self.group, async_op=True
-                        )
-                    )
-                except RuntimeError as error:
-                    if "support" not in str(error).lower():
-                        raise
-                    self._pairwise = True  # known before anything was sent, on every rank alike
-            if self._pairwise:
-                self._send_and_receive(target, source, in_sizes, out_sizes)
+            self._finish(
+                dist.all_to_all_single(
+                    _as_bytes(result),
+                    _as_bytes(here),
+                    [n * size for n in received],
+                    [n * size for n in sent],
+                    group=self.group,
+                    async_op=True,
+                )
+            )
         return result.to(x.device)
-
-    def _send_and_receive(
-        self, target: Tensor, source: Tensor, in_sizes: Sequence[int], out_sizes: Sequence[int]
-    ) -> None:
-        outgoing, incoming = source.split(list(out_sizes)), target.split(list(in_sizes))
-        incoming[self.rank].copy_(outgoing[self.rank])
-        work: list[Any] = []
-        for other in range(self.size):
-            if other == self.rank:
-                continue
-            peer = dist.get_global_rank(self.group, other)  # type: ignore[arg-type]
-            if in_sizes[other]:
-                work.append(dist.irecv(incoming[other], peer, group=self.group))
-            if out_sizes[other]:
-                work.append(dist.isend(outgoing[other].contiguous(), peer, group=self.group))
-        for each in work:
-            self._finish(each)
 
     @override
     def broadcast(self, x: Tensor, source: int) -> Tensor:
@@ -431,13 +405,8 @@ class TorchCommunicator(Communicator):
 
     def totals(self) -> Traffic:
         """Returns the sum over the collectives."""
-        total = Traffic()
-        for entry in self.traffic.values():
-            total.calls += entry.calls
-            total.sent += entry.sent
-            total.received += entry.received
-            total.seconds += entry.seconds
-        return total
+        every = [astuple(entry) for entry in self.traffic.values()]
+        return Traffic(*map(sum, zip(*every, strict=True)))
 
 
 _CPU = torch.device("cpu")

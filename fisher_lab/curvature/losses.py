@@ -206,14 +206,14 @@ def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: boo
     return labels.masked_fill(~active, IGNORE_INDEX)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Returns the batch with its tensors on a device; containers are copied, never changed."""
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Returns the batch with a function of its tensors; containers are copied, never changed."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: map_tensors(function, value) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(map_tensors(function, value) for value in batch)
     return batch
 
 
@@ -223,7 +223,8 @@ def prepare(model: nn.Module, batch: Any) -> Any:
     In an encoder-decoder model the decoder's inputs are made from the caller's labels first, as
     the model itself would, so that masking the labels does not change what the decoder sees.
     """
-    batch = to_device(batch, device_of(model))
+    device = device_of(model)
+    batch = map_tensors(lambda x: x.to(device), batch)
     if not isinstance(batch, dict) or batch.get("labels") is None:
         return batch
     inner = unwrap(model)
@@ -250,18 +251,12 @@ def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     """
     if isinstance(batch, Tensor):
         return model(batch)
-    if isinstance(batch, Mapping):
-        return _forward_mapping(model, batch, with_labels)
-    return model(batch[0]) if labels_of(batch) is not None else model(*batch)
-
-
-def _forward_mapping(model: nn.Module, batch: Mapping[str, Any], with_labels: bool) -> Any:
+    if not isinstance(batch, Mapping):
+        return model(batch[0]) if labels_of(batch) is not None else model(*batch)
     inputs = {k: v for k, v in batch.items() if with_labels or k != "labels"}
     parameters = inspect.signature(unwrap(model).forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        accepted = inputs
-    else:
-        accepted = {k: v for k, v in inputs.items() if k in parameters}
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = {k: v for k, v in inputs.items() if every or k in parameters}
     if not accepted:
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
         if not tensors:
@@ -360,7 +355,15 @@ def compute_loss(
             number of labels behind a mean loss is not known.
     """
     if loss_fn is None and shift_of(model) is None:
-        return _own_loss(model, batch, n_labels)
+        outputs = forward(model, batch, with_labels=True)
+        loss = getattr(outputs, "loss", None)
+        if loss is None:
+            raise LossError(
+                f"model: the output of {type(unwrap(model)).__name__} has no loss; "
+                "give loss=<function of (outputs, batch)>"
+            )
+        touch = logits_of(outputs)
+        return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch)
     if loss_fn is None and labels_of(batch) is None:
         raise LossError("batch: no 'labels' in it; add them or give loss=<function or tensor>")
     outputs = forward(model, batch)
@@ -372,17 +375,6 @@ def compute_loss(
         count = n_labels if n_labels is not None else count_labels(batch)
         return SummedLoss(loss.sum(), loss.numel() if count is None else count)
     return sum_of(loss, batch, n_labels=n_labels, reduction=reduction, touch=loss)
-
-
-def _own_loss(model: nn.Module, batch: Any, n_labels: int | None) -> SummedLoss:
-    outputs = forward(model, batch, with_labels=True)
-    loss = getattr(outputs, "loss", None)
-    if loss is None:
-        raise LossError(
-            f"model: the output of {type(unwrap(model)).__name__} has no loss; "
-            "give loss=<function of (outputs, batch)>"
-        )
-    return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=logits_of(outputs))
 
 
 def sum_of(

@@ -30,9 +30,9 @@ def all_reduce(comm, transposed: bool) -> Tensor:
     return comm.all_reduce(x.T if transposed else x)
 
 
-def exchange(comm, pairwise: bool, dtype: torch.dtype) -> tuple[Tensor, dict]:
+def exchange(comm, dtype: torch.dtype) -> tuple[Tensor, dict]:
     """Columns for rows, as the mode `gram` does it: `[T_r, 5]` becomes `[T, share of 5]`."""
-    comm = TorchCommunicator(comm.group, pairwise=pairwise)
+    comm = TorchCommunicator(comm.group)
     rows, widths = COUNTS[: comm.size], slice_sizes(5, comm.size)
     local = torch.arange(rows[comm.rank] * 5).view(-1, 5).to(dtype) + 3 * comm.rank
     pieces = local.split(widths, dim=1)

@@ -31,16 +31,13 @@ def test_sum_over_ranks(ranks: Pool, size: int, transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("pairwise", [False, True], ids=["all_to_all", "pairs"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_exchange_of_columns_for_rows(
-    ranks: Pool, size: int, pairwise: bool, dtype: torch.dtype
-) -> None:
+def test_exchange_of_columns_for_rows(ranks: Pool, size: int, dtype: torch.dtype) -> None:
     rows = COUNTS[:size]
     whole = torch.cat([
         torch.arange(n * 5).view(-1, 5).to(dtype) + 3 * r for r, n in enumerate(rows)
     ])  # fmt: skip
-    answers = ranks.run(collective_calls.exchange, size, pairwise=pairwise, dtype=dtype)
+    answers = ranks.run(collective_calls.exchange, size, dtype=dtype)
     bytes_each = torch.empty(0, dtype=dtype).element_size()
     for rank, (got, moved) in enumerate(answers):
         assert torch.equal(got, whole[:, slice_of_rank(5, rank, size)])

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
@@ -121,25 +120,13 @@ class FisherLanczos:
             BatchError: no label counts.
         """
         kept: list[Tensor] = []
-        with self._opened(model, batch, block) as matrix:
 
-            def work() -> dict[str, Any]:
-                found = self._eigenpairs(matrix, eigenvectors=eigenvectors)
-                kept.extend([] if found.eigenvectors is None else [found.eigenvectors])
-                return self._pairs(found, matrix, block)
+        def work(matrix: CurvatureOperator) -> dict[str, Any]:
+            found = self._eigenpairs(matrix, eigenvectors=eigenvectors)
+            kept.extend([] if found.eigenvectors is None else [found.eigenvectors])
+            return self._pairs(found, matrix, block)
 
-            record = matrix.drive(work)
-            if eigenvectors:
-                vectors = self._from_rank_0(kept, len(record["eigenvalues"]), matrix)
-                record["eigenvectors"] = matrix.unflatten(vectors)
-            return record
-
-    def _from_rank_0(self, kept: list[Tensor], k: int, matrix: CurvatureOperator) -> Tensor:
-        """Sends the vectors ``[k, n]`` to the ranks that have none."""
-        if self._ranks.size == 1:
-            return kept[0]
-        empty = torch.empty((k, matrix.n), dtype=self._dtype(matrix), device=matrix.device)
-        return self._ranks.broadcast(kept[0] if kept else empty, 0)
+        return self._driven(model, batch, block, work, kept if eigenvectors else None)
 
     def lanczos_algorithm(
         self, matvec: MatVec, n: int, k: int | None = None, *, eigenvectors: bool = True
@@ -196,16 +183,14 @@ class FisherLanczos:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
             SettingError: probes without ``reorthogonalize``.
         """
-        self._check_damping(lam)
-        if n_probes > 0:
-            self._check_orthogonal("n_probes=0")
+        self._check(lam, "True, or n_probes=0" if n_probes > 0 else "")
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             found = self._eigenpairs(matrix, eigenvectors=n_probes > 0)
             result: dict[str, Any] = {"top": self._pairs(found, matrix, block)}
             if n_probes == 0:
                 return result
-            rule = self._deflated(matrix, found, n_probes, steps)
+            rule = self._quadrature(matrix, n_probes, steps, found)
             log = self.config.operator != "hessian"
             result["density"] = {
                 **density_record(rule, self._dtype(matrix), n_grid, None, log),
@@ -298,15 +283,12 @@ class FisherLanczos:
             # The random range, its orthonormal basis and the work space in between.
             block = max(n_products // 3, 1)
             device = self._place("n_products", block, matrix.n, dtype, matrix.device, copies=3)
-            estimate = hutch_plus_plus(
-                matrix,
-                matrix.n,
-                n_products=n_products,
-                seed=self.config.seed,
-                dtype=dtype,
-                device=device,
+            seed = self.config.seed
+            return asdict(
+                hutch_plus_plus(
+                    matrix, matrix.n, n_products=n_products, seed=seed, dtype=dtype, device=device
+                )
             )
-            return asdict(estimate)
 
         return Estimate(**self._driven(model, batch, block, work))
 
@@ -336,42 +318,49 @@ class FisherLanczos:
             CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
             SettingError: without ``reorthogonalize``.
         """
-        self._check_damping(lam)
-        self._check_orthogonal()
+        self._check(lam, "True")
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             found = self._eigenpairs(matrix, eigenvectors=True)
-            rule = self._deflated(matrix, found, n_probes, steps)
+            rule = self._quadrature(matrix, n_probes, steps, found)
             dimension = asdict(rule.trace_of(partial(damped_share, lam=lam)))
             return {**dimension, "n_products": dimension["n_products"] + found.n_products}
 
         return Estimate(**self._driven(model, batch, block, work))
 
-    def _check_damping(self, lam: float | None) -> None:
-        if lam is None:
-            return
-        if not lam > 0:
+    def _check(self, lam: float | None, allowed: str) -> None:
+        """Refuses a damping out of range, and copies of eigenvalues that would count as known."""
+        if lam is not None and not lam > 0:
             raise CurvatureError(f"lam: {lam}; allowed: above 0")
-        if self.config.operator == "hessian":
+        if lam is not None and self.config.operator == "hessian":
             raise CurvatureError("operator: 'hessian' may be indefinite; allowed: empirical, true")
-
-    def _check_orthogonal(self, otherwise: str | None = None) -> None:
-        """Copies of eigenvalues would be counted as known, each with a vector that is not new."""
-        if not self.config.reorthogonalize:
-            allowed = "True" if otherwise is None else f"True, or {otherwise}"
+        if allowed and not self.config.reorthogonalize:
             raise SettingError(
                 f"reorthogonalize: False; allowed where eigenpairs count as known: {allowed}"
             )
 
     # ---- runs --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _opened(
-        self, model: nn.Module, batch: Any, block: str | None
-    ) -> Iterator[CurvatureOperator]:
+    def _driven(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None,
+        work: Callable[[CurvatureOperator], dict[str, Any]],
+        vectors: list[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Returns what the work makes of the operator, on every rank.
+
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as there.
+            block: as there.
+            work: on rank 0.
+            vectors: where the work leaves its eigenvectors ``[k, n]``, which are sent as well.
+        """
         model = plain(model)
         with isolated(model, seed=self.config.seed):
-            yield CurvatureOperator(
+            matrix = CurvatureOperator(
                 self.config.operator,
                 model,
                 batch,
@@ -380,17 +369,14 @@ class FisherLanczos:
                 products=self.config.products,
                 communicator=self._ranks,
             )
-
-    def _driven(
-        self,
-        model: nn.Module,
-        batch: Any,
-        block: str | None,
-        work: Callable[[CurvatureOperator], dict[str, Any]],
-    ) -> dict[str, Any]:
-        """Returns what the work makes of the operator, on every rank."""
-        with self._opened(model, batch, block) as matrix:
-            return matrix.drive(lambda: work(matrix))
+            record = matrix.drive(lambda: work(matrix))
+            if vectors is not None:
+                shape = (len(record["eigenvalues"]), matrix.n)
+                if not vectors:
+                    dtype = self._dtype(matrix)
+                    vectors.append(torch.empty(shape, dtype=dtype, device=matrix.device))
+                record["eigenvectors"] = matrix.unflatten(self._ranks.broadcast(vectors[0], 0))
+            return record
 
     def _eigenpairs(self, matrix: CurvatureOperator, *, eigenvectors: bool) -> LanczosResult:
         return self._run(
@@ -425,42 +411,38 @@ class FisherLanczos:
             eigenvectors=eigenvectors,
         )
 
-    def _quadrature(self, matrix: CurvatureOperator, n_probes: int, steps: int) -> Quadrature:
-        dtype = self._dtype(matrix)
-        return quadrature(
-            matrix,
-            matrix.n,
-            n_probes=n_probes,
-            steps=steps,
-            seed=self.config.seed,
-            dtype=dtype,
-            device=self._place("steps", min(steps, matrix.n), matrix.n, dtype, matrix.device),
-        )
-
-    def _deflated(
-        self, matrix: CurvatureOperator, found: LanczosResult, n_probes: int, steps: int
+    def _quadrature(
+        self,
+        matrix: CurvatureOperator,
+        n_probes: int,
+        steps: int,
+        found: LanczosResult | None = None,
     ) -> Quadrature:
-        """Quadrature whose probes are deflated by the pairs that converged, which enter exactly."""
-        assert found.eigenvectors is not None
-        keep, vectors = torch.tensor(found.converged), found.eigenvectors
-        dtype = self._dtype(matrix)
-        # The basis that found them is gone; those that are kept are copied unless all are.
-        some = 0 if bool(keep.all()) else int(keep.sum())
-        self._place(
-            "steps", min(steps, matrix.n), matrix.n, dtype, matrix.device, eigenvectors=some
-        )
-        if some:
-            vectors = vectors[keep.to(vectors.device)]
+        """Quadrature; its probes are deflated by converged pairs, which then enter exactly."""
+        dtype, m, seed = self._dtype(matrix), min(steps, matrix.n), self.config.seed
+        known, deflate = torch.empty(0), None
+        if found is None:
+            device = self._place("steps", m, matrix.n, dtype, matrix.device)
+        else:
+            assert found.eigenvectors is not None
+            keep, seed = torch.tensor(found.converged), seed + 1
+            known, vectors = found.eigenvalues[keep], found.eigenvectors
+            device = vectors.device
+            # The basis that found them is gone; those that are kept are copied unless all are.
+            some = 0 if bool(keep.all()) else len(known)
+            self._place("steps", m, matrix.n, dtype, matrix.device, eigenvectors=some)
+            if len(known):
+                deflate = vectors[keep.to(device)] if some else vectors
         return quadrature(
             matrix,
             matrix.n,
             n_probes=n_probes,
             steps=steps,
-            seed=self.config.seed + 1,
+            seed=seed,
             dtype=dtype,
-            device=vectors.device,
-            deflate=vectors if bool(keep.any()) else None,
-        ).with_known(found.eigenvalues[keep])
+            device=device,
+            deflate=deflate,
+        ).with_known(known)
 
     def _dtype(self, matrix: CurvatureOperator) -> torch.dtype:
         named = self.config.vector_dtype

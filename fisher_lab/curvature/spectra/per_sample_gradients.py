@@ -7,7 +7,8 @@ pass gives a chunk of its rows. A linear layer whose Gram matrix is cheaper with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,50 +128,45 @@ def choose_factored(
     linear = linear_weights(model, names)
     if not linear or samples.total == 0:
         return {}
-    own: dict[str, list[int] | None] = {}
+    own: dict[str, tuple[int, int] | None] = {}
     together(ranks, lambda: own.update(_positions(model, linear, samples)))
-    by_rank = ranks.all_gather_objects(
-        {n: seen and [max(seen), sum(seen)] for n, seen in own.items()}
-    )
+    by_rank = ranks.all_gather_objects(own)
     chosen = {}
     for name, module in linear.items():
         seen = [other[name] for other in by_rank if name in other]
         if not seen or None in seen:
             continue
         longest, positions = max(s[0] for s in seen), sum(s[1] for s in seen)
-        d_in, d_out = _dims(module)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        d_in, d_out = weight.shape if is_conv1d(module) else weight.shape[::-1]
         if factored_is_cheaper(samples.total, longest, positions, d_in, d_out):
             chosen[name] = module
     return chosen
 
 
-def _dims(module: nn.Module) -> tuple[int, int]:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    d_in, d_out = weight.shape if is_conv1d(module) else weight.shape[::-1]
-    return d_in, d_out
-
-
 def _positions(
     model: nn.Module, linear: Mapping[str, nn.Module], samples: SampleSet
-) -> dict[str, list[int] | None]:
-    """Returns, by layer, the positions of every sequence at it; None for those that do not fit."""
-    by_group: dict[int, dict[str, int | None]] = {}
-    result: dict[str, list[int] | None] = {}
-    for sequence in samples.sequences:
-        if sequence.group not in by_group:
-            by_group[sequence.group] = _probe(model, linear, sequence)
-        for name, count in by_group[sequence.group].items():
-            seen = result.setdefault(name, [])
-            if count is None or seen is None:
+) -> dict[str, tuple[int, int] | None]:
+    """The positions of the longest sequence and of all, by layer; None where they do not fit."""
+    result: dict[str, tuple[int, int] | None] = {}
+    groups = Counter(sequence.group for sequence in samples.sequences)
+    first = {sequence.group: sequence for sequence in reversed(samples.sequences)}
+    for group, number in groups.items():
+        for name, shapes in _probe(model, linear, first[group]).items():
+            before = result.get(name, (0, 0))
+            fits = len(shapes) == 1 and len(shapes[0]) in (2, 3) and shapes[0][0] == 1
+            if not fits or before is None:
                 result[name] = None
-            else:
-                seen.append(count)
+                continue
+            count = shapes[0][1] if len(shapes[0]) == 3 else 1
+            result[name] = max(before[0], count), before[1] + count * number
     return result
 
 
 def _probe(
     model: nn.Module, linear: Mapping[str, nn.Module], sequence: SequenceSamples
-) -> dict[str, int | None]:
+) -> dict[str, list[torch.Size]]:
+    """The shapes of the inputs of every call of a layer."""
     calls: dict[str, list[torch.Size]] = {name: [] for name in linear}
     with torch.no_grad(), ExitStack() as stack:
         for name, module in linear.items():
@@ -179,13 +175,7 @@ def _probe(
             )
             stack.callback(hook.remove)
         losses.forward(model, sequence.batch)
-    return {name: _fit(shapes) for name, shapes in calls.items()}
-
-
-def _fit(shapes: list[torch.Size]) -> int | None:
-    if len(shapes) != 1 or len(shapes[0]) not in (2, 3) or shapes[0][0] != 1:
-        return None
-    return shapes[0][1] if len(shapes[0]) == 3 else 1
+    return calls
 
 
 class PerSampleGradients:
@@ -225,7 +215,10 @@ class PerSampleGradients:
         calls: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for name, module in self._factored.items():
-                stack.callback(module.register_forward_hook(_recorder(calls, name)).remove)
+                hook = module.register_forward_hook(
+                    lambda _m, args, out, name=name: calls.update({name: (args[0], out)})
+                )
+                stack.callback(hook.remove)
             outputs = losses.forward(self._model, sequence.batch)
         values = losses.token_losses(self._scorer.score(outputs, sequence.batch))
         if self._samples.unit == "sequence":
@@ -259,15 +252,6 @@ class PerSampleGradients:
         for name, grad in zip(self._dense, grads[len(calls) :], strict=True):
             if grad is not None:
                 chunk.dense[name] = grad.reshape(n, -1)
-
-
-def _recorder(
-    calls: dict[str, tuple[Tensor, Tensor]], name: str
-) -> Callable[[nn.Module, Any, Any], None]:
-    def record(_module: nn.Module, args: Any, output: Any) -> None:
-        calls[name] = (args[0], output)
-
-    return record
 
 
 def _rows(

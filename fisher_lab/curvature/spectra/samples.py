@@ -118,27 +118,49 @@ def draw_samples(
     ranks = communicator or Alone()
     found: list[_Sequence] = []
     together(ranks, lambda: found.extend(_sequences(model, batch, loss_fn)))
-    contents = [
-        (index, i, f"{content}:{position}")
+    places = [
+        (index, number, f"{content}:{position}")
         for index, (one, content) in enumerate(zip(found, _numbered(found, ranks), strict=True))
-        for i, position in enumerate(one.places(unit))
+        for number, position in enumerate(
+            one.positions if unit == "token" else [-1] * min(len(one.positions), 1)
+        )
     ]
-    keys = [hashlib.sha1(c.encode(), usedforsecurity=False).hexdigest() for _, _, c in contents]
+    keys = [_sha1(content) for *_, content in places]
     by_rank = ranks.all_gather_objects(keys)
     every = [key for other in by_rank for key in other]
-    kept = _subsample(every, n_samples, seed)
+    ordered = sorted(range(len(every)), key=lambda i: _sha1(f"{seed}:{every[i]}"))
+    kept = sorted(ordered[:n_samples])
     bounds = [0, *accumulate(len(other) for other in by_rank)]
     chosen = [[i - low for i in kept if low <= i < high] for low, high in pairwise(bounds)]
     mine = chosen[ranks.rank]
     return SampleSet(
         unit=unit,
-        sequences=_group(found, contents, mine, unit),
+        sequences=_group(found, [places[i] for i in mine], unit),
         keys=tuple(keys[i] for i in mine),
         rows=tuple(len(own) for own in chosen),
         n_candidates=len(every),
-        data_hash=_join(every),
-        subsample_hash=_join([every[i] for i in kept]),
+        data_hash=_sha1("\n".join(sorted(every))),
+        subsample_hash=_sha1("\n".join(sorted(every[i] for i in kept))),
     )
+
+
+def _group(
+    found: list[_Sequence], places: list[tuple[int, int, str]], unit: str
+) -> tuple[SequenceSamples, ...]:
+    numbers: dict[int, list[int]] = {}
+    for index, number, _ in places:
+        numbers.setdefault(index, []).append(number)
+    result, row = [], 0
+    for index, wanted in numbers.items():
+        one, n_rows = found[index], len(wanted)
+        chosen = wanted if unit == "token" else range(len(one.positions))
+        result.append(SequenceSamples(one.batch, tuple(chosen), row, n_rows, one.group))
+        row += n_rows
+    return tuple(result)
+
+
+def _sha1(text: str) -> str:
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,10 +171,6 @@ class _Sequence:
     batch: Any
     content: str
     positions: list[int]
-
-    def places(self, unit: str) -> list[int]:
-        """A place for each sample: the labelled positions, or -1 for the sequence."""
-        return self.positions if unit == "token" else [-1] * min(len(self.positions), 1)
 
 
 def _sequences(
@@ -193,46 +211,13 @@ def _labelled(prepared: Any, shift: bool) -> list[list[int]]:
     return [row.nonzero()[:, 0].tolist() for row in keep]
 
 
-def _subsample(keys: list[str], n_samples: int | None, seed: int) -> list[int]:
-    if n_samples is None or n_samples >= len(keys):
-        return list(range(len(keys)))
-    ranks = [
-        (hashlib.sha1(f"{seed}:{key}".encode(), usedforsecurity=False).digest(), i)
-        for i, key in enumerate(keys)
-    ]
-    return sorted(i for _, i in sorted(ranks)[:n_samples])
-
-
-def _group(
-    found: list[_Sequence],
-    contents: list[tuple[int, int, str]],
-    kept: list[int],
-    unit: str,
-) -> tuple[SequenceSamples, ...]:
-    chosen: dict[int, list[int]] = {}
-    for i in kept:
-        sequence, index, _ = contents[i]
-        chosen.setdefault(sequence, []).append(index)
-    result, row = [], 0
-    for sequence, indices in sorted(chosen.items()):
-        one = found[sequence]
-        every = range(len(one.positions))
-        wanted = tuple(sorted(indices)) if unit == "token" else tuple(every)
-        n_rows = len(wanted) if unit == "token" else 1
-        result.append(SequenceSamples(one.batch, wanted, row, n_rows, one.group))
-        row += n_rows
-    return tuple(result)
-
-
 def _slice(batch: Any, row: int, size: int) -> Any:
     """Cuts one example out of a batch; entries without the batch dimension stay whole."""
-    if isinstance(batch, Tensor):
-        return batch[row : row + 1] if batch.dim() > 0 and batch.shape[0] == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _slice(value, row, size) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_slice(value, row, size) for value in batch)
-    return batch
+
+    def cut(x: Tensor) -> Tensor:
+        return x[row : row + 1] if x.dim() > 0 and x.shape[0] == size else x
+
+    return losses.map_tensors(cut, batch)
 
 
 def _digest(sample: Any) -> str:
@@ -252,7 +237,3 @@ def add_to_hash(sha: hashlib._Hash, tensor: Tensor) -> None:
     sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     sha.update(raw.numpy().data)
-
-
-def _join(keys: list[str]) -> str:
-    return hashlib.sha1("\n".join(sorted(keys)).encode(), usedforsecurity=False).hexdigest()
