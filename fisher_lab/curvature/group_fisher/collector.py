@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,12 @@ from fisher_lab.curvature.errors import (
     check_options,
 )
 from fisher_lab.curvature.evaluation_mode import isolated
-from fisher_lab.curvature.group_fisher.moments import Moments, by_element, by_group, overlap
+from fisher_lab.curvature.group_fisher.moments import Moments, by_element, overlap
 from fisher_lab.curvature.group_fisher.parameter_groups import (
     GROUPS,
     Slot,
-    from_json,
     group_scores,
     layout_of,
-    to_json,
 )
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
 from fisher_lab.curvature.spectra.samples import SampleSet, as_batches, draw_samples
@@ -105,9 +104,8 @@ class FisherCollector:
             CurvatureError: the weight is not above 0, or a shape differs from before.
             NonFiniteError: a gradient holds NaN or infinity.
         """
-        self.update_rows(
-            task, {n: g.detach()[None] for n, g in gradients.items()}, torch.tensor([weight])
-        )
+        rows = {name: g.detach()[None] for name, g in gradients.items()}
+        self.update_rows(task, rows, torch.tensor([weight]))
 
     def update_rows(self, task: str, gradients: Mapping[str, Tensor], weights: Tensor) -> None:
         """Takes in several gradients at once.
@@ -266,8 +264,7 @@ class FisherCollector:
         """Takes in another collector's state, of other data; exact.
 
         Raises:
-            CurvatureError: the other has another unit, sequence weight or shape; nothing of it
-                has been taken in then.
+            CurvatureError: the other has another unit, sequence weight or shape; it is left out.
         """
         for name in ("unit", "sequence_weight"):
             if getattr(self, name) != getattr(other, name):
@@ -296,14 +293,12 @@ class FisherCollector:
     @property
     def fisher_mean(self) -> dict[str, dict[str, Tensor]]:
         """Task, then parameter, to the float64 mean of the squared gradient."""
-        return {t: {n: m.mean for n, m in state.items()} for t, state in self._moments.items()}
+        return {task: self._means(task) for task in self._moments}
 
     @property
     def fisher_variance(self) -> dict[str, dict[str, Tensor]]:
         """Task, then parameter, to the float64 variance with frequency weights."""
-        return {
-            t: {n: m.variance() for n, m in state.items()} for t, state in self._moments.items()
-        }
+        return {task: self.variance(task) for task in self._moments}
 
     def variance(self, task: str, weights: str = "frequency") -> dict[str, Tensor]:
         """Returns the variance by parameter; ``weights`` is ``frequency`` or ``general``.
@@ -324,15 +319,15 @@ class FisherCollector:
         Raises:
             CurvatureError: no such task.
         """
-        state = self._task(task)
+        means, variances = self._means(task), self.variance(task)
         return {
             "unit": self.unit,
             "sequence_weight": self.sequence_weight,
             "task": task,
             "token_total": self.token_total[task],
             "n_updates": self.n_updates[task],
-            "mean": {name: m.mean.to(dtype) for name, m in state.items()},
-            "variance": {name: m.variance().to(dtype) for name, m in state.items()},
+            "mean": {name: x.to(dtype) for name, x in means.items()},
+            "variance": {name: x.to(dtype) for name, x in variances.items()},
         }
 
     def importance(
@@ -349,8 +344,7 @@ class FisherCollector:
             CurvatureError: no such task or group, or the model's layout is not known.
         """
         check_one_of("reduce", reduce, ("mean", "sum"))
-        means = {name: m.mean for name, m in self._task(task).items()}
-        return group_scores(means, self._slots(task, group), reduce)
+        return group_scores(self._means(task), self._slots(task, group), reduce)
 
     def top_k(
         self, task: str, k: int, group: str = "layer", *, reduce: str = "mean"
@@ -376,23 +370,28 @@ class FisherCollector:
         Raises:
             CurvatureError: no such task or group, or the share is out of range.
         """
-        if group is not None:
-            scores = (self.importance(first, group), self.importance(second, group))
-            return overlap(*by_group(*scores), share)
-        means = ({n: m.mean for n, m in self._task(t).items()} for t in (first, second))
-        return overlap(*by_element(*means), share)
+        if group is None:
+            return overlap(*by_element(self._means(first), self._means(second)), share)
+        left, right = (
+            {name: torch.tensor(x, dtype=torch.float64) for name, x in scores.items()}
+            for scores in (self.importance(first, group), self.importance(second, group))
+        )
+        return overlap(*by_element(left, right), share)
 
     def _task(self, task: str) -> dict[str, Moments]:
         if task not in self._moments:
             raise CurvatureError(f"task: {task!r}; there are: {', '.join(self._moments) or 'none'}")
         return self._moments[task]
 
+    def _means(self, task: str) -> dict[str, Tensor]:
+        return {name: m.mean for name, m in self._task(task).items()}
+
     def _slots(self, task: str, group: str) -> list[Slot]:
         check_one_of("group", group, GROUPS)
         if self._layout is not None:
             slots = self._layout[group]
         elif group == "parameter":
-            slots = [Slot(n, n, tuple(m.mean.shape)) for n, m in self._task(task).items()]
+            slots = [Slot(n, n, tuple(mean.shape)) for n, mean in self._means(task).items()]
         else:
             raise CurvatureError(f"group: {group!r} needs the model's layout; call describe(model)")
         if not slots:
@@ -430,7 +429,8 @@ class FisherCollector:
             "unit": self.unit,
             "sequence_weight": self.sequence_weight,
             "tasks": tasks,
-            "layout": None if self._layout is None else to_json(self._layout),
+            "layout": self._layout
+            and {kind: [asdict(slot) for slot in slots] for kind, slots in self._layout.items()},
         }
         return tensors, plain
 
@@ -444,7 +444,12 @@ class FisherCollector:
             raise CurvatureError(f"schema: {plain.get('schema')!r}; allowed: {SCHEMA}")
         check_options(GroupFisherConfig(plain["unit"], plain["sequence_weight"]))
         moments: dict[str, dict[str, Moments]] = {}
+        layout: dict[str, list[Slot]] = {}
         try:
+            for kind, slots in (plain["layout"] or {}).items():
+                layout[kind] = [
+                    Slot(s["parameter"], s["group"], tuple(s["view"]), s["axis"]) for s in slots
+                ]
             for number, task in enumerate(plain["tasks"]):
                 moments[task["name"]] = {
                     name: Moments(
@@ -461,7 +466,7 @@ class FisherCollector:
         self._moments = moments
         self.token_total = {t["name"]: float(t["token_total"]) for t in plain["tasks"]}
         self.n_updates = {t["name"]: int(t["n_updates"]) for t in plain["tasks"]}
-        self._layout = None if plain["layout"] is None else from_json(plain["layout"])
+        self._layout = layout or None
 
     def save(self, directory: str | Path) -> Path:
         """Writes the state into a directory, replacing what it held.

@@ -94,16 +94,6 @@ def overlap(first: Tensor, second: Tensor, share: float) -> dict[str, float | No
     return {"cosine": cosine, "jaccard": both / float((top_first | top_second).sum())}
 
 
-def by_group(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """Returns the scores of two tasks as vectors over the groups of both."""
-    names = sorted(set(first) | set(second))
-    left, right = (
-        torch.tensor([scores.get(name, 0.0) for name in names], dtype=torch.float64)
-        for scores in (first, second)
-    )
-    return left, right
-
-
 def by_element(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the means of two tasks as vectors over the elements of all their parameters.
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
 from fisher_lab.curvature.wrappers import is_conv1d
 
-GroupName = Literal["layer", "head", "neuron", "parameter"]
-GROUPS: tuple[str, ...] = get_args(GroupName)
+GROUPS = ("layer", "head", "neuron", "parameter")
 
 
 @dataclass(frozen=True)
@@ -145,23 +142,3 @@ def group_scores(
         else:
             scores[group] = scaled[0]
     return scores
-
-
-def to_json(layout: Mapping[str, list[Slot]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns a layout as plain values."""
-    return {kind: [asdict(slot) for slot in slots] for kind, slots in layout.items()}
-
-
-def from_json(plain: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Slot]]:
-    """Returns the layout behind plain values.
-
-    Raises:
-        CurvatureError: an entry is not a slot.
-    """
-    try:
-        return {
-            kind: [Slot(s["parameter"], s["group"], tuple(s["view"]), s["axis"]) for s in slots]
-            for kind, slots in plain.items()
-        }
-    except (KeyError, TypeError) as error:
-        raise CurvatureError(f"layout: not a list of slots ({error!r})") from error

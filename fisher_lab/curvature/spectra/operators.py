@@ -10,7 +10,8 @@ All three belong to the *mean* loss over the ``N`` labelled tokens of the batche
 The forward pass is made once and its graph kept; a product is a Jacobian-vector pass without graph
 and a vector-Jacobian pass (Fisher), or one second backward pass (Hessian). Vectors are flat,
 ``[n]``, the parameters' elements in the order of ``named_parameters()``. On several ranks each has
-batches of its own and computes their part of every product, and rank 0 drives the algorithm.
+batches of its own and computes their part of every product. Rank 0 runs the algorithm and
+broadcasts the vector of each product; the others answer with their part until it is done.
 """
 
 from __future__ import annotations
@@ -34,107 +35,6 @@ from fisher_lab.curvature.collectives import (
 )
 from fisher_lab.curvature.errors import BatchError, CurvatureError, check_one_of
 from fisher_lab.curvature.spectra.samples import as_batches
-
-Function = Callable[[Tensor], Tensor]
-
-
-class SumOverRanks:
-    """A sum over the ranks of functions of one vector, driven by rank 0.
-
-    Rank 0 runs the algorithm and broadcasts the vector of each product; the other ranks answer
-    with their part until rank 0 is done.
-
-    Args:
-        own: this rank's part, ``[n]`` to ``[n]``.
-        n: length of the vectors.
-        dtype: of the vectors that are sent.
-        device: of the vectors that ``own`` takes.
-        communicator: of the ranks.
-    """
-
-    def __init__(
-        self,
-        own: Function,
-        n: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        communicator: Communicator,
-    ) -> None:
-        self._own, self._n = own, n
-        self._dtype, self._device = dtype, device
-        self._communicator = communicator
-        self._failed = False
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Returns the sum; on rank 0, within :meth:`drive`.
-
-        Args:
-            vector: ``[n]`` in the dtype and on the device that were given.
-
-        Raises:
-            RankError: another rank has an error.
-        """
-        self._communicator.broadcast(torch.cat([vector, vector.new_ones(1)]), 0)
-        return self._sum(vector)
-
-    def drive(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Does the work on rank 0, while the other ranks answer; collective.
-
-        Args:
-            work: what rank 0 does; it may call this object. Its result is plain values.
-
-        Returns:
-            The result of the work, on every rank.
-
-        Raises:
-            RankError: another rank has an error.
-        """
-        if self._communicator.rank > 0:
-            self._answer()
-            error, result = self._communicator.all_gather_objects(None)[0]
-            raise_others([error])
-            return result
-        try:
-            result = work()
-        except Exception as error:
-            if not self._failed:  # otherwise all ranks know already
-                self._end()
-                self._communicator.all_gather_objects([f"{type(error).__name__}: {error}", None])
-            raise
-        self._end()
-        self._communicator.all_gather_objects([None, result])
-        return result
-
-    def _answer(self) -> None:
-        while True:
-            empty = torch.empty(self._n + 1, dtype=self._dtype, device=self._device)
-            message = self._communicator.broadcast(empty, 0)
-            if not bool(message[-1]):
-                return
-            self._sum(message[:-1])
-
-    def _end(self) -> None:
-        nothing = torch.zeros(self._n + 1, dtype=self._dtype, device=self._device)
-        self._communicator.broadcast(nothing, 0)
-
-    def _sum(self, vector: Tensor) -> Tensor:
-        """The last element that is summed counts the ranks that have an error."""
-        total = torch.zeros(self._n + 1, dtype=self._dtype, device=self._device)
-        own: Exception | None = None
-        try:
-            total[:-1] = self._own(vector)
-        except Exception as error:
-            own = error
-            total[-1] = 1
-        total = self._communicator.all_reduce(total)
-        if bool(total[-1]):
-            self._failed = True
-            text = None if own is None else f"{type(own).__name__}: {own}"
-            errors = self._communicator.all_gather_objects(text)
-            if own is not None:
-                raise own
-            raise_others(errors)
-        return total[:-1]
 
 
 class _OnBatch(nn.Module):
@@ -207,7 +107,7 @@ class CurvatureOperator:
         self.n_labels = sum(self._ranks.all_gather_objects(own))
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
-        self._sum = SumOverRanks(self._own_part, self.n, self.dtype, self.device, self._ranks)
+        self._all_failed = False
 
     def _open(self, batch: Any, loss_fn: losses.LossFunction | None) -> None:
         self._scorer = losses.scorer(self._model, loss_fn)
@@ -217,6 +117,28 @@ class CurvatureOperator:
             part = _Part(self, losses.prepare(self._model, one))
             if part.n_labels > 0:
                 self._parts.append(part)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Returns the product with a flat vector, on the vector's device and in its dtype.
+
+        Raises:
+            RankError: another rank has an error.
+        """
+        here = vector.to(device=self.device, dtype=self.dtype)
+        if self._ranks.size == 1:
+            total = self._own_part(here)
+        else:
+            self._ranks.broadcast(torch.cat([here, here.new_ones(1)]), 0)
+            total = self._sum(here)
+        return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
+
+    def _own_part(self, vector: Tensor) -> Tensor:
+        """The part of the product that belongs to this rank's samples, not yet divided by ``N``."""
+        tangents = list(self.unflatten(vector).values())
+        total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        for part in self._parts:
+            total += part.product(tangents)
+        return total
 
     def drive(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Does work that makes products; collective.
@@ -232,21 +154,46 @@ class CurvatureOperator:
         Raises:
             RankError: another rank has an error.
         """
-        return work() if self._ranks.size == 1 else self._sum.drive(work)
+        ranks = self._ranks
+        if ranks.size == 1:
+            return work()
+        nothing = torch.zeros(self.n + 1, dtype=self.dtype, device=self.device)
+        if ranks.rank > 0:
+            # The last element says whether there is a product to make.
+            while bool((message := ranks.broadcast(nothing.clone(), 0))[-1]):
+                self._sum(message[:-1])
+            error, result = ranks.all_gather_objects(None)[0]
+            raise_others([error])
+            return result
+        try:
+            result = work()
+        except Exception as error:
+            if not self._all_failed:  # otherwise all ranks know already
+                ranks.broadcast(nothing, 0)
+                ranks.all_gather_objects([f"{type(error).__name__}: {error}", None])
+            raise
+        ranks.broadcast(nothing, 0)
+        ranks.all_gather_objects([None, result])
+        return result
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Returns the product with a flat vector, on the vector's device and in its dtype."""
-        here = vector.to(device=self.device, dtype=self.dtype)
-        total = self._own_part(here) if self._ranks.size == 1 else self._sum(here)
-        return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
-
-    def _own_part(self, vector: Tensor) -> Tensor:
-        """The part of the product that belongs to this rank's samples, not yet divided by ``N``."""
-        tangents = self._split(vector)
-        total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-        for part in self._parts:
-            total += part.product(tangents)
-        return total
+    def _sum(self, vector: Tensor) -> Tensor:
+        """The sum of all ranks' parts; the last element sent counts those that have an error."""
+        total = torch.zeros(self.n + 1, dtype=self.dtype, device=self.device)
+        own: Exception | None = None
+        try:
+            total[:-1] = self._own_part(vector)
+        except Exception as error:
+            own = error
+            total[-1] = 1
+        total = self._ranks.all_reduce(total)
+        if bool(total[-1]):
+            self._all_failed = True
+            text = None if own is None else f"{type(own).__name__}: {own}"
+            errors = self._ranks.all_gather_objects(text)
+            if own is not None:
+                raise own
+            raise_others(errors)
+        return total[:-1]
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Cuts ``[..., n]`` into parameters, ``[..., *shape]``."""
@@ -255,10 +202,6 @@ class CurvatureOperator:
             name: part.reshape(*vectors.shape[:-1], *parameter.shape)
             for name, part, parameter in zip(self._names, parts, self._parameters, strict=True)
         }
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = vector.split(self._sizes)
-        return [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
 
     def _flatten(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         return torch.cat(
