@@ -36,7 +36,8 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if deterministic:
             stack.enter_context(deterministic_algorithms())
-        stack.callback(_restore, modes)
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
         model.eval()
         seed_generators(seed)
         yield
@@ -54,11 +55,6 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
-
-
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 @contextmanager

@@ -25,15 +25,11 @@ T = TypeVar("T")
 HOST = torch.device("cpu")
 
 
-def _nothing() -> None:
-    """Moves nothing: the work takes its data to the device by itself."""
-
-
 def on_device(
     work: Callable[[torch.device], T],
     device: torch.device,
     what: str,
-    to_host: Callable[[], None] = _nothing,
+    to_host: Callable[[], None] | None = None,
     *,
     collective: bool = False,
 ) -> T:
@@ -47,7 +43,7 @@ def on_device(
         device: where it is tried first.
         what: layer, side, both dimensions and operation, for the log.
         to_host: moves to host memory what ``work`` finds on the device, and lets go of what was
-            derived from it there.
+            derived from it there; None where the work takes its data to the device by itself.
         collective: whether ``work`` takes all ranks: one rank cannot do it again by itself.
 
     Raises:
@@ -60,7 +56,8 @@ def on_device(
         if collective:
             raise
         error.with_traceback(None)  # its frames hold what had been taken so far
-    to_host()
+    if to_host is not None:
+        to_host()
     log.warning("%s: the device is full; moves to host memory", what)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

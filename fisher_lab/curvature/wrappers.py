@@ -154,14 +154,11 @@ def as_given(
         shards: whether shards are wanted; None: where shards were given.
     """
     parameters = dict(unwrap(model).named_parameters()) if shards is not False else {}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = dict(result)
     for name, value in result.items():
         like = parameters.get(name)
-        wanted = shards or is_shard((given or {}).get(name))
-        if wanted and is_shard(like):
+        if is_shard(like) and (shards or is_shard((given or {}).get(name))):
             found[name] = _cut(value, like)
-        else:
-            found[name] = value
     return found
 
 

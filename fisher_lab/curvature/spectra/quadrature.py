@@ -82,27 +82,6 @@ class Quadrature:
             weights=tuple(torch.cat([weight, weights]) for weights in self.weights),
         )
 
-    def density(self, grid: Tensor, sigma: float, *, log: bool = False) -> tuple[Tensor, Tensor]:
-        """Evaluates the spectral density, smoothed by Gaussians, on a grid.
-
-        Args:
-            grid: ``[g]``: eigenvalues, or their decimal logarithms where ``log``.
-            sigma: width of the Gaussians in the grid's unit.
-            log: smooth in the decimal logarithm; nodes at or below zero are left out.
-
-        Returns:
-            Density ``[g]`` (it integrates to one over the grid's unit, less what was left out)
-            and its standard error over the probes ``[g]``.
-        """
-        curves = []
-        for nodes, weights in zip(self.nodes, self.weights, strict=True):
-            if log:
-                keep = nodes > 0
-                nodes, weights = nodes[keep].log10(), weights[keep]
-            bump = torch.exp(-((grid[:, None] - nodes) ** 2) / (2 * sigma**2))
-            curves.append(bump @ weights / (sigma * math.sqrt(2 * math.pi)))
-        return _mean_and_error(torch.stack(curves))
-
 
 def rademacher(n: int, generator: torch.Generator) -> Tensor:
     """Returns a vector of signs ``[n]`` in float64, drawn on the host."""
@@ -230,7 +209,10 @@ def damped_share(values: Tensor, lam: float) -> Tensor:
 def density_record(
     rule: Quadrature, dtype: torch.dtype, n_grid: int, sigma: float | None, log: bool
 ) -> dict[str, Any]:
-    """Returns the spectral density as plain values.
+    """Returns the spectral density, smoothed by Gaussians, on a grid, as plain values.
+
+    It integrates to one over the grid's unit, less what was left out; the standard error is that
+    over the probes.
 
     Args:
         rule: nodes and weights.
@@ -243,16 +225,20 @@ def density_record(
     floor = rule.n * torch.finfo(dtype).eps * largest
     zero = rule.trace_of(lambda x: (x.abs() <= floor).double())
     left_out = rule.trace_of(lambda x: (x <= floor).double())
-    every, smoothed = torch.cat(rule.nodes), rule
-    if log:
-        every = every[every > floor].log10()
-        clean = tuple(torch.where(x > floor, x, torch.zeros_like(x)) for x in rule.nodes)
-        smoothed = replace(rule, nodes=clean)
+    every = torch.cat(rule.nodes)
+    every = every[every > floor].log10() if log else every
     low, high = (float(every.min()), float(every.max())) if len(every) else (-1.0, 0.0)
     span = max(high - low, 1e-3 * max(abs(high), 1e-30))
     width = 0.01 * span if sigma is None else sigma
     grid = torch.linspace(low - 4 * width, high + 4 * width, n_grid, dtype=torch.float64)
-    density, error = smoothed.density(grid, width, log=log)
+    curves = []
+    for nodes, weights in zip(rule.nodes, rule.weights, strict=True):
+        if log:
+            keep = nodes > floor
+            nodes, weights = nodes[keep].log10(), weights[keep]
+        bump = torch.exp(-((grid[:, None] - nodes) ** 2) / (2 * width**2))
+        curves.append(bump @ weights / (width * math.sqrt(2 * math.pi)))
+    density, error = _mean_and_error(torch.stack(curves))
     return {
         "grid": grid.tolist(),
         "scale": "log10" if log else "linear",
