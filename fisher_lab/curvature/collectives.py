@@ -166,12 +166,7 @@ def same_everywhere(communicator: Communicator, what: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Tokens of which every rank holds its own.
-
-    Attributes:
-        communicator: of the ranks.
-        rows: tokens of each rank.
-    """
+    """Tokens or samples of which every rank of a communicator holds its own ``rows``."""
 
     communicator: Communicator
     rows: tuple[int, ...]
@@ -264,10 +259,7 @@ class Traffic:
 
 
 class TorchCommunicator(Communicator):
-    """Collectives of one process group, counted.
-
-    Args:
-        group: the process group; None takes the default one.
+    """Collectives of one process group (None: the default one), counted.
 
     Attributes:
         traffic: name of a collective -> what it has moved.

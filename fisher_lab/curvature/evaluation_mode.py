@@ -48,9 +48,6 @@ def seed_generators(seed: int) -> None:
 
     ``torch.manual_seed`` would do more than :func:`isolated` can undo: where CUDA is not in use
     yet, it leaves a seed behind for the moment at which it is.
-
-    Args:
-        seed: any whole number.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

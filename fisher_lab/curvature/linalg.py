@@ -123,7 +123,7 @@ class Clipped:
 
 
 def clip(values: Tensor, n_zero: int, lam: float, kappa_max: float | None) -> Clipped:
-    """Damps a spectrum and floors it.
+    """Damps a spectrum by ``lam`` and floors it.
 
     Args:
         values: ``[r]`` eigenvalues at hand, >= 0.
@@ -147,15 +147,12 @@ def _ratio(top: float, low: float) -> float:
 
 
 def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
-    """Eigendecomposition of a positive semi-definite matrix: (values >= 0, vectors).
+    """Eigendecomposition of a positive semi-definite matrix ``[n, n]``: (values >= 0, vectors).
 
     A solver that fails to converge is followed by the host's in float64, of the matrix scaled to
     entries of at most 1, and that one by a singular value decomposition, which is the same for such
-    a matrix and goes another way.
-
-    Args:
-        matrix: ``[n, n]`` symmetric.
-        on_host: decompose on the host; results come back to the matrix's device.
+    a matrix and goes another way. With ``on_host`` all is done on the host; results come back to
+    the matrix's device.
     """
     work = matrix.cpu() if on_host else matrix
     found = None
@@ -218,14 +215,8 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def robust_cholesky(matrix: Tensor, lam: float, eps: float, *, on_host: bool = False) -> Cholesky:
     """Factorises ``matrix + lam I``; jitter 0, eps, 10 eps relative to the mean diagonal.
 
-    A jitter over 1 % of ``lam`` would silently re-damp: then, and after three tries, ``lower``
-    is None (``docs/math.md``, section 3).
-
-    Args:
-        matrix: ``[n, n]`` symmetric positive semi-definite.
-        lam: damping.
-        eps: first relative jitter.
-        on_host: factorise on the host.
+    A jitter over 1 % of ``lam`` would silently re-damp: then, and after three tries, ``lower`` is
+    None (``docs/math.md``, section 3). The matrix is ``[n, n]``, symmetric positive semi-definite.
     """
     work = matrix.cpu() if on_host else matrix
     mean = float(work.diagonal().mean()) + lam
@@ -382,15 +373,10 @@ def largest_eigenvalue(
 ) -> tuple[float, float]:
     """Largest Ritz value of a positive semi-definite operator by Lanczos, and its residual.
 
-    Deterministic start; full reorthogonalisation. Some eigenvalue lies within the residual of the
-    value (Parlett 1998, theorem 4.5.1); that it is the largest is what Lanczos converges to from
-    a start that is not orthogonal to it.
-
-    Args:
-        multiply: ``[n] -> [n]``.
-        like: tensor whose dtype and device the vectors take.
-        n: dimension.
-        steps: most products.
+    Deterministic start; full reorthogonalisation; at most ``steps`` products. Some eigenvalue lies
+    within the residual of the value (Parlett 1998, theorem 4.5.1); that it is the largest is what
+    Lanczos converges to from a start that is not orthogonal to it. The vectors ``[n]`` have the
+    dtype and device of ``like``.
     """
     value, residual, _ = _largest_pair(multiply, like, n, steps, bool)
     return value, residual
@@ -407,15 +393,9 @@ def largest_eigenvalues(
 ) -> Tensor:
     """The ``min(k, n)`` largest eigenvalues of a positive semi-definite operator, descending.
 
-    One Lanczos run each, with those found before taken out, so that repeated ones come repeatedly.
-
-    Args:
-        multiply: ``[n] -> [n]``.
-        like: tensor whose dtype and device the vectors take.
-        n: dimension.
-        k: how many.
-        steps: most products for one of them.
-        agreed: makes one decision of several ranks' where ``multiply`` is collective.
+    One run as for :func:`largest_eigenvalue` each, with those found before taken out, so that
+    repeated ones come repeatedly. ``agreed`` makes one decision of several ranks' where
+    ``multiply`` is collective.
     """
     values: list[float] = []
     vectors: list[Tensor] = []

@@ -143,12 +143,9 @@ def is_empty(batch: Any) -> bool:
 def gradients_of(
     loss: Tensor, parameters: Mapping[str, nn.Parameter], *, retain_graph: bool = False
 ) -> dict[str, Tensor]:
-    """Returns the gradients of a loss; zeros where it does not reach, or nothing is to be trained.
+    """Returns the gradients of a scalar loss by the parameters' names.
 
-    Args:
-        loss: a scalar.
-        parameters: those wanted, by name.
-        retain_graph: whether the graph is used again.
+    Zeros where it does not reach, or nothing is to be trained.
     """
     if not parameters or not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -164,9 +161,8 @@ def gradients_of(
 def shift_of(model: nn.Module) -> bool | None:
     """Says how a Hugging Face model aligns labels with logits.
 
-    Returns:
-        True for a causal shift, False for labels at the predicting position itself, None where
-        it is not known (then the model's own ``outputs.loss`` has to be used).
+    True for a causal shift, False for labels at the predicting position itself, None where it is
+    not known (then the model's own ``outputs.loss`` has to be used).
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -189,10 +185,8 @@ def shift_of(model: nn.Module) -> bool | None:
 def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: bool) -> Tensor | None:
     """Returns a copy of the labels with -100 wherever padding predicts or is predicted.
 
-    Args:
-        batch: mapping with ``labels`` and perhaps ``attention_mask`` or ``decoder_attention_mask``.
-        shift: causal shift; then labels whose predicting position is padding go as well.
-        encoder_decoder: the labels belong to the decoder, and so does their mask.
+    With a causal ``shift``, labels whose predicting position is padding go as well; in an
+    encoder-decoder model labels and mask are the decoder's.
     """
     labels = batch.get("labels")
     mask = batch.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
@@ -240,14 +234,11 @@ def prepare(model: nn.Module, batch: Any) -> Any:
 
 
 def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
-    """Calls the model on a prepared batch.
+    """Calls the model on a prepared batch, with its ``labels`` where its own loss is wanted.
 
-    Args:
-        model: any module.
-        batch: a tensor, a sequence of positional arguments, or a mapping. Of a mapping, the
-            entries that ``forward`` names are passed by keyword; where it names none, the first
-            tensor is passed by position (a bare ``nn.Linear``).
-        with_labels: whether ``labels`` is passed as well (the model's own loss is wanted).
+    The batch is a tensor, a sequence of positional arguments, or a mapping. Of a mapping, the
+    entries that ``forward`` names are passed by keyword; where it names none, the first tensor is
+    passed by position (a bare ``nn.Linear``).
     """
     if isinstance(batch, Tensor):
         return model(batch)

@@ -70,14 +70,10 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def check_device(name: str, device: str) -> None:
-    """Checks that a device that was asked for is there.
-
-    Args:
-        name: of the setting.
-        device: ``auto``, ``cpu`` or ``cuda``.
+    """Checks that a device that was asked for (``auto``, ``cpu`` or ``cuda``) is there.
 
     Raises:
-        CurvatureError: ``cuda`` on a machine without.
+        CurvatureError: ``cuda`` on a machine without; ``name`` is the setting's.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise CurvatureError(f"{name}: 'cuda', but no CUDA device; allowed: auto, cpu")
@@ -88,9 +84,6 @@ def free_memory(device: torch.device) -> int:
 
     On the host: what the system has available, or less where a control group (v1 or v2) of a
     container or a job scheduler leaves less.
-
-    Args:
-        device: any.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -98,12 +91,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Returns the bytes that each of this process's control groups still allows.
-
-    Args:
-        root: where the control groups are mounted.
-        own: names the groups of this process.
-    """
+    """Returns the bytes that each of this process's control groups (named in ``own``) allows."""
     found = []
     for group, names in _groups(root, own):
         limit, used = (_number(group / name) for name in names[:2])

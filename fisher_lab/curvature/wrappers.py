@@ -145,10 +145,10 @@ def as_given(
     model: nn.Module,
     shards: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Returns results as whole tensors or as shards like the model's parameters.
+    """Returns whole tensors by parameter name as such, or as shards like the model's parameters.
 
     Args:
-        result: whole tensors by parameter name, the same on all ranks.
+        result: the same on all ranks.
         given: the gradients that they were made from.
         model: whose parameters say how shards lie.
         shards: whether shards are wanted; None: where shards were given.
@@ -163,14 +163,11 @@ def as_given(
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a model in place: the elements of each ``ModuleList``, then what remains.
+    """Shards a model, the same on all ranks, over a one-dimensional mesh in place.
 
-    Every part is put away after its forward pass, the outermost too: outside of passes the
-    parameters are shards, whatever was computed before.
-
-    Args:
-        model: the same on all ranks.
-        mesh: of the ranks, one-dimensional.
+    First the elements of each ``ModuleList``, then what remains. Every part is put away after its
+    forward pass, the outermost too: outside of passes the parameters are shards, whatever was
+    computed before.
     """
     from torch.distributed.fsdp import fully_shard  # not in every torch that K-FAC runs on
 
@@ -210,9 +207,7 @@ def _cut(value: Tensor, like: DTensor) -> Tensor:
 def gathered(state: Any, keep: bool) -> Any:
     """Returns nested mappings and sequences with whole tensors on the CPU; collective.
 
-    Args:
-        state: the same structure on all ranks.
-        keep: whether this rank wants them; else None is in the place of every tensor.
+    A rank that does not ``keep`` them has None in the place of every tensor.
     """
     if is_shard(state):
         full = state.full_tensor().detach()
@@ -227,11 +222,9 @@ def gathered(state: Any, keep: bool) -> Any:
 
 
 def scattered(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """Returns the state of an optimiser with shards in the place of whole tensors.
+    """Returns the ``state_dict`` of an optimiser with shards in the place of whole tensors.
 
-    Args:
-        state: ``state_dict`` of the optimiser, with whole tensors.
-        parameters: of the optimiser, in the order of its groups.
+    ``parameters`` are in the order of its groups.
     """
     entries = {
         index: {

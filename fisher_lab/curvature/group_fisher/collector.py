@@ -93,12 +93,7 @@ class FisherCollector:
     def update_fisher_welford(
         self, task: str, gradients: Mapping[str, Tensor], weight: float
     ) -> None:
-        """Takes in one gradient.
-
-        Args:
-            task: any name.
-            gradients: parameter name to gradient (it is squared here).
-            weight: active tokens of the update, above 0.
+        """Takes in one gradient by parameter (it is squared here) of ``weight`` active tokens.
 
         Raises:
             CurvatureError: the weight is not above 0, or a shape differs from before.
@@ -108,12 +103,7 @@ class FisherCollector:
         self.update_rows(task, rows, torch.tensor([weight]))
 
     def update_rows(self, task: str, gradients: Mapping[str, Tensor], weights: Tensor) -> None:
-        """Takes in several gradients at once.
-
-        Args:
-            task: any name.
-            gradients: parameter name to gradients ``[c, *shape]``.
-            weights: ``[c]``, above 0.
+        """Takes in several gradients at once: ``[c, *shape]`` by parameter, with weights ``[c]``.
 
         Raises:
             CurvatureError: a weight is not above 0, or a shape differs from before.
@@ -157,13 +147,8 @@ class FisherCollector:
         """Takes in the gradients of a model on one batch or an iterable of batches.
 
         The model is evaluated in ``eval()`` mode and left as it was found. Parameters that the loss
-        does not reach have a gradient of zero.
-
-        Args:
-            model: any module whose labelling is known, or any with a ``loss_fn``.
-            batch: one batch or an iterable of batches.
-            task: any name.
-            may_be_empty: samples in which no label counts are then nothing, and no error.
+        does not reach have a gradient of zero. With ``may_be_empty``, samples in which no label
+        counts are nothing, and no error.
 
         Raises:
             BatchError: no label counts.
@@ -197,13 +182,7 @@ class FisherCollector:
     def summed_gradient(
         self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[dict[str, Tensor], int]:
-        """Returns the gradient of a batch's token-summed loss, and the labels that count.
-
-        Args:
-            model: in the mode that it is to be evaluated in.
-            batch: one batch.
-            parameters: those wanted, by name.
-        """
+        """Returns the gradient of a batch's token-summed loss, and how many labels count."""
         if losses.is_empty(batch):
             return {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
         scored = losses.score(model, batch, self._loss_fn)
@@ -310,11 +289,7 @@ class FisherCollector:
         return {name: m.variance(weights) for name, m in self._task(task).items()}
 
     def export(self, task: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Returns mean and variance in a narrower dtype, with what they mean.
-
-        Args:
-            task: which task.
-            dtype: of the exported tensors; the state stays in float64.
+        """Returns mean and variance in a narrower dtype, with what they mean; the state stays.
 
         Raises:
             CurvatureError: no such task.
@@ -335,10 +310,8 @@ class FisherCollector:
     ) -> dict[str, float]:
         """Returns a score for each group: the mean (or sum) of its elements' Fisher values.
 
-        Args:
-            task: which task.
-            group: ``layer``, ``head``, ``neuron`` (a linear layer's output unit) or ``parameter``.
-            reduce: ``mean`` or ``sum``.
+        Groups are ``layer``, ``head``, ``neuron`` (a linear layer's output unit) or ``parameter``;
+        ``reduce`` is ``mean`` or ``sum``.
 
         Raises:
             CurvatureError: no such task or group, or the model's layout is not known.
@@ -356,16 +329,10 @@ class FisherCollector:
     def overlap(
         self, first: str, second: str, *, share: float = 0.1, group: str | None = None
     ) -> dict[str, float | None]:
-        """Compares what matters to two tasks.
+        """Compares what matters to two tasks, element by element or group by group.
 
-        Args:
-            first: a task.
-            second: another.
-            share: of the entries, above 0 and at most 1: what counts as the top.
-            group: None compares element by element, else group by group.
-
-        Returns:
-            As :func:`fisher_lab.curvature.group_fisher.moments.overlap`.
+        ``share``, above 0 and at most 1, says which part of the entries counts as the top. Returns
+        what :func:`fisher_lab.curvature.group_fisher.moments.overlap` does.
 
         Raises:
             CurvatureError: no such task or group, or the share is out of range.
@@ -405,10 +372,9 @@ class FisherCollector:
     # ---- state -----------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the whole state as float64 tensors and plain values.
+        """Returns the whole state: float64 tensors, and what belongs into JSON.
 
-        Returns:
-            Tensors under ``<task number>/<mean|m2>/<parameter>``, and what belongs into JSON.
+        The tensors are named ``<task number>/<mean|m2>/<parameter>``.
         """
         tensors: dict[str, Tensor] = {}
         tasks = []
@@ -469,16 +435,10 @@ class FisherCollector:
         self._layout = layout or None
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the state into a directory, replacing what it held.
+        """Writes the state into a directory, which is made if needed, and returns it.
 
         Tensors go into a safetensors file in float64, the rest into a JSON record. The directory
         holds the new state in full or the old one.
-
-        Args:
-            directory: made where it does not exist.
-
-        Returns:
-            The directory.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -499,11 +459,9 @@ class FisherCollector:
 
     @classmethod
     def load(cls, directory: str | Path, **options: Any) -> FisherCollector:
-        """Reads a saved state; updates go on where they stopped.
+        """Reads what :meth:`save` wrote; updates go on where they stopped.
 
-        Args:
-            directory: where :meth:`save` wrote.
-            **options: further arguments of the constructor (``loss_fn``, ``chunk_size``).
+        ``options`` are further arguments of the constructor (``loss_fn``, ``chunk_size``).
 
         Raises:
             FactorFileError: a file is missing, cut short, or the two do not belong together.

@@ -92,9 +92,7 @@ def _collect_whole_batch(
 def merge_over_ranks(own: FisherCollector, communicator: Communicator) -> FisherCollector:
     """Returns the collector of all ranks' data, the same on every rank; collective.
 
-    Args:
-        own: this rank's collector; it may have seen nothing yet. It stays as it is.
-        communicator: of the ranks.
+    ``own``, this rank's collector, may have seen nothing yet; it stays as it is.
 
     Raises:
         CurvatureError: the ranks' collectors have other units, weights or shapes.

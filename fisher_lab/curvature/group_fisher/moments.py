@@ -50,11 +50,10 @@ class Moments:
         self.w, self.w2 = total, self.w2 + other.w2
 
     def variance(self, weights: str = "frequency") -> Tensor:
-        """Returns the variance.
+        """Returns the variance with ``frequency`` or ``general`` weights.
 
-        Args:
-            weights: ``frequency`` (``w`` counts repetitions): ``M2 / max(W - 1, 1)``; ``general``:
-                ``M2 / (W - W2 / W)``, zero where a single update leaves it undefined.
+        ``frequency`` (``w`` counts repetitions) is ``M2 / max(W - 1, 1)``; ``general`` is
+        ``M2 / (W - W2 / W)``, zero where a single update leaves it undefined.
         """
         if weights == "frequency":
             return self.m2 / max(self.w - 1.0, 1.0)
@@ -67,19 +66,14 @@ class Moments:
 
 
 def overlap(first: Tensor, second: Tensor, share: float) -> dict[str, float | None]:
-    """Compares two vectors of Fisher values.
+    """Compares two vectors of Fisher values, ``[n]`` float64 and not negative.
 
-    Args:
-        first: ``[n]`` float64, not negative.
-        second: ``[n]`` likewise.
-        share: of the entries, above 0 and at most 1: what counts as the top.
-
-    Returns:
-        ``cosine`` of the values and ``jaccard`` of the top entries (those above zero only, so that
-        disjoint supports do not share their zeros); None where a vector has no entry above zero.
+    ``cosine`` is of the values, ``jaccard`` of the top entries: a ``share`` of all, those above
+    zero only, so that disjoint supports do not share their zeros. Both are None where a vector has
+    no entry above zero.
 
     Raises:
-        CurvatureError: the share is out of range.
+        CurvatureError: the share is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise CurvatureError(f"share: {share}; allowed: above 0, at most 1")

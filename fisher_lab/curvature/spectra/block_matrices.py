@@ -48,8 +48,7 @@ class BlockMatrix(Protocol):
 def columns_of(chunk: Chunk, sizes: Mapping[str, int]) -> Tensor | None:
     """Joins a block's columns of a chunk, ``[c, P]``; zeros where the loss does not reach.
 
-    Returns:
-        None where the loss reaches none of the parameters.
+    None where it reaches none of the parameters.
     """
     parts = {name: chunk.rows(name) for name in sizes}
     known = next((part for part in parts.values() if part is not None), None)

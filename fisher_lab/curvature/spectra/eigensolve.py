@@ -51,11 +51,11 @@ class SolveError(RuntimeError):
 def solve(
     matrix: Tensor, size: int, *, dtype: torch.dtype, device: torch.device, regularization: float
 ) -> Solved:
-    """Decomposes ``(1/N) J J^T`` or ``(1/N) J^T J``.
+    """Decomposes ``(1/N) J J^T`` or ``(1/N) J^T J``, of which ``size`` eigenvalues can be nonzero.
 
     Args:
         matrix: symmetric, float64.
-        size: ``min(N, P)``, the number of eigenvalues that can differ from zero.
+        size: ``min(N, P)``.
         dtype: of the eigensolver.
         device: of the eigensolver.
         regularization: added to the diagonal, times the mean diagonal, only after a failure.
@@ -118,14 +118,10 @@ def sketch(rows: Tensor, rank: int) -> Solved:
 def describe(
     solved: Solved, *, n: int, p: int, top_k: int | None, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
-    """Returns the record of the spectrum of ``N`` samples and ``P`` parameters.
+    """Returns the record of a spectrum of ``n`` samples and ``p`` parameters.
 
-    Args:
-        solved: all eigenvalues, descending.
-        n: samples, ``N``.
-        p: parameters, ``P``.
-        top_k: eigenvalues kept in the record; None keeps all.
-        dtype: of the eigensolver, whose rounding decides what is zero.
+    ``top_k`` eigenvalues are kept in it (None: all); ``dtype`` is the eigensolver's, whose rounding
+    decides what is zero.
     """
     values = solved.eigenvalues
     if len(values) == 0 or float(values[0]) <= 0.0:
@@ -184,9 +180,9 @@ def union(
         solved: the blocks that are not degenerate.
         n: samples, ``N``.
         p: parameters of those blocks.
-        top_k: as for :func:`describe`.
+        top_k: eigenvalues kept in the record.
         n_degenerate: blocks that were left out.
-        dtype: as for :func:`describe`.
+        dtype: of the eigensolver.
     """
     parts = list(solved)
     counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}

@@ -49,13 +49,14 @@ class FisherLanczos:
     The model is evaluated in ``eval()`` mode and left as it was found. On several ranks every
     method that takes batches is collective: each rank brings its own (some may have none), rank 0
     runs the algorithm and holds its vectors, all ranks compute their part of every product, and
-    every rank gets the result for all batches.
+    every rank gets the result for all batches. ``model``, ``batch`` and ``block`` are those of
+    :meth:`top_eigenpairs` everywhere.
 
     The basis takes ``m n_params itemsize`` bytes for ``m`` vectors, which is said, and checked
     against what is free, before it is allocated; so are ``k`` more vectors where eigenvectors are
-    formed. Without ``reorthogonalize`` the three-term recurrence is used. The copies of
-    eigenvalues that it makes are left out of :meth:`top_eigenpairs`, so that fewer than ``k`` may
-    be left, and methods that take eigenpairs as known refuse to run.
+    formed. Without ``reorthogonalize`` the copies of eigenvalues are left out of
+    :meth:`top_eigenpairs`, so that fewer than ``k`` may be left, and methods that take eigenpairs
+    as known refuse to run.
 
     Args:
         *values: options by position, in the order of
@@ -63,8 +64,8 @@ class FisherLanczos:
             ``operator``, ...).
         config: the options as an object, instead of single ones.
         loss_fn: as for :func:`fisher_lab.curvature.losses.score`.
-        say: gets the line about memory; where it is None, the module's logger does, as a warning,
-            so that it is seen where nobody set logging up.
+        say: gets the line about memory; None: a warning of the module's logger, so that it is seen
+            where nobody set logging up.
         communicator: of the ranks; None for this process alone.
         **options: options by name, such as ``k=5``.
 
@@ -133,11 +134,7 @@ class FisherLanczos:
     ) -> LanczosResult:
         """Finds extreme eigenpairs of any symmetric operator on float64 vectors ``[n]``.
 
-        Args:
-            matvec: product with a vector.
-            n: size of the operator.
-            k: pairs wanted; None takes this object's.
-            eigenvectors: whether to return them.
+        ``k`` pairs, or as many as the options say; see :func:`lanczos_algorithm` for the rest.
 
         Raises:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
@@ -164,20 +161,13 @@ class FisherLanczos:
         """Finds eigenpairs, density, trace and effective dimension from one set of products.
 
         The probes are deflated by the eigenpairs found, which then enter exactly: less variance,
-        and no product is made twice.
-
-        Args:
-            model: as for :meth:`top_eigenpairs`.
-            batch: as there.
-            block: as there.
-            lam: damping of the effective dimension; None leaves it out.
-            n_probes: random vectors of the rest, 0 for eigenpairs alone.
-            steps: Lanczos steps a probe.
-            n_grid: points of the density's grid.
+        and no product is made twice. There are ``n_probes`` of them (0 for eigenpairs alone) with
+        ``steps`` Lanczos steps each; the density's grid has ``n_grid`` points.
 
         Returns:
             ``top`` (as :meth:`top_eigenpairs`); with probes also ``density`` (as
-            :meth:`spectral_density`), ``trace`` and, with ``lam``, ``effective_dimension``.
+            :meth:`spectral_density`), ``trace`` and, with a damping ``lam``,
+            ``effective_dimension``.
 
         Raises:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
@@ -220,16 +210,11 @@ class FisherLanczos:
     ) -> dict[str, Any]:
         """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
 
-        Args:
-            model: as for :meth:`top_eigenpairs`.
-            batch: as there.
-            block: as there.
-            n_probes: random vectors.
-            steps: Lanczos steps a probe, full reorthogonalisation.
-            n_grid: points of the grid.
-            sigma: width of the Gaussians in the grid's unit; None takes 1 % of its span.
-            log: over the decimal logarithm of the eigenvalue; what is zero or negative up to
-                rounding is left out, and its weight returned as ``mass_left_out``.
+        ``n_probes`` random vectors make ``steps`` Lanczos steps each, with full
+        reorthogonalisation. The density is given on ``n_grid`` points, smoothed by Gaussians of
+        width ``sigma`` in the grid's unit (None: 1 % of its span). With ``log`` it is over the
+        decimal logarithm of the eigenvalue; what is zero or negative up to rounding is left out,
+        and its weight is ``mass_left_out``.
 
         Returns:
             ``grid``, ``density``, ``standard_error`` (lists), ``mass_at_zero`` (the fraction of
@@ -260,15 +245,10 @@ class FisherLanczos:
         n_products: int = 60,
         steps: int = 1,
     ) -> Estimate:
-        """Estimates the trace.
+        """Estimates the trace with ``n_products`` products in all.
 
-        Args:
-            model: as for :meth:`top_eigenpairs`.
-            batch: as there.
-            block: as there.
-            method: ``hutch++`` or ``slq`` (stochastic Lanczos quadrature).
-            n_products: products in all.
-            steps: Lanczos steps a probe of ``slq`` (one is exact for the trace).
+        ``method`` is ``hutch++`` or ``slq``: stochastic Lanczos quadrature, ``steps`` Lanczos steps
+        a probe (one is exact for the trace).
 
         Raises:
             CurvatureError: the method has another name, or an argument is out of range.
@@ -302,17 +282,10 @@ class FisherLanczos:
         n_probes: int = 8,
         steps: int = 40,
     ) -> Estimate:
-        """Estimates ``tr(F (F + lam I)^-1)``.
+        """Estimates ``tr(F (F + lam I)^-1)`` for a damping ``lam`` above 0.
 
-        The top ``k`` eigenpairs enter exactly, their complement by quadrature.
-
-        Args:
-            model: as for :meth:`top_eigenpairs`.
-            batch: as there.
-            lam: damping, above 0.
-            block: as for :meth:`top_eigenpairs`.
-            n_probes: random vectors.
-            steps: Lanczos steps a probe.
+        The top ``k`` eigenpairs enter exactly, their complement by quadrature with ``n_probes``
+        random vectors and ``steps`` Lanczos steps each.
 
         Raises:
             CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
@@ -349,14 +322,9 @@ class FisherLanczos:
         work: Callable[[CurvatureOperator], dict[str, Any]],
         vectors: list[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Returns what the work makes of the operator, on every rank.
+        """Returns what the work makes of the operator on rank 0, on every rank.
 
-        Args:
-            model: as for :meth:`top_eigenpairs`.
-            batch: as there.
-            block: as there.
-            work: on rank 0.
-            vectors: where the work leaves its eigenvectors ``[k, n]``, which are sent as well.
+        Where the work leaves eigenvectors ``[k, n]`` in ``vectors``, these are sent as well.
         """
         model = plain(model)
         with isolated(model, seed=self.config.seed):
@@ -459,7 +427,7 @@ class FisherLanczos:
         copies: int = 1,
         eigenvectors: int = 0,
     ) -> torch.device:
-        """Says what vectors will take that are about to be allocated, and chooses where they fit.
+        """Says what vectors ``[n]`` will take that are about to be allocated, and where they fit.
 
         Args:
             setting: the argument that their number follows from.

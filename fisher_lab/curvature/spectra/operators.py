@@ -141,9 +141,7 @@ class CurvatureOperator:
         return total
 
     def drive(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Does work that makes products; collective.
-
-        On several ranks rank 0 does it, and the others compute their part of each product.
+        """Does work that makes products; collective: rank 0 does it, all compute the products.
 
         Args:
             work: makes products; its result is plain values that JSON can hold.

@@ -25,17 +25,10 @@ from fisher_lab.curvature.wrappers import is_conv1d
 def factored_is_cheaper(n: int, positions: int, total: int, d_in: int, d_out: int) -> bool:
     """Says whether a weight's Gram matrix takes fewer multiplications without its gradients.
 
-    Dense (form the gradients, then the lower triangle of their Gram matrix) takes
-    ``N S in out + N^2 in out / 2`` multiplications; factored (products of the inputs, output
-    gradients mixed by them, the same triangle) takes
-    ``T^2 in / 2 + N T S out / 2 + N^2 S out / 2``.
-
-    Args:
-        n: samples, ``N``.
-        positions: positions of one sequence at this layer, ``S``.
-        total: positions of all sequences, ``T``.
-        d_in: inputs of the layer.
-        d_out: outputs of the layer.
+    For ``n`` samples ``N``, ``positions`` of one sequence ``S`` and in ``total`` ``T``: dense (form
+    the gradients, then the lower triangle of their Gram matrix) takes ``N S in out + N^2 in out /
+    2`` multiplications; factored (products of the inputs, output gradients mixed by them, the same
+    triangle) takes ``T^2 in / 2 + N T S out / 2 + N^2 S out / 2``.
     """
     dense = n * positions * d_in * d_out + n * n * d_in * d_out / 2
     factored = (total * total * d_in + n * total * positions * d_out) / 2
@@ -112,17 +105,14 @@ def choose_factored(
     names: Iterable[str],
     communicator: Communicator | None = None,
 ) -> dict[str, nn.Module]:
-    """Picks the linear layers whose Gram matrix is cheaper without per-sample gradients.
+    """Picks the linear layers whose Gram matrix is cheaper without gradients; collective.
 
     One forward pass per batch, without gradient, counts the positions at each layer. A layer that
     is called more than once, or on another shape than ``[1, S, in]`` or ``[1, in]``, is left out.
-    All ranks pick the layers that one process would pick; collective.
+    All ranks pick the layers that one process would pick.
 
-    Args:
-        model: any module.
-        samples: the samples.
-        names: the weights in question.
-        communicator: of the ranks that hold the samples.
+    Returns:
+        The layers by the weight's name, of those in ``names``.
     """
     ranks = communicator or Alone()
     linear = linear_weights(model, names)

@@ -66,13 +66,10 @@ class Quadrature:
         return _estimate(values, self.n_products, self.seed)
 
     def with_known(self, values: Tensor) -> Quadrature:
-        """Adds eigenvalues that are known exactly, each with weight ``1/n``, to every probe.
+        """Adds known eigenvalues ``[l]``, each with weight ``1/n``, to every probe.
 
         For probes that were deflated by their eigenvectors: what is known then carries no variance
         (what Hutch++ does for the trace, for any function and for the density).
-
-        Args:
-            values: ``[l]`` eigenvalues.
         """
         known = values.double().cpu()
         weight = torch.full_like(known, 1.0 / self.n)
@@ -110,8 +107,8 @@ def quadrature(
         seed: of the probes.
         dtype: of the vectors.
         device: of the vectors.
-        deflate: ``[l, n]`` orthonormal rows, removed from every probe; the weights of a probe then
-            sum to its remaining squared length over ``n``.
+        deflate: ``[l, n]`` orthonormal rows, removed from every probe; its weights then sum to its
+            remaining squared length over ``n``.
 
     Raises:
         CurvatureError: fewer than one probe or step.
@@ -212,14 +209,8 @@ def density_record(
     """Returns the spectral density, smoothed by Gaussians, on a grid, as plain values.
 
     It integrates to one over the grid's unit, less what was left out; the standard error is that
-    over the probes.
-
-    Args:
-        rule: nodes and weights.
-        dtype: of the vectors, whose rounding decides what is zero.
-        n_grid: points of the grid.
-        sigma: width of the Gaussians in the grid's unit; None takes 1 % of its span.
-        log: over the decimal logarithm; what is not above zero is left out.
+    over the probes. The rounding of ``dtype``, the vectors', decides what is zero. ``n_grid``,
+    ``sigma`` and ``log`` are those of ``FisherLanczos.spectral_density``.
     """
     largest = max(float(nodes.abs().max()) for nodes in rule.nodes)
     floor = rule.n * torch.finfo(dtype).eps * largest

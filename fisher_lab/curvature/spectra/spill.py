@@ -108,11 +108,7 @@ class _Piece:
 
 
 class FactoredRows:
-    """Rows of one weight as products: inputs in memory (``T in``), output gradients in a space.
-
-    Args:
-        space: where the output gradients go.
-    """
+    """Rows of one weight as products: inputs in memory (``T in``), output gradients in a space."""
 
     def __init__(self, space: FileBytes) -> None:
         self._space = space
@@ -121,13 +117,9 @@ class FactoredRows:
         self._end = 0
 
     def write(self, first: int, sequence: int, inputs: Tensor, outputs: Tensor) -> None:
-        """Adds rows ``[c, S, out]``; chunks of a sequence join into pieces up to ``TILE_BYTES``.
+        """Adds rows from ``first`` on; those of a sequence share their inputs ``[S, in]``.
 
-        Args:
-            first: index of the first row.
-            sequence: what says which chunks share their inputs.
-            inputs: ``[S, in]``.
-            outputs: ``[c, S, out]``.
+        Outputs are ``[c, S, out]``; chunks of a sequence join into pieces up to ``TILE_BYTES``.
         """
         if sequence not in self._inputs:
             self._inputs[sequence] = inputs.detach().cpu().clone()
