@@ -82,56 +82,42 @@ def plain(model: nn.Module) -> nn.Module:
         return inner
     for module in sharded:  # a pass may have left parameters whole, in another dtype
         module.reshard()  # type: ignore[operator]
-    return _Copy().of(inner)
+    return _whole_copy(inner, {})
 
 
-class _Copy:
-    """Copies a tree of modules; what has several places in it keeps them."""
-
-    def __init__(self) -> None:
-        self._modules: dict[int, nn.Module] = {}
-        self._parameters: dict[int, nn.Parameter] = {}
-
-    def of(self, module: nn.Module) -> nn.Module:
-        if id(module) in self._modules:
-            return self._modules[id(module)]
-        cls = _class_before(module)
-        copy: nn.Module = cls.__new__(cls)
-        self._modules[id(module)] = copy
-        state = {key: _without_fsdp(value) for key, value in vars(module).items()}
-        parameters = module._parameters.items()
-        children = module._modules.items()
-        state["_parameters"] = {n: p if p is None else self._whole(p) for n, p in parameters}
-        state["_modules"] = {n: m if m is None else self.of(m) for n, m in children}
-        state["_buffers"] = dict(module._buffers)
-        vars(copy).update(state)
-        return copy
-
-    def _whole(self, parameter: nn.Parameter) -> nn.Parameter:
-        if id(parameter) not in self._parameters:
+def _whole_copy(module: nn.Module, known: dict[int, Any]) -> Any:
+    """Copies a tree of modules; what has several places in it (``known``) keeps them."""
+    if id(module) in known:
+        return known[id(module)]
+    cls = type(module)
+    if is_sharded(module):  # fully_shard put a class of its own in the place of this one
+        cls = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)]
+    copy = known[id(module)] = cls.__new__(cls)
+    state = {key: _without_fsdp(value) for key, value in vars(module).items()}
+    for parameter in module._parameters.values():
+        if parameter is not None and id(parameter) not in known:
             value: Tensor = parameter.detach()
             gather = getattr(value, "full_tensor", None)  # a DTensor's
             value = value if gather is None else gather()
             whole = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            self._parameters[id(parameter)] = whole
-        return self._parameters[id(parameter)]
-
-
-def _class_before(module: nn.Module) -> type[nn.Module]:
-    """The module's class before ``fully_shard`` put one of its own in its place."""
-    cls = type(module)
-    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)] if is_sharded(module) else cls
+            known[id(parameter)] = whole
+    state["_parameters"] = {n: known.get(id(p)) for n, p in module._parameters.items()}
+    children = module._modules.items()
+    state["_modules"] = {n: m if m is None else _whole_copy(m, known) for n, m in children}
+    state["_buffers"] = dict(module._buffers)
+    vars(copy).update(state)
+    return copy
 
 
 def _without_fsdp(value: Any) -> Any:
     """A module's entry; of a dictionary of hooks those that are not FSDP's."""
     if type(value) is not OrderedDict:
         return value
-    return OrderedDict((k, v) for k, v in value.items() if not _is_fsdp(v))
-
-
-def _is_fsdp(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+    kept = OrderedDict(value)
+    for key, hook in value.items():
+        if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+            del kept[key]
+    return kept
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

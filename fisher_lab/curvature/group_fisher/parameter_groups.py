@@ -7,7 +7,8 @@ a list of slots and travels as JSON with a saved state, so that a loaded state n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -106,7 +107,7 @@ def _head_slot(name: str, shape: tuple[int, ...], heads: int, pairs: int) -> Slo
 
 
 def group_scores(
-    values: Mapping[str, Tensor], slots: Iterable[Slot], reduce: str
+    values: Mapping[str, Tensor], slots: Sequence[Slot], reduce: str
 ) -> dict[str, float]:
     """Adds up elements by group.
 
@@ -119,8 +120,9 @@ def group_scores(
         Group name to score, in the layout's order.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    numbered: dict[str, bool] = {}
+    counts: Counter[str] = Counter()
+    scores: dict[str, float] = {}
+    numbered = {slot.group for slot in slots if slot.axis is not None}
     for slot in slots:
         if slot.parameter not in values:
             continue
@@ -129,16 +131,10 @@ def group_scores(
             part = view.sum().reshape(1)
         else:
             part = view.movedim(slot.axis, 0).reshape(view.shape[slot.axis], -1).sum(1)
-        if slot.group not in sums:
-            sums[slot.group], counts[slot.group] = torch.zeros_like(part), 0
-        sums[slot.group] = sums[slot.group] + part
+        sums[slot.group] = sums.get(slot.group, torch.zeros_like(part)) + part
         counts[slot.group] += prod(slot.view) // len(part)
-        numbered[slot.group] = slot.axis is not None
-    scores: dict[str, float] = {}
     for group, total in sums.items():
         scaled = (total / counts[group] if reduce == "mean" else total).tolist()
-        if numbered[group]:
-            scores |= {f"{group}.{i}": value for i, value in enumerate(scaled)}
-        else:
-            scores[group] = scaled[0]
+        names = [f"{group}.{i}" for i in range(len(scaled))] if group in numbered else [group]
+        scores |= zip(names, scaled, strict=True)
     return scores

@@ -11,9 +11,9 @@ so that each multiplies all rows of its columns, and what they have is added up.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,41 +26,45 @@ from fisher_lab.curvature.spectra.spill import DenseRows, FactoredRows, FileByte
 _ROWS = 128  # rows of a Gram panel; only panels up to the diagonal are computed
 
 
-class BlockMatrix(Protocol):
-    """Collects one block's chunks."""
+class BlockMatrix(ABC):
+    """Collects one block's chunks.
 
-    touched: bool
-    method: str
+    Args:
+        spread: the ranks and how many samples each has.
+        sizes: parameters whose rows are joined, and their numbers of elements.
+        method: how the matrix is formed, for the record.
 
+    Attributes:
+        touched: whether the loss reaches one of the parameters.
+    """
+
+    def __init__(self, spread: Spread, sizes: Mapping[str, int], method: str) -> None:
+        self._spread, self._sizes, self.method = spread, dict(sizes), method
+        self._ranks, self._n = spread.communicator, sum(spread.rows)
+        self._n_own, self._p = spread.rows[self._ranks.rank], sum(sizes.values())
+        self.touched = False
+
+    @abstractmethod
     def add(self, chunk: Chunk) -> None:
         """Takes the block's columns out of a chunk."""
-        ...
 
+    @abstractmethod
     def matrix(self, *, center: bool) -> Tensor:
         """Returns the symmetric float64 matrix with the block's nonzero eigenvalues; collective."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Gives memory and files back."""
-        ...
 
-
-def columns_of(chunk: Chunk, sizes: Mapping[str, int]) -> Tensor | None:
-    """Joins a block's columns of a chunk, ``[c, P]``; zeros where the loss does not reach.
-
-    None where it reaches none of the parameters.
-    """
-    parts = {name: chunk.rows(name) for name in sizes}
-    known = next((part for part in parts.values() if part is not None), None)
-    if known is None:
-        return None
-    return torch.cat(
-        [
-            known.new_zeros(chunk.n, size) if (part := parts[name]) is None else part
-            for name, size in sizes.items()
-        ],
-        dim=1,
-    )
+    def _columns(self, chunk: Chunk) -> Tensor | None:
+        """Joins the columns ``[c, P]``; zeros where the loss does not reach, None if nowhere."""
+        parts = {name: chunk.rows(name) for name in self._sizes}
+        known = next((part for part in parts.values() if part is not None), None)
+        if known is None:
+            return None
+        self.touched = True
+        zeros = {n: known.new_zeros(chunk.n, m) for n, m in self._sizes.items() if parts[n] is None}
+        return torch.cat([zeros[n] if x is None else x for n, x in parts.items()], dim=1)
 
 
 def add_gram(gram: Tensor, rows: Tensor) -> None:
@@ -117,8 +121,8 @@ class GramMatrix(BlockMatrix):
     """``(1/N) J J^T``, ``N x N``, from rows kept by column tiles and products (mode ``chunked``).
 
     Args:
-        spread: the ranks and how many samples each has.
-        sizes: dense parameters of the block and their numbers of elements.
+        spread: as for :class:`BlockMatrix`.
+        sizes: the dense parameters.
         weights: weights that come as products.
         space: makes room for one array; in memory or spilled.
         device: where tiles are multiplied.
@@ -134,20 +138,20 @@ class GramMatrix(BlockMatrix):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._spread, self._sizes, self._device, self._dtype = spread, dict(sizes), device, dtype
-        n, p = spread.rows[spread.communicator.rank], sum(sizes.values())
-        self._rows = DenseRows(space(), n, p, dtype, max(spread.rows)) if sizes else None
+        method = "gram" if not weights else "gram+factored" if sizes else "gram_factored"
+        super().__init__(spread, sizes, method)
+        self._device, self._dtype = device, dtype
+        self._rows: DenseRows | None = None
+        if sizes:
+            self._rows = DenseRows(space(), self._n_own, self._p, dtype, max(spread.rows))
         self._factored = {name: FactoredRows(space()) for name in weights}
-        self.touched = False
-        self.method = "gram" if not weights else "gram+factored" if sizes else "gram_factored"
 
     @override
     def add(self, chunk: Chunk) -> None:
         if self._rows is not None:
-            columns = columns_of(chunk, self._sizes)
-            self.touched |= columns is not None
+            columns = self._columns(chunk)
             if columns is None:
-                columns = torch.zeros(chunk.n, self._rows.p, dtype=self._dtype)
+                columns = torch.zeros(chunk.n, self._p, dtype=self._dtype)
             self._rows.write(chunk.first, columns)
         for name, rows in self._factored.items():
             if name in chunk.factored:
@@ -157,18 +161,17 @@ class GramMatrix(BlockMatrix):
 
     @override
     def matrix(self, *, center: bool) -> Tensor:
-        ranks, rows = self._spread.communicator, self._spread.rows
-        n = sum(rows)
-        gram = torch.zeros(n, n, dtype=torch.float64, device=self._device)
+        gram = torch.zeros(self._n, self._n, dtype=torch.float64, device=self._device)
         if self._rows is not None:
             for own in self._rows.tiles():
-                tile = exchange_tokens_for_outputs(own, rows, ranks).double().to(self._device)
+                tile = exchange_tokens_for_outputs(own, self._spread.rows, self._ranks)
+                tile = tile.double().to(self._device)
                 add_gram(gram, tile - tile.mean(0) if center else tile)
         gram = from_lower_triangle(gram)
         for weight in self._factored.values():
             one = factored_gram(weight, self._spread, self._device)
             gram += double_center(one) if center else one
-        return ranks.all_reduce(gram) / n
+        return self._ranks.all_reduce(gram) / self._n
 
     @override
     def close(self) -> None:
@@ -180,103 +183,83 @@ class GramMatrix(BlockMatrix):
 class CovarianceMatrix(BlockMatrix):
     """``(1/N) J^T J``, ``P x P``, summed up chunk by chunk (mode ``streaming``, ``P < N``).
 
-    Args:
-        spread: the ranks and how many samples each has.
-        sizes: parameters of the block and their numbers of elements.
-        center: whether deviations from the mean row are summed (Chan et al. 1979).
+    With ``center`` deviations from the mean row are summed (Chan et al. 1979).
     """
 
-    method = "covariance"
-
     def __init__(self, spread: Spread, sizes: Mapping[str, int], center: bool) -> None:
-        self._spread, self._sizes, self._center = spread, dict(sizes), center
-        self._n = 0
-        self._mean: Tensor | None = None
-        self._sum: Tensor | None = None
-        self.touched = False
+        super().__init__(spread, sizes, "covariance")
+        self._center, self._count = center, 0
+        self._mean = torch.zeros(self._p, dtype=torch.float64)
+        self._sum = torch.zeros(self._p, self._p, dtype=torch.float64)
 
     @override
     def add(self, chunk: Chunk) -> None:
-        columns = columns_of(chunk, self._sizes)
-        self.touched |= columns is not None
-        rows = torch.zeros(chunk.n, sum(self._sizes.values())) if columns is None else columns
+        columns = self._columns(chunk)
+        rows = torch.zeros(chunk.n, self._p) if columns is None else columns
         rows = rows.double()
         mean = rows.mean(0) if self._center else torch.zeros_like(rows[0])
         part = (rows - mean).T @ (rows - mean)
-        if self._sum is None or self._mean is None:
-            self._sum, self._mean, self._n = part, mean, chunk.n
+        if self._count == 0:
+            self._sum, self._mean, self._count = part, mean, chunk.n
             return
-        total = self._n + chunk.n
+        total = self._count + chunk.n
         delta = mean - self._mean.to(mean.device)
         self._sum = self._sum.to(part.device) + part
-        self._sum += torch.outer(delta, delta) * (self._n * chunk.n / total)
+        self._sum += torch.outer(delta, delta) * (self._count * chunk.n / total)
         self._mean = self._mean.to(mean.device) + delta * (chunk.n / total)
-        self._n = total
+        self._count = total
 
     @override
     def matrix(self, *, center: bool) -> Tensor:
-        ranks, n = self._spread.communicator, sum(self._spread.rows)
-        p = sum(self._sizes.values())
-        total = torch.zeros(p, p, dtype=torch.float64) if self._sum is None else self._sum
-        if ranks.size > 1:  # from the rank's own mean, zero where nothing is centred, to all rows'
-            mean = total.new_zeros(p) if self._mean is None else self._mean
-            delta = mean - ranks.all_reduce(mean * self._n) / n
-            total = ranks.all_reduce(total + torch.outer(delta, delta) * self._n)
-        return total / n
+        total = self._sum
+        if self._ranks.size > 1:  # about the mean of all rows; zero where nothing is centred
+            delta = self._mean - self._ranks.all_reduce(self._mean * self._count) / self._n
+            total = self._ranks.all_reduce(total + torch.outer(delta, delta) * self._count)
+        return total / self._n
 
     @override
     def close(self) -> None:
-        self._sum = self._mean = None
+        self._sum = self._sum[:0]
 
 
 class RowMatrix(BlockMatrix):
     """``J`` itself, ``N x P`` in memory (modes ``full`` and ``sketch``).
 
-    Args:
-        spread: the ranks and how many samples each has.
-        sizes: parameters of the block and their numbers of elements.
-        device: of the rows where the loss does not reach the block.
-        dtype: of these.
-        method: ``full``, or ``sketch``: then the rows take the matrix's place (on one rank).
+    With the method ``sketch`` the rows take the matrix's place (on one rank). ``device`` and
+    ``dtype`` are those of the rows where the loss does not reach the block.
     """
 
     def __init__(
         self,
         spread: Spread,
         sizes: Mapping[str, int],
+        method: str,
         device: torch.device,
         dtype: torch.dtype,
-        method: str,
     ) -> None:
-        self._spread, self._sizes, self.method = spread, dict(sizes), method
-        n = spread.rows[spread.communicator.rank]
-        self._rows = torch.zeros(n, sum(sizes.values()), dtype=dtype, device=device)
-        self.touched = False
+        super().__init__(spread, sizes, method)
+        self._rows = torch.zeros(self._n_own, self._p, dtype=dtype, device=device)
 
     @override
     def add(self, chunk: Chunk) -> None:
-        columns = columns_of(chunk, self._sizes)
-        if columns is None:
-            return
-        if not self.touched:
-            self._rows = self._rows.to(columns)
-        self.touched = True
-        self._rows[chunk.first : chunk.first + chunk.n] = columns
+        first = not self.touched
+        columns = self._columns(chunk)
+        if columns is not None:
+            self._rows = self._rows.to(columns) if first else self._rows
+            self._rows[chunk.first : chunk.first + chunk.n] = columns
 
     @override
     def matrix(self, *, center: bool) -> Tensor:
-        """Returns the smaller of ``(1/N) J J^T`` and ``(1/N) J^T J``; less the mean row."""
-        ranks, counts = self._spread.communicator, self._spread.rows
-        n, p = sum(counts), self._rows.shape[1]
-        if self.method == "sketch" or p < n:
-            rows = self._rows.double()
-            rows = rows - ranks.all_reduce(rows.sum(0)) / n if center else rows
-            if self.method == "sketch":
-                return rows
-            return ranks.all_reduce(rows.T @ rows) / n
-        rows = exchange_tokens_for_outputs(self._rows, counts, ranks).double()
-        rows = rows - rows.mean(0) if center else rows
-        return ranks.all_reduce(rows @ rows.T) / n
+        """Returns the smaller of ``(1/N) J J^T`` and ``(1/N) J^T J``."""
+        if self.method == "full" and self._p >= self._n:
+            rows = exchange_tokens_for_outputs(self._rows, self._spread.rows, self._ranks).double()
+            rows = rows - rows.mean(0) if center else rows
+            return self._ranks.all_reduce(rows @ rows.T) / self._n
+        rows = self._rows.double()
+        rows = rows - self._ranks.all_reduce(rows.sum(0)) / self._n if center else rows
+        if self.method == "sketch":
+            return rows
+        return self._ranks.all_reduce(rows.T @ rows) / self._n
 
     @override
     def close(self) -> None:

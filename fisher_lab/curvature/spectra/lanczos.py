@@ -347,9 +347,8 @@ class FisherLanczos:
             return record
 
     def _eigenpairs(self, matrix: CurvatureOperator, *, eigenvectors: bool) -> LanczosResult:
-        return self._run(
-            matrix, matrix.n, self.config.k, eigenvectors, self._dtype(matrix), matrix.device
-        )
+        n, k, dtype = matrix.n, self.config.k, self._dtype(matrix)
+        return self._run(matrix, n, k, eigenvectors, dtype, matrix.device)
 
     def _run(
         self,

@@ -289,7 +289,7 @@ class FisherSpectral:
                 continue
             dtype = functools.reduce(torch.promote_types, (parameters[n].dtype for n in names))
             if mode in ("full", "sketch"):
-                result[block] = RowMatrix(spread, every, device, dtype, mode)
+                result[block] = RowMatrix(spread, every, mode, device, dtype)
             elif mode == "streaming" and p < samples.total:
                 result[block] = CovarianceMatrix(spread, every, call.center)
             else:
