@@ -93,11 +93,13 @@ def free_memory(device: torch.device) -> int:
 def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
     """Returns the bytes that each of this process's control groups (named in ``own``) allows."""
     found = []
-    for group, names in _groups(root, own):
-        limit, used = (_number(group / name) for name in names[:2])
-        if limit is not None and used is not None:
+    for group, (most, used, cache) in _groups(root, own):
+        limit, now = _read(group / most), _read(group / used)
+        if limit.isdigit() and now.isdigit():  # the limit may be "max"
             # The page cache counts as used and is given back on demand.
-            found.append(max(limit - used + _stat(group / "memory.stat", names[2]), 0))
+            lines = _read(group / "memory.stat").splitlines()
+            back = (int(line.split()[1]) for line in lines if line.startswith(f"{cache} "))
+            found.append(max(int(limit) - int(now) + next(back, 0), 0))
     return found
 
 
@@ -107,11 +109,7 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 
 def _groups(root: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Yields this process's groups and those above them, with the names of their files."""
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for line in _read(own).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -121,18 +119,9 @@ def _groups(root: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]
         yield from ((one, names) for one in (group, *group.parents) if one.is_relative_to(top))
 
 
-def _number(path: Path) -> int | None:
-    """A file's number, or None where there is no file or no limit (``max``)."""
+def _read(path: Path) -> str:
+    """A file's text, nothing where there is no file."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _stat(path: Path, key: str) -> int:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
+        return ""

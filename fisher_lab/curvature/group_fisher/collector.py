@@ -45,7 +45,7 @@ from fisher_lab.curvature.group_fisher.parameter_groups import (
     layout_of,
 )
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
-from fisher_lab.curvature.spectra.samples import SampleSet, as_batches, draw_samples
+from fisher_lab.curvature.spectra.samples import as_batches, draw_samples
 from fisher_lab.curvature.wrappers import plain, unwrap
 from fisher_lab.runs import atomic
 
@@ -154,30 +154,21 @@ class FisherCollector:
             BatchError: no label counts.
         """
         model = plain(model)
-        self._layout = layout_of(model)
+        self.describe(model)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with isolated(model, seed=0):
-            if self.unit == "batch":
-                batches = as_batches(batch)
-                if not batches and not may_be_empty:
-                    raise BatchError(f"task {task}: no batch; allowed: one or more")
-                for one in batches:
-                    self._collect_mean(model, one, parameters, task)
+            if self.unit != "batch":
+                self._collect_samples(model, batch, None, task, may_be_empty=may_be_empty)
                 return
-            samples = self._draw(model, batch, task, may_be_empty=may_be_empty)
-            rows = PerSampleGradients(
-                model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
-            )
-            self._update_from_chunks(model, samples, rows, parameters, task)
-
-    def _collect_mean(
-        self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter], task: str
-    ) -> None:
-        grads, n_labels = self.summed_gradient(model, batch, parameters)
-        if n_labels == 0:
-            raise BatchError(f"task {task}: no label of the batch counts")
-        means = {name: g / n_labels for name, g in grads.items()}
-        self.update_fisher_welford(task, means, active_tokens(model, batch))
+            batches = as_batches(batch)
+            if not batches and not may_be_empty:
+                raise BatchError(f"task {task}: no batch; allowed: one or more")
+            for one in batches:
+                grads, n_labels = self.summed_gradient(model, one, parameters)
+                if n_labels == 0:
+                    raise BatchError(f"task {task}: no label of the batch counts")
+                means = {name: g / n_labels for name, g in grads.items()}
+                self.update_fisher_welford(task, means, active_tokens(model, one))
 
     def summed_gradient(
         self, model: nn.Module, batch: Any, parameters: Mapping[str, nn.Parameter]
@@ -206,28 +197,29 @@ class FisherCollector:
         if self.unit == "batch":
             raise CurvatureError("unit: 'batch'; per-sample gradients need 'sequence' or 'token'")
         model = plain(model)
-        self._layout = layout_of(model)
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._update_from_chunks(model, self._draw(model, batch, task), chunks, parameters, task)
+        self.describe(model)
+        self._collect_samples(model, batch, chunks, task)
 
-    def _draw(
-        self, model: nn.Module, batch: Any, task: str, *, may_be_empty: bool = False
-    ) -> SampleSet:
+    def _collect_samples(
+        self,
+        model: nn.Module,
+        batch: Any,
+        chunks: Iterable[Chunk] | None,
+        task: str,
+        *,
+        may_be_empty: bool = False,
+    ) -> None:
+        """Takes in the gradients of all samples; where ``chunks`` is None they are computed."""
         samples = draw_samples(
             model, batch, unit=self.unit, n_samples=None, seed=0, loss_fn=self._loss_fn
         )
         if samples.n == 0 and not may_be_empty:
             raise BatchError(f"task {task}: no label of the batch counts")
-        return samples
-
-    def _update_from_chunks(
-        self,
-        model: nn.Module,
-        samples: SampleSet,
-        chunks: Iterable[Chunk],
-        parameters: Mapping[str, nn.Parameter],
-        task: str,
-    ) -> None:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if chunks is None:
+            chunks = PerSampleGradients(
+                model, samples, parameters, chunk_size=self.chunk_size, loss_fn=self._loss_fn
+            )
         for chunk in chunks:
             weights = torch.ones(chunk.n, dtype=torch.float64)
             if self.unit == "sequence" and self.sequence_weight == "tokens":
@@ -476,9 +468,9 @@ class FisherCollector:
                     f"{directory / name}: not the file that {RECORD} was written with"
                 )
             tensors = safetensors.torch.load(data)
+        except FactorFileError:
+            raise
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            if isinstance(error, FactorFileError):
-                raise
             raise FactorFileError(f"{directory}: no saved group Fisher ({error})") from error
         found = cls(**options)
         found.restore(tensors, plain)

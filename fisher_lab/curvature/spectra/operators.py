@@ -215,7 +215,7 @@ class _Part:
 
     def __init__(self, operator: CurvatureOperator, batch: Any) -> None:
         self._operator, self._batch = operator, batch
-        scored = self._score(operator._model)
+        scored = operator._scorer.score(losses.forward(operator._model, batch), batch)
         self.n_labels = scored.n_labels
         self._cotangent: Tensor | None = None
         self._pulled: tuple[Tensor | None, ...] = ()
@@ -231,9 +231,6 @@ class _Part:
             case _:
                 self._output = losses.token_losses(scored).sum()
                 self._pulled = self._pull(self._output, None, create_graph=True)
-
-    def _score(self, model: nn.Module) -> losses.Scored:
-        return self._operator._scorer.score(losses.forward(model, self._batch), self._batch)
 
     def _pull(
         self, output: Tensor, cotangent: Tensor | None, *, create_graph: bool = False
@@ -251,8 +248,10 @@ class _Part:
         operator = self._operator
         if operator.name == "hessian":
             return operator._flatten(self._second(self._pulled, operator._parameters, tangents))
-        pushed = self._push(tangents)
-        weighted = self._weigh(pushed)
+        pushed = weighted = self._push(tangents)
+        if operator.name == "true":
+            p = self._probabilities
+            weighted = p * pushed - p * (p * pushed).sum(-1, keepdim=True)
         grads = self._pull(self._output, weighted)
         if operator.used == "double_backward" and not self._adjoint:
             # <J^T w, v> = <w, J v>. An operation that can be differentiated only once drops out of
@@ -262,12 +261,6 @@ class _Part:
                 self._give_up("J v and J^T u do not belong together")
                 return self.product(tangents)
         return operator._flatten(grads)
-
-    def _weigh(self, pushed: Tensor) -> Tensor:
-        if self._operator.name != "true":
-            return pushed
-        p = self._probabilities
-        return p * pushed - p * (p * pushed).sum(-1, keepdim=True)
 
     def _push(self, tangents: list[Tensor]) -> Tensor:
         if self._operator.used == "double_backward":

@@ -85,11 +85,7 @@ class Chunk:
 def linear_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Returns the linear layers whose weight belongs to them alone, by the weight's name."""
     wanted = set(names)
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         name = f"{path}.weight" if path else "weight"
@@ -220,28 +216,20 @@ class PerSampleGradients:
             stop = min(start + self._chunk_size, sequence.n_rows)
             chunk = Chunk(sequence.first_row + start, stop - start, index)
             # Where nothing is to be trained, or the loss reaches none of it, there is no graph.
+            grads: list[Tensor | None] = [None] * len(targets)
             if targets and values.requires_grad:
                 grads = _rows(values, targets, start, stop, retain=stop < sequence.n_rows)
-                self._fill(chunk, calls, grads)
+            for (name, (inputs, _)), grad in zip(calls.items(), grads, strict=False):
+                if grad is not None:
+                    chunk.factored[name] = Factored(
+                        inputs.detach().reshape(-1, inputs.shape[-1]),
+                        grad.reshape(chunk.n, -1, grad.shape[-1]),
+                        transposed=is_conv1d(self._factored[name]),
+                    )
+            for name, grad in zip(self._dense, grads[len(calls) :], strict=True):
+                if grad is not None:
+                    chunk.dense[name] = grad.reshape(chunk.n, -1)
             yield chunk
-
-    def _fill(
-        self,
-        chunk: Chunk,
-        calls: dict[str, tuple[Tensor, Tensor]],
-        grads: list[Tensor | None],
-    ) -> None:
-        n = chunk.n
-        for (name, (inputs, _)), grad in zip(calls.items(), grads, strict=False):
-            if grad is not None:
-                chunk.factored[name] = Factored(
-                    inputs.detach().reshape(-1, inputs.shape[-1]),
-                    grad.reshape(n, -1, grad.shape[-1]),
-                    transposed=is_conv1d(self._factored[name]),
-                )
-        for name, grad in zip(self._dense, grads[len(calls) :], strict=True):
-            if grad is not None:
-                chunk.dense[name] = grad.reshape(n, -1)
 
 
 def _rows(

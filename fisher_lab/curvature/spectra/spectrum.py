@@ -233,8 +233,6 @@ class FisherSpectral:
 
     def _check_alike(self, model: nn.Module, *choices: object) -> None:
         """Ranks that differ would wait for each other in different collectives."""
-        if self._ranks.size == 1:
-            return
         named = model.named_parameters()
         shapes = [(name, tuple(p.shape), p.dtype) for name, p in named if p.requires_grad]
         text = f"{shapes} {self.config} {choices}"

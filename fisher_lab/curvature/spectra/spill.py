@@ -88,7 +88,7 @@ class DenseRows:
 
     def tiles(self) -> Iterator[Tensor]:
         """Yields the column tiles ``[N, w]`` as they are stored."""
-        size = torch.empty(0, dtype=self._dtype).element_size()
+        size = self._dtype.itemsize
         for start in range(0, self.p, self.width):
             shape = (self.n, min(self.width, self.p - start))
             yield self._space.read(self.n * start * size, shape, self._dtype)
