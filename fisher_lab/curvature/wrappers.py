@@ -89,7 +89,7 @@ def _whole_copy(module: nn.Module, known: dict[int, Any]) -> Any:
     """Copies a tree of modules; what has several places in it (``known``) keeps them."""
     if id(module) in known:
         return known[id(module)]
-    cls = type(module)
+    cls: type[nn.Module] = type(module)
     if is_sharded(module):  # fully_shard put a class of its own in the place of this one
         cls = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)]
     copy = known[id(module)] = cls.__new__(cls)
