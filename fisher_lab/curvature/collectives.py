@@ -42,22 +42,16 @@ class Communicator(Protocol):
     def all_gather(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Returns the ranks' ``x`` one under the other, in the order of the ranks.
 
-        Args:
-            x: ``[rows[rank], ...]``.
-            rows: what each rank brings; the remaining dimensions are alike.
+        ``x`` is ``[rows[rank], ...]``; ``rows`` says what each rank brings, and the remaining
+        dimensions are alike.
         """
         ...
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Sends consecutive pieces of a flat tensor to the ranks (all-to-all).
+        """Sends consecutive pieces of a flat tensor ``[sum(sent)]`` to the ranks (all-to-all).
 
-        Args:
-            x: ``[sum(sent)]``.
-            sent: elements for each rank.
-            received: elements from each rank.
-
-        Returns:
-            ``[sum(received)]``, in the order of the ranks.
+        ``sent`` are the elements for each rank, ``received`` those from each rank. Returns
+        ``[sum(received)]``, in the order of the ranks.
         """
         ...
 
@@ -117,9 +111,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def together(communicator: Communicator, step: Callable[[], None]) -> None:
     """Does a step on every rank; an error of one is raised on all, so that none waits in vain.
 
-    Args:
-        communicator: of the ranks.
-        step: what this rank does by itself, without collectives.
+    ``step`` is what this rank does by itself, without collectives.
 
     Raises:
         RankError: another rank has an error; names the rank.
@@ -137,11 +129,7 @@ def together(communicator: Communicator, step: Callable[[], None]) -> None:
 
 
 def raise_others(errors: Sequence[str | None]) -> None:
-    """Raises an error where a rank has sent one.
-
-    Raises:
-        RankError: names the first such rank.
-    """
+    """Raises a :class:`RankError` that names the first rank that has sent an error."""
     for rank, text in enumerate(errors):
         if text is not None:
             raise RankError(f"rank {rank}: {text}")
@@ -186,13 +174,7 @@ def exchange_tokens_for_outputs(
 ) -> Tensor:
     """Exchanges a rank's rows of all columns for all rows of its slice of the columns.
 
-    Args:
-        x: ``[rows[rank], out]``, such as tokens by outputs.
-        rows: rows of each rank.
-        communicator: of the ranks.
-
-    Returns:
-        ``[sum(rows), out_r]``.
+    ``x`` is ``[rows[rank], out]``, such as tokens by outputs; returns ``[sum(rows), out_r]``.
     """
     if communicator.size == 1:
         return x
@@ -209,14 +191,8 @@ def chosen_rows(
 ) -> tuple[Tensor, list[int]]:
     """Returns which of the rows that are chosen among those of all ranks are this rank's.
 
-    Args:
-        x: this rank's rows.
-        rows: how many each rank has.
-        chosen: indices into the rows of all ranks, ascending.
-        communicator: of the ranks.
-
-    Returns:
-        This rank's chosen rows, and how many each rank has of them.
+    ``x`` are this rank's rows, ``rows`` says how many each rank has, and ``chosen`` are ascending
+    indices into the rows of all ranks. Returns this rank's chosen rows, and how many each rank has.
     """
     bounds = torch.tensor([0, *rows]).cumsum(0)
     of_rank = torch.bucketize(chosen, bounds, right=True) - 1

@@ -71,8 +71,7 @@ class CrossEntropy:
         """Returns the logits and targets at the labelled positions.
 
         Args:
-            outputs: the model's output: a tensor of logits ``[B, C]`` or ``[B, S, C]``, or an
-                object with ``.logits``.
+            outputs: a tensor of logits ``[B, C]`` or ``[B, S, C]``, or an object with ``.logits``.
             batch: a mapping with ``labels`` (``[B]`` or ``[B, S]``), or a pair (inputs, labels).
 
         Raises:
@@ -214,8 +213,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 def prepare(model: nn.Module, batch: Any) -> Any:
     """Returns a copy of the batch, on the model's device, with the labels masked.
 
-    In an encoder-decoder model the decoder's inputs are made from the caller's labels first, as
-    the model itself would, so that masking the labels does not change what the decoder sees.
+    An encoder-decoder model's decoder inputs are made from the caller's labels first, as the model
+    itself would, so that masking the labels does not change what the decoder sees.
     """
     device = device_of(model)
     batch = map_tensors(lambda x: x.to(device), batch)
@@ -274,11 +273,7 @@ def score(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> 
 
 
 def scorer(model: nn.Module, loss_fn: LossFunction | None = None) -> CrossEntropy:
-    """Returns the cross-entropy that belongs to a model, or the caller's own.
-
-    Raises:
-        LossError: as :func:`score`.
-    """
+    """Returns the cross-entropy of a model, or the caller's own; errors as :func:`score`."""
     if isinstance(loss_fn, CrossEntropy):
         return loss_fn
     if loss_fn is not None:

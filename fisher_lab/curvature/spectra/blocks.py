@@ -39,11 +39,9 @@ def architecture_of(model: nn.Module) -> str:
 def parameter_blocks(model: nn.Module, structure: str) -> dict[str, list[str]]:
     """Groups the parameters of a model into blocks.
 
-    Args:
-        model: any module. A tied parameter appears once, under its name in
-            ``named_parameters()`` (``docs/math.md``, section 1).
-        structure: ``layer`` (a transformer block; what lies outside of one is a block for each
-            leaf module), ``module`` (a leaf module), ``parameter`` or ``full``.
+    ``structure`` is ``layer`` (a transformer block; what lies outside of one is a block for each
+    leaf module), ``module`` (a leaf module), ``parameter`` or ``full``. A tied parameter appears
+    once, under its name in ``named_parameters()`` (``docs/math.md``, section 1).
 
     Returns:
         Block name to the names of its parameters that require a gradient, in the model's order; a
@@ -79,10 +77,8 @@ def _block_of(name: str, structure: str, pattern: re.Pattern[str]) -> str:
 def select_parameters(model: nn.Module, block: str | None) -> dict[str, nn.Parameter]:
     """Returns the trainable parameters of a block, by name.
 
-    Args:
-        model: any module.
-        block: None for the whole model, else a block's name in any structure
-            (``transformer.h.0``, ``transformer.h.0.attn.c_attn``, a parameter's name).
+    ``block`` is None for the whole model, else a block's name in any structure
+    (``transformer.h.0``, ``transformer.h.0.attn.c_attn``, a parameter's name).
 
     Raises:
         CurvatureError: no trainable parameter belongs to such a block.

@@ -49,10 +49,8 @@ class GradientCache:
     def of(cls, given: object, unit: str) -> GradientCache:
         """Returns a cache as it is, or one of the tensors that another object holds.
 
-        Args:
-            given: a cache, or anything with ``per_sample_gradients``: parameter name to
-                ``[N, *shape]``; None, or an object without it, gives an empty cache.
-            unit: the unit of an object that names none.
+        That is anything with ``per_sample_gradients``: parameter name to ``[N, *shape]``; None, or
+        an object without it, gives an empty cache. ``unit`` is that of an object that names none.
         """
         if isinstance(given, GradientCache):
             return given

@@ -178,17 +178,11 @@ def _search(
 
 
 def _without_copies(order: Tensor, values: Tensor, residuals: Tensor, eps: float) -> Tensor:
-    """Leaves out Ritz values that only repeat another one.
+    """Leaves out Ritz values that only repeat another one, of the most wanted ones in ``order``.
 
     A single starting vector shows every eigenvalue once; two Ritz values that lie closer to each
     other than both to an eigenvalue are one of them and its copy (Paige 1980). Of a cluster the
-    one with the smallest residual stays.
-
-    Args:
-        order: indices into the values, most wanted first.
-        values: all Ritz values.
-        residuals: of these.
-        eps: of the vectors' dtype.
+    one with the smallest residual stays. ``eps`` is that of the vectors' dtype.
     """
     scale = float(values.abs().max())
     noise = 10 * len(values) * eps * scale

@@ -58,14 +58,13 @@ class Factored:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of ``J``.
+    """Consecutive rows of ``J`` of one sequence.
 
     Attributes:
         first: index of the first row.
         n: number of rows.
-        sequence: index of the sequence that they come from.
-        dense: parameter name to ``[n, numel]``; a parameter that the loss does not reach is
-            absent.
+        sequence: index of the sequence.
+        dense: parameter name to ``[n, numel]``; one that the loss does not reach is absent.
         factored: weight name to its rows as a product.
     """
 

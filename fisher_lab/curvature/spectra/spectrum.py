@@ -428,14 +428,10 @@ class FisherSpectral:
 
 @dataclass(frozen=True)
 class _Call:
-    """The spectra of which blocks are computed from which samples.
+    """The spectra of which blocks (name to trainable parameters) are computed from which samples.
 
-    Attributes:
-        model: without wrappers.
-        samples: rows of ``J``.
-        blocks: block name to the names of its trainable parameters.
-        structure: how the blocks were made.
-        center: whether the mean row is subtracted.
+    ``model`` has no wrappers, ``structure`` says how the blocks were made, and with ``center`` the
+    mean row is subtracted.
     """
 
     model: nn.Module
