@@ -16,16 +16,14 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
     """Evaluates a model without leaving a trace in it.
 
     Within: every module is in ``eval()`` mode (no dropout; BatchNorm uses its running statistics
-    and does not update them), autograd is on, the generators are seeded, and scaled dot-product
-    attention uses its plain formula (the fused kernels have neither a batching rule nor a
-    forward-mode or second derivative on CPU; ``docs/math.md``, section 8). On leaving, each
-    module's mode, the generators and the global switches are what they were.
+    and does not update them), autograd is on, the generators of the host and of every CUDA device
+    are seeded, and scaled dot-product attention uses its plain formula (the fused kernels have
+    neither a batching rule nor a forward-mode or second derivative on CPU; ``docs/math.md``,
+    section 8). On leaving, each module's mode, the generators and the global switches are what they
+    were.
 
-    Args:
-        model: any module.
-        seed: seeds the generators of the host and of every CUDA device within.
-        deterministic: turns on ``torch.use_deterministic_algorithms`` and sets
-            ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
+    ``deterministic`` turns on ``torch.use_deterministic_algorithms`` and sets
+    ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
     """
     modes = [(module, module.training) for module in model.modules()]
     # All devices, not the model's alone: seeding reaches every one of them.

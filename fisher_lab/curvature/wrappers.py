@@ -77,11 +77,9 @@ def plain(model: nn.Module) -> nn.Module:
         model: any module; where it is sharded, the call is collective over its ranks.
     """
     inner = unwrap(model)
-    sharded = [module for module in inner.modules() if is_sharded(module)]
-    if not sharded:
+    if not any(is_sharded(module) for module in inner.modules()):
         return inner
-    for module in sharded:  # a pass may have left parameters whole, in another dtype
-        module.reshard()  # type: ignore[operator]
+    at_rest(inner)  # a pass may have left parameters whole, in another dtype
     return _whole_copy(inner, {})
 
 

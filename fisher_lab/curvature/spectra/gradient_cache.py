@@ -102,8 +102,8 @@ def cached_chunks(
         config: the caller's options.
 
     Returns:
-        The rows, and whether the call would compute the very same bits (the cache was collected
-        with these options on these samples, no more and no fewer); else it would up to rounding.
+        The rows, and whether the call would compute the very same bits: the cache was collected
+        with these options on just these samples. Otherwise the two agree up to rounding.
 
     Raises:
         CurvatureError: the cache was collected for another sample unit, or its rows are neither

@@ -428,14 +428,8 @@ class FisherLanczos:
     ) -> torch.device:
         """Says what vectors ``[n]`` will take that are about to be allocated, and where they fit.
 
-        Args:
-            setting: the argument that their number follows from.
-            basis: vectors of the basis, ``m``.
-            n: length of a vector.
-            dtype: of their elements.
-            model_device: where the model is.
-            copies: how many blocks of the basis' size there are at once.
-            eigenvectors: further vectors.
+        ``copies`` blocks of ``basis`` vectors, a number that follows from the argument ``setting``,
+        and ``eigenvectors`` more; the model is on ``model_device``.
 
         Raises:
             CurvatureError: they do not fit.
@@ -466,18 +460,15 @@ class FisherLanczos:
     def _pairs(
         self, found: LanczosResult, matrix: CurvatureOperator, block: str | None
     ) -> dict[str, Any]:
-        return {
+        record = {
+            **vars(found),
             "eigenvalues": found.eigenvalues.tolist(),
             "residuals": found.residuals.tolist(),
             "converged": list(found.converged),
-            "n_products": found.n_products,
-            "n_restarts": found.n_restarts,
-            "n_vectors": found.n_vectors,
-            "memory_bytes": found.memory_bytes,
-            "tolerance": self.config.tol,
-            "seed": self.config.seed,
-            **self._about(matrix, block),
         }
+        del record["eigenvectors"]
+        options = {"tolerance": self.config.tol, "seed": self.config.seed}
+        return {**record, **options, **self._about(matrix, block)}
 
     def _about(self, matrix: CurvatureOperator, block: str | None) -> dict[str, Any]:
         operator = self.config.operator

@@ -200,14 +200,8 @@ class FisherSpectral:
     ) -> GradientCache:
         """Collects the gradients that :meth:`compute_fisher_spectrum` would, and keeps them.
 
-        Args:
-            model: as there.
-            batch: as there.
-            n_samples: as there.
-            keep_rows: without effect, and gone in the next release.
-
-        Returns:
-            The cache: up to ``N x P`` numbers in memory, fewer where weights come as products.
+        Up to ``N x P`` numbers stay in memory, fewer where weights come as products. ``keep_rows``
+        is without effect, and gone in the next release.
 
         Raises:
             CurvatureError: there are several ranks.
