@@ -1,4 +1,4 @@
-"""Pure functions on symmetric positive semi-definite matrices: no layers, no networks.
+"""Symmetric positive semi-definite matrices, and Lanczos for operators: no layers, no networks.
 
 Conventions: ``x`` is ``[T, n]`` with one sample a row; a factor is ``M = w x^T x`` with the
 weight ``w`` (``1/T``). Damping and clipping follow ``docs/math.md``, section 2; the robust
