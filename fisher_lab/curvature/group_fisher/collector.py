@@ -38,12 +38,7 @@ from fisher_lab.curvature.errors import (
 )
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.group_fisher.moments import Moments, by_element, overlap
-from fisher_lab.curvature.group_fisher.parameter_groups import (
-    GROUPS,
-    Slot,
-    group_scores,
-    layout_of,
-)
+from fisher_lab.curvature.group_fisher.parameter_groups import GROUPS, Slot, group_scores, layout_of
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
 from fisher_lab.curvature.spectra.samples import as_batches, draw_samples
 from fisher_lab.curvature.wrappers import plain, unwrap

@@ -24,11 +24,7 @@ from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.linalg import MatVec
 from fisher_lab.curvature.memory import check_device, free_memory
 from fisher_lab.curvature.spectra.blocks import select_parameters
-from fisher_lab.curvature.spectra.krylov import (
-    LanczosResult,
-    default_vectors,
-    lanczos_algorithm,
-)
+from fisher_lab.curvature.spectra.krylov import LanczosResult, default_vectors, lanczos_algorithm
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.quadrature import (
     Estimate,

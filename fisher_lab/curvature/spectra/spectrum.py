@@ -38,11 +38,7 @@ from fisher_lab.curvature.spectra.block_matrices import (
 )
 from fisher_lab.curvature.spectra.blocks import architecture_of, parameter_blocks
 from fisher_lab.curvature.spectra.eigensolve import Found, Solved, solve_blocks
-from fisher_lab.curvature.spectra.gradient_cache import (
-    GradientCache,
-    cached_chunks,
-    hash_of,
-)
+from fisher_lab.curvature.spectra.gradient_cache import GradientCache, cached_chunks, hash_of
 from fisher_lab.curvature.spectra.per_sample_gradients import (
     Chunk,
     PerSampleGradients,
