@@ -80,12 +80,6 @@ def from_lower_triangle(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).T
 
 
-def double_center(gram: Tensor) -> Tensor:
-    """Returns ``H K H`` with ``H = I - 11^T/N``."""
-    gram = gram - gram.mean(0, keepdim=True)
-    return gram - gram.mean(1, keepdim=True)
-
-
 def factored_gram(weight: FactoredRows, spread: Spread, device: torch.device) -> Tensor:
     """Returns this rank's part of a weight's ``J J^T``, ``[N, N]``; the sum of all is the whole.
 
@@ -170,7 +164,10 @@ class GramMatrix(BlockMatrix):
         gram = from_lower_triangle(gram)
         for weight in self._factored.values():
             one = factored_gram(weight, self._spread, self._device)
-            gram += double_center(one) if center else one
+            if center:  # H K H
+                one = one - one.mean(0, keepdim=True)
+                one = one - one.mean(1, keepdim=True)
+            gram += one
         return self._ranks.all_reduce(gram) / self._n
 
     @override
