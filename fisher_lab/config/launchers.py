@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fisher_lab.config.fields import above, null, one_of, setting, whole
 from fisher_lab.config.validate import build
@@ -14,11 +14,14 @@ from fisher_lab.config.validate import build
 class SerialSettings:
     """``hydra/launcher=serial``: one cell after the other, in the launching process."""
 
+    executor: ClassVar[str] = "fisher_lab.sweeps.local:InProcess"
+
 
 @dataclass
 class LocalSettings:
     """``hydra/launcher=local``: a bounded pool of processes on this machine."""
 
+    executor: ClassVar[str] = "fisher_lab.sweeps.local:LocalProcesses"
     n_jobs: int = setting(1, "How many cells run at once.", whole(1))
     threads: int | None = setting(
         None,
@@ -34,6 +37,7 @@ class LocalSettings:
 class SlurmSettings:
     """``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: job arrays by submitit."""
 
+    executor: ClassVar[str] = "fisher_lab.sweeps.slurm:SubmititJobs"
     cluster: str = setting(
         "slurm", "`local` is submitit's emulation, for trying things out.", one_of("slurm", "local")
     )
@@ -70,13 +74,14 @@ class SlurmSettings:
     )
 
 
-KINDS: dict[str, type] = {
+Settings = SerialSettings | LocalSettings | SlurmSettings
+
+KINDS: dict[str, type[Settings]] = {
     "serial": SerialSettings,
     "local": LocalSettings,
     "slurm": SlurmSettings,
 }
-
-Settings = SerialSettings | LocalSettings | SlurmSettings
+"""The launchers: ``kind`` in a file of ``conf/hydra/launcher/`` -> settings, with their executor."""
 
 
 def check(kind: str, given: Mapping[str, Any]) -> Settings:

@@ -31,7 +31,7 @@ from yaml import YAMLError
 
 from fisher_lab.config import paths
 from fisher_lab.config.errors import ConfigError, show
-from fisher_lab.config.launchers import LocalSettings, SlurmSettings
+from fisher_lab.config.launchers import KINDS
 from fisher_lab.config.schema import Config
 
 METADATA = ("title", "params", "alone", "claims", "sweeps")
@@ -167,8 +167,7 @@ def node(file: SweepFile) -> dict[str, Any]:
 
 _DEFAULTS: dict[str, type[Any]] = {
     "schema_defaults": Config,
-    "local_settings": LocalSettings,
-    "slurm_settings": SlurmSettings,
+    **{f"{kind}_settings": settings for kind, settings in KINDS.items()},
 }
 """Entry of a defaults list under ``conf/`` -> the options whose defaults it stands for."""
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from fisher_lab.config.launchers import LocalSettings
+from fisher_lab.config.launchers import LocalSettings, SerialSettings
 from fisher_lab.runs import record
 from fisher_lab.runs.provenance import allowed_cpus
 from fisher_lab.runs.signals import Pending, Watch
@@ -28,7 +28,7 @@ from fisher_lab.sweeps.worker_process import WorkerProcess
 class InProcess(Executor):
     """Runs a cell to its end in ``start``."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: SerialSettings) -> None:
         self._started = 0
         self._ended: list[tuple[Cell, Outcome]] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fisher_lab.config import launchers
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.launchers import LocalSettings, Settings, SlurmSettings
+from fisher_lab.config.launchers import Settings, SlurmSettings
 from fisher_lab.config.schema import SweepConfig
 from fisher_lab.runs import atomic, provenance, record
 from fisher_lab.runs.lock import Lock
@@ -119,13 +120,7 @@ def launch(cells: Sequence[Cell], tally: Tally, settings: Settings) -> None:
 
 
 def _executor(settings: Settings) -> Executor:
-    if isinstance(settings, SlurmSettings):
-        from fisher_lab.sweeps.slurm import SubmititJobs
-
-        return SubmititJobs(settings)
-    from fisher_lab.sweeps.local import InProcess, LocalProcesses
-
-    return LocalProcesses(settings) if isinstance(settings, LocalSettings) else InProcess()
+    return pkgutil.resolve_name(settings.executor)(settings)
 
 
 def _is_cluster(settings: Settings) -> bool:

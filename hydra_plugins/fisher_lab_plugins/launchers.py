@@ -1,4 +1,4 @@
-"""The launchers, as Hydra finds them; what they do is in `fisher_lab.sweeps`."""
+"""The launcher, as Hydra finds it; what it does is in `fisher_lab.sweeps`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class CellLauncher(Launcher):
-    """Settings by name; runs the cells that `fisher_lab.sweeps.run` gives it.
+    """Kind and settings of the launcher that `fisher_lab.sweeps.run` uses.
 
     Args:
-        settings: see `fisher_lab.config.launchers`, which checks them.
+        kind: a key of `fisher_lab.config.launchers.KINDS`.
+        settings: of that kind, checked there.
     """
 
-    kind = ""
-
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, kind: str, **settings: Any) -> None:
+        self.kind = kind
         self.settings = {
             name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             for name, value in settings.items()
@@ -37,21 +37,3 @@ class CellLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Other sweepers would call this."""
         raise HydraException("this launcher runs the cells of hydra/sweeper=fisher_lab alone")
-
-
-class SerialLauncher(CellLauncher):
-    """One cell after the other, in the launching process."""
-
-    kind = "serial"
-
-
-class LocalLauncher(CellLauncher):
-    """A bounded pool of processes on this machine."""
-
-    kind = "local"
-
-
-class SlurmLauncher(CellLauncher):
-    """Job arrays, by submitit."""
-
-    kind = "slurm"

@@ -42,6 +42,7 @@ class ValidatingSweeper(Sweeper):
         Returns:
             The exit code.
         """
+        from fisher_lab.config import paths
         from fisher_lab.config.errors import ConfigError
         from fisher_lab.sweeps import run
         from fisher_lab.tasks.preflight import preflight
@@ -49,9 +50,9 @@ class ValidatingSweeper(Sweeper):
         launcher = self._launcher
         if not isinstance(launcher, CellLauncher):
             chosen = self._master.hydra.runtime.choices["hydra/launcher"]
-            raise ConfigError.value(
-                "hydra/launcher", chosen, "one of serial, local, slurm_cpu, slurm_gpu, slurm_debug"
-            )
+            ours = (paths.conf() / "hydra" / "launcher").glob("*.yaml")
+            names = ", ".join(sorted(file.stem for file in ours))
+            raise ConfigError.value("hydra/launcher", chosen, f"one of {names}")
         return run.run(
             self._loader, self._master, arguments, launcher.kind, launcher.settings, preflight
         )

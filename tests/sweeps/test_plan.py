@@ -103,7 +103,10 @@ def test_two_sweeps_each_in_its_own_directory(door, seen):
         (["-m", "+sweeps=damping,kappa"], ["write +sweeps=[damping,kappa]"]),
         (["+sweeps=damping"], ["+sweeps=damping names a sweep", "-m"]),
         (["sweep.dry_run=true"], ["sweep.dry_run=true is for sweeps", "-m"]),
-        (["-m", "seed=1,2", "hydra/launcher=basic"], ["hydra/launcher=basic", "serial, local"]),
+        (
+            ["-m", "seed=1,2", "hydra/launcher=basic"],
+            ["hydra/launcher=basic", "local, serial, slurm_cpu"],
+        ),
         (["-m", "seed=1,2", "sweep.timeout_s=5"], ["sweep.timeout_s=5", "hydra/launcher=local"]),
         (["-m", "seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b", "letters"]),
         (
