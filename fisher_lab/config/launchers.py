@@ -81,7 +81,7 @@ KINDS: dict[str, type[Settings]] = {
     "local": LocalSettings,
     "slurm": SlurmSettings,
 }
-"""The launchers: ``kind`` in a file of ``conf/hydra/launcher/`` -> settings, with their executor."""
+"""``kind`` in a file of ``conf/hydra/launcher/`` -> the settings, which name their executor."""
 
 
 def check(kind: str, given: Mapping[str, Any]) -> Settings:

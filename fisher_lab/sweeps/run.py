@@ -97,11 +97,9 @@ def run(
 def finish(cells: Sequence[Cell]) -> None:
     """Tables, verdicts and figures of the sweeps of which cells have ended now."""
     from fisher_lab.results import finishing
-    from fisher_lab.tracking import send
 
-    for directory, tracker in {c.layout.directory: c.config.tracker for c in cells}.items():
+    for directory in dict.fromkeys(cell.layout.directory for cell in cells):
         finishing.at_end(directory)
-        send.send_sweep(directory, tracker)
 
 
 def launch(cells: Sequence[Cell], tally: Tally, settings: Settings) -> None:

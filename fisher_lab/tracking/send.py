@@ -1,11 +1,8 @@
-"""What the trackers get at the beginning and at the end of a run, and at the end of a sweep."""
+"""What the trackers get at the beginning and at the end of a run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +11,11 @@ from typing import Any
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
-from fisher_lab.runs.status import Status
 from fisher_lab.tracking.base import Start, Tracker
-from fisher_lab.tracking.process import SinkProcess
-from fisher_lab.tracking.wandb import disabled
-
-log = logging.getLogger(__name__)
 
 NAME_FILE = "tracker.json"
 DIRECTORY = "tracker"
-"""The directory of the sinks' own files, in the directory of the run or of the sweep."""
+"""The directory of the sinks' own files, in the directory of the run."""
 
 ARTIFACTS = {"factors": "*.safetensors", "tables": "*.csv", "spectra": "*.json"}
 """The kind of an artifact and the files of the run directory that belong to it."""
@@ -35,13 +27,6 @@ SPECTRUM_FILE = "spectral.json"
 NAME_LENGTH = 128
 SWEEP_FILES = ("sweep.json", "multirun.yaml")
 """Files by which the parent of a run directory is known to be a sweep's; the latter is Hydra's."""
-
-AGGREGATE = "aggregate"
-"""The job type of a sweep's table as a run of its own, and the name of that table."""
-GROUPS = "groups"
-"""Prefix of the rows of a sweep's table in the summary, from where a bar chart can take them."""
-SENT_FILE = "aggregate.json"
-"""The file of a sweep's tracker directory that says which table was sent last."""
 
 
 def name_of(directory: Path, run_id: str) -> tuple[str, int]:
@@ -140,101 +125,3 @@ def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
                 if path.name not in NOT_KEPT:
                     tracker.artifact(path.name, path, kind)
     tracker.finish(run.status.value)
-
-
-def aggregate(directory: Path) -> list[dict[str, Any]]:
-    """The table of a sweep, averaged over seeds, which W&B's own table of runs does not show.
-
-    Args:
-        directory: of the sweep.
-
-    Returns:
-        One row per cell: the settings that differ, and for every metric ``METRIC/mean``, its
-        standard deviation ``/sd``, Student's 95 % interval ``/low`` and ``/high``, and the number
-        of runs ``/n``. Deviation and interval of a single run are None. Empty if no run is
-        completed.
-
-    Raises:
-        ResultsError: a run's metrics or its record cannot be read.
-    """
-    from fisher_lab import results
-    from fisher_lab.results.values import ResultsError
-
-    runs = results.load(directory)
-    for run in runs.loc[runs["status"] == Status.CORRUPT].itertuples():
-        raise ResultsError(f"{run.directory}: {run.reason}")
-    if Status.COMPLETED not in set(runs["status"]):
-        return []
-    table = results.tabulate(runs, metrics=runs.attrs["metrics"])
-    rows = []
-    for key in table.rows:
-        row = dict(zip(table.row_names, key, strict=True))
-        for metric, column in table.columns:
-            s = table.cells[key, metric, column].summary
-            numbers = {"mean": s.mean, "sd": s.std, "low": s.low, "high": s.high, "n": s.n}
-            row |= {f"{metric}/{name}": strict(value) for name, value in numbers.items()}
-        rows.append(row)
-    return rows
-
-
-def send_sweep(directory: Path, config: TrackerConfig) -> bool:
-    """Send the table of a sweep to W&B, as a run of its own, unless the same table was sent before.
-
-    Whatever goes wrong is one warning, and no error.
-
-    Args:
-        directory: of the sweep, whose name is the run's group.
-        config: the section ``tracker``; this function waits for at most ``budget_s``.
-
-    Returns:
-        Whether it is sent, or written where `scripts/wandb_sync.sh` finds it.
-    """
-    directory = directory.resolve()
-    if "wandb" not in config.sinks or disabled(config, os.environ):
-        return False
-    try:
-        rows = aggregate(directory)
-        content = [config.entity, config.project, directory.name, *rows]
-        text = json.dumps(content, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        mark = directory / DIRECTORY / SENT_FILE
-        if not rows:
-            return False
-        if mark.exists() and json.loads(mark.read_bytes()) == {"rows": digest}:
-            return True
-        sink = SinkProcess("wandb", config, config.budget_s)
-        where = Path(config.directory) if config.directory else directory / DIRECTORY
-        sink.start(
-            Start(
-                run_id=digest,
-                tracker_id=f"{AGGREGATE}-{digest}",
-                attempt=1,
-                config={"sweep": directory.name},
-                directory=where.absolute(),
-                name=f"{directory.name}: {AGGREGATE}",
-                group=config.group or directory.name,
-                job_type=AGGREGATE,
-                tags=tuple(config.tags),
-            )
-        )
-        _send_table(sink, rows, directory)
-        if sink.finished:  # otherwise the next end of the sweep tries again
-            atomic.write_json(mark, {"rows": digest})
-        return sink.finished
-    except Exception as error:
-        log.warning("the aggregated table of %s was not sent: %s", directory, error)
-        return False
-
-
-def _send_table(sink: Tracker, rows: list[dict[str, Any]], directory: Path) -> None:
-    for number, row in enumerate(rows):
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        sink.log(numbers, number)
-        sink.summary({f"{GROUPS}/{number}/{key}": value for key, value in numbers.items()})
-    sink.table(f"{AGGREGATE}.csv", rows)
-    for path in (directory / "table.csv", directory / "table.tex"):
-        if path.exists():
-            sink.artifact(path.name, path, "tables")
-    for path in sorted((directory / "figures").glob("*.png")):
-        sink.image(path.stem, path)
-    sink.finish(Status.COMPLETED.value)

@@ -14,14 +14,10 @@ import pytest
 
 from fisher_lab import cli, tracking
 from fisher_lab.config.schema import Config, TrackerConfig
-from fisher_lab.runs.record import Run
 from fisher_lab.tasks import preflight, runner
 from fisher_lab.tracking.base import Start
 from fisher_lab.tracking.process import SinkProcess
 from tests.processes import until
-
-T_1 = 12.706
-"""The 97.5 % quantile of Student's t with one degree of freedom."""
 
 
 @pytest.fixture
@@ -137,19 +133,3 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
     return get
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Path:
-    """Two dampings of two seeds each, and a run that failed."""
-    root = tmp_path / "damping"
-    losses = {(1e-4, 0): 2.0, (1e-4, 1): 3.0, (1e-3, 0): 5.0, (1e-3, 1): 6.0, (1e-3, 2): None}
-    for number, ((damping, seed), loss) in enumerate(losses.items()):
-        config = {"kfac": {"damping": damping}, "seed": seed, "same": [1]}
-        run = Run.start(root / str(number), config=config, overrides=[], identity={})
-        if loss is None:
-            run.fail(RuntimeError("out of luck"))
-        else:
-            run.metrics({"loss": loss, "none": None})
-            run.complete()
-    return root

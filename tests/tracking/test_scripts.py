@@ -15,8 +15,7 @@ from types import ModuleType
 import pytest
 
 from fisher_lab.config import paths
-from tests.tracking.conftest import T_1
-from tests.tracking.wandb_files import files, read
+from tests.tracking.wandb_files import files
 
 SCRIPTS = paths.root() / "scripts"
 
@@ -50,67 +49,27 @@ def test_the_dashboard_is_dumped_without_a_login_and_read_by_the_library(tmp_pat
     kinds = {panel.view_type for panels in sections.values() for panel in panels}
     assert kinds == {
         "Run History Line Plot",
-        "Bar Chart",
         "Scatter Plot",
         "Parallel Coordinates Plot",
         "Run Comparer",
     }
     written = report_model.ReportViewspec.model_validate(content["report"])
     grids = [block for block in written.spec.blocks if type(block).__name__ == "PanelGrid"]
-    assert len(grids) == 4
+    assert len(grids) == 3
 
 
-def test_what_the_panels_show_of_which_runs(dashboard):
-    """Bars are those of the aggregates, and every other panel leaves these out."""
+def test_curves_are_means_over_the_seeds_of_a_cell(dashboard):
     pytest.importorskip("wandb_workspaces")
     content = dashboard.dumped("me", "fisher_lab")
     sections = {
         s["name"]: s["panels"]
         for s in content["workspace"]["spec"]["section"]["panelBankConfig"]["sections"]
     }
-    bars = [panel["config"] for panel in sections["Aggregates"]]
-    assert len(bars) == len(dashboard.METRICS)
-    for metric, bar in zip(dashboard.METRICS, bars, strict=True):
-        assert bar["metrics"][:4] == [
-            f"groups/0/{metric}/mean",
-            f"groups/0/{metric}/low",
-            f"groups/0/{metric}/high",
-            f"groups/1/{metric}/mean",
-        ]
-        assert bar["overrideSeriesTitles"][f"groups/1/{metric}/low"] == "row 1, 95 % from"
-        # W&B would make error bars of its own, over whatever runs it takes together.
-        assert (bar["groupBy"], bar["groupAgg"], bar["groupArea"]) == (None, None, None)
     for name, panel in zip(dashboard.CURVES, sections["Learning curves"], strict=True):
         curve = panel["config"]
         assert (curve["xAxis"], curve["metrics"]) == ("curve/step", [f"curve/{name}"])
         assert (curve["groupBy"], curve["groupAgg"]) == ("cell.value", "mean")
         assert curve["groupArea"] == "stddev"
-    grids = [b for b in content["report"]["spec"]["blocks"] if b["type"] == "panel-grid"]
-    kinds = []
-    for grid in grids:
-        ((condition,),) = [s["filters"]["filters"] for s in grid["metadata"]["runSets"]]
-        assert condition["key"] == {"section": "run", "name": "jobType"}
-        assert condition["value"] == "aggregate"
-        views = {p["viewType"] for p in grid["metadata"]["panelBankSectionConfig"]["panels"]}
-        kinds.append((condition["op"], "Bar Chart" in views))
-    assert kinds == [("=", True), ("!=", False), ("!=", False), ("!=", False)]
-
-
-def test_the_table_of_a_sweep_is_sent_by_the_script(dashboard, sweep, capsys):
-    assert dashboard.main(["--aggregate", str(sweep), "--mode", "offline"]) == 0
-    assert capsys.readouterr().out == "2 groups\n"
-    (file,) = files(sweep)
-    recorded = read(file)
-    assert recorded.run["job_type"] == "aggregate"
-    assert recorded.run["run_group"] == "damping"
-    assert recorded.curve("loss/mean") == [(0, 2.5), (1, 5.5)]
-    for row, mean in enumerate([2.5, 5.5]):  # what the dashboard's bars show
-        half = T_1 * 0.5
-        for name, value in (("mean", mean), ("low", mean - half), ("high", mean + half)):
-            found = recorded.summary[f"groups/{row}/loss/{name}"]
-            assert found == pytest.approx(value, rel=1e-3)
-    with pytest.raises(SystemExit):
-        dashboard.main(["--aggregate", str(sweep / "4")])  # it failed
 
 
 FAKE = """#!/usr/bin/env bash
