@@ -17,15 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "directory",
-    "remove_leftovers",
-    "write_bytes",
-    "write_json",
-    "write_text",
-    "writing",
-]
-
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -74,6 +65,15 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file or it cannot be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextlib.contextmanager
 def directory(path: str | os.PathLike[str], *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside the target; on success it is renamed to the target.
@@ -99,8 +99,13 @@ def directory(path: str | os.PathLike[str], *, keep_existing: bool = False) -> I
             if file.is_file():
                 _flush(file)
         _flush_directory(temporary)
-        if not _rename_directory(temporary, target) and not keep_existing:
-            raise FileExistsError(f"{target} exists already")
+        try:
+            if target.exists():  # a rename would replace an empty directory
+                raise FileExistsError(f"{target} exists already")
+            os.rename(temporary, target)
+        except OSError:
+            if not (keep_existing and target.exists()):
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _flush_directory(target.parent)
@@ -124,19 +129,6 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) ->
 
 def _temporary_name(target: Path) -> Path:
     return target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
-
-def _rename_directory(source: Path, target: Path) -> bool:
-    """Rename ``source`` to ``target``; false where the target exists, even as an empty one."""
-    if target.exists():
-        return False
-    try:
-        os.rename(source, target)
-    except OSError:
-        if target.exists():  # somebody else's rename came between the test and ours
-            return False
-        raise
-    return True
 
 
 def _flush(path: Path) -> None:

@@ -37,16 +37,10 @@ from pathlib import Path
 
 from fisher_lab.runs import atomic
 
-__all__ = ["Holder", "Lock", "LockTimeout", "once"]
-
 STALE_AFTER = 60.0
 _STATE, _START_TIME = 0, 19
 """Positions in ``/proc/<pid>/stat``, counted from the field after the program's name."""
 _PAUSE_FIRST_S, _PAUSE_LAST_S = 0.005, 0.5
-
-
-class LockTimeout(TimeoutError):
-    """Another process held the lock for longer than the caller was ready to wait."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,9 @@ class Holder:
         host: Name of the host.
         pid: Process number on that host.
         namespace: What makes ``pid`` comparable (``_namespace``).
-        started: When the process began (``_start_time``).
+        started: When the process began, in clock ticks since boot, which tells it from a later one
+            with the same number; empty where unknown. (psutil derives the time of day from it,
+            which changes when the clock is set.)
         touched: Time of the last heartbeat, by the file system's clock.
     """
 
@@ -72,13 +68,9 @@ class Holder:
     @classmethod
     def here(cls) -> Holder:
         """This process, under a new token."""
-        return cls(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            namespace=_namespace(),
-            started=_start_time(os.getpid()),
-        )
+        pid, stat = os.getpid(), _stat(os.getpid())
+        started = stat[_START_TIME] if stat else ""
+        return cls(secrets.token_hex(8), socket.gethostname(), pid, _namespace(), started)
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
@@ -108,8 +100,14 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether the holder was a process of this host that has ended."""
-        here = self.namespace == _namespace()
-        return here and _is_gone(self.pid, self.started)
+        import psutil
+
+        if self.namespace != _namespace():
+            return False
+        stat = _stat(self.pid)
+        if not stat:  # there is no /proc here, or it hides the processes of other users
+            return not psutil.pid_exists(self.pid)
+        return stat[_STATE] in ("Z", "X") or stat[_START_TIME] != self.started
 
 
 class Lock:
@@ -134,11 +132,6 @@ class Lock:
         self._stop = threading.Event()
         self._beating = threading.Thread()
 
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock now."""
-        return self._file is not None and not self.lost.is_set()
-
     def acquire(self) -> bool:
         """Try once, without waiting; true when the lock is now held.
 
@@ -160,7 +153,13 @@ class Lock:
             return False
         for generation in before:
             self._generation(generation).unlink(missing_ok=True)
-        self._begin(mine, me.token)
+        self._file, self._token = mine, me.token
+        self.lost.clear()
+        self._stop.clear()
+        self._beating = threading.Thread(
+            target=self._beat, args=(mine,), name=f"lock {mine}", daemon=True
+        )
+        self._beating.start()
         return True
 
     def acquire_within(self, timeout: float) -> bool:
@@ -220,15 +219,6 @@ class Lock:
             return probe.stat().st_mtime
         finally:
             probe.unlink(missing_ok=True)
-
-    def _begin(self, file: Path, token: str) -> None:
-        self._file, self._token = file, token
-        self.lost.clear()
-        self._stop.clear()
-        self._beating = threading.Thread(
-            target=self._beat, args=(file,), name=f"lock {file}", daemon=True
-        )
-        self._beating.start()
 
     def _is_still_mine(self) -> bool:
         holder = Holder.read(self._file) if self._file is not None else None
@@ -307,32 +297,8 @@ def _namespace() -> str:
     return "|".join(parts)
 
 
-def _start_time(pid: int) -> str:
-    """When a process of this namespace began, in clock ticks since boot; empty where unknown.
-
-    It tells a process from a later one with the same number. psutil derives the time of day from
-    it, which changes when the clock is set.
-    """
-    stat = _stat(pid)
-    return stat[_START_TIME] if len(stat) > _START_TIME else ""
-
-
-def _is_gone(pid: int, started: str) -> bool:
-    """Whether a process of this namespace has certainly ended.
-
-    Args:
-        pid: its number.
-        started: its :func:`_start_time`, when it was known to live.
-    """
-    import psutil
-
-    stat = _stat(pid)
-    if not stat:  # there is no /proc here, or it hides the processes of other users
-        return not psutil.pid_exists(pid)
-    return stat[_STATE] in ("Z", "X") or stat[_START_TIME] != started
-
-
 def _stat(pid: int) -> list[str]:
+    """What ``/proc`` says of a process, after the name of its program; empty where unknown."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -31,6 +31,8 @@ class Run:
     Attributes:
         directory: where everything of the run lies.
         record: what ``run.json`` holds.
+        values: all metrics so far.
+        tables: the rows of every table so far, by file name.
         signals: lets a task save its state before a signal ends it (``signals.py``).
     """
 
@@ -38,8 +40,8 @@ class Run:
         self.directory = directory
         self.record = record
         self.signals = Watch()
-        self._metrics: dict[str, Any] = {}
-        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self.values: dict[str, Any] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
 
     @classmethod
     def start(
@@ -94,16 +96,6 @@ class Run:
         """How the run stands."""
         return Status(self.record["status"])
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """A copy of all metrics so far."""
-        return dict(self._metrics)
-
-    @property
-    def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows of every table so far, by file name."""
-        return dict(self._tables)
-
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Merge numbers into ``metrics.json``.
 
@@ -118,8 +110,8 @@ class Run:
             number = strict(value)
             if number is not None and not isinstance(number, int | float):
                 raise TypeError(f"metric {name!r} must be one number, got {type(value).__name__}")
-            self._metrics[name] = number
-        atomic.write_json(self.directory / METRICS_FILE, self._metrics)
+            self.values[name] = number
+        atomic.write_json(self.directory / METRICS_FILE, self.values)
 
     def table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         """Write a CSV file; columns in the order in which they first occur.
@@ -132,12 +124,11 @@ class Run:
             The file's path.
         """
         plain = [{key: strict(value) for key, value in row.items()} for row in rows]
-        self._tables[name] = plain
+        self.tables[name] = plain
         columns = list(dict.fromkeys(key for row in plain for key in row))
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([[_cell(row.get(column)) for column in columns] for row in plain])
+        lines = [columns, *([_cell(row.get(column)) for column in columns] for row in plain)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         path = self.directory / name
         atomic.write_text(path, text.getvalue())
         return path
@@ -220,8 +211,8 @@ def read(directory: Path) -> dict[str, Any]:
 def status_of(directory: Path) -> Status | None:
     """The status in a run directory's record; None where there is no record that can be read."""
     try:
-        status = Status(read(directory)["status"])
-    except (OSError, ValueError, KeyError, TypeError):
+        status = Status(atomic.read_json(Path(directory) / RUN_FILE).get("status"))
+    except ValueError:
         return None
     return status if status.is_recorded else None
 
@@ -243,11 +234,10 @@ def end_from_outside(
         error: ``type``, ``message``, ``traceback`` and whatever else is known.
         otherwise: ``run_id``, ``config`` and so on, where the process left no record.
     """
-    try:
-        found = read(directory)
-    except (OSError, ValueError):
-        empty = {"config": {}, "overrides": [], "provenance": {}}
-        found = {"schema": SCHEMA, "run_id": None, "started": _now(), **empty, **(otherwise or {})}
+    empty = {"config": {}, "overrides": [], "provenance": {}}
+    found = atomic.read_json(Path(directory) / RUN_FILE) or {
+        "schema": SCHEMA, "run_id": None, "started": _now(), **empty, **(otherwise or {})
+    }  # fmt: skip
     found.update(status=status, reason=reason, finished=_now())
     # The error of an earlier attempt is none of a run that was cancelled or preempted.
     kept = found.get("error") if status == Status.FAILED else None

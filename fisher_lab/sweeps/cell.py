@@ -22,7 +22,7 @@ SCHEMA = "fisher_lab.cell/1"
 CANCELLED_FILE = "cancelled"
 RUN_DIRECTORY = "@RUN_DIRECTORY@"
 """Stands for the run directory in the frozen configuration of the logging."""
-_LOCK_TIMEOUT_S = 30.0
+LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,6 @@ class Cell:
         return label_of(self.axes) or self.run_id
 
     @property
-    def line(self) -> str:
-        """The overrides that give this cell, and no other, with ``python -m fisher_lab -m``."""
-        return " ".join(self.overrides)
-
-    @property
     def lock(self) -> Lock:
         """A new lock object, for whoever wants to run the cell or to end its record."""
         return self.layout.lock(self.run_id, self.config.resume.stale_after_s)
@@ -157,7 +152,7 @@ class Cell:
     ) -> bool:
         """:meth:`settle` a cell that nobody runs; false where one runs or has completed it."""
         lock = self.lock
-        if not lock.acquire_within(_LOCK_TIMEOUT_S):
+        if not lock.acquire_within(LOCK_TIMEOUT_S):
             return False
         with lock:
             if record.status_of(self.directory) is Status.COMPLETED:

@@ -16,17 +16,17 @@ Under ``results/<sweep>/``:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.runs import record
-from fisher_lab.runs.lock import STALE_AFTER, Lock, LockTimeout
+from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
@@ -74,9 +74,8 @@ class Layout:
 
     def job_log(self, run_id: str, node: int = 0) -> Path:
         """What the processes of a cell printed on a node, one attempt after the other."""
-        if node > 0:
-            return self.run_directory(run_id) / "ranks" / f"node{node}.{JOB_LOG}"
-        return self.run_directory(run_id) / JOB_LOG
+        name = f"ranks/node{node}.{JOB_LOG}" if node > 0 else JOB_LOG
+        return self.run_directory(run_id) / name
 
     def lock(self, run_id: str, stale_after: float = STALE_AFTER) -> Lock:
         """The lock of a cell."""
@@ -144,45 +143,33 @@ class Journal:
     locks: Path
 
     def append(self, event: str, **fields: Any) -> None:
-        """Add one event, flushed to the disk.
-
-        Args:
-            event: what happened.
-            fields: JSON-able details.
+        """Add one event with JSON-able details, flushed to the disk.
 
         Raises:
-            LockTimeout: others held the journal for :data:`JOURNAL_TIMEOUT_S` seconds.
+            TimeoutError: others held the journal for :data:`JOURNAL_TIMEOUT_S` seconds.
         """
-        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
-        line = json.dumps({**entry, **fields}, allow_nan=False).encode() + b"\n"
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": time, "event": event, **fields}, allow_nan=False) + "\n"
         lock = Lock(self.locks / self.path.name, JOURNAL_STALE_AFTER_S)
         if not lock.acquire_within(JOURNAL_TIMEOUT_S):
-            raise LockTimeout(f"{self.path} is held by {lock.holder()}")
+            raise TimeoutError(f"{self.path} is held by {lock.holder()}")
         with lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b", buffering=0) as file:
                 if file.seek(0, os.SEEK_END) > 0:
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        line = b"\n" + line
-                file.write(line)
+                    line = line if file.read(1) == b"\n" else f"\n{line}"
+                file.write(line.encode())
                 os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """All whole events, in the order in which they were written."""
-        try:
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return []
         events = []
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, Mapping):
-                events.append(dict(entry))
-        return events
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    events.append(json.loads(line))
+        return [event for event in events if isinstance(event, dict)]
 
 
 def tail(path: Path, offset: int = 0) -> str:

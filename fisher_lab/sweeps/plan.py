@@ -34,7 +34,6 @@ from fisher_lab.sweeps.directory import SCHEMA, Layout
 Identify = Callable[[Config], Mapping[str, Any]]
 """A configuration's content hashes; raises ConfigError for what cannot be."""
 
-
 _OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
 """Overrides that say what this launch does, and nothing of its cells."""
 
@@ -67,14 +66,11 @@ class SweepPlan:
         """Write ``sweep.json``; cells of earlier launches that are no longer swept are kept."""
         path = self.layout.sweep_file
         current = {cell.run_id for cell in self.cells}
-        before = _read(path)
+        before = atomic.read_json(path)
         earlier = [
-            *(one for one in before.get("earlier", []) if one["run_id"] not in current),
-            *(
-                {key: value for key, value in one.items() if key != "settings"}
-                for one in before.get("cells", [])
-                if one["run_id"] not in current
-            ),
+            {key: value for key, value in one.items() if key != "settings"}
+            for one in [*before.get("earlier", []), *before.get("cells", [])]
+            if one["run_id"] not in current
         ]
         shared, cells = _settings(self.cells)
         content = {
@@ -125,14 +121,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def make(
     loader: ConfigLoader,
     master: DictConfig,
@@ -163,17 +151,13 @@ def make(
     name = str(master.hydra.job.config_name)
     plans = []
     files = sweep_files.expand(names)
-    if len(files) > 1 and (chosen := _named(master)) is not None:
+    if len(files) > 1 and (chosen := OmegaConf.select(master, "sweep.name")) is not None:
         raise ConfigError.value("sweep.name", chosen, "null for several sweeps at once")
     for file in files:
         overrides = [f"+{cells_of.GROUP}={file.name}", *others]
         own = load(loader, overrides, name=name, multirun=True)
         plans.append(_one(loader, own, overrides, file, known, strict))
     return plans
-
-
-def _named(master: DictConfig) -> str | None:
-    return OmegaConf.select(master, "sweep.name")
 
 
 def _one(
@@ -188,14 +172,19 @@ def _one(
     assert isinstance(params, dict)
     kept = [text for text in arguments if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
     batch = cells_of.cells({str(key): value for key, value in params.items()}, kept)
-    swept = _swept([*(str(key) for key in params), *_swept_keys(arguments)], batch)
+    given = [dict(map(_pair, overrides)) for overrides in batch]
+    by_hand = [one.key_or_group for one in parse(arguments) if one.is_sweep_override()]
+    swept = {
+        key: list(dict.fromkeys(values[key] for values in given if key in values))
+        for key in dict.fromkeys([*map(str, params), *by_hand])
+    }
     fixed = [text for text in kept if parse([text])[0].key_or_group not in swept]
     layout, name = _place(master, file, fixed, list(swept))
     plan = SweepPlan(layout, name, [], swept, fixed, file)
     composer = cells_of.Composer(loader, master)
     seen: set[str] = set()
-    for overrides in batch:
-        axes = {key: value for key, value in _pairs(overrides) if key in swept}
+    for overrides, values in zip(batch, given, strict=True):
+        axes = {key: value for key, value in values.items() if key in swept}
         try:
             config = composer(overrides)
             content = known(config)
@@ -231,26 +220,9 @@ def _once(identify: Identify) -> Identify:
     return ask
 
 
-def _pairs(overrides: Iterable[str]) -> list[tuple[str, str]]:
-    found = []
-    for text in overrides:
-        key, _, value = text.partition("=")
-        found.append((key.lstrip("+~"), value))
-    return found
-
-
-def _swept_keys(arguments: Sequence[str]) -> list[str]:
-    return [one.key_or_group for one in parse(arguments) if one.is_sweep_override()]
-
-
-def _swept(keys: Iterable[str], batch: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Axis -> its values in their order, for the keys of a sweep file and those swept by hand."""
-    values: dict[str, dict[str, None]] = {key: {} for key in keys}
-    for overrides in batch:
-        for key, value in _pairs(overrides):
-            if key in values:
-                values[key][value] = None
-    return {key: list(found) for key, found in values.items()}
+def _pair(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
 
 
 def _place(
@@ -261,7 +233,8 @@ def _place(
     if any(text.startswith("hydra.sweep.dir=") for text in typed):
         directory = Path(str(master.hydra.sweep.dir)).absolute()
         return Layout(directory), directory.name
-    name = _named(master) or (file.name if file else f"adhoc-{_digest(fixed, swept)}")
+    chosen = OmegaConf.select(master, "sweep.name")
+    name = chosen or (file.name if file else f"adhoc-{_digest(fixed, swept)}")
     return Layout(Path(str(master.sweep.dir)).absolute() / name), name
 
 
@@ -270,14 +243,13 @@ def _digest(fixed: Sequence[str], swept: Sequence[str]) -> str:
 
     So a grid that is typed again with more values finds the cells that are there.
     """
-    kept = [text.lstrip("+") for text in fixed if not _is_neutral(text)]
+    kept = []
+    for override in fixed:
+        key = _pair(override)[0].replace("/", ".")
+        if not any(f"{key}.".startswith(f"{out}.") for out in LEFT_OUT):
+            kept.append(override.lstrip("+"))
     text = json.dumps([sorted(kept), sorted(swept)])
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_neutral(override: str) -> bool:
-    key = override.lstrip("+~").partition("=")[0].replace("/", ".")
-    return any(key == out or key.startswith(f"{out}.") for out in LEFT_OUT)
 
 
 def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Cell, Status]]:

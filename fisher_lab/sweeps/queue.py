@@ -110,7 +110,8 @@ class Tally:
         for cell, outcome in outcomes:
             if outcome.status is Status.FAILED:
                 why = outcome.message or record.brief(cell.directory)
-                say(f"fisher_lab: {cell.line}: failed: {why}; {_log(cell.directory)}", error=True)
+                line = " ".join(cell.overrides)  # which give this cell, and no other
+                say(f"fisher_lab: {line}: failed: {why}; {_log(cell.directory)}", error=True)
         if missing:
             say(
                 f"fisher_lab: {missing} cells did not come to an end; run the same command again "

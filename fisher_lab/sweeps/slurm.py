@@ -14,10 +14,10 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from submitit.helpers import DelayedSubmission
 
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
     import submitit
 
 TICK_S = 0.05
+PATIENCE = 2
+"""Looks at the queue at which a job must be gone before it counts as dead: records travel slowly
+over network file systems."""
+CANCEL_TIMEOUT_S = 120.0
+"""How long the jobs of a cancelled launch may take to leave the queue."""
 RESUMABLE = ("train",)
 """Tasks that go on where they were; any other that reached its time limit would reach it again."""
 
 _MARGIN_S = 60.0
 """SLURM may send the signal this much earlier than it was asked to."""
-
-
-class CellFailed(RuntimeError):
-    """The cell did not complete; SLURM is to see the job as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +73,16 @@ class CellJob:
             another node than the first, how its own worker ended: node 0 speaks for all of them.
 
         Raises:
-            CellFailed: it did not complete.
+            RuntimeError: it did not complete; SLURM is to see the job as failed.
         """
         cell = Cell.load(Path(path))
         node = worker.node_of(cell)
         asked: list[int] = []
         requeue = signal.signal(signal.SIGUSR2, lambda signum, _: asked.append(signum))
         process = WorkerProcess(
-            cell,
-            threads=self.threads,
-            grace_s=self.grace_s,
-            scheduled=True,
-            command=self.command,
-            node=node,
-        )
+            cell, threads=self.threads, grace_s=self.grace_s, scheduled=True,
+            command=self.command, node=node,
+        )  # fmt: skip
         while (outcome := process.poll()) is None:
             if asked:
                 process.ask(signal.SIGUSR2)
@@ -96,23 +93,24 @@ class CellJob:
             assert callable(requeue)
             requeue(signal.SIGUSR2, None)  # ends this process
         status = record.status_of(cell.directory) or outcome.status
-        raise CellFailed(f"{cell.run_id}: {status}: {outcome.message or ''}; see {cell.directory}")
+        raise RuntimeError(
+            f"{cell.run_id}: {status}: {outcome.message or ''}; see {cell.directory}"
+        )
 
-    def checkpoint(self, path: str) -> Any:
+    def checkpoint(self, path: str) -> DelayedSubmission:
         """What submitit queues again: the same, which finds the state that the worker saved."""
         return DelayedSubmission(self, path)
 
     def _may_come_back(self, cell: Cell, seconds: float) -> bool:
-        limit_reached = seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
-        text = f"reached the job's time limit (hydra.launcher.timeout_min={self.limit_s / 60:g})"
-        if record.read(cell.directory).get("reason") != signal.SIGUSR2.name:
-            if limit_reached:
-                cell.give_up("timeout", text)
-            return False  # SIGTERM: if the scheduler wants the job back, it does so itself
-        if cell.cancelled:
+        warned = record.read(cell.directory).get("reason") == signal.SIGUSR2.name
+        if warned and cell.cancelled:
             return False
-        if limit_reached and cell.config.task.name not in RESUMABLE:
-            cell.give_up("timeout", text)
+        at_limit = seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
+        if at_limit and not (warned and cell.config.task.name in RESUMABLE):
+            limit = f"hydra.launcher.timeout_min={self.limit_s / 60:g}"
+            cell.give_up("timeout", f"reached the job's time limit ({limit})")
+            return False
+        if not warned:  # SIGTERM: if the scheduler wants the job back, it does so itself
             return False
         allowed = cell.config.sweep.max_requeues
         if _preemptions(cell) > allowed:
@@ -158,8 +156,8 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
     wanted = set(jobs)
     if not wanted:
         return {}
-    command = ["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T"]
-    text = _ask(command)
+    user = getpass.getuser()
+    text = _ask(["squeue", "-h", "-r", "-t", "all", "-u", user, "-o", "%i|%T"])
     if text is None:
         return None
     known = dict(line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
@@ -188,25 +186,13 @@ def cancel(jobs: Iterable[str]) -> bool:
 
 
 def _ask(command: list[str]) -> str | None:
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=True,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
+        return subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, timeout=_TIMEOUT_S, env=environment
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
-
-
-PATIENCE = 2
-"""Looks at the queue at which a job must be gone before it counts as dead: records travel slowly
-over network file systems."""
-CANCEL_TIMEOUT_S = 120.0
-"""How long the jobs of a cancelled launch may take to leave the queue."""
 
 
 class SubmititJobs(Executor):
@@ -242,32 +228,33 @@ class SubmititJobs(Executor):
         Raises:
             ConfigError: there is no SLURM here, or it does not take the jobs.
         """
-        layouts = list(dict.fromkeys(cell.layout for cell in cells))
+        size = len(cells)
         if not self._is_local:
-            _wait_for_cancelled_jobs(layouts, self._settings.poll_s)
-            for layout in layouts:
-                last = Jobs.of(layout).last
-                active = states(last.values()) or {}
-                for cell in cells:
-                    job = last.get(cell.run_id) if cell.layout == layout else None
-                    if job is not None and is_active(active.get(job)):
-                        self._jobs[cell] = job
+            self._attach(cells)
+            size = self._settings.max_array_size or max_array_size()
         wanted = [cell for cell in cells if cell not in self._jobs]
         if len(wanted) < len(cells):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
-        size = len(cells) if self._is_local else self._settings.max_array_size or max_array_size()
         for batch in batches(wanted, size):
             jobs = _submit(batch, self._settings)
-            numbers = [job.job_id for job in jobs]
-            self._jobs |= dict(zip(batch, numbers, strict=True))
+            self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
             if self._is_local:
-                self._handles |= dict(zip(numbers, jobs, strict=True))
+                self._handles |= {job.job_id: job for job in jobs}
                 continue
-            for layout in layouts:
+            for layout in dict.fromkeys(cell.layout for cell in batch):
                 own = {cell.run_id: self._jobs[cell] for cell in batch if cell.layout == layout}
-                if own:
-                    layout.journal.append("submitted", jobs=own)
-            say(f"submitted {len(batch)} cells as {numbers[0].partition('_')[0]}")
+                layout.journal.append("submitted", jobs=own)
+            say(f"submitted {len(batch)} cells as {jobs[0].job_id.partition('_')[0]}")
+
+    def _attach(self, cells: Sequence[Cell]) -> None:
+        """Take the jobs that an earlier launcher has left in the queue for theirs."""
+        found = {layout: Jobs.of(layout) for layout in {cell.layout for cell in cells}}
+        _wait_for_cancelled_jobs(found.values(), self._settings.poll_s)
+        active = states(job for jobs in found.values() for job in jobs.last.values()) or {}
+        for cell in cells:
+            job = found[cell.layout].last.get(cell.run_id)
+            if job is not None and is_active(active.get(job)):
+                self._jobs[cell] = job
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
@@ -309,10 +296,8 @@ class SubmititJobs(Executor):
     def _states(self) -> dict[str, str] | None:
         if not self._is_local:
             return states(self._jobs.values())
-        return {
-            job: "COMPLETED" if self._handles[job].done() else "RUNNING"
-            for job in self._jobs.values()
-        }
+        done = {job: self._handles[job].done() for job in self._jobs.values()}
+        return {job: "COMPLETED" if ended else "RUNNING" for job, ended in done.items()}
 
     def _outcome(self, cell: Cell, job: str, job_state: str) -> Outcome | None:
         """How the cell of a job that has ended stands; None where it is too early to say."""
@@ -329,8 +314,7 @@ def _mark_cancelled(cells: Iterable[Cell]) -> None:
         (submission / CANCELLED_FILE).touch()
 
 
-@dataclass(frozen=True)
-class Jobs:
+class Jobs(NamedTuple):
     """What the journal of a sweep says of its jobs.
 
     Attributes:
@@ -340,35 +324,33 @@ class Jobs:
             were cancelled, or the sweep went on with another launcher.
     """
 
-    last: Mapping[str, str]
-    cancelled: frozenset[str]
-    past: frozenset[str]
+    last: dict[str, str]
+    cancelled: set[str]
+    past: set[str]
 
     @classmethod
     def of(cls, layout: Layout) -> Jobs:
         """Read the journal of a sweep."""
-        last: dict[str, str] = {}
-        submitted: set[str] = set()
-        cancelled: set[str] = set()
-        past: set[str] = set()
+        jobs, submitted = cls({}, set(), set()), set[str]()
         for entry in layout.journal.read():
             if entry["event"] == "submitted":
-                last |= entry["jobs"]
-                submitted |= set(entry["jobs"].values())
+                jobs.last.update(entry["jobs"])
+                submitted.update(entry["jobs"].values())
             elif entry["event"] == "cancel":
-                cancelled |= submitted
+                jobs.cancelled.update(submitted)
+                jobs.past.update(submitted)
             elif entry["event"] == "launched" and entry["launcher"] != "slurm":
-                past |= submitted
-        return cls(last, frozenset(cancelled), frozenset(past | cancelled))
+                jobs.past.update(submitted)
+        return jobs
 
 
-def _wait_for_cancelled_jobs(layouts: Sequence[Layout], poll_s: float) -> None:
+def _wait_for_cancelled_jobs(found: Iterable[Jobs], poll_s: float) -> None:
     """Until the jobs that the user has cancelled have left the queue.
 
     Raises:
         ConfigError: they do not.
     """
-    cancelled = frozenset[str]().union(*(Jobs.of(layout).cancelled for layout in layouts))
+    cancelled = {job for jobs in found for job in jobs.cancelled}
     until, said = time.monotonic() + CANCEL_TIMEOUT_S, False
     while left := sorted(j for j, state in (states(cancelled) or {}).items() if is_active(state)):
         if time.monotonic() > until:
@@ -466,31 +448,20 @@ def end_cell(cell: Cell, job: str, job_state: str) -> Status:
     state = cell.state
     if state.is_final or state is Status.RUNNING:
         return state
-    if _was_cancelled(cell, state, job_state):
+    # Under the mark of sweep.max_failures a job that runs goes on, and may die.
+    may_have_died = state is Status.INTERRUPTED and job_state != GONE
+    if job_state == "CANCELLED" or (cell.cancelled and not may_have_died):
         if state is Status.CANCELLED or (state is Status.MISSING and cell.cancelled):
             return Status.CANCELLED
         status, error = Status.CANCELLED, None
     else:
+        logs = cell.layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err")
+        printed = next(map(tail, logs), "")  # by the job itself, whichever launch has submitted it
+        error = death(lost_message(job, job_state), job=job, log_tail=printed)
         status = Status.FAILED
-        error = death(lost_message(job, job_state), job=job, log_tail=_job_log(cell.layout, job))
     return status if cell.settle_lost(status, job_state, error) else cell.state
 
 
 def lost_message(job: str, job_state: str) -> str:
     """Why a cell has failed whose job is gone."""
     return f"the job {job} ended as {job_state} and left no result"
-
-
-def _was_cancelled(cell: Cell, state: Status, job_state: str) -> bool:
-    """Whether a job was cancelled, by fisher-lab or by a plain scancel, and did not die."""
-    if job_state == "CANCELLED":
-        return True
-    # Under the mark of sweep.max_failures a job that runs goes on, and may die.
-    return cell.cancelled and (state is not Status.INTERRUPTED or job_state == GONE)
-
-
-def _job_log(layout: Layout, job: str) -> str:
-    """The end of what a job has printed itself, whichever launch has submitted it."""
-    for log in layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err"):
-        return tail(log)
-    return ""

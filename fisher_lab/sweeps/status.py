@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.runs import record
+from fisher_lab.runs import atomic, record
 from fisher_lab.runs.lock import STALE_AFTER
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
@@ -78,19 +78,15 @@ class CellStatus:
     lost: tuple[str, str] | None = None
 
 
-def _sweep(name: str, description: str, arguments: Sequence[str], *options: Any) -> Any:
+def _sweep(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """The parsed arguments of a command, with the sweep's layout."""
-    prog = f"fisher-lab {name}"
 
     def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {prog} --help shows what is allowed")
+        raise ConfigError(f"{message}; {parser.prog} --help shows what is allowed")
 
-    parser = ArgumentParser(prog, description=description)
     parser.error = fail
     parser.add_argument("sweep", help="a sweep's directory, or its name under results/")
-    for flag, settings in options:
-        parser.add_argument(flag, **settings)
-    chosen = parser.parse_args(list(arguments))
+    chosen = parser.parse_args(arguments)
     for directory in (Path(chosen.sweep), Path("results") / chosen.sweep):
         if (directory / SWEEP_FILE).is_file():
             chosen.layout = Layout(directory.resolve())
@@ -107,16 +103,13 @@ def status(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such sweep, or an argument is not allowed.
     """
+    parser = ArgumentParser("fisher-lab status", description="How the cells of a sweep stand.")
     again = "again and again, until nothing runs or waits any more"
-    chosen = _sweep(
-        "status",
-        "How the cells of a sweep stand.",
-        arguments,
-        ("--watch", {"action": "store_true", "help": again}),
-        ("--every", {"type": float, "default": 2.0, "metavar": "SECONDS"}),
-        ("--metrics", {"default": "loss,loss/heldout", "metavar": "A,B"}),
-        ("--json", {"action": "store_true", "help": "everything, for programs"}),
-    )
+    parser.add_argument("--watch", action="store_true", help=again)
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
+    parser.add_argument("--metrics", default="loss,loss/heldout", metavar="A,B")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    chosen = _sweep(parser, arguments)
     layout: Layout = chosen.layout
     metrics = [name for name in chosen.metrics.split(",") if name]
     cells = settled(layout)
@@ -154,7 +147,8 @@ def cancel(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such sweep, or an argument is not allowed.
     """
-    layout: Layout = _sweep("cancel", "End the running cells of a sweep.", arguments).layout
+    parser = ArgumentParser("fisher-lab cancel", description="End the running cells of a sweep.")
+    layout: Layout = _sweep(parser, arguments).layout
     before = look(layout)
     open_cells = [cell for cell in before if cell.state in (Status.RUNNING, Status.QUEUED)]
     for submission in sorted(layout.submissions.iterdir()):
@@ -199,14 +193,6 @@ def _screen(layout: Layout, cells: Sequence[CellStatus], metrics: Sequence[str])
         )
     counted = Counter(cell.state for cell in cells)
     foot = f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counted.items())
-    if (left := eta_s(cells)) is not None:
-        minutes, seconds = divmod(round(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        foot += (
-            f"; about {hours} h {minutes} min left"
-            if hours
-            else (f"; about {minutes} min {seconds} s left")
-        )
     return Group(Text(f"{layout.directory.name}: {layout.directory}"), table, Text(foot))
 
 
@@ -216,10 +202,9 @@ def look(layout: Layout) -> list[CellStatus]:
     Raises:
         ConfigError: ``sweep.json`` cannot be read.
     """
-    try:
-        cells = json.loads(layout.sweep_file.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{layout.sweep_file} cannot be read: {error}") from None
+    cells = atomic.read_json(layout.sweep_file).get("cells")
+    if cells is None:
+        raise ConfigError(f"{layout.sweep_file} cannot be read")
     jobs, frozen = slurm.Jobs.of(layout), layout.frozen()
     known = slurm.states(jobs.last.values()) or {}
     return [_cell(layout, one, jobs, known, _frozen(frozen.get(one["run_id"]))) for one in cells]
@@ -277,21 +262,16 @@ def _cell(
     state = layout.state(run_id, _stale_after_s(frozen))
     job = jobs.last.get(run_id)
     job_state = job_states.get(job) if job is not None else None
+    is_last_word = frozen is not None and (frozen.cancelled or job not in jobs.past)
     lost = why = None
     if slurm.is_active(job_state) and not (state.is_final or state is Status.RUNNING):
         state = Status.QUEUED
     elif frozen is not None and frozen.cancelled and state is Status.MISSING:
         state = Status.CANCELLED
-    elif (
-        job is not None
-        and job_state is not None
-        and frozen is not None
-        and state.is_waiting
-        and (frozen.cancelled or job not in jobs.past)
-    ):
+    elif job and job_state and state.is_waiting and is_last_word:
         state, lost = Status.LOST, (job, job_state)
         why = slurm.lost_message(job, job_state)
-    found = _json(directory / record.RUN_FILE)
+    found = atomic.read_json(directory / record.RUN_FILE)
     logs = [directory / name for name in (RUN_LOG, JOB_LOG) if (directory / name).is_file()]
     reason = why or (record.brief(directory) if state is Status.FAILED else found.get("reason"))
     return CellStatus(
@@ -299,21 +279,13 @@ def _cell(
         label=label_of(entry["axes"]) or run_id,
         state=state,
         seconds=_seconds(found, state),
-        metrics=_json(directory / record.METRICS_FILE),
+        metrics=atomic.read_json(directory / record.METRICS_FILE),
         log=str(logs[0]) if logs else None,
         last_line=(tail(logs[0]).splitlines() or [""])[-1] if logs else "",
         reason=reason,
         job=job if slurm.is_active(job_state) else None,
         lost=lost,
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _seconds(found: Mapping[str, Any], state: Status) -> float | None:
@@ -326,18 +298,3 @@ def _seconds(found: Mapping[str, Any], state: Status) -> float | None:
     except (KeyError, TypeError, ValueError):
         return None
     return (until - began).total_seconds()
-
-
-def eta_s(cells: Sequence[CellStatus]) -> float | None:
-    """Seconds until the last cell, at the pace of those that are done; None where nobody can say.
-
-    As many as run now are taken to run from here on.
-    """
-    done = [cell.seconds for cell in cells if cell.state is Status.COMPLETED and cell.seconds]
-    running = [cell for cell in cells if cell.state is Status.RUNNING]
-    waiting = sum(cell.state.is_waiting for cell in cells)
-    if not done or not running:
-        return None
-    each = sum(done) / len(done)
-    left = sum(max(0.0, each - (cell.seconds or 0.0)) for cell in running) + each * waiting
-    return left / len(running)

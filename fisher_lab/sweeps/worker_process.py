@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
 
-from fisher_lab.runs import provenance, record, signals
+from fisher_lab.runs import atomic, provenance, record, signals
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker
-from fisher_lab.sweeps.cell import Cell, Outcome, death
+from fisher_lab.sweeps.cell import LOCK_TIMEOUT_S, Cell, Outcome, death
 from fisher_lab.sweeps.directory import tail
 
 WORKER = ("-m", "fisher_lab.sweeps.worker")
@@ -27,7 +26,11 @@ _OF_CODES = {
     worker.PREEMPTED: Status.PREEMPTED,
     worker.CANCELLED: Status.CANCELLED,
 }
-_LOCK_TIMEOUT_S = 30.0
+_SIGNAL_OF_CODES = {
+    worker.PREEMPTED: "SIGUSR2",
+    worker.CANCELLED: "SIGTERM",
+    **{-signum: signum.name for signum in signals.STATUS},
+}
 _THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -62,7 +65,7 @@ class WorkerProcess:
         self.cell = cell
         self._node = node
         self._started = time.monotonic()
-        self._since = datetime.now(UTC) - timedelta(milliseconds=1)  # records have no finer
+        self._earlier = atomic.read_json(cell.directory / record.RUN_FILE)
         self._grace_s = grace_s
         self._scheduled = scheduled
         self._asked: float | None = None
@@ -131,7 +134,7 @@ class WorkerProcess:
         if self._node > 0:
             return _OF_CODES.get(code, Status.FAILED), None
         lock = self.cell.lock
-        if not lock.acquire_within(_LOCK_TIMEOUT_S):
+        if not lock.acquire_within(LOCK_TIMEOUT_S):
             return Status.HELD, None
         with lock:
             return self._complete_record(code)
@@ -146,7 +149,8 @@ class WorkerProcess:
         if self._timed_out:
             limit = cell.config.sweep.timeout_s
             return self._fail("timeout", f"ran longer than sweep.timeout_s={limit:g}", code)
-        if status is not None and status.has_ended and self._is_of_now():
+        is_of_now = atomic.read_json(cell.directory / record.RUN_FILE) != self._earlier
+        if status is not None and status.has_ended and is_of_now:
             cell.layout.note(cell.run_id, status)
             return status, record.brief(cell.directory) if status is Status.FAILED else None
         if (interrupted := self._interrupted(code)) is not None:
@@ -156,10 +160,10 @@ class WorkerProcess:
             message = f"the process ended with exit code {code} and left no record of it"
             return self._fail("exit", message, code)
         name = signal.Signals(-code).name
+        message = f"the process died of {name}"
         if -code == signal.SIGKILL:
             message = f"killed by {name}, as the kernel does where memory runs out"
-            return self._fail(name, message, code)
-        return self._fail(name, f"the process died of {name}", code)
+        return self._fail(name, message, code)
 
     def _interrupted(self, code: int) -> tuple[Status, str] | None:
         """Status and reason of a worker that was ended before it had a record to say so in.
@@ -167,27 +171,16 @@ class WorkerProcess:
         A signal in its first moments, or a cell whose launch the user had cancelled before the
         worker came to it.
         """
+        name = _SIGNAL_OF_CODES.get(code)
         if code == -signal.SIGKILL and self._asked_with == signal.SIGTERM:
             name = "SIGKILL"  # by us: it had not ended within the grace period
-        elif -code in signals.STATUS:
-            name = signal.Signals(-code).name
-        elif code in (worker.PREEMPTED, worker.CANCELLED):
-            name = "SIGUSR2" if code == worker.PREEMPTED else "SIGTERM"
-        else:
+        if name is None:
             return None
         if self.cell.cancelled:
             return Status.CANCELLED, "cancel" if code == worker.CANCELLED else name
         # A scheduler sends SIGTERM to jobs that may come back: the user has not asked for it.
         preempted = name == "SIGUSR2" or self._scheduled
         return Status.PREEMPTED if preempted else Status.CANCELLED, name
-
-    def _is_of_now(self) -> bool:
-        """Whether the record is this attempt's, and not that of an earlier one."""
-        try:
-            started = record.read(self.cell.directory)["started"]
-            return datetime.fromisoformat(started) >= self._since
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def _fail(self, reason: str, message: str, code: int) -> tuple[Status, str]:
         error = death(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.runs.lock import Lock, LockTimeout
+from fisher_lab.runs.lock import Lock
 from fisher_lab.sweeps import directory
 from fisher_lab.sweeps.directory import Journal
 
@@ -61,7 +61,7 @@ def test_a_line_that_was_cut_short_is_passed_over():
 def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(directory, "JOURNAL_TIMEOUT_S", 0.1)
     log = Journal(Path("events.jsonl"), Path("locks"))
-    told = pytest.raises(LockTimeout, match=r"events\.jsonl is held by")
+    told = pytest.raises(TimeoutError, match=r"events\.jsonl is held by")
     with _held(Path("locks/events.jsonl")), told:
         log.append("first")
     log.append("first")

@@ -11,12 +11,10 @@ import pytest
 
 from fisher_lab.runs import record
 from fisher_lab.runs.lock import Lock
-from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
 from fisher_lab.sweeps import status as stand
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell
 from fisher_lab.sweeps.directory import LAUNCHER, Layout
-from fisher_lab.sweeps.status import CellStatus
 from tests.sweeps.submitted_cells import begin, submitted
 
 
@@ -182,32 +180,6 @@ def test_watch_waits_for_a_launcher_that_was_only_just_started(monkeypatch):
     assert stand.is_over(frozen.layout, cells)
     monkeypatch.setattr(stand, "STARTING_S", 30.0)
     assert not stand.is_over(frozen.layout, cells)
-
-
-def cell(state: str, seconds: float | None = None) -> CellStatus:
-    return CellStatus("a", "a", Status(state), seconds, {}, None, "", None, None)
-
-
-@pytest.mark.parametrize(
-    ("cells", "left"),
-    [
-        ([cell("completed", 10.0), cell("completed", 30.0), cell("running", 5.0)], 15.0),
-        ([cell("completed", 20.0), cell("running", 5.0), cell("running", 15.0)], 10.0),
-        (
-            [
-                *(cell("completed", 20.0), cell("running", 5.0), cell("running", 30.0)),
-                *(cell("missing"), cell("queued"), cell("preempted", 3.0), cell("failed", 1.0)),
-            ],
-            37.5,
-        ),
-        ([cell("completed", 20.0), cell("running", 5.0), cell("cancelled"), cell("lost")], 15.0),
-        ([cell("running", 5.0), cell("missing")], None),
-        ([cell("completed", 20.0), cell("missing")], None),
-    ],
-)
-def test_eta(cells, left):
-    """(what is left of those that run + the mean for each that waits) over those that run."""
-    assert stand.eta_s(cells) == left
 
 
 def _ago(age: float) -> tuple[float, float]:
