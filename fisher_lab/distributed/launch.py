@@ -38,6 +38,8 @@ SHUTDOWN_S = 10
 SIGNALS = tuple(STATUS)
 """Handed on to the ranks."""
 
+_BACKEND = "fisher_lab"
+
 
 class LaunchError(ValueError):
     """The environment does not say where the ranks are to be started; one line."""
@@ -122,10 +124,11 @@ def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | No
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if nodes is not None:
-        _register()
+        rendezvous_handler_registry.register(_BACKEND, _rendezvous)
     with tempfile.TemporaryDirectory(prefix="fisher_lab-ranks-") as logs, _as_before():
         config = LaunchConfig(
             min_nodes=where.nodes,
@@ -152,15 +155,6 @@ def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | No
             raise Interrupted(int(error.sigval)) from None
         except DistError as error:
             raise NodeError(str(error).strip().splitlines()[0]) from None
-
-
-_BACKEND = "fisher_lab"
-
-
-def _register() -> None:
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
-
-    rendezvous_handler_registry.register(_BACKEND, _rendezvous)
 
 
 def _rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
@@ -210,9 +204,8 @@ def end_with_parent() -> None:
         return
     import ctypes
 
-    set_death_signal = 1
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it was gone before we asked
         os.kill(os.getpid(), signal.SIGTERM)
 

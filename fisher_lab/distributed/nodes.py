@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 POLL_S = 0.1
 CHECK_EVERY_S = 0.5
@@ -75,7 +75,7 @@ class Nodes:
         timeout_s: how long nodes wait for each other at the start.
     """
 
-    def __init__(self, where: Place, store: TCPStore, timeout_s: float) -> None:
+    def __init__(self, where: Place, store: Store, timeout_s: float) -> None:
         self.where = where
         self.timeout_s = timeout_s
         self._store = store
@@ -108,15 +108,12 @@ class Nodes:
             NodeError: one did not come in time.
             RunEnded: one has given up.
         """
-        ready = _key("ready")
 
         def came() -> int:
             self.check()
-            with _connection():
-                return self._store.add(ready, 0)
+            return self._ask("add", "ready", 0)
 
-        with _connection():
-            self._store.add(ready, 1)
+        self._ask("add", "ready", 1)
         if not self._wait(lambda: came() == self.where.nodes, self.timeout_s):
             raise NodeError(
                 f"distributed.nodes={self.where.nodes}, but only {came()} came within "
@@ -150,8 +147,7 @@ class Nodes:
         if end is None:
             return RunEnd(*self._get(_END)) if self._has(_END) else None
         self._wait(lambda: self._has(_END), patience_s)
-        with _connection():
-            return RunEnd(*json.loads(self._store.compare_set(_key(_END), "", json.dumps(end))))
+        return RunEnd(*json.loads(self._ask("compare_set", _END, "", json.dumps(end))))
 
     def close(self) -> None:
         """Leaves; node 0 waits for the others, which still have to read how the run ended."""
@@ -163,19 +159,22 @@ class Nodes:
         others = range(1, self.where.nodes)
         self._wait(lambda: all(self._has(f"left/{node}") for node in others), GOODBYE_S)
 
-    # ---- the store ---------------------------------------------------------------------------
+    def _ask(self, call: str, *arguments: Any) -> Any:
+        """Calls the store."""
+        try:
+            return getattr(self._store, call)(*arguments)
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[0]
+            raise NodeError(f"the connection to node 0 is gone ({line})") from None
 
     def _set(self, key: str, value: Any) -> None:
-        with _connection():
-            self._store.set(_key(key), json.dumps(value))
+        self._ask("set", key, json.dumps(value))
 
     def _get(self, key: str) -> Any:
-        with _connection():
-            return json.loads(self._store.get(_key(key)))
+        return json.loads(self._ask("get", key))
 
     def _has(self, key: str) -> bool:
-        with _connection():
-            return self._store.check([_key(key)])
+        return self._ask("check", [key])
 
     @staticmethod
     def _wait(condition: Callable[[], bool], seconds: float) -> bool:
@@ -215,9 +214,12 @@ def connect(where: Place, timeout_s: float) -> Iterator[Nodes]:
             nodes.close()
 
 
-def _open_store(where: Place, timeout_s: float) -> TCPStore:
+def _open_store(where: Place, timeout_s: float) -> Store:
     """Makes short attempts, so that a signal is noticed between them."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed import (
+        PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+        TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     until = time.monotonic() + timeout_s
     while True:
@@ -244,18 +246,4 @@ def _open_store(where: Place, timeout_s: float) -> TCPStore:
             time.sleep(POLL_S)
             continue
         store.set_timeout(timedelta(seconds=_CONNECT_S))
-        return store
-
-
-@contextmanager
-def _connection() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise NodeError(
-            f"the connection to node 0 is gone ({str(error).strip().splitlines()[0]})"
-        ) from None
-
-
-def _key(name: str) -> str:
-    return f"fisher_lab/{name}"
+        return PrefixStore("fisher_lab", store)

@@ -77,8 +77,7 @@ def session(
     if "nccl" in chosen:
         make_errors_raise(os.environ, watchdog=watchdog)
     dist.init_process_group(chosen, timeout=timedelta(seconds=timeout_s))
-    found = world()
-    communicator = TorchCommunicator() if found is None else found
+    communicator = world() or TorchCommunicator()
     if "nccl" in chosen:
         # Before the watchdog's time, where there is one: the error names the collective.
         communicator.patience = timedelta(seconds=_SOONER * timeout_s)
@@ -161,7 +160,7 @@ class Ranks:
             return {}
         own = _traffic(self.communicator)
         rows = self.communicator.all_gather_objects({key: own[key] for key in TOTALS})
-        return {f"{prefix}/{key}_max": max(row[key] for row in rows) for key in TOTALS}
+        return _maxima(prefix, rows)
 
     def report(
         self, tokens: int, labels: int, peak_mb: float
@@ -179,10 +178,12 @@ class Ranks:
         rows = [{"rank": r, **row} for r, row in enumerate(self.world.all_gather_objects(own))]
         metrics: dict[str, float] = {"kfac/peak_mb": max(row["peak_mb"] for row in rows)}
         if self.communicator is not None:
-            metrics["dist/world_size"] = len(rows)
-            for key in TOTALS:
-                metrics[f"dist/{key}_max"] = max(row[key] for row in rows)
+            metrics |= {"dist/world_size": len(rows), **_maxima("dist", rows)}
         return rows, metrics
+
+
+def _maxima(prefix: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {f"{prefix}/{key}_max": max(row[key] for row in rows) for key in TOTALS}
 
 
 def _traffic(communicator: TorchCommunicator) -> dict[str, Any]:
