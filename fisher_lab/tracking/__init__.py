@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import TrackerConfig
@@ -39,11 +40,9 @@ def check(config: TrackerConfig) -> None:
     Raises:
         ConfigError: a package is missing; the message says how to install it.
     """
-    if "tensorboard" in config.sinks:
-        from fisher_lab.tracking.tensorboard import MISSING, installed
-
-        if not installed():
-            raise ConfigError(MISSING)
+    if "tensorboard" in config.sinks and find_spec("tensorboard") is None:
+        needed = "the package tensorboard: pip install 'fisher-lab[tensorboard]'"
+        raise ConfigError(f"tracker=tensorboard needs {needed}")
 
 
 @contextmanager

@@ -53,8 +53,6 @@ class SinkProcess(Tracker):
 
     def __init__(self, name: str, config: TrackerConfig, budget_s: float) -> None:
         self.name = name
-        self.finished = False
-        """Whether the child has done everything."""
         self.problem: str | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self._config = config
@@ -97,7 +95,8 @@ class SinkProcess(Tracker):
         if self.problem is None and writer.is_alive():
             self.problem = "it no longer takes what the run sends; its process was killed"
         if self.problem is not None:
-            self._kill()
+            assert self.child is not None
+            self.child.kill()  # processes that it started see their pipes close
             raise RuntimeError(self.problem)
         if reader.is_alive():
             log.warning(
@@ -113,13 +112,9 @@ class SinkProcess(Tracker):
                 return self._calls.put_nowait(pickle.dumps((name, arguments)))
             except queue.Full:
                 self.problem = "it no longer takes what the run sends"
-                self._kill()
+                if self.child is not None:
+                    self.child.kill()
         raise RuntimeError(self.problem)
-
-    def _kill(self) -> None:
-        """Kill the child; processes that it started see their pipes close."""
-        if self.child is not None:
-            self.child.kill()
 
     def _write(self, child: subprocess.Popen[bytes]) -> None:
         assert child.stdin is not None
@@ -140,8 +135,7 @@ class SinkProcess(Tracker):
                 self.problem = text
             else:
                 log.log(logging.getLevelNamesMapping()[level], "%s: %s", self.name, text)
-        self.finished = child.wait() == 0
-        if not self.finished and self.problem is None:
+        if child.wait() != 0 and self.problem is None:
             self.problem = "its process ended before the run did"
 
 

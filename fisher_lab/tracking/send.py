@@ -25,8 +25,6 @@ NOT_KEPT = ("state.safetensors", NAME_FILE, "run.json", "metrics.json")
 
 SPECTRUM_FILE = "spectral.json"
 NAME_LENGTH = 128
-SWEEP_FILES = ("sweep.json", "multirun.yaml")
-"""Files by which the parent of a run directory is known to be a sweep's; the latter is Hydra's."""
 
 
 def name_of(directory: Path, run_id: str) -> tuple[str, int]:
@@ -52,15 +50,6 @@ def name_of(directory: Path, run_id: str) -> tuple[str, int]:
     return name, attempt
 
 
-def sweep_of(directory: Path) -> str | None:
-    """The name of the sweep that a run directory lies in, or None."""
-    above = directory.resolve().parent
-    for name in SWEEP_FILES:
-        if (above / name).exists():
-            return above.name if name == SWEEP_FILES[0] else "/".join(above.parts[-2:])
-    return None
-
-
 def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[str]) -> Start:
     """What the sinks get when a run begins.
 
@@ -74,6 +63,8 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
     directory = Path(config.directory) if config.directory else run.directory / DIRECTORY
     cell = " ".join(one for one in overrides if not one.startswith("seed="))
     name = config.run_name or " ".join(overrides) or task
+    above = run.directory.resolve().parent
+    sweep = above.name if (above / "sweep.json").exists() else None
     return Start(
         run_id=run.run_id,
         tracker_id=tracker_id,
@@ -82,7 +73,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
         directory=directory.absolute(),
         name=name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…",
         cell=cell or task,
-        group=config.group or sweep_of(run.directory),
+        group=config.group or sweep,
         job_type=task,
         tags=tuple(config.tags),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,6 @@ from fisher_lab.tracking.wandb import CURVE, log_spectra
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-MISSING = "tracker=tensorboard needs the package tensorboard: pip install 'fisher-lab[tensorboard]'"
-
-
-def installed() -> bool:
-    """Whether the package is installed."""
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 class Sink(Tracker):
@@ -44,27 +36,25 @@ class Sink(Tracker):
     def start(self, start: Start) -> None:
         self._start = start
         if start.attempt == 1:  # the file of a later attempt is opened with its first step
-            self._open()
+            self._writer()
 
-    def _open(self, void_from: int | None = None) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
+    def _writer(self, void_from: int | None = None) -> SummaryWriter:
+        """The event file, opened when it is first needed."""
+        if self._opened is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        start = self._start
-        writer = SummaryWriter(str(start.directory / "tensorboard"), purge_step=void_from)
-        about = {"id": start.tracker_id, "name": start.name, "group": start.group}
-        writer.add_text("run", _code(about | {"job_type": start.job_type}))
-        writer.add_text("config", _code(start.config))
-        self._opened = writer
-        return writer
-
-    @property
-    def _writer(self) -> SummaryWriter:
-        return self._opened or self._open()
+            start = self._start
+            folder = str(start.directory / "tensorboard")
+            self._opened = SummaryWriter(folder, purge_step=void_from)
+            about = {"id": start.tracker_id, "name": start.name, "group": start.group}
+            self._opened.add_text("run", _code(about | {"job_type": start.job_type}))
+            self._opened.add_text("config", _code(start.config))
+        return self._opened
 
     @override
     def log(self, values: Numbers, step: int | None = None) -> None:
         self._step = self._step + 1 if step is None else step
-        writer = self._opened or self._open(void_from=self._step)
+        writer = self._writer(void_from=self._step)
         for name, value in values.items():
             if value is not None:
                 writer.add_scalar(CURVE + name, value, self._step)
@@ -73,17 +63,17 @@ class Sink(Tracker):
     def summary(self, values: Numbers) -> None:
         for name, value in values.items():
             if value is not None:
-                self._writer.add_scalar(f"summary/{name}", value, self._step)
+                self._writer().add_scalar(f"summary/{name}", value, self._step)
 
     @override
     def table(self, name: str, rows: Sequence[Row]) -> None:
         import numpy as np
 
         stem = Path(name).stem
-        self._writer.add_text(f"table/{stem}", _markdown(rows), self._step)
+        self._writer().add_text(f"table/{stem}", _markdown(rows), self._step)
         for column, logs in log_spectra(rows).items():
             tag = f"histogram/{stem}/log10_{column}"
-            self._writer.add_histogram(tag, np.array(logs), self._step)
+            self._writer().add_histogram(tag, np.array(logs), self._step)
 
     @override
     def image(self, name: str, path: Path) -> None:
@@ -91,17 +81,17 @@ class Sink(Tracker):
         import numpy as np
 
         pixels = np.asarray(matplotlib.image.imread(path))
-        self._writer.add_image(f"figure/{name}", pixels, self._step, dataformats="HWC")
+        self._writer().add_image(f"figure/{name}", pixels, self._step, dataformats="HWC")
 
     @override
     def artifact(self, name: str, path: Path, kind: str) -> None:
         # Event files cannot hold files.
-        self._writer.add_text(f"artifact/{name}", f"{kind}: {path}", self._step)
+        self._writer().add_text(f"artifact/{name}", f"{kind}: {path}", self._step)
 
     @override
     def finish(self, status: str) -> None:
-        self._writer.add_text("status", status, self._step)
-        self._writer.close()
+        self._writer().add_text("status", status, self._step)
+        self._writer().close()
 
 
 def _code(content: object) -> str:

@@ -39,7 +39,7 @@ def test_node_0_alone_settles_how_a_job_ended(
         command=("-c", "print('a word'); raise SystemExit(1)"),
     )  # fmt: skip
     if node == 0:
-        with pytest.raises(RuntimeError, match="^abc: "):
+        with pytest.raises(RuntimeError, match=r"^abc: "):
             job(str(frozen.path))
         assert record.read(frozen.directory)["status"] == "failed"
         assert (frozen.directory / "job.log").read_text() == "a word\n"

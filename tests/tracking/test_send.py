@@ -10,16 +10,6 @@ from fisher_lab.tracking import send
 from tests.tracking.test_tracker import Sink
 
 
-def test_the_sweep_of_a_directory(tmp_path):
-    cell = tmp_path / "damping" / "abc"
-    cell.mkdir(parents=True)
-    assert send.sweep_of(cell) is None
-    (cell.parent / "multirun.yaml").touch()
-    assert send.sweep_of(cell) == f"{tmp_path.name}/damping"
-    (cell.parent / "sweep.json").touch()
-    assert send.sweep_of(cell) == "damping"
-
-
 def test_what_is_sent_at_the_end_of_a_run(tmp_path):
     run = Run.start(tmp_path / "run", config={}, overrides=[], identity={})
     run.metrics({"loss": 1.0})

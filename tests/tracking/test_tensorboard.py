@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fisher_lab import tracking
-from fisher_lab.tracking import tensorboard
 from tests.processes import until
 from tests.tracking.test_wandb import assert_complete, warned
 from tests.tracking.wandb_files import png
@@ -81,7 +81,7 @@ def test_a_later_attempt_without_a_curve_is_written(sink, start, tmp_path):
 def test_a_missing_package_is_an_error_before_anything_is_written(
     small_task, monkeypatch, capfd, tmp_path
 ):
-    monkeypatch.setattr(tensorboard, "installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert small_task("task=plan", "tracker=tensorboard") == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "pip install 'fisher-lab[tensorboard]'" in line
