@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# All sweeps of the appendix, then a folder with every table, claim and figure, and appendix.tex.
+# Runs all sweeps of the appendix, and writes a folder with every table, claim and figure and with
+# appendix.tex.
 #
 #   scripts/appendix.sh [-o FOLDER] [-r RESULTS] [-s SWEEPS] [override ...]
 #
-#   -o FOLDER    what is written: tables, figures, claims, report.html, appendix.tex (appendix)
-#   -r RESULTS   where the runs lie or will lie (results)
-#   -s SWEEPS    sweeps, several with commas (appendix, which stands for those of the paper)
-#   override     for every cell, for instance task.heldout_batches=1 or hydra/launcher=local
+#   -o FOLDER    receives tables, figures, claims, report.html and appendix.tex (default: appendix)
+#   -r RESULTS   contains the run directories (default: results)
+#   -s SWEEPS    names of sweeps, separated by commas (default: appendix, all sweeps of the paper)
+#   override     applies to every cell, such as task.heldout_batches=1 or hydra/launcher=local
 #
-# Run it again to go on: cells that are completed are not run a second time. PYTHON names another
-# interpreter than .venv/bin/python. Exit codes: 0 all is there; 1 some cells failed or did not come
-# to an end (the folder is written all the same, and says which); 2 bad input, nothing was run;
-# 3 the folder could not be written, or appendix.tex does not compile; above 128: interrupted.
+# Run the same command again to continue: completed cells are not run a second time. The variable
+# PYTHON names an interpreter other than .venv/bin/python. The exit code is 0 if everything was
+# written; 1 if some cells failed or did not end (the folder is written and lists them); 2 if the
+# input was bad and nothing was run; 3 if the folder could not be written or appendix.tex does not
+# compile; and above 128 if a signal interrupted the script.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 3
 folder=appendix results=results sweeps=appendix
@@ -40,7 +42,7 @@ python=${PYTHON:-$here/.venv/bin/python}
 command -v "$python" >/dev/null || die 2 "there is no $python"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
-# What the sweeps stand for: the folder is about these, whatever else lies in RESULTS.
+# Expand collections: the folder reports these sweeps only, whatever else RESULTS contains.
 names=$("$python" -c '
 import sys
 from fisher_lab.config import errors, sweep_files

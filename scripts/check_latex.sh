@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Whether LaTeX files compile, with whichever of tectonic, pdflatex and lualatex is installed.
+# Checks whether LaTeX files compile, with tectonic, pdflatex or lualatex, whichever is installed.
 #
 #   scripts/check_latex.sh [--pdf] [FILE.tex ...]
 #
-#   --pdf    leave the PDF of a document beside it; else nothing is left
+#   --pdf    keeps the PDF of a document beside it; without this option nothing is kept
 #
-# Without a file it says whether there is a LaTeX with the packages that tables need. A fragment (a
-# table for \input) is compiled in a document of its own, which is not kept. What is wider than its
-# page is told, and is no error. Exit codes: 0 all compile; 1 one does not, with the end of its log;
-# 2 bad input; 3 there is no LaTeX here, or it lacks a package.
+# Without a file, the script checks whether LaTeX and the packages that the tables need are
+# installed. A fragment (a table for \input) is compiled in a temporary document. A line that is
+# wider than its page is reported and is no error. The exit code is 0 if all files compile; 1 if one
+# does not, with the end of its log; 2 if the input was bad; and 3 if LaTeX or a package is missing.
 set -u
 
 keep=no
@@ -36,7 +36,7 @@ styles=(booktabs siunitx longtable graphicx geometry array inputenc)
 missing=
 if [ -z "$engine" ]; then
   missing="no LaTeX here"
-elif [ "$engine" != tectonic ]; then # which fetches what it lacks
+elif [ "$engine" != tectonic ]; then # tectonic downloads missing packages
   for style in "${styles[@]}"; do
     kpsewhich "$style.sty" >/dev/null || missing="$missing${missing:+, }no $style.sty"
   done
@@ -47,7 +47,7 @@ if [ -n "$missing" ]; then
   exit 3
 fi
 
-# Twice: columns of a table over several pages, and references, need the first pass.
+# LaTeX runs twice: long tables and references use what the first pass has written.
 compile() {
   if [ "$engine" = tectonic ]; then
     tectonic --keep-logs --chatter minimal --outdir "$out" "$1"
@@ -74,16 +74,16 @@ for file in "$@"; do
     } >"$scratch/$name"
     folder=$scratch fragment=yes
   fi
-  told=$out/${name%.tex}
+  output=$out/${name%.tex}
   if (cd "$folder" && compile "$name") >"$scratch/screen" 2>&1; then
     echo "$file: compiles with $engine"
-    grep -h '^Overfull .hbox' "$told.log" 2>/dev/null
+    grep -h '^Overfull .hbox' "$output.log" 2>/dev/null
     if [ $keep = yes ] && [ $fragment = no ]; then
-      mv "$told.pdf" "$folder/" || exit 2
+      mv "$output.pdf" "$folder/" || exit 2
     fi
   else
     echo "$file: does not compile with $engine:" >&2
-    grep -hE -A 3 '^!' "$told.log" "$scratch/screen" 2>/dev/null | tail -n 12 >&2
+    grep -hE -A 3 '^!' "$output.log" "$scratch/screen" 2>/dev/null | tail -n 12 >&2
     status=1
   fi
 done

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Sends the W&B runs of a sweep (or of any directory) that were not sent yet, many at a time: those
-# written offline, and those that were online and could not finish their upload.
+# Sends the W&B runs of a sweep (or of any directory) that were not sent yet: runs that were written
+# offline, and runs that were online and could not finish their upload.
 #
-#   scripts/wandb_sync.sh results/train_damping        # 4 at a time
-#   JOBS=16 scripts/wandb_sync.sh results              # 16 at a time
-#   TIMEOUT=600 scripts/wandb_sync.sh results          # seconds for a file; 300
-#   scripts/wandb_sync.sh --dry-run results            # what would be sent
+#   scripts/wandb_sync.sh results/train_damping        # sends 4 runs at a time
+#   JOBS=16 scripts/wandb_sync.sh results              # sends 16 runs at a time
+#   TIMEOUT=600 scripts/wandb_sync.sh results          # allows 600 s per file (default: 300)
+#   scripts/wandb_sync.sh --dry-run results            # lists what would be sent
 #
-# Can be run again, and while a sweep goes on: what was sent is marked beside the run, with the size
-# that it had, and is sent again only if it has grown. The attempts of one run are sent one after
-# the other, oldest first, so that its curve goes on where it was. Exit code 1 where one failed.
+# The script can be run again, and while a sweep is running: it marks each file that it has sent
+# with the file's size, and sends the file again only if it has grown. The attempts of one run are
+# sent one after the other, the oldest first, so that its curve continues where it ended. The exit
+# code is 1 if a run could not be sent.
 set -u
 dry=0
 [ "${1:-}" = "--dry-run" ] && { dry=1; shift; }
@@ -18,17 +19,19 @@ root=${1:-}
 WANDB=${WANDB:-wandb}
 command -v "$WANDB" >/dev/null || { echo "$0: there is no $WANDB on the PATH" >&2; exit 2; }
 
-send_file() { # whether all of it was taken; wandb 0.31 exits with 0 where the service refuses it
+# Succeeds if the service has taken the whole file. (wandb 0.31 exits with 0 if it refuses a file.)
+send_file() {
   local file=$1
   rm -f "$file.synced"
-  # Without a network it would try for ever.
+  # Without a network, wandb would retry for ever.
   timeout --kill-after=10 "${TIMEOUT:-300}" "$WANDB" sync --include-synced --include-online \
     "$(dirname "$file")" >"$file.log" 2>&1 || return 1
-  # The mark of wandb's own says that it came to the end, the log whether something was refused.
+  # The file .synced shows that wandb came to the end; the log shows whether anything was refused.
   [ -e "$file.synced" ] && ! grep -q '^wandb: ERROR' "$file.log"
 }
 
-send_run() { # the attempts of one run, oldest first
+# Sends the attempts of one run, the oldest first.
+send_run() {
   local id=$1 file mark size
   shift
   for file in "$@"; do
@@ -48,7 +51,7 @@ send_run() { # the attempts of one run, oldest first
 export -f send_file send_run
 export WANDB DRY=$dry
 
-# A line a run: its id, then its files by the time in the name of their directory.
+# One line per run: its id, then its files, sorted by the time in the names of their directories.
 find "$root" -type f \( -path '*/offline-run-*/run-*.wandb' -o -path '*/run-*/run-*.wandb' \) |
   awk '{ n = split($0, part, "/"); time = part[n - 1]; sub(/^(offline-)?run-/, "", time)
     print time "\t" $0 }' |

@@ -34,7 +34,7 @@ class InProcess(Executor):
 
     @property
     def running(self) -> list[Cell]:
-        """The cell that has ended and was not yet reported."""
+        """The cells that have ended and were not yet reported."""
         return [cell for cell, _ in self._ended]
 
     def start(self, cells: Sequence[Cell]) -> None:

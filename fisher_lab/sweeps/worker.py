@@ -1,10 +1,9 @@
 """One frozen cell, run under its lock: ``python -m fisher_lab.sweeps.worker FILE``.
 
-Whoever starts a worker can rely on this: it runs the cell only where it holds the lock and nobody
-has completed the cell; it appends what happened to the journal; and its exit code says how it
-ended. A worker that is killed leaves a record with the status ``running`` and a lock whose holder
-is gone, which is how everybody else knows. On several nodes each has a worker: that of node 0 does
-all this, and the others run their ranks for it.
+A worker runs the cell only where it holds the lock and nobody has completed the cell; it appends
+what happened to the journal; and its exit code says how it ended. A worker that is killed leaves a
+record with the status ``running`` and a lock whose holder is gone, which is how everybody else
+knows. On several nodes each has a worker: the others than that of node 0 only run their ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell
 
 if TYPE_CHECKING:
-    from fisher_lab.distributed.nodes import Nodes
     from fisher_lab.runs.lock import Lock
-    from fisher_lab.tasks.run_spec import RunSpec
 
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
 """Exit codes. ``HELD``: somebody else runs the cell."""
@@ -49,10 +46,10 @@ def main(arguments: list[str]) -> int:
 
 
 def node_of(cell: Cell) -> int:
-    """This node among those of a cell, as the environment says.
+    """This node among those of a cell.
 
     Raises:
-        LaunchError: it does not say it.
+        LaunchError: the environment does not say it.
     """
     given = cell.config.distributed
     return launch.place(given.nproc, given.nodes, os.environ).node
@@ -77,24 +74,24 @@ def run(cell: Cell) -> int:
         with ranks.connected_nodes(cell.config) as nodes:
             if nodes is None or nodes.is_first:
                 return _run(cell)
-            return _run_ranks(cell, nodes)
+            # Once node 0 holds the lock of the cell.
+            directory = nodes.directory()
+            if directory is None:
+                return HELD
+            log_file = ranks.node_log(nodes.where.node, directory)
+            with _logging(cell, ranks.log_of(cell.own_logging(), log_file)):
+                return COMPLETED if _begin(cell, directory) is Status.COMPLETED else FAILED
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
         return _run(cell, error) if is_first else FAILED
 
 
-def _run_ranks(cell: Cell, nodes: Nodes) -> int:
-    """Runs the ranks of another node than the first, once node 0 holds the lock of the cell."""
-    from fisher_lab.tasks import ranks, runner
+def _begin(cell: Cell, directory: Path) -> Status:
+    from fisher_lab.tasks import runner
+    from fisher_lab.tasks.run_spec import RunSpec
 
-    directory = nodes.directory()
-    if directory is None:
-        return HELD
-    settings = cell.own_logging()
-    log_file = ranks.node_log(nodes.where.node, directory)
-    with _logging(cell, ranks.log_of(settings, log_file)):
-        outcome = runner.begin(_work(cell, directory), settings)
-    return COMPLETED if outcome.status == "completed" else FAILED
+    spec = RunSpec(cell.config, directory, tuple(cell.overrides), cell.content)
+    return runner.begin(spec, cell.own_logging()).status
 
 
 def _run(cell: Cell, problem: Exception | None = None) -> int:
@@ -115,22 +112,13 @@ def _run(cell: Cell, problem: Exception | None = None) -> int:
         return _perform(cell, lock, problem)
 
 
-def _work(cell: Cell, directory: Path) -> RunSpec:
-    from fisher_lab.tasks.run_spec import RunSpec
-
-    return RunSpec(cell.config, directory, tuple(cell.overrides), cell.content)
-
-
 def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
-    from fisher_lab.tasks import runner
-
     stopped: Interrupted | None = None
-    settings = cell.own_logging()
-    with _logging(cell, settings):
+    with _logging(cell, cell.own_logging()):
         try:
             if problem is not None:
                 raise problem
-            runner.begin(_work(cell, cell.directory), settings)
+            _begin(cell, cell.directory)
         except Interrupted as stop:
             stopped = stop
             _amend(cell, stop)
@@ -168,7 +156,6 @@ def _logging(cell: Cell, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         for handler in set(root.handlers) - set(handlers):
-            root.removeHandler(handler)
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
