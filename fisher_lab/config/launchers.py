@@ -37,9 +37,11 @@ class LocalSettings:
 class SlurmSettings:
     """``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: job arrays by submitit."""
 
-    executor: ClassVar[str] = "fisher_lab.sweeps.slurm:SubmititJobs"
+    executor: ClassVar[str] = "fisher_lab.sweeps.slurm:executor"
     cluster: str = setting(
-        "slurm", "`local` is submitit's emulation, for trying things out.", one_of("slurm", "local")
+        "slurm",
+        "`local`: processes of this machine, to try things out.",
+        one_of("slurm", "local"),
     )
     partition: str | None = setting(None, "sbatch --partition.")
     account: str | None = setting(None, "sbatch --account.")

@@ -77,6 +77,11 @@ class Layout:
         name = f"ranks/node{node}.{JOB_LOG}" if node > 0 else JOB_LOG
         return self.run_directory(run_id) / name
 
+    def logs(self, run_id: str) -> list[Path]:
+        """The logs that a cell has: that of its run before that of its processes."""
+        directory = self.run_directory(run_id)
+        return [directory / name for name in (RUN_LOG, JOB_LOG) if (directory / name).is_file()]
+
     def lock(self, run_id: str, stale_after: float = STALE_AFTER) -> Lock:
         """The lock of a cell."""
         return Lock(self.locks / run_id, stale_after)

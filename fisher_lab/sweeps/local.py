@@ -46,7 +46,14 @@ class InProcess(Executor):
         for cell in cells:
             say(f"#{self._started} : {cell.label}")
             self._started += 1
-            self._ended.append((cell, _run(cell)))
+            began, code = time.monotonic(), worker.run(cell)
+            if code in (worker.HELD, worker.CANCELLED):  # by the user, at this very moment
+                status = Status.HELD if code == worker.HELD else Status.NOT_STARTED
+                self._ended.append((cell, Outcome(status)))
+                continue
+            status = record.status_of(cell.directory) or Status.FAILED
+            message = record.brief(cell.directory) if status is Status.FAILED else None
+            self._ended.append((cell, Outcome(status, message, time.monotonic() - began)))
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """What :meth:`start` has run."""
@@ -60,18 +67,6 @@ class InProcess(Executor):
     def signals(self, watch: Watch) -> Iterator[Pending]:
         """They are raised at once, in the cell that runs."""
         yield Pending()
-
-
-def _run(cell: Cell) -> Outcome:
-    began = time.monotonic()
-    code = worker.run(cell)
-    if code == worker.HELD:
-        return Outcome(Status.HELD)
-    if code == worker.CANCELLED:  # the user has cancelled the sweep at this very moment
-        return Outcome(Status.NOT_STARTED)
-    status = record.status_of(cell.directory) or Status.FAILED
-    message = record.brief(cell.directory) if status is Status.FAILED else None
-    return Outcome(status, message, time.monotonic() - began)
 
 
 class LocalProcesses(Executor):

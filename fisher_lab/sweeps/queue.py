@@ -19,7 +19,6 @@ from fisher_lab.runs import record
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell, Outcome
-from fisher_lab.sweeps.directory import JOB_LOG, RUN_LOG
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks for a request to cancel, and at cells that another launcher runs."""
@@ -111,7 +110,9 @@ class Tally:
             if outcome.status is Status.FAILED:
                 why = outcome.message or record.brief(cell.directory)
                 line = " ".join(cell.overrides)  # which give this cell, and no other
-                say(f"fisher_lab: {line}: failed: {why}; {_log(cell.directory)}", error=True)
+                logs = cell.layout.logs(cell.run_id)
+                where = f"the log is {logs[0]}" if logs else f"its directory is {cell.directory}"
+                say(f"fisher_lab: {line}: failed: {why}; {where}", error=True)
         if missing:
             say(
                 f"fisher_lab: {missing} cells did not come to an end; run the same command again "
@@ -125,13 +126,6 @@ def say(text: str, *, error: bool = False) -> None:
     """Print a line; a terminal that has gone is no reason to stop."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def _log(directory: Path) -> str:
-    for name in (RUN_LOG, JOB_LOG):
-        if (directory / name).is_file():
-            return f"the log is {directory / name}"
-    return f"its directory is {directory}"
 
 
 class Queue:

@@ -1,9 +1,9 @@
-"""``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: jobs, by submitit.
+"""``hydra/launcher=slurm_cpu`` and ``slurm_gpu``: jobs, by submitit.
 
 submitit writes the job scripts, submits them and puts preempted jobs back into the queue. How a
 cell ended is read from its record, and whether its job is still there from the queue: the launcher
 may be gone at any time, and the next one attaches to the jobs that it left. ``slurm_debug`` runs
-the same jobs in processes of this machine, by submitit's emulation of a cluster.
+the same cells in processes of this machine.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from submitit.helpers import DelayedSubmission
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.launchers import SlurmSettings
+from fisher_lab.config.launchers import LocalSettings, SlurmSettings
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker, worker_process
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome, death
 from fisher_lab.sweeps.directory import Layout, tail
+from fisher_lab.sweeps.local import LocalProcesses
 from fisher_lab.sweeps.queue import Executor, say
 from fisher_lab.sweeps.worker_process import WorkerProcess
 
@@ -195,22 +196,28 @@ def _ask(command: list[str]) -> str | None:
         return None
 
 
+def executor(settings: SlurmSettings) -> Executor:
+    """Jobs of SLURM; with ``cluster=local`` processes of this machine, for trying things out."""
+    if settings.cluster == "slurm":
+        return SubmititJobs(settings)
+    threads = settings.threads or settings.cpus_per_task
+    return LocalProcesses(LocalSettings(settings.array_parallelism, threads, settings.grace_s))
+
+
 class SubmititJobs(Executor):
-    """A job for each cell: of SLURM, all in arrays at once, or of submitit's local emulation.
+    """A job of SLURM for each cell, all in arrays at once.
 
     Args:
         settings: of the launcher.
     """
 
+    limit = None
     pause_s = TICK_S
     outlives = True
 
     def __init__(self, settings: SlurmSettings) -> None:
         self._settings = settings
-        self._is_local = settings.cluster == "local"
-        self.limit = settings.array_parallelism if self._is_local else None
         self._jobs: dict[Cell, str] = {}
-        self._handles: dict[str, submitit.Job[str]] = {}
         self._gone: Counter[Cell] = Counter()
         self._looked = 0.0
         self._withdrawn = False
@@ -228,39 +235,29 @@ class SubmititJobs(Executor):
         Raises:
             ConfigError: there is no SLURM here, or it does not take the jobs.
         """
-        size = len(cells)
-        if not self._is_local:
-            self._attach(cells)
-            size = self._settings.max_array_size or max_array_size()
+        left = {layout: Jobs.of(layout) for layout in {cell.layout for cell in cells}}
+        _wait_for_cancelled_jobs(left.values(), self._settings.poll_s)
+        active = states(job for jobs in left.values() for job in jobs.last.values()) or {}
+        for cell in cells:
+            job = left[cell.layout].last.get(cell.run_id)
+            if job is not None and is_active(active.get(job)):
+                self._jobs[cell] = job
         wanted = [cell for cell in cells if cell not in self._jobs]
         if len(wanted) < len(cells):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
-        for batch in batches(wanted, size):
+        for batch in batches(wanted, self._settings.max_array_size or max_array_size()):
             jobs = _submit(batch, self._settings)
             self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
-            if self._is_local:
-                self._handles |= {job.job_id: job for job in jobs}
-                continue
             for layout in dict.fromkeys(cell.layout for cell in batch):
                 own = {cell.run_id: self._jobs[cell] for cell in batch if cell.layout == layout}
                 layout.journal.append("submitted", jobs=own)
             say(f"submitted {len(batch)} cells as {jobs[0].job_id.partition('_')[0]}")
 
-    def _attach(self, cells: Sequence[Cell]) -> None:
-        """Take the jobs that an earlier launcher has left in the queue for theirs."""
-        found = {layout: Jobs.of(layout) for layout in {cell.layout for cell in cells}}
-        _wait_for_cancelled_jobs(found.values(), self._settings.poll_s)
-        active = states(job for jobs in found.values() for job in jobs.last.values()) or {}
-        for cell in cells:
-            job = found[cell.layout].last.get(cell.run_id)
-            if job is not None and is_active(active.get(job)):
-                self._jobs[cell] = job
-
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
         if not self._jobs or time.monotonic() - self._looked < self._settings.poll_s:
             return []
-        known, found = self._states(), []
+        known, found = states(self._jobs.values()), []
         self._looked = time.monotonic()
         if known is None:
             return []
@@ -278,26 +275,16 @@ class SubmititJobs(Executor):
         """Cancel jobs, and mark their launch for those that have not come to their cell."""
         wanted = [cell for cell in cells if cell in self._jobs]
         _mark_cancelled(wanted)
-        if not self._is_local:
-            cancel(self._jobs[cell] for cell in wanted)
-            return
-        for cell in wanted:
-            cell.layout.ask_holder(cell.run_id, cell.config.resume.stale_after_s)
+        cancel(self._jobs[cell] for cell in wanted)
 
     def withdraw(self) -> None:
         """Cancel the jobs of SLURM that have not begun."""
-        if self._withdrawn or self._is_local:
+        if self._withdrawn:
             return
         self._withdrawn = True
-        known = self._states() or {}
+        known = states(self._jobs.values()) or {}
         _mark_cancelled(self._jobs)
         cancel(job for job, state in known.items() if state == "PENDING")
-
-    def _states(self) -> dict[str, str] | None:
-        if not self._is_local:
-            return states(self._jobs.values())
-        done = {job: self._handles[job].done() for job in self._jobs.values()}
-        return {job: "COMPLETED" if ended else "RUNNING" for job, ended in done.items()}
 
     def _outcome(self, cell: Cell, job: str, job_state: str) -> Outcome | None:
         """How the cell of a job that has ended stands; None where it is too early to say."""
@@ -379,7 +366,7 @@ _OPTIONS = (
 """Settings that submitit takes under the same name, after ``slurm_``."""
 
 
-def executor(
+def submitit_executor(
     settings: SlurmSettings, folder: Path, requeues: int, *, alone: bool
 ) -> submitit.AutoExecutor:
     """The executor of submitit with everything set."""
@@ -387,11 +374,9 @@ def executor(
 
     made = submitit.AutoExecutor(
         folder=folder,
-        cluster=settings.cluster,
-        **{
-            f"{settings.cluster}_max_num_timeout": requeues + 1,
-            f"{settings.cluster}_python": settings.python,
-        },
+        cluster="slurm",
+        slurm_max_num_timeout=requeues + 1,
+        slurm_python=settings.python,
     )
     given = {
         "name": "fisher_lab",
@@ -425,7 +410,7 @@ def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job
     folder = cells[0].submission / "slurm" / "%j"
     os.environ["PYTHONPATH"] = provenance.python_path()  # sbatch hands it on
     try:
-        made = executor(settings, folder, requeues, alone=cells[0].alone)
+        made = submitit_executor(settings, folder, requeues, alone=cells[0].alone)
         return made.map_array(job, [str(cell.path) for cell in cells])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]

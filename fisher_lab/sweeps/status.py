@@ -29,7 +29,7 @@ from fisher_lab.runs.lock import STALE_AFTER
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, label_of
-from fisher_lab.sweeps.directory import JOB_LOG, LAUNCH_FILE, RUN_LOG, SWEEP_FILE, Layout, tail
+from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout, tail
 
 LOOK_AGAIN_S = 2.0
 """Seconds after which a job that has left no result is looked for once more before its cell has
@@ -272,7 +272,7 @@ def _cell(
         state, lost = Status.LOST, (job, job_state)
         why = slurm.lost_message(job, job_state)
     found = atomic.read_json(directory / record.RUN_FILE)
-    logs = [directory / name for name in (RUN_LOG, JOB_LOG) if (directory / name).is_file()]
+    logs = layout.logs(run_id)
     reason = why or (record.brief(directory) if state is Status.FAILED else found.get("reason"))
     return CellStatus(
         run_id=run_id,

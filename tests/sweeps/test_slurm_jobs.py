@@ -18,7 +18,7 @@ from fisher_lab.sweeps.slurm import CellJob, SubmititJobs
 from tests.sweeps.application import launch_trivial, wait_for
 from tests.sweeps.submitted_cells import begin, submitted
 from tests.sweeps.test_local import by_seed, running
-from tests.sweeps.trivial_worker import RAISES, WAITS
+from tests.sweeps.trivial_worker import WAITS
 
 SETTINGS = SlurmSettings(poll_s=0.01)
 
@@ -215,7 +215,7 @@ def test_the_options_of_sbatch(tmp_path, monkeypatch):
         python="singularity exec x.sif python", signal_delay_s=45,
         additional_parameters={"reservation": "mine", "nice": 100},
     )  # fmt: skip
-    made = slurm.executor(settings, tmp_path / "%j", 3, alone=False)
+    made = slurm.submitit_executor(settings, tmp_path / "%j", 3, alone=False)
     text = made._executor._make_submission_file_text("PROGRAM", "uid")
     options = {line.removeprefix("#SBATCH --") for line in text.splitlines() if "SBATCH" in line}
     assert options >= {
@@ -229,7 +229,7 @@ def test_the_options_of_sbatch(tmp_path, monkeypatch):
     assert made._executor.python == "singularity exec x.sif python"
     assert made._executor.max_num_timeout == 4
     assert made._executor.parameters["array_parallelism"] == 5
-    alone = slurm.executor(settings, tmp_path / "%j", 3, alone=True)
+    alone = slurm.submitit_executor(settings, tmp_path / "%j", 3, alone=True)
     text = alone._executor._make_submission_file_text("PROGRAM", "uid")
     assert "#SBATCH --exclusive\n" in text
     assert alone._executor.parameters["array_parallelism"] == 1
@@ -320,7 +320,7 @@ DEBUG = ("hydra/launcher=slurm_debug", "hydra.launcher.grace_s=5", "sweep.name=d
 
 
 @pytest.mark.usefixtures("trivial_workers")
-def test_the_path_of_a_job_and_cancel_through_submitits_own_executor(door, runs):
+def test_slurm_debug_runs_and_cancels_cells_in_processes_of_this_machine(door, runs):
     one_at_a_time = "hydra.launcher.array_parallelism=1"
     process = launch_trivial("-m", f"seed=1,{WAITS},2", *DEBUG, one_at_a_time)
     wait_for(running_seed(WAITS))
@@ -335,20 +335,6 @@ def test_the_path_of_a_job_and_cancel_through_submitits_own_executor(door, runs)
         1: "completed",
         WAITS: "cancelled",
     }
-
-
-@pytest.mark.usefixtures("trivial_workers")
-def test_fail_fast_through_submitits_own_executor(door, runs):
-    answer = door(
-        "-m", f"seed={WAITS},{RAISES},1", *DEBUG, "hydra.launcher.array_parallelism=2",
-        "sweep.fail_fast=true",
-    )  # fmt: skip
-    assert answer.code == 1
-    found = by_seed(runs)
-    assert found[RAISES]["status"] == "failed"
-    assert found[RAISES]["reason"] == "RuntimeError: thirteen is no seed"
-    assert found.get(WAITS, {"status": "cancelled"})["status"] == "cancelled"
-    assert 1 not in found
 
 
 def running_seed(seed: int):
