@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 _SOONER = 0.9
 
 
-def backend_of(name: str, device: str) -> str:
-    """Returns the backend: ``auto`` is nccl where the ranks compute on CUDA devices, else gloo."""
-    if name != "auto":
-        return name
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return "nccl" if cuda else "gloo"
-
-
 def make_errors_raise(environment: MutableMapping[str, str], *, watchdog: bool) -> None:
     """Asks nccl to raise an error where a collective is waited for, unless the user has said else.
 
@@ -59,7 +51,7 @@ def session(
     """Joins the process group that the environment names (``RANK``, ``WORLD_SIZE``, ...).
 
     Args:
-        backend: ``gloo``, ``nccl`` or ``auto``.
+        backend: ``gloo``, ``nccl``, or ``auto``: nccl where the ranks compute on CUDA devices.
         device: ``cpu``, ``cuda`` or ``auto``; a rank on CUDA takes the device of its local rank.
         timeout_s: a collective that waits longer than this fails.
         watchdog: see :func:`make_errors_raise`.
@@ -67,7 +59,8 @@ def session(
     Yields:
         The communicator of all ranks.
     """
-    chosen = backend_of(backend, device)
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    chosen = backend if backend != "auto" else "nccl" if cuda else "gloo"
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
@@ -113,11 +106,7 @@ class Ranks:
 
     @classmethod
     def of(cls, config: Config) -> Ranks:
-        """Returns the ranks that this process is one of.
-
-        Args:
-            config: the validated configuration.
-        """
+        """Returns the ranks that this process is one of, for a validated configuration."""
         return cls(world() if launch.inside() else None, config.kfac.reduce != "none")
 
     def __len__(self) -> int:
@@ -153,8 +142,7 @@ class Ranks:
     def traffic_metrics(self, prefix: str) -> dict[str, float]:
         """Returns the traffic since :meth:`reset_traffic` of the busiest rank; collective.
 
-        Args:
-            prefix: of the metrics' names; there are no metrics for a single process.
+        There are no metrics for a single process.
         """
         if self.communicator is None:
             return {}

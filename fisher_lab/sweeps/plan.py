@@ -270,14 +270,16 @@ def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Cell, Status]]:
 
 OK, BAD_INPUT = 0, 2
 WIDTH = 100
-_WORDS = {"missing": "to run", "interrupted": "to run (interrupted)"}
+_WORDS = {
+    Status.MISSING: "to run",
+    Status.INTERRUPTED: "to run (interrupted)",
+    Status.RUNNING: "running",
+}
 
 
 def show(plans: Sequence[SweepPlan]) -> int:
     """Print every cell with its state; returns 2 where a cell cannot run, else 0."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=WIDTH)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     counted: Counter[str] = Counter()
     for one in plans:
         table = Table(title=f"{one.name}: {one.layout.directory}", title_justify="left", box=None)
@@ -285,7 +287,11 @@ def show(plans: Sequence[SweepPlan]) -> int:
             table.add_column(axis, overflow="fold")
         table.add_column("state", no_wrap=True)
         wanted, states = to_run(one.cells)
-        rows = [(cell.axes, _shown(states[cell], cell in wanted)) for cell in one.cells]
+        rows = []
+        for cell in one.cells:
+            state = states[cell]
+            text = f"{state}, to run" if cell in wanted else state
+            rows.append((cell.axes, _WORDS.get(state, text)))
         for axes, state in [*rows, *((axes, "invalid") for axes, _ in one.invalid)]:
             counted[state] += 1
             table.add_row(*(axes.get(axis, "") for axis in one.axes), state)
@@ -298,9 +304,3 @@ def show(plans: Sequence[SweepPlan]) -> int:
     for reason in reasons:
         print(f"fisher_lab: {reason}", file=sys.stderr)
     return BAD_INPUT if reasons else OK
-
-
-def _shown(state: Status, wanted: bool) -> str:
-    if wanted and state in (Status.FAILED, Status.PREEMPTED, Status.CANCELLED):
-        return f"{state}, to run"
-    return _WORDS.get(state, state)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
@@ -70,7 +70,6 @@ def run(
     for key, value, allowed in _refused(cells, options, kind, settings):
         raise ConfigError.value(key, value, allowed)
     for one in plans:
-        one.layout.directory.mkdir(parents=True, exist_ok=True)
         one.write()
     todo, states = plan.to_run(cells)
     _look_at_what_is_done([cell for cell in cells if states[cell] is Status.COMPLETED])
@@ -156,9 +155,7 @@ def _refused(
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    found = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
 
 
 def _look_at_what_is_done(done: Sequence[Cell]) -> None:
@@ -170,22 +167,18 @@ def _look_at_what_is_done(done: Sequence[Cell]) -> None:
         if entry.get("event") == Status.COMPLETED
     }
     now = provenance.git()["commit"] if done else None
-    others = set()
+    others = set[str | None]()
     for cell in done:
         lock = cell.lock
         if (cell.layout, cell.run_id) not in noted and lock.acquire():
             with lock:
                 cell.layout.note(cell.run_id, Status.COMPLETED)
         found = record.read(cell.directory).get("provenance", {})
-        commit = (found.get("git") or {}).get("commit")
-        if commit != now:
-            others.add(str(commit)[:12])
-    if others:
-        say(
-            f"fisher_lab: completed cells are of another version of the code "
-            f"({', '.join(sorted(others))}; now {str(now)[:12]}); they are kept",
-            error=True,
-        )
+        others.add((found.get("git") or {}).get("commit"))
+    if others := others - {now}:
+        names = ", ".join(sorted(str(commit)[:12] for commit in others))
+        text = f"completed cells are of another version of the code ({names}; now {str(now)[:12]})"
+        say(f"fisher_lab: {text}; they are kept", error=True)
 
 
 def _submit(cells: Sequence[Cell], master: DictConfig, kind: str, settings: Settings) -> list[Cell]:
@@ -193,20 +186,14 @@ def _submit(cells: Sequence[Cell], master: DictConfig, kind: str, settings: Sett
     copied = master.copy()
     OmegaConf.update(copied, "hydra.runtime.output_dir", RUN_DIRECTORY, force_add=True)
     logging = _plain(copied.hydra.job_logging)
+    about = {"kind": kind, "settings": asdict(settings)}
+    about |= {"host": os.uname().nodename, "pid": os.getpid()}
     frozen: dict[Path, Cell] = {}
     for layout in dict.fromkeys(cell.layout for cell in cells):
         own = submit([cell for cell in cells if cell.layout == layout], logging)
         frozen |= {cell.directory: cell for cell in own}
-        atomic.write_json(
-            own[0].submission / LAUNCH_FILE,
-            {
-                "kind": kind,
-                "settings": asdict(settings),
-                "host": os.uname().nodename,
-                "pid": os.getpid(),
-                "cells": [cell.run_id for cell in own],
-            },
-        )
+        run_ids = [cell.run_id for cell in own]
+        atomic.write_json(own[0].submission / LAUNCH_FILE, {**about, "cells": run_ids})
         layout.journal.append("launched", launcher=kind, cells=len(own), submission=own[0].launch)
     return [frozen[cell.directory] for cell in cells]
 

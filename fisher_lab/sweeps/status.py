@@ -118,9 +118,7 @@ def status(arguments: Sequence[str]) -> int:
         return 0
     from fisher_lab.results.finishing import finish_if_due, standard_output
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if not chosen.watch:
         console.print(_screen(layout, cells, metrics))
     else:
