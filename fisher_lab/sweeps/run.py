@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import pkgutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, Outcome, submit
 from fisher_lab.sweeps.directory import LAUNCH_FILE, LAUNCHER
 from fisher_lab.sweeps.plan import Identify
 from fisher_lab.sweeps.queue import Executor, Queue, Tally, say
+from fisher_lab.sweeps.worker_process import start_python
 
 LAUNCHER_LOG = "launcher.log"
 BACKGROUND = ("-m", "fisher_lab.sweeps.run")
@@ -206,15 +206,7 @@ def _detach(cells: Sequence[Cell], settings: Settings) -> int:
     else:
         submissions = list(dict.fromkeys(str(cell.submission) for cell in cells))
         log = cells[0].submission / LAUNCHER_LOG
-        with open(log, "ab") as stream:
-            subprocess.Popen(
-                [sys.executable, *BACKGROUND, *submissions],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": provenance.python_path()},
-            )
+        start_python([*BACKGROUND, *submissions], log, {})
         say(f"the launcher goes on in the background; its log is {log}")
     say(f"detached: fisher-lab status {names}")
     return 0

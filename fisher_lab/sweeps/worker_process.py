@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fisher_lab.runs import atomic, provenance, record, signals
 from fisher_lab.runs.status import Status
@@ -40,8 +42,29 @@ _THREADS = (
 )
 
 
+def start_python(
+    arguments: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start Python in a session of its own, so that no closed terminal ends it.
+
+    Args:
+        arguments: of Python, which imports this very package.
+        log: the file to which its output is appended.
+        variables: of its environment, besides those of this process.
+    """
+    with open(log, "ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": provenance.python_path(), **variables},
+        )
+
+
 class WorkerProcess:
-    """A worker in a session of its own, so that no closed terminal ends it.
+    """A worker in a session of its own.
 
     Args:
         cell: what it runs.
@@ -74,20 +97,11 @@ class WorkerProcess:
         self._log = cell.layout.job_log(cell.run_id, node)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._offset = self._log.stat().st_size if self._log.exists() else 0
-        variables = {**os.environ, "PYTHONPATH": provenance.python_path()}
-        if scheduled:
-            variables[worker.SCHEDULED] = "1"
+        variables: dict[str, str] = {worker.SCHEDULED: "1"} if scheduled else {}
         if threads is not None:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *(command or WORKER), str(cell.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=variables,
-            )
+        arguments = [*(command or WORKER), str(cell.path)]
+        self._process = start_python(arguments, self._log, variables)
 
     @property
     def seconds(self) -> float:
