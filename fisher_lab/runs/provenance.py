@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -70,27 +71,22 @@ def git(package: Path | None = None) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=True,
+        text = subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, timeout=_GIT_TIMEOUT_S
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return text.strip()
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of :data:`PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -135,10 +131,8 @@ def allowed_cpus() -> int | None:
 
 def _processor() -> str:
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError):
             for line in Path("/proc/cpuinfo").read_text().splitlines():
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
-        except OSError:
-            pass
     return platform.processor()

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from fisher_lab.config.launchers import LocalSettings, SerialSettings
 from fisher_lab.runs import record
@@ -63,10 +64,9 @@ class InProcess(Executor):
     def stop(self, cells: Sequence[Cell]) -> None:
         """Nothing runs while the queue is at work."""
 
-    @contextlib.contextmanager
-    def signals(self, watch: Watch) -> Iterator[Pending]:
+    def signals(self, watch: Watch) -> AbstractContextManager[Pending]:
         """They are raised at once, in the cell that runs."""
-        yield Pending()
+        return contextlib.nullcontext(Pending())
 
 
 class LocalProcesses(Executor):

@@ -11,7 +11,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,11 +58,9 @@ class Executor(ABC):
     def withdraw(self) -> None:  # noqa: B027 (most executors begin what they are given at once)
         """Cells that were handed over and have not begun are not to begin."""
 
-    @contextlib.contextmanager
-    def signals(self, watch: Watch) -> Iterator[Pending]:
+    def signals(self, watch: Watch) -> AbstractContextManager[Pending]:
         """How signals to the launcher are noticed while the executor works."""
-        with watch.deferred() as pending:
-            yield pending
+        return watch.deferred()
 
 
 @dataclass

@@ -17,16 +17,10 @@ class FisherLabSearchPath(SearchPathPlugin):
 
         ours = paths.conf()
         for element in search_path.get_path():
-            if element.provider == "main" and _local(element.path) == ours:
+            folder = Path(element.path.removeprefix("file://")).resolve()
+            if element.provider == "main" and folder == ours:
                 from fisher_lab.config import sweep_files
 
                 sweep_files.register()
         for folder in paths.further_folders():
             search_path.append("command-line", f"file://{folder}")
-
-
-def _local(path: str) -> Path | None:
-    scheme, separator, rest = path.partition("://")
-    if not separator:
-        return Path(path).resolve()
-    return Path(rest).resolve() if scheme == "file" else None
