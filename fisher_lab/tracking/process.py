@@ -25,6 +25,7 @@ from typing import IO
 from typing_extensions import override
 
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.runs import record
 from fisher_lab.runs.provenance import python_path
 from fisher_lab.tracking.base import Start, Tracker
 
@@ -158,8 +159,7 @@ def main() -> None:
     try:
         serve(sys.argv[1], sys.stdin.buffer)
     except BaseException as error:  # a library may call exit
-        lines = str(error).strip().splitlines()
-        log.error("%s: %s", type(error).__name__, lines[0] if lines else "(no message)")
+        log.error("%s", record.headline(record.describe(error)))
         code = 1
     os._exit(code)  # threads and exit hooks of the library must not keep this process
 
