@@ -29,14 +29,13 @@ class Executor(ABC):
     """Where cells run.
 
     Attributes:
-        limit: how many cells run at once; None where all are handed over together.
+        limit: how many cells run at once; None where all are handed over together, and go on when
+            the launcher is interrupted.
         pause_s: seconds between two looks at what runs.
-        outlives: whether the cells go on when the launcher is interrupted.
     """
 
     limit: int | None = 1
     pause_s = 0.02
-    outlives = False
 
     @property
     @abstractmethod
@@ -113,11 +112,8 @@ class Tally:
                 where = f"the log is {logs[0]}" if logs else f"its directory is {cell.directory}"
                 say(f"fisher_lab: {line}: failed: {why}; {where}", error=True)
         if missing:
-            say(
-                f"fisher_lab: {missing} cells did not come to an end; run the same command again "
-                "to go on",
-                error=True,
-            )
+            text = f"{missing} cells did not come to an end; run the same command again to go on"
+            say(f"fisher_lab: {text}", error=True)
         return 0 if completed == len(cells) else 1
 
 
@@ -149,7 +145,7 @@ class Queue:
 
         Raises:
             Interrupted: a signal. Cells that run have saved their state and ended, or go on where
-                the executor outlives the launcher; the others are left as they are.
+                they outlive the launcher; the others are left as they are.
         """
         with Watch() as watch, self._executor.signals(watch) as pending:
             while self._waiting or self._executor.running:
@@ -164,8 +160,8 @@ class Queue:
         ended = self._executor.ended()
         for cell, outcome in ended:
             self._note(cell, outcome)
-        if time.monotonic() - self._looked >= LOOK_EVERY_S and not self._executor.outlives:
-            self._looked = time.monotonic()  # where jobs outlive it, `cancel` asks them itself
+        if time.monotonic() - self._looked >= LOOK_EVERY_S and self._executor.limit is not None:
+            self._looked = time.monotonic()  # jobs that outlive it are asked by `cancel` itself
             self._executor.stop([cell for cell in self._executor.running if cell.cancelled])
         if self._tally.exhausted:
             self._drop()
@@ -228,7 +224,7 @@ class Queue:
 
     def _interrupt(self) -> None:
         """End what ends with the launcher, and wait until it has."""
-        if self._executor.outlives:
+        if self._executor.limit is None:
             say("the jobs go on; run the same command again to wait for them")
             return
         self._executor.stop(self._executor.running)

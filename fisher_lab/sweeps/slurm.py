@@ -213,7 +213,6 @@ class SubmititJobs(Executor):
 
     limit = None
     pause_s = TICK_S
-    outlives = True
 
     def __init__(self, settings: SlurmSettings) -> None:
         self._settings = settings
