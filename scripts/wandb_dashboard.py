@@ -21,7 +21,7 @@ from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
 
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
-METRICS = ("loss/heldout", "ng/heldout_loss_decrease", "kfac/total_s", "kfac/peak_mb")
+METRICS = ("loss/heldout", "ng/heldout_loss_decrease")
 SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimizer.name", "seed")
 
 
@@ -57,7 +57,7 @@ def result_panels() -> list[Any]:
             y=wr.SummaryMetric(name),
             log_x=True,
         )
-        for name in METRICS[:2]
+        for name in METRICS
     ]
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SETTINGS]
     columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(METRICS[0])))

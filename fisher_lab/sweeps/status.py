@@ -287,12 +287,8 @@ def _cell(
 
 
 def _seconds(found: Mapping[str, Any], state: Status) -> float | None:
-    try:
-        began = datetime.fromisoformat(found["started"])
-        ended = found.get("finished")
-        if ended is None and state is not Status.RUNNING:
-            return None
-        until = datetime.fromisoformat(ended) if ended else datetime.now(UTC)
-    except (KeyError, TypeError, ValueError):
+    began, ended = found.get("started"), found.get("finished")
+    if began is None or (ended is None and state is not Status.RUNNING):
         return None
-    return (until - began).total_seconds()
+    until = datetime.fromisoformat(ended) if ended else datetime.now(UTC)
+    return (until - datetime.fromisoformat(began)).total_seconds()
