@@ -187,11 +187,9 @@ def cancel(jobs: Iterable[str]) -> bool:
 
 
 def _ask(command: list[str]) -> str | None:
-    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    quiet = subprocess.DEVNULL
     try:
-        return subprocess.check_output(
-            command, text=True, stderr=subprocess.DEVNULL, timeout=_TIMEOUT_S, env=environment
-        )
+        return subprocess.check_output(command, text=True, stderr=quiet, timeout=_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -265,9 +263,13 @@ class SubmititJobs(Executor):
                 self._gone.pop(cell, None)
                 continue
             self._gone[cell] += 1
-            if (outcome := self._outcome(cell, job, known[job])) is not None:
-                del self._jobs[cell]
-                found.append((cell, outcome))
+            state = cell.state
+            if state is Status.RUNNING or (not state.is_final and self._gone[cell] < PATIENCE):
+                continue  # somebody else runs it, or the lock of a dead node is not stale yet
+            state = end_cell(cell, job, known[job])
+            why = record.brief(cell.directory) if state is Status.FAILED else None
+            del self._jobs[cell]
+            found.append((cell, Outcome(state, why)))
         return found
 
     def stop(self, cells: Sequence[Cell]) -> None:
@@ -284,14 +286,6 @@ class SubmititJobs(Executor):
         known = states(self._jobs.values()) or {}
         _mark_cancelled(self._jobs)
         cancel(job for job, state in known.items() if state == "PENDING")
-
-    def _outcome(self, cell: Cell, job: str, job_state: str) -> Outcome | None:
-        """How the cell of a job that has ended stands; None where it is too early to say."""
-        state = cell.state
-        if state is Status.RUNNING or (not state.is_final and self._gone[cell] < PATIENCE):
-            return None  # or somebody else runs it, or the lock of a dead node is not stale yet
-        state = end_cell(cell, job, job_state)
-        return Outcome(state, record.brief(cell.directory) if state is Status.FAILED else None)
 
 
 def _mark_cancelled(cells: Iterable[Cell]) -> None:
