@@ -49,6 +49,11 @@ class Layout:
     directory: Path
 
     @property
+    def title(self) -> str:
+        """Its name and where it lies."""
+        return f"{self.directory.name}: {self.directory}"
+
+    @property
     def sweep_file(self) -> Path:
         """What the sweep is."""
         return self.directory / SWEEP_FILE

@@ -44,7 +44,6 @@ class SweepPlan:
 
     Attributes:
         layout: where it lies.
-        name: of its directory.
         cells: those that can run, in the order in which they are run; each identity once.
         axes: swept key -> its values, as text.
         overrides: what all cells have in common, as typed.
@@ -54,7 +53,6 @@ class SweepPlan:
     """
 
     layout: Layout
-    name: str
     cells: list[Cell]
     axes: dict[str, list[str]]
     overrides: list[str]
@@ -75,7 +73,7 @@ class SweepPlan:
         shared, cells = _settings(self.cells)
         content = {
             "schema": SCHEMA,
-            "name": self.name,
+            "name": self.layout.directory.name,
             "title": self.file.title if self.file else "",
             "file": str(self.file.path) if self.file else None,
             "alone": self.file.alone if self.file else False,
@@ -179,8 +177,8 @@ def _one(
         for key in dict.fromkeys([*map(str, params), *by_hand])
     }
     fixed = [text for text in kept if parse([text])[0].key_or_group not in swept]
-    layout, name = _place(master, file, fixed, list(swept))
-    plan = SweepPlan(layout, name, [], swept, fixed, file)
+    layout = _place(master, file, fixed, list(swept))
+    plan = SweepPlan(layout, [], swept, fixed, file)
     composer = cells_of.Composer(loader, master)
     seen: set[str] = set()
     for overrides, values in zip(batch, given, strict=True):
@@ -227,15 +225,14 @@ def _pair(override: str) -> tuple[str, str]:
 
 def _place(
     master: DictConfig, file: SweepFile | None, fixed: Sequence[str], swept: Sequence[str]
-) -> tuple[Layout, str]:
-    """The directory of a sweep, and its name."""
+) -> Layout:
+    """The directory of a sweep, which is named after it."""
     typed = [text.lstrip("+") for text in master.hydra.overrides.hydra]
     if any(text.startswith("hydra.sweep.dir=") for text in typed):
-        directory = Path(str(master.hydra.sweep.dir)).absolute()
-        return Layout(directory), directory.name
+        return Layout(Path(str(master.hydra.sweep.dir)).absolute())
     chosen = OmegaConf.select(master, "sweep.name")
     name = chosen or (file.name if file else f"adhoc-{_digest(fixed, swept)}")
-    return Layout(Path(str(master.sweep.dir)).absolute() / name), name
+    return Layout(Path(str(master.sweep.dir)).absolute() / name)
 
 
 def _digest(fixed: Sequence[str], swept: Sequence[str]) -> str:
@@ -282,7 +279,7 @@ def show(plans: Sequence[SweepPlan]) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     counted: Counter[str] = Counter()
     for one in plans:
-        table = Table(title=f"{one.name}: {one.layout.directory}", title_justify="left", box=None)
+        table = Table(title=one.layout.title, title_justify="left", box=None)
         for axis in one.axes:
             table.add_column(axis, overflow="fold")
         table.add_column("state", no_wrap=True)

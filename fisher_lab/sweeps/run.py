@@ -76,7 +76,7 @@ def run(
     counted = Counter(sorted(states.values()))
     say(f"{len(cells)} cells: {', '.join(f'{n} {state}' for state, n in counted.items())}")
     for one in plans:
-        say(f"{one.name}: {one.layout.directory}")
+        say(one.layout.title)
     failed = [c.directory for c in cells if states[c] is Status.FAILED and c not in todo]
     before = {directory: Outcome(Status.FAILED) for directory in failed}
     tally = Tally(len(todo) + len(before), options.max_failures, before)

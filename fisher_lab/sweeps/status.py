@@ -191,7 +191,7 @@ def _screen(layout: Layout, cells: Sequence[CellStatus], metrics: Sequence[str])
         )
     counted = Counter(cell.state for cell in cells)
     foot = f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counted.items())
-    return Group(Text(f"{layout.directory.name}: {layout.directory}"), table, Text(foot))
+    return Group(Text(layout.title), table, Text(foot))
 
 
 def look(layout: Layout) -> list[CellStatus]:
