@@ -7,7 +7,6 @@ messages take several lines and end in exit code 1.
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from yaml import YAMLError
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import check_keys, find, unknown_key, validate
+from fisher_lab.runs.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -151,8 +151,8 @@ def _groups(loader: ConfigLoader, parent: str) -> list[str]:
 
 
 def _near(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = did_you_mean(word, words, 0.5)
+    return near and f" ({near})"
 
 
 # ---- composition ---------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ for 1, has no words for what a key may be, suggests no key, and doubles the time
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fisher_lab.config.errors import ConfigError, show
 from fisher_lab.config.fields import Allowed, problems
 from fisher_lab.config.schema import Config
+from fisher_lab.runs.spelling import did_you_mean
 
 _TYPE_TEXT = {
     bool: "true or false",
@@ -233,11 +233,7 @@ def unknown_key(key: str, value: Any, section: type | None = None) -> ConfigErro
         section, parent = (Config, "") if section is None else (section, parent)
     own = all_keys(section, f"{parent}." if parent else "")
     keys = list(dict.fromkeys([*all_keys(), *own]))  # the second for sections beside `Config`
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    if not near:
-        leaf = key.rsplit(".", 1)[-1]
-        by_leaf = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-        near = [by_leaf[hit] for hit in difflib.get_close_matches(leaf, by_leaf, 1, 0.75)]
-    names = ", ".join(fields_of(section))
-    hint = f"did you mean {near[0]}?" if near else f"{parent or 'the top level'} has {names}"
+    by_leaf = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+    hint = did_you_mean(key, keys, 0.75) or did_you_mean(key.rsplit(".", 1)[-1], by_leaf, 0.75)
+    hint = hint or f"{parent or 'the top level'} has {', '.join(fields_of(section))}"
     return ConfigError(f"{key}={show(value)}: there is no key {key}; {hint}")

@@ -15,8 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_lab.results.axes import Axes as Axes
-    from fisher_lab.results.axes import find_axes as find_axes
     from fisher_lab.results.claims import evaluate as evaluate
     from fisher_lab.results.commands import diff as diff
     from fisher_lab.results.finishing import at_end as at_end
@@ -27,15 +25,18 @@ if TYPE_CHECKING:
     from fisher_lab.results.report import write_report as write_report
     from fisher_lab.results.table import Table as Table
     from fisher_lab.results.table import tabulate as tabulate
+    from fisher_lab.results.values import Axes as Axes
+    from fisher_lab.results.values import SweptSettings as SweptSettings
+    from fisher_lab.results.values import find_axes as find_axes
 
 _NAMES = {
-    "axes": ("Axes", "find_axes"),
     "claims": ("evaluate",),
     "commands": ("diff",),
     "finishing": ("at_end", "finish"),
     "loading": ("load", "load_layers", "load_table"),
     "report": ("write_report",),
     "table": ("Table", "tabulate"),
+    "values": ("Axes", "SweptSettings", "find_axes"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

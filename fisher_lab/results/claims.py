@@ -19,10 +19,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from fisher_lab.results import stats
-from fisher_lab.results.axes import select
 from fisher_lab.results.hypotheses import Hypothesis, parse
 from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN, TEST, Finding, findings
-from fisher_lab.results.values import ResultsError, where
+from fisher_lab.results.values import ResultsError, filter_runs, select
 from fisher_lab.runs.record import strict
 
 INVALID = "invalid"
@@ -88,7 +87,7 @@ def evaluate(frame: pd.DataFrame) -> list[Verdict]:
     verdicts = []
     for directory, sweep in frame.attrs.get("sweeps", {}).items():
         inside = frame["directory"].str.startswith(directory.rstrip("/") + "/")
-        runs = where(frame, (frame["sweep"] == sweep.name) & inside)
+        runs = filter_runs(frame, (frame["sweep"] == sweep.name) & inside)
         runs.attrs = {**frame.attrs, "sweeps": {directory: sweep}}
         verdicts += [
             evaluate_one(claim, runs, sweep=sweep.name, number=number)

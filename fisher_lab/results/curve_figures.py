@@ -147,7 +147,7 @@ def _positive(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]
     }
 
 
-def decay_plans(
+def decay_makers(
     paths: Iterable[str], cells: Mapping[str, str]
 ) -> dict[str, Callable[[], Figure | None]]:
     """Name of a file -> what draws the eigenvalues of one block.

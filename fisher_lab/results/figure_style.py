@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from fisher_lab.results.values import label, meaning
+from fisher_lab.results.values import label, parse_value
 from fisher_lab.runs import atomic
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ def positions(values: Sequence[Any]) -> tuple[list[float], bool]:
     Returns:
         The positions, and whether the axis is logarithmic.
     """
-    known = [meaning(v) for v in values]
+    known = [parse_value(v) for v in values]
     numbers = [v for v in known if isinstance(v, float)]
     rest = [v for v in known if not isinstance(v, float)]
     if len(numbers) < 2 or any(v is not None for v in rest):

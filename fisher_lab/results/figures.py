@@ -22,11 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
-from fisher_lab.results.curve_figures import block_figure, decay_plans, density_figure, line_figure
+from fisher_lab.results.curve_figures import block_figure, decay_makers, density_figure, line_figure
 from fisher_lab.results.figure_style import MOST_SERIES
 from fisher_lab.results.loading import load_layers, load_table
 from fisher_lab.results.table import Table, tabulate
-from fisher_lab.results.values import ResultsError, column, known, label, levels, meaning
+from fisher_lab.results.values import ResultsError, column, label, levels, metric_names, parse_value
 from fisher_lab.runs.status import Status
 
 MOST_COLUMNS = 30
@@ -73,7 +73,7 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
         directory: of the files; it is made where it is missing.
     """
     drawn = Drawn()
-    for name, figure in made(table, frame):
+    for name, figure in make_figures(table, frame):
         if isinstance(figure, str):
             drawn.problems.append(figure)
             continue
@@ -83,9 +83,9 @@ def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
     return drawn
 
 
-def made(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
+def make_figures(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
     """The file's name and the figure, or why it cannot be drawn, of every figure of a sweep."""
-    for name, make in plans(table, frame).items():
+    for name, make in figure_makers(table, frame).items():
         try:
             figure = make()
         except (ResultsError, OSError, ValueError, KeyError) as error:
@@ -95,7 +95,7 @@ def made(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figure | str]
             yield name, figure
 
 
-def plans(table: Table, frame: pd.DataFrame) -> Plans:
+def figure_makers(table: Table, frame: pd.DataFrame) -> Plans:
     """The figures of a sweep."""
     paths = list(frame.loc[frame["status"] == Status.COMPLETED, "directory"])
     cells = cell_names(table, frame)
@@ -110,7 +110,9 @@ def plans(table: Table, frame: pd.DataFrame) -> Plans:
     }
     found |= {
         "time-and-memory": lambda: trade_figure(whole()),
-        "distributed-scaling": lambda: scaling_figure(whole(), _rank_axis(table, known(frame))),
+        "distributed-scaling": lambda: scaling_figure(
+            whole(), _rank_axis(table, metric_names(frame))
+        ),
         "layers-clipped": lambda: layer_figure(layers(), cells, "clipped"),
         "layers-kappa": lambda: layer_figure(layers(), cells, "kappa"),
         "learning-curves": lambda: line_figure(
@@ -121,9 +123,9 @@ def plans(table: Table, frame: pd.DataFrame) -> Plans:
             load_table(paths, SPECTRUM_FILE), cells, "effective_rank"
         ),
     }
-    if "spectral/bytes" in known(frame):
+    if "spectral/bytes" in metric_names(frame):
         try:
-            found |= decay_plans(paths, cells)
+            found |= decay_makers(paths, cells)
         except ResultsError as error:
             found["spectra-decay"] = functools.partial(_fail, error)
     return found
@@ -160,7 +162,7 @@ def complete(table: Table, frame: pd.DataFrame) -> Table:
         table: of a sweep.
         frame: the runs that it was made of.
     """
-    there = known(frame)
+    there = metric_names(frame)
     plotted = [TIME, MEMORY] if {TIME, MEMORY} <= set(there) else []
     if _rank_axis(table, there) is not None:
         plotted += [name for name in SCALING if name in there]
@@ -280,7 +282,7 @@ def _varies(series: Series) -> bool:
 def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series) -> int:
     """Draw the lines of a panel and return their number."""
     values, positions, log = _positions(table, axis)
-    connect = all(isinstance(meaning(v), float | None) for v in values)
+    connect = all(isinstance(parse_value(v), float | None) for v in values)
     lines = list(itertools.islice(series.items(), MOST_SERIES))
     for i, (words, points) in enumerate(lines):
         if points:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fisher_lab.results.values import ResultsError, hint, label, meaning, same
+from fisher_lab.results.values import ResultsError, hint, label, parse_value, same
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def _option(name: str, key: str, value: Any) -> Any:
 
 
 def _number(name: str, key: str, value: Any) -> float:
-    number = meaning(value)
+    number = parse_value(value)
     if not isinstance(number, float) or abs(number) == math.inf:
         raise ResultsError(f"{name}: {key}={value} is not a number")
     if number <= ABOVE.get(key, -math.inf):

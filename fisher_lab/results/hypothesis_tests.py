@@ -16,10 +16,19 @@ import numpy as np
 import pandas as pd
 
 from fisher_lab.results import stats
-from fisher_lab.results.axes import find_axes, resolve, select
 from fisher_lab.results.hypotheses import Hypothesis
 from fisher_lab.results.table import TableCell, latest, make_cell
-from fisher_lab.results.values import column, label, levels, meaning, same, where
+from fisher_lab.results.values import (
+    column,
+    filter_runs,
+    find_axes,
+    label,
+    levels,
+    parse_value,
+    resolve,
+    same,
+    select,
+)
 from fisher_lab.runs.status import UNFINISHED, Status
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
@@ -113,7 +122,8 @@ class _Stratum:
 
 def _over_keys(runs: pd.DataFrame, over: Sequence[str]) -> list[Any]:
     return [
-        tuple(meaning(v) for v in row) for row in runs.loc[:, list(over)].itertuples(index=False)
+        tuple(parse_value(v) for v in row)
+        for row in runs.loc[:, list(over)].itertuples(index=False)
     ]
 
 
@@ -214,8 +224,8 @@ def _range(hypothesis: Hypothesis, values: Sequence[Any]) -> list[Any]:
     low, high = hypothesis.get("from", -math.inf), hypothesis.get("to", math.inf)
     if (low, high) == (-math.inf, math.inf):
         return list(values)
-    numbers = [v for v in values if isinstance(meaning(v), float)]
-    return [v for v in numbers if low / SLACK <= meaning(v) <= high * SLACK]
+    numbers = [v for v in values if isinstance(parse_value(v), float)]
+    return [v for v in numbers if low / SLACK <= parse_value(v) <= high * SLACK]
 
 
 def _within(
@@ -354,7 +364,7 @@ def _fails(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
     for values in itertools.product(*options):
         settings = dict(zip(wanted, values, strict=True))
         runs = select(stratum.runs, settings)
-        ended = where(runs, ~column(runs, "status").isin([*UNFINISHED, Status.CANCELLED]))
+        ended = filter_runs(runs, ~column(runs, "status").isin([*UNFINISHED, Status.CANCELLED]))
         broken = sum(_is_broken(hypothesis, row) for row in ended.to_dict("records"))
         missing = len(runs) - len(ended)
         lost: dict[str, int] = {Status.MISSING: missing} if missing else {}

@@ -19,8 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results.axes import setting_of
-from fisher_lab.results.values import ResultsError, Shared, column, meaning
+from fisher_lab.results.values import ResultsError, Shared, column, parse_value, setting_of
 from fisher_lab.runs.record import METRICS_FILE, RUN_FILE
 from fisher_lab.runs.status import Status
 
@@ -409,7 +408,9 @@ def _guess(axes: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
     configs = [run["config"] for run in runs if run["config"]]
     first = configs[0] if configs else {}
     config = {k: v for k, v in first.items() if all(c.get(k) == v for c in configs)}
-    return config | {setting_of(axis, list(first)) or axis: meaning(v) for axis, v in axes.items()}
+    return config | {
+        setting_of(axis, list(first)) or axis: parse_value(v) for axis, v in axes.items()
+    }
 
 
 def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:

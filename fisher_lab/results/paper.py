@@ -24,7 +24,15 @@ from fisher_lab.results.figure_style import file_name
 from fisher_lab.results.finishing import CLAIMS_FILE, TABLE_FILE, verdicts_text, write_table
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.table import tabulate
-from fisher_lab.results.values import ResultsError, Shared, column, label, levels, only, where
+from fisher_lab.results.values import (
+    ResultsError,
+    Shared,
+    column,
+    filter_runs,
+    label,
+    levels,
+    runs_of_sweep,
+)
 from fisher_lab.runs import atomic
 from fisher_lab.runs.identity import LEFT_OUT
 from fisher_lab.runs.status import Status
@@ -51,7 +59,7 @@ def paragraphs(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
     sweeps = list(dict.fromkeys(frame["sweep"]))
     if len(sweeps) < 2:
         return [("", sentences(frame))]
-    own = {sweep: sentences(only(frame, sweep)) for sweep in sweeps}
+    own = {sweep: sentences(runs_of_sweep(frame, sweep)) for sweep in sweeps}
     done = [text for text in own.values() if text != [NOTHING]]
     alike = [s for s in done[0] if all(s in text for text in done)] if len(done) > 1 else []
     rest = [(sweep, [s for s in text if s not in alike]) for sweep, text in own.items()]
@@ -89,11 +97,11 @@ def sentences(frame: pd.DataFrame) -> list[str]:
     Args:
         frame: from :func:`fisher_lab.results.load`.
     """
-    runs = where(frame, frame["status"] == Status.COMPLETED)
+    runs = filter_runs(frame, frame["status"] == Status.COMPLETED)
     if runs.empty:
         return [NOTHING]
     said = [*_models(runs), *_kfac(runs), *_numerics(runs), *_spectra(runs), *_machine(runs)]
-    lost = column(where(frame, frame["status"] != Status.COMPLETED), "status").value_counts()
+    lost = column(filter_runs(frame, frame["status"] != Status.COMPLETED), "status").value_counts()
     if len(lost):
         counts = join([f"{count} {status}" for status, count in lost.items()])
         said.append(f"Of {len(frame)} runs, {counts}; the tables show them as such.")
@@ -133,7 +141,7 @@ def _models(runs: pd.DataFrame) -> list[str]:
         verb = "The models were" if len(_values(runs, "model.name")) > 1 else "The model was"
         said.append(f"{verb} {_list(runs, 'model.name')}{count}, on {_list(runs, 'data.name')}.")
     trained = _trained(runs)
-    analysed, trainings = where(runs, ~trained), where(runs, trained)
+    analysed, trainings = filter_runs(runs, ~trained), filter_runs(runs, trained)
     if _has(analysed, "tokens", "data.seq_len"):
         count = _list(analysed, "kfac.n_batches")
         said.append(
@@ -167,10 +175,10 @@ def _trained(runs: pd.DataFrame) -> pd.Series:
 
 def _kfac(runs: pd.DataFrame) -> list[str]:
     if "optimizer.name" in runs:  # other optimisers have no use for the section kfac
-        runs = where(runs, ~_trained(runs) | runs["optimizer.name"].isin(["kfac", "ekfac"]))
+        runs = filter_runs(runs, ~_trained(runs) | runs["optimizer.name"].isin(["kfac", "ekfac"]))
     if not _has(runs, "kfac.damping"):
         return []
-    trainings = where(runs, _trained(runs))
+    trainings = filter_runs(runs, _trained(runs))
     kinds = [FISHER.get(str(kind), str(kind)) for kind in _values(runs, "kfac.fisher")]
     kappa = _list(runs, "kfac.max_condition_number", "none (no floor)")
     said = [
@@ -242,7 +250,7 @@ def _numerics(runs: pd.DataFrame) -> list[str]:
 def _spectra(runs: pd.DataFrame) -> list[str]:
     if "spectral.enabled" not in runs:
         return []
-    on = where(runs, column(runs, "spectral.enabled").astype(bool))
+    on = filter_runs(runs, column(runs, "spectral.enabled").astype(bool))
     if on.empty:
         return []
     return [
@@ -405,7 +413,7 @@ def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = Fals
         body += ["\\section{Claims}", "\\input{claims}"]
     files = _write(directory, texts)
     for sweep in dict.fromkeys(frame["sweep"]):
-        lines, written = _section(only(frame, sweep), sweep, directory, siunitx, places)
+        lines, written = _section(runs_of_sweep(frame, sweep), sweep, directory, siunitx, places)
         body += lines
         files += written
     document = export.document("\n".join(body), "Appendix")

@@ -21,11 +21,19 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fisher_lab.results import claims, export, figure_style, figures, paper
-from fisher_lab.results.axes import SEED, UNINTERESTING, find_axes
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.paper import Places
 from fisher_lab.results.table import Table, tabulate
-from fisher_lab.results.values import ResultsError, column, label, only, where
+from fisher_lab.results.values import (
+    SEED,
+    UNINTERESTING,
+    ResultsError,
+    column,
+    filter_runs,
+    find_axes,
+    label,
+    runs_of_sweep,
+)
 from fisher_lab.runs import atomic
 from fisher_lab.runs.status import Status
 
@@ -82,7 +90,7 @@ def page(frame: pd.DataFrame) -> str:
             counts=_counts(frame, verdicts),
             left_out=[f"{one.directory}: {one.reason}" for one in frame.attrs.get("left_out", [])],
             claims=[_verdict_row(verdict, places) for verdict in verdicts],
-            sweeps=[_sweep(only(frame, sweep), sweep, places) for sweep in sweeps],
+            sweeps=[_sweep(runs_of_sweep(frame, sweep), sweep, places) for sweep in sweeps],
             failures=_failures(frame, places),
             **_runs(frame, places),
             provenance=_provenance(frame, places),
@@ -136,7 +144,7 @@ def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
 
 def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
     drawn = []
-    for name, figure in figures.made(table, frame):
+    for name, figure in figures.make_figures(table, frame):
         if not isinstance(figure, str):
             data = _png(figure) if len(drawn) < MOST_FIGURES else ""
             words = figure_style.words(figure) or name
@@ -167,7 +175,7 @@ def _commands(table: Table, frame: pd.DataFrame, places: Places) -> dict[str, li
 def _failures(frame: pd.DataFrame, places: Places) -> list[list[str]]:
     """Every run that did not complete, or not with finite numbers, and why."""
     broken = column(frame, "not_finite").fillna("") != ""
-    lost = where(frame, broken | (frame["status"] != Status.COMPLETED))
+    lost = filter_runs(frame, broken | (frame["status"] != Status.COMPLETED))
     columns = ["sweep", "status", "reason", "not_finite", "overrides", "directory"]
     rows = []
     for sweep, status, *texts in lost.loc[:, columns].itertuples(index=False):
@@ -207,7 +215,7 @@ def _configurations(
     own = [c for c in frame.attrs.get("config", []) if c not in shared and c != SEED]
     own = [c for c in own if c.partition(".")[0] not in UNINTERESTING]
     for sweep in dict.fromkeys(frame["sweep"]):
-        part = only(frame, sweep)
+        part = runs_of_sweep(frame, sweep)
         axes = [name for name in find_axes(part).names if name in own]
         found: dict[tuple[str, ...], list[int]] = {}
         keys = zip(*(part[c].map(label) for c in own), strict=True) if own else [()] * len(part)

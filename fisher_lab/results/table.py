@@ -18,17 +18,21 @@ from typing import Any
 import pandas as pd
 
 from fisher_lab.results import stats
-from fisher_lab.results.axes import SEED, find_axes, key_of, resolve, select
 from fisher_lab.results.stats import CONFIDENCE, Summary, summarise
 from fisher_lab.results.values import (
+    SEED,
     ResultsError,
     Rounded,
     better,
     choose,
+    find_axes,
     is_time,
+    key_of,
     label,
     levels,
+    resolve,
     same,
+    select,
 )
 from fisher_lab.runs.status import Status
 

@@ -1,19 +1,27 @@
-"""Values of settings and metrics: how they are compared, ordered, rounded and chosen.
+"""Values of settings and names of metrics, and which settings of some runs were swept.
 
 A setting comes from a run's configuration (typed), from a sweep file (where YAML reads ``1e-5`` as
 a string) or from a command line (always a string). :func:`same` compares values by their meaning.
+
+The swept settings are the axes that ``sweep.json`` states. One choice may change several settings
+(``model=llama`` changes the name, the type and the sizes): the axis stands for all of them, and the
+others are its followers. Runs that no ``sweep.json`` describes (a plain multirun, or runs of
+several sweeps) are told apart by their overrides and then by the settings that differ.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from fisher_lab.runs.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +31,7 @@ WORDS = {"null": None, "~": None, "true": True, "false": False}
 """As YAML and Hydra read them; ``none`` is a text, and a choice of some settings."""
 
 
-def meaning(value: Any) -> Any:
+def parse_value(value: Any) -> Any:
     """The value that a text stands for: numbers, ``null``, ``true`` and ``false`` as such.
 
     Args:
@@ -51,7 +59,7 @@ def meaning(value: Any) -> Any:
 
 def same(left: Any, right: Any) -> bool:
     """Whether two values of a setting mean the same."""
-    a, b = meaning(left), meaning(right)
+    a, b = parse_value(left), parse_value(right)
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12, abs_tol=0.0)
     return type(a) is type(b) and a == b
@@ -59,7 +67,7 @@ def same(left: Any, right: Any) -> bool:
 
 def order(value: Any) -> tuple[int, float, str]:
     """A key to sort by: numbers by size, then texts, then null."""
-    known = meaning(value)
+    known = parse_value(value)
     if known is None:
         return (3, 0.0, "")
     if isinstance(known, bool):
@@ -73,13 +81,13 @@ def levels(values: Iterable[Any]) -> list[Any]:
     """The distinct values, in order; the first spelling of each is kept."""
     found: dict[Any, Any] = {}
     for value in values:
-        found.setdefault(meaning(value), value)
+        found.setdefault(parse_value(value), value)
     return sorted(found.values(), key=order)
 
 
 def label(value: Any) -> str:
     """A setting's value as it stands in a table: ``1e-5``, ``null``, ``auto``."""
-    known = meaning(value)
+    known = parse_value(value)
     if known is None:
         return "null"
     if isinstance(known, bool):
@@ -171,23 +179,18 @@ def column(frame: pd.DataFrame, name: str) -> pd.Series:
     return cast("pd.Series", frame[name])
 
 
-def where(frame: pd.DataFrame, keep: ArrayLike) -> pd.DataFrame:
+def filter_runs(frame: pd.DataFrame, keep: ArrayLike) -> pd.DataFrame:
     """The runs for which ``keep`` is true, with the frame's ``attrs``."""
     chosen = frame.loc[np.asarray(keep, dtype=bool)]
     chosen.attrs = frame.attrs
     return chosen
 
 
-def only(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
-    """The runs of one sweep, with the metrics that at least one of them has.
-
-    Args:
-        frame: from :func:`fisher_lab.results.load`.
-        sweep: its name.
-    """
-    runs = where(frame, frame["sweep"] == sweep)
+def runs_of_sweep(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
+    """The runs of the sweep of that name, with the metrics that at least one of them has."""
+    runs = filter_runs(frame, frame["sweep"] == sweep)
     lost = set(" ".join(column(runs, "not_finite").fillna("")).split())
-    measured = Shared(m for m in known(frame) if m in lost or column(runs, m).notna().any())
+    measured = Shared(m for m in metric_names(frame) if m in lost or column(runs, m).notna().any())
     sweeps = {d: s for d, s in frame.attrs.get("sweeps", {}).items() if s.name == sweep}
     runs.attrs = {**frame.attrs, "sweeps": sweeps, "metrics": measured}
     return runs
@@ -195,9 +198,7 @@ def only(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
 
 # ---- metrics -------------------------------------------------------------------------------------
 
-LESS = (
-    "_s", "seconds", "_mb", "_bytes", "bytes", "error", "fallbacks", "jitter_events", "_max",
-)  # fmt: skip
+LESS = ("_s", "seconds", "_mb", "bytes", "error", "fallbacks", "jitter_events", "_max")
 MORE = ("decrease", "decrease_best", "cosine", "per_s", "speedup", "efficiency")
 LOSSES = ("loss", "heldout_loss", "heldout", "heldout_best")
 
@@ -237,7 +238,7 @@ def better(name: str) -> str | None:
     return None
 
 
-def known(frame: pd.DataFrame) -> list[str]:
+def metric_names(frame: pd.DataFrame) -> list[str]:
     """The metrics of a frame, with or without a finite number."""
     return [m for m in frame.attrs.get("metrics", []) if m in frame]
 
@@ -255,7 +256,7 @@ def choose(
     Raises:
         ResultsError: a metric that no run has.
     """
-    there = known(frame)
+    there = metric_names(frame)
     for name in wanted or ():
         if name not in there:
             some = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
@@ -270,7 +271,145 @@ def choose(
     return usual + [n for n in ENGINES if n in there and n not in usual] or there[:MOST]
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, names: Iterable[str]) -> str:
     """``; did you mean ...?`` where a known name is close, else an empty text."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    words = did_you_mean(name, list(names))
+    return words and f"; {words}"
+
+
+# ---- swept settings ------------------------------------------------------------------------------
+
+SEED = "seed"
+UNINTERESTING = ("cache_dir", "progress", "tracker", "hydra", "resume", "sweep", "launcher")
+"""Settings that cannot change a result, with everything under them."""
+
+GROUP_KEYS = {"kfac/kappa": "kfac.max_condition_number"}
+"""Configuration groups that set a key of another name."""
+
+
+@dataclass(frozen=True)
+class SweptSettings:
+    """The swept settings of some runs.
+
+    Attributes:
+        values: axis -> its values in order; the seed is among them if it varies.
+        followers: axis -> settings whose value it decides.
+    """
+
+    values: dict[str, list[Any]]
+    followers: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All axes but the seed."""
+        return [name for name in self.values if name != SEED]
+
+    def tied(self, names: Iterable[str]) -> set[str]:
+        """The settings that vary with the named ones: their followers, and axes they follow."""
+        names = set(names)
+        followers = {f for axis in names for f in self.followers.get(axis, [])}
+        return followers | {axis for axis, own in self.followers.items() if names & set(own)}
+
+
+Axes = SweptSettings
+"""Its name before, which ``fisher_lab.results`` still has."""
+
+
+def find_axes(frame: pd.DataFrame) -> SweptSettings:
+    """The swept settings of the runs of a frame, or of some of its rows.
+
+    Their order is that of the sweep file or command line, then come settings that vary for another
+    reason, and the seed last.
+    """
+    columns = {
+        c: column(frame, c)
+        for c in frame.attrs.get("config", [])
+        if c in frame and c.partition(".")[0] not in UNINTERESTING
+    }
+    swept = _swept(frame, list(columns))
+    varying = {c: _codes(v) for c, v in columns.items() if v.nunique(dropna=False) > 1}
+    varying = {c: codes for c, codes in varying.items() if max(codes) > 0}
+    # Of settings that vary together, a name stands for the others, then the one that varies most.
+    rest = sorted(
+        (c for c in varying if c not in swept and c != SEED),
+        key=lambda c: (not c.endswith(".name"), -max(varying[c]), len(c), c),
+    )
+    chosen = [c for c in dict.fromkeys((*swept, SEED)) if c in varying]
+    followers: dict[str, list[str]] = {}
+    for name in rest:
+        leader = next((a for a in chosen if _decides(varying[a], varying[name])), SEED)
+        if leader == SEED:  # which other seeds would contradict
+            chosen.append(name)
+        else:
+            followers.setdefault(leader, []).append(name)
+    chosen.sort(key=lambda name: name == SEED)
+    return SweptSettings({c: levels(columns[c]) for c in chosen}, followers)
+
+
+def _swept(frame: pd.DataFrame, settings: Sequence[str]) -> list[str]:
+    """The settings of the axes in ``sweep.json``, and of the overrides that differ between runs."""
+    names = [name for sweep in frame.attrs.get("sweeps", {}).values() for name in sweep.axes]
+    typed: dict[str, set[str]] = {}
+    for text in frame["overrides"]:
+        for word in shlex.split(text or ""):
+            key, sign, value = word.partition("=")
+            if sign:
+                typed.setdefault(key.lstrip("+~"), set()).add(value)
+    names += [key for key, values in typed.items() if len(values) > 1]
+    found = [setting_of(name, settings) for name in names]
+    return list(dict.fromkeys(c for c in found if c is not None))
+
+
+def key_of(value: Any) -> tuple[str, Any]:
+    """What tells apart two values of a setting: their meaning and its type."""
+    known = parse_value(value)
+    return (type(known).__name__, known)
+
+
+def _codes(values: pd.Series) -> list[int]:
+    """A number for each distinct value, in order of occurrence."""
+    seen: dict[Any, int] = {}
+    return [seen.setdefault(key_of(value), len(seen)) for value in values]
+
+
+def _decides(leader: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether the value of one setting decides that of another."""
+    return len(set(zip(leader, other, strict=True))) == len(set(leader))
+
+
+def setting_of(name: str, settings: Sequence[str]) -> str | None:
+    """The key that a name on a command line or in a sweep file stands for; None: there is none."""
+    dotted = name.lstrip("+").replace("/", ".")
+    candidates = (name, GROUP_KEYS.get(name, name), dotted, f"{dotted}.name", f"{dotted}.enabled")
+    return next((c for c in candidates if c in settings), None)
+
+
+def resolve(frame: pd.DataFrame, name: str) -> str:
+    """The column of a key (``kfac.damping``), a group (``kfac/policy``, ``model``) or ``seed``.
+
+    Raises:
+        ResultsError: there is no such setting.
+    """
+    settings = list(frame.attrs.get("config", frame.columns))
+    found = setting_of(name, settings)
+    if found is None:
+        raise ResultsError(f"{name}: the runs have no such setting{hint(name, settings)}")
+    return found
+
+
+def select(frame: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The runs whose settings have the given values.
+
+    Args:
+        frame: of runs.
+        settings: name -> a value, or a list of values.
+
+    Raises:
+        ResultsError: a setting that the runs do not have.
+    """
+    keep = np.ones(len(frame), dtype=bool)
+    for name, wanted in settings.items():
+        options = wanted if isinstance(wanted, list | tuple) else [wanted]
+        values = column(frame, resolve(frame, name))
+        keep &= [any(same(value, option) for option in options) for value in values]
+    return filter_runs(frame, keep)

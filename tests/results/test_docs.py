@@ -9,7 +9,7 @@ import yaml
 from fisher_lab.config import paths
 from fisher_lab.results import stats
 from fisher_lab.results.hypotheses import TYPES, Hypothesis, check
-from fisher_lab.results.values import meaning
+from fisher_lab.results.values import parse_value
 
 PAGE = (paths.root() / "docs" / "results.md").read_text()
 
@@ -58,4 +58,4 @@ def test_ways_that_should_agree_are_compared_by_more_than_one_number():
 def test_what_is_to_be_unstable_says_where():
     claims = [claim for some in stated().values() for claim in some]
     unstable = [claim for claim in claims if claim.type == "stable" and claim.get("not")]
-    assert [meaning(claim.get("at")) for claim in unstable] == [1e-5] * 4
+    assert [parse_value(claim.get("at")) for claim in unstable] == [1e-5] * 4

@@ -98,7 +98,7 @@ def test_nothing_is_drawn_of_what_does_not_vary(sweep):
 
 def test_time_and_memory_are_the_cells(sweep):
     table = tabulate(load(sweep), metrics=["ng/cosine"])
-    figure = figures.plans(table, load(sweep))["time-and-memory"]()
+    figure = figures.figure_makers(table, load(sweep))["time-and-memory"]()
     points = {c.get_label(): (c[0].get_xdata()[0], c[0].get_ydata()[0])
               for c in figure.axes[0].containers}  # fmt: skip
     assert len(points) == 6
@@ -133,7 +133,7 @@ def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
     done = finish(root)
     assert done.table.metrics == metrics
     known = in_the_csv(root)
-    plans = figures.plans(done.table, done.frame)
+    plans = figures.figure_makers(done.table, done.frame)
     trade, scaling = plans["time-and-memory"](), plans["distributed-scaling"]()
     drawn = {}
     for container in trade.axes[0].containers:
@@ -237,7 +237,7 @@ def test_learning_curves_of_a_real_training(tmp_path):
     for seed in range(2):
         trained(root / str(seed), seed)
     frame = load(root)
-    figure = figures.plans(tabulate(frame), frame)["learning-curves"]()
+    figure = figures.figure_makers(tabulate(frame), frame)["learning-curves"]()
     (line,) = figure.axes[0].lines
     curves = load_table(root, "curve.csv")
     for step, drawn in zip([2, 4], line.get_ydata(), strict=True):
@@ -269,7 +269,7 @@ def ranked(tmp_path, ranks, modes):
 
 def test_scaling_over_ranks_is_the_cells(tmp_path):
     frame, table = ranked(tmp_path, [1, 2, 4], ["gather", "gram"])
-    figure = figures.plans(table, frame)["distributed-scaling"]()
+    figure = figures.figure_makers(table, frame)["distributed-scaling"]()
     assert [axes.get_ylabel() for axes in figure.axes] == list(figures.SCALING)
     for axes in figure.axes:
         metric = axes.get_ylabel()
@@ -286,7 +286,7 @@ def test_scaling_over_ranks_is_the_cells(tmp_path):
 
 def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
     frame, table = ranked(tmp_path, [2], ["none", "gather", "gram"])
-    figure = figures.plans(table, frame)["distributed-scaling"]()
+    figure = figures.figure_makers(table, frame)["distributed-scaling"]()
     # All modes take the same time to communicate in these runs, so that there is no such panel.
     panels = [metric for metric in figures.SCALING if metric != "dist/comm_s_max"]
     assert [axes.get_ylabel() for axes in figure.axes] == panels
@@ -299,7 +299,7 @@ def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
 
 def test_runs_of_one_process_have_no_scaling(sweep):
     frame = load(sweep)
-    assert figures.plans(tabulate(frame), frame)["distributed-scaling"]() is None
+    assert figures.figure_makers(tabulate(frame), frame)["distributed-scaling"]() is None
 
 
 def test_files_are_pdf_and_png_at_column_width_and_the_same_every_time(sweep, tmp_path):
@@ -361,7 +361,7 @@ def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):
         for scale in (1.0, 7.0):
             spectra(tmp_path / "s" / f"{seed}-{scale}", seed, scale)
     frame = load(tmp_path / "s")
-    plans = figures.plans(tabulate(frame), frame)
+    plans = figures.figure_makers(tabulate(frame), frame)
     names = [name for name in plans if "decay" in name]
     assert names == ["spectra_decay_h.0", "spectra_decay_lm_head"]
     figure = plans["spectra_decay_h.0"]()
@@ -382,7 +382,7 @@ def test_densities_of_runs_with_grids_of_their_own_are_averaged_as_curves(tmp_pa
     for seed in range(2):  # a triangle at 0, and one at 1
         spectra(tmp_path / "s" / str(seed), seed, 1.0)
     frame = load(tmp_path / "s")
-    figure = figures.plans(tabulate(frame), frame)["spectral-density"]()
+    figure = figures.figure_makers(tabulate(frame), frame)["spectral-density"]()
     assert figure.axes[0].get_xlabel() == "log10 eigenvalue"
     (line,) = figure.axes[0].lines
     x, y = line.get_data()

@@ -7,8 +7,7 @@ import itertools
 import pytest
 
 from fisher_lab.results import find_axes, load
-from fisher_lab.results.axes import resolve, select
-from fisher_lab.results.values import ResultsError, Rounded, label, levels, same
+from fisher_lab.results.values import ResultsError, Rounded, label, levels, resolve, same, select
 from tests.results.run_directories import make_run, make_sweep
 
 
