@@ -8,6 +8,7 @@ about these runs. A claim that does not hold is a result.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,20 @@ from rich.padding import Padding
 from rich.text import Text
 
 from fisher_lab.results import stats
-from fisher_lab.results.hypotheses import Hypothesis, parse
-from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN, TEST, Finding, findings
+from fisher_lab.results.hypotheses import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    TESTS,
+    Finding,
+    Hypothesis,
+    findings,
+    parse,
+)
 from fisher_lab.results.values import ResultsError, filter_runs, select
 from fisher_lab.runs.record import strict
 
+CLAIMS_FILE = "claims.json"
 INVALID = "invalid"
 """The claim is malformed, or names a setting that the runs do not have."""
 
@@ -58,20 +68,9 @@ class Verdict:
         """Plain JSON values, for ``claims.json``."""
         names = "sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "claim"
         about = {name: getattr(self, name) for name in names}
-        findings = [
-            {
-                "about": f.about,
-                "verdict": f.verdict,
-                "n": f.n,
-                "says": f.says,
-                "p_holds": f.p_holds,
-                "p_does_not_hold": f.p_fails,
-                "seeds_needed": f.needed,
-                "values": dict(f.values or {}),
-                "lost": dict(f.lost or {}),
-            }
-            for f in self.findings
-        ]
+        names = "about", "verdict", "n", "says", "p_holds", "p_fails", "needed", "values", "lost"
+        written = {"p_fails": "p_does_not_hold", "needed": "seeds_needed"}
+        findings = [{written.get(n, n): getattr(f, n) for n in names} for f in self.findings]
         return strict({**about, "findings": findings})
 
 
@@ -120,7 +119,7 @@ def evaluate_one(claim: Any, runs: pd.DataFrame, *, sweep: str = "", number: int
 
 def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:
     """The test that was made, in words; a t test only where one was made."""
-    words = TEST[hypothesis.type]
+    _, words = TESTS[hypothesis.type]
     if "t test" not in words:
         return words
     exact = "pairs that do not vary compared as numbers" if any(f.exact for f in found) else ""
@@ -137,7 +136,7 @@ def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: s
     # Comparisons may share cells, so that their lost runs are not added up.
     lost: dict[str, int] = {}
     for finding in corrected:
-        for state, count in (finding.lost or {}).items():
+        for state, count in finding.lost.items():
             lost[state] = max(lost.get(state, 0), count)
     incomplete = verdict == HOLDS and bool(lost)
     if incomplete:
@@ -207,8 +206,13 @@ def _doubt(finding: Finding) -> tuple[float, float]:
     if finding.n == 0 and finding.verdict == OPEN:
         return (math.inf, 0.0)  # no number of seeds replaces a value that was not run
     p = 0.0 if math.isnan(finding.p_holds) else finding.p_holds
-    values = finding.values or {}
-    return p, abs(values.get("error", values.get("mean", 0.0)))
+    return p, abs(finding.values.get("error", finding.values.get("mean", 0.0)))
+
+
+def to_json(verdicts: Sequence[Verdict]) -> str:
+    """The contents of ``claims.json``: all numbers of the verdicts."""
+    values = [verdict.as_dict() for verdict in verdicts]
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 # ---- terminal ------------------------------------------------------------------------------------

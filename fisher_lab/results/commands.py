@@ -183,8 +183,7 @@ def _claims(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="all numbers, as claims.json has them")
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
-    from fisher_lab.results.claims import INVALID, evaluate, evaluate_one, to_rich
-    from fisher_lab.results.finishing import verdicts_text
+    from fisher_lab.results.claims import INVALID, evaluate, evaluate_one, to_json, to_rich
 
     frame = _loaded(args.paths)
     if args.claims:
@@ -197,7 +196,7 @@ def _claims(argv: Sequence[str]) -> int:
     if not verdicts:
         raise ResultsError(f"{', '.join(args.paths)}: no sweep file states a claim")
     if args.json or args.output:
-        _emit(verdicts_text(verdicts), args.output)
+        _emit(to_json(verdicts), args.output)
     else:
         _console().print(to_rich(verdicts))
     invalid = [verdict for verdict in verdicts if verdict.verdict == INVALID]

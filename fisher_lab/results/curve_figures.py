@@ -7,6 +7,7 @@ every run has a grid of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -49,7 +50,7 @@ def draw_curves(
         x: label of the x axis.
         y: label of the y axis.
         note: stands above the axes.
-        log: the axes that are logarithmic, ``x`` and ``y``.
+        log: the axes that are logarithmic, among ``x`` and ``y``.
         decades: of the values that are shown, from the largest down; None: all.
     """
     figure, (axes,) = style.new_figure()
@@ -120,22 +121,6 @@ def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Fig
 # ---- eigenvalues ---------------------------------------------------------------------------------
 
 
-def _load_spectra(paths: Iterable[str]) -> pd.DataFrame:
-    """Directory, block, rank from 1 and eigenvalue, one row each; the blocks in order of depth."""
-    rows: list[tuple[str, str, int, float]] = []
-    for path in paths:
-        file = Path(path) / SPECTRUM_FILE
-        if not file.is_file():
-            continue
-        try:
-            blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
-            for name, values in _positive(blocks).items():
-                rows += [(path, name, i, value) for i, value in enumerate(values, 1)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResultsError(f"{file} cannot be read: {error!r}") from error
-    return pd.DataFrame(rows, columns=["directory", "block", "rank", "eigenvalue"])
-
-
 def _positive(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
     """Block -> its eigenvalues above the threshold that the spectrum states, the largest first."""
     return {
@@ -150,7 +135,7 @@ def _positive(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]
 def decay_makers(
     paths: Iterable[str], cells: Mapping[str, str]
 ) -> dict[str, Callable[[], Figure | None]]:
-    """Name of a file -> what draws the eigenvalues of one block.
+    """Name of a file -> what draws the eigenvalues of one block by rank, one line per cell.
 
     Args:
         paths: directories of completed runs.
@@ -159,34 +144,42 @@ def decay_makers(
     Raises:
         ResultsError: a spectrum that cannot be read.
     """
-    rows = _load_spectra(paths)
+    found: list[tuple[str, str, int, float]] = []
+    for path in paths:
+        file = Path(path) / SPECTRUM_FILE
+        if not file.is_file():
+            continue
+        try:
+            blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
+            for name, values in _positive(blocks).items():
+                found += [(path, name, i, value) for i, value in enumerate(values, 1)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResultsError(f"{file} cannot be read: {error!r}") from error
+    rows = pd.DataFrame(found, columns=["directory", "block", "rank", "eigenvalue"])
     blocks = rows.groupby("block", sort=False)["eigenvalue"]
     traces = {str(block): float(values.to_numpy().sum()) for block, values in blocks}
     shown = sorted(traces, key=lambda block: -traces[block])[:MOST_BLOCKS]
+
+    def make(block: str) -> Figure | None:
+        own = rows.loc[rows["block"] == block]
+        figure = line_figure(own, cells, "rank", "eigenvalue", log="xy")
+        if figure is not None:
+            figure.axes[0].set_ylabel(f"eigenvalue of {block}", parse_math=False)
+            figure.set_label(f"Eigenvalues of {block} by rank")
+        return figure
+
     return {
-        style.file_name(f"spectra-decay-{block}"): functools.partial(
-            _decay_figure, rows, cells, block
-        )
+        style.file_name(f"spectra-decay-{block}"): functools.partial(make, block)
         for block in traces
         if block in shown
     }
 
 
-def _decay_figure(rows: pd.DataFrame, cells: Mapping[str, str], block: str) -> Figure | None:
-    """The eigenvalues of one block by rank, one line per cell, both axes logarithmic."""
-    own = rows.loc[rows["block"] == block]
-    figure = line_figure(own, cells, "rank", "eigenvalue", log="xy")
-    if figure is not None:
-        figure.axes[0].set_ylabel(f"eigenvalue of {block}", parse_math=False)
-        figure.set_label(f"Eigenvalues of {block} by rank")
-    return figure
-
-
 def spectrum_figure(result: Mapping[str, Any]) -> Figure:
-    """The eigenvalues of the blocks of one run by rank, both axes logarithmic.
+    """The eigenvalues of the blocks of one run by rank; blocks of small traces are left out.
 
     Args:
-        result: of ``compute_fisher_spectrum``; blocks of small traces are left out.
+        result: of ``compute_fisher_spectrum``.
     """
     blocks = {name: block for name, block in result["per_block"].items() if block["status"] == "ok"}
     largest = sorted(blocks, key=lambda name: -blocks[name]["trace"])[:MOST_BLOCKS]
@@ -206,11 +199,7 @@ def spectrum_figure(result: Mapping[str, Any]) -> Figure:
 
 @style.styled
 def eigenvalue_figure(pairs: Mapping[str, Any]) -> Figure:
-    """The top eigenvalues of one run with their residuals; open marks have not converged.
-
-    Args:
-        pairs: of ``top_eigenpairs``.
-    """
+    """The eigenvalues of ``top_eigenpairs`` with residuals; open marks have not converged."""
     figure, (axes,) = style.new_figure()
     values, colour = pairs["eigenvalues"], style.COLOURS[0]
     ranks = range(1, len(values) + 1)
@@ -225,11 +214,7 @@ def eigenvalue_figure(pairs: Mapping[str, Any]) -> Figure:
 
 @style.styled
 def importance_figure(scores: Mapping[str, float]) -> Figure:
-    """A bar for the importance of each layer of one run.
-
-    Args:
-        scores: layer -> its mean squared gradient.
-    """
+    """A bar for the mean squared gradient of each layer of one run."""
     figure, (axes,) = style.new_figure(height=1.0 + 0.13 * len(scores))
     axes.barh(range(len(scores)), list(scores.values()), color=style.COLOURS[2])
     axes.set_yticks(range(len(scores)), list(scores), fontsize=5.5, parse_math=False)
@@ -248,19 +233,20 @@ def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | Non
     """Spectral densities, one line per cell."""
     curves = _on_one_grid(rows, "grid", "density")
     figure = line_figure(curves, cells, "grid", "density", log="y", decades=DECADES)
-    if figure is not None:
-        words = _eigenvalue_label(str(rows["directory"].iloc[0]))
-        figure.axes[0].set_xlabel(words)
-        figure.set_label(f"Spectral density against {words}")
+    if figure is None:
+        return None
+    words = "grid"  # where no ``lanczos.json`` says what the density is over
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        file = Path(str(rows["directory"].iloc[0])) / LANCZOS_FILE
+        log = json.loads(file.read_text(encoding="utf-8"))["density"]["scale"] == "log10"
+        words = "log10 eigenvalue" if log else "eigenvalue"
+    figure.axes[0].set_xlabel(words)
+    figure.set_label(f"Spectral density against {words}")
     return figure
 
 
 def run_density_figure(found: Mapping[str, Any]) -> Figure:
-    """The spectral density of one run with a band of one standard error.
-
-    Args:
-        found: of ``spectral_density``.
-    """
+    """What ``spectral_density`` found of one run, with a band of one standard error."""
     density = np.asarray(found["density"], dtype=float)
     error = np.nan_to_num(np.asarray(found["standard_error"] or 0.0, dtype=float))
     curve = pd.DataFrame(
@@ -273,16 +259,6 @@ def run_density_figure(found: Mapping[str, Any]) -> Figure:
     x = "log10 eigenvalue" if log else "eigenvalue"
     scale = "y" if (density > 0).any() else ""
     return draw_curves({"density": curve}, x, "density", note, log=scale, decades=DECADES)
-
-
-def _eigenvalue_label(directory: str) -> str:
-    """What a run's density is over, as its ``lanczos.json`` says."""
-    try:
-        about = json.loads((Path(directory) / LANCZOS_FILE).read_text(encoding="utf-8"))
-        log = about["density"]["scale"] == "log10"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "grid"
-    return "log10 eigenvalue" if log else "eigenvalue"
 
 
 def _on_one_grid(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -319,11 +295,5 @@ RUN_FIGURES: Mapping[str, Callable[[Any], Figure]] = {
 
 
 def draw_of_run(name: str, result: Mapping[str, Any], directory: Path) -> None:
-    """Write a figure of one run.
-
-    Args:
-        name: one of :data:`RUN_FIGURES`.
-        result: what the figure's function takes.
-        directory: the run directory.
-    """
+    """Write the figure ``name`` of :data:`RUN_FIGURES` of a result into its run directory."""
     style.save(RUN_FIGURES[name](result), directory / name)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import html
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,11 +27,13 @@ from rich.text import Text
 
 from fisher_lab.results.table import CellKey, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
+from fisher_lab.runs import atomic
 from fisher_lab.runs.status import Status
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+TABLE_FILE = "table"
 BEST, TIE = "*", "~"
 NONE = "\u2013"
 
@@ -144,11 +148,6 @@ def differences(table: Table) -> Grid | None:
     return Grid([*left, "difference", "p (Holm)", "d", "pairs"], len(left), rows)
 
 
-def _grids(table: Table) -> list[Grid]:
-    """The whole table, and the differences where there are any."""
-    return [grid(table), *filter(None, [differences(table)])]
-
-
 def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     d = comparison.difference
     if d is None:
@@ -160,6 +159,19 @@ def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     p = comparison.p_holm
     p_words = "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
     return (Rounded(d.mean, (d.high - d.low) / 2).plain, p_words, f"{d.effect:.2f}", str(d.n))
+
+
+def write_table(table: Table, full: Table, directory: Path, *, siunitx: bool = False) -> list[Path]:
+    """Write a table as Markdown and LaTeX, and one of the same cells with more metrics as CSV."""
+    texts = {
+        "csv": to_csv(full),
+        "md": to_markdown(table),
+        "tex": to_latex(table, siunitx=siunitx),
+    }
+    files = {directory / f"{TABLE_FILE}.{suffix}": text for suffix, text in texts.items()}
+    for file, text in files.items():
+        atomic.write_text(file, text)
+    return list(files)
 
 
 # ---- terminal ------------------------------------------------------------------------------------
@@ -196,9 +208,9 @@ def _styled(cell: str | CellText) -> Text:
 
 
 def _blocks(
-    table: Table, width: int, room_of: Callable[[str], int] = len
+    table: Table, width: int, lines_of: Callable[[str], list[str]] = str.splitlines
 ) -> Iterable[list[tuple[str, Key]]]:
-    """The columns in groups that fit, with headings of some width, beside the row labels."""
+    """The columns in groups that fit, with headings in some lines, beside the row labels."""
     left = sum(
         2 + max(len(name), *(len(label(row[i])) for row in table.rows))
         for i, name in enumerate(table.row_names)
@@ -207,7 +219,7 @@ def _blocks(
     room = width - left
     for metric, col in table.columns:
         need = 2 + max(
-            room_of(table.heading(metric, col)),
+            *map(len, lines_of(table.heading(metric, col))),
             *(len(cell_text(table, (row, metric, col)).plain) for row in table.rows),
         )
         if block and need > room:
@@ -238,31 +250,27 @@ COMPARED = ("difference", "difference_low", "difference_high", "p", "p_holm", "e
 def to_csv(table: Table) -> str:
     """All numbers in full, one line per cell and metric."""
     lines = []
-    for row in table.rows:
-        for metric, col in table.columns:
-            key = (row, metric, col)
-            line = [*map(label, row), *map(label, col), metric, *_numbers(table, key)]
-            if table.comparisons:
-                line += _compared(table.comparisons[key])
-            lines.append(list(map(_safe, line)))
+    for row, (metric, col) in itertools.product(table.rows, table.columns):
+        key = (row, metric, col)
+        cell, s = table.cells[key], table.cells[key].summary
+        line = [*map(label, row), *map(label, col), metric, s.n, cell.expected]
+        line += [s.mean, s.std, s.low, s.high, s.median, s.q1, s.q3]
+        mark = "best" if key in table.best else "tie" if key in table.ties else ""
+        line += [table.statistic[metric], cell.state, mark]
+        comparison = table.comparisons.get(key)
+        if comparison is not None:
+            d = comparison.difference
+            words = "baseline" if comparison.is_baseline else ""
+            line += (
+                [words, *[None] * 6]
+                if d is None
+                else [d.mean, d.low, d.high, d.p, comparison.p_holm, d.effect, d.n]
+            )
+        lines.append(list(map(_safe, line)))
     names = [*table.row_names, *table.col_names, "metric", *NUMBERS]
     names += COMPARED if table.comparisons else ()
     frame = pd.DataFrame(lines, columns=names, dtype=object)
     return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _numbers(table: Table, key: CellKey) -> list[Any]:
-    cell, s = table.cells[key], table.cells[key].summary
-    mark = "best" if key in table.best else "tie" if key in table.ties else ""
-    numbers = [s.n, cell.expected, s.mean, s.std, s.low, s.high, s.median, s.q1, s.q3]
-    return [*numbers, table.statistic[key[1]], cell.state, mark]
-
-
-def _compared(comparison: Comparison) -> list[Any]:
-    d = comparison.difference
-    if d is None:
-        return ["baseline" if comparison.is_baseline else "", *[None] * 6]
-    return [d.mean, d.low, d.high, d.p, comparison.p_holm, d.effect, d.n]
 
 
 def _safe(value: Any) -> Any:
@@ -278,16 +286,12 @@ def _safe(value: Any) -> Any:
 def to_markdown(table: Table) -> str:
     """The table in GitHub's Markdown; pandas needs one more package for it and escapes less."""
     lines = [f"**{_md(table.title)}**"]
-    for one in _grids(table):
+    for one in filter(None, [grid(table), differences(table)]):
         align = ["---"] * one.left + ["---:"] * (len(one.names) - one.left)
-        lines += ["", _md_line(map(_md, one.names)), _md_line(align)]
-        lines += [_md_line(map(_md_cell, row)) for row in one.rows]
+        rows = [map(_md, one.names), align, *(map(_md_cell, row) for row in one.rows)]
+        lines += ["", *(f"| {' | '.join(row)} |" for row in rows)]
     lines += ["", *(f"- {_md(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
-
-
-def _md_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _md_cell(cell: str | CellText) -> str:
@@ -321,7 +325,8 @@ def templates() -> Environment:
 def to_html(table: Table) -> str:
     """The table as an HTML fragment; ``data-sort`` holds the number in full."""
     page: Any = templates().get_template("table.html.j2").module
-    parts = [page.grid(one.names, one.rows, one.left) for one in _grids(table)]
+    grids = filter(None, [grid(table), differences(table)])
+    parts = [page.grid(one.names, one.rows, one.left) for one in grids]
     return "\n".join(map(str, [*parts, page.notes(table.notes)]))
 
 
@@ -399,21 +404,18 @@ def document(body: str, title: str = "") -> str:
     return f"{PREAMBLE}{head}\\begin{{document}}\n{made}{body}\n\\end{{document}}\n"
 
 
-def to_latex(table: Table, *, siunitx: bool = False, caption: str = "", name: str = "") -> str:
+def to_latex(table: Table, *, siunitx: bool = False) -> str:
     r"""The table as ``table`` environments for ``\input``; wide ones are set smaller.
 
     Args:
         table: of cells.
         siunitx: numbers as ``\num``, else in mathematics.
-        caption: plain text; by default the title and the notes.
-        name: the label after ``tab:``; by default made from the title.
     """
     notes = " ".join(f"{note[:1].upper()}{note[1:]}." for note in table.notes)
-    words = caption or f"{table.title}. {notes}"
-    name = name or "".join(c if c.isalnum() else "-" for c in table.title)
+    name = "".join(c if c.isalnum() else "-" for c in table.title)
     parts = []
-    for number, columns in enumerate(_blocks(table, PAGE_WIDTH, _room)):
-        caption = f"{table.title}, continued." if number else words
+    for number, columns in enumerate(_blocks(table, PAGE_WIDTH, _lines)):
+        caption = f"{table.title}{', continued.' if number else f'. {notes}'}"
         own = f"{name}-{number + 1}" if number else name
         parts.append(_environment(grid(table, columns), _heading, siunitx, caption, own))
     found = differences(table)
@@ -458,15 +460,11 @@ def _lines(text: str) -> list[str]:
     return [f"{head}/", tail] if slash and len(text) > 14 else [text]
 
 
-def _room(text: str) -> int:
-    return max(map(len, _lines(text)))
-
-
 def _heading(text: str) -> str:
-    lines = list(map(escape, _lines(text)))
-    if len(lines) == 1:
-        return lines[0]
-    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{lines[0]}\\{lines[1]}\end{{tabular}}"
+    first, *rest = map(escape, _lines(text))
+    if not rest:
+        return first
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{first}\\{rest[0]}\end{{tabular}}"
 
 
 def _latex_cell(cell: CellText, siunitx: bool) -> str:

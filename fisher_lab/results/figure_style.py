@@ -71,11 +71,6 @@ def new_figure(
     return figure, panel_axes
 
 
-def words(figure: Figure) -> str:
-    """The caption of a figure."""
-    return str(figure.get_label())
-
-
 def is_wide(figure: Figure) -> bool:
     """Whether a figure is for the width of a page, and not of a column."""
     return figure.get_figwidth() > 1.5 * WIDTH
@@ -117,11 +112,9 @@ def look(i: int) -> dict[str, Any]:
 
 
 def save(figure: Figure, target: Path) -> list[Path]:
-    """Write a figure as PDF and PNG, without dates: the same numbers give the same bytes.
+    """Write a figure as PDF and PNG to a path without suffix, and return both files.
 
-    Args:
-        figure: with its content.
-        target: path without suffix.
+    They bear no dates: the same numbers give the same bytes.
     """
     files = []
     with rc_context(STYLE):

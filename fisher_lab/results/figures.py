@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from fisher_lab.results import figure_style as style
 from fisher_lab.results.curve_figures import block_figure, decay_makers, density_figure, line_figure
@@ -42,44 +43,38 @@ Plans = dict[str, Callable[[], Figure | None]]
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure that was written.
+    """A figure that was written: the files, its caption, and whether it is as wide as a page."""
 
-    Attributes:
-        pdf: the file.
-        words: its caption.
-        wide: whether it takes the width of a page.
-    """
-
-    pdf: Path
+    files: list[Path]
     words: str
     wide: bool
 
 
 @dataclass
 class Drawn:
-    """Files that were written, and figures that could not be drawn, in words."""
+    """The figures that were written, and those that could not be drawn, in words."""
 
-    files: list[Path] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     figures: list[DrawnFigure] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files, as PDF and PNG."""
+        return [file for figure in self.figures for file in figure.files]
 
 
 def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
-    """Draw everything that the runs have numbers for, as PDF and PNG.
+    """Draw everything that the runs of a table have numbers for, as PDF and PNG.
 
-    Args:
-        table: of the sweep.
-        frame: its runs.
-        directory: of the files; it is made where it is missing.
+    The directory is made where it is missing.
     """
     drawn = Drawn()
     for name, figure in make_figures(table, frame):
         if isinstance(figure, str):
             drawn.problems.append(figure)
             continue
-        pdf, png = style.save(figure, directory / name)
-        drawn.files += [pdf, png]
-        drawn.figures.append(DrawnFigure(pdf, style.words(figure), style.is_wide(figure)))
+        files = style.save(figure, directory / name)
+        drawn.figures.append(DrawnFigure(files, str(figure.get_label()), style.is_wide(figure)))
     return drawn
 
 
@@ -156,12 +151,7 @@ def settings_words(names: Sequence[str], values: Sequence[Any]) -> str:
 
 
 def complete(table: Table, frame: pd.DataFrame) -> Table:
-    """The table with every metric that a figure of its runs plots, its own metrics first.
-
-    Args:
-        table: of a sweep.
-        frame: the runs that it was made of.
-    """
+    """The table of some runs with every metric that a figure plots, its own metrics first."""
     there = metric_names(frame)
     plotted = [TIME, MEMORY] if {TIME, MEMORY} <= set(there) else []
     if _rank_axis(table, there) is not None:
@@ -203,14 +193,8 @@ Series = dict[str, list[Point]]
 def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
     """A metric against one setting, one line for each combination of the others, with intervals.
 
-    Args:
-        table: with the metric, and the setting among its rows or columns.
-        metric: its name.
-        axis: the setting.
-
-    Returns:
-        The figure; None where fewer than two values of the setting have numbers, or all numbers
-        are the same.
+    The table has the metric, and the setting among its rows or columns. None where fewer than two
+    values of the setting have numbers, or all numbers are the same.
     """
     series = _series(table, metric, axis)
     if not _varies(series):
@@ -228,11 +212,9 @@ def scaling_figure(table: Table, axis: str | None) -> Figure | None:
     Bytes and memory are those of the rank that has most.
 
     Args:
-        table: with these metrics.
-        axis: the number of ranks or nodes where it was swept, else the way in which they reduce.
-
-    Returns:
-        The figure; None where there is no such axis, or nothing varies.
+        table: with those of these metrics that the runs have.
+        axis: the number of ranks or nodes where it was swept, else the way in which they reduce;
+            None: there is no figure, and neither is there one where nothing varies.
     """
     if axis is None:
         return None
@@ -285,27 +267,24 @@ def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series) -> i
     connect = all(isinstance(parse_value(v), float | None) for v in values)
     lines = list(itertools.islice(series.items(), MOST_SERIES))
     for i, (words, points) in enumerate(lines):
-        if points:
-            _draw_line(axes, sorted(points), words, i, connect)
+        if not points:
+            continue
+        x, y, low, high = np.array(sorted(points), dtype=float).T
+        # Lines that lie on one another are all seen: the first ones are the widest.
+        thinner = {"markersize": max(6.5 - 0.7 * i, 3.0), "linewidth": max(2.6 - 0.4 * i, 0.9)}
+        look: dict[str, Any] = {**style.look(i), **thinner}
+        if not connect:
+            look["linestyle"] = "none"
+            x = x + 0.07 * i  # categories have room beside them
+        axes.errorbar(
+            x, y, yerr=_ends(y, low, high), capsize=2, elinewidth=0.8, label=words, **look
+        )
     style.set_ticks(axes, values, positions, log)
     if style.spans_decades([y for points in series.values() for _, y, *_ in points]):
         axes.set_yscale("log")
     axes.set(xlabel=axis, ylabel=metric)
     axes.set_title(_note(table, metric, len(series)), **style.NOTE)
     return sum(bool(points) for _, points in lines)
-
-
-def _draw_line(axes: Axes, points: Sequence[Point], words: str, i: int, connect: bool) -> None:
-    x, y, low, high = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    # Lines that lie on one another are all seen: the first ones are the widest.
-    thinner = {"markersize": max(6.5 - 0.7 * i, 3.0), "linewidth": max(2.6 - 0.4 * i, 0.9)}
-    look: dict[str, Any] = {**style.look(i), **thinner}
-    if not connect:
-        look["linestyle"] = "none"
-        x = x + 0.07 * i  # categories have room beside them
-    # A cell of one run has no interval, and its bar no length.
-    spread = np.nan_to_num(np.vstack([y - low, high - y]), nan=0.0).clip(min=0)
-    axes.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, label=words, **look)
 
 
 def _note(table: Table, metric: str, lines: int) -> str:
@@ -352,8 +331,10 @@ def trade_figure(table: Table) -> Figure | None:
     return figure
 
 
-def _ends(value: float, low: float, high: float) -> np.ndarray:
-    return np.nan_to_num(np.array([[value - low], [high - value]]), nan=0.0).clip(min=0)
+def _ends(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> np.ndarray:
+    """The lengths of error bars; a cell of one run has no interval, and its bar no length."""
+    below, above = np.subtract(value, low), np.subtract(high, value)
+    return np.nan_to_num(np.vstack([below, above]), nan=0.0).clip(min=0)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -370,8 +351,7 @@ def layer_values(
         what: ``clipped``, a fraction of the dimension, or ``kappa``, log10 of the condition number.
 
     Returns:
-        ``A`` and ``G`` -> frame of layers (in order of depth) by cells; sides without numbers are
-        left out.
+        ``A`` and ``G`` -> layers in order of depth by cells; a side without numbers is left out.
     """
     found: dict[str, pd.DataFrame] = {}
     if layers.empty or "name" not in layers:

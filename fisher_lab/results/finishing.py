@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +26,8 @@ from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
 from fisher_lab.results.table import Table, tabulate
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
-from fisher_lab.runs.record import strict
 from fisher_lab.runs.status import UNFINISHED
 
-CLAIMS_FILE = "claims.json"
-TABLE_FILE = "table"
 STAMP_FILE = ".finished.json"
 """Records the state of the runs that the files were made from."""
 
@@ -42,7 +38,7 @@ PIPE_WIDTH = 120
 
 @dataclass
 class Finished:
-    """The table, verdicts and files of a sweep.
+    """What came of a sweep.
 
     Attributes:
         directory: of the sweep.
@@ -93,10 +89,9 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
 
 
 def at_end(directory: str | os.PathLike[str]) -> None:
-    """Finish a sweep and print its table; an error is printed as one line and not raised.
+    """Finish a sweep whose last cell has ended and print its table.
 
-    Args:
-        directory: of the sweep whose last cell has ended.
+    An error is printed as one line and not raised.
     """
     try:
         finish(directory, console=standard_output())
@@ -111,10 +106,10 @@ def standard_output() -> Console:
 
 
 def finish_if_due(directory: Path, *, console: Console | None = None) -> Finished | None:
-    """Finish a sweep, as its launcher does at its end, if its last cell is done.
+    """Finish the sweep of a directory, if there is one and its last cell is done.
 
     Args:
-        directory: of a sweep; any other directory is left alone.
+        directory: any other directory is left alone.
         console: where table and verdicts are printed if this call finishes the sweep.
 
     Returns:
@@ -123,8 +118,8 @@ def finish_if_due(directory: Path, *, console: Console | None = None) -> Finishe
     if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
         return None
     with contextlib.suppress(ResultsError, OSError):
-        frame = load(directory)
-        if set(frame["status"]) and not set(frame["status"]) & set(UNFINISHED):
+        states = set(load(directory)["status"])
+        if states and not states & set(UNFINISHED):
             done = finish(directory)
             if done.files and console is not None:
                 show(done, console)
@@ -154,34 +149,14 @@ def left_out_lines(frame: pd.DataFrame) -> list[str]:
 
 def _write(done: Finished) -> None:
     root = done.directory
-    atomic.write_text(root / CLAIMS_FILE, verdicts_text(done.verdicts))
-    done.files.append(root / CLAIMS_FILE)
+    atomic.write_text(root / claims.CLAIMS_FILE, claims.to_json(done.verdicts))
+    done.files.append(root / claims.CLAIMS_FILE)
     if done.table is not None:
-        done.files += write_table(done.table, done.frame, root)
+        full = complete(done.table, done.frame)
+        done.files += export.write_table(done.table, full, root)
         drawn = draw(done.table, done.frame, root / "figures")
         done.files += drawn.files
         done.problems += drawn.problems
-
-
-def write_table(
-    table: Table, frame: pd.DataFrame, directory: Path, *, siunitx: bool = False
-) -> list[Path]:
-    """Write a table of some runs as CSV, Markdown and LaTeX."""
-    texts = {
-        "csv": export.to_csv(complete(table, frame)),
-        "md": export.to_markdown(table),
-        "tex": export.to_latex(table, siunitx=siunitx),
-    }
-    files = {directory / f"{TABLE_FILE}.{suffix}": text for suffix, text in texts.items()}
-    for file, text in files.items():
-        atomic.write_text(file, text)
-    return list(files)
-
-
-def verdicts_text(verdicts: Sequence[claims.Verdict]) -> str:
-    """The contents of ``claims.json``: all numbers of the verdicts."""
-    values = strict([verdict.as_dict() for verdict in verdicts])
-    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _stamp(frame: pd.DataFrame) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results.values import ResultsError, Shared, column, parse_value, setting_of
-from fisher_lab.runs.record import METRICS_FILE, RUN_FILE
+from fisher_lab.results.values import ResultsError, Shared, column
+from fisher_lab.runs.record import METRICS_FILE, RUN_FILE, SCHEMA, headline
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
@@ -71,14 +71,9 @@ class Sweep:
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
-        """``run_id`` -> what ``sweep.json`` says of a cell: its axes, overrides and settings."""
+        """``run_id`` -> what ``sweep.json`` says of a cell: its overrides and settings."""
         cells = [c for c in self.about.get("cells") or [] if isinstance(c, dict)]
-        return {str(c["run_id"]): c for c in cells if "run_id" in c and "axes" in c}
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The settings that all its cells have in common."""
-        return self.about.get("settings") or {}
+        return {str(c["run_id"]): c for c in cells if "run_id" in c}
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,9 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[Lef
 
     Args:
         paths: run directories, sweep directories, or directories of these.
+
+    Returns:
+        The runs, and the directories that should hold one and do not.
 
     Raises:
         ResultsError: a path that does not exist or is no directory.
@@ -117,7 +115,7 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[Lef
 def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:
     """Everything under a directory; ``sweep`` is the nearest one above that holds a sweep."""
     try:
-        entries = sorted(os.scandir(directory), key=lambda entry: _natural(entry.name))
+        entries = sorted(os.scandir(directory), key=_natural)
     except OSError as error:
         yield LeftOut(str(directory), f"cannot be listed: {error.strerror or error}")
         return
@@ -136,26 +134,12 @@ def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:
             yield from _walk(directory / name, sweep)
 
 
-def _natural(name: str) -> tuple[int, int, str]:
+def _natural(entry: os.DirEntry[str]) -> tuple[int, int, str]:
     """``10`` after ``9``: Hydra numbers the cells of a sweep."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def describe(directory: Path) -> Sweep:
-    """What the directory of a sweep says of it."""
-    sweep = Sweep(directory.resolve().name, directory)
-    try:
-        sweep.about = _object(directory / SWEEP_FILE)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        sweep.problem = f"{SWEEP_FILE} cannot be read: {error}"
-    sweep.name = str(sweep.about.get("name") or sweep.name)
-    return sweep
+    return (0, int(entry.name), entry.name) if entry.name.isdecimal() else (1, 0, entry.name)
 
 
 LAYERS_FILE = "layers.csv"
-SCHEMAS = ("fisher_lab.run/1",)
 
 META = (
     "sweep", "directory", "run_id", "status", "reason", "started", "finished", "seconds",
@@ -204,19 +188,23 @@ def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
 
 
 def _sweeps(found: Iterable[Found]) -> dict[str, Sweep]:
-    return {str(directory): describe(directory) for directory in {one.sweep: None for one in found}}
+    """The sweeps of some runs, by their directories, with what ``sweep.json`` says of them."""
+    sweeps = {}
+    for directory in {one.sweep: None for one in found}:
+        sweep = Sweep(directory.resolve().name, directory)
+        try:
+            sweep.about = _object(directory / SWEEP_FILE)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            sweep.problem = f"{SWEEP_FILE} cannot be read: {error}"
+        sweep.name = str(sweep.about.get("name") or sweep.name)
+        sweeps[str(directory)] = sweep
+    return sweeps
 
 
 def load_layers(paths: Paths) -> pd.DataFrame:
-    """Read ``layers.csv`` of every run, one row per layer and run.
-
-    Args:
-        paths: as for :func:`load`.
-
-    Returns:
-        Columns ``sweep``, ``directory``, ``run_id``, ``status``, the position ``row`` in the file,
-        and those of the files; numbers as numbers. ``attrs["left_out"]`` as for :func:`load`.
-    """
+    """Read ``layers.csv`` of every run, one row per layer and run; see :func:`load_table`."""
     return load_table(paths, LAYERS_FILE)
 
 
@@ -226,6 +214,10 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
     Args:
         paths: as for :func:`load`.
         name: the file's name in the run directory. Runs without it have no rows.
+
+    Returns:
+        Columns ``sweep``, ``directory``, ``run_id``, ``status``, the position ``row`` in the file,
+        and those of the files; numbers as numbers. ``attrs["left_out"]`` as for :func:`load`.
     """
     found, left = find(_as_list(paths))
     names = {directory: sweep.name for directory, sweep in _sweeps(found).items()}
@@ -247,24 +239,16 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
 
 
 def read_run(directory: Path) -> dict[str, dict[str, Any]]:
-    """One run as plain values.
+    """The run of a directory as plain values: ``meta``, ``config``, ``metrics``, ``provenance``.
 
-    Args:
-        directory: the run directory.
-
-    Returns:
-        ``meta``, ``config``, ``metrics`` and ``provenance``, each flat.
+    Each is flat.
 
     Raises:
         ResultsError: ``run.json`` is not there, or is not the record of a run.
     """
     record = _record(directory)
-    error = record.get("error") or {}
-    reason = record.get("reason")
-    if isinstance(error, dict) and error:
-        lines = str(error.get("message") or "").strip().splitlines()
-        kind = str(error.get("type", "")).rpartition(".")[2]
-        reason = f"{kind}: {lines[0] if lines else '(no message)'}"
+    error = record.get("error")
+    reason = headline({"type": "", "message": "", **error}) if error else record.get("reason")
     meta = {
         "run_id": record["run_id"],
         "status": record["status"],
@@ -302,10 +286,8 @@ def _record(directory: Path) -> dict[str, Any]:
         raise ResultsError(f"{RUN_FILE} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ResultsError(f"{RUN_FILE}: {error}") from error
-    if record.get("schema") not in SCHEMAS:
-        raise ResultsError(
-            f"{RUN_FILE}: schema {record.get('schema')!r} is not one of {', '.join(SCHEMAS)}"
-        )
+    if record.get("schema") != SCHEMA:
+        raise ResultsError(f"{RUN_FILE}: schema {record.get('schema')!r} is not one of {SCHEMA}")
     if record.get("status") not in [one for one in Status if one.is_recorded]:
         raise ResultsError(f"{RUN_FILE}: there is no status {record.get('status')!r}")
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("run_id"), str):
@@ -385,8 +367,8 @@ def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
         for name, cell in sweep.cells.items():
             if name in mine and mine[name]["config"]:
                 continue
-            config = _flat({**sweep.shared, **(cell.get("settings") or {})})
-            config = config or _guess(cell["axes"], mine.values())
+            shared = sweep.about.get("settings") or {}
+            config = _flat({**shared, **(cell.get("settings") or {})})
             if name in mine:
                 mine[name]["config"] = config
                 continue
@@ -401,16 +383,6 @@ def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:
             }
             added.append((found, {"meta": meta, "config": config, "metrics": {}, "provenance": {}}))
     return added
-
-
-def _guess(axes: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
-    """A cell's settings where ``sweep.json`` has its axes alone: what all runs share, and these."""
-    configs = [run["config"] for run in runs if run["config"]]
-    first = configs[0] if configs else {}
-    config = {k: v for k, v in first.items() if all(c.get(k) == v for c in configs)}
-    return config | {
-        setting_of(axis, list(first)) or axis: parse_value(v) for axis, v in axes.items()
-    }
 
 
 def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:

@@ -21,7 +21,6 @@ import pandas as pd
 from fisher_lab.results import claims, export, figures
 from fisher_lab.results.export import breakable, escape
 from fisher_lab.results.figure_style import file_name
-from fisher_lab.results.finishing import CLAIMS_FILE, TABLE_FILE, verdicts_text, write_table
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.table import tabulate
 from fisher_lab.results.values import (
@@ -364,10 +363,8 @@ class Places:
         """
         words = shlex.split(overrides)
         sweep = any(word.lstrip("+").startswith(SWEEPS) for word in words)
-        kept = [word for word in words if not _is_a_place(word)]
-        return " ".join(
-            ["python -m fisher_lab", *(["-m"] if sweep else []), *map(self._word, kept)]
-        )
+        kept = [self._word(word) for word in words if not _is_a_place(word)]
+        return " ".join(["python -m fisher_lab", *(["-m"] if sweep else []), *kept])
 
     def _word(self, word: str) -> str:
         key, sign, value = word.partition("=")
@@ -406,7 +403,7 @@ def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = Fals
     verdicts = claims.evaluate(places.reasons(frame))
     frame = places.shown(frame)
     texts = {"methods.tex": latex(frame), "methods.md": markdown(frame)}
-    texts[CLAIMS_FILE] = verdicts_text(verdicts)
+    texts[claims.CLAIMS_FILE] = claims.to_json(verdicts)
     body = ["\\section{Methods}", "\\input{methods}"]
     if verdicts:
         texts["claims.tex"] = claims_table(verdicts)
@@ -439,9 +436,10 @@ def _section(
         table = tabulate(frame, first=claimed_metrics(frame), title=name)
     except ResultsError as error:
         return [*body, escape(places.short(f"No table: {error}"))], []
-    files = write_table(table, frame, directory / folder, siunitx=siunitx)
+    full = figures.complete(table, frame)
+    files = export.write_table(table, full, directory / folder, siunitx=siunitx)
     drawn = figures.draw(table, frame, directory / folder)
-    body.append(f"\\input{{{folder}/{TABLE_FILE}}}")
+    body.append(f"\\input{{{folder}/{export.TABLE_FILE}}}")
     # Two figures in a line, wide ones in a line of their own; lines may go over pages.
     narrow = [_figure(one, folder, 0.49) for one in drawn.figures if not one.wide]
     lines = [r"\hfill".join(narrow[i : i + 2]) for i in range(0, len(narrow), 2)]
@@ -456,7 +454,7 @@ def _figure(one: figures.DrawnFigure, folder: str, width: float) -> str:
     return (
         f"\\begin{{minipage}}[t]{{{width}\\linewidth}}\\centering"
         f"\\includegraphics[width=\\linewidth,height=0.44\\textheight,keepaspectratio]"
-        f"{{{{{folder}/{one.pdf.stem}}}.pdf}}\\\\"
+        f"{{{{{folder}/{one.files[0].stem}}}.pdf}}\\\\"
         f"{{\\footnotesize {breakable(one.words)}}}\\end{{minipage}}"
     )
 

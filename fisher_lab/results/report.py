@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from fisher_lab.results import claims, export, figure_style, figures, paper
 from fisher_lab.results.hypotheses import claimed_metrics
@@ -145,18 +144,15 @@ def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
 def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
     drawn = []
     for name, figure in figures.make_figures(table, frame):
-        if not isinstance(figure, str):
-            data = _png(figure) if len(drawn) < MOST_FIGURES else ""
-            words = figure_style.words(figure) or name
-            drawn.append({"data": data, "words": words, "wide": figure_style.is_wide(figure)})
+        if isinstance(figure, str):
+            continue
+        data = io.BytesIO()
+        if len(drawn) < MOST_FIGURES:
+            with rc_context(figure_style.STYLE):
+                figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
+        about = {"words": figure.get_label() or name, "wide": figure_style.is_wide(figure)}
+        drawn.append({"data": base64.b64encode(data.getvalue()).decode(), **about})
     return drawn
-
-
-def _png(figure: Figure) -> str:
-    data = io.BytesIO()
-    with rc_context(figure_style.STYLE):
-        figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
-    return base64.b64encode(data.getvalue()).decode()
 
 
 def _commands(table: Table, frame: pd.DataFrame, places: Places) -> dict[str, list[str]]:

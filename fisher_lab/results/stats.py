@@ -7,6 +7,7 @@ the answer says ``exact``.
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,15 +36,15 @@ causes such differences, and no test should be run on them."""
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean, spread, interval and quartiles of the runs of one cell.
+    """What the numbers of one cell come to; all but ``n`` are NaN where there is no number.
 
     Attributes:
         n: how many numbers there are.
-        mean: NaN where there is none; likewise all others.
+        mean: of them.
         std: sample standard deviation, NaN where ``n < 2``.
         low: lower end of the interval for the mean, NaN where ``n < 2``.
         high: its upper end.
-        median: of the numbers.
+        median: of them.
         q1: lower quartile.
         q3: upper quartile.
     """
@@ -130,13 +131,7 @@ class Paired:
 
 
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
-    """Compare two samples whose members belong together.
-
-    Args:
-        a: one number a pair.
-        b: the others, in the same order.
-        confidence: of the interval.
-    """
+    """Compare two samples whose members belong together, in the same order."""
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d = x - y
     if d.size == 0:
@@ -221,8 +216,8 @@ def equivalence(
         return Equivalence(x.size, mean, 0.0, mean, mean, *p, exact=True)
     about = _describe(x)
     low, high = about.tconfint_mean(alpha=2 * alpha)
-    below = _one_sided(about, upper, "smaller")
-    above = _one_sided(about, lower, "larger")
+    below = float(about.ttest_mean(upper, alternative="smaller")[1])
+    above = float(about.ttest_mean(lower, alternative="larger")[1])
     if math.isfinite(lower) and math.isfinite(upper):
         inside = float(ttost_paired(x, np.zeros_like(x), lower, upper)[0])
     else:
@@ -235,24 +230,12 @@ def equivalence(
     )
 
 
-def _one_sided(about: Any, bound: float, alternative: str) -> float:
-    if not math.isfinite(bound):
-        return 0.0
-    return float(about.ttest_mean(bound, alternative=alternative)[1])
-
-
 def power_inside(
     n: int, mean: float, std: float, lower: float, upper: float, alpha: float
 ) -> float:
     """Power of the two one-sided tests by the noncentral t distribution (Phillips 1990).
 
-    Args:
-        n: pairs.
-        mean: true mean difference.
-        std: true standard deviation of the differences.
-        lower: bound, may be infinite.
-        upper: bound, may be infinite.
-        alpha: level.
+    ``mean`` and ``std`` are the true ones of ``n`` differences; a bound may be infinite.
     """
     df = n - 1
     critical = float(stats.t.ppf(1 - alpha, df))
@@ -264,7 +247,7 @@ def power_inside(
 
 def _reaches(critical: float, df: int, noncentrality: float) -> float:
     """P(T > critical) for a noncentral t."""
-    if noncentrality == math.inf or noncentrality > 100:
+    if noncentrality > 100:
         return 1.0
     if noncentrality < -30:
         return 0.0
@@ -286,10 +269,10 @@ def seeds_for(
         lower: bound, may be infinite.
         upper: bound, may be infinite.
         alpha: level.
-        many: comparisons that the level is shared between where the difference lies outside.
+        many: comparisons that share the level where the difference lies outside.
 
     Returns:
-        The number, None where more than :data:`MAX_SEEDS` would be needed.
+        The number; None where more than :data:`MAX_SEEDS` would be needed, or nothing varies.
     """
     if not (d.n > 1 and d.std > 0):
         return None
@@ -302,18 +285,11 @@ def seeds_for(
     )
 
 
-def _first(power: Callable[[int], float], start: int = 2) -> int | None:
-    """The smallest number with enough power: by doubling, then by halves."""
-    high = start
-    while power(high) < POWER:
-        if high >= MAX_SEEDS:
-            return None
-        high = min(2 * high, MAX_SEEDS)
-    low = max(high // 2, start)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
-    return high
+def _first(power: Callable[[int], float]) -> int | None:
+    """The smallest number of pairs with enough power, which grows with it."""
+    numbers = range(2, MAX_SEEDS + 1)
+    found = bisect.bisect_left(numbers, POWER, key=power)
+    return numbers[found] if found < len(numbers) else None
 
 
 # ---- proportions ---------------------------------------------------------------------------------

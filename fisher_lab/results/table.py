@@ -76,11 +76,7 @@ class TableCell:
         return summarise(self.values.to_numpy(dtype=float), self.confidence, self.method)
 
     def rounded(self, statistic: str) -> Rounded:
-        """The number that is shown, with the digits that its interval leaves.
-
-        Args:
-            statistic: ``mean`` (with half its interval) or ``median``.
-        """
+        """The mean, to the digits that its interval leaves, or the median by its quartiles."""
         s = self.summary
         if statistic == "mean":
             return Rounded(s.mean, s.half_width)
@@ -359,8 +355,7 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
             f"{repeated} runs repeat settings and {', '.join(table.over) or 'all'} of others: "
             "the latest completed one of each counts"
         )
-    table.rows = _sorted({row for row, _ in groups})
-    table.cols = _sorted({col for _, col in groups})
+    table.rows, table.cols = (_sorted(set(side)) for side in zip(*groups, strict=True))
     expected = len({key for members in groups.values() for key in members})
     numbers = runs.loc[:, ["status", "reason", "not_finite", *table.metrics]]
     for row, col in itertools.product(table.rows, table.cols):
@@ -375,12 +370,7 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
 
 
 def latest(runs: pd.DataFrame, keys: Sequence[Any]) -> dict[Any, int]:
-    """Key -> position of the run that counts: of those with one key the latest completed one.
-
-    Args:
-        runs: all of them.
-        keys: settings of each, hashable.
-    """
+    """Key -> position of the run that counts: of those with one key the latest completed one."""
     age = list(zip(runs["status"] == Status.COMPLETED, runs["finished"].fillna(""), strict=True))
     return {keys[i]: i for i in sorted(range(len(keys)), key=age.__getitem__)}
 
@@ -415,6 +405,11 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
     """Mark the best cell of each metric, and those that do not differ significantly from it."""
     for metric, wanted in directions.items():
         _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
+
+    def tied(*keys: CellKey) -> bool:
+        values = [table.cells[key].values for key in keys]
+        return stats.overlap(*values, table.confidence, table.statistic[keys[0][1]])
+
     for metric in table.metrics:
         direction = directions.get(metric, better(metric))
         keys = [k for k in table.cells if k[1] == metric and table.cells[k].complete]
@@ -427,7 +422,7 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
         if len(alike) == len(keys):
             continue  # nothing to choose between
         table.best.add(best)
-        table.ties |= {k for k in keys if k != best and (k in alike or _tied(table, k, best))}
+        table.ties |= {k for k in keys if k != best and (k in alike or tied(k, best))}
 
 
 def _looks_like(table: Table, key: CellKey, best: CellKey) -> bool:
@@ -439,12 +434,6 @@ def _looks_like(table: Table, key: CellKey, best: CellKey) -> bool:
     return (float(one.value), one.exponent) == (float(other.value), other.exponent)
 
 
-def _tied(table: Table, key: CellKey, best: CellKey) -> bool:
-    """Whether the numbers that the cells show do not differ significantly."""
-    one, other = table.cells[key].values, table.cells[best].values
-    return stats.overlap(one, other, table.confidence, table.statistic[key[1]])
-
-
 def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
     """Every cell against the one that differs from it in the baseline's settings only."""
     names = [*table.row_names, *table.col_names]
@@ -453,37 +442,29 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
         if name not in names:
             raise ResultsError(f"baseline: {name} is neither a row nor a column of the table")
         place = names.index(name)
-        there = [(*row, *col)[place] for row in table.rows for col in table.cols]
-        match = next((v for v in there if same(value, v)), there)
-        if match is there:
-            raise ResultsError(
-                f"baseline: no run has {name}={label(value)}; "
-                f"there are {', '.join(label(v) for v in levels(there))}"
-            )
-        spelled[name] = match
+        there = levels((*row, *col)[place] for row in table.rows for col in table.cols)
+        spelled[name] = next((v for v in there if same(value, v)), there)
+        if spelled[name] is there:
+            words = ", ".join(map(label, there))
+            raise ResultsError(f"baseline: no run has {name}={label(value)}; there are {words}")
     table.baseline = spelled
-    found: dict[CellKey, Comparison] = {}
     for row, metric, col in table.cells:
         base = (
             tuple(spelled.get(n, v) for n, v in zip(table.row_names, row, strict=True)),
             metric,
             tuple(spelled.get(n, v) for n, v in zip(table.col_names, col, strict=True)),
         )
-        key = row, metric, col
-        difference = None
+        key, difference = (row, metric, col), None
         if base != key and base in table.cells:
-            difference = _difference(table.cells[key], table.cells[base], table.confidence)
-        found[key] = Comparison(difference, is_baseline=base == key)
-    tested = {k: c.difference for k, c in found.items() if c.difference is not None}
+            one, other = table.cells[key].values, table.cells[base].values
+            both = one.index.intersection(other.index)
+            if len(both):
+                difference = stats.paired(one[both], other[both], table.confidence)
+        table.comparisons[key] = Comparison(difference, is_baseline=base == key)
+    tested = {k: c.difference for k, c in table.comparisons.items() if c.difference is not None}
     corrected = stats.holm([difference.p for difference in tested.values()])
     for (key, difference), p in zip(tested.items(), corrected, strict=True):
-        found[key] = Comparison(difference, p)
-    table.comparisons = found
-
-
-def _difference(cell: TableCell, base: TableCell, confidence: float) -> stats.Paired | None:
-    both = cell.values.index.intersection(base.values.index)
-    return stats.paired(cell.values[both], base.values[both], confidence) if len(both) else None
+        table.comparisons[key] = Comparison(difference, p)
 
 
 # ---- notes ---------------------------------------------------------------------------------------
@@ -494,7 +475,16 @@ def _add_notes(table: Table) -> None:
     if numbers == {1}:
         table.notes.insert(0, "one run per cell: no interval can be given")
     elif numbers:
-        table.notes.insert(0, _what_is_shown(table, numbers))
+        runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
+        shown = []
+        if "mean" in table.statistic.values():
+            shown.append(f"mean ± half the {100 * table.confidence:g}% interval")
+        if "median" in table.statistic.values():
+            shown.append("median [quartiles] of times")
+        if table.details:
+            shown.append("sd is the standard deviation")
+        over = ", ".join(table.over) or "nothing"
+        table.notes.insert(0, f"{'; '.join(shown)}; over {over}, n = {runs}")
     lost = sum(not cell.complete for cell in table.cells.values())
     if lost:
         table.notes.append(
@@ -510,15 +500,3 @@ def _add_notes(table: Table) -> None:
             f"differences to {cell}: mean ± half the {100 * table.confidence:g}% interval, "
             "paired t test, Holm over the table; d is Cohen's d_z"
         )
-
-
-def _what_is_shown(table: Table, numbers: set[int]) -> str:
-    runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
-    shown = []
-    if "mean" in table.statistic.values():
-        shown.append(f"mean ± half the {100 * table.confidence:g}% interval")
-    if "median" in table.statistic.values():
-        shown.append("median [quartiles] of times")
-    if table.details:
-        shown.append("sd is the standard deviation")
-    return f"{'; '.join(shown)}; over {', '.join(table.over) or 'nothing'}, n = {runs}"

@@ -12,8 +12,7 @@ from scipy import stats as scipy_stats
 
 from fisher_lab.results import evaluate, load
 from fisher_lab.results.claims import INVALID, evaluate_one
-from fisher_lab.results.hypotheses import TYPES, check
-from fisher_lab.results.hypothesis_tests import FAILS, HOLDS, OPEN
+from fisher_lab.results.hypotheses import FAILS, HOLDS, OPEN, TYPES, parse
 from fisher_lab.results.values import ResultsError
 from tests.results.run_directories import make_run, make_sweep
 
@@ -378,6 +377,6 @@ WRONG = [
 @pytest.mark.parametrize(("claim", "words"), WRONG, ids=[w for _, w in WRONG])
 def test_claims_that_are_wrong_say_so_in_one_line(claim, words):
     with pytest.raises(ResultsError, match="claim 1") as caught:
-        check([claim])
+        parse(claim)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
