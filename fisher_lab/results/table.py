@@ -406,9 +406,9 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
     for metric, wanted in directions.items():
         _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
 
-    def tied(*keys: CellKey) -> bool:
-        values = [table.cells[key].values for key in keys]
-        return stats.overlap(*values, table.confidence, table.statistic[keys[0][1]])
+    def tied(key: CellKey, best: CellKey) -> bool:
+        one, other = table.cells[key].values, table.cells[best].values
+        return stats.overlap(one, other, table.confidence, table.statistic[key[1]])
 
     for metric in table.metrics:
         direction = directions.get(metric, better(metric))
