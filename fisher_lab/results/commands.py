@@ -7,6 +7,7 @@ line on standard error. A claim that does not hold is a result and not an error.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fisher_lab.results.values import ResultsError, label, same
@@ -32,6 +33,7 @@ FORMATS = ("terminal", "csv", "md", "tex", "html")
 
 
 def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    @functools.wraps(command)
     def run(argv: Sequence[str]) -> int:
         try:
             return command(argv)
@@ -56,12 +58,6 @@ def _parser(name: str, what: str) -> argparse.ArgumentParser:
     if name != "diff":
         parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
     return parser
-
-
-def _console() -> Console:
-    from fisher_lab.results.finishing import standard_output
-
-    return standard_output()
 
 
 def _emit(text: str, output: str | None) -> None:
@@ -124,7 +120,9 @@ def _table_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(argv: Sequence[str]) -> int:
+@_guarded
+def table_command(argv: Sequence[str]) -> int:
+    """Run ``fisher-lab table``."""
     args = _table_parser().parse_args(list(argv))
     from fisher_lab.results.finishing import finish_if_due
     from fisher_lab.results.hypotheses import claimed_metrics
@@ -155,12 +153,12 @@ def _table(argv: Sequence[str]) -> int:
 
 def _print_table(table: Table, args: argparse.Namespace) -> None:
     from fisher_lab.results import export
-    from fisher_lab.results.finishing import PIPE_WIDTH
+    from fisher_lab.results.finishing import PIPE_WIDTH, standard_output
 
     suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
     form = args.format or (suffix if suffix in FORMATS else "terminal")
     if form == "terminal" and args.output is None:
-        console = _console()
+        console = standard_output()
         console.print(export.to_terminal(table, console.width))
         return
     if form == "tex":
@@ -175,7 +173,9 @@ def _print_table(table: Table, args: argparse.Namespace) -> None:
 # ---- claims --------------------------------------------------------------------------------------
 
 
-def _claims(argv: Sequence[str]) -> int:
+@_guarded
+def claims_command(argv: Sequence[str]) -> int:
+    """Run ``fisher-lab claims``."""
     parser = _parser("claims", "The claims of the sweep files, tested with their runs.")
     parser.add_argument(
         "--claims", metavar="FILE", help="claims from this JSON or YAML file instead"
@@ -184,6 +184,7 @@ def _claims(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
     from fisher_lab.results.claims import INVALID, evaluate, evaluate_one, to_json, to_rich
+    from fisher_lab.results.finishing import standard_output
 
     frame = _loaded(args.paths)
     if args.claims:
@@ -198,7 +199,7 @@ def _claims(argv: Sequence[str]) -> int:
     if args.json or args.output:
         _emit(to_json(verdicts), args.output)
     else:
-        _console().print(to_rich(verdicts))
+        standard_output().print(to_rich(verdicts))
     invalid = [verdict for verdict in verdicts if verdict.verdict == INVALID]
     for verdict in invalid:
         print(f"fisher_lab: {verdict.sweep}: {verdict.why}", file=sys.stderr)
@@ -228,11 +229,14 @@ def read_claims(path: Path) -> list[Any]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-def _report(argv: Sequence[str]) -> int:
+@_guarded
+def report_command(argv: Sequence[str]) -> int:
+    """Run ``fisher-lab report``."""
     parser = _parser("report", "One self-contained HTML file, and the methods paragraph.")
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
     parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
     args = parser.parse_args(list(argv))
+    from fisher_lab.results.finishing import standard_output
     from fisher_lab.results.report import write_report
 
     frame = _loaded(args.paths)
@@ -242,7 +246,7 @@ def _report(argv: Sequence[str]) -> int:
 
         files.append(write_appendix(frame, Path(args.appendix))[-1])
     for file in files:
-        _console().print(Text(str(file)), soft_wrap=True)
+        standard_output().print(Text(str(file)), soft_wrap=True)
     return OK
 
 
@@ -373,18 +377,16 @@ def _differences(found: Differences) -> RenderableType:
     return Group(*parts)
 
 
-def _diff(argv: Sequence[str]) -> int:
+@_guarded
+def diff_command(argv: Sequence[str]) -> int:
+    """Run ``fisher-lab diff``."""
     parser = _parser("diff", "What differs between two runs.")
     parser.add_argument("a", metavar="RUN_A")
     parser.add_argument("b", metavar="RUN_B")
     words = "numbers that differ by less than this fraction are equal"
     parser.add_argument("--tolerance", type=float, default=0.0, help=words)
     args = parser.parse_args(list(argv))
-    _console().print(_differences(diff(args.a, args.b, tolerance=args.tolerance)))
+    from fisher_lab.results.finishing import standard_output
+
+    standard_output().print(_differences(diff(args.a, args.b, tolerance=args.tolerance)))
     return OK
-
-
-table_command = _guarded(_table)
-claims_command = _guarded(_claims)
-report_command = _guarded(_report)
-diff_command = _guarded(_diff)

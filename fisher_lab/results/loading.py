@@ -25,6 +25,8 @@ from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
 MULTIRUN_FILE = "multirun.yaml"
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
 WRITTEN_HERE = ("figures",)
 """Directories that this package writes beside the runs."""
 
@@ -84,7 +86,7 @@ class Found:
     sweep: Path
 
 
-def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[LeftOut]]:
+def find(paths: Paths) -> tuple[list[Found], list[LeftOut]]:
     """All run directories under some paths, each once, in the order of their names.
 
     Args:
@@ -98,8 +100,7 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Found], list[Lef
     """
     runs: dict[str, Found] = {}
     left: dict[str, LeftOut] = {}
-    for path in paths:
-        root = Path(path)
+    for root in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if not root.is_dir():
             raise ResultsError(f"{root}: there is no such directory")
         above = root.resolve().parent
@@ -150,7 +151,6 @@ for a shell, ``not_finite`` names the metrics that are NaN or infinite."""
 
 Run = dict[str, dict[str, Any]]
 Row = tuple[Found, Run]
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
     if use_cache is not None:
         what = "use_cache: without effect; nothing is cached any more"
         warnings.warn(what, DeprecationWarning, stacklevel=2)
-    found, left = find(_as_list(paths))
+    found, left = find(paths)
     sweeps = _sweeps(found)
     left += [LeftOut(d, s.problem) for d, s in sweeps.items() if s.problem]
     rows: list[Row] = []
@@ -219,7 +219,7 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
         Columns ``sweep``, ``directory``, ``run_id``, ``status``, the position ``row`` in the file,
         and those of the files; numbers as numbers. ``attrs["left_out"]`` as for :func:`load`.
     """
-    found, left = find(_as_list(paths))
+    found, left = find(paths)
     names = {directory: sweep.name for directory, sweep in _sweeps(found).items()}
     rows: list[dict[str, Any]] = []
     for one in found:
@@ -350,10 +350,6 @@ def _seconds(started: Any, finished: Any) -> float | None:
 
 
 # ---- all of them ---------------------------------------------------------------------------------
-
-
-def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 def _not_run(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> list[Row]:

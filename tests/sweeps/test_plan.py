@@ -36,9 +36,8 @@ def test_every_sweep_of_the_project_composes_with_its_seeds_and_fitting_claims(n
     (one,) = planned(f"+sweeps={name}")
     assert len({cell.config.seed for cell in one.cells}) >= (5 if FILES[name].claims else 3)
     assert one.repeated == 0
-    for claim in map(
-        hypotheses.parse, FILES[name].claims
-    ):  # speaks of settings that the sweep varies
+    for claim in map(hypotheses.parse, FILES[name].claims):
+        # A claim speaks of settings that the sweep varies.
         stated = [claim.get(key, {}) for key in ("where", "a", "b", "groups", "cells")]
         named = {setting for part in stated for setting in part} | {claim.get("axis")} - {None}
         for setting in named:
