@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,10 +135,9 @@ def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: s
     verdicts = {f.verdict for f in corrected}
     verdict = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else OPEN
     # Comparisons may share cells, so that their lost runs are not added up.
-    lost: dict[str, int] = {}
+    lost: Counter[str] = Counter()
     for finding in corrected:
-        for state, count in finding.lost.items():
-            lost[state] = max(lost.get(state, 0), count)
+        lost |= Counter(finding.lost)
     incomplete = verdict == HOLDS and bool(lost)
     if incomplete:
         verdict = OPEN

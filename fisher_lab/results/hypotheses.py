@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -297,13 +298,9 @@ def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={label(value)}" for name, value in settings.items())
 
 
-def _lost(*cells: TableCell) -> dict[str, int]:
-    lost: dict[str, int] = {}
-    for cell in cells:
-        for what, count in (*cell.lost.items(), (Status.MISSING, cell.missing)):
-            if count:
-                lost[what] = lost.get(what, 0) + count
-    return lost
+def _lost(*cells: TableCell) -> Counter[str]:
+    states = (Counter({**cell.lost, Status.MISSING: cell.missing}) for cell in cells)
+    return sum(states, Counter())  # which leaves out what is 0
 
 
 def _pairs(a: TableCell, b: TableCell) -> tuple[np.ndarray, np.ndarray]:
