@@ -16,29 +16,18 @@ from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
-from tests.curvature.spectra.reference import ARCHITECTURES, batch_of, reference_rows, tiny
-
-
-class CountingForward(nn.Module):
-    """Counts calls of a model's forward pass without getting between it and its type."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.calls = 0
-        model.register_forward_hook(self._count)
-
-    def _count(self, *_):
-        self.calls += 1
+from tests.capturing import Calls
+from tests.curvature.spectra.reference import ARCHITECTURES, batch_of, rows_of, tiny
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_forward_pass_feeds_kfac_and_group_fisher(architecture):
     model, batch = tiny(architecture), batch_of(architecture)
     before = {key: value.clone() for key, value in batch.items()}
-    counter = CountingForward(model)
+    calls = Calls(model)
     collector = AdvancedFisherCollector(damping=1e-3)
     summary = collector.collect(model, batch, "t")
-    assert counter.calls == 1
+    assert calls.count == 1
     assert summary["kfac_enabled"]
     assert summary["n_refreshes"] == 1
     # The same numbers as each engine by itself.
@@ -46,7 +35,7 @@ def test_one_forward_pass_feeds_kfac_and_group_fisher(architecture):
     model.eval()
     alone.collect_kfac_factors(model, batch)
     assert set(collector.kfac_factors) == set(alone.kfac_factors)
-    _, rows = reference_rows(model, batch, architecture)
+    rows = rows_of(model, [batch])
     parameters = dict(model.named_parameters())
     mean = {name: rows[name].mean(0).view(parameters[name].shape) for name in rows}
     scale = max(float(value.abs().max()) for value in mean.values())
@@ -169,10 +158,10 @@ def test_forward_passes_are_as_many_as_documented(cached):
     """docs/accumulation.md: 1 + B a batch, and with the cache one more, without a graph."""
     model, batch = tiny("gpt2"), batch_of("gpt2")
     batches = [batch, {key: value[:2] for key, value in batch.items()}]
-    counter = CountingForward(model)
+    calls = Calls(model)
     collector = AdvancedFisherCollector(group_unit="token", cache_gradients=cached)
     collector.collect(model, batches)
-    assert counter.calls == (1 + 3 + cached) + (1 + 2 + cached)
+    assert calls.count == (1 + 3 + cached) + (1 + 2 + cached)
 
 
 def test_what_cannot_be_done_says_why():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,25 +16,7 @@ from torch import nn
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import BatchError, CurvatureError, FactorFileError, NonFiniteError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector, active_tokens
-from tests.curvature.spectra.reference import (
-    ARCHITECTURES,
-    batch_of,
-    labelled,
-    reference_rows,
-    tiny,
-)
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request):
-    model, batch = tiny(request.param), batch_of(request.param)
-    rows = {u: reference_rows(model, batch, request.param, u)[1] for u in ("token", "sequence")}
-    scale = max(float(r.square().max()) for r in rows["sequence"].values())
-    # LLaMA and T5 normalise in float32, whatever the model's dtype: 1e-7 is theirs.
-    rtol = 1e-9 if request.param in ("gpt2", "bert") else 1e-5
-    return SimpleNamespace(
-        architecture=request.param, model=model, batch=batch, rows=rows, scale=scale, rtol=rtol
-    )
+from tests.curvature.spectra.reference import batch_of, labelled, tiny
 
 
 def close(found, wanted, rtol=1e-12, scale=1e-300):
@@ -43,6 +24,20 @@ def close(found, wanted, rtol=1e-12, scale=1e-300):
     torch.testing.assert_close(
         found.flatten(), wanted.flatten(), rtol=rtol, atol=1e-3 * rtol * scale
     )
+
+
+def check_means(case, collector, wanted):
+    """The collector's means against a function of the parameter's name."""
+    for name in case.rows["token"]:
+        close(collector.fisher_mean["t"][name], wanted(name), rtol_of(case), scale_of(case))
+
+
+def rtol_of(case):
+    return 1e-5 if case.rounds_to_float32 else 1e-9
+
+
+def scale_of(case):
+    return max(float(rows.square().max()) for rows in case.rows["sequence"].values())
 
 
 # --- Welford ---------------------------------------------------------------------------------
@@ -133,15 +128,12 @@ def test_a_refused_update_changes_nothing():
 def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
     collector = FisherCollector("token", chunk_size=3)
     collector.collect(case.model, case.batch, "t")
-    for name, rows in case.rows["token"].items():
-        close(collector.fisher_mean["t"][name], rows.square().mean(0), case.rtol, case.scale)
-        close(
-            collector.fisher_variance["t"][name],
-            rows.square().var(0),
-            10 * case.rtol,
-            case.scale**2,
-        )
-    assert collector.token_total["t"] == len(labelled(case.architecture, case.batch))
+    squares = {name: rows.square() for name, rows in case.rows["token"].items()}
+    check_means(case, collector, lambda name: squares[name].mean(0))
+    for name, found in collector.fisher_variance["t"].items():
+        close(found, squares[name].var(0), 10 * rtol_of(case), scale_of(case) ** 2)
+    assert collector.fisher_variance["t"].keys() == squares.keys()
+    assert collector.token_total["t"] == len(labelled(case.model, case.batch))
 
 
 @pytest.mark.parametrize("weight", ["tokens", "one"])
@@ -150,10 +142,9 @@ def test_sequence_unit_weighs_sequences(case, weight):
     collector.collect(case.model, case.batch, "t")
     lengths = {"t5": [2.0, 2.0, 3.0]}.get(case.architecture, [3.0, 3.0, 5.0])
     w = torch.tensor(lengths if weight == "tokens" else [1.0] * 3, dtype=torch.float64)
-    assert len(case.rows["sequence"][next(iter(case.rows["sequence"]))]) == 3
-    for name, rows in case.rows["sequence"].items():
-        wanted = (w[:, None] * rows.square()).sum(0) / w.sum()
-        close(collector.fisher_mean["t"][name], wanted, case.rtol, case.scale)
+    rows = case.rows["sequence"]
+    assert {len(one) for one in rows.values()} == {3}
+    check_means(case, collector, lambda n: (w[:, None] * rows[n].square()).sum(0) / w.sum())
     assert collector.token_total["t"] == float(w.sum())
 
 
@@ -161,13 +152,15 @@ def test_batch_unit_is_the_squared_mean_gradient(case):
     collector = FisherCollector("batch")
     batches = [case.batch, {key: value[:2] for key, value in case.batch.items()}]
     collector.collect(case.model, batches, "t")
-    where = labelled(case.architecture, case.batch)
-    short = sum(1 for row, _, _ in where if row < 2)
-    weights = [float(active_tokens(case.model, b)) for b in batches]
-    for name, rows in case.rows["token"].items():
-        values = [rows.mean(0).square(), rows[:short].mean(0).square()]
-        wanted = (weights[0] * values[0] + weights[1] * values[1]) / sum(weights)
-        close(collector.fisher_mean["t"][name], wanted, case.rtol, case.scale)
+    short = sum(1 for row, _, _ in labelled(case.model, case.batch) if row < 2)
+    one, two = (float(active_tokens(case.model, b)) for b in batches)
+
+    def wanted(name):
+        rows = case.rows["token"][name]
+        values = one * rows.mean(0).square() + two * rows[:short].mean(0).square()
+        return values / (one + two)
+
+    check_means(case, collector, wanted)
     assert collector.export("t")["unit"] == "batch"
 
 

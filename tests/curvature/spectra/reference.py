@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -20,61 +22,56 @@ from transformers import (
 
 from fisher_lab.curvature.spectra import eigensolve
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from tests.reference import IGNORE, counting_labels, summed_loss
 
 EXACT_MODES = ("full", "chunked", "streaming")
-ARCHITECTURES = ("gpt2", "llama", "bert", "t5")
 VOCAB = 13
+Batch = dict[str, Tensor]
+Rows = dict[str, Tensor]
+
+TINY = {
+    "gpt2": (
+        GPT2LMHeadModel, GPT2Config,
+        {"n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 0,
+         "eos_token_id": 0},
+    ),
+    "llama": (
+        LlamaForCausalLM, LlamaConfig,
+        {"hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8},
+    ),
+    "bert": (
+        BertForMaskedLM, BertConfig,
+        {"hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 10, "max_position_embeddings": 8},
+    ),
+    "t5": (
+        T5ForConditionalGeneration, T5Config,
+        {"d_model": 6, "d_kv": 3, "d_ff": 10, "num_layers": 2, "num_heads": 2,
+         "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 4},
+    ),
+}  # fmt: skip
+ARCHITECTURES = tuple(TINY)
 
 
-def tiny(architecture: str, *, tied: bool = True, seed: int = 0, scale: float = 1.0) -> nn.Module:
+def tiny(architecture: str, *, tied: bool = True, seed: int = 0) -> nn.Module:
     """A float64 model of two layers; its weights are spread out so that spectra are not flat."""
     torch.manual_seed(seed)
-    match architecture:
-        case "gpt2":
-            model = GPT2LMHeadModel(
-                GPT2Config(
-                    vocab_size=VOCAB, n_embd=6, n_layer=2, n_head=2, n_positions=8,
-                    tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
-                )
-            )  # fmt: skip
-        case "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=VOCAB, hidden_size=8, intermediate_size=10, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8,
-                    tie_word_embeddings=not tied,
-                )
-            )  # fmt: skip
-        case "bert":
-            model = BertForMaskedLM(
-                BertConfig(
-                    vocab_size=VOCAB, hidden_size=6, num_hidden_layers=2, num_attention_heads=2,
-                    intermediate_size=10, max_position_embeddings=8, tie_word_embeddings=tied,
-                )
-            )  # fmt: skip
-        case "t5":
-            model = T5ForConditionalGeneration(
-                T5Config(
-                    vocab_size=VOCAB, d_model=6, d_kv=3, d_ff=10, num_layers=2, num_heads=2,
-                    decoder_start_token_id=0, pad_token_id=0, tie_word_embeddings=tied,
-                    relative_attention_num_buckets=4,
-                )
-            )  # fmt: skip
-        case _:
-            raise ValueError(architecture)
-    model = model.double()
+    model_class, config_class, sizes = TINY[architecture]
+    tied = not tied if architecture == "llama" else tied
+    config = config_class(vocab_size=VOCAB, tie_word_embeddings=tied, **sizes)
+    model = model_class(config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4.0 * scale)
+                parameter.mul_(4.0)
     return model.train()
 
 
-def batch_of(architecture: str, seed: int = 1) -> dict[str, Tensor]:
+def batch_of(architecture: str, seed: int = 1) -> Batch:
     """Three sequences: padded right, padded left, full; some labels at -100."""
     generator = torch.Generator().manual_seed(seed)
-    length = 5
-    ids = torch.randint(1, VOCAB, (3, length), generator=generator)
+    ids = torch.randint(1, VOCAB, (3, 5), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 3:] = 0
     mask[1, :2] = 0
@@ -90,69 +87,103 @@ def batch_of(architecture: str, seed: int = 1) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def labelled(architecture: str, batch: dict[str, Tensor]) -> list[tuple[int, int, int]]:
+# ---- dense references: of a model in evaluation mode, whatever the given one's mode --------------
+
+
+def labelled(model: nn.Module, batch: Batch) -> list[tuple[int, int, int]]:
     """(sequence, predicting position, label) of every token that has a loss."""
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    found = []
-    for row in range(len(ids)):
-        for t in range(labels.shape[1]):
-            if architecture == "t5":
-                counts, where = True, t
-            elif architecture == "bert":
-                counts, where = mask[row, t] == 1, t
-            else:
-                counts, where = t > 0 and mask[row, t] == 1 and mask[row, t - 1] == 1, t - 1
-            if counts and labels[row, t] != -100:
-                found.append((row, where, int(labels[row, t])))
-    return found
+    labels = counting_labels(model, batch)
+    return [(b, t, int(labels[b, t])) for b, t in (labels != IGNORE).nonzero().tolist()]
 
 
-def forward_logits(model: nn.Module, batch: dict[str, Tensor], architecture: str) -> Tensor:
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    if architecture == "t5":
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-    return model(**inputs).logits
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+        return model(**inputs).logits
 
 
-def reference_rows(
-    model: nn.Module, batch: dict[str, Tensor], architecture: str, unit: str = "token"
-) -> tuple[list[str], dict[str, Tensor]]:
-    """One backward a token: the rows of J by parameter, ``[N, numel]``; zeros where unreached."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    named = dict(model.named_parameters())
-    rows: dict[str, list[Tensor]] = {name: [] for name in named}
-    where = labelled(architecture, batch)
-    groups = [[one] for one in where]
-    if unit == "sequence":
-        groups = [[w for w in where if w[0] == row] for row in sorted({w[0] for w in where})]
-    for group in groups:
-        logits = forward_logits(model, batch, architecture)
-        loss = sum(-torch.log_softmax(logits[b, t], -1)[y] for b, t, y in group)
-        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for (name, parameter), grad in zip(named.items(), grads, strict=True):
-            rows[name].append((torch.zeros_like(parameter) if grad is None else grad).flatten())
-    for module, training in modes:
-        module.training = training
-    return list(named), {name: torch.stack(parts) for name, parts in rows.items()}
+def flat_gradient(value: Tensor, parameters: list[Tensor], **options: bool) -> Tensor:
+    """Gradient by all parameters in one row; zeros where unreached."""
+    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, **options)
+    pairs = zip(grads, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def reference_fisher(rows: dict[str, Tensor], names: list[str], *, center: bool = False) -> Tensor:
-    """The explicit ``P x P`` matrix ``(1/N) J^T J``."""
+def rows_of(model: nn.Module, batches: list[Batch], unit: str = "token") -> Rows:
+    """One backward pass a sample: the rows of J by parameter, ``[N, numel]``."""
+    model = copy.deepcopy(model).eval()
+    named, rows = dict(model.named_parameters()), []
+    for batch in batches:
+        logits, by_sample = logits_of(model, batch), {}
+        for b, t, label in labelled(model, batch):
+            loss = -torch.log_softmax(logits[b, t], -1)[label]
+            sample = b if unit == "sequence" else (b, t)
+            by_sample[sample] = by_sample.get(sample, 0) + loss
+        rows += [flat_gradient(loss, list(named.values())) for loss in by_sample.values()]
+    columns = torch.stack(rows).double().split([p.numel() for p in named.values()], 1)
+    return dict(zip(named, columns, strict=True))
+
+
+def matrix_of(rows: Rows, names: list[str], center: bool = False) -> Tensor:
+    """J of a block, less its mean row if asked for."""
     matrix = torch.cat([rows[name] for name in names], dim=1)
-    if center:
-        matrix = matrix - matrix.mean(0)
+    return matrix - matrix.mean(0) if center else matrix
+
+
+def reference_fisher(rows: Rows, names: list[str], *, center: bool = False) -> Tensor:
+    """The explicit ``P x P`` matrix ``(1/N) J^T J``."""
+    matrix = matrix_of(rows, names, center)
     return matrix.T @ matrix / len(matrix)
 
 
-def reference_spectrum(
-    rows: dict[str, Tensor], names: list[str], *, center: bool = False
-) -> Tensor:
+def reference_spectrum(rows: Rows, names: list[str], *, center: bool = False) -> Tensor:
     """Eigenvalues of the Fisher matrix, descending, from the singular values of ``J/sqrt(N)``."""
-    matrix = torch.cat([rows[name] for name in names], dim=1)
-    if center:
-        matrix = matrix - matrix.mean(0)
+    matrix = matrix_of(rows, names, center)
     return torch.linalg.svdvals(matrix / math.sqrt(len(matrix))).square()
+
+
+def spectrum_of_pairs(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """As `reference_spectrum`, of a plain model of logits; labels of -100 do not count."""
+    rows = [
+        flat_gradient(-torch.log_softmax(model(x), -1)[y], list(model.parameters()))
+        for x, y in zip(inputs, labels, strict=True)
+        if y != IGNORE
+    ]
+    return torch.linalg.svdvals(torch.stack(rows) / math.sqrt(len(rows))).square()
+
+
+def true_fisher(model: nn.Module, batches: list[Batch], block: str = "") -> Tensor:
+    """``(1/N) sum_n E_{y ~ p_n} [g g^T]``, ``g = grad log p_n(y)``, by one block's parameters."""
+    model = copy.deepcopy(model).eval()
+    parameters = [p for name, p in model.named_parameters() if name.startswith(block)]
+    rows, n = [], 0
+    for batch in batches:
+        logits = logits_of(model, batch)
+        for b, t, _ in labelled(model, batch):
+            n += 1
+            for logp in torch.log_softmax(logits[b, t], -1):
+                rows.append(flat_gradient(logp, parameters) * (logp.detach() / 2).exp())
+    stacked = torch.stack(rows)
+    return stacked.T @ stacked / n
+
+
+def hessian(model: nn.Module, batches: list[Batch], block: str) -> Tensor:
+    """Second derivative of the mean loss by a block's parameters, one row at a time.
+
+    Not ``torch.func``: on GPT-2 and BERT (torch 2.13) forward over reverse is asymmetric by 3 %,
+    and 2 to 5 % off finite differences; reverse over reverse in a batch did not agree either.
+    """
+    model = copy.deepcopy(model).eval()
+    parameters = [p for name, p in model.named_parameters() if name.startswith(block)]
+    sums = [summed_loss(model, logits_of(model, batch), batch) for batch in batches]
+    loss = sum(loss for loss, _ in sums) / sum(labels for _, labels in sums)
+    first = flat_gradient(loss, parameters, create_graph=True)
+    return torch.stack([flat_gradient(entry, parameters) for entry in first])
+
+
+# ---- comparing -----------------------------------------------------------------------------------
 
 
 def assert_same_spectrum(
@@ -169,6 +200,17 @@ def assert_same_spectrum(
     scale = wanted.clamp(min=1e-7 * float(wanted[0]))
     worst = float(((values - wanted).abs() / scale).max())
     assert worst <= relative, worst
+
+
+def assert_values(
+    found: list[float], truth: Tensor | list[float], bound: float, what: str = ""
+) -> None:
+    """Every eigenvalue within `bound` of the largest; relatively those above 1e-4 of it."""
+    truth = torch.as_tensor(truth, dtype=torch.float64)
+    assert len(found) == len(truth), what
+    scale = torch.where(truth > 1e-4 * truth[0], truth, truth[0])
+    off = (torch.tensor(found, dtype=torch.float64) - truth).abs()
+    assert float((off / scale).max()) <= bound, what
 
 
 def spectrum(model, batch, *, structure="layer", center=False, n_samples=None, **config):

@@ -69,6 +69,7 @@ def test_cache_serves_a_subsample_and_other_blocks(case, backward_calls):
 def test_cache_of_plain_tensors_and_caches_without_gradients(case, backward_calls):
     names = dict(case.model.named_parameters())
     rows = {name: case.rows["token"][name].view(-1, *names[name].shape) for name in names}
+    backward_calls.clear()
     engine = FisherSpectral(gradient_cache=SimpleNamespace(per_sample_gradients=rows))
     found = engine.compute_fisher_spectrum(case.model, case.batch, block_structure="full")
     assert backward_calls == []

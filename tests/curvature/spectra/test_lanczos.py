@@ -7,12 +7,11 @@ import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature import losses
@@ -23,99 +22,24 @@ from fisher_lab.curvature.spectra.blocks import select_parameters
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos, lanczos_algorithm
 from fisher_lab.curvature.spectra.operators import CurvatureOperator
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from tests import reference
 from tests.curvature.spectra.reference import (
-    ARCHITECTURES,
     batch_of,
-    forward_logits,
-    labelled,
-    reference_fisher,
-    reference_rows,
+    flat_gradient,
+    logits_of,
+    spectrum_of_pairs,
     tiny,
 )
 
 
-def true_fisher(model, batch, architecture):
-    """(1/N) sum_n E_{y ~ p_n} [g g^T], g = grad log p_n(y): one backward a token and class."""
-    where = labelled(architecture, batch)
-    parameters = list(model.parameters())
-    n = sum(p.numel() for p in parameters)
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    logits = forward_logits(model, batch, architecture)
-    for b, t, _ in where:
-        logp = torch.log_softmax(logits[b, t], -1)
-        for y in range(len(logp)):
-            grads = torch.autograd.grad(logp[y], parameters, retain_graph=True, allow_unused=True)
-            flat = torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(grads, parameters, strict=True)
-                ]
-            )
-            matrix += torch.outer(flat, flat) * float(logp[y].detach().exp())
-    return matrix / len(where)
-
-
-BLOCKS = {
-    "gpt2": "transformer.h.1",
-    "llama": "model.layers.1",
-    "bert": "bert.encoder.layer.1",
-    "t5": "decoder.block.1",
-}
-
-
-def block_hessian(model, batch, architecture):
-    """Second derivative of the mean loss by a block's parameters, one row at a time.
-
-    Not ``torch.func``: on GPT-2 and BERT (torch 2.13) forward over reverse is asymmetric by 3 %,
-    and 2 to 5 % off finite differences; reverse over reverse in a batch did not agree either.
-    """
-    name = BLOCKS[architecture] + "."
-    parameters = [p for n, p in model.named_parameters() if n.startswith(name)]
-    where = labelled(architecture, batch)
-    with sdpa_kernel(SDPBackend.MATH):
-        logits = forward_logits(model, batch, architecture)
-    loss = sum(-torch.log_softmax(logits[b, t], -1)[y] for b, t, y in where) / len(where)
-    first = torch.autograd.grad(loss, parameters, create_graph=True)
-    flat = torch.cat([g.flatten() for g in first])
-    rows = []
-    for entry in flat:
-        second = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(second, parameters, strict=True)
-                ]
-            )
-        )
-    return torch.stack(rows)
-
-
 def restricted(case, matrix):
     """A matrix of the whole model cut down to the case's block."""
-    name, index, at = BLOCKS[case.architecture] + ".", [], 0
-    for parameter_name, parameter in case.model.named_parameters():
-        if parameter_name.startswith(name):
+    index, at = [], 0
+    for name, parameter in case.model.named_parameters():
+        if name.startswith(f"{case.block}."):
             index += range(at, at + parameter.numel())
         at += parameter.numel()
     return matrix[index][:, index]
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request):
-    architecture = request.param
-    model, batch = tiny(architecture).eval(), batch_of(architecture)
-    names, rows = reference_rows(model, batch, architecture)
-    empirical = reference_fisher(rows, names)
-    with torch.enable_grad():
-        matrices = {
-            "empirical": empirical,
-            "true": true_fisher(model, batch, architecture),
-        }
-        hessian = block_hessian(model, batch, architecture)
-    return SimpleNamespace(
-        architecture=architecture, model=model, batch=batch, matrices=matrices, hessian=hessian
-    )
 
 
 @pytest.mark.parametrize("operator", ["empirical", "true"])
@@ -123,8 +47,7 @@ def test_products_match_the_explicit_matrix(case, operator):
     matrix = case.matrices[operator]
     n = len(matrix)
     vectors = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    # LLaMA and T5 normalise in float32, whatever the model's dtype: 1e-7 is theirs.
-    bound = 1e-10 if case.architecture in ("gpt2", "bert") else 3e-5
+    bound = 3e-5 if case.rounds_to_float32 else 1e-10
     for way in ("forward", "double_backward"):
         with isolated(case.model, seed=0):
             product = CurvatureOperator(
@@ -149,7 +72,7 @@ def test_top_ten_match_the_explicit_matrix(case, operator):
     flat = torch.cat([v.flatten(1) for v in result["eigenvectors"].values()], dim=1)
     torch.testing.assert_close(flat @ flat.T, torch.eye(10).double(), atol=1e-8, rtol=0)
     true_residuals = (flat @ case.matrices[operator] - found[:, None] * flat).norm(dim=1)
-    slack = 1e-10 if case.architecture in ("gpt2", "bert") else 3e-5
+    slack = 3e-5 if case.rounds_to_float32 else 1e-10
     assert float(true_residuals.max()) <= (2e-6 + slack) * float(wanted[0])
     result.pop("eigenvectors")
     json.dumps(result, allow_nan=False)
@@ -157,8 +80,8 @@ def test_top_ten_match_the_explicit_matrix(case, operator):
 
 @pytest.mark.parametrize("operator", ["empirical", "true", "hessian"])
 def test_a_block_is_the_matrix_restricted_to_it(case, operator):
-    name = BLOCKS[case.architecture]
-    result = FisherLanczos(k=10, operator=operator).top_eigenpairs(case.model, case.batch, name)
+    engine = FisherLanczos(k=10, operator=operator)
+    result = engine.top_eigenpairs(case.model, case.batch, case.block)
     dense = case.hessian if operator == "hessian" else restricted(case, case.matrices[operator])
     wanted = torch.linalg.eigvalsh(dense).flip(0)[:10]
     assert result["n_params"] == len(dense)
@@ -177,7 +100,7 @@ def test_batches_add_up_to_the_mean_over_labels(case):
 
 @pytest.mark.parametrize("case", ["gpt2", "llama"], indirect=True)
 def test_indefinite_hessians_by_magnitude_and_from_below(case):
-    values, block = torch.linalg.eigvalsh(case.hessian), BLOCKS[case.architecture]
+    values, block = torch.linalg.eigvalsh(case.hessian), case.block
     scale = float(values.abs().max())
     low = FisherLanczos(k=3, operator="hessian", which="smallest", tol=1e-7)
     assert low.top_eigenpairs(case.model, case.batch, block)["eigenvalues"] == pytest.approx(
@@ -194,35 +117,23 @@ def test_indefinite_hessians_by_magnitude_and_from_below(case):
 @pytest.mark.parametrize("case", ["gpt2", "bert", "llama"], indirect=True)
 def test_hessian_product_against_finite_differences(case):
     """Another principle than any automatic second derivative."""
-    parameters = list(case.model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    model = copy.deepcopy(case.model).eval()
+    parameters = list(model.parameters())
+    start = parameters_to_vector(parameters).detach()
+    vector = torch.randn(
+        len(start), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     step, grads = 1e-4 if case.architecture == "llama" else 1e-6, []
-    where = labelled(case.architecture, case.batch)
-    for sign in (1, -2):
-        with torch.no_grad():
-            for parameter, vector in zip(parameters, vectors, strict=True):
-                parameter += sign * step * vector
-        logits = forward_logits(case.model, case.batch, case.architecture)
-        loss = sum(-torch.log_softmax(logits[b, t], -1)[y] for b, t, y in where) / len(where)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        grads.append(
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(found, parameters, strict=True)
-                ]
-            )
-        )
-    with torch.no_grad():
-        for parameter, vector in zip(parameters, vectors, strict=True):
-            parameter += step * vector
+    for sign in (1, -1):
+        vector_to_parameters(start + sign * step * vector, parameters)
+        loss, labels = reference.summed_loss(model, logits_of(model, case.batch), case.batch)
+        grads.append(flat_gradient(loss / labels, parameters))
     wanted = (grads[0] - grads[1]) / (2 * step)
     with isolated(case.model, seed=0):
         product = CurvatureOperator(
             "hessian", case.model, case.batch, select_parameters(case.model, None)
-        )(torch.cat([v.flatten() for v in vectors]))
-    bound = 1e-6 if case.architecture in ("gpt2", "bert") else 1e-2
+        )(vector)
+    bound = 1e-2 if case.rounds_to_float32 else 1e-6
     assert float((product - wanted).norm() / wanted.norm()) < bound
 
 
@@ -249,21 +160,21 @@ def test_effective_dimension_within_its_stated_error(case, share):
     assert 0 < found.standard_error < 0.3 * exact
 
 
+def mass(density):
+    values, grid = (torch.tensor(density[key]).double() for key in ("density", "grid"))
+    return float(torch.trapezoid(values, grid))
+
+
 @pytest.mark.parametrize("case", ["gpt2"], indirect=True)
 def test_density_integrates_to_one_and_says_what_is_zero(case):
     engine = FisherLanczos(operator="empirical")
     values = torch.linalg.eigvalsh(case.matrices["empirical"])
     linear = engine.spectral_density(case.model, case.batch, n_probes=4, steps=20)
-    grid = torch.tensor(linear["grid"], dtype=torch.float64)
-    mass = torch.trapezoid(torch.tensor(linear["density"], dtype=torch.float64), grid)
-    assert float(mass) == pytest.approx(1.0, abs=0.02)
+    assert mass(linear) == pytest.approx(1.0, abs=0.02)
     zero = float((values < 1e-9 * values[-1]).double().mean())
-    if case.architecture in ("gpt2", "bert"):
-        assert linear["mass_at_zero"] == pytest.approx(zero, abs=0.02)
+    assert linear["mass_at_zero"] == pytest.approx(zero, abs=0.02)
     log = engine.spectral_density(case.model, case.batch, n_probes=4, steps=20, log=True)
-    grid = torch.tensor(log["grid"], dtype=torch.float64)
-    mass = torch.trapezoid(torch.tensor(log["density"], dtype=torch.float64), grid)
-    assert float(mass) == pytest.approx(1.0 - log["mass_left_out"], abs=0.02)
+    assert mass(log) == pytest.approx(1.0 - log["mass_left_out"], abs=0.02)
     trace = log["trace"]
     exact = float(case.matrices["empirical"].trace())
     assert abs(trace["value"] - exact) <= 4 * trace["standard_error"]
@@ -286,11 +197,8 @@ def test_one_analysis_gives_all_of_it(case):
         assert abs(found[key]["value"] - exact) <= 4 * found[key]["standard_error"] + 1e-3 * exact
         # The part that is known exactly carries no variance.
         assert found[key]["standard_error"] < 0.5 * exact
-    density = found["density"]
-    mass = torch.trapezoid(
-        torch.tensor(density["density"]).double(), torch.tensor(density["grid"]).double()
-    )
-    assert float(mass) == pytest.approx(1.0 - density["mass_left_out"], abs=0.02)
+    left_out = found["density"]["mass_left_out"]
+    assert mass(found["density"]) == pytest.approx(1.0 - left_out, abs=0.02)
     assert engine.analyze(case.model, case.batch, n_probes=0).keys() == {"top"}
 
 
@@ -427,11 +335,7 @@ def test_an_operation_without_second_derivative_falls_back():
     engine = FisherLanczos(k=3, loss_fn=losses.CrossEntropy())
     result = engine.top_eigenpairs(model, (inputs, labels))
     assert result["products"] == "forward"
-    rows = []
-    for x, y in zip(inputs, labels, strict=True):
-        grads = torch.autograd.grad(-torch.log_softmax(model(x), -1)[y], list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    wanted = torch.linalg.svdvals(torch.stack(rows) / 5**0.5).square()[:3]
+    wanted = spectrum_of_pairs(model, inputs, labels)[:3]
     assert result["eigenvalues"] == pytest.approx(wanted.tolist(), rel=1e-8)
 
 

@@ -19,9 +19,10 @@ from tests.curvature.spectra.reference import (
     assert_same_spectrum,
     batch_of,
     reference_fisher,
-    reference_rows,
     reference_spectrum,
+    rows_of,
     spectrum,
+    spectrum_of_pairs,
     tiny,
 )
 
@@ -96,7 +97,7 @@ def test_products_give_the_gram_matrix_of_the_gradients(architecture, unit, cent
         model, batch, structure="module", sample_unit=unit, center=center, memory_budget_mb=0
     )
     assert len(result["metadata"]["factored_weights"]) >= 8
-    _, rows = reference_rows(model, batch, architecture, unit)
+    rows = rows_of(model, [batch], unit)
     for block, names in parameter_blocks(model, "module").items():
         wanted = reference_spectrum(rows, names, center=center)
         if float(wanted[0]) > 0.0:
@@ -260,14 +261,7 @@ def test_multilayer_perceptron_with_a_pair_as_batch():
     inputs, labels = torch.randn(7, 4).double(), torch.tensor([0, 1, -100, 1, 1, 0, 0])
     engine = FisherSpectral(SpectralConfig(chunk_size=3), loss_fn=losses.CrossEntropy())
     result = engine.compute_fisher_spectrum(model, (inputs, labels), block_structure="full")
-    rows = []
-    for x, y in zip(inputs, labels, strict=True):
-        if y == -100:
-            continue
-        loss = -torch.log_softmax(model(x), -1)[y]
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    wanted = torch.linalg.svdvals(torch.stack(rows) / 6**0.5).square()
+    wanted = spectrum_of_pairs(model, inputs, labels)
     assert_same_spectrum(result["global"]["eigenvalues"], wanted)
 
 
@@ -296,11 +290,7 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
     inputs, labels = torch.randn(2, 3, 3).double(), torch.tensor([[0, 1, 2], [3, 1, 0]])
     engine = FisherSpectral(SpectralConfig(), loss_fn=losses.CrossEntropy())
     result = engine.compute_fisher_spectrum(model, (inputs, labels), block_structure="full")
-    rows = []
-    for x, y in zip(inputs.flatten(0, 1), labels.flatten(), strict=True):
-        grads = torch.autograd.grad(-torch.log_softmax(model(x), -1)[y], list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    wanted = torch.linalg.svdvals(torch.stack(rows) / 6**0.5).square()
+    wanted = spectrum_of_pairs(model, inputs.flatten(0, 1), labels.flatten())
     assert_same_spectrum(result["global"]["eigenvalues"], wanted)
 
 
