@@ -15,6 +15,7 @@ from fisher_lab.workload.data_parallel import DataParallel
 from tests.distributed import trained
 from tests.distributed.rank_pool import Pool
 from tests.distributed.trained import config_of
+from tests.training import text_in, untrained
 
 KFAC = {"name": "kfac", "lr": 0.03, "clip": "kl", "damping_schedule": "lm", "clip_limit": 1e-2}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ MICRO = {"accumulation": 2, "eval_every": 2}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return trained.text_in(tmp_path_factory.mktemp("text"))
+    return text_in(tmp_path_factory.mktemp("text"))
 
 
 def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -39,6 +40,15 @@ def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 def config(data: str, name: str, *, clip_norm: float | None = 0.1, **sections: Any) -> Any:
     optimizer = {"name": name, **OPTIMIZERS[name], "clip_norm": clip_norm}
     return config_of(data, **{"optimizer": optimizer, "train": MICRO, **sections})
+
+
+def one_and_ranks(
+    ranks: Pool, made: Any, directory: Path, size: int = 2, **arguments: Any
+) -> tuple[dict[str, Any], list[dict]]:
+    """What one process answers, and what each of the ranks does."""
+    one = trained.trained(None, made, str(directory / "one"))
+    run = str(directory / "ranks")
+    return one, ranks.run(trained.trained, size, config=made, run=run, **arguments)
 
 
 def assert_like_one(one: dict[str, Any], answers: list[dict], bound: float) -> None:
@@ -53,7 +63,6 @@ def assert_like_one(one: dict[str, Any], answers: list[dict], bound: float) -> N
         assert furthest(answers[0]["weights"], answer["weights"]) == 0.0
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "wrapper", "mode"),
     [
@@ -68,9 +77,8 @@ def test_two_ranks_do_what_one_process_does(
 ) -> None:
     """Five sequences a step, in micro-batches, with the gradient's norm cut."""
     made = config(data, name, kfac={"reduce": mode, "damping": 0.1, "update_freq": 2})
-    start = trained.initial(made)
-    one = trained.trained(None, made, str(tmp_path / "one"))
-    answers = ranks.run(trained.trained, 2, config=made, run=str(tmp_path / "two"), wrapper=wrapper)
+    start = trained.whole(untrained(made))
+    one, answers = one_and_ranks(ranks, made, tmp_path, wrapper=wrapper)
     assert furthest(start, one["weights"]) > 1e-3
     assert one["curve"][0]["grad_norm"] > 0.1
     assert_like_one(one, answers, 1e-10)
@@ -79,20 +87,16 @@ def test_two_ranks_do_what_one_process_does(
     assert [answer["seen"] for answer in answers] == [(240, 225), (160, 150)]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "wrapper"), [("kfac", "ddp"), ("adamw", "fsdp")])
 def test_single_precision(ranks: Pool, data: str, tmp_path: Path, name: str, wrapper: str) -> None:
-    made = config_of(
-        data, dtype="float32", optimizer={"name": name, **OPTIMIZERS[name]}, train=MICRO
-    )
-    one = trained.trained(None, made, str(tmp_path / "one"))
-    answers = ranks.run(trained.trained, 2, config=made, run=str(tmp_path / "two"), wrapper=wrapper)
+    optimizer = {"name": name, **OPTIMIZERS[name]}
+    made = config_of(data, "float32", optimizer=optimizer, train=MICRO)
+    one, answers = one_and_ranks(ranks, made, tmp_path, wrapper=wrapper)
     assert furthest(one["weights"], answers[0]["weights"]) < 1e-4
     assert answers[0]["heldout"] == pytest.approx(one["heldout"], rel=1e-4)
     assert furthest(answers[0]["weights"], answers[1]["weights"]) == 0.0
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "wrapper", "kind"),
     [("adamw", "ddp", "t5"), ("adamw", "fsdp", "bert"), ("kfac", "ddp", "llama")],
@@ -103,30 +107,24 @@ def test_a_rank_without_a_sequence(
     """Two sequences for three ranks, labels in masked positions only where the model is one."""
     made = config(data, name, train={"batch_size": 2, "eval_every": 2})
     made.model.type = kind
-    one = trained.trained(None, made, str(tmp_path / "one"))
-    answers = ranks.run(
-        trained.trained, 3, config=made, run=str(tmp_path / "three"), wrapper=wrapper
-    )
+    one, answers = one_and_ranks(ranks, made, tmp_path, 3, wrapper=wrapper)
     # The norms of t5 and llama are float32 in a float64 model, and three ranks scale the loss by 3:
     # no power of two, so that gradients round another way there.
     assert_like_one(one, answers, 1e-10 if kind == "bert" else 1e-6)
     assert answers[2]["seen"] == (0, 0)
 
 
-@pytest.mark.timeout(600)
 def test_factors_of_each_ranks_own_are_another_step_and_still_one(
     ranks: Pool, data: str, tmp_path: Path
 ) -> None:
     made = config(data, "kfac", kfac={"reduce": "none", "damping": 0.1, "update_freq": 2})
-    one = trained.trained(None, made, str(tmp_path / "one"))
-    first, second = ranks.run(trained.trained, 2, config=made, run=str(tmp_path / "two"))
+    one, (first, second) = one_and_ranks(ranks, made, tmp_path)
     assert furthest(first["weights"], second["weights"]) == 0.0
     assert first["curve"] == second["curve"]
     assert first["curve"][0]["loss"] == pytest.approx(one["curve"][0]["loss"], rel=1e-12)
     assert furthest(first["weights"], one["weights"]) > 1e-6
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("name", "wrapper", "mode", "size"),
     [
@@ -142,12 +140,9 @@ def test_ranks_that_died_go_on_to_the_bit(
     made = config(data, name, kfac={"reduce": mode, "damping": 0.1, "update_freq": 2})
     made.model.dropout, made.model.dtype = 0.2, "float32"
     made.optimizer.inverse_freq = 1
-    whole = ranks.run(
-        trained.trained, size, config=made, run=str(tmp_path / "whole"), wrapper=wrapper
-    )
-    again = ranks.run(
-        trained.resumed, size, config=made, run=str(tmp_path / "part"), wrapper=wrapper, die_at=3
-    )
+    given = {"config": made, "wrapper": wrapper}
+    whole = ranks.run(trained.trained, size, run=str(tmp_path / "whole"), **given)
+    again = ranks.run(trained.resumed, size, run=str(tmp_path / "part"), step=3, **given)
     for one, other in zip(whole, again, strict=True):
         assert other["resumed_at"] == 3
         assert furthest(one["weights"], other["weights"]) == 0.0
@@ -155,7 +150,6 @@ def test_ranks_that_died_go_on_to_the_bit(
         assert one["heldout"] == other["heldout"]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_to_one_rank_ends_all_at_one_step(
     ranks: Pool, data: str, tmp_path: Path, signum: int
@@ -167,7 +161,6 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(
     assert answers == [{"signal": signum, "steps": 3}] * 2
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
 def test_a_divergence_is_one_of_all_ranks(
     ranks: Pool, data: str, tmp_path: Path, name: str
@@ -175,17 +168,14 @@ def test_a_divergence_is_one_of_all_ranks(
     made = config(data, name, clip_norm=None)
     made.optimizer.lr, made.optimizer.warmup, made.optimizer.clip = 1e3, 0.0, "none"
     made.train.divergence_factor = 1.5
-    one = trained.trained(None, made, str(tmp_path / "one"))
-    answers = ranks.run(trained.trained, 2, config=made, run=str(tmp_path / "two"))
+    one, answers = one_and_ranks(ranks, made, tmp_path)
     assert one["diverged_at"] is not None
     assert [answer["diverged_at"] for answer in answers] == [one["diverged_at"]] * 2
 
 
-@pytest.mark.timeout(600)
 def test_weights_that_differ_are_an_error(ranks: Pool, data: str, tmp_path: Path) -> None:
     answers = ranks.run(trained.unlike, 2, config=config(data, "adamw"), run=str(tmp_path))
-    first = "weights: transformer.wte.weight of rank"
-    assert [answer.startswith(first) for answer in answers] == [True, True]
+    assert all("Error: weights: transformer.wte.weight of rank" in answer for answer in answers)
 
 
 def test_what_shards_cannot_do_is_refused(data: str) -> None:
@@ -201,14 +191,10 @@ def test_what_shards_cannot_do_is_refused(data: str) -> None:
 
 
 def test_other_ranks_are_another_training(data: str) -> None:
-    made = config(data, "adamw")
-    found = {
-        train.training_run(made, DataParallel(of_size(size), wrapper).describe()).fingerprint
-        for size in (2, 3)
-        for wrapper in ("ddp", "fsdp")
-    }
+    made, found = config(data, "adamw"), set()
+    for size in (2, 3):
+        for wrapper in ("ddp", "fsdp"):
+            ranks: Any = SimpleNamespace(rank=0, size=size)
+            origin = DataParallel(ranks, wrapper).describe()
+            found.add(train.training_run(made, origin).fingerprint)
     assert len(found) == 4
-
-
-def of_size(size: int) -> Any:
-    return SimpleNamespace(rank=0, size=size)

@@ -10,14 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.schema import Config
-from fisher_lab.config.workload import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RecipeConfig,
-    TrainConfig,
-)
+from fisher_lab.config.workload import ModelConfig, OptimizerConfig, TrainConfig
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import train
@@ -25,52 +18,22 @@ from fisher_lab.workload import training_loop
 from fisher_lab.workload.build import build
 from fisher_lab.workload.content_identity import content_identity
 from fisher_lab.workload.snapshot import SnapshotError
+from tests.training import config_of, text_in
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "text.txt").write_text(
-        "\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(1500))
-    )
+    directory = text_in(tmp_path, lines=1500)
 
-    def make(kind="gpt2", **changes):
-        return Config(
-            **{
-                "device": "cpu",
-                "progress": False,
-                "cache_dir": str(tmp_path / "cache"),
-                "model": ModelConfig(
-                    name=kind,
-                    type=kind,
-                    layers=1,
-                    width=16,
-                    heads=2,
-                    recipe=RecipeConfig(steps=4, batch_size=2, seq_len=32, lr=1e-2),
-                ),
-                "data": DataConfig(
-                    type="text_file",
-                    path=str(tmp_path / "text.txt"),
-                    vocab_size=300,
-                    heldout_fraction=0.2,
-                    batch_size=2,
-                    seq_len=32,
-                ),
-                "train": TrainConfig(eval_every=2, save_every_s=0.0),
-                **changes,
-            }
-        )
+    def make(**sections):
+        sections = {"train": TrainConfig(eval_every=2, save_every_s=0.0), **sections}
+        return config_of(directory, steps=4, batch_size=2, seq_len=32, **sections)
 
     return make
 
 
 def start(cfg, directory):
-    run = Run.start(
-        directory,
-        config=dataclasses.asdict(cfg),
-        overrides=[],
-        identity=content_identity(cfg),
-        provenance={},
-    )
+    run = Run.start(directory, config=dataclasses.asdict(cfg), identity=content_identity(cfg))
     train.run(cfg, run)
     return run
 
@@ -138,7 +101,7 @@ def test_stopped_and_started_again_in_the_same_directory(
 ):
     whole = start(config(), tmp_path / "whole")
     cfg = config()
-    run = Run.start(tmp_path / "run", config=dataclasses.asdict(cfg), overrides=[], identity={})
+    run = Run.start(tmp_path / "run", config=dataclasses.asdict(cfg))
     loop = training_loop.train
 
     def with_signal(*arguments, **more):
@@ -157,8 +120,8 @@ def test_stopped_and_started_again_in_the_same_directory(
     assert not (run.directory / "model").exists()
     again = start(config(), tmp_path / "run")
     assert again.record["provenance"]["resumed_at"] == 3
-    for file in ("model/model.safetensors",):
-        assert (again.directory / file).read_bytes() == (whole.directory / file).read_bytes()
+    file = "model/model.safetensors"
+    assert (again.directory / file).read_bytes() == (whole.directory / file).read_bytes()
     metrics = [json.loads((r.directory / "metrics.json").read_text()) for r in (whole, again)]
     assert metrics[0]["loss/heldout"] == metrics[1]["loss/heldout"]
 

@@ -140,14 +140,19 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(training_loop, "train", with_signal)
 
 
-def test_a_stopped_training_frees_its_claim_and_goes_on(fresh_config, config, monkeypatch):
-    cfg = fresh_config(steps=6, dropout=0.2)
+def stopped(cfg, monkeypatch):
+    """What a training leaves that is stopped after its second step."""
     with monkeypatch.context() as patch, Watch() as signals:
         stop_at(patch, 2)
         with pytest.raises(Interrupted):
             build(cfg, signals=signals)
     (partial,) = checkpoints(cfg)
-    assert partial.name.endswith(".partial")
+    return partial
+
+
+def test_a_stopped_training_frees_its_claim_and_goes_on(fresh_config, config, monkeypatch):
+    cfg = fresh_config(steps=6, dropout=0.2)
+    assert stopped(cfg, monkeypatch).name.endswith(".partial")
     resumed = build(cfg)
     assert len(checkpoints(cfg)) == 1
     undisturbed = build(config(steps=6, dropout=0.2))
@@ -156,12 +161,7 @@ def test_a_stopped_training_frees_its_claim_and_goes_on(fresh_config, config, mo
 
 def test_a_broken_state_is_dropped_and_the_training_begins_again(fresh_config, monkeypatch):
     cfg = fresh_config(steps=6)
-    with monkeypatch.context() as patch, Watch() as signals:
-        stop_at(patch, 2)
-        with pytest.raises(Interrupted):
-            build(cfg, signals=signals)
-    (partial,) = checkpoints(cfg)
-    (partial / training_loop.STATE_FILE).write_bytes(b"broken")
+    (stopped(cfg, monkeypatch) / training_loop.STATE_FILE).write_bytes(b"broken")
     build(cfg)
     (directory,) = checkpoints(cfg)
     assert checkpoint.verified_record(directory)["steps"] == 6

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,35 +15,32 @@ import torch
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.runs.signals import Interrupted, Watch
-from fisher_lab.workload import models, optimizers, snapshot, training_loop
+from fisher_lab.workload import optimizers, snapshot, training_loop
 from fisher_lab.workload.snapshot import SnapshotError
 from fisher_lab.workload.training_run import TrainingRun
+from tests.training import Killed, die_at, without_seconds
 
 STEPS = 9
 
 
 def training_run(**changes):
-    fields = {
-        "steps": STEPS,
-        "batch_size": 2,
-        "seq_len": 32,
-        "lr": 1e-2,
-        "seed": 5,
-        "optimizer": OptimizerConfig(),
-        "eval_every": 4,
-    }
-    return TrainingRun(**{**fields, **changes})
+    fields = {"seed": 5, "optimizer": OptimizerConfig(), "eval_every": 4, **changes}
+    return TrainingRun(**{"steps": STEPS, "batch_size": 2, "seq_len": 32, "lr": 1e-2, **fields})
 
 
 def fresh(inputs, kind="gpt2", dropout=0.3):
     """A new model; with dropout, so that the random numbers matter."""
     made = inputs(kind)
-    config = made.cfg.model
-    sizes = {name: getattr(config, name) for name in ("type", "layers", "width", "heads", "recipe")}
-    model = type(config)(**sizes, dropout=dropout)
-    return models.build(
-        model, made.tokenizer, classes=made.objective.classes, seed=1
-    ), made.objective
+    made = replace(made, cfg=replace(made.cfg, model=replace(made.cfg.model, dropout=dropout)))
+    return made.untrained(1), made.objective
+
+
+def trained(inputs, directory, kind="gpt2", *, steps=STEPS, **options):
+    """Weights and result of a training from the beginning, or from what the directory has."""
+    model, task = fresh(inputs, kind)
+    run = training_run(steps=steps)
+    result = training_loop.train(model, task, run, directory, **options)
+    return weights(model), result
 
 
 def weights(model):
@@ -54,112 +52,65 @@ def assert_same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def without_seconds(curve):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in curve.rows]
-
-
-class Killed(BaseException):
-    """Stands for a death between two steps: nothing is saved on the way out."""
-
-
-def die_at(step):
-    def after_step(done):
-        if done == step:
-            raise Killed
-
-    return after_step
-
-
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
-    model, task = fresh(inputs)
-    result = training_loop.train(
-        model, task, training_run(), tmp_path_factory.mktemp("undisturbed")
-    )
-    return weights(model), result
+    return trained(inputs, tmp_path_factory.mktemp("undisturbed"))
+
+
+def assert_same_end(one, other):
+    assert_same(one[0], other[0])
+    assert without_seconds(one[1].curve) == without_seconds(other[1].curve)
+    assert one[1].heldout_loss == other[1].heldout_loss
 
 
 @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
 def test_an_interrupted_training_ends_bit_identical(inputs, undisturbed, tmp_path, save_every_s):
     """With a save at every step, and with none but the one at the start of it all."""
-    for deaths in (3, 7):
-        model, task = fresh(inputs)
+    for step in (3, 7):
         with pytest.raises(Killed):
-            training_loop.train(
-                model,
-                task,
-                training_run(),
-                tmp_path,
-                save_every_s=save_every_s,
-                after_step=die_at(deaths),
-            )
-    model, task = fresh(inputs)
+            trained(inputs, tmp_path, save_every_s=save_every_s, after_step=die_at(step))
     random.seed(99)
     torch.manual_seed(99)
-    result = training_loop.train(model, task, training_run(), tmp_path)
-    assert result.resumed_at == (7 if save_every_s == 0 else 0)
-    assert_same(weights(model), undisturbed[0])
-    assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)
-    assert result.heldout_loss == undisturbed[1].heldout_loss
+    found = trained(inputs, tmp_path)
+    assert found[1].resumed_at == (7 if save_every_s == 0 else 0)
+    assert_same_end(found, undisturbed)
 
 
 def test_a_finished_training_is_not_repeated(inputs, undisturbed, tmp_path):
-    model, task = fresh(inputs)
-    training_loop.train(model, task, training_run(), tmp_path)
-    again, _ = fresh(inputs)
+    trained(inputs, tmp_path)
     calls = []
-    result = training_loop.train(again, task, training_run(), tmp_path, after_step=calls.append)
+    again = trained(inputs, tmp_path, after_step=calls.append)
     assert calls == []
-    assert result.resumed_at == STEPS
-    assert_same(weights(again), undisturbed[0])
-    assert result.heldout_loss == undisturbed[1].heldout_loss
+    assert again[1].resumed_at == STEPS
+    assert_same_end(again, undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "t5", "mlp"])
 def test_every_model_trains_and_resumes(inputs, tmp_path, kind):
-    whole, task = fresh(inputs, kind)
-    before = weights(whole)
-    result = training_loop.train(whole, task, training_run(steps=4), tmp_path / "whole")
+    before = weights(fresh(inputs, kind)[0])
+    whole, result = trained(inputs, tmp_path / "whole", kind, steps=4)
     assert result.heldout_loss > 0
-    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(whole).items())
-    part, _ = fresh(inputs, kind)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in whole.items())
+    options = {"steps": 4, "save_every_s": 0}
     with pytest.raises(Killed):
-        training_loop.train(
-            part,
-            task,
-            training_run(steps=4),
-            tmp_path / "part",
-            save_every_s=0,
-            after_step=die_at(2),
-        )
-    resumed, _ = fresh(inputs, kind)
-    training_loop.train(resumed, task, training_run(steps=4), tmp_path / "part")
-    assert_same(weights(resumed), weights(whole))
+        trained(inputs, tmp_path / "part", kind, after_step=die_at(2), **options)
+    resumed, _ = trained(inputs, tmp_path / "part", kind, steps=4)
+    assert_same(resumed, whole)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_saves_at_the_next_step_and_ends(inputs, undisturbed, tmp_path, signum):
-    model, task = fresh(inputs)
-
     def send(done):
         if done == 4:
             os.kill(os.getpid(), signum)
 
     with Watch() as signals, pytest.raises(Interrupted) as stop:
-        training_loop.train(
-            model,
-            task,
-            training_run(),
-            tmp_path,
-            save_every_s=1e9,
-            signals=signals,
-            after_step=send,
-        )
+        trained(inputs, tmp_path, save_every_s=1e9, signals=signals, after_step=send)
     assert stop.value.status == ("cancelled" if signum == signal.SIGTERM else "preempted")
     assert snapshot.load(tmp_path / training_loop.STATE_FILE)["steps"] == 5
-    model, task = fresh(inputs)
-    assert training_loop.train(model, task, training_run(), tmp_path).resumed_at == 5
-    assert_same(weights(model), undisturbed[0])
+    found, result = trained(inputs, tmp_path)
+    assert result.resumed_at == 5
+    assert_same(found, undisturbed[0])
 
 
 def test_the_curve(undisturbed, tmp_path):
@@ -192,12 +143,11 @@ def test_another_trainings_state_is_refused(inputs, tmp_path):
 
 
 def test_a_state_cut_short_is_an_error_that_names_it(inputs, tmp_path):
-    model, task = fresh(inputs)
-    training_loop.train(model, task, training_run(steps=2), tmp_path)
+    trained(inputs, tmp_path, steps=2)
     path = tmp_path / training_loop.STATE_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SnapshotError, match=r"state\.safetensors cannot be read as the state"):
-        training_loop.train(model, task, training_run(steps=2), tmp_path)
+        trained(inputs, tmp_path, steps=2)
 
 
 def test_snapshots_keep_types_and_bits(tmp_path):
@@ -278,6 +228,7 @@ from fisher_lab.config.workload import *
 from fisher_lab.workload import models, training_loop
 from fisher_lab.workload.inputs import prepare
 from fisher_lab.workload.training_run import TrainingRun
+from tests.training import Killed, die_at, without_seconds
 text, cache, directory, kill_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 model = ModelConfig(layers=1, width=16, heads=2, dropout=0.3, recipe=RecipeConfig(seq_len=32))
 data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2, seq_len=32)
@@ -297,8 +248,6 @@ def test_sigkill_at_a_random_step(inputs, undisturbed, text_directory, cache_dir
     arguments = [str(text_directory), str(cache_directory), str(tmp_path), str(kill_at)]
     child = subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=240)
     assert child.returncode == -signal.SIGKILL
-    model, task = fresh(inputs)
-    result = training_loop.train(model, task, training_run(), tmp_path)
-    assert result.resumed_at <= kill_at
-    assert_same(weights(model), undisturbed[0])
-    assert without_seconds(result.curve) == without_seconds(undisturbed[1].curve)
+    found = trained(inputs, tmp_path)
+    assert found[1].resumed_at <= kill_at
+    assert_same_end(found, undisturbed)
