@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.collectives import Alone
-from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import accumulators, reduce
 from fisher_lab.curvature.kfac.factors import Columns
 from tests import models, reference
-from tests.capturing import POLICIES, engine, random_like
+from tests.capturing import engine, random_like
+from tests.distributed.rank_pool import said
 from tests.reference import Damping, Record, Tokens, Truth
 
 LABELS = (40, 0, 7)
@@ -90,6 +90,11 @@ def two_batches(batches: list[list[dict]]) -> list[list[dict]]:
     return [halves, *batches[1:]]
 
 
+def in_one(batches: list[list[dict]]) -> list[dict]:
+    """The batches of all ranks: those of rank 0, then those of rank 1, and so on."""
+    return [batch for own in batches for batch in own]
+
+
 def empty_batch() -> dict[str, Tensor]:
     """A batch of padding alone."""
     batch = models.language_batch((4, 3), share=1.0)
@@ -143,38 +148,34 @@ def one_setting(
         "tokens": {n: (t.kind, t.a, t.g) for n, t in tokens.items()},
         "methods": {n: f.method for n, f in kfac.kfac_factors.items()},
         "reductions": {n: f["reduction"] for n, f in kfac.kfac_factors.items()},
-        "bytes": {n: f.nbytes() for n, f in kfac.kfac_factors.items()},
         "discarded": {n: f["discarded"] for n, f in kfac.kfac_factors.items()},
         "T": {n: f.tokens for n, f in kfac.kfac_factors.items()},
         "N": {f.n_labels for f in kfac.kfac_factors.values()},
         "fisher": kfac.last.fisher,
     }
     own = kfac.own_gradients(model)
-    if "own" in wants:
-        result["own"] = own
-    if "natural" in wants:
-        result["natural"] = kfac.compute_natural_gradient(None, model)
-    if "general" in wants:
-        result["general"] = kfac.compute_natural_gradient(own, model)
-    if "power" in wants:
-        result["power"] = kfac.compute_powered_natural_gradient(own, model, -0.5)
-    if "product" in wants:
-        vectors = random_like(own)
-        result["product"] = kfac.compute_fisher_vector_product(vectors, model)
-    if "derived" in wants:
-        reports = kfac.reports()
-        result["derived"] = {
-            "trace": kfac.trace(),
-            "logdet": kfac.log_determinant(),
-            "top": {n: t.tolist() for n, t in kfac.top_eigenvalues(3).items()},
-            "clipped": {r.factors.layer.name: (r.A and r.A.clipped, r.G.clipped) for r in reports},
-            "kappa": {r.factors.layer.name: r.G.kappa_after for r in reports},
-        }
-    if "traces" in wants:
-        result["traces"] = {n: f.G.trace() for n, f in kfac.kfac_factors.items()}
-    if "storage" in wants:
-        result["storage"] = {n: f.storage_error for n, f in kfac.kfac_factors.items()}
-    return result
+    numbers = {
+        "own": lambda: own,
+        "natural": lambda: kfac.compute_natural_gradient(None, model),
+        "general": lambda: kfac.compute_natural_gradient(own, model),
+        "power": lambda: kfac.compute_powered_natural_gradient(own, model, -0.5),
+        "product": lambda: kfac.compute_fisher_vector_product(random_like(own), model),
+        "derived": lambda: derived(kfac),
+        "traces": lambda: {n: f.G.trace() for n, f in kfac.kfac_factors.items()},
+        "storage": lambda: {n: f.storage_error for n, f in kfac.kfac_factors.items()},
+    }
+    return result | {key: numbers[key]() for key in wants if key in numbers}
+
+
+def derived(kfac: KFACNaturalGradient) -> dict[str, Any]:
+    reports = {r.factors.layer.name: r for r in kfac.reports()}
+    return {
+        "trace": kfac.trace(),
+        "logdet": kfac.log_determinant(),
+        "top": {n: t.tolist() for n, t in kfac.top_eigenvalues(3).items()},
+        "clipped": {n: (r.A and r.A.clipped, r.G.clipped) for n, r in reports.items()},
+        "kappa": {n: r.G.kappa_after for n, r in reports.items()},
+    }
 
 
 class LocalGrams(Columns):
@@ -266,11 +267,8 @@ def not_finite_on_one(comm: Any, name: str, batches: list[dict]) -> tuple[str, b
     if comm.rank == 1:
         with torch.no_grad():
             next(model.parameters())[5] = torch.nan
-    try:
-        kfac.collect_kfac_factors(model, batches)
-    except CurvatureError as error:
-        return f"{type(error).__name__}: {error}", kfac.kfac_factors is before
-    return "nothing", False
+    text = said(lambda: kfac.collect_kfac_factors(model, batches))
+    return text, kfac.kfac_factors is before
 
 
 def different_gradients(comm: Any, name: str, batches: list[dict]) -> str:
@@ -278,20 +276,13 @@ def different_gradients(comm: Any, name: str, batches: list[dict]) -> str:
     kfac = Setting().engine(comm)
     kfac.collect_kfac_factors(model, batches, keep_gradient=True)
     own = kfac.own_gradients(model)
-    try:
-        kfac.compute_natural_gradient({n: g * (1 + comm.rank) for n, g in own.items()}, model)
-    except CurvatureError as error:
-        return str(error)
-    return "nothing"
+    gradients = {n: g * (1 + comm.rank) for n, g in own.items()}
+    return said(lambda: kfac.compute_natural_gradient(gradients, model))
 
 
 def different_settings(comm: Any, name: str, batches: list[dict]) -> str:
-    policy = "all" if comm.rank == 0 else "small_only"
-    try:
-        Setting(policy).engine(comm).collect_kfac_factors(model_of(name, torch.float64), batches)
-    except CurvatureError as error:
-        return str(error)
-    return "nothing"
+    kfac = Setting("all" if comm.rank == 0 else "small_only").engine(comm)
+    return said(lambda: kfac.collect_kfac_factors(model_of(name, torch.float64), batches))
 
 
 def saved(comm: Any, name: str, batches: list[dict], setting: Setting) -> dict[str, Any]:
@@ -326,14 +317,10 @@ def counted_decompositions(
 
 def fails_on_one(comm: Any, name: str, setting: Setting, batches: list[dict]) -> str:
     """Rank 1 fails in its decompositions: every rank must say so."""
-    kfac = setting.engine(comm)
+    kfac, model = setting.engine(comm), model_of(name, torch.float64)
     step = "fisher_lab.curvature.kfac.accumulators.symmetric_eigen"
-    try:
-        with patch(step, side_effect=ValueError("no room")) if comm.rank == 1 else nullcontext():
-            kfac.collect_kfac_factors(model_of(name, torch.float64), batches)
-    except (CurvatureError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+    with patch(step, side_effect=ValueError("no room")) if comm.rank == 1 else nullcontext():
+        return said(lambda: kfac.collect_kfac_factors(model, batches))
 
 
 def tokens_of(model: nn.Module, rec: Record, batches: list[dict]) -> dict[str, Tokens]:
@@ -348,19 +335,20 @@ def tokens_of(model: nn.Module, rec: Record, batches: list[dict]) -> dict[str, T
             module.reshard()
 
 
+NATURAL = ("natural", "general", "captured", "shards", "asked")
+"""Answers that are the natural gradient of the own gradient, by whichever way."""
+
+
 class Joined:
     """The truth on the tokens of all ranks.
 
-    Args:
-        name: of the model.
-        dtype: of the model.
-        answers: of `collect` on every rank, for one setting.
-        labels: N.
+    `answers` are those of `collect` on every rank, for one setting; `labels` is N.
     """
 
     def __init__(
         self, name: str, dtype: torch.dtype, answers: list[dict], labels: int, **truth: Any
     ) -> None:
+        self.answers = answers
         self.model = model_of(name, dtype)
         self.labels = labels
         self.truth = Truth(self.model, Record(), [], labels=labels, **truth)
@@ -381,6 +369,21 @@ class Joined:
     def own(self) -> dict[str, Tensor]:
         return self.truth.own_gradient(self.labels, unrounded=True)
 
+    def check(self, setting: Setting, bound: float, noise: float = 0.0) -> None:
+        """Everything that the ranks answer; gradients that are less than `noise` are let be."""
+        own, ekfac = self.own(), dict(setting.more).get("ekfac")
+        solve = self.truth.ekfac if ekfac else self.truth.natural_gradient
+        natural = solve(own, setting.damping)
+        truths = {"own": own, **dict.fromkeys(NATURAL, natural)}
+        if not ekfac:
+            vectors = random_like(self.answers[0]["own"])
+            truths["power"] = self.truth.powered(own, -0.5, setting.damping)
+            truths["product"] = self.truth.fisher_vector_product(vectors)
+        kept = {name for name, value in own.items() if float(value.norm()) >= noise}
+        for key in truths.keys() & self.answers[0].keys():
+            truth = {n: value for n, value in truths[key].items() if n in kept}
+            assert_all(self.answers, key, truth, bound)
+
 
 def _draw(g: list[Tensor], index: int, a: Tensor) -> Tensor:
     return g[index] if index < len(g) else torch.zeros(len(a), g[0].shape[1], dtype=torch.float64)
@@ -390,6 +393,3 @@ def assert_all(answers: list[dict], key: str, truth: dict[str, Tensor], bound: f
     """Every rank's result against the truth."""
     for rank, answer in enumerate(answers):
         reference.assert_close(answer[key], truth, bound, f"rank {rank}, {key}:")
-
-
-__all__ = ["POLICIES", "Joined", "Setting", "collect"]

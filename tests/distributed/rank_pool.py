@@ -21,6 +21,15 @@ CALL_S = 200
 COLLECTIVE_S = 60
 
 
+def said(action: Callable[[], Any]) -> str:
+    """The error that an action raises, as text; "nothing" without one."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 class RanksFailed(AssertionError):
     """A check failed on a rank; the text has every rank's traceback."""
 
@@ -38,18 +47,13 @@ class Pool:
         self.connections: list[Connection] = []
 
     def run(
-        self,
-        function: Callable[..., Any],
-        size: int,
-        *,
-        each: list[dict] | None = None,
-        **same: Any,
+        self, function: Callable[..., Any], size: int, own: list | None = None, **same: Any
     ) -> list[Any]:
-        """Calls `function(communicator, **same, **each[rank])` on `size` ranks."""
+        """Calls `function(communicator, **same)` on `size` ranks; with `batches=own[rank]`."""
         if not self.processes:
             self._start()
         for rank in range(size):
-            arguments = {**same, **(each[rank] if each else {})}
+            arguments = same if own is None else {**same, "batches": own[rank]}
             self.connections[rank].send_bytes(pickle.dumps((function, size, arguments)))
         answers = [self._answer(rank) for rank in range(size)]
         failed = [f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good]

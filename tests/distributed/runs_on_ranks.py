@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from tests.processes import is_gone
+from tests.processes import is_gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -57,14 +57,16 @@ def program(
         process.communicate(timeout=20)
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        threading.Event().wait(0.05)
-    raise AssertionError(f"{what}: not within {seconds} s")
+def finished(*arguments: str, timeout: float = 280, **options: Any) -> tuple[int, str]:
+    """A program that has come to its end: exit code and output."""
+    with program(*arguments, **options) as process:
+        out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def at_work(directory: Path, *programs: Any) -> Callable[[], list[dict[str, Any]] | None]:
@@ -121,7 +123,7 @@ def kill_rank(
 
     Which devices there are is never changed; nothing of it depends on a GPU.
     """
-    pids = [one["pid"] for one in until(at_work(directory, *programs), 300, "the ranks at work")]
+    pids = [one["pid"] for one in until(at_work(directory, *programs), 300)]
     everyone = [p for one in programs for p in psutil.Process(one.pid).children(recursive=True)]
     assert set(pids) <= {process.pid for process in everyone}
     assert {psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES") for pid in pids} == {DEVICES}

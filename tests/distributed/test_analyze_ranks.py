@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.runs_on_ranks import SMALL, TIMES, metrics_of, program
+from tests.distributed.runs_on_ranks import SMALL, TIMES, finished, metrics_of, rows_of
 
 ENGINES = (
     "spectral=layer", "lanczos=top10", "lanczos.k=4", "lanczos.density_probes=2",
@@ -17,13 +16,6 @@ ENGINES = (
 )  # fmt: skip
 UNEVEN = ("data.batch_size=3", "kfac.n_batches=2")
 """Two sequences of every batch on rank 0, one on rank 1: the ranks' order is not that of one."""
-
-
-def analyse(directory: Path, *arguments: str) -> tuple[int, str]:
-    command = (*SMALL, *ENGINES, *UNEVEN, *arguments, f"hydra.run.dir={directory}")
-    with program(*command) as process:
-        out, _ = process.communicate(timeout=500)
-        return process.returncode, out
 
 
 def numbers(directory: Path) -> dict[str, float]:
@@ -35,18 +27,14 @@ def numbers(directory: Path) -> dict[str, float]:
     }
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, dtype: str, bound: float) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for directory, more in ((one, ()), (two, ("distributed.nproc=2",))):
-        code, out = analyse(directory, f"model.dtype={dtype}", *more)
+        more = (*more, f"model.dtype={dtype}", f"hydra.run.dir={directory}")
+        code, out = finished(*SMALL, *ENGINES, *UNEVEN, *more, timeout=500)
         assert code == 0, out
     expected, found = numbers(one), numbers(two)
     assert set(found) == set(expected)
@@ -104,9 +92,9 @@ def check_files(one: Path, two: Path, bound: float) -> None:
 
 @pytest.mark.parametrize("key", ["distributed.nproc=2", "distributed.nodes=2"])
 def test_a_sketch_on_ranks_is_refused_before_any_work(tmp_path: Path, key: str) -> None:
-    with program(*SMALL, "spectral=sketch", key, f"hydra.run.dir={tmp_path / 'run'}") as process:
-        out, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
+    arguments = ("spectral=sketch", key, f"hydra.run.dir={tmp_path / 'run'}")
+    code, out = finished(*SMALL, *arguments, timeout=120)
+    assert code == 2
     assert out.count("\n") == 1
     assert "spectral.storage_mode=sketch is not allowed" in out
     assert not (tmp_path / "run").exists()

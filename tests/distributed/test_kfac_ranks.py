@@ -14,7 +14,18 @@ from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, random_like
 from tests.distributed import kfac_on_ranks
-from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, assert_all
+from tests.distributed.kfac_on_ranks import (
+    LABELS,
+    Joined,
+    Setting,
+    assert_all,
+    batches_of,
+    empty_batch,
+    in_one,
+    model_of,
+    two_batches,
+    with_labels,
+)
 from tests.distributed.rank_pool import Pool
 from tests.reference import Damping
 
@@ -33,11 +44,9 @@ def answers_of(
     **more: Any,
 ) -> list[list[dict]]:
     """By setting: every rank's answer."""
-    batches = kfac_on_ranks.batches_of(name, size) if batches is None else batches
-    each = [{"batches": own} for own in batches[:size]]
-    found = ranks.run(
-        kfac_on_ranks.collect, size, each=each, name=name, dtype=dtype, settings=settings, **more
-    )
+    batches = batches_of(name, size) if batches is None else batches
+    more = {"name": name, "dtype": dtype, "settings": settings, **more}
+    found = ranks.run(kfac_on_ranks.collect, size, batches, **more)
     return [list(of_setting) for of_setting in zip(*found, strict=True)]
 
 
@@ -45,9 +54,8 @@ def one_process(
     ranks: Pool, setting: Setting, batches: list[list[dict]], wants: tuple[str, ...]
 ) -> dict:
     """What one process answers that has the batches of all ranks."""
-    each = [{"batches": [b for own in batches for b in own]}]
-    more = {"name": "tiny_llama", "dtype": torch.float64, "settings": [setting], "wants": wants}
-    return ranks.run(kfac_on_ranks.collect, 1, each=each, **more)[0][0]
+    whole = [in_one(batches)]
+    return answers_of(ranks, "tiny_llama", 1, [setting], batches=whole, wants=wants)[0][0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -57,22 +65,14 @@ def test_natural_gradient_and_products_are_those_of_the_joined_tokens(
     ranks: Pool, name: str, size: int, dtype: torch.dtype
 ) -> None:
     settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
-    labels, bound = sum(LABELS[:size]), BOUNDS[dtype]
-    for setting, answers in zip(
-        settings, answers_of(ranks, name, size, settings, dtype=dtype), strict=True
-    ):
+    labels = sum(LABELS[:size])
+    found = answers_of(ranks, name, size, settings, dtype=dtype)
+    for setting, answers in zip(settings, found, strict=True):
         one = Joined(name, dtype, answers, labels)
         assert all(answer["N"] == {labels} for answer in answers)
         tokens = {n: len(t.a) for n, t in one.truth.tokens.items() if n in answers[0]["T"]}
         assert all(answer["T"] == tokens for answer in answers)
-        own = one.own()
-        assert_all(answers, "own", own, bound)
-        natural = one.truth.natural_gradient(own, setting.damping)
-        assert_all(answers, "natural", natural, bound)
-        assert_all(answers, "general", natural, bound)
-        assert_all(answers, "power", one.truth.powered(own, -0.5, setting.damping), bound)
-        vectors = random_like(answers[0]["own"])
-        assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
+        one.check(setting, BOUNDS[dtype])
 
 
 def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> None:
@@ -87,9 +87,9 @@ def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> 
 
 def test_gradient_of_every_parameter_is_weighted_by_labels(ranks: Pool) -> None:
     """By autograd over all batches in one process, position embeddings included."""
-    batches = kfac_on_ranks.batches_of("gpt2", 3)
+    batches = batches_of("gpt2", 3)
     ((*answers,),) = answers_of(ranks, "gpt2", 3, [Setting()], batches=batches)
-    model = kfac_on_ranks.model_of("gpt2", torch.float64)
+    model = model_of("gpt2", torch.float64)
     for (batch,) in batches:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         loss, _ = reference.summed_loss(model, model(**inputs).logits, batch)
@@ -108,8 +108,7 @@ def test_clipping_and_what_is_derived(ranks: Pool, kappa: float | None, size: in
     labels = sum(LABELS[:size])
     for answers in answers_of(ranks, "gpt2", size, settings, wants=wants):
         one = Joined("gpt2", torch.float64, answers, labels)
-        own = one.own()
-        assert_all(answers, "natural", one.truth.natural_gradient(own, damping), 1e-10)
+        one.check(settings[0], 1e-10)
         for answer in answers:
             found = answer["derived"]
             for name, counts in one.truth.clipped(damping).items():
@@ -131,22 +130,12 @@ def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, 
     """What the others take from the first rank that has something must not be rank 0's."""
     lengths = tuple({40: (30, 24), 0: (9,), 7: (5, 8)}[count] for count in labels)
     size = len(labels)
-    batches = kfac_on_ranks.batches_of(name, size, labels, lengths)
+    batches = batches_of(name, size, labels, lengths)
     settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
     settings += [Setting("all", mode).also(ekfac=True) for mode in MODES]
     found = answers_of(ranks, name, size, settings, batches=batches)
     for setting, answers in zip(settings, found, strict=True):
-        one = Joined(name, torch.float64, answers, sum(labels))
-        own = one.own()
-        assert_all(answers, "own", own, 1e-10)
-        ekfac = dict(setting.more).get("ekfac")
-        solve = one.truth.ekfac if ekfac else one.truth.natural_gradient
-        truth = solve(own, setting.damping)
-        assert_all(answers, "natural", truth, 1e-10)
-        assert_all(answers, "general", truth, 1e-10)
-        if not ekfac:
-            vectors = random_like(answers[0]["own"])
-            assert_all(answers, "product", one.truth.fisher_vector_product(vectors), 1e-10)
+        Joined(name, torch.float64, answers, sum(labels)).check(setting, 1e-10)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -154,14 +143,11 @@ def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_ekfac(ranks: Pool, name: str, size: int, dtype: torch.dtype) -> None:
     settings = [Setting(policy, mode).also(ekfac=True) for policy in POLICIES for mode in MODES]
-    batches = kfac_on_ranks.two_batches(kfac_on_ranks.batches_of(name, size))
+    batches = two_batches(batches_of(name, size))
     wants = ("own", "natural", "general")
     found = answers_of(ranks, name, size, settings, dtype=dtype, batches=batches, wants=wants)
     for setting, answers in zip(settings, found, strict=True):
-        one = Joined(name, dtype, answers, sum(LABELS[:size]))
-        truth = one.truth.ekfac(one.own(), setting.damping)
-        assert_all(answers, "natural", truth, BOUNDS[dtype])
-        assert_all(answers, "general", truth, BOUNDS[dtype])
+        Joined(name, dtype, answers, sum(LABELS[:size])).check(setting, BOUNDS[dtype])
 
 
 KINDS = [
@@ -195,7 +181,7 @@ def test_fisher_kinds(ranks: Pool, name: str, kind: str, dtype: torch.dtype, siz
         if kind == "true":
             head = one.truth.tokens["lm_head"]
             logits = head.a @ head.module.weight.detach().T.to(head.a)
-            scored = torch.cat([_scored(name, a) for a in kfac_on_ranks.batches_of(name, size)])
+            scored = torch.cat([_scored(name, a) for a in batches_of(name, size)])
             G = reference.true_fisher_of_softmax(logits[scored], len(head.a))
             one.truth.G_override["lm_head"] = G
             truth = one.truth.true_head_natural_gradient(own, setting.damping, "lm_head")
@@ -219,7 +205,7 @@ def _passes(answer: dict, which: slice) -> dict:
 
 def _scored(name: str, batches: list[dict]) -> torch.Tensor:
     """Which tokens of a rank carry a label, in the order of the tokens."""
-    model = kfac_on_ranks.model_of(name, torch.float64)
+    model = model_of(name, torch.float64)
     (batch,) = batches
     counted = reference.counting_labels(model, batch) != reference.IGNORE
     return counted[batch["attention_mask"].bool()]
@@ -250,16 +236,11 @@ def test_columns_of_16_bits(ranks: Pool, stored: str) -> None:
 def test_several_batches_norms_and_other_families(ranks: Pool, mode: str) -> None:
     for name in ("bert", "t5", "tiny"):
         labels = LABELS if name != "t5" else (20, 0, 5)
-        batches = kfac_on_ranks.two_batches(kfac_on_ranks.batches_of(name, 3, labels))
+        batches = two_batches(batches_of(name, 3, labels))
         (answers,) = answers_of(ranks, name, 3, [Setting("all", mode)], batches=batches)
-        one = Joined(name, torch.float64, answers, sum(labels))
+        assert any("norm" in n.lower() or "ln" in n for n in answers[0]["natural"])
         # The gradient of a key's bias is zero in exact arithmetic.
-        own = {n: value for n, value in one.own().items() if float(value.norm()) > 1e-12}
-        assert_all(answers, "own", own, 1e-10)
-        truth = one.truth.natural_gradient(one.own(), Setting().damping)
-        truth = {n: value for n, value in truth.items() if n in own}
-        assert any("norm" in n.lower() or "ln" in n for n in truth)
-        assert_all(answers, "natural", truth, 1e-10)
+        Joined(name, torch.float64, answers, sum(labels)).check(Setting(), 1e-10, noise=1e-12)
 
 
 @pytest.mark.parametrize("tied", ["embedding", "sum"])
@@ -278,24 +259,19 @@ def test_tied_weights(ranks: Pool, tied: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("nothing", ["padding", "no batch"])
 def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
-    batches = kfac_on_ranks.batches_of("gpt2", 3)
-    batches[1] = [kfac_on_ranks.empty_batch()] if nothing == "padding" else []
+    batches = batches_of("gpt2", 3)
+    batches[1] = [empty_batch()] if nothing == "padding" else []
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", mode)], batches=batches)
     if nothing == "padding":
         assert all(len(a) == 0 for _, a, _ in answers[1]["tokens"].values())
-    one = Joined("gpt2", torch.float64, answers, sum(LABELS))
-    own = one.own()
-    assert_all(answers, "own", own, 1e-10)
-    assert_all(answers, "natural", one.truth.natural_gradient(own, Setting().damping), 1e-10)
+    Joined("gpt2", torch.float64, answers, sum(LABELS)).check(Setting(), 1e-10)
 
 
 def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
-    batches = kfac_on_ranks.batches_of("gpt2", 3, (40, 3, 7))
+    batches = batches_of("gpt2", 3, (40, 3, 7))
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", "none")], batches=batches)
     for answer, labels in zip(answers, (40, 3, 7), strict=True):
-        one = Joined("gpt2", torch.float64, [answer], labels)
-        truth = one.truth.natural_gradient(one.own(), Setting().damping)
-        assert_all([answer], "natural", truth, 1e-10)
+        Joined("gpt2", torch.float64, [answer], labels).check(Setting(), 1e-10)
     errors = reference.errors(answers[1]["natural"], answers[0]["natural"])
     assert max(errors.values()) > 0.1
 
@@ -303,21 +279,16 @@ def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
 def test_the_sum_of_local_grams_is_wrong(ranks: Pool) -> None:
     """Even where all ranks have as many tokens, so that the sizes match (`docs/math.md`, 7)."""
     lengths, labels = (13, 10), (12, 7)
-    model = kfac_on_ranks.model_of("llama", torch.float64)
+    model = model_of("llama", torch.float64)
     batches = [
-        [
-            kfac_on_ranks.with_labels(
-                model, models.language_batch(lengths, share=1.0, seed=rank), count
-            )
-        ]
+        [with_labels(model, models.language_batch(lengths, share=1.0, seed=rank), count)]
         for rank, count in enumerate(labels)
     ]
     settings = [Setting("all", "gram")]
-    each = [{"batches": own} for own in batches]
     arguments = {"name": "llama", "dtype": torch.float64, "settings": settings}
     wants = ("own", "general")
-    right = ranks.run(kfac_on_ranks.collect, 2, each=each, **arguments)
-    wrong = ranks.run(kfac_on_ranks.with_local_grams, 2, each=each, wants=wants, **arguments)
+    right = ranks.run(kfac_on_ranks.collect, 2, batches, **arguments)
+    wrong = ranks.run(kfac_on_ranks.with_local_grams, 2, batches, wants=wants, **arguments)
     answers = [found[0] for found in right]
     one = Joined("llama", torch.float64, answers, sum(labels))
     truth = one.truth.natural_gradient(one.own(), settings[0].damping)
@@ -335,9 +306,8 @@ def test_subsampled_columns_are_uniform_over_all_tokens(ranks: Pool, size: int) 
     """The head keeps 20 of all tokens: those with the smallest keys of all ranks."""
     more = {"max_columns": 20, "max_dense_dim": 30, "seed": 5}
     settings = [Setting("all", mode).also(**more) for mode in MODES]
-    for setting, answers in zip(
-        settings, answers_of(ranks, "tiny_llama", size, settings), strict=True
-    ):
+    found = answers_of(ranks, "tiny_llama", size, settings)
+    for setting, answers in zip(settings, found, strict=True):
         assert answers[0]["reductions"]["lm_head"] == "subsample"
         one = Joined("tiny_llama", torch.float64, answers, sum(LABELS[:size]))
         head = one.truth.tokens["lm_head"]
@@ -345,10 +315,7 @@ def test_subsampled_columns_are_uniform_over_all_tokens(ranks: Pool, size: int) 
         chosen = _smallest_keys(counts, 20, 5)
         assert answers[0]["discarded"]["lm_head"] == pytest.approx(1 - 20 / sum(counts))
         one.truth.G_override["lm_head"] = reference.moment(head.g[0][chosen])
-        own = one.own()
-        truth = one.truth.natural_gradient(own, setting.damping)
-        assert_all(answers, "natural", truth, 1e-10)
-        assert_all(answers, "general", truth, 1e-10)
+        one.check(setting, 1e-10)
 
 
 def _smallest_keys(counts: list[int], most: int, seed: int) -> torch.Tensor:
@@ -378,7 +345,7 @@ def test_compressed_columns_lose_what_is_told(ranks: Pool) -> None:
 def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
     more = {"max_columns": 20, "kfac_true_fisher_head": True}
     settings = [Setting("small_only", mode).also(**more) for mode in MODES]
-    batches = kfac_on_ranks.batches_of("tiny_llama", 3)
+    batches = batches_of("tiny_llama", 3)
     wants = ("own", "natural")
     alone = one_process(ranks, settings[0], batches, wants)
     for answers in answers_of(ranks, "tiny_llama", 3, settings, batches=batches, wants=wants):
@@ -389,7 +356,7 @@ def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
 def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
     more = {"norm_layers": False, "uncovered": "diagonal"}
     setting = Setting("all", mode).also(**more)
-    batches = kfac_on_ranks.batches_of("tiny_llama", 3)
+    batches = batches_of("tiny_llama", 3)
     wants = ("own", "natural", "no tokens")
     alone = one_process(ranks, setting, batches, wants)
     (answers,) = answers_of(ranks, "tiny_llama", 3, [setting], batches=batches, wants=wants)
@@ -401,13 +368,10 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size: int) -> None:
     """With `T > out` in `gram`: each `out x out` matrix on one rank, by cost, for all."""
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", size)]
-    setting = Setting("all", "gram")
-    found = ranks.run(
-        kfac_on_ranks.counted_decompositions, size, each=each, name="gpt2", setting=setting
-    )
+    batches, arguments = batches_of("gpt2", size), {"name": "gpt2", "setting": Setting()}
+    found = ranks.run(kfac_on_ranks.counted_decompositions, size, batches, **arguments)
     tokens = sum(sum(lengths) for lengths in kfac_on_ranks.LENGTHS[:size])
-    layers = kfac_on_ranks.model_of("gpt2", torch.float64).named_modules()
+    layers = model_of("gpt2", torch.float64).named_modules()
     outputs = [m.weight.shape[1] for _, m in layers if type(m).__name__ == "Conv1D"]
     narrow = sorted(out for out in [*outputs, models.VOCAB] if out < tokens)
     assert narrow
@@ -415,22 +379,21 @@ def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size:
     assert max(len(sizes) for sizes, _ in found) == -(-len(narrow) // size)
     for _, natural in found:
         assert all(torch.equal(value, found[0][1][name]) for name, value in natural.items())
-    for rank, text in enumerate(
-        ranks.run(kfac_on_ranks.fails_on_one, size, each=each, name="gpt2", setting=setting)
-    ):
+    texts = ranks.run(kfac_on_ranks.fails_on_one, size, batches, **arguments)
+    for rank, text in enumerate(texts):
         assert text == ("" if rank == 1 else "RankError: rank 1: ") + "ValueError: no room"
 
 
 def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("tiny", 3, (40, 3, 7))]
-    found = ranks.run(kfac_on_ranks.not_finite_on_one, 3, each=each, name="tiny")
+    batches = batches_of("tiny", 3, (40, 3, 7))
+    found = ranks.run(kfac_on_ranks.not_finite_on_one, 3, batches, name="tiny")
     assert found[1][0].startswith(("NonFiniteError: layer", "BatchError: batch 0"))
     for rank in (0, 2):
         assert found[rank][0].startswith("RankError: rank 1: ")
     assert all(kept for _, kept in found)
-    for text in ranks.run(kfac_on_ranks.different_gradients, 3, each=each, name="tiny"):
+    for text in ranks.run(kfac_on_ranks.different_gradients, 3, batches, name="tiny"):
         assert "gradients: those of rank 1" in text
-    for text in ranks.run(kfac_on_ranks.different_settings, 2, each=each[:2], name="tiny"):
+    for text in ranks.run(kfac_on_ranks.different_settings, 2, batches, name="tiny"):
         assert "rank 1: its covered layers, K-FAC settings" in text
 
 
@@ -438,8 +401,8 @@ def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
 def test_exported_factors_are_whole(ranks: Pool, more: dict[str, Any]) -> None:
     """Any rank's export serves one process; all ranks export the same."""
     setting = Setting("all", "gram").also(**more)
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("llama", 3)]
-    found = ranks.run(kfac_on_ranks.saved, 3, each=each, name="llama", setting=setting)
+    batches = batches_of("llama", 3)
+    found = ranks.run(kfac_on_ranks.saved, 3, batches, name="llama", setting=setting)
     for answer in found:
         reference.assert_close(answer["after"], answer["before"], 1e-9)
         assert set(answer["tensors"]) == set(found[0]["tensors"])

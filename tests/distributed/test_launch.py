@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,39 +26,33 @@ from tests.distributed.runs_on_ranks import (
     at_work,
     check_failed,
     check_killed,
+    finished,
     kill_rank,
     left_of,
     metrics_of,
     program,
     record_of,
-    until,
+    rows_of,
 )
+from tests.processes import until
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fisher_lab")
 SOON_S = 15
 """What "the others are stopped within seconds" means on a busy machine."""
 
 
-def run(
-    directory: Path, *arguments: str, module: tuple[str, ...] = ("fisher_lab",)
-) -> tuple[int, str]:
-    with program(*SMALL, f"hydra.run.dir={directory}", *arguments, module=module) as process:
-        out, _ = process.communicate(timeout=270)
-        return process.returncode, out
+def run(directory: Path, *arguments: str, **options: Any) -> tuple[int, str]:
+    return finished(*SMALL, f"hydra.run.dir={directory}", *arguments, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.longest
-@pytest.mark.timeout(600)
 def test_modes_as_a_sweep(tmp_path: Path) -> None:
     """`gather` and `gram` give every number alike; `none` does not."""
     sweep = tmp_path / "sweep"
-    with program(
-        "-m", *SMALL, "distributed.nproc=2", "kfac/reduce=none,gather,gram",
-        f"sweep.dir={sweep}",
-    ) as process:  # fmt: skip
-        out, _ = process.communicate(timeout=550)
-    assert process.returncode == 0, out
+    modes = ("distributed.nproc=2", "kfac/reduce=none,gather,gram")
+    code, out = finished("-m", *SMALL, *modes, f"sweep.dir={sweep}", timeout=550)
+    assert code == 0, out
     assert "3 of 3 cells completed" in out
     cells = {
         json.loads(file.read_text())["config"]["kfac"]["reduce"]: file.parent
@@ -78,8 +72,7 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
         assert second[name] == pytest.approx(first[name], rel=1e-5), name
     assert metrics_of(none)["tokens"] == first["tokens"] / 2
     assert metrics_of(none)["ng/norm"] != pytest.approx(first["ng/norm"], rel=1e-2)
-    with (spread / "ranks.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(spread / "ranks.csv")
     assert [row["rank"] for row in rows] == ["0", "1"]
     assert sum(int(row["tokens"]) for row in rows) == first["tokens"]
     assert sum(int(row["labels"]) for row in rows) == first["labels"]
@@ -88,7 +81,6 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
 def test_an_error_of_any_rank_fails_the_run_with_its_traceback(
     tmp_path: Path, launcher: tuple[str, ...]
@@ -113,7 +105,6 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_fails_the_run_and_leaves_no_process(
@@ -131,13 +122,12 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", *LONG)
     with program(*arguments, f"hydra.run.dir={directory}") as process:
-        until(at_work(directory, process), 250, "the ranks at work")
+        until(at_work(directory, process), 250)
         everyone = psutil.Process(process.pid).children(recursive=True)
         assert len(everyone) >= 2
         process.send_signal(signum)
@@ -149,7 +139,6 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_torchrun_is_honoured(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     # Without transformers, whose import takes longer than the run.
@@ -191,13 +180,10 @@ def test_a_rank_that_does_not_end_when_asked_to_is_killed() -> None:
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
-        ("gpu07", "gpu07"),
-        ("gpu[07-09,12],login", "gpu07"),
-        ("node1,node2", "node1"),
-        ("a[3]b", "a3b"),
-        ("rack-2-n[001,007]", "rack-2-n001"),
+        ("gpu07", "gpu07"), ("gpu[07-09,12],login", "gpu07"), ("node1,node2", "node1"),
+        ("a[3]b", "a3b"), ("rack-2-n[001,007]", "rack-2-n001"),
     ],
-)
+)  # fmt: skip
 def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
     assert launch.first_host(hosts) == first
 

@@ -7,7 +7,6 @@ that SLURM starts a task on each node.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,12 +32,10 @@ from tests.ports import free_ports
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NODES = (
-    "distributed.nproc=1",
-    "distributed.nodes=2",
-    "progress=false",
-    "distributed.timeout_s=120",
-)
+    "distributed.nproc=1", "distributed.nodes=2", "progress=false", "distributed.timeout_s=120"
+)  # fmt: skip
 END_S = 300
+WORKER = ("fisher_lab.sweeps.worker",)
 
 
 @contextmanager
@@ -87,18 +84,36 @@ def test_two_nodes_share_the_default_directory(
     assert [out.count("run directory") for out in outputs] == [1, 0]
 
 
-def test_an_error_on_node_1_is_in_the_record(tmp_path: Path) -> None:
+@contextmanager
+def two_launchers(tmp_path: Path, *arguments: str) -> Iterator[tuple[Path, list[Any]]]:
     directory = tmp_path / "run"
-    with two_nodes(*SMALL, *NODES, *FAILING, f"hydra.run.dir={directory}") as programs:
+    with two_nodes(*SMALL, *NODES, *arguments, f"hydra.run.dir={directory}") as programs:
+        yield directory, programs
+
+
+@contextmanager
+def two_workers(tmp_path: Path, *arguments: str) -> Iterator[tuple[Path, list[Any]]]:
+    """Of one cell of a sweep; its journal and its record say so."""
+    frozen = frozen_cell(tmp_path, *arguments)
+    with two_nodes(str(frozen.path), module=WORKER) as programs:
+        yield frozen.directory, programs
+    assert events(frozen) == ["started", "failed"]
+    assert record_of(frozen.directory)["run_id"] == frozen.run_id
+
+
+@pytest.mark.parametrize("nodes", [two_launchers, two_workers])
+def test_an_error_on_node_1_is_in_the_record(tmp_path: Path, nodes: Any) -> None:
+    with nodes(tmp_path, *FAILING) as (directory, programs):
         codes, outputs = ended(programs)
     assert codes == [1, 1], outputs
     check_failed(directory, outputs)
-    assert all("BatchError: batches: none given" in out for out in outputs)
+    if nodes is two_launchers:
+        assert all("BatchError: batches: none given" in out for out in outputs)
 
 
-def test_a_killed_rank_on_node_1_is_named(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    with two_nodes(*SMALL, *NODES, *LONG, f"hydra.run.dir={directory}") as programs:
+@pytest.mark.parametrize("nodes", [two_launchers, two_workers])
+def test_a_killed_rank_on_node_1_is_named(tmp_path: Path, nodes: Any) -> None:
+    with nodes(tmp_path, *LONG) as (directory, programs):
         pid, codes, outputs = kill_rank(1, directory, programs)
     assert codes == [1, 1], outputs
     check_killed(directory, 1, f"rank 1 (process {pid}) was ended by SIGKILL", outputs)
@@ -131,9 +146,6 @@ def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     return frozen
 
 
-WORKER = ("fisher_lab.sweeps.worker",)
-
-
 def events(frozen: Any) -> list[str]:
     return [entry["event"] for entry in frozen.layout.journal.read()]
 
@@ -151,22 +163,3 @@ def test_workers_of_two_nodes_run_one_cell(tmp_path: Path) -> None:
         codes, outputs = ended(programs)
     assert codes == [0, 3], outputs
     assert events(frozen) == ["started", "completed"]
-
-
-def test_workers_of_two_nodes_and_an_error_on_node_1(tmp_path: Path) -> None:
-    frozen = frozen_cell(tmp_path, *FAILING)
-    with two_nodes(str(frozen.path), module=WORKER) as programs:
-        codes, outputs = ended(programs)
-    assert codes == [1, 1], outputs
-    check_failed(frozen.directory, outputs)
-    assert events(frozen) == ["started", "failed"]
-
-
-def test_workers_of_two_nodes_and_a_killed_rank_on_node_1(tmp_path: Path) -> None:
-    frozen = frozen_cell(tmp_path, *LONG)
-    with two_nodes(str(frozen.path), module=WORKER) as programs:
-        pid, codes, outputs = kill_rank(1, frozen.directory, programs)
-    assert codes == [1, 1], outputs
-    check_killed(frozen.directory, 1, f"rank 1 (process {pid}) was ended by SIGKILL", outputs)
-    assert events(frozen) == ["started", "failed"]
-    assert json.loads((frozen.directory / "run.json").read_text())["run_id"] == frozen.run_id

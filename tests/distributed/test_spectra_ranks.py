@@ -13,7 +13,19 @@ import torch
 
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
-from tests.distributed import kfac_on_ranks, spectra_on_ranks
+from fisher_lab.curvature.spectra.pairwise_gram import exchanges
+from tests.curvature.spectra.reference import (
+    Rows,
+    assert_values,
+    hessian,
+    matrix_of,
+    reference_fisher,
+    reference_spectrum,
+    rows_of,
+    true_fisher,
+)
+from tests.distributed import spectra_on_ranks
+from tests.distributed.kfac_on_ranks import batches_of, in_one, model_of
 from tests.distributed.rank_pool import Pool
 from tests.distributed.spectra_on_ranks import Job
 
@@ -46,18 +58,17 @@ def answers_of(
     name: str,
 ) -> list[list[tuple[dict, dict]]]:
     """By job: every rank's result and traffic."""
-    each = [{"batches": own} for own in batches[:size]]
-    found = ranks.run(spectra_on_ranks.spectra, size, each=each, name=name, dtype=dtype, jobs=jobs)
+    arguments = {"name": name, "dtype": dtype, "jobs": jobs}
+    found = ranks.run(spectra_on_ranks.spectra, size, batches, **arguments)
     return [list(of_job) for of_job in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: int) -> None:
-    batches = kfac_on_ranks.batches_of(name, size)
-    model = kfac_on_ranks.model_of(name, torch.float64).eval()
-    every = spectra_on_ranks.together(batches)
-    by_unit = {unit: spectra_on_ranks.rows_of(model, every, unit) for unit in ("token", "sequence")}
+    batches = batches_of(name, size)
+    model, every = model_of(name, torch.float64), in_one(batches)
+    by_unit = {unit: rows_of(model, every, unit) for unit in ("token", "sequence")}
     methods = set()
     found = answers_of(ranks, size, torch.float64, JOBS, batches, name)
     for one, answers in zip(JOBS, found, strict=True):
@@ -72,21 +83,19 @@ def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: i
     assert methods >= {"gram", "gram+factored", "full", "covariance"}
 
 
-def check_blocks(
-    one: Job, result: dict, rows: spectra_on_ranks.Rows, blocks: dict[str, list[str]]
-) -> set[str]:
+def check_blocks(one: Job, result: dict, rows: Rows, blocks: dict[str, list[str]]) -> set[str]:
     """Every block of a result against the explicit matrix; returns the methods in use."""
     every = []
-    noise = 1e-20 * float(spectra_on_ranks.matrix_of(rows, list(rows)).square().mean(0).sum())
+    noise = 1e-20 * float(matrix_of(rows, list(rows)).square().mean(0).sum())
     for block, names in blocks.items():
-        matrix = spectra_on_ranks.matrix_of(rows, names, one.center)
+        matrix = matrix_of(rows, names, one.center)
         trace = float(matrix.square().mean(0).sum())
         if trace < noise:
             continue  # a key's bias: zero but for rounding
         record = result["per_block"][block]
-        truth = spectra_on_ranks.eigenvalues(rows, names, one.center)
+        truth = reference_spectrum(rows, names, center=one.center)
         wanted = truth[: min(matrix.shape)]
-        spectra_on_ranks.assert_values(record["eigenvalues"], wanted, 1e-10, f"{one} {block}")
+        assert_values(record["eigenvalues"], wanted, 1e-10, f"{one} {block}")
         assert record["trace"] == pytest.approx(trace, rel=1e-10)
         every.append(truth)
     top = float(torch.cat(every).max())
@@ -97,11 +106,11 @@ def check_blocks(
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: int) -> None:
-    batches = kfac_on_ranks.batches_of(name, size)
-    every = spectra_on_ranks.together(batches)
+    batches = batches_of(name, size)
+    every = in_one(batches)
     alone = spectra_on_ranks.spectra(Alone(), name, torch.float32, JOBS, every)
     every_answer = answers_of(ranks, size, torch.float32, JOBS, batches, name)
-    for job, (one, _), answers in zip(JOBS, alone, every_answer, strict=True):
+    for (one, _), answers in zip(alone, every_answer, strict=True):
         # A key's bias has a gradient of zero in exact arithmetic.
         noise = 1e-10 * one["global"]["trace"]
         for found, _ in answers:
@@ -113,10 +122,7 @@ def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: 
                 other = found["per_block"][block]
                 assert other["method"] == record["method"]
                 if record["status"] == "ok" and record["trace"] > noise:
-                    values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
-                    spectra_on_ranks.assert_values(
-                        other["eigenvalues"], values, 1e-5, f"{job} {block}"
-                    )
+                    assert_values(other["eigenvalues"], record["eigenvalues"], 1e-5, block)
 
 
 def repeated(batches: list[list[dict]]) -> list[list[dict]]:
@@ -125,7 +131,7 @@ def repeated(batches: list[list[dict]]) -> list[list[dict]]:
 
 
 def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
-    batches = repeated(kfac_on_ranks.batches_of("gpt2", 3))
+    batches = repeated(batches_of("gpt2", 3))
     jobs = [
         Job("layer", n_samples=n, config={"sample_unit": unit, "seed": seed})
         for n, unit, seed in (
@@ -135,9 +141,7 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
             (1, "token", 5),
         )
     ]
-    alone = spectra_on_ranks.spectra(
-        Alone(), "gpt2", torch.float64, jobs, spectra_on_ranks.together(batches)
-    )
+    alone = spectra_on_ranks.spectra(Alone(), "gpt2", torch.float64, jobs, in_one(batches))
     # One process may see the joined batches in another order.
     other = [batches[2][1], *batches[1], *batches[0], batches[2][0]]
     turned = spectra_on_ranks.spectra(Alone(), "gpt2", torch.float64, jobs, other)
@@ -149,17 +153,16 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
             assert result["metadata"]["n_samples"] == job.n_samples
             for block, record in one["per_block"].items():
                 if record["status"] == "ok" and record["trace"] > 1e-20:
-                    values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
                     got = result["per_block"][block]["eigenvalues"]
-                    spectra_on_ranks.assert_values(got, values, 1e-10, f"{job} {block}")
+                    assert_values(got, record["eigenvalues"], 1e-10, block)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_gets_its_columns_of_the_others_rows(ranks: Pool, size: int) -> None:
     """Bytes of every rank as `docs/distributed.md` has them, and nobody gets all gradients."""
-    batches = kfac_on_ranks.batches_of("gpt2", size, (12, 5, 9))
+    batches = batches_of("gpt2", size, (12, 5, 9))
     jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
-    parameters = sum(p.numel() for p in kfac_on_ranks.model_of("gpt2", torch.float64).parameters())
+    parameters = sum(p.numel() for p in model_of("gpt2", torch.float64).parameters())
     for answers in answers_of(ranks, size, torch.float64, jobs, batches, "gpt2"):
         counts = answers[0][0]["metadata"]["samples_by_rank"]
         n = sum(counts)
@@ -175,12 +178,9 @@ def test_a_rank_gets_its_columns_of_the_others_rows(ranks: Pool, size: int) -> N
 
 
 def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
-    batches = kfac_on_ranks.batches_of("gpt2", 3)
-    found = ranks.run(
-        spectra_on_ranks.counted_decompositions, 3,
-        each=[{"batches": own} for own in batches], name="gpt2",
-    )  # fmt: skip
-    blocks = len(parameter_blocks(kfac_on_ranks.model_of("gpt2", torch.float64), "layer"))
+    batches = batches_of("gpt2", 3)
+    found = ranks.run(spectra_on_ranks.counted_decompositions, 3, batches, name="gpt2")
+    blocks = len(parameter_blocks(model_of("gpt2", torch.float64), "layer"))
     assert sum(found) == blocks
     assert max(found) == math.ceil(blocks / 3)
 
@@ -194,8 +194,8 @@ def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
     ],
 )
 def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3, (40, 6, 7))]
-    found = ranks.run(spectra_on_ranks.refused, 3, each=each, kind=kind, name="gpt2")
+    batches = batches_of("gpt2", 3, (40, 6, 7))
+    found = ranks.run(spectra_on_ranks.refused, 3, batches, kind=kind, name="gpt2")
     assert text in found[1]
     for rank in (0, 2):
         assert found[rank].startswith("RankError: rank 1: ")
@@ -211,13 +211,13 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str
     ],
 )
 def test_what_ranks_do_not_have_is_refused_on_all(ranks: Pool, kind: str, text: str) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 2)]
-    for said in ranks.run(spectra_on_ranks.refused, 2, each=each, kind=kind, name="gpt2"):
+    batches = batches_of("gpt2", 2)
+    for said in ranks.run(spectra_on_ranks.refused, 2, batches, kind=kind, name="gpt2"):
         assert text in said
 
 
 def test_no_label_on_any_rank_is_degenerate(ranks: Pool) -> None:
-    batches = kfac_on_ranks.batches_of("gpt2", 2, (0, 0))
+    batches = batches_of("gpt2", 2, (0, 0))
     ((*answers,),) = answers_of(ranks, 2, torch.float64, [Job()], batches, "gpt2")
     for result, _ in answers:
         assert result["global"]["status"] == "degenerate"
@@ -238,17 +238,14 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size: int) -> None:
-    batches = kfac_on_ranks.batches_of("gpt2", size, FEW)
-    each = [{"batches": own} for own in batches]
-    found = ranks.run(
-        spectra_on_ranks.pairs, size, each=each, name="gpt2", options=OPTIONS, block=BLOCK
-    )
-    model = kfac_on_ranks.model_of("gpt2", torch.float64).eval()
-    every, names = spectra_on_ranks.together(batches), [f"{BLOCK}.weight", f"{BLOCK}.bias"]
-    rows = spectra_on_ranks.matrix_of(spectra_on_ranks.rows_of(model, every), names)
-    empirical = rows.T @ rows / len(rows)
-    true = spectra_on_ranks.true_fisher(model, every, names)
-    truths = [empirical, empirical, true, spectra_on_ranks.hessian(model, every, names)]
+    batches = batches_of("gpt2", size, FEW)
+    arguments = {"name": "gpt2", "options": OPTIONS, "block": BLOCK}
+    found = ranks.run(spectra_on_ranks.pairs, size, batches, **arguments)
+    model, every = model_of("gpt2", torch.float64), in_one(batches)
+    names = [f"{BLOCK}.weight", f"{BLOCK}.bias"]
+    empirical = reference_fisher(rows_of(model, every), names)
+    true, second = (matrix(model, every, f"{BLOCK}.") for matrix in (true_fisher, hessian))
+    truths = [empirical, empirical, true, second]
     for answers in found:
         for option, truth, answer in zip(OPTIONS, truths, answers, strict=True):
             values = torch.linalg.eigvalsh(truth)
@@ -275,11 +272,10 @@ def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size:
 def test_lanczos_gives_what_one_process_does(
     ranks: Pool, name: str, size: int, dtype: torch.dtype
 ) -> None:
-    batches = kfac_on_ranks.batches_of(name, size, FEW)
-    each = [{"batches": own} for own in batches]
+    batches = batches_of(name, size, FEW)
     common = {"name": name, "dtype": dtype, "tol": 1e-9 if dtype == torch.float64 else 1e-4}
-    found = ranks.run(spectra_on_ranks.everything, size, each=each, **common)
-    one = spectra_on_ranks.everything(Alone(), batches=spectra_on_ranks.together(batches), **common)
+    found = ranks.run(spectra_on_ranks.everything, size, batches, **common)
+    one = spectra_on_ranks.everything(Alone(), batches=in_one(batches), **common)
     bound = BOUNDS[dtype]
     for answer in found:
         assert answer == found[0]
@@ -294,8 +290,8 @@ def test_lanczos_gives_what_one_process_does(
 
 @pytest.mark.parametrize("kind", ["rank 0", "rank 2"])
 def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: str) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3)]
-    found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
+    batches = batches_of("gpt2", 3)
+    found = ranks.run(spectra_on_ranks.products_that_fail, 3, batches, kind=kind, name="gpt2")
     for rank, said in enumerate(found):
         own = kind == f"rank {rank}"
         expected = "ValueError: a product failed" if own else f"RankError: {kind}: ValueError"
@@ -303,14 +299,15 @@ def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: 
 
 
 def test_an_error_of_rank_0_is_raised_on_all(ranks: Pool) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of("gpt2", 3, (9, 6, 7))]
+    batches = batches_of("gpt2", 3, (9, 6, 7))
+
+    def answers(kind: str) -> list[str]:
+        return ranks.run(spectra_on_ranks.products_that_fail, 3, batches, kind=kind, name="gpt2")
+
     for kind, text in (("nan", "holds NaN"), ("basis", "max_vectors: ")):
-        found = ranks.run(spectra_on_ranks.products_that_fail, 3, each=each, kind=kind, name="gpt2")
-        assert text in found[0]
-        for said in found[1:]:
+        first, *others = answers(kind)
+        assert text in first
+        for said in others:
             assert said.startswith("RankError: rank 0: ")
             assert text in said
-    for said in ranks.run(
-        spectra_on_ranks.products_that_fail, 3, each=each, kind="no", name="gpt2"
-    ):
-        assert said == "nothing, 3"
+    assert answers("no") == ["nothing, 3"] * 3

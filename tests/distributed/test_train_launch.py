@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -14,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.runs_on_ranks import SMALL, metrics_of, program, record_of, until
+from tests.distributed.runs_on_ranks import (
+    SMALL,
+    finished,
+    metrics_of,
+    program,
+    record_of,
+    rows_of,
+)
+from tests.processes import until
 
 STEPS = 60
 TRAIN = (
@@ -25,13 +32,10 @@ TRAIN = (
 START_S = 280
 
 
-def rows_of(directory: Path) -> list[dict[str, str]]:
+def curve_of(directory: Path) -> list[dict[str, str]]:
     """The learning curve, without what no two runs have in common."""
-    try:
-        with (directory / "curve.csv").open() as file:
-            found = list(csv.DictReader(file))
-    except OSError:
-        return []
+    path = directory / "curve.csv"
+    found = rows_of(path) if path.exists() else []
     return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in found]
 
 
@@ -39,15 +43,14 @@ def at_step(process: Any, directory: Path, step: int) -> None:
     def reached() -> bool:
         if process.poll() is not None:
             raise AssertionError(process.communicate()[0])
-        return len(rows_of(directory)) >= step
+        return len(curve_of(directory)) >= step
 
-    until(reached, START_S, f"step {step}")
+    until(reached, START_S)
 
 
 def complete(directory: Path, *more: str) -> None:
-    with program(*TRAIN, *more, f"hydra.run.dir={directory}") as process:
-        out, _ = process.communicate(timeout=START_S)
-    assert (process.returncode, record_of(directory)["status"]) == (0, "completed"), out
+    code, out = finished(*TRAIN, *more, f"hydra.run.dir={directory}", timeout=START_S)
+    assert (code, record_of(directory)["status"]) == (0, "completed"), out
 
 
 @pytest.mark.slow
@@ -64,7 +67,7 @@ def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path: P
         out, _ = process.communicate(timeout=START_S)
     assert process.returncode == 128 + signal.SIGUSR2, out
     assert record_of(part)["status"] == "preempted"
-    done = len(rows_of(part))
+    done = len(curve_of(part))
     assert 3 <= done < STEPS
     with program(*arguments) as process:
         at_step(process, part, done + 3)
@@ -73,15 +76,14 @@ def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path: P
             one.kill()
         process.communicate(timeout=60)
         psutil.wait_procs([p for p in everyone if isinstance(p, psutil.Process)], timeout=60)
-    assert len(rows_of(part)) < STEPS
+    assert len(curve_of(part)) < STEPS
     complete(part)
     assert done < record_of(part)["provenance"]["resumed_at"] < STEPS
-    assert rows_of(part) == rows_of(whole)
+    assert curve_of(part) == curve_of(whole)
     model = Path("model", "model.safetensors")
     assert (part / model).read_bytes() == (whole / model).read_bytes()
     assert metrics_of(part)["loss/heldout"] == metrics_of(whole)["loss/heldout"]
-    with (whole / "ranks.csv").open() as file:
-        ranks = list(csv.DictReader(file))
+    ranks = rows_of(whole / "ranks.csv")
     assert [int(row["tokens"]) for row in ranks] == [STEPS * 2 * 16] * 2
     assert [int(row["labels"]) for row in ranks] == [STEPS * 2 * 15] * 2
     assert all(int(row["exchange_sent"]) > 0 for row in ranks)

@@ -7,9 +7,9 @@ import torch
 
 from fisher_lab.curvature.collectives import Alone
 from tests import reference
-from tests.capturing import random_like
+from tests.curvature.spectra.reference import assert_values
 from tests.distributed import kfac_on_ranks, spectra_on_ranks
-from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, assert_all
+from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, batches_of, in_one, model_of
 from tests.distributed.rank_pool import Pool
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -35,12 +35,10 @@ def test_wrapped_models(ranks: Pool, kind: str, name: str, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("size", "name", "dtype"),
     [
-        (1, "gpt2", torch.float64),
-        (2, "llama", torch.float64),
-        (2, "gpt2", torch.float32),
+        (1, "gpt2", torch.float64), (2, "llama", torch.float64), (2, "gpt2", torch.float32),
         (3, "gpt2", torch.float64),
     ],
-)
+)  # fmt: skip
 def test_wrapped_models_in_other_policies_and_modes(
     ranks: Pool, kind: str, size: int, name: str, dtype: torch.dtype
 ) -> None:
@@ -50,30 +48,17 @@ def test_wrapped_models_in_other_policies_and_modes(
 def check_wrapped(
     ranks: Pool, size: int, kind: str, name: str, dtype: torch.dtype, settings: list[Setting]
 ) -> None:
-    each = [{"batches": own} for own in kfac_on_ranks.batches_of(name, size)]
+    batches, arguments = batches_of(name, size), {"kind": kind, "name": name, "dtype": dtype}
+    keys = {"own", "natural", "general", "product", "captured"}
+    if kind == "fsdp":
+        keys |= {"shards", "asked"}
     for setting in settings:
-        answers = ranks.run(
-            kfac_on_ranks.in_wrapper,
-            size,
-            each=each,
-            kind=kind,
-            name=name,
-            dtype=dtype,
-            setting=setting,
-        )
+        run = kfac_on_ranks.in_wrapper
+        answers = ranks.run(run, size, batches, setting=setting, **arguments)
         one = Joined(name, dtype, answers, sum(LABELS[:size]))
-        own, bound = one.own(), BOUNDS[dtype]
+        assert keys <= answers[0].keys()
         assert answers[0]["names"] == sorted(n for n, _ in one.model.named_parameters())
-        assert_all(answers, "own", own, bound)
-        ekfac = dict(setting.more).get("ekfac")
-        solve = one.truth.ekfac if ekfac else one.truth.natural_gradient
-        truth = solve(own, setting.damping)
-        shards = ("shards", "asked") if kind == "fsdp" else ()
-        for key in ("natural", "general", "captured", *shards):
-            assert_all(answers, key, truth, bound)
-        if not ekfac:
-            vectors = random_like(answers[0]["own"])
-            assert_all(answers, "product", one.truth.fisher_vector_product(vectors), bound)
+        one.check(setting, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -83,25 +68,19 @@ def test_spectra_lanczos_and_group_fisher(
 ) -> None:
     """Names and values of one process with the plain model, which the wrapped one has not lost."""
     bound = BOUNDS[dtype]
-    batches = kfac_on_ranks.batches_of(name, 2, (12, 5))
-    each = [{"batches": own} for own in batches]
-    found = ranks.run(spectra_on_ranks.in_wrapper, 2, each=each, kind=kind, name=name, dtype=dtype)
-    (without, *_) = ranks.run(
-        spectra_on_ranks.in_wrapper, 2, each=each, kind=None, name=name, dtype=dtype
-    )
-    every = spectra_on_ranks.together(batches)
-    one = spectra_on_ranks.in_wrapper(Alone(), None, name, dtype, every)
-    assert list(found[0]["vectors"]) == [
-        n for n, _ in kfac_on_ranks.model_of(name, dtype).named_parameters()
-    ]
+    batches, arguments = batches_of(name, 2, (12, 5)), {"name": name, "dtype": dtype}
+    run = spectra_on_ranks.in_wrapper
+    found = ranks.run(run, 2, batches, kind=kind, **arguments)
+    (without, *_) = ranks.run(run, 2, batches, kind=None, **arguments)
+    one = run(Alone(), None, batches=in_one(batches), **arguments)
+    assert list(found[0]["vectors"]) == [n for n, _ in model_of(name, dtype).named_parameters()]
     for answer in found:
         assert list(answer["spectrum"]["per_block"]) == list(one["spectrum"]["per_block"])
         top = one["spectrum"]["global"]["largest_eigenvalue"]
         for block, record in one["spectrum"]["per_block"].items():
             if record["status"] == "ok" and record["trace"] > bound * top:
-                values = torch.tensor(record["eigenvalues"], dtype=torch.float64)
                 got = answer["spectrum"]["per_block"][block]["eigenvalues"]
-                spectra_on_ranks.assert_values(got, values, bound, block)
+                assert_values(got, record["eigenvalues"], bound, block)
         assert answer["top"] == pytest.approx(one["top"], rel=bound)
         assert answer["group"]["token"][1]["tasks"] == one["group"]["token"][1]["tasks"]
         assert answer["importance"].keys() == one["importance"].keys()
