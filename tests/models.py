@@ -184,15 +184,10 @@ def seeded(build: Callable[[], nn.Module], dtype: torch.dtype, seed: int = 0) ->
     return model
 
 
-def masks(lengths: Sequence[int], side: str = "right", width: int | None = None) -> Tensor:
-    """Attention mask `[batch, width]` for sequences of these lengths, padded on `side`."""
-    width = max(lengths) if width is None else width
-    mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, : length if side == "right" else width] = 1
-        if side == "left":
-            mask[row, : width - length] = 0
-    return mask
+def masks(lengths: Sequence[int], side: str = "right") -> Tensor:
+    """Attention mask `[batch, max(lengths)]` for sequences of these lengths, padded on `side`."""
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return mask.flip(1) if side == "left" else mask
 
 
 def _ids(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -225,6 +220,13 @@ def classifier_batch(lengths: Sequence[int] = MANY, side: str = "right", seed: i
     generator = torch.Generator().manual_seed(seed + 1)
     batch["labels"] = torch.randint(0, 3, (len(lengths),), generator=generator)
     return batch
+
+
+def rows_batch(n: int = 6, width: int = 7, classes: int = 4, seed: int = 0) -> Batch:
+    """Rows and labels for a plain model."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    return {"x": x, "labels": torch.randint(0, classes, (n,), generator=generator)}
 
 
 def t5_batch(
@@ -272,42 +274,35 @@ class Case:
         return {"few": self.few, "many": self.many}[tokens]()
 
 
-CASES = [
-    Case(
-        "gpt2_tied",
-        gpt2,
-        lambda: language_batch(FEW),
-        lambda: language_batch(MANY, "left"),
-    ),
-    Case(
-        "gpt2_untied",
-        lambda: gpt2(tied=False),
-        lambda: language_batch(FEW, "left"),
-        lambda: language_batch(MANY),
-    ),
-    Case("llama", llama, lambda: language_batch(FEW), lambda: language_batch(MANY)),
-    Case(
-        "bert_right",
-        bert,
-        lambda: language_batch(FEW),
-        lambda: language_batch(MANY),
-    ),
-    Case(
-        "bert_left",
-        bert,
-        lambda: language_batch(FEW, "left"),
-        lambda: language_batch(MANY, "left"),
-    ),
-    Case(
-        "t5_lengths",
-        t5,
-        lambda: t5_batch((8, 5), (4, 7)),
-        lambda: t5_batch((30, 17, 24), (25, 20, 27)),
-    ),
-    Case(
-        "t5_masks",
-        lambda: t5(tied=False),
-        lambda: t5_batch((8, 5), (3, 8)),
-        lambda: t5_batch((30, 17, 24), (21, 30, 20)),
-    ),
-]
+CASES = {
+    case.name: case
+    for case in (
+        Case("gpt2_tied", gpt2, lambda: language_batch(FEW), lambda: language_batch(MANY, "left")),
+        Case(
+            "gpt2_untied",
+            lambda: gpt2(tied=False),
+            lambda: language_batch(FEW, "left"),
+            lambda: language_batch(MANY),
+        ),
+        Case("llama", llama, lambda: language_batch(FEW), lambda: language_batch(MANY)),
+        Case("bert_right", bert, lambda: language_batch(FEW), lambda: language_batch(MANY)),
+        Case(
+            "bert_left",
+            bert,
+            lambda: language_batch(FEW, "left"),
+            lambda: language_batch(MANY, "left"),
+        ),
+        Case(
+            "t5_lengths",
+            t5,
+            lambda: t5_batch((8, 5), (4, 7)),
+            lambda: t5_batch((30, 17, 24), (25, 20, 27)),
+        ),
+        Case(
+            "t5_masks",
+            lambda: t5(tied=False),
+            lambda: t5_batch((8, 5), (3, 8)),
+            lambda: t5_batch((30, 17, 24), (21, 30, 20)),
+        ),
+    )
+}

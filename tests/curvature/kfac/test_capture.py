@@ -139,14 +139,14 @@ def test_autocast_around_everything_changes_nothing(ekfac):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
-@pytest.mark.parametrize("how", ["block", "in place", "captured", "captured wrapper"])
+@pytest.mark.parametrize("how", ["block", "in place", "wrapper", "captured", "captured wrapper"])
 def test_compiled_parts_run_as_they_were_written(how):
     plain = products(build())
     torch._dynamo.reset()
     model = build()
     if how == "in place":
         model.compile(backend="eager")
-    elif how == "captured wrapper":
+    elif "wrapper" in how:
         model = torch.compile(model, backend="eager")
     else:
         model.first = torch.compile(model.first, backend="eager")
@@ -161,6 +161,7 @@ def test_compiled_parts_run_as_they_were_written(how):
     inner = getattr(model, "_orig_mod", model)
     vectors = {n: torch.ones_like(p) for n, p in inner.named_parameters()}
     found = kfac.compute_fisher_vector_product(vectors, model)
+    assert {n.replace("._orig_mod", "") for n in kfac.kfac_factors} == {"first", "second"}
     for name, value in found.items():
         expected = plain[name.replace("._orig_mod", "")]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)

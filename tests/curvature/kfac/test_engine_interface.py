@@ -12,45 +12,53 @@ from fisher_lab import KFACNaturalGradient
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.errors import CurvatureError, LayerError, NonFiniteError
 from tests import models, reference
-from tests.capturing import POLICIES, Calls, assert_natural, engine, random_like, shared_capture
+from tests.capturing import (
+    POLICIES,
+    Calls,
+    Captured,
+    assert_natural,
+    captured,
+    cross_entropy,
+    engine,
+    plain_capture,
+    random_like,
+    shared_capture,
+)
+from tests.models import rows_batch
 from tests.reference import Damping, Truth
 
 DOUBLE = torch.float64
-
-
-def cross_entropy(outputs, batch):
-    return nn.functional.cross_entropy(outputs, batch["labels"])
-
-
-def rows(n=6, width=7, classes=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(n, width, generator=generator, dtype=DOUBLE),
-        "labels": torch.randint(0, classes, (n,), generator=generator),
-    }
 
 
 def mlp(bias=True):
     return models.seeded(lambda: models.MLP(bias=bias), DOUBLE)
 
 
-def collected(model=None, batch=None, **settings):
+def gpt2_and_batch():
+    return models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+
+
+def collected(model=None, **settings):
     model = mlp() if model is None else model
     kfac = engine(**settings)
-    kfac.collect_kfac_factors(model, rows() if batch is None else batch, loss=cross_entropy)
+    kfac.collect_kfac_factors(model, rows_batch(), loss=cross_entropy)
     return kfac, model
+
+
+def parameters_like(model):
+    return random_like(dict(model.named_parameters()))
 
 
 # ------------------------------------------------------------------ names
 
 
-@pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", models.CASES.values(), ids=models.CASES)
 def test_names_shapes_and_dtypes_are_the_models(case):
     """What is given comes back, once, under its `named_parameters()` name; the rest as it was."""
     model = case.model(torch.float32)
     kfac = engine()
     truth, _ = shared_capture(kfac, model, case.batch("few"))
-    gradients = random_like(dict(model.named_parameters()))
+    gradients = parameters_like(model)
     before = {n: g.clone() for n, g in gradients.items()}
     result = kfac.compute_natural_gradient(gradients, model)
     assert set(result) == set(dict(model.named_parameters()))
@@ -65,47 +73,43 @@ def test_names_shapes_and_dtypes_are_the_models(case):
 
 def test_a_subset_of_gradients_gives_that_subset():
     kfac, model = collected()
-    full = random_like(dict(model.named_parameters()))
+    full = parameters_like(model)
     result = kfac.compute_natural_gradient({"second.weight": full["second.weight"]}, model)
     assert set(result) == {"second.weight"}
 
 
-def test_factor_entries_say_what_they_are():
-    model = models.seeded(models.gpt2, DOUBLE)
-    for policy, expected in (("all", "woodbury"), ("small_only", "eig")):
-        kfac = engine(policy)
-        kfac.collect_kfac_factors(model, models.language_batch(models.FEW))
-        entry = kfac.kfac_factors["transformer.h.0.attn.c_attn"]
-        assert entry["G_type"] == expected
-        assert entry["A_bias_augmented"] is True
-        assert entry["tokens"] == 13
-        assert kfac.kfac_factors["lm_head"]["A_bias_augmented"] is False
-
-
-def test_no_woodbury_means_the_dense_path():
-    model = models.seeded(models.gpt2, DOUBLE)
-    kfac = KFACNaturalGradient(kfac_use_woodbury=False)
-    kfac.collect_kfac_factors(model, models.language_batch(models.FEW))
-    assert kfac.kfac_factors["transformer.h.0.attn.c_attn"]["G_type"] == "eig"
-    assert kfac.kfac_factors["lm_head"]["G_type"] == "eig"
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"kfac_policy": "all"}, "woodbury"),
+        ({"kfac_policy": "small_only"}, "eig"),
+        ({"kfac_use_woodbury": False}, "eig"),
+    ],
+)
+def test_factor_entries_say_what_they_are(settings, expected):
+    kfac = KFACNaturalGradient(**settings)
+    kfac.collect_kfac_factors(*gpt2_and_batch())
+    entry, head = (kfac.kfac_factors[n] for n in ("transformer.h.0.attn.c_attn", "lm_head"))
+    assert entry["G_type"] == head["G_type"] == expected
+    assert entry["A_bias_augmented"] is True
+    assert head["A_bias_augmented"] is False
+    assert entry["tokens"] == 13
 
 
 # ------------------------------------------------------------------ forward passes and losses
 
 
 def test_without_a_loss_the_model_is_called_once_per_batch():
-    model = models.seeded(models.gpt2, DOUBLE)
+    model, batch = gpt2_and_batch()
     calls = Calls(model)
-    engine().collect_kfac_factors(model, models.language_batch(models.FEW))
+    engine().collect_kfac_factors(model, batch)
     assert calls.count == 1
-    engine().collect_kfac_factors(
-        model, [models.language_batch(models.FEW, seed=s) for s in (1, 2)]
-    )
+    engine().collect_kfac_factors(model, [batch, models.language_batch(models.FEW, seed=2)])
     assert calls.count == 3
 
 
 def test_a_loss_without_a_capture_is_an_error_that_says_so():
-    model, batch = mlp(), rows()
+    model, batch = mlp(), rows_batch()
     calls = Calls(model)
     loss = cross_entropy(model(batch["x"]), batch)
     with pytest.raises(CurvatureError, match="capture"):
@@ -115,18 +119,16 @@ def test_a_loss_without_a_capture_is_an_error_that_says_so():
 
 def test_a_capture_serves_one_collection_only():
     """A second loss after the same capture must not meet the old activations."""
-    model, batch = mlp(), rows()
+    model, batch = mlp(), rows_batch()
     kfac = engine()
-    with kfac.capture(model):
-        loss = cross_entropy(model(batch["x"]), batch)
-    kfac.collect_kfac_factors(model, batch, loss=loss)
+    plain_capture(kfac, model, batch)
     other = cross_entropy(model(batch["x"]), batch)
     with pytest.raises(CurvatureError, match="capture"):
         kfac.collect_kfac_factors(model, batch, loss=other)
 
 
 def test_no_hook_stays_on_the_model():
-    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    model, batch = gpt2_and_batch()
 
     def hooks():
         return sum(
@@ -144,16 +146,15 @@ def test_no_hook_stays_on_the_model():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_eval_and_train_mode_both_work_and_are_left_alone(training):
-    model = models.seeded(models.gpt2, DOUBLE).train(training)
-    kfac = engine("all", Damping(1e-3, 1e-3, None))
-    truth, _ = shared_capture(kfac, model, models.language_batch(models.FEW))
+    model, batch = gpt2_and_batch()
+    one = Captured(model.train(training), batch, "all", Damping(1e-3, 1e-3, None))
     assert model.training is training
-    assert_natural(kfac, model, truth, Damping(1e-3, 1e-3, None))
+    one.check_natural(1e-9)
 
 
 def test_caller_state_is_untouched():
     """No `.grad`, no parameter, no entry of the batch changes; `requires_grad` stays."""
-    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    model, batch = gpt2_and_batch()
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.transformer.h[0].mlp.c_fc.weight.grad = torch.ones(16, 64, dtype=DOUBLE)
     copied = copy.deepcopy(batch)
@@ -172,11 +173,11 @@ def test_caller_state_is_untouched():
 
 
 def test_collecting_under_no_grad_still_works():
-    model, batch = mlp(), rows()
+    model = mlp()
     with torch.no_grad():
-        kfac, _ = collected(model, batch)
-    outside, _ = collected(model, batch)
-    vectors = random_like(dict(model.named_parameters()))
+        kfac, _ = collected(model)
+    outside, _ = collected(model)
+    vectors = parameters_like(model)
     inside = kfac.compute_natural_gradient(vectors, model)
     expected = outside.compute_natural_gradient(vectors, model)
     reference.assert_close(inside, expected, 1e-12)
@@ -184,7 +185,7 @@ def test_collecting_under_no_grad_still_works():
 
 
 def test_callers_loss_function_on_a_model_without_a_loss():
-    model, batch, damping = mlp(), rows(), Damping(1e-3, 1e-3, 1e6)
+    model, batch, damping = mlp(), rows_batch(), Damping(1e-3, 1e-3, 1e6)
     results = []
     for loss_fn, more in (
         (cross_entropy, {}),
@@ -205,7 +206,7 @@ def test_callers_loss_function_on_a_model_without_a_loss():
 
 def test_squared_error_of_a_plain_model():
     """A loss without integer labels: `n_labels` says what the mean was over."""
-    model, batch = mlp(), rows()
+    model, batch = mlp(), rows_batch()
     batch["labels"] = torch.randn(6, 4, dtype=DOUBLE)
     damping = Damping(1e-3, 1e-3, None)
 
@@ -221,35 +222,44 @@ def test_squared_error_of_a_plain_model():
     assert_natural(kfac, model, truth, damping)
 
 
-def test_no_loss_at_all_is_a_clear_error():
-    with pytest.raises(CurvatureError, match="loss"):
-        engine().collect_kfac_factors(mlp(), rows())
-
-
-def test_misspelt_reduction_is_an_error():
-    with pytest.raises(ValueError, match=r"loss_reduction.*avg"):
-        engine().collect_kfac_factors(mlp(), rows(), loss=cross_entropy, loss_reduction="avg")
-
-
 # ------------------------------------------------------------------ layers and batches
 
 
-def test_no_supported_layer_is_an_error():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4, dtype=DOUBLE))
+class Scale(nn.Module):
+    """A model without a supported layer."""
 
-        def forward(self, x):
-            return x[:, :4] * self.scale
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, dtype=DOUBLE))
 
-    with pytest.raises(CurvatureError, match=r"(?i)no .*layer"):
-        engine().collect_kfac_factors(Scale(), rows(), loss=cross_entropy)
+    def forward(self, x):
+        return x[:, :4] * self.scale
 
 
-def test_excluding_everything_is_an_error_too():
-    with pytest.raises(CurvatureError, match=r"(?i)no .*layer"):
-        collected(exclude=["*"])
+@pytest.mark.parametrize(
+    ("collect", "error", "message"),
+    [
+        (lambda: engine().collect_kfac_factors(mlp(), rows_batch()), CurvatureError, "loss"),
+        (
+            lambda: engine().collect_kfac_factors(
+                mlp(), rows_batch(), loss=cross_entropy, loss_reduction="avg"
+            ),
+            ValueError,
+            "loss_reduction.*avg",
+        ),
+        (lambda: collected(Scale()), CurvatureError, "(?i)no .*layer"),
+        (lambda: collected(exclude=["*"]), CurvatureError, "(?i)no .*layer"),
+        (
+            lambda: engine().collect_kfac_factors(mlp(), [], loss=cross_entropy),
+            CurvatureError,
+            "batch",
+        ),
+    ],
+    ids=["no loss", "reduction misspelt", "no supported layer", "all excluded", "no batch"],
+)
+def test_what_cannot_be_collected_says_why(collect, error, message):
+    with pytest.raises(error, match=message):
+        collect()
 
 
 def test_frozen_layers_are_skipped():
@@ -258,64 +268,48 @@ def test_frozen_layers_are_skipped():
         parameter.requires_grad_(False)
     kfac, _ = collected(model)
     assert list(kfac.kfac_factors) == ["second"]
-    vectors = random_like(dict(model.named_parameters()))
+    vectors = parameters_like(model)
     result = kfac.compute_natural_gradient(vectors, model)
     assert torch.equal(result["first.weight"], vectors["first.weight"])
     assert set(kfac.uncovered) == {"first.weight", "first.bias"}
 
 
-def test_a_batch_without_active_tokens_is_an_error_and_leaves_the_engine_usable():
-    model, good = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
-    kfac = engine()
+@pytest.mark.parametrize(
+    ("key", "fill", "message"),
+    [("attention_mask", 0, "no active token"), ("labels", -100, "label.*none counts")],
+)
+def test_a_batch_without_a_token_costs_no_forward_pass_and_leaves_the_engine_usable(
+    key, fill, message
+):
+    model, good = gpt2_and_batch()
+    kfac, vectors = engine(), parameters_like(model)
     kfac.collect_kfac_factors(model, good)
-    vectors = random_like(dict(model.named_parameters()))
     before = kfac.compute_natural_gradient(vectors, model)
-    empty = dict(good, attention_mask=torch.zeros_like(good["attention_mask"]))
-    unlabelled = dict(good, labels=torch.full_like(good["labels"], -100))
-    with pytest.raises(CurvatureError, match=r"token|label"):
-        kfac.collect_kfac_factors(model, empty)
-    with pytest.raises(CurvatureError, match="label"):
-        kfac.collect_kfac_factors(model, unlabelled)
+    bad, calls = dict(good, **{key: torch.full_like(good[key], fill)}), Calls(model)
+    for batches in (bad, [bad, bad]):
+        with pytest.raises(CurvatureError, match=message):
+            kfac.collect_kfac_factors(model, batches)
+    assert calls.count == 0
     after = kfac.compute_natural_gradient(vectors, model)
     for name, value in before.items():
         assert torch.equal(after[name], value)
-    kfac.collect_kfac_factors(model, good)
-
-
-@pytest.mark.parametrize("key", ["attention_mask", "labels"])
-def test_what_the_masks_alone_tell_costs_no_forward_pass(key):
-    model, good = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
-    fill = 0 if key == "attention_mask" else -100
-    bad = dict(good, **{key: torch.full_like(good[key], fill)})
-    calls = Calls(model)
-    with pytest.raises(CurvatureError, match="no active token" if fill == 0 else "none counts"):
-        engine().collect_kfac_factors(model, bad)
-    with pytest.raises(CurvatureError, match="no active token" if fill == 0 else "none counts"):
-        engine().collect_kfac_factors(model, [bad, bad])
-    assert calls.count == 0
     # One batch without labels among others has tokens all the same.
     unlabelled = dict(good, labels=torch.full_like(good["labels"], -100))
-    kfac = engine()
     kfac.collect_kfac_factors(model, [unlabelled, good])
     assert kfac.kfac_factors["lm_head"].tokens == 2 * int(good["attention_mask"].sum())
 
 
 def test_labels_that_the_callers_own_loss_does_not_read_are_not_counted():
-    model, batch = mlp(), rows()
+    model, batch = mlp(), rows_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     kfac = engine()
     kfac.collect_kfac_factors(model, batch, loss=lambda y, _: y.square().sum(dim=1), n_labels=6)
     assert kfac.kfac_factors["first"].n_labels == 6
 
 
-def test_an_empty_iterable_of_batches_is_an_error():
-    with pytest.raises(CurvatureError, match="batch"):
-        engine().collect_kfac_factors(mlp(), [], loss=cross_entropy)
-
-
 @pytest.mark.parametrize("side", ["activations", "gradients"])
 def test_non_finite_values_name_the_layer(side):
-    model, batch = mlp(), rows()
+    model, batch = mlp(), rows_batch()
     if side == "activations":
         batch["x"][2, 3] = float("nan")
         loss_fn = cross_entropy
@@ -364,20 +358,17 @@ def test_a_result_beyond_float32_is_an_error_that_names_the_parameter():
 
 
 def test_no_damping_from_tiny_to_one_gives_anything_non_finite():
-    model, batch = models.seeded(models.gpt2, torch.float32), models.language_batch(models.FEW)
     for policy in POLICIES:
         for lam in (1e-10, 1e-8, 1e-4, 1.0):
-            kfac = engine(policy, Damping(lam, lam, None))
-            truth, labels = shared_capture(kfac, model, batch)
-            own = truth.own_gradient(labels)
-            result = kfac.compute_natural_gradient(own, model)
-            assert all(bool(torch.isfinite(value).all()) for value in result.values())
+            damping = Damping(lam, lam, None)
+            one = captured("gpt2_tied", "few", policy, damping, dtype=torch.float32)
+            assert all(bool(torch.isfinite(v).all()) for v in one.natural(one.own).values())
 
 
 @pytest.mark.parametrize("product", ["compute_natural_gradient", "compute_fisher_vector_product"])
 def test_a_gradient_that_is_none_is_named(product):
     kfac, model = collected()
-    gradients = dict(random_like(dict(model.named_parameters())), **{"first.weight": None})
+    gradients = dict(parameters_like(model), **{"first.weight": None})
     with pytest.raises(LayerError, match=r"gradient first\.weight: None; allowed: a tensor"):
         getattr(kfac, product)(gradients, model)
 
@@ -432,7 +423,7 @@ def test_ekfac_with_pooled_factors_is_refused_before_a_pass():
 def test_applying_before_collecting_is_an_error():
     model = mlp()
     with pytest.raises(CurvatureError, match="collect"):
-        engine().compute_natural_gradient(random_like(dict(model.named_parameters())), model)
+        engine().compute_natural_gradient(parameters_like(model), model)
 
 
 @pytest.mark.parametrize("policy", ["all", "small_only"])
@@ -449,7 +440,7 @@ def test_factors_of_another_model_name_the_layer_and_both_sides(policy):
 
 def test_gradients_of_another_shape_or_name_are_errors():
     kfac, model = collected()
-    gradients = random_like(dict(model.named_parameters()))
+    gradients = parameters_like(model)
     wrong = dict(gradients, **{"first.weight": gradients["first.weight"].T.contiguous()})
     with pytest.raises(CurvatureError, match=r"first"):
         kfac.compute_natural_gradient(wrong, model)
@@ -490,14 +481,14 @@ def test_misspelt_settings_are_errors():
 
 def test_negative_power_without_damping_is_an_error():
     kfac, model = collected(damping=Damping(0.0, 0.0, None))
-    vectors = random_like(dict(model.named_parameters()))
+    vectors = parameters_like(model)
     with pytest.raises(ValueError, match="damping"):
         kfac.compute_natural_gradient(vectors, model)
     assert kfac.compute_powered_natural_gradient(vectors, model, 1.0)
 
 
 def test_step_refreshes_every_update_freq():
-    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW)
+    model, batch = gpt2_and_batch()
     kfac, calls = engine(update_freq=3), Calls(model)
     seen = []
     for _ in range(7):
@@ -508,32 +499,27 @@ def test_step_refreshes_every_update_freq():
 
 @pytest.mark.parametrize("policy", ["all", "small_only"])
 def test_ema_decay_touches_the_diagonal_and_nothing_else(policy):
-    model = models.seeded(models.gpt2, DOUBLE)
-    vectors = random_like(dict(model.named_parameters()))
-    results, diagonals = [], []
-    for decay in (0.0, 0.9):
+    model, _ = gpt2_and_batch()
+    vectors = parameters_like(model)
+
+    def after(decay, *seeds):
         kfac = engine(policy, ema_decay=decay)
-        for seed in (1, 2):
+        for seed in seeds:
             kfac.collect_kfac_factors(model, models.language_batch(models.FEW, seed=seed))
-        results.append(kfac.compute_natural_gradient(vectors, model))
-        diagonals.append(kfac.diagonal_fisher)
-    fresh = engine(policy)
-    fresh.collect_kfac_factors(model, models.language_batch(models.FEW, seed=2))
-    results.append(fresh.compute_natural_gradient(vectors, model))
-    for other in results[1:]:
-        for name, value in results[0].items():
+        return kfac.compute_natural_gradient(vectors, model), kfac.diagonal_fisher
+
+    expected, last = after(0.0, 1, 2)
+    found, decayed = after(0.9, 1, 2)
+    fresh, _ = after(0.0, 2)
+    _, first = after(0.0, 1)
+    for other in (found, fresh):
+        for name, value in expected.items():
             assert reference.relative(other[name], value.double()) < 1e-12, name
-    assert diagonals[0]
-    assert set(diagonals[0]) <= set(dict(model.named_parameters()))
+    assert last
+    assert set(last) <= set(dict(model.named_parameters()))
     name = "transformer.h.0.mlp.c_fc.weight"
-    assert diagonals[0][name].shape == (16, 64)
-    assert bool((diagonals[0][name] >= 0).all())
-    assert reference.relative(diagonals[1][name], diagonals[0][name].double()) > 0.05
-    blend = 0.9 * first_diagonal(model, policy)[name] + 0.1 * diagonals[0][name]
-    assert reference.relative(diagonals[1][name], blend.double()) < 1e-6
-
-
-def first_diagonal(model, policy):
-    kfac = engine(policy, ema_decay=0.0)
-    kfac.collect_kfac_factors(model, models.language_batch(models.FEW, seed=1))
-    return kfac.diagonal_fisher
+    assert last[name].shape == (16, 64)
+    assert bool((last[name] >= 0).all())
+    assert reference.relative(decayed[name], last[name].double()) > 0.05
+    blend = 0.9 * first[name] + 0.1 * last[name]
+    assert reference.relative(decayed[name], blend.double()) < 1e-6

@@ -10,17 +10,21 @@ from fisher_lab import KFACNaturalGradient
 from tests import models, reference
 from tests.capturing import (
     POLICIES,
+    Captured,
     assert_natural,
+    captured,
+    cross_entropy,
     engine,
     inputs_of,
     own_collect,
+    plain_capture,
     random_like,
     shared_capture,
 )
+from tests.models import CASES
 from tests.reference import Damping, Truth
 
 DOUBLE = torch.float64
-CASES = {case.name: case for case in models.CASES}
 PADDED = {
     "gpt2_right": (models.gpt2, lambda: models.language_batch(models.FEW)),
     "gpt2_left": (models.gpt2, lambda: models.language_batch(models.FEW, "left")),
@@ -53,16 +57,11 @@ def test_padding_changes_nothing(name, policy):
     assert set(together.kfac_factors) == set(apart.kfac_factors)
     for layer, factors in together.kfac_factors.items():
         assert factors["tokens"] == apart.kfac_factors[layer]["tokens"], layer
-    for first, second in (
-        (
-            together.compute_fisher_vector_product(vectors, model),
-            apart.compute_fisher_vector_product(vectors, model),
-        ),
-        (
-            together.compute_powered_natural_gradient(vectors, model, 1.0),
-            apart.compute_powered_natural_gradient(vectors, model, 1.0),
-        ),
+    for compute, more in (
+        (KFACNaturalGradient.compute_fisher_vector_product, ()),
+        (KFACNaturalGradient.compute_powered_natural_gradient, (1.0,)),
     ):
+        first, second = (compute(kfac, vectors, model, *more) for kfac in (together, apart))
         assert set(first) == set(second)
         reference.assert_close(first, second, 1e-10, name)
 
@@ -79,15 +78,20 @@ def test_own_forward_pass_uses_every_tokens_own_loss(name):
     labels = reference.counting_labels(model, batch)
     kfac = engine("all", Damping(1e-3, 1e-3, None))
     truth = own_collect(kfac, model, [batch], labels=int((labels != -100).sum()))
-    head = next(t for n, t in truth.tokens.items() if n in ("lm_head", "cls.predictions.decoder"))
-    decoder_mask = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
     with torch.no_grad():
-        p = torch.softmax(model(**inputs_of(batch)).logits, -1)
-    counted = labels != -100
+        logits = model(**inputs_of(batch)).logits
+    assert head_error(truth, batch, logits, labels) < 1e-12
+    assert_natural(kfac, model, truth, Damping(1e-3, 1e-3, None))
+
+
+def head_error(truth, batch, logits, labels):
+    """How far the head's token gradients are off `softmax - onehot` of the labels that count."""
+    head = next(t for n, t in truth.tokens.items() if n in ("lm_head", "cls.predictions.decoder"))
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"]).bool()
+    p, counted = torch.softmax(logits.detach().double(), -1), labels != -100
     p[counted] -= nn.functional.one_hot(labels[counted], models.VOCAB)
     p[~counted] = 0
-    assert reference.relative(head.g[0], p[decoder_mask]) < 1e-12
-    assert_natural(kfac, model, truth, Damping(1e-3, 1e-3, None))
+    return reference.relative(head.g[0], p[mask])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -129,42 +133,31 @@ def test_an_iterator_of_batches_is_consumed_once():
 @pytest.mark.parametrize("name", ["gpt2_untied", "bert_left", "t5_lengths"])
 def test_fisher_vector_product(name, tokens, policy):
     """`(T / N) G V A`: undamped, unclipped, whatever the engine's damping and kappa are."""
-    case = CASES[name]
-    model = case.model(DOUBLE)
-    kfac = engine(policy, Damping(0.3, 0.2, 5.0))
-    truth, labels = shared_capture(kfac, model, case.batch(tokens))
-    assert labels < min(t.count for t in truth.tokens.values())  # so that T / N is seen
-    own = truth.own_gradient(labels)
-    for vectors in (own, random_like(own)):
-        product = kfac.compute_fisher_vector_product(vectors, model)
-        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-10)
+    one = captured(name, tokens, policy, Damping(0.3, 0.2, 5.0))
+    assert one.labels < min(t.count for t in one.truth.tokens.values())  # so that T / N is seen
+    one.check_product(1e-10, one.random())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("p", [-1.0, -0.5, 0.5, 1.0, 2.0])
 def test_powers(p, policy):
     """`G^p dW A^p` with the used eigenvalues; the floor binds."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-2, 100.0)
+    damping = Damping(1e-3, 1e-2, 100.0)
     for tokens in ("few", "many"):
-        model = case.model(DOUBLE)
-        kfac = engine(policy, damping)
-        truth, labels = shared_capture(kfac, model, case.batch(tokens))
-        own = truth.own_gradient(labels)
-        for vectors in (own, random_like(own)):
-            result = kfac.compute_powered_natural_gradient(vectors, model, p)
-            reference.assert_close(result, truth.powered(vectors, p, damping), 1e-9)
+        one = captured("gpt2_untied", tokens, policy, damping)
+        for vectors in (one.own, one.random()):
+            result = one.kfac.compute_powered_natural_gradient(vectors, one.model, p)
+            reference.assert_close(result, one.truth.powered(vectors, p, damping), 1e-9)
 
 
 def test_mean_and_sum_of_the_loss_give_the_same_factors():
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e6)
-    results = {}
-    for reduction in ("mean", "sum"):
-        model = case.model(DOUBLE)
-        kfac = engine("all", damping)
-        truth, labels = shared_capture(kfac, model, case.batch("few"), reduction=reduction)
-        own = random_like(truth.own_gradient(labels))
-        results[reduction] = kfac.compute_natural_gradient(own, model)
-    reference.assert_close(results["mean"], results["sum"], 1e-12)
+    damping = Damping(1e-3, 1e-3, 1e6)
+    mean, summed = (
+        captured("gpt2_untied", "few", "all", damping, reduction=reduction)
+        for reduction in ("mean", "sum")
+    )
+    vectors = mean.random()
+    reference.assert_close(mean.natural(vectors), summed.natural(vectors), 1e-12)
 
 
 def test_one_datum_kfac_is_the_fisher_matrix():
@@ -172,13 +165,9 @@ def test_one_datum_kfac_is_the_fisher_matrix():
     torch.manual_seed(0)
     model = models.MLP().double().eval()
     batch = {"x": torch.randn(1, 7, dtype=DOUBLE), "labels": torch.tensor([2])}
-
-    def loss_fn(outputs, batch):
-        return nn.functional.cross_entropy(outputs, batch["labels"])
-
     kfac = engine("all")
-    kfac.collect_kfac_factors(model, batch, loss=loss_fn)
-    loss_fn(model(batch["x"]), batch).backward()
+    kfac.collect_kfac_factors(model, batch, loss=cross_entropy)
+    cross_entropy(model(batch["x"]), batch).backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
     vectors = random_like(gradients)
     product = kfac.compute_fisher_vector_product(vectors, model)
@@ -189,25 +178,14 @@ def test_one_datum_kfac_is_the_fisher_matrix():
         reference.assert_close(product, expected, 1e-12)
 
 
-def plain(model, x, labels, policy="all", damping=None, **settings):
-    """Shared capture of a model that gives logits and no loss; mean cross-entropy."""
-    batch = {"x": x, "labels": labels}
-    kfac = engine(policy, damping, **settings)
-    with reference.record(model) as rec, kfac.capture(model):
-        loss = nn.functional.cross_entropy(model(x), labels)
-    kfac.collect_kfac_factors(model, batch, loss=loss)
-    return kfac, Truth(model, rec, [batch], labels=len(labels))
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("rows", [3, 23])
 @pytest.mark.parametrize("bias", [True, False])
 def test_plain_mlp(bias, rows, policy):
     torch.manual_seed(1)
-    model = models.MLP(bias=bias).double().train()
-    x, labels = torch.randn(rows, 7, dtype=DOUBLE), torch.randint(0, 4, (rows,))
-    damping = Damping(1e-3, 1e-3, 1e3)
-    kfac, truth = plain(model, x, labels, policy, damping)
+    model, damping = models.MLP(bias=bias).double().train(), Damping(1e-3, 1e-3, 1e3)
+    kfac = engine(policy, damping)
+    truth = plain_capture(kfac, model, models.rows_batch(rows))
     assert_natural(kfac, model, truth, damping)
     assert [f["A_bias_augmented"] for f in kfac.kfac_factors.values()] == [bias, bias]
 
@@ -215,10 +193,9 @@ def test_plain_mlp(bias, rows, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_module_called_twice(policy):
     torch.manual_seed(2)
-    model = models.Twice().double().eval()
-    x, labels = torch.randn(5, 6, dtype=DOUBLE), torch.randint(0, 4, (5,))
-    damping = Damping(1e-3, 1e-3, 1e3)
-    kfac, truth = plain(model, x, labels, policy, damping)
+    model, damping = models.Twice().double().eval(), Damping(1e-3, 1e-3, 1e3)
+    kfac = engine(policy, damping)
+    truth = plain_capture(kfac, model, models.rows_batch(5, 6))
     assert kfac.kfac_factors["shared"]["tokens"] == 10
     assert_natural(kfac, model, truth, damping)
 
@@ -226,15 +203,14 @@ def test_a_module_called_twice(policy):
 @pytest.mark.parametrize("bias", [True, False])
 def test_bare_linear(bias):
     torch.manual_seed(3)
-    model = nn.Linear(5, 3, bias=bias, dtype=DOUBLE)
-    x, labels = torch.randn(7, 5, dtype=DOUBLE), torch.randint(0, 3, (7,))
-    damping = Damping(1e-3, 1e-3, None)
-    kfac, truth = plain(model, x, labels, damping=damping)
+    model, damping = nn.Linear(5, 3, bias=bias, dtype=DOUBLE), Damping(1e-3, 1e-3, None)
+    kfac = engine("all", damping)
+    truth = plain_capture(kfac, model, models.rows_batch(7, 5, 3))
     assert list(kfac.kfac_factors) == [""]
     own = truth.own_gradient(7)
     result = kfac.compute_natural_gradient(own, model)
     assert set(result) == set(own) == ({"weight", "bias"} if bias else {"weight"})
-    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+    assert_natural(kfac, model, truth, damping)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -242,14 +218,12 @@ def test_pooled_layers_have_one_token_per_example(side):
     """BERT's pooler and classifier see `[batch, features]`: the mask is not theirs."""
     model = models.seeded(models.bert_classifier, DOUBLE)
     batch = models.classifier_batch((5, 8, 8, 3, 8), side)  # sequences of width 8
-    damping = Damping(1e-3, 1e-3, 1e6)
-    kfac = engine("all", damping)
-    truth, labels = shared_capture(kfac, model, batch)
-    assert labels == 5
-    assert kfac.kfac_factors["classifier"]["tokens"] == 5
-    assert kfac.kfac_factors["bert.pooler.dense"]["tokens"] == 5
-    assert kfac.kfac_factors["bert.encoder.layer.0.output.dense"]["tokens"] == 32
-    assert_natural(kfac, model, truth, damping)
+    one = Captured(model, batch, "all", Damping(1e-3, 1e-3, 1e6))
+    assert one.labels == 5
+    tokens = {name: f["tokens"] for name, f in one.kfac.kfac_factors.items()}
+    assert tokens["classifier"] == tokens["bert.pooler.dense"] == 5
+    assert tokens["bert.encoder.layer.0.output.dense"] == 32
+    one.check_natural(1e-9)
 
 
 @pytest.mark.parametrize("lengths", [(8,), (3, 5, 5, 4, 2)], ids=["one_row", "rows_as_wide"])
@@ -261,27 +235,26 @@ def test_position_embeddings_are_never_layers(build, lengths):
         batch = models.t5_batch(lengths, lengths)
     else:
         batch = models.language_batch(lengths)
-    damping = Damping(1e-3, 1e-3, 1e6)
-    kfac = engine("all", damping)
-    truth, _ = shared_capture(kfac, model, batch)
+    one = Captured(model, batch, "all", Damping(1e-3, 1e-3, 1e6))
     everything = random_like(dict(model.named_parameters()))
-    result = kfac.compute_natural_gradient(everything, model)
+    result = one.natural(everything)
     positions = {n for n in everything if any(p in n for p in reference.POSITIONS)}
     assert positions
-    assert positions == set(kfac.uncovered)
+    assert positions == set(one.kfac.uncovered)
     for name in positions:
         assert torch.equal(result[name], everything[name])
-    assert not [n for n in kfac.kfac_factors if any(p in n for p in reference.POSITIONS)]
-    expected = truth.natural_gradient(everything, damping)
-    reference.assert_close(result, expected, 1e-9)
+    assert not [n for n in one.kfac.kfac_factors if any(p in n for p in reference.POSITIONS)]
+    one.check_natural(1e-9, everything)
 
 
-@pytest.mark.parametrize("include_positions", [True, False])
-def test_position_ids_from_the_caller_make_no_layer(include_positions):
-    model = models.seeded(models.gpt2, DOUBLE)
-    batch = models.language_batch(models.FEW, "left")
-    if not include_positions:
+@pytest.mark.parametrize("given", ["position ids", "none", "ids that count up"])
+def test_positions_make_no_layer(given):
+    """Token ids `0, 1, 2, ...` in a batch of one equal the position ids, value for value."""
+    model, batch = models.seeded(models.gpt2, DOUBLE), models.language_batch(models.FEW, "left")
+    if given == "none":
         del batch["position_ids"]
+    if given == "ids that count up":
+        batch = dict.fromkeys(("input_ids", "labels"), torch.arange(8)[None])
     kfac = engine()
     kfac.collect_kfac_factors(model, batch)
     assert "transformer.wpe" not in kfac.kfac_factors
@@ -321,10 +294,9 @@ def test_include_and_exclude_choose_layers():
 
 def test_default_settings_are_the_documented_ones():
     """Both dampings default to `damping`; `all`, kappa 1e6."""
-    case = CASES["gpt2_untied"]
-    model = case.model(DOUBLE)
+    model, batch = CASES["gpt2_untied"].model(DOUBLE), CASES["gpt2_untied"].batch("few")
     kfac = KFACNaturalGradient(damping=3e-3)
-    truth, _ = shared_capture(kfac, model, case.batch("few"))
+    truth, _ = shared_capture(kfac, model, batch)
     assert_natural(kfac, model, truth, Damping(3e-3, 3e-3, 1e6))
     types = {n: f["G_type"] for n, f in kfac.kfac_factors.items()}
     assert types["lm_head"] == types["transformer.h.1.attn.c_attn"] == "woodbury"
@@ -338,7 +310,6 @@ def test_the_models_own_mean_loss_has_the_right_scale(name):
     """
     case = CASES[name]
     model, batch = case.model(torch.float32), case.batch("few")
-    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
     # Hugging Face wants the labels that must not count as -100: it looks at no mask.
     labels = reference.counting_labels(model, batch)
     batch["labels"] = labels.clone()
@@ -350,26 +321,11 @@ def test_the_models_own_mean_loss_has_the_right_scale(name):
         outputs = model(**batch)
     kfac.collect_kfac_factors(model, batch, loss=outputs.loss)
     truth = Truth(model, rec, [batch], labels=int((labels != -100).sum()))
-    head = next(t for n, t in truth.tokens.items() if n in ("lm_head", "cls.predictions.decoder"))
-    counted = labels != -100
-    p = torch.softmax(outputs.logits.detach().double(), -1)
-    p[counted] -= nn.functional.one_hot(labels[counted], models.VOCAB)
-    p[~counted] = 0
-    assert reference.relative(head.g[0], p[mask.bool()]) < 1e-5
+    assert head_error(truth, batch, outputs.logits, labels) < 1e-5
+    assert_natural(kfac, model, truth, damping, 1e-5)
     own = truth.own_gradient(truth.labels)
-    result = kfac.compute_natural_gradient(own, model)
-    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-5)
     product = kfac.compute_fisher_vector_product(own, model)
     reference.assert_close(product, truth.fisher_vector_product(own), 1e-5)
-
-
-def test_token_ids_that_count_up_do_not_make_positions_a_layer():
-    """Ids `0, 1, 2, ...` in a batch of one equal the position ids, value for value."""
-    model = models.seeded(models.gpt2, DOUBLE)
-    ids = torch.arange(8)[None]
-    kfac = engine()
-    kfac.collect_kfac_factors(model, {"input_ids": ids, "labels": ids})
-    assert "transformer.wpe" not in kfac.kfac_factors
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -386,16 +342,13 @@ def test_two_modules_with_one_weight_are_one_layer(policy):
         def forward(self, x):
             return self.head(torch.tanh(self.right(torch.tanh(self.left(x)))))
 
-    model = models.seeded(Siamese, DOUBLE)
-    torch.manual_seed(4)
-    x, labels = torch.randn(7, 6, dtype=DOUBLE), torch.randint(0, 4, (7,))
-    damping = Damping(1e-3, 1e-3, 1e3)
-    kfac, truth = plain(model, x, labels, policy, damping)
+    model, damping = models.seeded(Siamese, DOUBLE), Damping(1e-3, 1e-3, 1e3)
+    kfac = engine(policy, damping)
+    truth = plain_capture(kfac, model, models.rows_batch(7, 6))
     own = truth.own_gradient(7)
     assert set(own) == {"left.weight", "left.bias", "head.weight", "head.bias"}
-    result = kfac.compute_natural_gradient(own, model)
-    assert set(result) == set(own)
-    reference.assert_close(result, truth.natural_gradient(own, damping), 1e-9)
+    assert set(kfac.compute_natural_gradient(own, model)) == set(own)
+    assert_natural(kfac, model, truth, damping)
 
 
 def test_encoder_outputs_from_the_caller():

@@ -6,39 +6,30 @@ import pytest
 import torch
 from torch import nn
 
+from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.layers import discover
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import (
     POLICIES,
-    assert_natural,
+    Captured,
+    captured,
+    cross_entropy,
     engine,
     inputs_of,
     own_collect,
     random_like,
-    shared_capture,
 )
+from tests.models import CASES
 from tests.reference import Damping, Truth
 
 DOUBLE = torch.float64
-CASES = {case.name: case for case in models.CASES}
+EMBEDDING = "model.embed_tokens.weight"
 BOTH = ["all", "small_only"]
 
 
-def cross_entropy(outputs, batch):
-    return nn.functional.cross_entropy(outputs, batch["labels"])
-
-
-def mlp_batch(rows=6, classes=4, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(rows, 7, generator=generator, dtype=DOUBLE),
-        "labels": torch.randint(0, classes, (rows,), generator=generator),
-    }
-
-
-def causal_batch(lengths=(3, 5), share=0.7, seed=3):
-    return models.language_batch(lengths, share=share, seed=seed)
+def causal_batch():
+    return models.language_batch((3, 5), share=0.7, seed=3)
 
 
 # ------------------------------------------------------------------ fisher = true
@@ -119,7 +110,7 @@ def head_moment(kfac, model, truth) -> torch.Tensor:
 def test_sampled_fisher_is_right_in_expectation(policy):
     """Every entry of the sampled G within 5 standard deviations of the enumerated one."""
     torch.manual_seed(0)
-    model, batch, n_samples = models.MLP(bias=False).double().eval(), mlp_batch(), 300
+    model, batch, n_samples = models.MLP(bias=False).double().eval(), models.rows_batch(seed=5), 300
     with reference.record(model) as rec:
         cross_entropy(model(batch["x"]), batch).backward()
     truth = Truth(model, rec, [batch], labels=6)
@@ -145,14 +136,9 @@ def test_sampled_fisher_on_its_own_draws(n_samples, policy):
     model, batch = models.seeded(lambda: models.gpt2(tied=False), DOUBLE), causal_batch()
     labels = int((reference.counting_labels(model, batch) != -100).sum())
     damping = Damping(1e-2, 1e-2, None)
-    kfac = engine(
-        policy,
-        damping,
-        fisher="mc",
-        n_samples=n_samples,
-        norm_layers=False,
-        track_diagonal=False,  # it costs a pass over the labels of the data
-    )
+    more = {"n_samples": n_samples, "norm_layers": False}
+    # The diagonal costs a pass over the labels of the data.
+    kfac = engine(policy, damping, fisher="mc", track_diagonal=False, **more)
     truth = own_collect(kfac, model, [batch], labels=labels, norms=False)
     for tokens in truth.tokens.values():
         assert len(tokens.g) == n_samples
@@ -208,9 +194,8 @@ def test_the_head_is_found_and_nothing_else_is_taken_for_it():
     """Many refreshes: memory of an early layer's output may be used again for the logits."""
     case = CASES["gpt2_untied"]
     for _ in range(20):
-        model = case.model(DOUBLE)
         kfac = engine("small_only", kfac_true_fisher_head=True)
-        kfac.collect_kfac_factors(model, case.batch("many"))
+        kfac.collect_kfac_factors(case.model(DOUBLE), case.batch("many"))
         heads = [n for n, f in kfac.kfac_factors.items() if f["G_type"] == "true_head"]
         assert heads == ["lm_head"]
 
@@ -234,17 +219,38 @@ def test_true_fisher_head_has_powers_one_and_minus_one_only():
 @pytest.mark.parametrize("name", ["gpt2_untied", "bert_right"])
 def test_ekfac(name, tokens, policy):
     """Section 6 on every policy: moments in the Kronecker basis, damped and floored as there."""
-    case = CASES[name]
     for damping in (Damping(1e-3, 1e-3, None), Damping(1e-2, 1e-3, 30.0)):
-        model = case.model(DOUBLE)
-        kfac = engine(policy, damping, ekfac=True)
-        truth, labels = shared_capture(kfac, model, case.batch(tokens))
-        own = truth.own_gradient(labels)
-        for vectors in (own, random_like(own)):
-            result = kfac.compute_natural_gradient(vectors, model)
-            reference.assert_close(result, truth.ekfac(vectors, damping), 1e-8, policy)
-        plain = truth.natural_gradient(own, damping)
-        assert max(reference.errors(plain, truth.ekfac(own, damping)).values()) > 0.1
+        one = captured(name, tokens, policy, damping, ekfac=True)
+        for vectors in (one.own, one.random()):
+            expected = one.truth.ekfac(vectors, damping)
+            reference.assert_close(one.natural(vectors), expected, 1e-8, policy)
+        plain = one.truth.natural_gradient(one.own, damping)
+        assert max(reference.errors(plain, one.truth.ekfac(one.own, damping)).values()) > 0.1
+
+
+@pytest.mark.parametrize("more", [{"fisher": "mc", "n_samples": 3}, {"fisher": "true"}])
+def test_moments_over_batches_and_draws(more):
+    """EKFAC's moments pair every gradient with its own token."""
+    model = models.seeded(models.MLP, DOUBLE)
+    kfac = engine("small_only", ekfac=True, track_diagonal=False, **more)
+    batches = [models.rows_batch(5, seed=3), models.rows_batch(3, seed=4)]
+    with reference.record(model) as rec:
+        kfac.collect_kfac_factors(model, batches, loss=CrossEntropy())
+    factors = kfac.kfac_factors["first"]
+    v_g, v_a = torch.linalg.eigh(torch.rand(9, 9, dtype=DOUBLE))[1], torch.eye(8).double()
+    expected = torch.zeros(9, 8, dtype=DOUBLE)
+    for call in rec.calls:
+        if call.name != "first":
+            continue
+        a = torch.cat([call.input, torch.ones(len(call.input), 1).double()], 1).square()
+        assert len(call.gradients) > 1
+        for g in call.gradients:
+            expected += (g @ v_g).square().T @ a
+    draws = 3 if more["fisher"] == "mc" else 1
+    expected /= 8 * draws
+    g = factors.tokens_g
+    found = ekfac.squared_products(factors, lambda rows: g[rows] @ v_g, v_g, v_a) / (8 * draws)
+    assert reference.relative(found, expected) < 1e-12
 
 
 # ------------------------------------------------------------------ tied weights and embeddings
@@ -259,34 +265,29 @@ def test_tied_weights(build, tied, policy):
     is_t5 = "T5" in type(model).__name__
     batch = models.t5_batch((8, 5), (4, 7)) if is_t5 else models.language_batch(models.FEW)
     damping = Damping(1e-3, 1e-3, 1e3)
-    kfac = engine(policy, damping, tied=tied)
-    truth, labels = shared_capture(kfac, model, batch, tied=tied)
-    name = truth.name_of(model.get_output_embeddings().weight)
-    assert name == truth.name_of(model.get_input_embeddings().weight)
+    one = Captured(model, batch, policy, damping, tied=tied)
+    name = one.truth.name_of(model.get_output_embeddings().weight)
+    assert name == one.truth.name_of(model.get_input_embeddings().weight)
     assert "lm_head.weight" not in dict(model.named_parameters())
-    own = truth.own_gradient(labels)
-    for vectors in (own, random_like(own)):
-        result = kfac.compute_natural_gradient(vectors, model)
-        assert set(result) == set(vectors)
-        expected = truth.natural_gradient(vectors, damping)
-        reference.assert_close(result, expected, 1e-8, f"tied={tied}")
-    others = Truth.__new__(Truth)
-    others.__dict__.update(truth.__dict__, tied="embedding" if tied == "head" else "head")
-    assert reference.relative(others.natural_gradient(own, damping)[name], expected[name]) > 0.1
+    assert set(one.natural(one.own)) == set(one.own)
+    one.check_natural(1e-8, one.random())
+    expected = one.truth.natural_gradient(one.own, damping)
+    one.truth.tied = "embedding" if tied == "head" else "head"
+    others = one.truth.natural_gradient(one.own, damping)
+    assert reference.relative(others[name], expected[name]) > 0.1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("excluded", "tied"), [("*wte", "head"), ("lm_head", "embedding")])
 def test_the_own_gradient_of_a_tied_weight_whose_other_use_is_excluded(excluded, tied, policy):
     """It is that of both uses, whichever has the factors: no push-through of one use's tokens."""
-    model, damping = models.seeded(models.gpt2, DOUBLE), Damping(1e-3, 1e-3, 1e3)
-    kfac = engine(policy, damping, exclude=[excluded])
-    batch = models.language_batch(models.FEW)
-    truth, labels = shared_capture(kfac, model, batch, keep_gradient=True, tied=tied)
-    own = truth.own_gradient(labels)
-    reference.assert_close(kfac.own_gradients(model), own, 1e-10)
-    expected = truth.natural_gradient(own, damping)
-    reference.assert_close(kfac.compute_natural_gradient(None, model), expected, 1e-8)
+    damping = Damping(1e-3, 1e-3, 1e3)
+    more = {"exclude": [excluded], "keep_gradient": True}
+    one = captured("gpt2_tied", "few", policy, damping, **more)
+    one.truth.tied = tied
+    reference.assert_close(one.kfac.own_gradients(one.model), one.own, 1e-10)
+    expected = one.truth.natural_gradient(one.own, damping)
+    reference.assert_close(one.natural(None), expected, 1e-8)
 
 
 def test_a_bias_that_a_head_names_as_its_own_is_no_other_use():
@@ -318,7 +319,7 @@ class Siamese(nn.Module):
 def test_the_own_gradient_where_a_module_with_the_same_weight_is_excluded(excluded):
     model = models.seeded(Siamese, DOUBLE)
     kfac = engine("all", Damping(1e-3, 1e-3, None), exclude=[excluded])
-    batch = mlp_batch()
+    batch = models.rows_batch(seed=5)
     kfac.collect_kfac_factors(model, batch, cross_entropy, n_labels=6, keep_gradient=True)
     model.zero_grad()
     cross_entropy(model(batch["x"]), batch).backward()
@@ -333,17 +334,10 @@ def test_the_own_gradient_where_a_module_with_the_same_weight_is_excluded(exclud
 @pytest.mark.parametrize("kappa", [None, 5.0])
 def test_embedding(kappa, tokens, policy):
     """`A = diag(counts) / T` over the whole vocabulary, absent words (a zero) included."""
-    case, damping = CASES["llama"], Damping(1e-3, 1e-2, kappa)
-    model = case.model(DOUBLE)
-    kfac = engine(policy, damping)
-    truth, labels = shared_capture(kfac, model, case.batch(tokens))
-    name = "model.embed_tokens.weight"
-    for vectors in (truth.own_gradient(labels), random_like(dict(model.named_parameters()))):
-        vectors = {name: vectors[name].detach()}
-        result = kfac.compute_natural_gradient(vectors, model)
-        reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-10)
-        product = kfac.compute_fisher_vector_product(vectors, model)
-        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-10)
+    one = captured("llama", tokens, policy, Damping(1e-3, 1e-2, kappa))
+    one.own, other = ({EMBEDDING: vectors[EMBEDDING]} for vectors in (one.own, one.random()))
+    one.check_natural(1e-10, other)
+    one.check_product(1e-10, other)
 
 
 # ------------------------------------------------------------------ norms and what is uncovered
@@ -352,51 +346,37 @@ def test_embedding(kappa, tokens, policy):
 @pytest.mark.parametrize("name", ["gpt2_untied", "llama", "t5_lengths"])
 def test_norm_layers(name):
     """The dense block `(1/T) sum v v^T`, `v = [g xhat; g]`, damped by `damping_G`."""
-    case, damping = CASES[name], Damping(1e-4, 1e-2, 10.0)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping)
-    truth, labels = shared_capture(kfac, model, case.batch("few"))
-    norms = {n for n in truth.own_gradient(labels) if "norm" in n or ".ln_" in n}
+    one = captured(name, "few", "all", Damping(1e-4, 1e-2, 10.0))
+    norms = {n for n in one.own if "norm" in n or ".ln_" in n}
     assert len(norms) >= 3
-    for vectors in (truth.own_gradient(labels), random_like(truth.own_gradient(labels))):
-        vectors = {n: vectors[n] for n in norms}
-        result = kfac.compute_natural_gradient(vectors, model)
-        reference.assert_close(result, truth.natural_gradient(vectors, damping), 1e-9)
-        product = kfac.compute_fisher_vector_product(vectors, model)
-        reference.assert_close(product, truth.fisher_vector_product(vectors), 1e-9)
+    one.own, other = ({n: vectors[n] for n in norms} for vectors in (one.own, one.random()))
+    one.check_natural(1e-9, other)
+    one.check_product(1e-9, other)
 
 
 def test_norm_layers_can_be_left_out():
-    model = models.seeded(models.gpt2, DOUBLE)
-    kfac = engine(norm_layers=False)
-    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW), norms=False)
-    own = truth.own_gradient(labels)
-    result = kfac.compute_natural_gradient(own, model)
-    uncovered = set(own) - truth.covered()
-    assert uncovered <= set(kfac.uncovered)
+    one = captured("gpt2_tied", "few", norm_layers=False)
+    result, uncovered = one.natural(one.own), set(one.own) - one.truth.covered()
+    assert uncovered <= set(one.kfac.uncovered)
     assert "transformer.ln_f.weight" in uncovered
     for name in uncovered:
-        assert torch.equal(result[name], own[name])
+        assert torch.equal(result[name], one.own[name])
 
 
 def test_exact_fisher_scale_divides_by_tokens_over_labels():
     """The inverse of `(T / N) G (x) A`; leaving `T / N` out is the default."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e6)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping, fisher_scale="exact", norm_layers=False)
-    truth, labels = shared_capture(kfac, model, case.batch("few"), norms=False)
-    own = truth.own_gradient(labels)
-    result = kfac.compute_natural_gradient(own, model)
-    T = truth.tokens["lm_head"].count
-    assert labels != T
-    expected = {n: v * labels / T for n, v in truth.natural_gradient(own, damping).items()}
-    reference.assert_close(result, expected, 1e-9)
+    damping = Damping(1e-3, 1e-3, 1e6)
+    more = {"fisher_scale": "exact", "norm_layers": False}
+    one = captured("gpt2_untied", "few", "all", damping, **more)
+    scale = one.labels / one.truth.tokens["lm_head"].count
+    assert scale != 1
+    natural = one.truth.natural_gradient(one.own, damping)
+    expected = {n: v * scale for n, v in natural.items()}
+    reference.assert_close(one.natural(one.own), expected, 1e-9)
 
 
 def test_column_reduction_is_lossless_where_the_output_is_narrow():
     """More tokens than `max_columns`: layers within `max_dense_dim` go through `out x out`."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, 1e4)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping, max_columns=70)  # 89 tokens, at most 64 outputs
-    truth, _ = shared_capture(kfac, model, case.batch("many"))
-    assert_natural(kfac, model, truth, damping, random=True)
+    damping = Damping(1e-3, 1e-3, 1e4)
+    one = captured("gpt2_untied", "many", "all", damping, max_columns=70)  # 89 tokens, 64 outputs
+    one.check_natural(1e-9, one.random())

@@ -55,7 +55,7 @@ class FullOnce(TorchDispatchMode):
 
 
 def case_on(device: str, dtype=torch.float32, *, tied: bool = False):
-    case = {c.name: c for c in models.CASES}["gpt2_untied"]
+    case = models.CASES["gpt2_untied"]
     batch = {k: v.to(device) for k, v in case.batch("few").items()}
     model = models.seeded(models.gpt2, dtype) if tied else case.model(dtype)
     return model.to(device), batch

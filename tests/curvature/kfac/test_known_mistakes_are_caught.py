@@ -13,8 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisher_lab.curvature.errors import CurvatureError
 from tests import models, reference
-from tests.capturing import POLICIES, Calls, engine, random_like, shared_capture
-from tests.reference import Damping, Truth
+from tests.capturing import (
+    POLICIES,
+    Calls,
+    captured,
+    cross_entropy,
+    engine,
+    plain_capture,
+    random_like,
+)
+from tests.reference import Damping
 
 DOUBLE = torch.float64
 DAMPING = Damping(1e-3, 1e-3, 1e4)
@@ -22,16 +30,7 @@ BOUND = 1e-9
 
 
 def rows(n=6, width=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, width, generator=generator, dtype=DOUBLE)
-    return {"x": x, "labels": torch.randint(0, 4, (n,), generator=generator)}
-
-
-def refresh(kfac, model, batch) -> Truth:
-    with reference.record(model) as rec, kfac.capture(model):
-        loss = nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
-    kfac.collect_kfac_factors(model, batch, loss=loss)
-    return Truth(model, rec, [batch], labels=len(batch["labels"]))
+    return models.rows_batch(n, width, seed=seed)
 
 
 def fails(given, truth, bound=BOUND) -> bool:
@@ -53,7 +52,7 @@ def test_1_stale_inverse_cache(policy, correction, push_through):
     vectors = random_like(dict(model.named_parameters()))
     stale = {}
     for seed in (1, 2, 3):
-        truth = refresh(kfac, model, rows(5 + seed, seed=seed))
+        truth = plain_capture(kfac, model, rows(5 + seed, seed=seed))
         own = truth.own_gradient(5 + seed)
         for key, gradients in (("own", own), ("random", vectors)):
             result = kfac.compute_natural_gradient(gradients, model)  # fills every cache
@@ -77,10 +76,10 @@ def test_2_layer_without_a_gradient(policy):
     model = models.seeded(models.Gated, DOUBLE)
     kfac = engine(policy, DAMPING)
     vectors = random_like(dict(model.named_parameters()))
-    opened = refresh(kfac, model, rows(seed=1))
+    opened = plain_capture(kfac, model, rows(seed=1))
     assert set(kfac.kfac_factors) == {"main", "side"}
     model.open = False
-    truth = refresh(kfac, model, rows(seed=2))
+    truth = plain_capture(kfac, model, rows(seed=2))
     assert set(kfac.kfac_factors) == {"main"}
     result = kfac.compute_natural_gradient(vectors, model)
     expected = truth.natural_gradient(vectors, DAMPING)
@@ -94,7 +93,7 @@ def test_2_layer_without_a_gradient(policy):
     buggy = opened.natural_gradient(vectors, DAMPING)
     assert fails({n: buggy[n] for n in unchanged}, unchanged)
     model.open = True
-    refresh(kfac, model, rows(seed=3))
+    plain_capture(kfac, model, rows(seed=3))
     assert set(kfac.kfac_factors) == {"main", "side"}
 
 
@@ -106,7 +105,7 @@ def test_3_no_eigenvalue_correction_is_still_kfac(policy):
     """Off means raw damped eigenvalues, and not `gradient / damping`."""
     model = models.seeded(models.MLP, DOUBLE)
     kfac = engine(policy, DAMPING, use_eigenvalue_correction=False)
-    truth = refresh(kfac, model, rows(width=7))
+    truth = plain_capture(kfac, model, rows(width=7))
     own = truth.own_gradient(6)
     result = kfac.compute_natural_gradient(own, model)
     expected = truth.natural_gradient(own, Damping(DAMPING.A, DAMPING.G, None))
@@ -129,12 +128,12 @@ def test_4_no_second_forward_pass():
     torch.manual_seed(3)
     model = models.seeded(Noisy, DOUBLE)
     calls, kfac = Calls(model), engine("all", DAMPING)
-    truth = refresh(kfac, model, rows(width=7))
+    truth = plain_capture(kfac, model, rows(width=7))
     assert calls.count == 1
     own = truth.own_gradient(6)
     expected = truth.natural_gradient(own, DAMPING)
     reference.assert_close(kfac.compute_natural_gradient(own, model), expected, BOUND)
-    again = refresh(engine("all", DAMPING), model, rows(width=7))  # another dropout mask
+    again = plain_capture(engine("all", DAMPING), model, rows(width=7))  # another dropout mask
     assert fails(again.natural_gradient(own, DAMPING), expected)
 
 
@@ -148,7 +147,7 @@ def test_5_damping_is_added_and_not_a_clamp(policy, kappa):
     damping = Damping(0.3, 0.05, kappa)
     model = models.seeded(models.MLP, DOUBLE)
     kfac = engine(policy, damping)
-    truth = refresh(kfac, model, rows(width=7))
+    truth = plain_capture(kfac, model, rows(width=7))
     own = truth.own_gradient(6)
     expected = truth.natural_gradient(own, damping)
     reference.assert_close(kfac.compute_natural_gradient(own, model), expected, BOUND)
@@ -194,9 +193,7 @@ VOCAB = 3000
 
 def wide_head():
     model = models.seeded(lambda: nn.Linear(6, VOCAB, bias=False), DOUBLE)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(10, 6, generator=generator, dtype=DOUBLE)
-    return model, {"x": x, "labels": torch.randint(0, VOCAB, (10,), generator=generator)}
+    return model, models.rows_batch(10, 6, VOCAB)
 
 
 @pytest.mark.parametrize("policy", ["all", "auto"])
@@ -206,7 +203,7 @@ def test_6_products_and_powers_form_nothing_square(kappa, policy):
     model, batch = wide_head()
     damping = Damping(1e-2, 1e-2, kappa)
     kfac = engine(policy, damping)
-    truth = refresh(kfac, model, batch)
+    truth = plain_capture(kfac, model, batch)
     vectors = random_like({"weight": model.weight})
     with Watch() as watch:
         product = kfac.compute_fisher_vector_product(vectors, model)
@@ -247,7 +244,7 @@ def test_6_no_diagonal_on_the_eigen_path(policy):
     """Products by broadcasting in eigenspace: no diag, and no `V f(m) V^T` either."""
     model = models.seeded(lambda: models.MLP(sizes=(6, 120, 4)), DOUBLE)
     kfac = engine(policy, DAMPING)
-    truth = refresh(kfac, model, rows(9))
+    truth = plain_capture(kfac, model, rows(9))
     vectors = random_like(dict(model.named_parameters()))
     kfac.compute_natural_gradient(vectors, model)  # decompositions, if they wait for a use
     with Watch() as watch:
@@ -264,7 +261,7 @@ def test_7_a_wide_head_is_collected_without_its_square(policy):
     model, batch = wide_head()
     with Watch() as watch:
         kfac = engine(policy, DAMPING)
-        truth = refresh(kfac, model, batch)
+        truth = plain_capture(kfac, model, batch)
         own = truth.own_gradient(10)
         kfac.compute_natural_gradient(own, model)
     assert watch.square <= 20
@@ -275,13 +272,9 @@ def test_7_a_dense_head_that_does_not_fit_is_an_error_before_any_work():
     """The message has the layer and the dimension that is too large, not the hidden size."""
     model, batch = wide_head()
     calls = Calls(model)
-
-    def loss_fn(outputs, batch):
-        return nn.functional.cross_entropy(outputs, batch["labels"])
-
     kfac = engine("small_only", max_dense_dim=1000)
     with pytest.raises(CurvatureError, match=rf"{VOCAB}.*1000"):
-        kfac.collect_kfac_factors(model, batch, loss=loss_fn)
+        kfac.collect_kfac_factors(model, batch, loss=cross_entropy)
     assert calls.count == 0
 
 
@@ -292,7 +285,7 @@ def test_7_a_dense_head_that_does_not_fit_is_an_error_before_any_work():
 def test_8_a_missing_bias_gradient_counts_as_zero_and_is_not_invented(policy):
     model = models.seeded(models.MLP, DOUBLE)
     kfac = engine(policy, DAMPING)
-    truth = refresh(kfac, model, rows(width=7))
+    truth = plain_capture(kfac, model, rows(width=7))
     own = truth.own_gradient(6)
     without = {n: g for n, g in own.items() if n != "first.bias"}
     result = kfac.compute_natural_gradient(without, model)
@@ -312,20 +305,9 @@ def test_8_a_missing_bias_gradient_counts_as_zero_and_is_not_invented(policy):
 
 
 def test_8_on_a_conv1d_layer_and_in_a_product():
-    model = models.seeded(models.gpt2, DOUBLE)
-    kfac = engine("all", DAMPING)
-    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW))
-    own = truth.own_gradient(labels)
-    without = {n: g for n, g in own.items() if not n.endswith("c_fc.bias")}
-    for given, expected in (
-        (
-            kfac.compute_natural_gradient(without, model),
-            truth.natural_gradient(without, DAMPING),
-        ),
-        (
-            kfac.compute_fisher_vector_product(without, model),
-            truth.fisher_vector_product(without),
-        ),
-    ):
-        assert set(given) == set(without)
-        reference.assert_close(given, expected, BOUND)
+    one = captured("gpt2_tied", "few", "all", DAMPING)
+    one.own = {n: g for n, g in one.own.items() if not n.endswith("c_fc.bias")}
+    product = one.kfac.compute_fisher_vector_product(one.own, one.model)
+    assert set(product) == set(one.natural(one.own)) == set(one.own)
+    one.check_natural(BOUND)
+    one.check_product(BOUND)

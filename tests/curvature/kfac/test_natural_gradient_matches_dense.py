@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import models, reference
-from tests.capturing import POLICIES, engine, inputs_of, random_like, shared_capture
+from tests import reference
+from tests.capturing import POLICIES, captured, inputs_of
+from tests.models import CASES
 from tests.reference import Damping
 
 BOUNDS = {
@@ -20,21 +21,6 @@ BOUNDS = {
     (torch.float64, 1e-5): 1e-7,
 }
 DTYPES = [torch.float32, torch.float64]
-CASES = {case.name: case for case in models.CASES}
-
-
-def held_to_truth(case, tokens, dtype, policy, damping, *, gradients=None, **settings) -> dict:
-    """Collect, compare every covered parameter on the batch's own gradient, return the errors."""
-    model, batch = case.model(dtype), case.batch(tokens)
-    kfac = engine(policy, damping, **settings)
-    truth, labels = shared_capture(kfac, model, batch)
-    own = truth.own_gradient(labels)
-    result = kfac.compute_natural_gradient(own, model)
-    expected = truth.natural_gradient(own, damping)
-    assert set(expected) == truth.covered()
-    what = f"{case.name} {tokens} {policy} damping {damping.A:.0e} kappa {damping.kappa}"
-    reference.assert_close(result, expected, BOUNDS[dtype, damping.A], what)
-    return reference.errors(result, expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -45,139 +31,102 @@ def test_own_gradient(name, tokens, dtype, policy):
     """Both dampings of the bounds, without clipping and with a clipping that binds."""
     for lam in (1e-3, 1e-5):
         for kappa in (None, 50.0):
-            held_to_truth(CASES[name], tokens, dtype, policy, Damping(lam, lam, kappa))
+            one = captured(name, tokens, policy, Damping(lam, lam, kappa), dtype=dtype)
+            assert set(one.truth.natural_gradient(one.own, one.damping)) == one.truth.covered()
+            one.check_natural(BOUNDS[dtype, lam])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_own_gradient_without_push_through(policy):
     """The general formula alone, where the cancellation is."""
-    for lam in (1e-3, 1e-5):
+    for (dtype, lam), bound in BOUNDS.items():
         for kappa in (None, 1e6):
-            for dtype in DTYPES:
-                held_to_truth(
-                    CASES["gpt2_untied"],
-                    "few",
-                    dtype,
-                    policy,
-                    Damping(lam, lam, kappa),
-                    push_through=False,
-                )
+            more = {"dtype": dtype, "push_through": False}
+            captured("gpt2_untied", "few", policy, Damping(lam, lam, kappa), **more).check_natural(
+                bound
+            )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["gpt2_tied", "llama", "bert_right", "t5_lengths"])
 def test_gradient_left_by_autograd(name, policy):
     """`.grad` of the caller's own backward pass, not an array made by the reference."""
-    case, damping = CASES[name], Damping(1e-3, 1e-3, 1e6)
-    model, batch = case.model(torch.float32), case.batch("few")
-    kfac = engine(policy, damping)
-    truth, _ = shared_capture(kfac, model, batch)
-    loss, labels = reference.summed_loss(model, model(**inputs_of(batch)).logits, batch)
+    one = captured(name, "few", policy, Damping(1e-3, 1e-3, 1e6), dtype=torch.float32)
+    batch = CASES[name].batch("few")
+    logits = one.model(**inputs_of(batch)).logits
+    loss, labels = reference.summed_loss(one.model, logits, batch)
     (loss / labels).backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    result = kfac.compute_natural_gradient(gradients, model)
-    reference.assert_close(result, truth.natural_gradient(gradients, damping), 1e-5, name)
+    gradients = {n: p.grad for n, p in one.model.named_parameters() if p.grad is not None}
+    one.check_natural(1e-5, gradients)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("tokens", ["few", "many"])
 def test_any_other_gradient(tokens, policy):
     """A gradient of something else than the factors' batch: the general formula must be used."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-3, 1e6)
-    model = case.model(torch.float64)
-    kfac = engine(policy, damping)
-    truth, labels = shared_capture(kfac, model, case.batch(tokens))
-    vectors = random_like(truth.own_gradient(labels))
-    mixed = {n: v + 0.1 * vectors[n] for n, v in truth.own_gradient(labels).items()}
-    for gradients in (vectors, mixed):
-        result = kfac.compute_natural_gradient(gradients, model)
-        reference.assert_close(result, truth.natural_gradient(gradients, damping), 1e-9)
+    one = captured("gpt2_untied", tokens, policy, Damping(1e-4, 1e-3, 1e6))
+    other = one.random()
+    one.check_natural(1e-9, other, {n: v + 0.1 * other[n] for n, v in one.own.items()})
 
 
 def test_scaled_and_decayed_gradients():
     """Clipped gradients are a multiple of the batch's own; weight decay leaves the span."""
-    case, damping = CASES["llama"], Damping(1e-5, 1e-5, None)
-    model = case.model(torch.float64)
-    kfac = engine("all", damping)
-    truth, labels = shared_capture(kfac, model, case.batch("few"))
-    parameters = dict(model.named_parameters())
+    one = captured("llama", "few", "all", Damping(1e-5, 1e-5, None))
+    parameters = dict(one.model.named_parameters())
     for scale, decay in ((0.01, 0.0), (1.0, 1e-2), (1.0, 1e-9)):
-        gradients = {
-            n: scale * g + decay * parameters[n].detach()
-            for n, g in truth.own_gradient(labels).items()
-        }
-        result = kfac.compute_natural_gradient(gradients, model)
-        reference.assert_close(result, truth.natural_gradient(gradients, damping), 1e-7)
+        gradients = {n: scale * g + decay * parameters[n].detach() for n, g in one.own.items()}
+        one.check_natural(1e-7, gradients)
 
 
 @pytest.mark.parametrize("name", ["gpt2_tied", "t5_masks"])
 @pytest.mark.parametrize("tokens", ["few", "many"])
 def test_all_policies_agree_with_clipping_on(name, tokens):
     """One gradient through four policies; the clipping binds on both sides."""
-    case = CASES[name]
-    batch = case.batch(tokens)
     for lam, bound in ((1e-3, 1e-9), (1e-5, 1e-7)):
         damping = Damping(lam, lam, 20.0)
-        results, gradients = {}, None
-        for policy in POLICIES:
-            model = case.model(torch.float64)
-            kfac = engine(policy, damping)
-            truth, labels = shared_capture(kfac, model, batch)
-            gradients = truth.own_gradient(labels) if gradients is None else gradients
-            results[policy] = kfac.compute_natural_gradient(gradients, model)
-            counts = truth.clipped(damping).values()
+        ones = {policy: captured(name, tokens, policy, damping) for policy in POLICIES}
+        for one in ones.values():
+            counts = one.truth.clipped(damping).values()
             assert sum(a for a, _ in counts) > 0
             assert sum(g for _, g in counts) > 0
-        expected = {n: r.double() for n, r in results["small_only"].items()}
+        gradients = ones["all"].own
+        expected = {n: r.double() for n, r in ones["small_only"].natural(gradients).items()}
         for policy in ("all", "auto", "hybrid"):
-            reference.assert_close(results[policy], expected, bound, policy)
+            reference.assert_close(ones[policy].natural(gradients), expected, bound, policy)
 
 
 def test_the_policies_take_different_paths():
     """The grid above would show nothing if every policy chose the same structure."""
-    case = CASES["gpt2_untied"]
-    chosen = {}
-    for policy in POLICIES:
-        model = case.model(torch.float64)
-        kfac = engine(policy, Damping())
-        shared_capture(kfac, model, case.batch("many"))
-        chosen[policy] = {n: f["G_type"] for n, f in kfac.kfac_factors.items() if ".mlp." in n}
-    assert set(chosen["all"].values()) == {"woodbury"}
-    assert set(chosen["small_only"].values()) == {"eig"}
-    assert chosen["hybrid"]["transformer.h.0.mlp.c_fc"] == "woodbury"  # 64 outputs
-    assert chosen["hybrid"]["transformer.h.0.mlp.c_proj"] == "eig"  # 16 outputs
-    assert set(chosen["auto"].values()) == {"eig"}  # 89 tokens, more than any output width
-    model = case.model(torch.float64)
-    kfac = engine("auto", Damping())
-    shared_capture(kfac, model, case.batch("few"))
-    assert kfac.kfac_factors["transformer.h.0.mlp.c_proj"]["G_type"] == "woodbury"
+
+    def chosen(policy, tokens="many"):
+        factors = captured("gpt2_untied", tokens, policy).kfac.kfac_factors
+        return {n: f["G_type"] for n, f in factors.items() if ".mlp." in n}
+
+    assert set(chosen("all").values()) == {"woodbury"}
+    assert set(chosen("small_only").values()) == {"eig"}
+    assert chosen("hybrid")["transformer.h.0.mlp.c_fc"] == "woodbury"  # 64 outputs
+    assert chosen("hybrid")["transformer.h.0.mlp.c_proj"] == "eig"  # 16 outputs
+    assert set(chosen("auto").values()) == {"eig"}  # 89 tokens, more than any output width
+    assert chosen("auto", "few")["transformer.h.0.mlp.c_proj"] == "woodbury"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_dampings_of_both_sides_are_kept_apart(policy):
-    case = CASES["gpt2_untied"]
     for damping in (Damping(1e-1, 1e-4, None), Damping(1e-4, 1e-1, 50.0)):
-        model = case.model(torch.float64)
-        kfac = engine(policy, damping)
-        truth, labels = shared_capture(kfac, model, case.batch("few"))
-        own = truth.own_gradient(labels)
-        expected = truth.natural_gradient(own, damping)
-        reference.assert_close(kfac.compute_natural_gradient(own, model), expected, 1e-9)
-        swapped = truth.natural_gradient(own, Damping(damping.G, damping.A, damping.kappa))
-        assert max(reference.errors(swapped, expected).values()) > 0.1
+        one = captured("gpt2_untied", "few", policy, damping)
+        one.check_natural(1e-9)
+        swapped = Damping(damping.G, damping.A, damping.kappa)
+        expected, other = (one.truth.natural_gradient(one.own, d) for d in (damping, swapped))
+        assert max(reference.errors(other, expected).values()) > 0.1
 
 
 def test_float32_core_is_what_the_setting_says():
     """`core_dtype=apply_dtype=float32` is another, less accurate algorithm, and still close."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-3, None)
-    errors = {}
+    damping, errors = Damping(1e-3, 1e-3, None), {}
     for core in ("float32", "float64"):
-        model = case.model(torch.float32)
-        kfac = engine("small_only", damping, core_dtype=core, apply_dtype=core, push_through=False)
-        truth, labels = shared_capture(kfac, model, case.batch("few"))
-        own = truth.own_gradient(labels)
-        result = kfac.compute_natural_gradient(own, model)
-        found = reference.errors(result, truth.natural_gradient(own, damping))
-        errors[core] = max(found.values())
+        more = {"core_dtype": core, "apply_dtype": core, "push_through": False}
+        one = captured("gpt2_untied", "few", "small_only", damping, dtype=torch.float32, **more)
+        expected = one.truth.natural_gradient(one.own, damping)
+        errors[core] = max(reference.errors(one.natural(one.own), expected).values())
     assert errors["float64"] < 1e-5
     assert 3 * errors["float64"] < errors["float32"] < 0.2

@@ -6,18 +6,17 @@ import pytest
 import torch
 
 from tests import models, reference
-from tests.capturing import POLICIES, engine, own_collect, random_like, shared_capture
+from tests.capturing import POLICIES, Captured, captured, engine, own_collect, random_like
 from tests.reference import Damping
 
 DOUBLE = torch.float64
-CASES = {case.name: case for case in models.CASES}
 
 
-def own_result(kfac, model, batch):
-    """The engine's own natural gradient, and truth on the unrounded own gradient."""
-    truth, labels = shared_capture(kfac, model, batch, keep_gradient=True)
-    own = truth.own_gradient(labels, unrounded=True)
-    return kfac.compute_natural_gradient(None, model), own, truth
+def own_captured(name, tokens, policy, damping, **more):
+    """A capture that keeps its gradient, and truth on the unrounded own gradient."""
+    one = captured(name, tokens, policy, damping, keep_gradient=True, **more)
+    one.own = one.truth.own_gradient(one.labels, unrounded=True)
+    return one, one.natural(None), one.truth.natural_gradient(one.own, damping)
 
 
 @pytest.mark.parametrize("push_through", [True, False])
@@ -26,11 +25,8 @@ def own_result(kfac, model, batch):
 @pytest.mark.parametrize("name", ["gpt2_untied", "gpt2_tied", "bert_left", "t5_masks"])
 def test_own_gradient_is_the_batches_own(name, tokens, policy, push_through):
     """Tied weights too, where the identity does not hold and the general formula steps in."""
-    case, damping = CASES[name], Damping(1e-5, 1e-5, 1e4)
-    model = case.model(DOUBLE)
-    kfac = engine(policy, damping, push_through=push_through)
-    result, own, truth = own_result(kfac, model, case.batch(tokens))
-    expected = truth.natural_gradient(own, damping)
+    damping = Damping(1e-5, 1e-5, 1e4)
+    _, result, expected = own_captured(name, tokens, policy, damping, push_through=push_through)
     reference.assert_close(result, expected, 1e-7)
     positions = {n for n in result if any(p in n for p in reference.POSITIONS)}
     assert set(result) == set(expected) | positions
@@ -38,13 +34,10 @@ def test_own_gradient_is_the_batches_own(name, tokens, policy, push_through):
 
 @pytest.mark.parametrize("p", [-0.5, 1.0])
 def test_own_gradient_with_other_powers(p):
-    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, 100.0)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping)
-    truth, labels = shared_capture(kfac, model, case.batch("few"), keep_gradient=True)
-    own = truth.own_gradient(labels, unrounded=True)
-    result = kfac.compute_powered_natural_gradient(None, model, p)
-    reference.assert_close(result, truth.powered(own, p, damping), 1e-9)
+    damping = Damping(1e-4, 1e-4, 100.0)
+    one, _, _ = own_captured("gpt2_untied", "few", "all", damping)
+    result = one.kfac.compute_powered_natural_gradient(None, one.model, p)
+    reference.assert_close(result, one.truth.powered(one.own, p, damping), 1e-9)
 
 
 @pytest.mark.parametrize("lam", [1e-5, 1e-8])
@@ -53,15 +46,12 @@ def test_own_gradient_at_small_damping_against_many_digits(lam):
 
     Against 50 decimal digits, since dense float64 is the less accurate of the two here.
     """
-    case, damping = CASES["gpt2_untied"], Damping(lam, lam, None)
-    model = case.model(torch.float32)
-    kfac = engine("all", damping, woodbury_dtype="fp32", norm_layers=False)
-    result, own, truth = own_result(kfac, model, case.batch("few"))
-    truth.norms = False
-    dense = truth.natural_gradient(own, damping)
+    damping = Damping(lam, lam, None)
+    more = {"dtype": torch.float32, "woodbury_dtype": "fp32", "norm_layers": False}
+    one, result, dense = own_captured("gpt2_untied", "few", "all", damping, **more)
     for layer in ("transformer.h.1.mlp.c_proj", "lm_head"):
-        tokens = truth.tokens[layer]
-        exact = reference.many_digits_own(tokens, damping, truth.labels)
+        tokens = one.truth.tokens[layer]
+        exact = reference.many_digits_own(tokens, damping, one.labels)
         weight = exact[:, : tokens.a.shape[1]]
         name = f"{layer}.weight"
         expected = {name: weight.T if tokens.kind == "conv1d" else weight}
@@ -77,17 +67,13 @@ def test_own_gradient_at_small_damping_against_many_digits(lam):
 )
 def test_push_through_with_rounded_columns(storage, bound):
     """Rounding the columns costs little in the own gradient; far more in the general formula."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, None)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping, woodbury_dtype=storage, norm_layers=False)
-    result, own, truth = own_result(kfac, model, case.batch("few"))
-    truth.norms = False
-    expected = truth.natural_gradient(own, damping)
+    more = {"woodbury_dtype": storage, "norm_layers": False}
+    damping = Damping(1e-4, 1e-4, None)
+    one, result, expected = own_captured("gpt2_untied", "few", "all", damping, **more)
     # Embeddings go by the general formula: their inputs are no matrix to push through.
-    own = {n: v for n, v in own.items() if "wte" not in n}
-    expected = {n: expected[n] for n in own if n in expected}
+    expected = {n: value for n, value in expected.items() if "wte" not in n}
     reference.assert_close(result, expected, bound, storage)
-    general = kfac.compute_natural_gradient(own, model)
+    general = one.natural({n: one.own[n] for n in expected})
     worst = max(reference.errors(result, expected).values())
     if storage in ("fp16", "bf16"):
         assert max(reference.errors(general, expected).values()) > 3 * worst
@@ -96,29 +82,26 @@ def test_push_through_with_rounded_columns(storage, bound):
 @pytest.mark.parametrize("storage", ["fp16", "bf16"])
 def test_columns_that_outnumber_the_outputs_are_not_rounded(storage):
     """Rounding those would perturb G itself; policy `all` stays as exact there as unrounded."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-4, 1e-4, None)
-    model = case.model(DOUBLE)
-    kfac = engine("all", damping, woodbury_dtype=storage, norm_layers=False)
-    result, own, truth = own_result(kfac, model, case.batch("many"))
-    truth.norms = False
-    expected = truth.natural_gradient(own, damping)
-    layers = {n: tuple(t.g[0].shape) for n, t in truth.tokens.items() if "norm" not in t.kind}
+    more = {"woodbury_dtype": storage, "norm_layers": False}
+    damping = Damping(1e-4, 1e-4, None)
+    one, result, expected = own_captured("gpt2_untied", "many", "all", damping, **more)
+    layers = {n: t.g[0].shape for n, t in one.truth.tokens.items() if "norm" not in t.kind}
     many = [layer for layer, (tokens, out) in layers.items() if tokens >= out]
     few = [layer for layer in layers if layer not in many]
     assert many
     for layer in many:
         names = [n for n in expected if n.startswith(f"{layer}.")]
         reference.assert_close(result, {n: expected[n] for n in names}, 1e-9, layer)
-    kept = {f.layer.name: f.G.columns.data.dtype for f in kfac.kfac_factors.values()}
+    kept = {f.layer.name: f.G.columns.data.dtype for f in one.kfac.kfac_factors.values()}
     assert all(kept[layer] == DOUBLE for layer in many)
     assert all(kept[layer].itemsize == 2 for layer in few)
 
 
 def test_tiny_gradients_do_not_underflow_in_16_bits():
     """Columns are scaled by a power of two before they are rounded."""
-    case, damping = CASES["gpt2_untied"], Damping(1e-3, 1e-18, None)
+    case = models.CASES["gpt2_untied"]
     model, batch = case.model(DOUBLE), case.batch("few")
-    kfac = engine("all", damping, woodbury_dtype="fp16", norm_layers=False)
+    kfac = engine("all", Damping(1e-3, 1e-18, None), woodbury_dtype="fp16", norm_layers=False)
     scale = 1e-8
     with reference.record(model) as rec, kfac.capture(model):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -132,33 +115,14 @@ def test_tiny_gradients_do_not_underflow_in_16_bits():
     reference.assert_close(product, truth.fisher_vector_product(own), 2e-3)
 
 
-def test_gradient_checkpointing_counts_tokens_once():
-    model = models.seeded(models.gpt2, DOUBLE).train()
-    batch, vectors = models.language_batch(models.FEW), random_like(dict(model.named_parameters()))
-    products, counts = [], []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        kfac = engine()
-        kfac.collect_kfac_factors(model, batch)
-        products.append(kfac.compute_fisher_vector_product(vectors, model))
-        counts.append({n: f["tokens"] for n, f in kfac.kfac_factors.items()})
-    assert counts[0] == counts[1]
-    reference.assert_close(products[1], products[0], 1e-12)
-
-
 @pytest.mark.parametrize("policy", ["all", "small_only"])
 def test_bfloat16_model_accumulates_wider(policy):
     """Factors from the 16-bit captures in float64; only the result is rounded to the model's."""
-    damping = Damping(1e-2, 1e-2, None)
     model = models.seeded(lambda: models.gpt2(tied=False), torch.bfloat16)
-    kfac = engine(policy, damping, norm_layers=False)
-    truth, labels = shared_capture(kfac, model, models.language_batch(models.FEW), norms=False)
-    own = truth.own_gradient(labels)
-    result = kfac.compute_natural_gradient(own, model)
-    assert {v.dtype for v in result.values()} == {torch.bfloat16}
-    expected = truth.natural_gradient(own, damping)
-    reference.assert_close(result, expected, 2**-8)
+    batch, damping = models.language_batch(models.FEW), Damping(1e-2, 1e-2, None)
+    one = Captured(model, batch, policy, damping, norm_layers=False)
+    assert {v.dtype for v in one.natural(one.own).values()} == {torch.bfloat16}
+    one.check_natural(2**-8)
 
 
 def test_a_second_engine_sees_the_same_model():

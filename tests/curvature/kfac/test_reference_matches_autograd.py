@@ -25,7 +25,7 @@ def recorded(model, batch):
 
 
 @pytest.mark.parametrize("tokens", ["few", "many"])
-@pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", models.CASES.values(), ids=models.CASES)
 def test_sum_of_token_outer_products_is_the_autograd_gradient(case, tokens):
     model, batch = case.model(DOUBLE), case.batch(tokens)
     truth, labels = recorded(model, batch)
