@@ -50,8 +50,8 @@ def shared_capture(
 ) -> tuple[Truth, int]:
     """Run the model once, hand its loss to the engine, and return the truth of the same pass."""
     with reference.record(model) as rec, kfac.capture(model):
-        outputs = model(**inputs_of(batch))
-        loss, labels = reference.summed_loss(model, outputs.logits, batch)
+        logits = model(batch["x"]) if "x" in batch else model(**inputs_of(batch)).logits
+        loss, labels = reference.summed_loss(model, logits, batch)
     loss = loss / labels if reduction == "mean" else loss
     kfac.collect_kfac_factors(
         model,
@@ -111,16 +111,6 @@ def captured(
     """Of one of the `CASES`."""
     case = models.CASES[name]
     return Captured(case.model(dtype), case.batch(tokens), policy, damping, **more)
-
-
-def plain_capture(
-    kfac: KFACNaturalGradient, model: nn.Module, batch: Mapping[str, Tensor]
-) -> Truth:
-    """As `shared_capture`, of a model of `x` that gives logits and no loss."""
-    with reference.record(model) as rec, kfac.capture(model):
-        loss = cross_entropy(model(batch["x"]), batch)
-    kfac.collect_kfac_factors(model, batch, loss=loss)
-    return Truth(model, rec, [batch], labels=len(batch["labels"]))
 
 
 def own_collect(

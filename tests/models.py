@@ -20,6 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -35,96 +36,64 @@ FEW = (5, 8)
 MANY = (17, 23, 30, 19)
 
 
-def _eager(config):
-    config._attn_implementation = "eager"
-    return config
+FAMILIES = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config),
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "bert": (BertForMaskedLM, BertConfig),
+    "bert_classifier": (BertForSequenceClassification, BertConfig),
+    "t5": (T5ForConditionalGeneration, T5Config),
+}
 
 
-def gpt2(tied: bool = True, *, width: int = WIDTH, layers: int = 2) -> GPT2LMHeadModel:
+def built(family: str, attention: str | None = "eager", **config) -> PreTrainedModel:
+    """A model of one of the `FAMILIES`, with fresh weights."""
+    model_class, config_class = FAMILIES[family]
+    made = config_class(**{"vocab_size": VOCAB, **config})
+    made._attn_implementation = attention
+    return model_class(made)
+
+
+def gpt2(tied: bool = True, *, width: int = WIDTH, layers: int = 2) -> PreTrainedModel:
     """GPT-2: `Conv1D` layers, biases, a head tied to the token embedding or not."""
-    return GPT2LMHeadModel(
-        _eager(
-            GPT2Config(
-                vocab_size=VOCAB,
-                n_positions=40,
-                n_embd=width,
-                n_layer=layers,
-                n_head=2,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=0,
-                eos_token_id=0,
-                tie_word_embeddings=tied,
-            )
-        )
-    )
+    return built(
+        "gpt2", tie_word_embeddings=tied, n_embd=width, n_layer=layers, n_head=2, n_positions=40,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
 
 
-def llama(tied: bool = False, *, width: int = WIDTH, inner: int = 24) -> LlamaForCausalLM:
+def llama(tied: bool = False, *, width: int = WIDTH, inner: int = 24) -> PreTrainedModel:
     """LLaMA: no biases, RMSNorm, a gated MLP whose gate and up share an input.
 
     Its eager attention takes the softmax in float32, where a float64 mask overflows and a row of
     padding (left) turns into nan; the fused one stays in the model's dtype.
     """
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+    return built(
+        "llama", "sdpa", tie_word_embeddings=tied, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         max_position_embeddings=40,
-        tie_word_embeddings=tied,
-    )
-    config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
+    )  # fmt: skip
 
 
-def _bert_config(**more) -> BertConfig:
-    return _eager(
-        BertConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=40,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **more,
-        )
-    )
-
-
-def bert() -> BertForMaskedLM:
+def bert(family: str = "bert", **more) -> PreTrainedModel:
     """BERT with its masked-language-model head (tied weight, bias of its own)."""
-    return BertForMaskedLM(_bert_config())
+    return built(
+        family, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=40, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **more,
+    )  # fmt: skip
 
 
-def bert_classifier() -> BertForSequenceClassification:
+def bert_classifier() -> PreTrainedModel:
     """BERT with a pooler: the pooler and the classifier have one token per example."""
-    return BertForSequenceClassification(_bert_config(num_labels=3))
+    return bert("bert_classifier", num_labels=3)
 
 
-def t5(tied: bool = True) -> T5ForConditionalGeneration:
+def t5(tied: bool = True) -> PreTrainedModel:
     """T5: encoder, decoder and cross-attention, each token with the mask of its own origin."""
-    return T5ForConditionalGeneration(
-        _eager(
-            T5Config(
-                vocab_size=VOCAB,
-                d_model=WIDTH,
-                d_kv=8,
-                d_ff=24,
-                num_layers=1,
-                num_decoder_layers=1,
-                num_heads=2,
-                dropout_rate=0.0,
-                decoder_start_token_id=0,
-                tie_word_embeddings=tied,
-            )
-        )
-    )
+    return built(
+        "t5", tie_word_embeddings=tied, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1,
+        num_decoder_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
 
 
 class MLP(nn.Module):

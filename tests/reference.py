@@ -28,9 +28,6 @@ IGNORE = -100
 POSITIONS = ("wpe", "position_embeddings", "relative_attention_bias")
 
 
-# --------------------------------------------------------------------------- recording
-
-
 @dataclass
 class Call:
     """One call of one module: its input, and the gradients that came back to its output."""
@@ -97,9 +94,6 @@ def record(model: nn.Module) -> Iterator[Record]:
             handle.remove()
 
 
-# --------------------------------------------------------------------------- tokens and losses
-
-
 def origin_mask(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
     """The mask of the tensor that reaches this module: by where it comes from, not its length.
 
@@ -148,9 +142,6 @@ def summed_loss(model: nn.Module, logits: Tensor, batch: Mapping[str, Tensor]) -
     return (torch.logsumexp(chosen, 1) - picked).sum(), int(rows.sum())
 
 
-# --------------------------------------------------------------------------- tokens of a layer
-
-
 @dataclass
 class Tokens:
     """The tokens of one layer over everything recorded.
@@ -175,9 +166,7 @@ class Tokens:
 
     @property
     def augmented(self) -> Tensor:
-        if self.bias is None:
-            return self.a
-        return torch.cat([self.a, torch.ones(len(self.a), 1, dtype=self.a.dtype)], 1)
+        return self.a if self.bias is None else nn.functional.pad(self.a, (0, 1), value=1.0)
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -226,9 +215,6 @@ def _pooled(parts: list[Tokens]) -> Tokens:
     )
 
 
-# --------------------------------------------------------------------------- section 2
-
-
 @dataclass(frozen=True)
 class Damping:
     """The numbers that a result depends on besides the tokens."""
@@ -256,9 +242,6 @@ def power(M: Tensor, p: float, lam: float, kappa: float | None) -> Tensor:
 
 def clipped(M: Tensor, lam: float, kappa: float | None) -> int:
     return used_eigenvalues(torch.linalg.eigvalsh(M), lam, kappa)[1]
-
-
-# --------------------------------------------------------------------------- factors
 
 
 def moment(rows: Tensor) -> Tensor:
@@ -301,9 +284,6 @@ def true_fisher_of_softmax(logits: Tensor, tokens: int) -> Tensor:
     """Section 5: `(1/T) sum over labelled t of diag(p_t) - p_t p_t^T`; logits `[N, C]`."""
     p = torch.softmax(logits.double(), 1)
     return (torch.diag(p.sum(0)) - p.T @ p) / tokens
-
-
-# --------------------------------------------------------------------------- results
 
 
 class Truth:
@@ -367,15 +347,11 @@ class Truth:
     def covered(self) -> set[str]:
         """Parameter names that K-FAC covers."""
         names = set()
-        for name, (_, tokens) in self.weight_factors().items():
-            names.add(name)
-            if tokens.kind != "embedding" and tokens.bias is not None:
+        layers = [tokens for _, tokens in self.weight_factors().values()]
+        for tokens in layers + (self._norm_layers() if self.norms else []):
+            names.add(self.name_of(tokens.module.weight))
+            if tokens.bias is not None:
                 names.add(self.name_of(tokens.bias))
-        if self.norms:
-            for tokens in self._norm_layers():
-                names.add(self.name_of(tokens.module.weight))
-                if tokens.bias is not None:
-                    names.add(self.name_of(tokens.bias))
         return names
 
     def _norm_layers(self) -> list[Tokens]:
@@ -461,31 +437,22 @@ class Truth:
 
     def powered(self, vectors, p: float, damping: Damping) -> dict[str, Tensor]:
         """`G^p dW A^p` with the used eigenvalues."""
-
-        def kronecker(factors, tokens, matrix):
-            left = power(factors.G, p, damping.G, damping.kappa)
-            return left @ matrix @ power(factors.A, p, damping.A, damping.kappa)
-
-        def block(F, tokens, vector):
-            return power(F, p, damping.G, damping.kappa) @ vector
-
-        return self._apply(vectors, kronecker, block)
+        return self._powered(vectors, p, damping, unfloored=None)
 
     def natural_gradient(self, gradients, damping: Damping) -> dict[str, Tensor]:
         return self.powered(gradients, -1.0, damping)
 
     def true_head_natural_gradient(self, gradients, damping: Damping, head: str):
         """As `natural_gradient`, but no floor on the G side of `head` (section 5)."""
+        return self._powered(gradients, -1.0, damping, unfloored=head)
 
+    def _powered(self, vectors, p: float, damping: Damping, unfloored: str | None):
         def kronecker(factors, tokens, matrix):
-            kappa = None if tokens.name == head else damping.kappa
-            left = power(factors.G, -1, damping.G, kappa)
-            return left @ matrix @ power(factors.A, -1, damping.A, damping.kappa)
+            kappa = None if tokens.name == unfloored else damping.kappa
+            left = power(factors.G, p, damping.G, kappa)
+            return left @ matrix @ power(factors.A, p, damping.A, damping.kappa)
 
-        def block(F, tokens, vector):
-            return power(F, -1, damping.G, damping.kappa) @ vector
-
-        return self._apply(gradients, kronecker, block)
+        return self._apply(vectors, kronecker, _block_power(p, damping))
 
     def fisher_vector_product(self, vectors) -> dict[str, Tensor]:
         """`(T / N) G V A`: no damping, no floor."""
@@ -515,10 +482,7 @@ class Truth:
                 S = torch.maximum(S, S.max() / damping.kappa**2)
             return VG @ ((VG.T @ matrix @ VA) / S) @ VA.T
 
-        def block(F, tokens, vector):
-            return power(F, -1, damping.G, damping.kappa) @ vector
-
-        return self._apply(gradients, kronecker, block)
+        return self._apply(gradients, kronecker, _block_power(-1, damping))
 
     def clipped(self, damping: Damping) -> dict[str, tuple[int, int]]:
         """By layer name: eigenvalues that the floor raised on the A and on the G side."""
@@ -531,7 +495,9 @@ class Truth:
         }
 
 
-# --------------------------------------------------------------------------- many digits
+def _block_power(p: float, damping: Damping):
+    """Of the block of a norm layer, which is damped by `damping.G`."""
+    return lambda F, tokens, vector: power(F, p, damping.G, damping.kappa) @ vector
 
 
 def many_digits_own(tokens: Tokens, damping: Damping, labels: int, digits: int = 50) -> Tensor:
@@ -562,9 +528,6 @@ def _many_digits_solve(M: mpmath.matrix, Y: mpmath.matrix) -> mpmath.matrix:
             rest = mpmath.fdot((L[k, i], X[k, j]) for k in range(i + 1, n))
             X[i, j] = (X[i, j] - rest) / L[i, i]
     return X
-
-
-# --------------------------------------------------------------------------- comparing
 
 
 def relative(given: Tensor, truth: Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fisher_lab.analysis import AdvancedFisherCollector, UnifiedConfig, UnifiedModelAnalyzer
 from fisher_lab.curvature import losses
@@ -173,12 +173,9 @@ def test_what_cannot_be_done_says_why():
         AdvancedFisherCollector().natural_gradient(tiny("gpt2"))
 
 
-# --- the unified analysis --------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def saved_gpt2(tmp_path_factory):
-    """A small GPT-2 with its tokenizer, saved as any model on the hub is."""
+    """With its tokenizer, saved as any model on the hub is."""
     directory = tmp_path_factory.mktemp("gpt2")
     words = {"<unk>": 0, "the": 1, "a": 2, "of": 3, "is": 4, "in": 5, "to": 6, "and": 7, ".": 8}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -186,12 +183,7 @@ def saved_gpt2(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="."
     ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(words), n_embd=8, n_layer=2, n_head=2, n_positions=16,
-        bos_token_id=0, eos_token_id=8,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(directory)
+    tiny("gpt2", vocab_size=len(words), n_positions=16).float().save_pretrained(directory)
     return directory
 
 

@@ -22,7 +22,7 @@ from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.kfac import accumulators, reduce
 from fisher_lab.curvature.kfac.factors import Columns
 from tests import models, reference
-from tests.capturing import engine, random_like
+from tests.capturing import engine, inputs_of, random_like
 from tests.distributed.rank_pool import said
 from tests.reference import Damping, Record, Tokens, Truth
 
@@ -223,10 +223,9 @@ def in_wrapper(
     result = one_setting(comm, model, setting, batches, ("own", "natural", "general", "product"))
     kfac = setting.engine(comm)
     (batch,) = batches
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
     inner = getattr(model, "module", model)
     with kfac.capture(model):
-        loss, labels = reference.summed_loss(inner, model(**inputs).logits, batch)
+        loss, labels = reference.summed_loss(inner, model(**inputs_of(batch)).logits, batch)
     kfac.collect_kfac_factors(
         model, batch, loss=loss, n_labels=labels, loss_reduction="sum", keep_gradient=True
     )

@@ -30,7 +30,7 @@ def numbers(directory: Path) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
-def test_two_ranks_give_the_numbers_of_one(tmp_path: Path, dtype: str, bound: float) -> None:
+def test_two_ranks_give_the_numbers_of_one(tmp_path, dtype, bound):
     one, two = tmp_path / "one", tmp_path / "two"
     for directory, more in ((one, ()), (two, ("distributed.nproc=2",))):
         more = (*more, f"model.dtype={dtype}", f"hydra.run.dir={directory}")
@@ -91,7 +91,7 @@ def check_files(one: Path, two: Path, bound: float) -> None:
 
 
 @pytest.mark.parametrize("key", ["distributed.nproc=2", "distributed.nodes=2"])
-def test_a_sketch_on_ranks_is_refused_before_any_work(tmp_path: Path, key: str) -> None:
+def test_a_sketch_on_ranks_is_refused_before_any_work(tmp_path, key):
     arguments = ("spectral=sketch", key, f"hydra.run.dir={tmp_path / 'run'}")
     code, out = finished(*SMALL, *arguments, timeout=120)
     assert code == 2

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.rank_pool import Pool
-
 
 def benchmark() -> Any:
     """`benchmarks/distributed.py`, as a module."""
@@ -41,7 +39,7 @@ SIZES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_bytes_are_those_of_the_formulas(ranks: Pool, size: int) -> None:
+def test_bytes_are_those_of_the_formulas(ranks, size):
     module = benchmark()
     cases = [{"mode": m, "ranks": size, **one} for one in SIZES for m in ("gather", "gram")]
     found = ranks.run(measured, size, cases=cases)
@@ -68,7 +66,7 @@ def row(mode: str, ranks: int, **more: Any) -> dict[str, Any]:
     return {"mode": mode, "ranks": ranks, **plain, **same, **more}
 
 
-def test_what_is_off_by_more_than_a_tenth_is_told() -> None:
+def test_what_is_off_by_more_than_a_tenth_is_told():
     failures = benchmark().failures
     assert failures([row("gather", 2), row("gram", 1), row("gram", 2)]) == []
     (text,) = failures([row("gather", 2), row("gram", 4, sent=111.0)])

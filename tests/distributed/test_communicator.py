@@ -17,7 +17,7 @@ from fisher_lab.curvature.collectives import (
     slice_sizes,
     together,
 )
-from tests.distributed.rank_pool import Pool, said
+from tests.distributed.rank_pool import said
 
 COUNTS = [40, 0, 7]
 SIZES = (1, 2, 3)
@@ -34,7 +34,7 @@ def all_gather(comm, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
-def test_gather_with_uneven_and_empty_ranks(ranks: Pool, size: int, dtype: torch.dtype) -> None:
+def test_gather_with_uneven_and_empty_ranks(ranks, size, dtype):
     expected = torch.cat([block(r, n, dtype) for r, n in enumerate(COUNTS[:size])])
     for got in ranks.run(all_gather, size, dtype=dtype):
         assert got.dtype == dtype
@@ -48,7 +48,7 @@ def all_reduce(comm, transposed: bool) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_sum_over_ranks(ranks: Pool, size: int, transposed: bool) -> None:
+def test_sum_over_ranks(ranks, size, transposed):
     expected = torch.stack([block(r, 5, torch.float64) for r in range(size)]).sum(0)
     for got in ranks.run(all_reduce, size, transposed=transposed):
         assert torch.equal(got, expected.T if transposed else expected)
@@ -69,7 +69,7 @@ def exchange(comm, pairwise: bool, dtype: torch.dtype) -> tuple[Tensor, dict]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_exchange_of_columns_for_rows(ranks: Pool, size: int, dtype: torch.dtype) -> None:
+def test_exchange_of_columns_for_rows(ranks, size, pairwise, dtype):
     rows = COUNTS[:size]
     whole = torch.cat([
         torch.arange(n * 5).view(-1, 5).to(dtype) + 3 * r for r, n in enumerate(rows)
@@ -92,7 +92,7 @@ def values(comm) -> list:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_broadcast_and_values(ranks: Pool, size: int) -> None:
+def test_broadcast_and_values(ranks, size):
     for got in ranks.run(broadcast, size):
         for source, tensor in enumerate(got):
             assert torch.equal(tensor, block(source, 2, torch.bfloat16))
@@ -114,7 +114,7 @@ def traffic(comm) -> dict[str, tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_bytes_that_are_counted(ranks: Pool, size: int) -> None:
+def test_bytes_that_are_counted(ranks, size):
     padded = max(COUNTS[:size]) * 3 * 4
     for rank, got in enumerate(ranks.run(traffic, size)):
         ring = 2 * (size - 1) * 96 // size
@@ -139,7 +139,7 @@ def differing(comm) -> str:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, size: int) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(ranks, size):
     own, others = "ValueError: no label", "RankError: rank 1: ValueError: no label"
     assert ranks.run(failing, size) == [others, own, others][:size]
     for got in ranks.run(differing, size):
@@ -156,20 +156,20 @@ def stuck(comm, seconds: float) -> str:
     return found
 
 
-def test_a_collective_that_waits_in_vain_ends_and_is_named(ranks: Pool) -> None:
+def test_a_collective_that_waits_in_vain_ends_and_is_named(ranks):
     first, second = ranks.run(stuck, 2, seconds=5.0)
     assert "rank 0 of 2: all_reduce of float32[3] failed after" in first
     assert second == "waited"
 
 
 @pytest.mark.parametrize(("length", "size"), [(0, 3), (1, 3), (7, 3), (9, 3), (5, 1)])
-def test_shares_cover_everything_once(length: int, size: int) -> None:
+def test_shares_cover_everything_once(length, size):
     seen = [i for rank in range(size) for i in range(length)[slice_of_rank(length, rank, size)]]
     assert seen == list(range(length))
     assert max(slice_sizes(length, size)) - min(slice_sizes(length, size)) <= 1
 
 
-def test_one_process_moves_nothing() -> None:
+def test_one_process_moves_nothing():
     x, alone = torch.arange(6.0).view(3, 2), Alone()
     assert alone.all_reduce(x) is x
     assert alone.all_gather(x, [3]) is x

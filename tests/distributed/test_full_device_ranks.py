@@ -23,7 +23,6 @@ from tests import reference
 from tests.capturing import random_like
 from tests.curvature.kfac.test_full_device import LOGGER, FullOnce
 from tests.distributed.kfac_on_ranks import Setting, batches_of, model_of
-from tests.distributed.rank_pool import Pool
 
 STAGES: dict[str, tuple[Any, str]] = {
     "sum of A": (MomentAccumulator, "_add"),
@@ -103,9 +102,7 @@ def full_on_one(
 
 
 @pytest.mark.parametrize(("stage", "policy", "mode", "ekfac"), CASES)
-def test_one_rank_moves_to_its_host_memory(
-    ranks: Pool, stage: str, policy: str, mode: str, ekfac: bool
-) -> None:
+def test_one_rank_moves_to_its_host_memory(ranks, stage, policy, mode, ekfac):
     setting = Setting(policy, mode).also(**({"ekfac": True} if ekfac else {}))
     batches = batches_of("gpt2", 2, (40, 7))
     found = ranks.run(full_on_one, 2, batches, full=1, stage=stage, setting=setting)

@@ -14,7 +14,7 @@ from fisher_lab.distributed.process_group import Ranks
 from tests import models, reference
 from tests.curvature.spectra.reference import flat_gradient, logits_of, rows_of
 from tests.distributed.kfac_on_ranks import LABELS, batches_of, in_one, model_of, with_labels
-from tests.distributed.rank_pool import Pool, said
+from tests.distributed.rank_pool import said
 
 DTYPES = ((torch.float64, 1e-10), (torch.float32, 1e-5))
 
@@ -50,7 +50,7 @@ def refused(comm: Any, **arguments: Any) -> str:
 
 @pytest.mark.parametrize("unit", ["token", "sequence", "batch"])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_merged_states(ranks: Pool, unit: str, size: int) -> None:
+def test_merged_states(ranks, unit, size):
     batches = some_batches()[:size]
     tensors, plain = collected(unit, batches).state()
     updates = sum(task["n_updates"] for task in plain["tasks"])
@@ -64,7 +64,7 @@ def test_merged_states(ranks: Pool, unit: str, size: int) -> None:
         reference.assert_close(got, truth, 1e-10, f"{size} ranks, {unit}:")
 
 
-def test_other_units_are_refused_on_all_ranks(ranks: Pool) -> None:
+def test_other_units_are_refused_on_all_ranks(ranks):
     for text in ranks.run(refused, 2, some_batches(), units=["token", "sequence"]):
         assert "unit" in text
 
@@ -123,7 +123,7 @@ def in_shares(comm: Any, whole: list[dict], **arguments: Any) -> tuple[dict, dic
     [("token", "tokens"), ("sequence", "tokens"), ("sequence", "one"), ("batch", "tokens")],
 )
 @pytest.mark.parametrize("size", [2, 3])
-def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> None:
+def test_shares_of_batches(ranks, unit, weight, size):
     batches = whole_batches()
     arguments = {"unit": unit, "sequence_weight": weight}
     truth = moments_of(model_of("gpt2", torch.float64), batches, unit, weight)
@@ -145,7 +145,7 @@ def test_shares_of_batches(ranks: Pool, unit: str, weight: str, size: int) -> No
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("labels", [(40,), (40, 0), LABELS, (0, 6), (0, 6, 7)])
-def test_uneven_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
+def test_uneven_labels(ranks, name, labels):
     """40, 0 and 7 labels, or a first rank with none: means from the explicit gradients."""
     size, batches = len(labels), batches_of(name, len(labels), labels)
     every, model = in_one(batches), model_of(name, torch.float64)
@@ -177,7 +177,7 @@ def mean_gradient(model: torch.nn.Module, batches: list[dict]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("unit", ["token", "batch"])
-def test_no_label_on_any_rank(ranks: Pool, unit: str) -> None:
+def test_no_label_on_any_rank(ranks, unit):
     batches = batches_of("gpt2", 2, (0, 0))
     for text in ranks.run(in_slices_refused, 2, batches, unit=unit, name="gpt2"):
         assert text == "BatchError: task train: no label of the batch counts"

@@ -12,7 +12,7 @@ import torch
 
 from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
-from tests.capturing import POLICIES, random_like
+from tests.capturing import POLICIES, inputs_of, random_like
 from tests.distributed import kfac_on_ranks
 from tests.distributed.kfac_on_ranks import (
     LABELS,
@@ -61,9 +61,7 @@ def one_process(
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_natural_gradient_and_products_are_those_of_the_joined_tokens(
-    ranks: Pool, name: str, size: int, dtype: torch.dtype
-) -> None:
+def test_natural_gradient_and_products_are_those_of_the_joined_tokens(ranks, name, size, dtype):
     settings = [Setting(policy, mode) for policy in POLICIES for mode in MODES]
     labels = sum(LABELS[:size])
     found = answers_of(ranks, name, size, settings, dtype=dtype)
@@ -75,7 +73,7 @@ def test_natural_gradient_and_products_are_those_of_the_joined_tokens(
         one.check(setting, BOUNDS[dtype])
 
 
-def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> None:
+def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks):
     """76 tokens: more than some outputs (then a matrix is summed), fewer than others."""
     ((first, *_),) = answers_of(ranks, "gpt2", 3, [Setting("all", "gram")])
     assert set(first["reductions"].values()) >= {"", "lossless"}
@@ -85,14 +83,13 @@ def test_both_paths_and_both_forms_of_gram_are_among_the_layers(ranks: Pool) -> 
     assert "woodbury" not in second["methods"].values()
 
 
-def test_gradient_of_every_parameter_is_weighted_by_labels(ranks: Pool) -> None:
+def test_gradient_of_every_parameter_is_weighted_by_labels(ranks):
     """By autograd over all batches in one process, position embeddings included."""
     batches = batches_of("gpt2", 3)
     ((*answers,),) = answers_of(ranks, "gpt2", 3, [Setting()], batches=batches)
     model = model_of("gpt2", torch.float64)
     for (batch,) in batches:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        loss, _ = reference.summed_loss(model, model(**inputs).logits, batch)
+        loss, _ = reference.summed_loss(model, model(**inputs_of(batch)).logits, batch)
         loss.backward()
     truth = {n: p.grad / sum(LABELS) for n, p in model.named_parameters() if p.grad is not None}
     assert "transformer.wpe.weight" in truth
@@ -101,7 +98,7 @@ def test_gradient_of_every_parameter_is_weighted_by_labels(ranks: Pool) -> None:
 
 @pytest.mark.parametrize("kappa", [1e2, None])
 @pytest.mark.parametrize("size", [2, 3])
-def test_clipping_and_what_is_derived(ranks: Pool, kappa: float | None, size: int) -> None:
+def test_clipping_and_what_is_derived(ranks, kappa, size):
     damping = Damping(A=1e-3, G=1e-3, kappa=kappa)
     settings = [Setting("all", mode, damping) for mode in MODES]
     wants = ("own", "natural", "derived")
@@ -126,7 +123,7 @@ def test_clipping_and_what_is_derived(ranks: Pool, kappa: float | None, size: in
 
 @pytest.mark.parametrize("labels", [(0, 40, 7), (0, 7)])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, ...]) -> None:
+def test_a_first_rank_without_labels(ranks, name, labels):
     """What the others take from the first rank that has something must not be rank 0's."""
     lengths = tuple({40: (30, 24), 0: (9,), 7: (5, 8)}[count] for count in labels)
     size = len(labels)
@@ -141,7 +138,7 @@ def test_a_first_rank_without_labels(ranks: Pool, name: str, labels: tuple[int, 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_ekfac(ranks: Pool, name: str, size: int, dtype: torch.dtype) -> None:
+def test_ekfac(ranks, name, size, dtype):
     settings = [Setting(policy, mode).also(ekfac=True) for policy in POLICIES for mode in MODES]
     batches = two_batches(batches_of(name, size))
     wants = ("own", "natural", "general")
@@ -162,7 +159,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "kind", "dtype"), KINDS)
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_fisher_kinds(ranks: Pool, name: str, kind: str, dtype: torch.dtype, size: int) -> None:
+def test_fisher_kinds(ranks, name, kind, dtype, size):
     more = {"fisher": kind, "n_samples": 2, "true_max_classes": 2}
     settings = [Setting("all", mode).also(**more) for mode in MODES]
     if kind == "mc":
@@ -212,7 +209,7 @@ def _scored(name: str, batches: list[dict]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp16"])
-def test_columns_of_16_bits(ranks: Pool, stored: str) -> None:
+def test_columns_of_16_bits(ranks, stored):
     settings = [Setting("all", mode).also(woodbury_dtype=stored) for mode in MODES]
     dtype = torch.float32
     wants = ("own", "natural", "storage")
@@ -233,7 +230,7 @@ def test_columns_of_16_bits(ranks: Pool, stored: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_several_batches_norms_and_other_families(ranks: Pool, mode: str) -> None:
+def test_several_batches_norms_and_other_families(ranks, mode):
     for name in ("bert", "t5", "tiny"):
         labels = LABELS if name != "t5" else (20, 0, 5)
         batches = two_batches(batches_of(name, 3, labels))
@@ -245,7 +242,7 @@ def test_several_batches_norms_and_other_families(ranks: Pool, mode: str) -> Non
 
 @pytest.mark.parametrize("tied", ["embedding", "sum"])
 @pytest.mark.parametrize("mode", MODES)
-def test_tied_weights(ranks: Pool, tied: str, mode: str) -> None:
+def test_tied_weights(ranks, tied, mode):
     kappa = Damping(A=1e-3, G=1e-3, kappa=None)  # the pooled structure has no floor
     setting = Setting("all", mode, kappa).also(tied=tied)
     (answers,) = answers_of(ranks, "tiny", 3, [setting], wants=("own", "natural", "product"))
@@ -258,7 +255,7 @@ def test_tied_weights(ranks: Pool, tied: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("nothing", ["padding", "no batch"])
-def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
+def test_a_rank_without_any_token(ranks, mode, nothing):
     batches = batches_of("gpt2", 3)
     batches[1] = [empty_batch()] if nothing == "padding" else []
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", mode)], batches=batches)
@@ -267,7 +264,7 @@ def test_a_rank_without_any_token(ranks: Pool, mode: str, nothing: str) -> None:
     Joined("gpt2", torch.float64, answers, sum(LABELS)).check(Setting(), 1e-10)
 
 
-def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
+def test_none_is_every_rank_on_its_own(ranks):
     batches = batches_of("gpt2", 3, (40, 3, 7))
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", "none")], batches=batches)
     for answer, labels in zip(answers, (40, 3, 7), strict=True):
@@ -276,7 +273,7 @@ def test_none_is_every_rank_on_its_own(ranks: Pool) -> None:
     assert max(errors.values()) > 0.1
 
 
-def test_the_sum_of_local_grams_is_wrong(ranks: Pool) -> None:
+def test_the_sum_of_local_grams_is_wrong(ranks):
     """Even where all ranks have as many tokens, so that the sizes match (`docs/math.md`, 7)."""
     lengths, labels = (13, 10), (12, 7)
     model = model_of("llama", torch.float64)
@@ -302,7 +299,7 @@ def test_the_sum_of_local_grams_is_wrong(ranks: Pool) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_subsampled_columns_are_uniform_over_all_tokens(ranks: Pool, size: int) -> None:
+def test_subsampled_columns_are_uniform_over_all_tokens(ranks, size):
     """The head keeps 20 of all tokens: those with the smallest keys of all ranks."""
     more = {"max_columns": 20, "max_dense_dim": 30, "seed": 5}
     settings = [Setting("all", mode).also(**more) for mode in MODES]
@@ -327,7 +324,7 @@ def _smallest_keys(counts: list[int], most: int, seed: int) -> torch.Tensor:
     return torch.cat(keys).argsort()[:most].sort().values
 
 
-def test_compressed_columns_lose_what_is_told(ranks: Pool) -> None:
+def test_compressed_columns_lose_what_is_told(ranks):
     more = {"max_columns": 20, "max_dense_dim": 30, "column_reduction": "lowrank"}
     settings = [Setting("all", mode).also(**more) for mode in MODES]
     wants = ("own", "natural", "traces")
@@ -342,7 +339,7 @@ def test_compressed_columns_lose_what_is_told(ranks: Pool) -> None:
     assert_all(spread, "natural", gathered[0]["natural"], 1e-10)
 
 
-def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
+def test_a_subsampled_true_head_is_that_of_one_process(ranks):
     more = {"max_columns": 20, "kfac_true_fisher_head": True}
     settings = [Setting("small_only", mode).also(**more) for mode in MODES]
     batches = batches_of("tiny_llama", 3)
@@ -353,7 +350,7 @@ def test_a_subsampled_true_head_is_that_of_one_process(ranks: Pool) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
+def test_diagonal_of_uncovered_parameters(ranks, mode):
     more = {"norm_layers": False, "uncovered": "diagonal"}
     setting = Setting("all", mode).also(**more)
     batches = batches_of("tiny_llama", 3)
@@ -366,7 +363,7 @@ def test_diagonal_of_uncovered_parameters(ranks: Pool, mode: str) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size: int) -> None:
+def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks, size):
     """With `T > out` in `gram`: each `out x out` matrix on one rank, by cost, for all."""
     batches, arguments = batches_of("gpt2", size), {"name": "gpt2", "setting": Setting()}
     found = ranks.run(kfac_on_ranks.counted_decompositions, size, batches, **arguments)
@@ -384,7 +381,7 @@ def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks: Pool, size:
         assert text == ("" if rank == 1 else "RankError: rank 1: ") + "ValueError: no room"
 
 
-def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
+def test_errors_of_one_rank_reach_all(ranks):
     batches = batches_of("tiny", 3, (40, 3, 7))
     found = ranks.run(kfac_on_ranks.not_finite_on_one, 3, batches, name="tiny")
     assert found[1][0].startswith(("NonFiniteError: layer", "BatchError: batch 0"))
@@ -398,7 +395,7 @@ def test_errors_of_one_rank_reach_all(ranks: Pool) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"ekfac": True}, {"kfac_true_fisher_head": True}])
-def test_exported_factors_are_whole(ranks: Pool, more: dict[str, Any]) -> None:
+def test_exported_factors_are_whole(ranks, more):
     """Any rank's export serves one process; all ranks export the same."""
     setting = Setting("all", "gram").also(**more)
     batches = batches_of("llama", 3)

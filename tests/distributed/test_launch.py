@@ -47,7 +47,7 @@ def run(directory: Path, *arguments: str, **options: Any) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.longest
-def test_modes_as_a_sweep(tmp_path: Path) -> None:
+def test_modes_as_a_sweep(tmp_path):
     """`gather` and `gram` give every number alike; `none` does not."""
     sweep = tmp_path / "sweep"
     modes = ("distributed.nproc=2", "kfac/reduce=none,gather,gram")
@@ -82,9 +82,7 @@ def test_modes_as_a_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
-def test_an_error_of_any_rank_fails_the_run_with_its_traceback(
-    tmp_path: Path, launcher: tuple[str, ...]
-) -> None:
+def test_an_error_of_any_rank_fails_the_run_with_its_traceback(tmp_path, launcher):
     """Under torchrun the other rank is in a collective: its error is not the run's."""
     directory = tmp_path / "run"
     own = ("distributed.nproc=2",) if launcher != TORCHRUN else ()
@@ -107,9 +105,7 @@ def test_an_error_of_any_rank_fails_the_run_with_its_traceback(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [("fisher_lab",), TORCHRUN], ids=["own", "torchrun"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_fails_the_run_and_leaves_no_process(
-    tmp_path: Path, rank: int, launcher: tuple[str, ...]
-) -> None:
+def test_a_killed_rank_fails_the_run_and_leaves_no_process(tmp_path, rank, launcher):
     """Rank 0 too, which writes the record: under torchrun the rank that is left does so for it."""
     directory = tmp_path / "run"
     own = ("distributed.nproc=2",) if launcher != TORCHRUN else ()
@@ -123,7 +119,7 @@ def test_a_killed_rank_fails_the_run_and_leaves_no_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) -> None:
+def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path, signum):
     directory = tmp_path / "run"
     arguments = (*SMALL, "distributed.nproc=2", *LONG)
     with program(*arguments, f"hydra.run.dir={directory}") as process:
@@ -139,7 +135,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, signum: int) ->
 
 
 @pytest.mark.slow
-def test_torchrun_is_honoured(tmp_path: Path) -> None:
+def test_torchrun_is_honoured(tmp_path):
     directory = tmp_path / "run"
     # Without transformers, whose import takes longer than the run.
     code, out = run(directory, "model=mlp", module=TORCHRUN)
@@ -163,7 +159,7 @@ while time.monotonic() < until:
 """
 
 
-def test_a_rank_that_does_not_end_when_asked_to_is_killed() -> None:
+def test_a_rank_that_does_not_end_when_asked_to_is_killed():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", STUBBORN], env=environment, stdout=subprocess.PIPE, text=True
@@ -184,11 +180,11 @@ def test_a_rank_that_does_not_end_when_asked_to_is_killed() -> None:
         ("a[3]b", "a3b"), ("rack-2-n[001,007]", "rack-2-n001"),
     ],
 )  # fmt: skip
-def test_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
+def test_first_host_of_a_slurm_list(hosts, first):
     assert launch.first_host(hosts) == first
 
 
-def test_place_among_several_nodes() -> None:
+def test_place_among_several_nodes():
     assert launch.place(4, 1, {"SLURM_NODEID": "3"}) == Place(4)
     slurm = {"SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_NNODES": "2",
              "SLURM_JOB_ID": "20007"}  # fmt: skip

@@ -37,7 +37,7 @@ def both(*actions: Callable[[Nodes], Any], timeout_s: float = 20.0) -> list[Any]
         return [future.result(timeout=WAIT_S) for future in futures]
 
 
-def test_node_0_publishes_the_directory_and_a_complete_run_has_no_end() -> None:
+def test_node_0_publishes_the_directory_and_a_complete_run_has_no_end():
     def first(group: Nodes) -> RunEnd | None:
         group.publish(Path("/runs/x-2"))
         group.gather()
@@ -51,13 +51,11 @@ def test_node_0_publishes_the_directory_and_a_complete_run_has_no_end() -> None:
     assert both(first, second) == [None, (Path("/runs/x-2"), None)]
 
 
-def test_a_node_that_begins_nothing_lets_the_others_go() -> None:
+def test_a_node_that_begins_nothing_lets_the_others_go():
     assert both(lambda _: "held", lambda group: group.directory()) == ["held", None]
 
 
-def test_the_first_end_is_the_run_s_and_stops_the_other_nodes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_first_end_is_the_run_s_and_stops_the_other_nodes(monkeypatch):
     monkeypatch.setattr(nodes, "CHECK_EVERY_S", 0.0)
     failed, lost = RunEnd({"type": "X", "rank": 1}), RunEnd({"type": "CommunicationError"})
     stopped: list[bool] = []
@@ -81,7 +79,7 @@ def test_the_first_end_is_the_run_s_and_stops_the_other_nodes(
     assert stopped == [True]
 
 
-def test_nodes_wait_for_each_other_with_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_wait_for_each_other_with_a_time_out(monkeypatch):
     monkeypatch.setattr(nodes, "GOODBYE_S", 0.1)
     (error,) = both(lambda group: group.gather(), timeout_s=0.3)
     assert str(error) == "distributed.nodes=2, but only 1 came within 0.3 s"

@@ -68,9 +68,7 @@ def check_completed(directory: Path, outputs: list[str]) -> None:
     assert "node" in (directory / "ranks" / "node1.log").read_text()
 
 
-def test_two_nodes_share_the_default_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_nodes_share_the_default_directory(tmp_path, monkeypatch):
     """It is named after the second; node 1 takes the one that node 0 has made."""
     monkeypatch.chdir(tmp_path)
     with two_nodes(*SMALL, *NODES) as programs:
@@ -102,7 +100,7 @@ def two_workers(tmp_path: Path, *arguments: str) -> Iterator[tuple[Path, list[An
 
 
 @pytest.mark.parametrize("nodes", [two_launchers, two_workers])
-def test_an_error_on_node_1_is_in_the_record(tmp_path: Path, nodes: Any) -> None:
+def test_an_error_on_node_1_is_in_the_record(tmp_path, nodes):
     with nodes(tmp_path, *FAILING) as (directory, programs):
         codes, outputs = ended(programs)
     assert codes == [1, 1], outputs
@@ -112,7 +110,7 @@ def test_an_error_on_node_1_is_in_the_record(tmp_path: Path, nodes: Any) -> None
 
 
 @pytest.mark.parametrize("nodes", [two_launchers, two_workers])
-def test_a_killed_rank_on_node_1_is_named(tmp_path: Path, nodes: Any) -> None:
+def test_a_killed_rank_on_node_1_is_named(tmp_path, nodes):
     with nodes(tmp_path, *LONG) as (directory, programs):
         pid, codes, outputs = kill_rank(1, directory, programs)
     assert codes == [1, 1], outputs
@@ -150,7 +148,7 @@ def events(frozen: Any) -> list[str]:
     return [entry["event"] for entry in frozen.layout.journal.read()]
 
 
-def test_workers_of_two_nodes_run_one_cell(tmp_path: Path) -> None:
+def test_workers_of_two_nodes_run_one_cell(tmp_path):
     frozen = frozen_cell(tmp_path)
     with two_nodes(str(frozen.path), module=WORKER) as programs:
         codes, outputs = ended(programs)

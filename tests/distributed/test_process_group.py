@@ -24,9 +24,7 @@ from fisher_lab.distributed import process_group
         ({"TORCH_NCCL_BLOCKING_WAIT": "1"}, True, {"TORCH_NCCL_BLOCKING_WAIT": "1"}),
     ],
 )
-def test_nccl_is_asked_to_raise_unless_the_user_has_said_else(
-    given: dict[str, str], watchdog: bool, expected: dict[str, str]
-) -> None:
+def test_nccl_is_asked_to_raise_unless_the_user_has_said_else(given, watchdog, expected):
     environment = dict(given)
     process_group.make_errors_raise(environment, watchdog=watchdog)
     assert environment == expected
@@ -37,9 +35,7 @@ class Made(Exception):
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("nccl", "1"), ("gloo", None)])
-def test_it_is_asked_before_the_group_is_made(
-    monkeypatch: pytest.MonkeyPatch, backend: str, expected: str | None
-) -> None:
+def test_it_is_asked_before_the_group_is_made(monkeypatch, backend, expected):
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")  # so that it is put back afterwards
     monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT")
     seen: list[Any] = []
@@ -61,9 +57,7 @@ class Late:
         raise RuntimeError(f"Work timed out, waited for {timeout}\nand more lines")
 
 
-def test_a_time_out_that_comes_with_the_wait_names_the_collective(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_time_out_that_comes_with_the_wait_names_the_collective(monkeypatch):
     def started(*_: Any, async_op: bool, **__: Any) -> Late | None:
         return Late() if async_op else None  # without it there is nothing to wait for
 

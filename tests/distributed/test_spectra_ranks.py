@@ -6,14 +6,22 @@ The ranks have 40, 0 and 7 labels. Truth: explicit matrices on the joined sample
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fisher_lab.curvature.collectives import Alone
+from fisher_lab.curvature.losses import CrossEntropy
+from fisher_lab.curvature.spectra import per_sample_gradients, spill
 from fisher_lab.curvature.spectra.blocks import parameter_blocks
+from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.pairwise_gram import exchanges
+from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
 from tests.curvature.spectra.reference import (
     Rows,
     assert_values,
@@ -24,13 +32,69 @@ from tests.curvature.spectra.reference import (
     rows_of,
     true_fisher,
 )
-from tests.distributed import spectra_on_ranks
 from tests.distributed.kfac_on_ranks import batches_of, in_one, model_of
-from tests.distributed.rank_pool import Pool
-from tests.distributed.spectra_on_ranks import Job
+from tests.distributed.rank_pool import Pool, said
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 NUMBERS = ("largest_eigenvalue", "effective_rank", "spectral_gap", "trace")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("size", range(1, 10))
+def test_every_pair_of_ranks_has_its_block_once(size, turn):
+    formed = []
+    for rank in range(size):
+        for number, one in enumerate(exchanges(rank, size, turn)):
+            if one.receives:
+                formed.append(frozenset((rank, one.source)))
+            sender = exchanges(one.source, size, turn)[number]
+            assert sender.to == rank
+            assert sender.sends == one.receives
+    pairs = {frozenset((a, b)) for a in range(size) for b in range(a)}
+    assert len(formed) == len(pairs)
+    assert set(formed) == pairs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One spectrum, as plain data that can be sent to a rank.
+
+    `products`: every linear layer without per-sample gradients; `tile`: bytes of a column tile.
+    """
+
+    structure: str = "layer"
+    center: bool = False
+    n_samples: int | None = None
+    products: bool = False
+    tile: int = 1 << 17
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, comm: Any, model: nn.Module, batches: list[dict]) -> dict[str, Any]:
+        config = SpectralConfig(**{"chunk_size": 8, **self.config})
+        engine = FisherSpectral(config, communicator=comm)
+        cheaper = patch.object(
+            per_sample_gradients, "factored_is_cheaper", lambda *_: self.products
+        )
+        with cheaper, patch.object(spill, "TILE_BYTES", self.tile):
+            return engine.compute_fisher_spectrum(
+                model, batches, self.n_samples, self.structure, self.center
+            )
+
+
+def spectra(
+    comm: Any, name: str, dtype: torch.dtype, jobs: list[Job], batches: list[dict]
+) -> list[tuple[dict, dict]]:
+    """On a rank: every job's result, and what was moved for it."""
+    model = model_of(name, dtype)
+    found = []
+    for job in jobs:
+        if not isinstance(comm, Alone):
+            comm.reset()
+        result = job.run(comm, model, batches)
+        traffic = {} if isinstance(comm, Alone) else comm.traffic
+        moved = {key: (t.calls, t.sent, t.received) for key, t in traffic.items()}
+        found.append((result, moved))
+    return found
 
 
 def job(structure: str, mode: str, unit: str, center: bool, **more: Any) -> Job:
@@ -59,13 +123,13 @@ def answers_of(
 ) -> list[list[tuple[dict, dict]]]:
     """By job: every rank's result and traffic."""
     arguments = {"name": name, "dtype": dtype, "jobs": jobs}
-    found = ranks.run(spectra_on_ranks.spectra, size, batches, **arguments)
+    found = ranks.run(spectra, size, batches, **arguments)
     return [list(of_job) for of_job in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_spectra_are_those_of_the_joined_samples(ranks: Pool, name: str, size: int) -> None:
+def test_spectra_are_those_of_the_joined_samples(ranks, name, size):
     batches = batches_of(name, size)
     model, every = model_of(name, torch.float64), in_one(batches)
     by_unit = {unit: rows_of(model, every, unit) for unit in ("token", "sequence")}
@@ -105,10 +169,10 @@ def check_blocks(one: Job, result: dict, rows: Rows, blocks: dict[str, list[str]
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_float32_spectra_are_those_of_one_process(ranks: Pool, name: str, size: int) -> None:
+def test_float32_spectra_are_those_of_one_process(ranks, name, size):
     batches = batches_of(name, size)
     every = in_one(batches)
-    alone = spectra_on_ranks.spectra(Alone(), name, torch.float32, JOBS, every)
+    alone = spectra(Alone(), name, torch.float32, JOBS, every)
     every_answer = answers_of(ranks, size, torch.float32, JOBS, batches, name)
     for (one, _), answers in zip(alone, every_answer, strict=True):
         # A key's bias has a gradient of zero in exact arithmetic.
@@ -130,7 +194,7 @@ def repeated(batches: list[list[dict]]) -> list[list[dict]]:
     return [batches[0], batches[1], batches[0] + batches[2]]
 
 
-def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
+def test_a_subsample_is_that_of_one_process(ranks):
     batches = repeated(batches_of("gpt2", 3))
     jobs = [
         Job("layer", n_samples=n, config={"sample_unit": unit, "seed": seed})
@@ -141,10 +205,10 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
             (1, "token", 5),
         )
     ]
-    alone = spectra_on_ranks.spectra(Alone(), "gpt2", torch.float64, jobs, in_one(batches))
+    alone = spectra(Alone(), "gpt2", torch.float64, jobs, in_one(batches))
     # One process may see the joined batches in another order.
     other = [batches[2][1], *batches[1], *batches[0], batches[2][0]]
-    turned = spectra_on_ranks.spectra(Alone(), "gpt2", torch.float64, jobs, other)
+    turned = spectra(Alone(), "gpt2", torch.float64, jobs, other)
     found = answers_of(ranks, 3, torch.float64, jobs, batches, "gpt2")
     for job, (one, _), (two, _), answers in zip(jobs, alone, turned, found, strict=True):
         for result in (two, *(answer for answer, _ in answers)):
@@ -158,7 +222,7 @@ def test_a_subsample_is_that_of_one_process(ranks: Pool) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_gets_its_columns_of_the_others_rows(ranks: Pool, size: int) -> None:
+def test_rows_travel_once_a_pair(ranks, size):
     """Bytes of every rank as `docs/distributed.md` has them, and nobody gets all gradients."""
     batches = batches_of("gpt2", size, (12, 5, 9))
     jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
@@ -177,12 +241,55 @@ def test_a_rank_gets_its_columns_of_the_others_rows(ranks: Pool, size: int) -> N
             assert moved["all_reduce"][1] == 2 * (size - 1) * n * n * 8 // size
 
 
-def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
+def counted_decompositions(comm: Any, name: str, batches: list[dict]) -> int:
+    """How many blocks this rank has decomposed."""
+    calls = []
+    solve = torch.linalg.eigvalsh
+
+    def counting(matrix: Tensor) -> Tensor:
+        calls.append(len(matrix))
+        return solve(matrix)
+
+    with patch("torch.linalg.eigvalsh", counting):
+        Job().run(comm, model_of(name, torch.float64), batches)
+    return len(calls)
+
+
+def test_blocks_are_decomposed_by_all_ranks(ranks):
     batches = batches_of("gpt2", 3)
-    found = ranks.run(spectra_on_ranks.counted_decompositions, 3, batches, name="gpt2")
+    found = ranks.run(counted_decompositions, 3, batches, name="gpt2")
     blocks = len(parameter_blocks(model_of("gpt2", torch.float64), "layer"))
     assert sum(found) == blocks
     assert max(found) == math.ceil(blocks / 3)
+
+
+def refused(comm: Any, kind: str, name: str, batches: list[dict]) -> str:
+    """What this rank says when rank 1 has something wrong."""
+    model = model_of(name, torch.float64)
+    config: dict[str, Any] = {}
+    if kind == "sketch":
+        config = {"storage_mode": "sketch"}
+    if kind == "choices" and comm.rank == 1:
+        config = {"chunk_size": 5}
+    if kind == "labels" and comm.rank == 1:
+        batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    cache = object() if kind == "cache" else None
+    loss = None
+    if comm.rank == 1 and kind in ("loss", "no loss"):
+        loss = FailingLoss(True) if kind == "loss" else len
+
+    def compute() -> None:
+        engine = FisherSpectral(SpectralConfig(**config), cache, loss_fn=loss, communicator=comm)
+        engine.compute_fisher_spectrum(model, batches)
+
+    return said(compute)
+
+
+class FailingLoss(CrossEntropy):
+    """A loss that gives up in the forward pass of the first sequence."""
+
+    def score(self, outputs: Any, batch: Any) -> Any:
+        raise ValueError("the loss gave up")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +300,9 @@ def test_blocks_are_decomposed_by_all_ranks(ranks: Pool) -> None:
         ("no loss", "gives no logits"),
     ],
 )
-def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(ranks, kind, text):
     batches = batches_of("gpt2", 3, (40, 6, 7))
-    found = ranks.run(spectra_on_ranks.refused, 3, batches, kind=kind, name="gpt2")
+    found = ranks.run(refused, 3, batches, kind=kind, name="gpt2")
     assert text in found[1]
     for rank in (0, 2):
         assert found[rank].startswith("RankError: rank 1: ")
@@ -210,13 +317,13 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Pool, kind: str, text: str
         ("choices", "rank 1 has "),
     ],
 )
-def test_what_ranks_do_not_have_is_refused_on_all(ranks: Pool, kind: str, text: str) -> None:
+def test_what_ranks_do_not_have_is_refused_on_all(ranks, kind, text):
     batches = batches_of("gpt2", 2)
-    for said in ranks.run(spectra_on_ranks.refused, 2, batches, kind=kind, name="gpt2"):
-        assert text in said
+    for answer in ranks.run(refused, 2, batches, kind=kind, name="gpt2"):
+        assert text in answer
 
 
-def test_no_label_on_any_rank_is_degenerate(ranks: Pool) -> None:
+def test_no_label_on_any_rank_is_degenerate(ranks):
     batches = batches_of("gpt2", 2, (0, 0))
     ((*answers,),) = answers_of(ranks, 2, torch.float64, [Job()], batches, "gpt2")
     for result, _ in answers:
@@ -224,7 +331,33 @@ def test_no_label_on_any_rank_is_degenerate(ranks: Pool) -> None:
         assert result["metadata"]["n_samples"] == 0
 
 
-# ---- Lanczos -------------------------------------------------------------------------------------
+def pairs(
+    comm: Any, name: str, options: list[dict], batches: list[dict], block: str
+) -> list[dict[str, Any]]:
+    """On a rank: the top eigenpairs of a block, for each choice of options."""
+    model = model_of(name, torch.float64)
+    return [
+        FisherLanczos(k=4, tol=1e-11, **chosen, communicator=comm).top_eigenpairs(
+            model, batches, block, eigenvectors=True
+        )
+        for chosen in options
+    ]
+
+
+def everything(
+    comm: Any, name: str, dtype: torch.dtype, tol: float, batches: list[dict]
+) -> dict[str, Any]:
+    """On a rank: everything else that `FisherLanczos` has to give, of the whole model."""
+    model = model_of(name, dtype)
+    engine = FisherLanczos(k=2, tol=tol, communicator=comm)
+    steps = {"n_probes": 2, "steps": 5}
+    result = engine.analyze(model, batches, lam=1e-3, **steps)
+    result["slq"] = vars(engine.trace(model, batches, method="slq", n_products=2))
+    result["hutch"] = vars(engine.trace(model, batches, n_products=6))
+    result["dimension"] = vars(engine.effective_dimension(model, batches, 1e-3, **steps))
+    result["alone"] = engine.spectral_density(model, batches, **steps)
+    return result
+
 
 BLOCK = "transformer.h.0.ln_1"
 FEW = (12, 0, 5)
@@ -237,10 +370,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size: int) -> None:
+def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks, size):
     batches = batches_of("gpt2", size, FEW)
     arguments = {"name": "gpt2", "options": OPTIONS, "block": BLOCK}
-    found = ranks.run(spectra_on_ranks.pairs, size, batches, **arguments)
+    found = ranks.run(pairs, size, batches, **arguments)
     model, every = model_of("gpt2", torch.float64), in_one(batches)
     names = [f"{BLOCK}.weight", f"{BLOCK}.bias"]
     empirical = reference_fisher(rows_of(model, every), names)
@@ -269,13 +402,11 @@ def test_lanczos_finds_the_eigenvalues_of_the_explicit_matrix(ranks: Pool, size:
         ("llama", 3, torch.float32),
     ],
 )
-def test_lanczos_gives_what_one_process_does(
-    ranks: Pool, name: str, size: int, dtype: torch.dtype
-) -> None:
+def test_lanczos_gives_what_one_process_does(ranks, name, size, dtype):
     batches = batches_of(name, size, FEW)
     common = {"name": name, "dtype": dtype, "tol": 1e-9 if dtype == torch.float64 else 1e-4}
-    found = ranks.run(spectra_on_ranks.everything, size, batches, **common)
-    one = spectra_on_ranks.everything(Alone(), batches=in_one(batches), **common)
+    found = ranks.run(everything, size, batches, **common)
+    one = everything(Alone(), batches=in_one(batches), **common)
     bound = BOUNDS[dtype]
     for answer in found:
         assert answer == found[0]
@@ -288,26 +419,46 @@ def test_lanczos_gives_what_one_process_does(
         assert max(map(max, answer["alone"]["nodes"])) == pytest.approx(top, rel=bound)
 
 
+def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> str:
+    """An error of rank `kind` in the middle of Lanczos, or of no rank in particular."""
+    model = model_of(name, torch.float64)
+    engine = FisherLanczos(k=2, communicator=comm)
+    failing: Any = nullcontext()
+    if kind == "nan" and comm.rank == 1:
+        with torch.no_grad():
+            next(model.parameters())[5] = torch.nan
+    elif kind == f"rank {comm.rank}":
+        step = "fisher_lab.curvature.spectra.operators._Part.product"
+        failing = patch(step, side_effect=ValueError("a product failed"))
+    elif kind == "basis":
+        failing = patch("fisher_lab.curvature.spectra.krylov.free_memory", lambda device: 0)
+    with failing:
+        text = said(lambda: engine.top_eigenpairs(model, batches))
+    if text == "nothing":  # the ranks are still in step
+        text += f", {sum(comm.all_gather_objects(1))}"
+    return text
+
+
 @pytest.mark.parametrize("kind", ["rank 0", "rank 2"])
-def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks: Pool, kind: str) -> None:
+def test_a_product_that_fails_on_one_rank_is_an_error_on_all(ranks, kind):
     batches = batches_of("gpt2", 3)
-    found = ranks.run(spectra_on_ranks.products_that_fail, 3, batches, kind=kind, name="gpt2")
-    for rank, said in enumerate(found):
+    found = ranks.run(products_that_fail, 3, batches, kind=kind, name="gpt2")
+    for rank, answer in enumerate(found):
         own = kind == f"rank {rank}"
         expected = "ValueError: a product failed" if own else f"RankError: {kind}: ValueError"
-        assert said.startswith(expected)
+        assert answer.startswith(expected)
 
 
-def test_an_error_of_rank_0_is_raised_on_all(ranks: Pool) -> None:
+def test_an_error_of_rank_0_is_raised_on_all(ranks):
     batches = batches_of("gpt2", 3, (9, 6, 7))
 
     def answers(kind: str) -> list[str]:
-        return ranks.run(spectra_on_ranks.products_that_fail, 3, batches, kind=kind, name="gpt2")
+        return ranks.run(products_that_fail, 3, batches, kind=kind, name="gpt2")
 
     for kind, text in (("nan", "holds NaN"), ("basis", "max_vectors: ")):
         first, *others = answers(kind)
         assert text in first
-        for said in others:
-            assert said.startswith("RankError: rank 0: ")
-            assert text in said
+        for answer in others:
+            assert answer.startswith("RankError: rank 0: ")
+            assert text in answer
     assert answers("no") == ["nothing, 3"] * 3

@@ -56,7 +56,7 @@ def complete(directory: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.longest
 @pytest.mark.timeout(1800)
-def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path: Path) -> None:
+def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     complete(whole)
     arguments = (*TRAIN, f"hydra.run.dir={part}")
@@ -94,7 +94,7 @@ def test_preempted_killed_and_started_again_it_ends_as_if_left_alone(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_shards_leave_a_whole_model(tmp_path: Path) -> None:
+def test_shards_leave_a_whole_model(tmp_path):
     """The model that is written is the plain one, as under DDP."""
     found, about = {}, {}
     for wrapper in ("ddp", "fsdp"):

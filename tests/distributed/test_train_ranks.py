@@ -72,9 +72,7 @@ def assert_like_one(one: dict[str, Any], answers: list[dict], bound: float) -> N
         ("ekfac", "fsdp", "gather"),
     ],
 )  # fmt: skip
-def test_two_ranks_do_what_one_process_does(
-    ranks: Pool, data: str, tmp_path: Path, name: str, wrapper: str, mode: str
-) -> None:
+def test_two_ranks_do_what_one_process_does(ranks, data, tmp_path, name, wrapper, mode):
     """Five sequences a step, in micro-batches, with the gradient's norm cut."""
     made = config(data, name, kfac={"reduce": mode, "damping": 0.1, "update_freq": 2})
     start = trained.whole(untrained(made))
@@ -88,7 +86,7 @@ def test_two_ranks_do_what_one_process_does(
 
 
 @pytest.mark.parametrize(("name", "wrapper"), [("kfac", "ddp"), ("adamw", "fsdp")])
-def test_single_precision(ranks: Pool, data: str, tmp_path: Path, name: str, wrapper: str) -> None:
+def test_single_precision(ranks, data, tmp_path, name, wrapper):
     optimizer = {"name": name, **OPTIMIZERS[name]}
     made = config_of(data, "float32", optimizer=optimizer, train=MICRO)
     one, answers = one_and_ranks(ranks, made, tmp_path, wrapper=wrapper)
@@ -101,9 +99,7 @@ def test_single_precision(ranks: Pool, data: str, tmp_path: Path, name: str, wra
     ("name", "wrapper", "kind"),
     [("adamw", "ddp", "t5"), ("adamw", "fsdp", "bert"), ("kfac", "ddp", "llama")],
 )
-def test_a_rank_without_a_sequence(
-    ranks: Pool, data: str, tmp_path: Path, name: str, wrapper: str, kind: str
-) -> None:
+def test_a_rank_without_a_sequence(ranks, data, tmp_path, name, wrapper, kind):
     """Two sequences for three ranks, labels in masked positions only where the model is one."""
     made = config(data, name, train={"batch_size": 2, "eval_every": 2})
     made.model.type = kind
@@ -114,9 +110,7 @@ def test_a_rank_without_a_sequence(
     assert answers[2]["seen"] == (0, 0)
 
 
-def test_factors_of_each_ranks_own_are_another_step_and_still_one(
-    ranks: Pool, data: str, tmp_path: Path
-) -> None:
+def test_factors_of_each_ranks_own_are_another_step_and_still_one(ranks, data, tmp_path):
     made = config(data, "kfac", kfac={"reduce": "none", "damping": 0.1, "update_freq": 2})
     one, (first, second) = one_and_ranks(ranks, made, tmp_path)
     assert furthest(first["weights"], second["weights"]) == 0.0
@@ -133,9 +127,7 @@ def test_factors_of_each_ranks_own_are_another_step_and_still_one(
         ("ekfac", "ddp", "gather", 2),
     ],
 )  # fmt: skip
-def test_ranks_that_died_go_on_to_the_bit(
-    ranks: Pool, data: str, tmp_path: Path, name: str, wrapper: str, mode: str, size: int
-) -> None:
+def test_ranks_that_died_go_on_to_the_bit(ranks, data, tmp_path, name, wrapper, mode, size):
     """Dropout, momentum, factors between two refreshes, a damping that has moved."""
     made = config(data, name, kfac={"reduce": mode, "damping": 0.1, "update_freq": 2})
     made.model.dropout, made.model.dtype = 0.2, "float32"
@@ -151,9 +143,7 @@ def test_ranks_that_died_go_on_to_the_bit(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_to_one_rank_ends_all_at_one_step(
-    ranks: Pool, data: str, tmp_path: Path, signum: int
-) -> None:
+def test_a_signal_to_one_rank_ends_all_at_one_step(ranks, data, tmp_path, signum):
     answers = ranks.run(
         trained.signalled, 2, config=config(data, "adamw"), run=str(tmp_path), rank=1,
         signum=signum,
@@ -162,9 +152,7 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(
 
 
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
-def test_a_divergence_is_one_of_all_ranks(
-    ranks: Pool, data: str, tmp_path: Path, name: str
-) -> None:
+def test_a_divergence_is_one_of_all_ranks(ranks, data, tmp_path, name):
     made = config(data, name, clip_norm=None)
     made.optimizer.lr, made.optimizer.warmup, made.optimizer.clip = 1e3, 0.0, "none"
     made.train.divergence_factor = 1.5
@@ -173,12 +161,12 @@ def test_a_divergence_is_one_of_all_ranks(
     assert [answer["diverged_at"] for answer in answers] == [one["diverged_at"]] * 2
 
 
-def test_weights_that_differ_are_an_error(ranks: Pool, data: str, tmp_path: Path) -> None:
+def test_weights_that_differ_are_an_error(ranks, data, tmp_path):
     answers = ranks.run(trained.unlike, 2, config=config(data, "adamw"), run=str(tmp_path))
     assert all("Error: weights: transformer.wte.weight of rank" in answer for answer in answers)
 
 
-def test_what_shards_cannot_do_is_refused(data: str) -> None:
+def test_what_shards_cannot_do_is_refused(data):
     muon = config(data, "muon", distributed={"wrapper": "fsdp"})
     with pytest.raises(ConfigError, match=r"optimizer\.name=muon .*wrapper=fsdp"):
         train.check_ranks(muon, batch_size=4, ranks=2)
@@ -190,7 +178,7 @@ def test_what_shards_cannot_do_is_refused(data: str) -> None:
     train.check_ranks(kfac, batch_size=1, ranks=2)
 
 
-def test_other_ranks_are_another_training(data: str) -> None:
+def test_other_ranks_are_another_training(data):
     made, found = config(data, "adamw"), set()
     for size in (2, 3):
         for wrapper in ("ddp", "fsdp"):

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fisher_lab.curvature.collectives import Alone
+from fisher_lab.curvature.group_fisher.collector import FisherCollector
+from fisher_lab.curvature.group_fisher.distributed import collect_slices, merge_over_ranks
+from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from tests import reference
+from tests.capturing import inputs_of
 from tests.curvature.spectra.reference import assert_values
-from tests.distributed import kfac_on_ranks, spectra_on_ranks
-from tests.distributed.kfac_on_ranks import LABELS, Joined, Setting, batches_of, in_one, model_of
-from tests.distributed.rank_pool import Pool
+from tests.distributed import kfac_on_ranks
+from tests.distributed.kfac_on_ranks import (
+    LABELS,
+    Joined,
+    Setting,
+    batches_of,
+    in_one,
+    model_of,
+    wrapped,
+)
+from tests.distributed.test_spectra_ranks import Job
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -24,30 +38,19 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_wrapped_models(ranks: Pool, kind: str, name: str, dtype: torch.dtype) -> None:
-    check_wrapped(ranks, 3, kind, name, dtype, [Setting("hybrid", "gram")])
+CASES = [
+    *((3, name, dtype, [Setting("hybrid", "gram")])
+      for name in ("gpt2", "llama") for dtype in BOUNDS),
+    (1, "gpt2", torch.float64, OTHERS),
+    (2, "llama", torch.float64, OTHERS),
+    (2, "gpt2", torch.float32, OTHERS),
+    (3, "gpt2", torch.float64, OTHERS),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    ("size", "name", "dtype"),
-    [
-        (1, "gpt2", torch.float64), (2, "llama", torch.float64), (2, "gpt2", torch.float32),
-        (3, "gpt2", torch.float64),
-    ],
-)  # fmt: skip
-def test_wrapped_models_in_other_policies_and_modes(
-    ranks: Pool, kind: str, size: int, name: str, dtype: torch.dtype
-) -> None:
-    check_wrapped(ranks, size, kind, name, dtype, OTHERS)
-
-
-def check_wrapped(
-    ranks: Pool, size: int, kind: str, name: str, dtype: torch.dtype, settings: list[Setting]
-) -> None:
+@pytest.mark.parametrize(("size", "name", "dtype", "settings"), CASES)
+def test_wrapped_models(ranks, kind, size, name, dtype, settings):
     batches, arguments = batches_of(name, size), {"kind": kind, "name": name, "dtype": dtype}
     keys = {"own", "natural", "general", "product", "captured"}
     if kind == "fsdp":
@@ -61,15 +64,49 @@ def check_wrapped(
         one.check(setting, BOUNDS[dtype])
 
 
+def in_wrapper(
+    comm: Any, kind: str | None, name: str, dtype: torch.dtype, batches: list[dict]
+) -> dict[str, Any]:
+    """On a rank: a spectrum, Lanczos and group Fisher of a wrapped model (None: the plain one)."""
+    model = model_of(name, dtype)
+    model = model if kind is None else wrapped(comm, model, kind)
+    model.train()
+    before = {n: (type(p), p.shape) for n, p in model.named_parameters()}
+    job = Job("layer", config={"storage_mode": "chunked"})
+    lanczos = FisherLanczos(k=2, tol=1e-9, communicator=comm)
+    vectors = lanczos.top_eigenpairs(model, batches, eigenvectors=True)
+    group = {unit: FisherCollector(unit) for unit in ("token", "batch")}
+    for unit, collector in group.items():
+        collect_slices(collector, model, batches, "train", comm)
+        group[unit] = merge_over_ranks(collector, comm)
+    if not all(module.training for module in model.modules()):
+        raise AssertionError("the model's mode has changed")
+    if before != {n: (type(p), p.shape) for n, p in model.named_parameters()}:
+        raise AssertionError("the model's parameters have changed")
+    result = {
+        "spectrum": job.run(comm, model, batches),
+        "top": vectors["eigenvalues"],
+        "vectors": vectors["eigenvectors"],
+        "group": {unit: collector.state() for unit, collector in group.items()},
+        "importance": group["token"].importance("train", "head"),
+    }
+    if kind is not None:
+        # It still trains, and what the wrapper does in a pass is still done.
+        (batch,) = batches
+        logits = model(**inputs_of(batch)).logits
+        reference.summed_loss(getattr(model, "module", model), logits, batch)[0].backward()
+        if any(p.grad is None or type(p.grad) is not type(p.data) for p in model.parameters()):
+            raise AssertionError("a backward pass left no gradient like its parameter")
+    return result
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float64), ("llama", torch.float32)])
-def test_spectra_lanczos_and_group_fisher(
-    ranks: Pool, kind: str, name: str, dtype: torch.dtype
-) -> None:
+def test_spectra_lanczos_and_group_fisher(ranks, kind, name, dtype):
     """Names and values of one process with the plain model, which the wrapped one has not lost."""
     bound = BOUNDS[dtype]
     batches, arguments = batches_of(name, 2, (12, 5)), {"name": name, "dtype": dtype}
-    run = spectra_on_ranks.in_wrapper
+    run = in_wrapper
     found = ranks.run(run, 2, batches, kind=kind, **arguments)
     (without, *_) = ranks.run(run, 2, batches, kind=None, **arguments)
     one = run(Alone(), None, batches=in_one(batches), **arguments)

@@ -19,10 +19,9 @@ LOSS = CrossEntropy()
 NONE = Clipping(kind="none")
 
 
-def batch(n=24, seed=0, sizes=(7, 4)):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, sizes[0], generator=generator, dtype=torch.float64)
-    return x, torch.randint(sizes[1], (n,), generator=generator)
+def batch(n=24, seed=0, width=7):
+    rows = models.rows_batch(n, width, seed=seed)
+    return rows["x"], rows["labels"]
 
 
 def mlp():
@@ -38,6 +37,14 @@ def backward(model, data):
     loss = LOSS(model(data[0]), data).mean()
     loss.backward()
     return float(loss.detach())
+
+
+def one_step(optimizer, model, data, **options):
+    """With fresh factors; the loss before it."""
+    optimizer.refresh(data, LOSS)
+    loss = backward(model, data)
+    optimizer.step(**options)
+    return loss
 
 
 def gradients(model):
@@ -91,25 +98,18 @@ def test_the_length_of_a_step():
         model, kfac = mlp(), engine(damping=1e-2)
         clipping = Clipping(kind=kind, limit=1e-4)
         optimizer = KFACOptimizer(model, kfac, lr=0.2, momentum=momentum, clipping=clipping)
-        optimizer.refresh(data, LOSS)
-        backward(model, data)
         before = values(model)
-        optimizer.step()
+        one_step(optimizer, model, data)
         step = {name: value - before[name] for name, value in values(model).items()}
         if kind == "trust":
             product = kfac.compute_fisher_vector_product(step, model)
             limit = 2 * 1e-4
-        else:  # the damped metric, whose inverse made the step
-            product = damped_product(kfac, step, model)
+        else:  # (G + lam I) V (A + lam I), whose inverse made the step; T/N is 1 here
+            product = kfac.compute_fisher_vector_product(step, model, damped=True)
             limit = 0.2**2 if kind == "unit" else 2 * 1e-4
         quadratic = sum(float((step[n] * product[n]).sum()) for n in step)
         assert quadratic == pytest.approx(limit, rel=1e-6), kind
         assert optimizer.last["kl_scale"] != 1.0
-
-
-def damped_product(kfac, vectors, model):
-    """``(G + lam I) V (A + lam I)``: one label a token here, so T/N is 1."""
-    return kfac.compute_fisher_vector_product(vectors, model, damped=True)
 
 
 def test_a_limit_that_is_not_reached_changes_nothing():
@@ -117,9 +117,7 @@ def test_a_limit_that_is_not_reached_changes_nothing():
     for clipping in (NONE, Clipping(kind="kl", limit=1e6), Clipping(kind="trust", limit=1e6)):
         model = mlp()
         optimizer = KFACOptimizer(model, engine(), lr=0.1, clipping=clipping)
-        optimizer.refresh(data, LOSS)
-        backward(model, data)
-        optimizer.step()
+        one_step(optimizer, model, data)
         results.append(values(model))
     assert_close(results[0], results[1], rtol=0, atol=0)
     assert_close(results[0], results[2], rtol=0, atol=0)
@@ -159,10 +157,9 @@ def test_schedulers_reach_both_groups():
 def test_the_prediction_is_the_quadratic_model_and_the_ratio_compares():
     model, data, kfac = mlp(), batch(), engine()
     optimizer = KFACOptimizer(model, kfac, lr=1e-3, momentum=0.0, clipping=NONE)
-    optimizer.refresh(data, LOSS)
-    loss = backward(model, data)
-    before, gradient = values(model), gradients(model)
-    optimizer.step(predict=True)
+    before = values(model)
+    loss = one_step(optimizer, model, data, predict=True)
+    gradient = gradients(model)
     step = {n: v - before[n] for n, v in values(model).items()}
     product = kfac.compute_fisher_vector_product(step, model)
     expected = sum(
@@ -194,10 +191,8 @@ def test_the_damping_moves_with_the_multiplier_and_the_factors_stay():
     kfac = engine(damping_A=0.2, damping_G=0.05)
     damping = LevenbergMarquardt(factor=0.5)
     optimizer = KFACOptimizer(model, kfac, lr=10.0, damping=damping, clipping=NONE)
-    optimizer.refresh(data, LOSS)
+    one_step(optimizer, model, data, predict=True)
     factors = kfac.kfac_factors
-    backward(model, data)
-    optimizer.step(predict=True)
     optimizer.last["predicted"] = -1.0
     assert optimizer.adapt(1.0, 2.0) == -1.0  # it went the wrong way
     assert optimizer.multiplier == 2.0
@@ -246,29 +241,18 @@ def test_a_restored_optimizer_goes_on_to_the_bit(ekfac, tmp_path):
 def test_a_layer_without_a_token_stays_where_it_is():
     model = models.seeded(models.Gated, torch.float64)
     model.open = False
-    generator = torch.Generator().manual_seed(0)
-    data = (
-        torch.randn(8, 6, generator=generator, dtype=torch.float64),
-        torch.randint(4, (8,), generator=generator),
-    )
-    optimizer = KFACOptimizer(model, engine(), lr=0.1)
-    optimizer.refresh(data, LOSS)
-    backward(model, data)
-    side, main = model.side.weight.detach().clone(), model.main.weight.detach().clone()
-    optimizer.step()
-    assert torch.equal(model.side.weight, side)
-    assert not torch.equal(model.main.weight, main)
+    optimizer, before = KFACOptimizer(model, engine(), lr=0.1), values(model)
+    one_step(optimizer, model, batch(8, width=6))
+    assert torch.equal(model.side.weight, before["side.weight"])
+    assert not torch.equal(model.main.weight, before["main.weight"])
 
 
 def test_frozen_parameters_are_not_optimised():
     model = mlp()
     model.first.requires_grad_(False)
-    data = batch()
     optimizer = KFACOptimizer(model, engine(), lr=0.1)
     frozen = copy.deepcopy(model.first.state_dict())
-    optimizer.refresh(data, LOSS)
-    backward(model, data)
-    optimizer.step()
+    one_step(optimizer, model, batch())
     assert all(torch.equal(frozen[n], v) for n, v in model.first.state_dict().items())
 
 

@@ -22,44 +22,30 @@ from fisher_lab.tasks.memory import MIB, PeakMemory
 from fisher_lab.workload.build import build
 
 TINY = [
-    "model.init=random",
-    "model.layers=1",
-    "model.width=16",
-    "model.heads=2",
-    "model.recipe.seq_len=32",
-    "data.vocab_size=300",
-    "data.batch_size=2",
-    "data.seq_len=32",
-    "kfac.big_threshold=100",
-    "progress=false",
-]
+    "model.init=random", "model.layers=1", "model.width=16", "model.heads=2",
+    "model.recipe.seq_len=32", "data.vocab_size=300", "data.batch_size=2", "data.seq_len=32",
+    "kfac.big_threshold=100", "progress=false",
+]  # fmt: skip
 
 REQUIRED = [
-    "loss",
-    "tokens",
-    "kfac/collect_s",
-    "kfac/factor_s",
-    "kfac/apply_s",
-    "kfac/total_s",
-    "kfac/forward_backward_s",
-    "kfac/peak_mb",
-    "kfac/clipped_frac_A",
-    "kfac/clipped_frac_G",
-    "kfac/kappa_A_max",
-    "kfac/kappa_G_max",
-    "kfac/woodbury_layers",
-    "kfac/eig_layers",
-    "ng/norm",
-    "ng/cosine",
-    "ng/decrement",
-    "ng/heldout_loss_decrease",
-    "ng/heldout_loss_decrease_best",
+    "loss", "tokens", "kfac/collect_s", "kfac/factor_s", "kfac/apply_s", "kfac/total_s",
+    "kfac/forward_backward_s", "kfac/peak_mb", "kfac/clipped_frac_A", "kfac/clipped_frac_G",
+    "kfac/kappa_A_max", "kfac/kappa_G_max", "kfac/woodbury_layers", "kfac/eig_layers", "ng/norm",
+    "ng/cosine", "ng/decrement", "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best",
     "grad/norm",
-]
+]  # fmt: skip
 
 
 def kfac_engine(config):
     return KFACNaturalGradient(config.kfac, seed=config.seed, track_diagonal=False)
+
+
+def collected(*overrides: str):
+    """An engine of this configuration with the factors of the first batch, and its workload."""
+    workload, kfac = build(config()), kfac_engine(config(*overrides))
+    batches = workload.batches("train", 1, 0)
+    kfac.collect_kfac_factors(workload.model, batches, loss=workload.loss_fn)
+    return kfac, workload
 
 
 def config(*overrides: str):
@@ -86,14 +72,11 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
     assert metrics["kfac/total_s"] == pytest.approx(
         sum(metrics[f"kfac/{part}_s"] for part in ("collect", "factor", "apply"))
     )
-    workload = build(config())
-    batches = workload.batches("train", 1, 0)
-    outputs = workload.model(**batches[0])
+    kfac, workload = collected("kfac.damping=0.1")
+    outputs = workload.model(**workload.batches("train", 1, 0)[0])
     assert metrics["loss"] == pytest.approx(float(outputs.loss), rel=1e-5)
     outputs.loss.backward()
     parameters = dict(workload.model.named_parameters())
-    kfac = kfac_engine(config("kfac.damping=0.1"))
-    kfac.collect_kfac_factors(workload.model, batches, loss=workload.loss_fn)
     gradient = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     natural = kfac.compute_natural_gradient(gradient, workload.model)
     covered = [n for n in gradient if n not in kfac.uncovered]
@@ -108,11 +91,7 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
 def test_pooled_factors_of_a_tied_head_are_analysed(tmp_path):
     """The head's G has no spectrum at hand; in its dense form it has, with the same values."""
     metrics, rows, _ = analysed(tmp_path, "kfac.tied=sum", "kfac.damping=0.1")
-    workload = build(config())
-    kfac = kfac_engine(config("kfac.tied=sum", "kfac/policy=small_only", "kfac.damping=0.1"))
-    kfac.collect_kfac_factors(
-        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
-    )
+    kfac, _ = collected("kfac.tied=sum", "kfac/policy=small_only", "kfac.damping=0.1")
     tops = kfac.top_eigenvalues(1)
     assert {row["name"] for row in rows} == set(tops)
     top = max(float(t[0]) for t in tops.values())
@@ -149,11 +128,7 @@ def test_under_ekfac_the_record_says_what_its_own_floor_did(tmp_path):
     """The floor is one on pairs of eigenvectors; the sides are not clipped."""
     overrides = ["kfac.ekfac=true", "kfac.damping=1e-5", "kfac.max_condition_number=30"]
     metrics, rows, _ = analysed(tmp_path, *overrides)
-    workload = build(config())
-    kfac = kfac_engine(config(*overrides))
-    kfac.collect_kfac_factors(
-        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
-    )
+    kfac, _ = collected(*overrides)
     kfac.prepare_inverses()
     clipped = pairs = 0
     for row in rows:
@@ -192,12 +167,9 @@ def test_factors_are_kept_where_asked_for(tmp_path):
     analysed(tmp_path / "without")
     assert not (tmp_path / "without" / "factors.safetensors").exists()
     analysed(tmp_path / "with", "kfac.save_factors=true", "kfac.damping=0.1")
-    workload = build(config())
-    kept, fresh = kfac_engine(config("kfac.damping=0.1")), kfac_engine(config("kfac.damping=0.1"))
+    fresh, workload = collected("kfac.damping=0.1")
+    kept = kfac_engine(config("kfac.damping=0.1"))
     kept.load(tmp_path / "with" / "factors.safetensors", workload.model)
-    fresh.collect_kfac_factors(
-        workload.model, workload.batches("train", 1, 0), loss=workload.loss_fn
-    )
     gradient = {n: torch.ones_like(p) for n, p in workload.model.named_parameters()}
     one = kept.compute_natural_gradient(gradient, workload.model)
     other = fresh.compute_natural_gradient(gradient, workload.model)

@@ -57,9 +57,7 @@ LOST_RANK = error(0, "fisher_lab.curvature.errors.RankError", 1)
         ([], {0: 1, 1: 1}, "RankFailed", 0),
     ],
 )  # fmt: skip
-def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(
-    errors: list[dict[str, Any]], failures: dict[int, int], kind: str, rank: int
-) -> None:
+def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(errors, failures, kind, rank):
     found = ranks.first_error(errors, failed(failures).failures)
     assert (found["type"], found["rank"]) == (kind, rank)
     if kind == "RankKilled":
@@ -80,9 +78,7 @@ def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(
         ([-signal.SIGTERM], None),
     ],
 )
-def test_the_launcher_tells_a_signal_from_a_failure(
-    codes: list[int], signum: signal.Signals | None
-) -> None:
+def test_the_launcher_tells_a_signal_from_a_failure(codes, signum):
     assert ranks.stopped_by(failed(dict(enumerate(codes))).failures) == signum
 
 
@@ -129,8 +125,8 @@ def launched(
     ],
 )
 def test_the_record_has_the_error_of_whichever_node(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Any, other: Any, kind: str, rank: Any
-) -> None:
+    tmp_path, monkeypatch, raised, other, kind, rank
+):
     Run.start(tmp_path, config={}).end("cancelled", "SIGTERM")  # what rank 0 has made of it
     group = Group(None if other is None else RunEnd(other))
     answer = launched(tmp_path, monkeypatch, group, raised)
@@ -152,9 +148,7 @@ def test_the_record_has_the_error_of_whichever_node(
         (Interrupted(15), None, "completed"),  # the signal came too late
     ],
 )
-def test_a_signal_to_one_node_is_a_signal_to_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Any, other: int | None, status: str
-) -> None:
+def test_a_signal_to_one_node_is_a_signal_to_the_run(tmp_path, monkeypatch, raised, other, status):
     run = Run.start(tmp_path, config={})
     if status == "completed":
         run.complete()
@@ -167,16 +161,11 @@ def test_a_signal_to_one_node_is_a_signal_to_the_run(
     assert (record.read(tmp_path)["status"], record.read(tmp_path)["error"]) == (status, None)
 
 
-def test_ranks_that_could_not_begin_a_record_get_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_could_not_begin_a_record_get_one(tmp_path, monkeypatch):
     launched(tmp_path, monkeypatch, Group(None), failed({0: -9}))
     found = record.read(tmp_path)
     assert (found["status"], found["config"]["distributed"]["nodes"]) == ("failed", 2)
     assert found["run_id"]
-
-
-# ---- a rank that is gone -------------------------------------------------------------------------
 
 
 class Rank:
@@ -202,9 +191,7 @@ LOST = CommunicationError("rank 0 of 2: all_reduce failed")
 
 
 @pytest.mark.parametrize("caught", [LOST, Interrupted(signal.SIGTERM)])
-def test_a_rank_without_a_process_and_without_a_word_was_killed(
-    tmp_path: Path, gone: int, caught: BaseException
-) -> None:
+def test_a_rank_without_a_process_and_without_a_word_was_killed(tmp_path, gone, caught):
     rank_status.clear(tmp_path)
     found = rank_status.cause(tmp_path, 0, caught, known(os.getpid(), gone))
     assert found is not None
@@ -226,7 +213,7 @@ def run_of(directory: Path, *pids: int) -> Run:
     return run
 
 
-def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path: Path, gone: int) -> None:
+def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path, gone):
     """A user's SIGTERM reaches all of them; rank 1 is gone first."""
     rank_status.clear(tmp_path / "ranks")
     stop = Interrupted(signal.SIGTERM)
@@ -243,9 +230,7 @@ def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path: Path, gone: int
     assert record.read(tmp_path)["status"] == "cancelled"
 
 
-def test_a_consequence_is_recorded_before_its_cause_is_looked_for(
-    tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_consequence_is_recorded_before_its_cause_is_looked_for(tmp_path, gone, monkeypatch):
     rank_status.clear(tmp_path / "ranks")
     run, seen = run_of(tmp_path, os.getpid(), gone), []
     look = rank_status.cause
@@ -261,7 +246,7 @@ def test_a_consequence_is_recorded_before_its_cause_is_looked_for(
     assert record.read(tmp_path)["error"]["type"] == "RankKilled"
 
 
-def test_the_first_rank_that_is_left_writes_for_rank_0(tmp_path: Path, gone: int) -> None:
+def test_the_first_rank_that_is_left_writes_for_rank_0(tmp_path, gone):
     directory = tmp_path / "run"
     rank_status.clear(directory / "ranks")
     run_of(directory, gone, os.getpid(), os.getpid())

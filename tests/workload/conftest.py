@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig, TrainConfig
+from fisher_lab.config.workload import DataConfig
 from fisher_lab.workload import text
 from fisher_lab.workload.inputs import Inputs, prepare
+from tests.training import config_of
 
 
 @pytest.fixture(scope="session")
@@ -34,24 +35,14 @@ def config(text_directory: Path, cache_directory: Path) -> Callable[..., Config]
     """``config("t5", steps=3, dropout=0.1)``: tiny, on the text above, in a cache of its own."""
 
     def make(kind: str = "gpt2", *, steps: int = 2, lr: float = 3e-3, **model: Any) -> Config:
-        recipe = RecipeConfig(steps=steps, batch_size=2, seq_len=32, lr=lr)
-        sizes: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2} | model
-        return Config(
-            device="cpu",
-            progress=False,
+        data = {"name": "text_file", "path": str(text_directory), "vocab_size": 400}
+        made = config_of(
+            str(text_directory), kind, steps=steps, batch_size=2, seq_len=32, model=model,
+            data=data, train={"eval_every": 2, "save_every_s": 0.0},
             cache_dir=str(cache_directory),
-            model=ModelConfig(name=kind, type=kind, recipe=recipe, **sizes),
-            data=DataConfig(
-                name="text_file",
-                type="text_file",
-                path=str(text_directory),
-                vocab_size=400,
-                heldout_fraction=0.2,
-                batch_size=2,
-                seq_len=32,
-            ),
-            train=TrainConfig(eval_every=2, save_every_s=0.0),
-        )
+        )  # fmt: skip
+        made.model.recipe.lr = lr
+        return made
 
     return make
 

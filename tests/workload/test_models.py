@@ -101,9 +101,6 @@ def test_llama_can_share_key_and_value_heads(config, inputs):
     assert built.model.layers[0].self_attn.k_proj.weight.shape == (8, 16)
 
 
-# -- pretrained --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["gpt2", "bert", "t5"])
 def saved(request, inputs, tmp_path_factory):
     """A local directory as save_pretrained writes it, with what was saved."""

@@ -26,9 +26,6 @@ def numbered(train=1000, heldout=200, documents=1):
     return Corpus(stream(0, train), stream(10_000, heldout))
 
 
-# -- windows -----------------------------------------------------------------------------------
-
-
 def test_windows_are_unbroken_and_from_their_side():
     drawn = corpus.windows(numbered(), "train", 5, seed=1, count=50, length=20)
     assert drawn.shape == (50, 20)
@@ -63,9 +60,6 @@ def test_too_little_text_and_unknown_sides():
         corpus.windows(numbered(), "heldout", 0, seed=0, count=1, length=300)
     with pytest.raises(ValueError, match="split='test'"):
         numbered().side("test")  # type: ignore[arg-type]
-
-
-# -- what all tasks have in common -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,9 +102,6 @@ def test_the_baseline_of_labels_that_are_all_alike():
     assert evaluation.baseline_loss(task, batch_size=2, seq_len=10) == pytest.approx(expected)
 
 
-# -- causal ------------------------------------------------------------------------------------
-
-
 def test_causal_labels_are_the_inputs():
     batch = Causal(numbered(), 20_000).batch("train", 0, **SIZE)
     assert batch["input_ids"].shape == (2, 32)
@@ -120,9 +111,6 @@ def test_causal_labels_are_the_inputs():
     assert Causal(numbered(), 20_000).targets(batch).tolist() == (
         batch["input_ids"][:, 1:].flatten().tolist()
     )
-
-
-# -- masked ------------------------------------------------------------------------------------
 
 
 def test_masks_hide_15_percent_of_every_row_as_bert_does():
@@ -154,9 +142,6 @@ def test_a_tokenizer_without_a_frame_gets_none():
     task = objectives.Masked(numbered(), 20_000, objectives.MaskTokens(2, None, None))
     assert task.batch("train", 0, **SIZE)["input_ids"].shape == (2, 32)
     assert task.heldout_batches(2, 32) == 3
-
-
-# -- spans -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [8, 32, 128, 512, 2000])
@@ -218,9 +203,6 @@ def test_span_batches_have_two_lengths_and_no_padding(inputs):
             task.end,
         )
         assert text == drawn[row].tolist()
-
-
-# -- topics ------------------------------------------------------------------------------------
 
 
 def test_bags_count_tokens():

@@ -4,8 +4,6 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -218,36 +216,3 @@ def test_an_unknown_optimizer_is_named(inputs):
     model, _ = fresh(inputs)
     with pytest.raises(ConfigError, match=r"optimizer\.name=lion .*one of adamw"):
         optimizers.make(model, None, training_run(optimizer=OptimizerConfig(name="lion")))
-
-
-CHILD = """
-import os, random, signal, sys
-from pathlib import Path
-from fisher_lab.config.schema import Config
-from fisher_lab.config.workload import *
-from fisher_lab.workload import models, training_loop
-from fisher_lab.workload.inputs import prepare
-from fisher_lab.workload.training_run import TrainingRun
-from tests.training import Killed, die_at, without_seconds
-text, cache, directory, kill_at = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-model = ModelConfig(layers=1, width=16, heads=2, dropout=0.3, recipe=RecipeConfig(seq_len=32))
-data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2, seq_len=32)
-made = prepare(Config(device="cpu", cache_dir=cache, model=model, data=data))
-built = models.build(model, made.tokenizer, classes=made.objective.classes, seed=1)
-run = TrainingRun(9, 2, 32, 1e-2, 5, OptimizerConfig(), 4)
-def after_step(done):
-    if done == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-training_loop.train(built, made.objective, run, directory, save_every_s=0.02, after_step=after_step)
-"""
-
-
-def test_sigkill_at_a_random_step(inputs, undisturbed, text_directory, cache_directory, tmp_path):
-    kill_at = random.randrange(2, STEPS)
-    print(f"killed at step {kill_at}")
-    arguments = [str(text_directory), str(cache_directory), str(tmp_path), str(kill_at)]
-    child = subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=240)
-    assert child.returncode == -signal.SIGKILL
-    found = trained(inputs, tmp_path)
-    assert found[1].resumed_at <= kill_at
-    assert_same_end(found, undisturbed)

@@ -40,9 +40,6 @@ def scale_of(case):
     return max(float(rows.square().max()) for rows in case.rows["sequence"].values())
 
 
-# --- Welford ---------------------------------------------------------------------------------
-
-
 def plain_moments(gradients, weights):
     """Weighted mean and sum of squares by numpy in extended precision."""
     x = np.asarray(gradients, dtype=np.longdouble) ** 2
@@ -120,9 +117,6 @@ def test_a_refused_update_changes_nothing():
             collector.update_fisher_welford("t", gradients, weight)
     assert json.dumps(collector.state()[1]) == before
     assert collector.fisher_mean["t"]["a"].tolist() == [1.0, 1.0]
-
-
-# --- units -----------------------------------------------------------------------------------
 
 
 def test_token_unit_is_the_diagonal_of_the_fisher_matrix(case):
@@ -203,9 +197,6 @@ def test_a_loss_that_reaches_only_frozen_parameters_has_zero_moments():
         assert {name: mean.tolist() for name, mean in means.items()} == {
             "transformer.h.0.idle": [0.0, 0.0]
         }
-
-
-# --- groups ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -299,9 +290,6 @@ def test_a_neuron_is_a_row_and_its_bias():
         collector.importance("t", "head")
 
 
-# --- overlap ---------------------------------------------------------------------------------
-
-
 @given(
     values=st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=30),
     share=st.floats(0.01, 1.0),
@@ -342,9 +330,6 @@ def test_overlap_in_between_and_by_group():
         collector.overlap("a", "b", share=0)
     with pytest.raises(CurvatureError, match="task: 'c'; there are: a, b"):
         collector.overlap("a", "c")
-
-
-# --- files -----------------------------------------------------------------------------------
 
 
 def test_save_load_and_resume_end_where_one_run_ends(case, tmp_path):

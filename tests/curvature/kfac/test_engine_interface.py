@@ -20,7 +20,6 @@ from tests.capturing import (
     captured,
     cross_entropy,
     engine,
-    plain_capture,
     random_like,
     shared_capture,
 )
@@ -49,9 +48,6 @@ def parameters_like(model):
     return random_like(dict(model.named_parameters()))
 
 
-# ------------------------------------------------------------------ names
-
-
 @pytest.mark.parametrize("case", models.CASES.values(), ids=models.CASES)
 def test_names_shapes_and_dtypes_are_the_models(case):
     """What is given comes back, once, under its `named_parameters()` name; the rest as it was."""
@@ -71,13 +67,6 @@ def test_names_shapes_and_dtypes_are_the_models(case):
         assert torch.equal(value, gradients[name]) == (name in kfac.uncovered), name
 
 
-def test_a_subset_of_gradients_gives_that_subset():
-    kfac, model = collected()
-    full = parameters_like(model)
-    result = kfac.compute_natural_gradient({"second.weight": full["second.weight"]}, model)
-    assert set(result) == {"second.weight"}
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -94,9 +83,6 @@ def test_factor_entries_say_what_they_are(settings, expected):
     assert entry["A_bias_augmented"] is True
     assert head["A_bias_augmented"] is False
     assert entry["tokens"] == 13
-
-
-# ------------------------------------------------------------------ forward passes and losses
 
 
 def test_without_a_loss_the_model_is_called_once_per_batch():
@@ -121,7 +107,7 @@ def test_a_capture_serves_one_collection_only():
     """A second loss after the same capture must not meet the old activations."""
     model, batch = mlp(), rows_batch()
     kfac = engine()
-    plain_capture(kfac, model, batch)
+    shared_capture(kfac, model, batch)
     other = cross_entropy(model(batch["x"]), batch)
     with pytest.raises(CurvatureError, match="capture"):
         kfac.collect_kfac_factors(model, batch, loss=other)
@@ -220,9 +206,6 @@ def test_squared_error_of_a_plain_model():
     residual = 2 * (model(batch["x"]) - batch["labels"]).detach()
     assert reference.relative(truth.tokens["second"].g[0], residual) < 1e-12
     assert_natural(kfac, model, truth, damping)
-
-
-# ------------------------------------------------------------------ layers and batches
 
 
 class Scale(nn.Module):
@@ -373,9 +356,6 @@ def test_a_gradient_that_is_none_is_named(product):
         getattr(kfac, product)(gradients, model)
 
 
-# ------------------------------------------------------------------ what comes for nothing
-
-
 @pytest.mark.parametrize("kappa", [None, 30.0])
 def test_trace_log_determinant_and_top_eigenvalues(kappa):
     damping = Damping(1e-2, 1e-2, kappa)
@@ -417,9 +397,6 @@ def test_ekfac_with_pooled_factors_is_refused_before_a_pass():
     engine(ekfac=True, tied="sum").collect_kfac_factors(untied, models.language_batch((5, 8)))
 
 
-# ------------------------------------------------------------------ matching model and factors
-
-
 def test_applying_before_collecting_is_an_error():
     model = mlp()
     with pytest.raises(CurvatureError, match="collect"):
@@ -446,9 +423,6 @@ def test_gradients_of_another_shape_or_name_are_errors():
         kfac.compute_natural_gradient(wrong, model)
     with pytest.raises(CurvatureError, match="nowhere"):
         kfac.compute_natural_gradient({"nowhere.weight": torch.ones(2, 2)}, model)
-
-
-# ------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(

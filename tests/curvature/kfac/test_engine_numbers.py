@@ -16,8 +16,6 @@ from tests.capturing import POLICIES, Captured, captured, engine, inputs_of, ran
 from tests.models import CASES
 from tests.reference import Damping
 
-# --------------------------------------------------------------------------- log-determinant
-
 
 def dense_logdet(matrix: torch.Tensor, lam: float, kappa: float | None) -> float:
     used, _ = reference.used_eigenvalues(torch.linalg.eigvalsh(matrix), lam, kappa)
@@ -44,9 +42,6 @@ def test_log_determinant(policy, tokens, kappa):
     assert checked >= 5
 
 
-# --------------------------------------------------------------------------- uncovered parameters
-
-
 def test_uncovered_parameters_by_their_diagonal():
     """`(1/T) sum over sequences of squared gradients`, plus damping of G, for what remains."""
     case = CASES["gpt2_untied"]
@@ -68,9 +63,6 @@ def test_uncovered_parameters_by_their_diagonal():
     for n in parameters:
         expected = given[n] / (squares[n] / tokens + lam)
         torch.testing.assert_close(result[n], expected, rtol=1e-9, atol=1e-12)
-
-
-# --------------------------------------------------------------------------- storage error
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -97,9 +89,6 @@ def test_storage_error_is_estimated_and_warned_about(dtype, caplog):
         assert warned == (given.storage_error > 1e-2), tokens.name
         checked += 1
     assert checked >= 5
-
-
-# --------------------------------------------------------------------------- any damping, trained
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +129,6 @@ def test_a_trained_model_at_damping_1e_8(policy, trained):
     one = Captured(model, batch, policy, damping, keep_gradient=True, norm_layers=False)
     own = one.truth.own_gradient(one.labels, unrounded=True)
     reference.assert_close(one.natural(None), one.truth.natural_gradient(own, damping), 1e-5)
-
-
-# --------------------------------------------------------------------------- the log
 
 
 def test_each_refresh_is_logged_once_and_nothing_is_computed_for_it(caplog, monkeypatch):

@@ -17,7 +17,6 @@ from tests.capturing import (
     engine,
     inputs_of,
     own_collect,
-    plain_capture,
     random_like,
     shared_capture,
 )
@@ -182,35 +181,27 @@ def test_one_datum_kfac_is_the_fisher_matrix():
 @pytest.mark.parametrize("rows", [3, 23])
 @pytest.mark.parametrize("bias", [True, False])
 def test_plain_mlp(bias, rows, policy):
-    torch.manual_seed(1)
-    model, damping = models.MLP(bias=bias).double().train(), Damping(1e-3, 1e-3, 1e3)
-    kfac = engine(policy, damping)
-    truth = plain_capture(kfac, model, models.rows_batch(rows))
-    assert_natural(kfac, model, truth, damping)
-    assert [f["A_bias_augmented"] for f in kfac.kfac_factors.values()] == [bias, bias]
+    model = models.seeded(lambda: models.MLP(bias=bias), DOUBLE)
+    one = Captured(model, models.rows_batch(rows), policy, Damping(1e-3, 1e-3, 1e3))
+    one.check_natural(1e-9)
+    assert [f["A_bias_augmented"] for f in one.kfac.kfac_factors.values()] == [bias, bias]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_module_called_twice(policy):
-    torch.manual_seed(2)
-    model, damping = models.Twice().double().eval(), Damping(1e-3, 1e-3, 1e3)
-    kfac = engine(policy, damping)
-    truth = plain_capture(kfac, model, models.rows_batch(5, 6))
-    assert kfac.kfac_factors["shared"]["tokens"] == 10
-    assert_natural(kfac, model, truth, damping)
+    model = models.seeded(models.Twice, DOUBLE)
+    one = Captured(model, models.rows_batch(5, 6), policy, Damping(1e-3, 1e-3, 1e3))
+    assert one.kfac.kfac_factors["shared"]["tokens"] == 10
+    one.check_natural(1e-9)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_bare_linear(bias):
-    torch.manual_seed(3)
-    model, damping = nn.Linear(5, 3, bias=bias, dtype=DOUBLE), Damping(1e-3, 1e-3, None)
-    kfac = engine("all", damping)
-    truth = plain_capture(kfac, model, models.rows_batch(7, 5, 3))
-    assert list(kfac.kfac_factors) == [""]
-    own = truth.own_gradient(7)
-    result = kfac.compute_natural_gradient(own, model)
-    assert set(result) == set(own) == ({"weight", "bias"} if bias else {"weight"})
-    assert_natural(kfac, model, truth, damping)
+    model = models.seeded(lambda: nn.Linear(5, 3, bias=bias), DOUBLE)
+    one = Captured(model, models.rows_batch(7, 5, 3), "all", Damping(1e-3, 1e-3, None))
+    assert list(one.kfac.kfac_factors) == [""]
+    assert set(one.natural(one.own)) == set(one.own) == ({"weight", "bias"} if bias else {"weight"})
+    one.check_natural(1e-9)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -342,13 +333,11 @@ def test_two_modules_with_one_weight_are_one_layer(policy):
         def forward(self, x):
             return self.head(torch.tanh(self.right(torch.tanh(self.left(x)))))
 
-    model, damping = models.seeded(Siamese, DOUBLE), Damping(1e-3, 1e-3, 1e3)
-    kfac = engine(policy, damping)
-    truth = plain_capture(kfac, model, models.rows_batch(7, 6))
-    own = truth.own_gradient(7)
-    assert set(own) == {"left.weight", "left.bias", "head.weight", "head.bias"}
-    assert set(kfac.compute_natural_gradient(own, model)) == set(own)
-    assert_natural(kfac, model, truth, damping)
+    model = models.seeded(Siamese, DOUBLE)
+    one = Captured(model, models.rows_batch(7, 6), policy, Damping(1e-3, 1e-3, 1e3))
+    assert set(one.own) == {"left.weight", "left.bias", "head.weight", "head.bias"}
+    assert set(one.natural(one.own)) == set(one.own)
+    one.check_natural(1e-9)
 
 
 def test_encoder_outputs_from_the_caller():

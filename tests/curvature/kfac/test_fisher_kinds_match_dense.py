@@ -32,9 +32,6 @@ def causal_batch():
     return models.language_batch((3, 5), share=0.7, seed=3)
 
 
-# ------------------------------------------------------------------ fisher = true
-
-
 def expected_moments(model, batch) -> dict[str, tuple[torch.Tensor, int]]:
     """G of every layer over the model's own distribution, by enumeration of every label.
 
@@ -88,9 +85,6 @@ def test_the_enumeration_agrees_with_section_5():
         logits = model(**inputs_of(batch)).logits[rows]
     G, tokens = expected_moments(model, batch)["lm_head"]
     assert reference.relative(G, reference.true_fisher_of_softmax(logits, tokens)) < 1e-12
-
-
-# ------------------------------------------------------------------ fisher = mc
 
 
 def head_moment(kfac, model, truth) -> torch.Tensor:
@@ -163,9 +157,6 @@ def test_sampling_is_seeded_and_draws_differ():
     assert reference.relative(products[2], products[0]) > 1e-3
 
 
-# ------------------------------------------------------------------ the true-Fisher head
-
-
 @pytest.mark.parametrize("policy", BOTH)
 @pytest.mark.parametrize("tokens", ["few", "many"])
 def test_true_fisher_head(tokens, policy):
@@ -211,9 +202,6 @@ def test_true_fisher_head_has_powers_one_and_minus_one_only():
         kfac.compute_powered_natural_gradient(own, model, -0.5)
 
 
-# ------------------------------------------------------------------ EKFAC
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("name", ["gpt2_untied", "bert_right"])
@@ -251,9 +239,6 @@ def test_moments_over_batches_and_draws(more):
     g = factors.tokens_g
     found = ekfac.squared_products(factors, lambda rows: g[rows] @ v_g, v_g, v_a) / (8 * draws)
     assert reference.relative(found, expected) < 1e-12
-
-
-# ------------------------------------------------------------------ tied weights and embeddings
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -338,9 +323,6 @@ def test_embedding(kappa, tokens, policy):
     one.own, other = ({EMBEDDING: vectors[EMBEDDING]} for vectors in (one.own, one.random()))
     one.check_natural(1e-10, other)
     one.check_product(1e-10, other)
-
-
-# ------------------------------------------------------------------ norms and what is uncovered
 
 
 @pytest.mark.parametrize("name", ["gpt2_untied", "llama", "t5_lengths"])

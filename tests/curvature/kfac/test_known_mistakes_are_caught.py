@@ -16,11 +16,12 @@ from tests import models, reference
 from tests.capturing import (
     POLICIES,
     Calls,
+    Captured,
     captured,
     cross_entropy,
     engine,
-    plain_capture,
     random_like,
+    shared_capture,
 )
 from tests.reference import Damping
 
@@ -38,9 +39,6 @@ def fails(given, truth, bound=BOUND) -> bool:
     return max(reference.errors(given, truth).values()) > 1e3 * bound
 
 
-# ------------------------------------------------------------------ bug 1
-
-
 @pytest.mark.parametrize("push_through", [True, False])
 @pytest.mark.parametrize("correction", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
@@ -52,8 +50,8 @@ def test_1_stale_inverse_cache(policy, correction, push_through):
     vectors = random_like(dict(model.named_parameters()))
     stale = {}
     for seed in (1, 2, 3):
-        truth = plain_capture(kfac, model, rows(5 + seed, seed=seed))
-        own = truth.own_gradient(5 + seed)
+        truth, labels = shared_capture(kfac, model, rows(5 + seed, seed=seed))
+        own = truth.own_gradient(labels)
         for key, gradients in (("own", own), ("random", vectors)):
             result = kfac.compute_natural_gradient(gradients, model)  # fills every cache
             expected = truth.natural_gradient(gradients, damping)
@@ -67,19 +65,16 @@ def test_1_stale_inverse_cache(policy, correction, push_through):
         stale = fresh
 
 
-# ------------------------------------------------------------------ bug 2
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_2_layer_without_a_gradient(policy):
     """Skipped: no crash, no value of the layer before it, no factors of the batch before."""
     model = models.seeded(models.Gated, DOUBLE)
     kfac = engine(policy, DAMPING)
     vectors = random_like(dict(model.named_parameters()))
-    opened = plain_capture(kfac, model, rows(seed=1))
+    opened, _ = shared_capture(kfac, model, rows(seed=1))
     assert set(kfac.kfac_factors) == {"main", "side"}
     model.open = False
-    truth = plain_capture(kfac, model, rows(seed=2))
+    truth, _ = shared_capture(kfac, model, rows(seed=2))
     assert set(kfac.kfac_factors) == {"main"}
     result = kfac.compute_natural_gradient(vectors, model)
     expected = truth.natural_gradient(vectors, DAMPING)
@@ -93,29 +88,20 @@ def test_2_layer_without_a_gradient(policy):
     buggy = opened.natural_gradient(vectors, DAMPING)
     assert fails({n: buggy[n] for n in unchanged}, unchanged)
     model.open = True
-    plain_capture(kfac, model, rows(seed=3))
+    shared_capture(kfac, model, rows(seed=3))
     assert set(kfac.kfac_factors) == {"main", "side"}
-
-
-# ------------------------------------------------------------------ bug 3
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_3_no_eigenvalue_correction_is_still_kfac(policy):
     """Off means raw damped eigenvalues, and not `gradient / damping`."""
     model = models.seeded(models.MLP, DOUBLE)
-    kfac = engine(policy, DAMPING, use_eigenvalue_correction=False)
-    truth = plain_capture(kfac, model, rows(width=7))
-    own = truth.own_gradient(6)
-    result = kfac.compute_natural_gradient(own, model)
-    expected = truth.natural_gradient(own, Damping(DAMPING.A, DAMPING.G, None))
-    reference.assert_close(result, expected, BOUND)
+    one = Captured(model, models.rows_batch(), policy, DAMPING, use_eigenvalue_correction=False)
+    expected = one.truth.natural_gradient(one.own, Damping(DAMPING.A, DAMPING.G, None))
+    reference.assert_close(one.natural(one.own), expected, BOUND)
     for divisor in (DAMPING.A, DAMPING.A * DAMPING.G):
-        buggy = {n: g / divisor for n, g in own.items()}
+        buggy = {n: g / divisor for n, g in one.own.items()}
         assert fails(buggy, expected)
-
-
-# ------------------------------------------------------------------ bug 4
 
 
 def test_4_no_second_forward_pass():
@@ -127,17 +113,15 @@ def test_4_no_second_forward_pass():
 
     torch.manual_seed(3)
     model = models.seeded(Noisy, DOUBLE)
-    calls, kfac = Calls(model), engine("all", DAMPING)
-    truth = plain_capture(kfac, model, rows(width=7))
+    calls = Calls(model)
+    one = Captured(model, models.rows_batch(), "all", DAMPING)
     assert calls.count == 1
-    own = truth.own_gradient(6)
-    expected = truth.natural_gradient(own, DAMPING)
-    reference.assert_close(kfac.compute_natural_gradient(own, model), expected, BOUND)
-    again = plain_capture(engine("all", DAMPING), model, rows(width=7))  # another dropout mask
-    assert fails(again.natural_gradient(own, DAMPING), expected)
-
-
-# ------------------------------------------------------------------ bug 5
+    one.check_natural(BOUND)
+    again = Captured(model, models.rows_batch(), "all", DAMPING)  # another dropout mask
+    natural, other = (
+        truth.natural_gradient(one.own, DAMPING) for truth in (one.truth, again.truth)
+    )
+    assert fails(other, natural)
 
 
 @pytest.mark.parametrize("kappa", [None, 1e4, 10.0])
@@ -145,26 +129,20 @@ def test_4_no_second_forward_pass():
 def test_5_damping_is_added_and_not_a_clamp(policy, kappa):
     """`m + lam`, then the floor; at a damping of the size of the eigenvalues the two part."""
     damping = Damping(0.3, 0.05, kappa)
-    model = models.seeded(models.MLP, DOUBLE)
-    kfac = engine(policy, damping)
-    truth = plain_capture(kfac, model, rows(width=7))
-    own = truth.own_gradient(6)
-    expected = truth.natural_gradient(own, damping)
-    reference.assert_close(kfac.compute_natural_gradient(own, model), expected, BOUND)
+    one = Captured(models.seeded(models.MLP, DOUBLE), models.rows_batch(), policy, damping)
+    one.check_natural(BOUND)
+    own, expected = one.own, one.truth.natural_gradient(one.own, damping)
 
     def clamp_only(M: Tensor, lam: float) -> Tensor:
         m, V = torch.linalg.eigh(M)
         floor = max(lam, 0.0 if kappa is None else float(m.max()) / kappa)
         return (V / m.clamp_min(floor)) @ V.T
 
-    for name, (factors, _) in truth.weight_factors().items():
+    for name, (factors, _) in one.truth.weight_factors().items():
         bias = name.replace("weight", "bias")
         joined = torch.cat([own[name], own[bias][:, None]], 1)
         buggy = clamp_only(factors.G, damping.G) @ joined @ clamp_only(factors.A, damping.A)
         assert fails({name: buggy[:, :-1]}, {name: expected[name]})
-
-
-# ------------------------------------------------------------------ bugs 6 and 7
 
 
 class Watch(TorchDispatchMode):
@@ -202,18 +180,17 @@ def test_6_products_and_powers_form_nothing_square(kappa, policy):
     """Through the Gram matrix: no `out x out`, no materialised diagonal, values as by hand."""
     model, batch = wide_head()
     damping = Damping(1e-2, 1e-2, kappa)
-    kfac = engine(policy, damping)
-    truth = plain_capture(kfac, model, batch)
+    one = Captured(model, batch, policy, damping)
     vectors = random_like({"weight": model.weight})
     with Watch() as watch:
-        product = kfac.compute_fisher_vector_product(vectors, model)
-        root = kfac.compute_powered_natural_gradient(vectors, model, -0.5)
-        natural = kfac.compute_natural_gradient(vectors, model)
+        product = one.kfac.compute_fisher_vector_product(vectors, model)
+        root = one.kfac.compute_powered_natural_gradient(vectors, model, -0.5)
+        natural = one.natural(vectors)
     assert watch.square <= 20
     assert watch.numel <= 2 * VOCAB * 10
     assert watch.diagonals == []
     # Values without an out x out matrix here either: G = U U^T through its thin SVD.
-    tokens = truth.tokens[""]
+    tokens = one.truth.tokens[""]
     A = tokens.a.T @ tokens.a / 10
     left, sigma, _ = torch.linalg.svd(tokens.g[0].T / 10**0.5, full_matrices=False)
     W = vectors["weight"]
@@ -243,16 +220,15 @@ def test_6_the_watch_sees_the_old_way():
 def test_6_no_diagonal_on_the_eigen_path(policy):
     """Products by broadcasting in eigenspace: no diag, and no `V f(m) V^T` either."""
     model = models.seeded(lambda: models.MLP(sizes=(6, 120, 4)), DOUBLE)
-    kfac = engine(policy, DAMPING)
-    truth = plain_capture(kfac, model, rows(9))
-    vectors = random_like(dict(model.named_parameters()))
-    kfac.compute_natural_gradient(vectors, model)  # decompositions, if they wait for a use
+    one = Captured(model, rows(9), policy, DAMPING)
+    vectors = one.random()
+    one.natural(vectors)  # decompositions, if they wait for a use
     with Watch() as watch:
-        product = kfac.compute_fisher_vector_product(vectors, model)
-        root = kfac.compute_powered_natural_gradient(vectors, model, -0.5)
+        one.kfac.compute_fisher_vector_product(vectors, model)
+        root = one.kfac.compute_powered_natural_gradient(vectors, model, -0.5)
     assert watch.diagonals == []
-    reference.assert_close(product, truth.fisher_vector_product(vectors), BOUND)
-    reference.assert_close(root, truth.powered(vectors, -0.5, DAMPING), BOUND)
+    one.check_product(BOUND, vectors)
+    reference.assert_close(root, one.truth.powered(vectors, -0.5, DAMPING), BOUND)
 
 
 @pytest.mark.parametrize("policy", ["all", "auto"])
@@ -260,12 +236,10 @@ def test_7_a_wide_head_is_collected_without_its_square(policy):
     """From the forward pass to the result nothing of `vocab x vocab` exists."""
     model, batch = wide_head()
     with Watch() as watch:
-        kfac = engine(policy, DAMPING)
-        truth = plain_capture(kfac, model, batch)
-        own = truth.own_gradient(10)
-        kfac.compute_natural_gradient(own, model)
+        one = Captured(model, batch, policy, DAMPING)
+        one.natural(one.own)
     assert watch.square <= 20
-    assert kfac.kfac_factors[""]["G_type"] == "woodbury"
+    assert one.kfac.kfac_factors[""]["G_type"] == "woodbury"
 
 
 def test_7_a_dense_head_that_does_not_fit_is_an_error_before_any_work():
@@ -278,17 +252,12 @@ def test_7_a_dense_head_that_does_not_fit_is_an_error_before_any_work():
     assert calls.count == 0
 
 
-# ------------------------------------------------------------------ bug 8
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_8_a_missing_bias_gradient_counts_as_zero_and_is_not_invented(policy):
-    model = models.seeded(models.MLP, DOUBLE)
-    kfac = engine(policy, DAMPING)
-    truth = plain_capture(kfac, model, rows(width=7))
-    own = truth.own_gradient(6)
+    one = Captured(models.seeded(models.MLP, DOUBLE), models.rows_batch(), policy, DAMPING)
+    own, truth = one.own, one.truth
     without = {n: g for n, g in own.items() if n != "first.bias"}
-    result = kfac.compute_natural_gradient(without, model)
+    result = one.natural(without)
     assert set(result) == set(without)
     zero = dict(own, **{"first.bias": torch.zeros_like(own["first.bias"])})
     expected = truth.natural_gradient(zero, DAMPING)

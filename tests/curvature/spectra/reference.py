@@ -9,19 +9,10 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from fisher_lab.curvature.spectra import eigensolve
 from fisher_lab.curvature.spectra.spectrum import FisherSpectral, SpectralConfig
+from tests.models import built
 from tests.reference import IGNORE, counting_labels, summed_loss
 
 EXACT_MODES = ("full", "chunked", "streaming")
@@ -30,37 +21,32 @@ Batch = dict[str, Tensor]
 Rows = dict[str, Tensor]
 
 TINY = {
-    "gpt2": (
-        GPT2LMHeadModel, GPT2Config,
-        {"n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 0,
-         "eos_token_id": 0},
-    ),
-    "llama": (
-        LlamaForCausalLM, LlamaConfig,
-        {"hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8},
-    ),
-    "bert": (
-        BertForMaskedLM, BertConfig,
-        {"hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 10, "max_position_embeddings": 8},
-    ),
-    "t5": (
-        T5ForConditionalGeneration, T5Config,
-        {"d_model": 6, "d_kv": 3, "d_ff": 10, "num_layers": 2, "num_heads": 2,
-         "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 4},
-    ),
+    "gpt2": {
+        "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8, "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "llama": {
+        "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 8,
+    },
+    "bert": {
+        "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 10, "max_position_embeddings": 8,
+    },
+    "t5": {
+        "d_model": 6, "d_kv": 3, "d_ff": 10, "num_layers": 2, "num_heads": 2,
+        "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 4,
+    },
 }  # fmt: skip
 ARCHITECTURES = tuple(TINY)
 
 
-def tiny(architecture: str, *, tied: bool = True, seed: int = 0) -> nn.Module:
+def tiny(architecture: str, *, tied: bool = True, seed: int = 0, **more: int) -> nn.Module:
     """A float64 model of two layers; its weights are spread out so that spectra are not flat."""
     torch.manual_seed(seed)
-    model_class, config_class, sizes = TINY[architecture]
     tied = not tied if architecture == "llama" else tied
-    config = config_class(vocab_size=VOCAB, tie_word_embeddings=tied, **sizes)
-    model = model_class(config).double()
+    sizes = {"vocab_size": VOCAB, "tie_word_embeddings": tied, **TINY[architecture], **more}
+    model = built(architecture, None, **sizes).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -85,9 +71,6 @@ def batch_of(architecture: str, seed: int = 1) -> Batch:
         if architecture == "bert":
             labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-# ---- dense references: of a model in evaluation mode, whatever the given one's mode --------------
 
 
 def labelled(model: nn.Module, batch: Batch) -> list[tuple[int, int, int]]:
@@ -154,6 +137,19 @@ def spectrum_of_pairs(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tenso
     return torch.linalg.svdvals(torch.stack(rows) / math.sqrt(len(rows))).square()
 
 
+def through(function: type[torch.autograd.Function], twice: bool = False) -> nn.Module:
+    """Two linear layers with an operation between them; the first may be called twice."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"inner": nn.Linear(3, 3), "head": nn.Linear(3, 4)}).double()
+
+    def forward(x: Tensor) -> Tensor:
+        x = torch.tanh(model["inner"](x)) if twice else x
+        return model["head"](function.apply(model["inner"](x)))
+
+    model.forward = forward
+    return model
+
+
 def true_fisher(model: nn.Module, batches: list[Batch], block: str = "") -> Tensor:
     """``(1/N) sum_n E_{y ~ p_n} [g g^T]``, ``g = grad log p_n(y)``, by one block's parameters."""
     model = copy.deepcopy(model).eval()
@@ -181,9 +177,6 @@ def hessian(model: nn.Module, batches: list[Batch], block: str) -> Tensor:
     loss = sum(loss for loss, _ in sums) / sum(labels for _, labels in sums)
     first = flat_gradient(loss, parameters, create_graph=True)
     return torch.stack([flat_gradient(entry, parameters) for entry in first])
-
-
-# ---- comparing -----------------------------------------------------------------------------------
 
 
 def assert_same_spectrum(

@@ -28,15 +28,31 @@ def test_a_model_with_nothing_to_train_is_degenerate(mode):
     assert FisherSpectral().collect_gradients(model, batch).keys
 
 
-def test_a_loss_that_reaches_only_frozen_parameters_is_degenerate():
-    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
-    model["used"].requires_grad_(False)
-    model.forward = lambda x: model["used"](x)
+def modules(frozen):
+    """The spectrum of two used layers, of which one is frozen, and of one that is not used."""
+    model = nn.ModuleDict(
+        {"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2), "ice": nn.Linear(2, 2)}
+    )
+    for name in frozen:
+        model[name].requires_grad_(False)
+    model.forward = lambda x: model["ice"](model["used"](x))
     batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
     engine = FisherSpectral(loss_fn=losses.CrossEntropy())
-    result = engine.compute_fisher_spectrum(model, batch, block_structure="module")
+    return engine.compute_fisher_spectrum(model, batch, block_structure="module")
+
+
+def test_a_loss_that_reaches_only_frozen_parameters_is_degenerate():
+    result = modules(frozen=["used", "ice"])
     assert_no_number(result["per_block"]["idle"])
     assert_no_number(result["global"])
+
+
+def test_unused_and_frozen_parameters_are_degenerate_and_left_out():
+    result = modules(frozen=["ice"])
+    assert_no_number(result["per_block"]["idle"])
+    assert_no_number(result["per_block"]["ice"])
+    assert result["global"]["n_blocks"] == 1
+    assert result["global"]["trace"] == result["per_block"]["used"]["trace"]
 
 
 def test_no_label_at_all_or_no_example_is_degenerate():
@@ -47,21 +63,6 @@ def test_no_label_at_all_or_no_example_is_degenerate():
         assert_no_number(record)
     for empty in ({key: value[:0] for key, value in batch.items()}, []):
         assert_no_number(spectrum(model, empty)["global"])
-
-
-def test_unused_and_frozen_parameters_are_degenerate_and_left_out():
-    model = nn.ModuleDict(
-        {"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2), "ice": nn.Linear(2, 2)}
-    )
-    model["ice"].requires_grad_(False)
-    model.forward = lambda x: model["ice"](model["used"](x))
-    batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-    engine = FisherSpectral(loss_fn=losses.CrossEntropy())
-    result = engine.compute_fisher_spectrum(model, batch, block_structure="module")
-    assert_no_number(result["per_block"]["idle"])
-    assert_no_number(result["per_block"]["ice"])
-    assert result["global"]["n_blocks"] == 1
-    assert result["global"]["trace"] == result["per_block"]["used"]["trace"]
 
 
 def test_one_sample_and_one_parameter():

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fisher_lab.config.errors import SettingError
@@ -28,6 +27,7 @@ from tests.curvature.spectra.reference import (
     flat_gradient,
     logits_of,
     spectrum_of_pairs,
+    through,
     tiny,
 )
 
@@ -321,16 +321,7 @@ def test_an_operation_without_second_derivative_falls_back():
             (x,) = ctx.saved_for_forward
             return 2 * x * tangent
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.head(Square.apply(self.inner(x)))
-
-    torch.manual_seed(0)
-    model = Model().double()
+    model = through(Square)
     inputs, labels = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 1])
     engine = FisherLanczos(k=3, loss_fn=losses.CrossEntropy())
     result = engine.top_eigenpairs(model, (inputs, labels))

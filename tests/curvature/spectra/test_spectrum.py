@@ -23,6 +23,7 @@ from tests.curvature.spectra.reference import (
     rows_of,
     spectrum,
     spectrum_of_pairs,
+    through,
     tiny,
 )
 
@@ -277,16 +278,7 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
             (x,) = ctx.saved_tensors
             return 2 * x * grad
 
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.head(Square.apply(self.inner(torch.tanh(self.inner(x)))))
-
-    torch.manual_seed(0)
-    model = Twice().double()
+    model = through(Square, twice=True)
     inputs, labels = torch.randn(2, 3, 3).double(), torch.tensor([[0, 1, 2], [3, 1, 0]])
     engine = FisherSpectral(SpectralConfig(), loss_fn=losses.CrossEntropy())
     result = engine.compute_fisher_spectrum(model, (inputs, labels), block_structure="full")
