@@ -511,23 +511,9 @@ def many_digits_own(tokens: Tokens, damping: Damping, labels: int, digits: int =
         g = mpmath.matrix(tokens.g[0].tolist())
         A = a.T * a / tokens.count + mpmath.mpf(damping.A) * mpmath.eye(a.cols)
         G = g.T * g / tokens.count + mpmath.mpf(damping.G) * mpmath.eye(g.cols)
-        left = _many_digits_solve(G, g.T * a / labels)
-        answer = _many_digits_solve(A, left.T).T
+        answer = mpmath.inverse(G) * (g.T * a / labels) * mpmath.inverse(A)
         rows = [[float(answer[i, j]) for j in range(answer.cols)] for i in range(answer.rows)]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def _many_digits_solve(M: mpmath.matrix, Y: mpmath.matrix) -> mpmath.matrix:
-    """Solve a positive definite system with many right-hand sides by Cholesky."""
-    n, L = M.rows, mpmath.cholesky(M)
-    X = Y.copy()
-    for j in range(Y.cols):
-        for i in range(n):
-            X[i, j] = (X[i, j] - mpmath.fdot((L[i, k], X[k, j]) for k in range(i))) / L[i, i]
-        for i in reversed(range(n)):
-            rest = mpmath.fdot((L[k, i], X[k, j]) for k in range(i + 1, n))
-            X[i, j] = (X[i, j] - rest) / L[i, i]
-    return X
 
 
 def relative(given: Tensor, truth: Tensor) -> float:

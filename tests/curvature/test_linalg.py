@@ -72,9 +72,11 @@ def test_jitter_is_relative_and_recorded():
     assert found.jitter == pytest.approx(5e-6 * (float(matrix.diagonal().mean()) + 1e-3))
 
 
-def test_a_jitter_that_would_damp_again_gives_up_instead():
+def test_a_jitter_that_would_damp_again_gives_up_and_leaves_the_matrix_alone():
     matrix = torch.diag(torch.tensor([1e8, 1e8, -1.0], dtype=torch.float64))
+    before = matrix.clone()
     assert linalg.robust_cholesky(matrix, 1e-4, 1e-6).lower is None
+    assert torch.equal(matrix, before)
 
 
 def test_wide_factorisations_go_through_a_frame_and_leave_the_matrix_alone():
@@ -86,13 +88,6 @@ def test_wide_factorisations_go_through_a_frame_and_leave_the_matrix_alone():
     assert found.lower.shape == (1024, 1024)
     damped = before.numpy() + 1e-3 * np.eye(1024)
     np.testing.assert_allclose(found.lower.numpy(), np.linalg.cholesky(damped), atol=1e-12)
-    assert torch.equal(matrix, before)
-
-
-def test_a_failed_factorisation_leaves_the_matrix_alone():
-    matrix = torch.diag(torch.tensor([1e8, 1e8, -1.0], dtype=torch.float64))
-    before = matrix.clone()
-    linalg.robust_cholesky(matrix, 1e-4, 1e-6)
     assert torch.equal(matrix, before)
 
 
@@ -109,13 +104,6 @@ def test_the_first_sum_ignores_what_the_memory_held(n):
         torch.testing.assert_close(
             linalg.mirror(total).double(), expected, rtol=tolerance, atol=10 * tolerance
         )
-
-
-def test_large_finite_values_are_finite():
-    x = torch.full((4,), 3e38)
-    assert linalg.all_finite(x)
-    assert not linalg.all_finite(torch.tensor([3e38, float("inf")]))
-    assert not linalg.all_finite(torch.tensor([float("nan"), 1.0]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -165,8 +153,8 @@ def test_power_of_two_scale_keeps_tiny_values():
 
 def test_finite_check_sees_infinities_that_cancel():
     assert linalg.all_finite(torch.full((4,), 3e38))
-    assert not linalg.all_finite(torch.tensor([float("inf"), -float("inf"), 1.0]))
-    assert not linalg.all_finite(torch.tensor([1.0, float("nan")]))
+    for bad in ([float("inf"), -float("inf"), 1.0], [1.0, float("nan")], [3e38, float("inf")]):
+        assert not linalg.all_finite(torch.tensor(bad))
 
 
 def test_solvers_that_fail_are_followed_by_others(monkeypatch):

@@ -17,7 +17,6 @@ from fisher_lab.tasks import train
 from fisher_lab.workload import training_loop
 from fisher_lab.workload.build import build
 from fisher_lab.workload.content_identity import content_identity
-from fisher_lab.workload.snapshot import SnapshotError
 from tests.training import config_of, text_in
 
 
@@ -124,12 +123,6 @@ def test_stopped_and_started_again_in_the_same_directory(
     assert (again.directory / file).read_bytes() == (whole.directory / file).read_bytes()
     metrics = [json.loads((r.directory / "metrics.json").read_text()) for r in (whole, again)]
     assert metrics[0]["loss/heldout"] == metrics[1]["loss/heldout"]
-
-
-def test_a_directory_with_another_training_is_refused(config, tmp_path):
-    start(config(), tmp_path / "run")
-    with pytest.raises(SnapshotError, match="the state of another training"):
-        start(config(seed=1), tmp_path / "run")
 
 
 def test_bad_lengths_are_refused_before_anything_is_trained(config, tmp_path):

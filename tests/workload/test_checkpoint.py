@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -168,37 +169,25 @@ def test_a_broken_state_is_dropped_and_the_training_begins_again(fresh_config, m
 
 
 CHILD = """
-import os, signal, sys
-from pathlib import Path
+import os, pickle, signal, sys
+from fisher_lab.workload import training_loop
 from fisher_lab.workload.build import build
-from fisher_lab.config.schema import Config
-from fisher_lab.config.workload import *
-from fisher_lab.workload import training_loop as training
-text, cache, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-recipe = RecipeConfig(steps=6, batch_size=2, seq_len=32, lr=3e-3)
-model = ModelConfig(layers=1, width=16, heads=2, dropout=0.2, recipe=recipe)
-data = DataConfig(type="text_file", path=text, vocab_size=400, heldout_fraction=0.2,
-                  batch_size=2, seq_len=32)
-train = training.train
+config, kill_at, train = pickle.load(sys.stdin.buffer), int(sys.argv[1]), training_loop.train
+def after_step(done):
+    if done == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
 def killed(*arguments, **more):
-    def after_step(done):
-        if done == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
     return train(*arguments, **{**more, "save_every_s": 0.0}, after_step=after_step)
-training.train = killed
-build(Config(device="cpu", cache_dir=cache, model=model, data=data))
+training_loop.train = killed
+build(config)
 """
 
 
-def test_a_checkpoint_training_that_was_killed_goes_on(
-    fresh_config, config, text_directory, monkeypatch
-):
+def test_a_checkpoint_training_that_was_killed_goes_on(fresh_config, config, monkeypatch):
     kill_at = random.randrange(1, 6)
     cfg = fresh_config(steps=6, dropout=0.2)
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(text_directory), cfg.cache_dir, str(kill_at)],
-        timeout=240,
-    )
+    command = [sys.executable, "-c", CHILD, str(kill_at)]
+    child = subprocess.run(command, input=pickle.dumps(cfg), timeout=240)
     assert child.returncode == -signal.SIGKILL
     begun = []
     train = training_loop.train

@@ -234,15 +234,11 @@ def test_heads_are_the_slices_that_the_attention_uses(case, collected):
         weight, bias = means[f"{site}.c_attn.weight"], means[f"{site}.c_attn.bias"]
         out = means[f"{site}.c_proj.weight"]
         for h in range(heads):
-            own, count = 0.0, 0
-            for column in range(3 * width):
-                if (column % width) // (width // heads) == h:
-                    own += float(weight[:, column].sum() + bias[column])
-                    count += width + 1
-            for row in range(width):
-                if row // (width // heads) == h:
-                    own += float(out[row].sum())
-                    count += width
+            columns = [c for c in range(3 * width) if (c % width) // (width // heads) == h]
+            rows = columns[: width // heads]
+            parts = (weight[:, columns], bias[columns], out[rows])
+            own = sum(float(part.sum()) for part in parts)
+            count = sum(part.numel() for part in parts)
             assert scores[f"{site}.head.{h}"] == pytest.approx(own, rel=1e-12)
             assert mean_scores[f"{site}.head.{h}"] == pytest.approx(own / count, rel=1e-12)
     elif case.architecture == "llama":

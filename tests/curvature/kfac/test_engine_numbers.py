@@ -12,7 +12,7 @@ from torch import nn
 from fisher_lab.curvature.kfac.factors import base, woodbury
 from fisher_lab.curvature.kfac.inverses import Inverses
 from tests import models, reference
-from tests.capturing import POLICIES, Captured, captured, engine, inputs_of, random_like
+from tests.capturing import Captured, captured, engine, inputs_of, random_like
 from tests.models import CASES
 from tests.reference import Damping
 
@@ -23,8 +23,6 @@ def dense_logdet(matrix: torch.Tensor, lam: float, kappa: float | None) -> float
 
 
 @pytest.mark.parametrize("kappa", [None, 50.0])
-@pytest.mark.parametrize("tokens", ["few", "many"])
-@pytest.mark.parametrize("policy", POLICIES)
 def test_log_determinant(policy, tokens, kappa):
     damping = Damping(1e-3, 1e-2, kappa)
     one = captured("gpt2_untied", tokens, policy, damping)
@@ -108,7 +106,6 @@ def trained() -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("core", ["float32", "float64"])
 @pytest.mark.parametrize("kappa", [None, 1e6])
-@pytest.mark.parametrize("policy", POLICIES)
 def test_any_damping_gives_finite_numbers(policy, kappa, core, trained):
     model, batch = trained
     for exponent in range(-10, 1):
@@ -121,7 +118,6 @@ def test_any_damping_gives_finite_numbers(policy, kappa, core, trained):
         assert all(math.isfinite(x) for x in kfac.log_determinant().values()), lam
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_a_trained_model_at_damping_1e_8(policy, trained):
     """kappa null: within 1e-5 of dense float64 (float64 core over float32 token gradients)."""
     model, batch = trained

@@ -11,7 +11,6 @@ from fisher_lab.curvature.kfac.layers import discover
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import (
-    POLICIES,
     Captured,
     captured,
     cross_entropy,
@@ -158,7 +157,6 @@ def test_sampling_is_seeded_and_draws_differ():
 
 
 @pytest.mark.parametrize("policy", BOTH)
-@pytest.mark.parametrize("tokens", ["few", "many"])
 def test_true_fisher_head(tokens, policy):
     """The head over the model's own distribution, the other layers empirical; no floor there."""
     case = CASES["gpt2_untied"]
@@ -202,8 +200,6 @@ def test_true_fisher_head_has_powers_one_and_minus_one_only():
         kfac.compute_powered_natural_gradient(own, model, -0.5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("name", ["gpt2_untied", "bert_right"])
 def test_ekfac(name, tokens, policy):
     """Section 6 on every policy: moments in the Kronecker basis, damped and floored as there."""
@@ -241,7 +237,6 @@ def test_moments_over_batches_and_draws(more):
     assert reference.relative(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("tied", ["head", "embedding", "sum"])
 @pytest.mark.parametrize("build", [models.gpt2, models.t5, lambda: models.llama(tied=True)])
 def test_tied_weights(build, tied, policy):
@@ -262,7 +257,6 @@ def test_tied_weights(build, tied, policy):
     assert reference.relative(others[name], expected[name]) > 0.1
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("excluded", "tied"), [("*wte", "head"), ("lm_head", "embedding")])
 def test_the_own_gradient_of_a_tied_weight_whose_other_use_is_excluded(excluded, tied, policy):
     """It is that of both uses, whichever has the factors: no push-through of one use's tokens."""
@@ -314,8 +308,6 @@ def test_the_own_gradient_where_a_module_with_the_same_weight_is_excluded(exclud
     reference.assert_close(own, kfac.compute_natural_gradient(expected, model), 1e-10)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("kappa", [None, 5.0])
 def test_embedding(kappa, tokens, policy):
     """`A = diag(counts) / T` over the whole vocabulary, absent words (a zero) included."""

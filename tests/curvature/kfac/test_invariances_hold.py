@@ -50,6 +50,7 @@ def collected(layer, damping, **engine_settings):
     with reference.record(model) as rec, kfac.capture(model):
         loss = (model(x) * g).sum()
     kfac.collect_kfac_factors(model, batch, loss=loss, n_labels=len(x), loss_reduction="sum")
+    assert list(kfac.kfac_factors) == [""], "a bare layer is the model and the layer at once"
     return kfac, Truth(model, rec, [batch], labels=len(x)), model
 
 
@@ -81,6 +82,7 @@ def test_natural_gradient(layer, damping):
     factors, _ = truth.weight_factors()["weight"]
     for vectors in (own, random_like(own)):
         result = kfac.compute_natural_gradient(vectors, model)
+        assert set(result) == set(vectors)
         close(result, truth.natural_gradient(vectors, damping), bound_of(layer, damping, factors))
 
 

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fisher_lab.curvature.errors import CurvatureError
 from tests import models, reference
 from tests.capturing import (
-    POLICIES,
     Calls,
     Captured,
     captured,
@@ -41,7 +40,6 @@ def fails(given, truth, bound=BOUND) -> bool:
 
 @pytest.mark.parametrize("push_through", [True, False])
 @pytest.mark.parametrize("correction", [True, False])
-@pytest.mark.parametrize("policy", POLICIES)
 def test_1_stale_inverse_cache(policy, correction, push_through):
     """A refresh drops every cached inverse, whichever path ran and whatever was cached."""
     model = models.seeded(lambda: models.MLP(sizes=(6, 40, 4)), DOUBLE)
@@ -65,7 +63,6 @@ def test_1_stale_inverse_cache(policy, correction, push_through):
         stale = fresh
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_2_layer_without_a_gradient(policy):
     """Skipped: no crash, no value of the layer before it, no factors of the batch before."""
     model = models.seeded(models.Gated, DOUBLE)
@@ -92,7 +89,6 @@ def test_2_layer_without_a_gradient(policy):
     assert set(kfac.kfac_factors) == {"main", "side"}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_3_no_eigenvalue_correction_is_still_kfac(policy):
     """Off means raw damped eigenvalues, and not `gradient / damping`."""
     model = models.seeded(models.MLP, DOUBLE)
@@ -125,7 +121,6 @@ def test_4_no_second_forward_pass():
 
 
 @pytest.mark.parametrize("kappa", [None, 1e4, 10.0])
-@pytest.mark.parametrize("policy", POLICIES)
 def test_5_damping_is_added_and_not_a_clamp(policy, kappa):
     """`m + lam`, then the floor; at a damping of the size of the eigenvalues the two part."""
     damping = Damping(0.3, 0.05, kappa)
@@ -252,7 +247,6 @@ def test_7_a_dense_head_that_does_not_fit_is_an_error_before_any_work():
     assert calls.count == 0
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_8_a_missing_bias_gradient_counts_as_zero_and_is_not_invented(policy):
     one = Captured(models.seeded(models.MLP, DOUBLE), models.rows_batch(), policy, DAMPING)
     own, truth = one.own, one.truth

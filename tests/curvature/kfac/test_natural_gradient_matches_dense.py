@@ -23,9 +23,7 @@ BOUNDS = {
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("name", CASES)
 def test_own_gradient(name, tokens, dtype, policy):
     """Both dampings of the bounds, without clipping and with a clipping that binds."""
@@ -36,7 +34,6 @@ def test_own_gradient(name, tokens, dtype, policy):
             one.check_natural(BOUNDS[dtype, lam])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_own_gradient_without_push_through(policy):
     """The general formula alone, where the cancellation is."""
     for (dtype, lam), bound in BOUNDS.items():
@@ -47,7 +44,6 @@ def test_own_gradient_without_push_through(policy):
             )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["gpt2_tied", "llama", "bert_right", "t5_lengths"])
 def test_gradient_left_by_autograd(name, policy):
     """`.grad` of the caller's own backward pass, not an array made by the reference."""
@@ -60,8 +56,6 @@ def test_gradient_left_by_autograd(name, policy):
     one.check_natural(1e-5, gradients)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("tokens", ["few", "many"])
 def test_any_other_gradient(tokens, policy):
     """A gradient of something else than the factors' batch: the general formula must be used."""
     one = captured("gpt2_untied", tokens, policy, Damping(1e-4, 1e-3, 1e6))
@@ -79,7 +73,6 @@ def test_scaled_and_decayed_gradients():
 
 
 @pytest.mark.parametrize("name", ["gpt2_tied", "t5_masks"])
-@pytest.mark.parametrize("tokens", ["few", "many"])
 def test_all_policies_agree_with_clipping_on(name, tokens):
     """One gradient through four policies; the clipping binds on both sides."""
     for lam, bound in ((1e-3, 1e-9), (1e-5, 1e-7)):
@@ -110,7 +103,6 @@ def test_the_policies_take_different_paths():
     assert chosen("auto", "few")["transformer.h.0.mlp.c_proj"] == "woodbury"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 def test_dampings_of_both_sides_are_kept_apart(policy):
     for damping in (Damping(1e-1, 1e-4, None), Damping(1e-4, 1e-1, 50.0)):
         one = captured("gpt2_untied", "few", policy, damping)

@@ -24,7 +24,6 @@ def recorded(model, batch):
     return Truth(model, rec, [batch], labels=labels), labels
 
 
-@pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("case", models.CASES.values(), ids=models.CASES)
 def test_sum_of_token_outer_products_is_the_autograd_gradient(case, tokens):
     model, batch = case.model(DOUBLE), case.batch(tokens)

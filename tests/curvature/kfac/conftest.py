@@ -1,0 +1,17 @@
+"""What many of the tests here are done for: every policy, fewer and more tokens than outputs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.capturing import POLICIES
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return request.param
+
+
+@pytest.fixture(params=["few", "many"])
+def tokens(request):
+    return request.param
