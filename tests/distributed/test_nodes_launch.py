@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from fisher_lab.runs.identity import run_id
 from fisher_lab.sweeps.cell import Cell, submit
 from fisher_lab.sweeps.directory import Layout
+from fisher_lab.workload.content_identity import content_identity
+from tests.config.test_groups import composed
 from tests.distributed.runs_on_ranks import (
     FAILING,
     LONG,
@@ -119,16 +122,7 @@ def test_a_killed_rank_on_node_1_is_named(tmp_path, nodes):
 
 def frozen_cell(tmp_path: Path, *arguments: str) -> Any:
     """A cell as SLURM's job gets it."""
-    from hydra import compose, initialize_config_dir
-
-    from fisher_lab.config import paths, sweep_files
-    from fisher_lab.config.validate import validate
-    from fisher_lab.runs.identity import run_id
-    from fisher_lab.workload.content_identity import content_identity
-
-    sweep_files.register()
-    with initialize_config_dir(str(paths.conf()), version_base="1.3"):
-        config = validate(compose("config", overrides=[*SMALL, *NODES, *arguments]))
+    config = composed(*SMALL, *NODES, *arguments)
     content = content_identity(config)
     layout = Layout(tmp_path / "sweep")
     identity = run_id(dataclasses.asdict(config), content)

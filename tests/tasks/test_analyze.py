@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.validate import validate
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan
 from fisher_lab.tasks.memory import MIB, PeakMemory
 from fisher_lab.workload.build import build
+from tests.config.test_groups import composed
 
 TINY = [
     "model.init=random", "model.layers=1", "model.width=16", "model.heads=2",
@@ -49,9 +47,7 @@ def collected(*overrides: str):
 
 
 def config(*overrides: str):
-    sweep_files.register()
-    with initialize_config_dir(config_dir=str(paths.conf()), version_base="1.3"):
-        return validate(compose("config", overrides=[*TINY, *overrides]))
+    return composed(*TINY, *overrides)
 
 
 def analysed(directory: Path, *overrides: str) -> tuple[dict, list[dict], dict]:
