@@ -1,7 +1,5 @@
 """One capture for the engine and for the reference: both see the same `a` and `g`, bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

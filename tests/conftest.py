@@ -4,8 +4,6 @@ The cache is shared by the tests of one session (and its workers), so that a che
 once; it is never the user's.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

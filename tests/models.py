@@ -5,8 +5,6 @@ partly -100, labels left *in place* under the padding (Hugging Face would count 
 that are no power of four and lie below or above every layer's output width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Ports for servers that another process opens a while later."""
 
-from __future__ import annotations
-
 import random
 import socket
 

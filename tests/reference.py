@@ -14,8 +14,6 @@ are oriented `[out, in]` whatever the module stores. All of it is float64 and as
 factors are formed whole, inverted whole, multiplied whole. Tiny models only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

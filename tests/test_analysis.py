@@ -1,7 +1,5 @@
 """One collector over the engines, and the unified analysis on a saved model directory."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

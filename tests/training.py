@@ -1,7 +1,5 @@
 """Trainings of a few seconds: a text, tiny models on it, deaths between two steps."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

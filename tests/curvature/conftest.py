@@ -1,7 +1,5 @@
 """The case that the tests of the spectra are about: one model per architecture and its truths."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import pytest

@@ -1,7 +1,5 @@
 """Pure functions on positive semi-definite matrices, against dense float64."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

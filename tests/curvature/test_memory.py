@@ -1,7 +1,5 @@
 """Free memory is what the machine and its control groups leave."""
 
-from __future__ import annotations
-
 import torch
 
 from fisher_lab.curvature import memory

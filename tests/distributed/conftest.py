@@ -1,7 +1,5 @@
 """The ranks that all tests here share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -4,11 +4,9 @@
 `Joined` puts the recorded tokens of all ranks under one another and asks `tests.reference`.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
@@ -119,7 +117,7 @@ class Setting:
             communicator=communicator, track_diagonal=False, **dict(self.more),
         )  # fmt: skip
 
-    def also(self, **more: Any) -> Setting:
+    def also(self, **more: Any) -> Self:
         return replace(self, more=(*self.more, *more.items()))
 
 

@@ -5,8 +5,6 @@ returns plain data or tensors; :meth:`Pool.run` calls it on the first `size` pro
 hands back what each returned. Loopback only, time-outs on every wait.
 """
 
-from __future__ import annotations
-
 import pickle
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 python rank_pool_worker.py ADDRESS RANK PROCESSES STORE SECONDS
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """Runs on ranks through the real command line: start them, see them at work, check how they end."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """`task=analyze` with the spectral engines on several ranks, through the real command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

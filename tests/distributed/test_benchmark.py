@@ -3,8 +3,6 @@
 Columns, the summed matrix where `T > out`, and columns that `max_columns` leaves of all tokens.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The collectives on 1, 2 and 3 gloo processes: values, bytes, errors, time-outs."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

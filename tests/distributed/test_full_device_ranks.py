@@ -4,8 +4,6 @@ Every stage of the factors' own work is hit on one rank, at several of its opera
 collective must not be done twice by one rank, and later calls must find all ranks in step.
 """
 
-from __future__ import annotations
-
 import logging
 from contextlib import nullcontext
 from logging.handlers import BufferingHandler

@@ -1,7 +1,5 @@
 """Group Fisher of several ranks is that of one process that has seen all their data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 The ranks have 40, 0 and 7 labels and different numbers of tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Ranks that a run starts itself: complete, failing, killed; the environment of several nodes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Nodes agree on the run directory, and on how the run ended."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -4,8 +4,6 @@ What only a second machine can show is not shown here: that the store is reached
 that SLURM starts a task on each node.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

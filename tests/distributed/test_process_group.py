@@ -1,7 +1,5 @@
 """What nccl is asked for, and that its errors name the collective; no GPU is needed for that."""
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from typing import Any

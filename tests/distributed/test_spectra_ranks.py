@@ -3,8 +3,6 @@
 The ranks have 40, 0 and 7 labels. Truth: explicit matrices on the joined samples, and one process.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field

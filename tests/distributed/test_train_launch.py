@@ -1,7 +1,5 @@
 """`task=train distributed.nproc=2` from the command line: killed, signalled, and one in the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

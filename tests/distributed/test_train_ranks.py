@@ -1,7 +1,5 @@
 """Training on ranks: what one process does with the joined batch, resumed to the bit, agreed on."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 from types import SimpleNamespace

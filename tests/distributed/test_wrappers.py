@@ -1,7 +1,5 @@
 """Models in DDP and under `fully_shard`, with the names and values of the plain model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

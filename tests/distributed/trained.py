@@ -1,7 +1,5 @@
 """The same training in one process and on ranks; runs on a rank of `rank_pool.py`."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``KFACOptimizer`` against the formulas of its docstring, on models of a few weights."""
 
-from __future__ import annotations
-
 import copy
 import math
 

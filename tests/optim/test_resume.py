@@ -1,7 +1,5 @@
 """Training: exact resume for every optimiser, micro-batches, precision, divergence."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """`task=analyze` and `task=plan` on a tiny model: the run directory says what was computed."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

@@ -1,7 +1,5 @@
 """What a worker pays for before it begins: every cell of a sweep, and every rank, pays it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

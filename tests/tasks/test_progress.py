@@ -1,7 +1,5 @@
 """Progress bars: only on a terminal, only where asked for, and never in the way."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

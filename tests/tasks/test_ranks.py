@@ -1,7 +1,5 @@
 """What the launcher makes of how its ranks ended, and a rank of another one that is gone."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

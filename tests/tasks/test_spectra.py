@@ -1,7 +1,5 @@
 """The steps of task=analyze that run the spectral engines: files, figures, metrics."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

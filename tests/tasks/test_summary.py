@@ -1,7 +1,5 @@
 """The table at the end of a run, at eighty columns."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

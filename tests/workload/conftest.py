@@ -1,7 +1,5 @@
 """A text of a few thousand words and models small enough to train in a second."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the recipes are for: a trained model knows more of the text than label frequencies do."""
 
-from __future__ import annotations
-
 import pytest
 from omegaconf import OmegaConf
 

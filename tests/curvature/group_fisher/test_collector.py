@@ -1,7 +1,5 @@
 """Group Fisher against sums over explicit gradients (docs/math.md, section 9)."""
 
-from __future__ import annotations
-
 import copy
 import json
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What many of the tests here are done for: every policy, fewer and more tokens than outputs."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.capturing import POLICIES

@@ -1,7 +1,5 @@
 """Sums over tokens and batches: structure switches, column reductions, shared inputs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Hooks in the situations that usually break them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """What the public face promises: names, errors, refreshes, and nothing left over or invented."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

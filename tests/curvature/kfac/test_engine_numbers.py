@@ -1,7 +1,5 @@
 """What the engine derives from its factors, and what it stands: against dense float64."""
 
-from __future__ import annotations
-
 import logging
 import math
 

@@ -1,7 +1,5 @@
 """Every structure of a factor does what its dense matrix does, in float64."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

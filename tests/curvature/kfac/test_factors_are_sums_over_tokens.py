@@ -1,7 +1,5 @@
 """What goes into the factors: tokens, padding, batches, scales; read through products."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

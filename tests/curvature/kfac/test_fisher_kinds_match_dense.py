@@ -1,7 +1,5 @@
 """Fisher kinds, the true-Fisher head, EKFAC, tied weights, embeddings and norms, held to dense."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

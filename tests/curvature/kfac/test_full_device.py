@@ -4,8 +4,6 @@ The stub raises `torch.OutOfMemoryError` once, at the n-th operation of the fact
 takes memory, for every n: each stage is hit, on the A and on the G side apart.
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import weakref

@@ -1,7 +1,5 @@
 """Properties over shapes, dtypes, dampings, and tokens that repeat or are short of rank."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

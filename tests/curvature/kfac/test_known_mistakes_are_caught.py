@@ -4,8 +4,6 @@ Every test states the buggy behaviour as plain code (`buggy`), checks that the e
 the dense truth, and checks that the buggy behaviour would *not* pass the same comparison.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ The batch's own gradient lies in the span of the token gradients: the direction 
 Woodbury formula subtracts nearly equal numbers (`docs/math.md`, section 3).
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

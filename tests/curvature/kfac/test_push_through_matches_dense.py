@@ -1,7 +1,5 @@
 """The factors' own gradient (`gradients=None`), storage dtypes, and odd ways to run a model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The references themselves: held to autograd, to finite differences and to exact cases."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

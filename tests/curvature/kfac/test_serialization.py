@@ -1,7 +1,5 @@
 """Factors to and from files: the same numbers, and errors that leave everything as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -1,7 +1,5 @@
 """Where columns are kept, in what precision, and what happens when the device is full."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

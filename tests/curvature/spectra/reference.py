@@ -1,7 +1,5 @@
 """Tiny models of four architectures, and dense references written from docs/math.md by loops."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

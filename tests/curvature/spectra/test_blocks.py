@@ -1,7 +1,5 @@
 """Parameters fall into blocks, and linear layers come as products where that is cheaper."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

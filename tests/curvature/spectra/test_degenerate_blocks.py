@@ -1,7 +1,5 @@
 """A block without a spectrum says why and carries no number."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

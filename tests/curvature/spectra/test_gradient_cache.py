@@ -1,7 +1,5 @@
 """A cache of per-sample gradients gives what the uncached call gives, and is never stale."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

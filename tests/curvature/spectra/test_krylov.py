@@ -1,7 +1,5 @@
 """Lanczos, quadrature and Hutch++ on explicit symmetric matrices."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Matrix-free spectra against explicit matrices (docs/math.md, section 8)."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """The engines have the options and the defaults of the command line."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

@@ -1,7 +1,5 @@
 """Which samples are the rows of J, whatever the order, the process and the hash seed."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

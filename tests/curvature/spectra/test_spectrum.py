@@ -1,7 +1,5 @@
 """The Fisher spectrum against loops of one backward pass a sample (docs/math.md, section 8)."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
