@@ -31,26 +31,15 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 MODES = ("gather", "gram")
 
 
-def answers_of(
-    ranks: Pool,
-    name: str,
-    size: int,
-    settings: list[Setting],
-    *,
-    dtype: torch.dtype = torch.float64,
-    batches: list[list[dict]] | None = None,
-    **more: Any,
-) -> list[list[dict]]:
-    """By setting: every rank's answer."""
-    batches = batches_of(name, size) if batches is None else batches
-    more = {"name": name, "dtype": dtype, "settings": settings, **more}
+def answers_of(ranks: Pool, name: str, size: int, settings: list[Setting], **more: Any) -> Any:
+    """By setting: every rank's answer; `more`: arguments of `collect` and the ranks' batches."""
+    batches = more.pop("batches", None) or batches_of(name, size)
+    more = {"dtype": torch.float64, "name": name, "settings": settings, **more}
     found = ranks.run(kfac_on_ranks.collect, size, batches, **more)
     return [list(of_setting) for of_setting in zip(*found, strict=True)]
 
 
-def one_process(
-    ranks: Pool, setting: Setting, batches: list[list[dict]], wants: tuple[str, ...]
-) -> dict:
+def one_process(ranks: Pool, setting: Setting, batches: list, wants: tuple[str, ...]) -> dict:
     """What one process answers that has the batches of all ranks."""
     whole = [in_one(batches)]
     return answers_of(ranks, "tiny_llama", 1, [setting], batches=whole, wants=wants)[0][0]
@@ -266,7 +255,9 @@ def test_none_is_every_rank_on_its_own(ranks):
     batches = batches_of("gpt2", 3, (40, 3, 7))
     (answers,) = answers_of(ranks, "gpt2", 3, [Setting("all", "none")], batches=batches)
     for answer, labels in zip(answers, (40, 3, 7), strict=True):
-        Joined("gpt2", torch.float64, [answer], labels).check(Setting(), 1e-10)
+        one = Joined("gpt2", torch.float64, [answer], labels)
+        natural = one.truth.natural_gradient(one.own(), Setting().damping)
+        assert_all([answer], "natural", natural, 1e-10)
     errors = reference.errors(answers[1]["natural"], answers[0]["natural"])
     assert max(errors.values()) > 0.1
 

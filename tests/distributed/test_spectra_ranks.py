@@ -111,16 +111,8 @@ JOBS = [
 """Every storage mode, blocks larger and smaller than `N`, with products and without."""
 
 
-def answers_of(
-    ranks: Pool,
-    size: int,
-    dtype: torch.dtype,
-    jobs: list[Job],
-    batches: list[list[dict]],
-    name: str,
-) -> list[list[tuple[dict, dict]]]:
-    """By job: every rank's result and traffic."""
-    arguments = {"name": name, "dtype": dtype, "jobs": jobs}
+def answers_of(ranks: Pool, size: int, batches: list[list[dict]], **arguments: Any) -> Any:
+    """By job: every rank's result and traffic; `arguments`: of `spectra`."""
     found = ranks.run(spectra, size, batches, **arguments)
     return [list(of_job) for of_job in zip(*found, strict=True)]
 
@@ -132,7 +124,7 @@ def test_spectra_are_those_of_the_joined_samples(ranks, name, size):
     model, every = model_of(name, torch.float64), in_one(batches)
     by_unit = {unit: rows_of(model, every, unit) for unit in ("token", "sequence")}
     methods = set()
-    found = answers_of(ranks, size, torch.float64, JOBS, batches, name)
+    found = answers_of(ranks, size, batches, dtype=torch.float64, jobs=JOBS, name=name)
     for one, answers in zip(JOBS, found, strict=True):
         (first, _), *others = answers
         assert all(other == first for other, _ in others)
@@ -171,7 +163,7 @@ def test_float32_spectra_are_those_of_one_process(ranks, name, size):
     batches = batches_of(name, size)
     every = in_one(batches)
     alone = spectra(Alone(), name, torch.float32, JOBS, every)
-    every_answer = answers_of(ranks, size, torch.float32, JOBS, batches, name)
+    every_answer = answers_of(ranks, size, batches, dtype=torch.float32, jobs=JOBS, name=name)
     for (one, _), answers in zip(alone, every_answer, strict=True):
         # A key's bias has a gradient of zero in exact arithmetic.
         noise = 1e-10 * one["global"]["trace"]
@@ -207,7 +199,7 @@ def test_a_subsample_is_that_of_one_process(ranks):
     # One process may see the joined batches in another order.
     other = [batches[2][1], *batches[1], *batches[0], batches[2][0]]
     turned = spectra(Alone(), "gpt2", torch.float64, jobs, other)
-    found = answers_of(ranks, 3, torch.float64, jobs, batches, "gpt2")
+    found = answers_of(ranks, 3, batches, dtype=torch.float64, jobs=jobs, name="gpt2")
     for job, (one, _), (two, _), answers in zip(jobs, alone, turned, found, strict=True):
         for result in (two, *(answer for answer, _ in answers)):
             for key in ("n_samples", "n_candidates", "data_hash", "subsample_hash"):
@@ -225,7 +217,7 @@ def test_rows_travel_once_a_pair(ranks, size):
     batches = batches_of("gpt2", size, (12, 5, 9))
     jobs = [Job("full", config={"storage_mode": mode}) for mode in ("chunked", "full")]
     parameters = sum(p.numel() for p in model_of("gpt2", torch.float64).parameters())
-    for answers in answers_of(ranks, size, torch.float64, jobs, batches, "gpt2"):
+    for answers in answers_of(ranks, size, batches, dtype=torch.float64, jobs=jobs, name="gpt2"):
         counts = answers[0][0]["metadata"]["samples_by_rank"]
         n = sum(counts)
         assert counts == [12, 5, 9][:size]
@@ -323,7 +315,7 @@ def test_what_ranks_do_not_have_is_refused_on_all(ranks, kind, text):
 
 def test_no_label_on_any_rank_is_degenerate(ranks):
     batches = batches_of("gpt2", 2, (0, 0))
-    ((*answers,),) = answers_of(ranks, 2, torch.float64, [Job()], batches, "gpt2")
+    ((*answers,),) = answers_of(ranks, 2, batches, dtype=torch.float64, jobs=[Job()], name="gpt2")
     for result, _ in answers:
         assert result["global"]["status"] == "degenerate"
         assert result["metadata"]["n_samples"] == 0
