@@ -62,9 +62,8 @@ def test_a_time_out_that_comes_with_the_wait_names_the_collective(monkeypatch):
     for name in ("all_reduce", "broadcast", "all_to_all_single"):
         monkeypatch.setattr(dist, name, started)
     monkeypatch.setattr("fisher_lab.curvature.collectives._gather_into", started)
-    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
-    monkeypatch.setattr(dist, "get_backend", lambda _: "gloo")
+    for name, value in (("get_rank", 0), ("get_world_size", 2), ("get_backend", "gloo")):
+        monkeypatch.setattr(dist, name, lambda _, value=value: value)
     monkeypatch.setattr(dist, "get_global_rank", lambda _, rank: rank)
     communicator = TorchCommunicator(object())  # type: ignore[arg-type]
     communicator.patience = timedelta(seconds=9)

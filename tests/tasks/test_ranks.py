@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,11 +167,9 @@ def test_ranks_that_could_not_begin_a_record_get_one(tmp_path, monkeypatch):
     assert found["run_id"]
 
 
-class Rank:
-    """What :class:`RankStatus` asks of a communicator here."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+def status_of(rank: int, directory: Path) -> RankStatus:
+    communicator: Any = SimpleNamespace(rank=rank)
+    return RankStatus(communicator, directory)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +214,9 @@ def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path, gone):
     """A user's SIGTERM reaches all of them; rank 1 is gone first."""
     rank_status.clear(tmp_path / "ranks")
     stop = Interrupted(signal.SIGTERM)
-    one = RankStatus(Rank(1), tmp_path)  # type: ignore[arg-type]
+    one = status_of(1, tmp_path)
     one.stopped(run_of(tmp_path / "one", os.getpid(), os.getpid()), stop)
-    zero = RankStatus(Rank(0), tmp_path)  # type: ignore[arg-type]
+    zero = status_of(0, tmp_path)
     run = run_of(tmp_path, os.getpid(), gone)
     zero.stopped(run, stop)
     assert record.read(tmp_path)["status"] == "cancelled"
@@ -238,7 +237,7 @@ def test_a_consequence_is_recorded_before_its_cause_is_looked_for(tmp_path, gone
         return look(*arguments)
 
     monkeypatch.setattr(rank_status, "cause", watched)
-    RankStatus(Rank(0), tmp_path).failed(run, LOST)  # type: ignore[arg-type]
+    status_of(0, tmp_path).failed(run, LOST)
     assert [one["status"] for one in seen] == ["failed"]
     assert seen[0]["error"]["type"].endswith("CommunicationError")
     assert record.read(tmp_path)["error"]["type"] == "RankKilled"
@@ -248,10 +247,10 @@ def test_the_first_rank_that_is_left_writes_for_rank_0(tmp_path, gone):
     directory = tmp_path / "run"
     rank_status.clear(directory / "ranks")
     run_of(directory, gone, os.getpid(), os.getpid())
-    two = RankStatus(Rank(2), directory)  # type: ignore[arg-type]
+    two = status_of(2, directory)
     two.failed(run_of(tmp_path / "two", gone, os.getpid(), os.getpid()), LOST)
     assert record.read(directory)["status"] == "running"  # rank 1 is there to do so
-    one = RankStatus(Rank(1), directory)  # type: ignore[arg-type]
+    one = status_of(1, directory)
     one.failed(run_of(tmp_path / "one", gone, os.getpid(), os.getpid()), LOST)
     found = record.read(directory)
     assert (found["status"], found["error"]["type"]) == ("failed", "RankKilled")
