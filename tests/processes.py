@@ -1,5 +1,10 @@
 """Processes of a test: waiting for what they do, and the time for which they hold up a thread."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping

@@ -52,9 +52,9 @@ def test_sum_over_ranks(ranks, size, transposed):
         assert torch.equal(got, expected.T if transposed else expected)
 
 
-def exchange(comm, pairwise: bool, dtype: torch.dtype) -> tuple[Tensor, dict]:
+def exchange(comm, dtype: torch.dtype) -> tuple[Tensor, dict]:
     """Columns for rows, as the mode `gram` does it: `[T_r, 5]` becomes `[T, share of 5]`."""
-    comm = TorchCommunicator(comm.group, pairwise=pairwise)
+    comm = TorchCommunicator(comm.group)
     rows, widths = COUNTS[: comm.size], slice_sizes(5, comm.size)
     local = torch.arange(rows[comm.rank] * 5).view(-1, 5).to(dtype) + 3 * comm.rank
     pieces = local.split(widths, dim=1)
@@ -67,12 +67,12 @@ def exchange(comm, pairwise: bool, dtype: torch.dtype) -> tuple[Tensor, dict]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_exchange_of_columns_for_rows(ranks, size, pairwise, dtype):
+def test_exchange_of_columns_for_rows(ranks, size, dtype):
     rows = COUNTS[:size]
     whole = torch.cat([
         torch.arange(n * 5).view(-1, 5).to(dtype) + 3 * r for r, n in enumerate(rows)
     ])  # fmt: skip
-    answers = ranks.run(exchange, size, pairwise=pairwise, dtype=dtype)
+    answers = ranks.run(exchange, size, dtype=dtype)
     bytes_each = torch.empty(0, dtype=dtype).element_size()
     for rank, (got, moved) in enumerate(answers):
         assert torch.equal(got, whole[:, slice_of_rank(5, rank, size)])
