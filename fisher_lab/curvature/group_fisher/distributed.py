@@ -31,15 +31,9 @@ def collect_slices(
 ) -> None:
     """Takes in batches of which every rank holds some sequences; collective.
 
-    Afterwards :func:`merge_over_ranks` returns the state of one process with the whole batches.
-
-    Args:
-        own: this rank's collector.
-        model: the same on all ranks.
-        slices: this rank's sequences of each batch, None where it holds none of it; every rank has
-            as many batches.
-        task: any name.
-        communicator: of the ranks.
+    Afterwards :func:`merge_over_ranks` returns the state of one process with the whole batches. The
+    model is the same on all ranks; ``slices`` are this rank's sequences of each batch, None where
+    it holds none of it, and every rank has as many batches.
 
     Raises:
         BatchError: no label counts on any rank.

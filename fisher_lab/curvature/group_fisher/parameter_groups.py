@@ -109,15 +109,10 @@ def _head_slot(name: str, shape: tuple[int, ...], heads: int, pairs: int) -> Slo
 def group_scores(
     values: Mapping[str, Tensor], slots: Sequence[Slot], reduce: str
 ) -> dict[str, float]:
-    """Adds up elements by group.
+    """Adds up elements of tensors by parameter name to scores by group, in the layout's order.
 
-    Args:
-        values: parameter name to a tensor of its shape.
-        slots: the layout; parameters without a value are left out.
-        reduce: ``sum``, or ``mean`` over the group's elements.
-
-    Returns:
-        Group name to score, in the layout's order.
+    ``reduce`` is ``sum``, or ``mean`` over the group's elements; slots whose parameter has no value
+    are left out.
     """
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()

@@ -176,13 +176,8 @@ def union(
 ) -> dict[str, Any]:
     """Returns the record of the block-diagonal matrix: the blocks' eigenvalues together.
 
-    Args:
-        solved: the blocks that are not degenerate.
-        n: samples, ``N``.
-        p: parameters of those blocks.
-        top_k: eigenvalues kept in the record.
-        n_degenerate: blocks that were left out.
-        dtype: of the eigensolver.
+    ``solved`` are the blocks that are not degenerate, with ``p`` parameters in all, and
+    ``n_degenerate`` those that were left out; the rest is as for :func:`describe`.
     """
     parts = list(solved)
     counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}

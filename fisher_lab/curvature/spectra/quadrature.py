@@ -17,8 +17,6 @@ from torch import Tensor
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.linalg import KrylovBasis, MatVec
 
-Function = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -57,7 +55,7 @@ class Quadrature:
     n_products: int
     seed: int
 
-    def trace_of(self, function: Function) -> Estimate:
+    def trace_of(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Estimates ``tr f(A)``."""
         values = [
             self.n * float((w * function(x)).sum())
