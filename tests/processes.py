@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def python(
         finally:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def no_child_is_left() -> Iterator[None]:
+    """Kill the processes that are begun meanwhile and do not end, and all that they have begun."""
+    before = set(psutil.Process().children())
+    yield
+    left = [one for one in psutil.Process().children() if one not in before]
+    family = [other for one in left for other in (*one.children(recursive=True), one)]
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, timeout=20)
 
 
 def is_gone(pid: int) -> bool:

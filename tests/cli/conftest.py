@@ -30,6 +30,13 @@ class Answer:
     def lines(self) -> list[str]:
         return self.err.strip().splitlines()
 
+    @property
+    def refusal(self) -> str:
+        """The line of a call that was refused: exit code 2, and nothing else was said."""
+        assert (self.code, self.out) == (2, ""), self.err
+        (line,) = self.lines
+        return line
+
 
 @pytest.fixture
 def door(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
@@ -41,6 +48,16 @@ def door(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
         return Answer(code, *capfd.readouterr())
 
     return call
+
+
+def install_task(monkeypatch: pytest.MonkeyPatch, run: Callable[[Any, Any], None]) -> None:
+    """Put a function ``run(config, run)`` in the place of every task; nothing is prepared."""
+    module = types.ModuleType("fake_task")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_task", module)
+    monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "fake_task"))
+    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
+    monkeypatch.setattr(preflight, "preflight", lambda config: {"data": "abc"})
 
 
 @pytest.fixture
@@ -55,12 +72,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         run.metrics({"loss": 1.5, "tokens": 512, "kfac/total_s": 0.25})
         run.table("layers.csv", [{"name": "h.0.attn", "method": "woodbury", "in": 128, "out": 384}])
 
-    module = types.ModuleType("fake_task")
-    module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fake_task", module)
-    monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "fake_task"))
-    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
-    monkeypatch.setattr(preflight, "preflight", lambda config: {"data": "abc"})
+    install_task(monkeypatch, run)
     return configs
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.processes import python
 
 BAD = {
     "kfac.damping=-1": ("kfac.damping=-1", "a finite number above 0"),
@@ -42,6 +40,11 @@ BAD = {
     "model=gtp2": ("model=gtp2", "did you mean gpt2?"),
     "task=analyse": ("task=analyse", "one of analyze, plan, train"),
     "tracker=wadnb": ("tracker=wadnb", "tracker must be one of"),
+    "tracker.sinks=[wandb,wandb]": ("tracker.sinks=", "a list of wandb, tensorboard"),
+    "tracker.sinks=[mlflow]": ("tracker.sinks=[mlflow]", "a list of wandb, tensorboard"),
+    "tracker.mode=sometimes": ("tracker.mode=", "online, offline, disabled or null"),
+    "tracker.project='a b'": ("tracker.project=", "letters, digits"),
+    "tracker.budget_s=-1": ("tracker.budget_s=-1", "at least 0"),
     "hydra/launcher=slrum": ("hydra/launcher=slrum", "must be one of basic"),
     "hydra.jbo.name=x": ("hydra.jbo", "Key 'jbo'"),
     "kfac.damping": ("'kfac.damping'", "key=value"),
@@ -55,18 +58,21 @@ BAD = {
     "--resolve": ("--resolve", "--cfg"),
     "--config-dir=nowhere": ("--config-dir nowhere", "no such directory"),
     "--experimental-rerun=x.pickle": ("--experimental-rerun", "unpickles"),
+    "+sweeps=damping": ("+sweeps=damping names a sweep", "-m"),
+    "sweep.dry_run=true": ("sweep.dry_run=true is for sweeps", "-m"),
 }
 
 
 @pytest.mark.parametrize("argument", BAD)
 def test_one_line_and_nothing_written(argument, door, tmp_path):
-    answer = door(argument)
-    assert answer.code == 2
-    assert answer.out == ""
-    (line,) = answer.lines
+    line = door(argument).refusal
     for part in BAD[argument]:
         assert part in line
     assert list(tmp_path.iterdir()) == []
+
+
+DETACHED = ("seed=1,2", "hydra/launcher=slurm_cpu", "sweep.detach=true")
+WITH = "with sweep.detach=true on SLURM"
 
 
 @pytest.mark.parametrize(
@@ -81,46 +87,50 @@ def test_one_line_and_nothing_written(argument, door, tmp_path):
         (["+sweeps=dampin"], ["sweeps=dampin", "did you mean damping?"]),
         (["hydra.mode=RUN,MULTIRUN"], ["Sweeping over Hydra"]),
         (["seed=interval(0,1)"], ["does not support sweep type"]),
+        (["+sweeps=damping,kappa"], ["write +sweeps=[damping,kappa]"]),
+        (
+            ["seed=1,2", "hydra/launcher=basic"],
+            ["hydra/launcher=basic", "local, serial, slurm_cpu"],
+        ),
+        (["seed=1,2", "sweep.timeout_s=5"], ["sweep.timeout_s=5", "hydra/launcher=local"]),
+        (["seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b", "letters"]),
+        (
+            ["seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=0"],
+            ["hydra.launcher.n_jobs=0", "at least 1"],
+        ),
+        (
+            ["seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=two"],
+            ["hydra.launcher.n_jobs=two"],
+        ),
+        ([*DETACHED, "sweep.fail_fast=true"], ["sweep.fail_fast=true", f"must be false {WITH}"]),
+        ([*DETACHED, "sweep.max_failures=2"], ["sweep.max_failures=2", f"must be null {WITH}"]),
     ],
 )
 def test_every_cell_is_validated_before_the_first_starts(arguments, parts, door, seen, tmp_path):
-    answer = door("-m", *arguments)
-    assert answer.code == 2
-    (line,) = answer.lines
+    line = door("-m", *arguments).refusal
     for part in parts:
         assert part in line
     assert seen == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_yaml_is_one_line(door, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layers: [1\n", "mine.yaml"),  # no YAML
+        (
+            "type: gpt2\nlayerz: 3\n",
+            "fisher_lab: model.layerz=3: there is no key model.layerz; did you mean model.layers?",
+        ),
+    ],
+)
+def test_a_users_own_file_that_is_wrong_is_one_line(text, words, door, tmp_path):
     (tmp_path / "own" / "model").mkdir(parents=True)
-    (tmp_path / "own" / "model" / "broken.yaml").write_text("layers: [1\n")
-    answer = door("--config-dir", str(tmp_path / "own"), "model=broken")
-    assert answer.code == 2
-    (line,) = answer.lines
-    assert "broken.yaml" in line
+    (tmp_path / "own" / "model" / "mine.yaml").write_text(text)
+    assert words in door("--config-dir", str(tmp_path / "own"), "model=mine").refusal
 
 
-def test_a_key_in_a_users_own_file_that_nothing_reads(door, tmp_path):
-    (tmp_path / "own" / "model").mkdir(parents=True)
-    (tmp_path / "own" / "model" / "mine.yaml").write_text("type: gpt2\nlayerz: 3\n")
-    answer = door("--config-dir", str(tmp_path / "own"), "model=mine")
-    assert answer.code == 2
-    assert answer.lines == [
-        "fisher_lab: model.layerz=3: there is no key model.layerz; did you mean model.layers?"
-    ]
-
-
-def test_as_typed_in_a_process_of_its_own(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "fisher_lab", "+kfac.dampign=1"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+def test_as_typed_in_a_process_of_its_own(tmp_path):
+    done = python("-m", "fisher_lab", "+kfac.dampign=1")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert list(tmp_path.iterdir()) == []

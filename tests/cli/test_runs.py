@@ -6,21 +6,16 @@ import csv
 import json
 import logging
 import re
-from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from fisher_lab import cli
+from fisher_lab.tasks import runner
+from tests.cli.conftest import install_task
 
 RUN_KEYS = {
-    "schema",
-    "run_id",
-    "status",
-    "reason",
-    "started",
-    "finished",
-    "config",
-    "overrides",
-    "error",
-    "provenance",
+    *("schema", "run_id", "status", "reason", "started", "finished", "config", "overrides"),
+    *("error", "provenance"),
 }
 
 
@@ -28,16 +23,14 @@ def test_a_run_leaves_a_complete_directory(door, seen, runs, tmp_path):
     answer = door("kfac.damping=1e-5", "kfac/policy=all")
     assert (answer.code, answer.err) == (0, "")
     ((directory, record),) = runs()
-    assert re.fullmatch(
-        r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", str(directory.relative_to(tmp_path))
-    )
+    place = directory.relative_to(tmp_path).as_posix()
+    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d", place)
     assert set(record) == RUN_KEYS
-    assert record["status"] == "completed"
-    assert record["error"] is None
+    assert (record["status"], record["error"]) == ("completed", None)
     assert record["started"] < record["finished"]
     assert record["overrides"] == ["kfac.damping=1e-5", "kfac/policy=all"]
-    assert record["config"]["kfac"]["damping"] == 1e-5
-    assert record["config"]["kfac"]["policy"] == "all"
+    kfac = record["config"]["kfac"]
+    assert (kfac["damping"], kfac["policy"]) == (1e-5, "all")
     provenance = record["provenance"]
     assert provenance["device"] in ("cpu", "cuda")
     assert provenance["threads"] >= 1
@@ -48,11 +41,8 @@ def test_a_run_leaves_a_complete_directory(door, seen, runs, tmp_path):
     with (directory / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows == [{"name": "h.0.attn", "method": "woodbury", "in": "128", "out": "384"}]
-    assert {file.name for file in (directory / ".hydra").iterdir()} == {
-        "config.yaml",
-        "hydra.yaml",
-        "overrides.yaml",
-    }
+    of_hydra = {file.name for file in (directory / ".hydra").iterdir()}
+    assert of_hydra == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert "completed" in (directory / "fisher_lab.log").read_text()
     assert not list(directory.rglob("*.tmp"))
 
@@ -60,10 +50,8 @@ def test_a_run_leaves_a_complete_directory(door, seen, runs, tmp_path):
 def test_the_screen_ends_with_the_numbers_and_the_directory(door, seen, runs):
     answer = door()
     ((directory, record),) = runs()
-    assert str(directory) in answer.out
-    assert record["run_id"] in answer.out
-    assert "1.5000" in answer.out
-    assert "512" in answer.out
+    for words in (str(directory), record["run_id"], "1.5000", "512"):
+        assert words in answer.out
     assert "\x1b" not in answer.out
     without_path = [line for line in answer.out.splitlines() if str(directory) not in line]
     assert max(map(len, without_path)) <= 80
@@ -72,9 +60,8 @@ def test_the_screen_ends_with_the_numbers_and_the_directory(door, seen, runs):
 def test_the_task_gets_the_typed_configuration(door, seen):
     door("kfac.n_batches=3", "kfac/kappa=none", "seed=5")
     (config,) = seen
-    assert config.kfac.n_batches == 3
-    assert config.kfac.max_condition_number is None
-    assert config.seed == 5
+    found = (config.kfac.n_batches, config.kfac.max_condition_number, config.seed)
+    assert found == (3, None, 5)
 
 
 def test_a_failing_run_is_recorded_in_full_and_said_in_one_line(door, seen, runs):
@@ -85,17 +72,14 @@ def test_a_failing_run_is_recorded_in_full_and_said_in_one_line(door, seen, runs
     assert "RuntimeError: thirteen is" in line
     assert str(directory / "fisher_lab.log") in line
     assert record["status"] == "failed"
-    assert record["error"]["type"] == "RuntimeError"
-    assert record["error"]["message"] == "thirteen is\nnot a seed"
-    assert "in run" in record["error"]["traceback"]
+    assert "in run" in record["error"].pop("traceback")
+    assert record["error"] == {"type": "RuntimeError", "message": "thirteen is\nnot a seed"}
     log = (directory / "fisher_lab.log").read_text()
     assert "Traceback (most recent call last)" in log
     assert "not a seed" in log
 
 
 def test_a_run_whose_content_cannot_be_read_fails_with_a_record(door, seen, runs, monkeypatch):
-    from fisher_lab.tasks import runner
-
     monkeypatch.setattr(runner, "_content", lambda config: ({}, OSError("the text is gone")))
     assert door().code == 1
     ((_, record),) = runs()
@@ -113,8 +97,6 @@ def test_two_runs_in_one_second_get_a_directory_each(door, seen, runs):
 
 
 def test_the_default_directory_is_never_shared(tmp_path):
-    from omegaconf import OmegaConf
-
     taken = tmp_path / "outputs" / "12-00-00"
     chosen = []
     for _ in range(3):
@@ -156,20 +138,12 @@ def test_a_sweep_file(door, seen, runs):
     assert len(runs()) == 4
 
 
-def test_cells_given_as_sections(door, seen):
-    answer = door("-m", "kfac={damping:1e-5,update_freq:1},{damping:1e-3,update_freq:5}")
-    assert answer.code == 0
-    assert [(c.kfac.damping, c.kfac.update_freq) for c in seen] == [(1e-5, 1), (1e-3, 5)]
-
-
 def test_warnings_reach_the_log_and_the_screen(door, seen, runs, monkeypatch):
-    import sys
-
     def run(config, run):
         logging.getLogger("somewhere").warning("look out")
         logging.getLogger("somewhere").info("by the way")
 
-    monkeypatch.setattr(sys.modules["fake_task"], "run", run)
+    install_task(monkeypatch, run)
     answer = door()
     ((directory, _),) = runs()
     assert answer.lines == ["WARNING: look out"]
@@ -179,20 +153,13 @@ def test_warnings_reach_the_log_and_the_screen(door, seen, runs, monkeypatch):
 
 
 def test_no_secret_reaches_a_file(door, seen, runs, monkeypatch, tmp_path):
-    secrets = {
-        "WANDB_API_KEY": "wandb-0123456789abcdef",
-        "HF_TOKEN": "hf_abcdefghijkl",
-        "AWS_SECRET_ACCESS_KEY": "aws/abcdefghijkl",
-        "SOME_PASSWORD": "correct horse battery",
-    }
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD")
+    for name in names:
+        monkeypatch.setenv(name, f"0123/{name.lower()}")
     assert door().code == 0
     assert door("seed=13").code == 1
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) >= 12
     for file in files:
-        text = Path(file).read_text()
-        for name, value in secrets.items():
-            assert value not in text
-            assert name not in text
+        text = file.read_text().lower()
+        assert [name for name in names if name.lower() in text] == []

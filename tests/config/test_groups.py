@@ -55,23 +55,21 @@ def test_option(option):
         assert getattr(config, group).name == name
 
 
+KEYS = {
+    "policy": ("policy", {name: name for name in ("all", "auto", "hybrid", "small_only")}),
+    "damping": ("damping", {"paper": 1e-4, "small": 1e-5, "large": 1e-3}),
+    "kappa": ("max_condition_number", {"paper": 1e6, "tight": 1e5, "loose": 1e7, "none": None}),
+    "reduce": ("reduce", {name: name for name in ("none", "gather", "gram")}),
+}
+"""Group -> the key that its options set, and to what."""
+
+
 @pytest.mark.parametrize(
     ("option", "key", "value"),
     [
-        ("kfac/policy=all", "policy", "all"),
-        ("kfac/policy=auto", "policy", "auto"),
-        ("kfac/policy=hybrid", "policy", "hybrid"),
-        ("kfac/policy=small_only", "policy", "small_only"),
-        ("kfac/damping=paper", "damping", 1e-4),
-        ("kfac/damping=small", "damping", 1e-5),
-        ("kfac/damping=large", "damping", 1e-3),
-        ("kfac/kappa=paper", "max_condition_number", 1e6),
-        ("kfac/kappa=tight", "max_condition_number", 1e5),
-        ("kfac/kappa=loose", "max_condition_number", 1e7),
-        ("kfac/kappa=none", "max_condition_number", None),
-        ("kfac/reduce=none", "reduce", "none"),
-        ("kfac/reduce=gather", "reduce", "gather"),
-        ("kfac/reduce=gram", "reduce", "gram"),
+        (f"kfac/{group}={option}", key, value)
+        for group, (key, values) in KEYS.items()
+        for option, value in values.items()
     ],
 )
 def test_the_groups_of_kfac_set_plain_keys(option, key, value):
@@ -85,9 +83,3 @@ def test_the_groups_of_kfac_set_plain_keys(option, key, value):
 def test_a_plain_key_wins_over_its_group():
     assert composed("kfac/damping=small", "kfac.damping=0.5").kfac.damping == 0.5
     assert composed("kfac.damping=0.5", "kfac/damping=small").kfac.damping == 0.5
-
-
-def test_the_sweeps_of_the_project_are_found():
-    with initialize_config_dir(str(paths.conf()), version_base="1.3"):
-        cfg = compose("config", ["+sweeps=damping"], return_hydra_config=True)
-    assert "kfac.damping" in cfg.hydra.sweeper.params

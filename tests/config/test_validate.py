@@ -32,21 +32,12 @@ def test_ranges(allowed, good, bad):
     assert [value for value in bad if allowed.test(value)] == []
 
 
-def test_the_defaults_are_in_range():
+def test_nothing_given_is_the_default_that_the_documentation_promises():
     assert list(problems(Config())) == []
-
-
-def test_nothing_given_is_the_default():
     assert validate({}) == Config()
-
-
-def test_the_kfac_defaults_that_the_documentation_promises():
-    kfac = validate({}).kfac
-    assert kfac.damping == 1e-4
-    assert kfac.max_condition_number == 1e6
-    assert kfac.policy == "all"
-    assert kfac.big_threshold == 4096
-    assert kfac.n_batches == 1
+    kfac = Config().kfac
+    assert (kfac.damping, kfac.max_condition_number) == (1e-4, 1e6)
+    assert (kfac.policy, kfac.big_threshold, kfac.n_batches) == ("all", 4096, 1)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +65,9 @@ def test_values_take_the_type_of_their_field(given, section, value):
     ("given", "message"),
     [
         ({"kfac": {"ekfac": 1}}, "kfac.ekfac=1 is not allowed: kfac.ekfac must be true or false"),
-        (
-            {"kfac": {"n_batches": True}},
-            "kfac.n_batches=true is not allowed: "
-            "kfac.n_batches must be a whole number of at least 1",
-        ),
-        (
-            {"kfac": {"include": [[1]]}},
-            "kfac.include=[[1]] is not allowed: kfac.include must be a list such as [a,b]",
-        ),
-        (
-            {"kfac": {"damping": {"A": 1}}},
-            "kfac.damping={A:1} is not allowed: kfac.damping must be a finite number above 0",
-        ),
+        ({"kfac": {"n_batches": True}}, "kfac.n_batches=true is not allowed: kfac.n_batches must"),
+        ({"kfac": {"include": [[1]]}}, "include=[[1]] is not allowed: kfac.include must be a list"),
+        ({"kfac": {"damping": {"A": 1}}}, "kfac.damping={A:1} is not allowed: kfac.damping must"),
         ({"kfac": {"dmping": 1}}, "kfac.dmping=1: there is no key kfac.dmping; did you mean"),
         ({"model": {"recipe": {"stpes": 1}}}, "did you mean model.recipe.steps?"),
         ({"model": {"qqqq": 1}}, "model has name, type"),
@@ -99,12 +80,9 @@ def test_messages(given, message):
     assert "\n" not in str(caught.value)
 
 
-def test_interpolations_are_resolved_and_hydra_is_left_out():
+def test_interpolations_are_resolved_hydra_is_left_out_and_a_missing_value_names_its_key():
     cfg = OmegaConf.create({"seed": 3, "threads": "${seed}", "hydra": {"anything": 1}})
     assert validate(cfg).threads == 3
-
-
-def test_a_missing_value_names_its_key():
     with pytest.raises(ConfigError, match=r"^kfac\.damping has no value"):
         validate(OmegaConf.create({"kfac": {"damping": "???"}}))
 
@@ -132,20 +110,8 @@ def test_every_key_says_what_it_means_and_what_it_may_be():
         assert field.text != "a value of the schema", key
 
 
-def test_types_in_words():
+def test_types_are_shown_in_words_and_values_as_they_are_typed():
     assert type_text(float | None) == "a number or null"
     assert type_text(list[str]) == "a list such as [a,b]"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "null"),
-        (True, "true"),
-        (NAN, "nan"),
-        ([1, None], "[1,null]"),
-        ({"a": 1.5}, "{a:1.5}"),
-    ],
-)
-def test_values_are_shown_as_they_are_typed(value, text):
-    assert show(value) == text
+    shown = [show(value) for value in (None, True, NAN, [1, None], {"a": 1.5})]
+    assert shown == ["null", "true", "nan", "[1,null]", "{a:1.5}"]

@@ -16,6 +16,7 @@ import pytest
 
 import fisher_lab
 from fisher_lab.config import paths
+from tests.processes import python
 
 ROOT = paths.root()
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -61,14 +62,6 @@ def words_of(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
-def functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
-
-
 def called(node: ast.AST) -> set[str]:
     names = set()
     for call in ast.walk(node):
@@ -86,65 +79,52 @@ def asserts(node: ast.AST) -> bool:
 def test_every_test_asserts_and_none_sleeps(file: Path):
     tree = ast.parse(file.read_text())
     assert "sleep" not in called(tree)
-    helpers = {
-        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and asserts(node)
-    }
-    idle = [
-        test.name
-        for test in functions(tree)
-        if not asserts(test)
-        and not any(name in helpers or SAYS.match(name) for name in called(test))
-    ]
-    assert idle == []
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    saying = {node.name for node in functions if asserts(node)}
+    saying |= {name for name in called(tree) if SAYS.match(name)}
+    tests = [node for node in functions if node.name.startswith("test_")]
+    assert [t.name for t in tests if t.name not in saying and not called(t) & saying] == []
 
 
-def test_importing_the_package_is_quick():
-    """Under two seconds with room to spare: no numerical library is imported."""
-    script = "import fisher_lab, sys; print('torch' in sys.modules, 'hydra' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.split() == ["False", "False"]
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import fisher_lab", {"hydra"}),
+        ("sys.argv[1:] = ['--help']; import fisher_lab.__main__", set()),
+        ("from fisher_lab import cli; assert cli.main(['--help']) == 0", set()),
+        ("from fisher_lab import cli; assert cli.main(['kfac.damping=-1']) == 2", set()),
+        ("from fisher_lab import cli; assert cli.main(['table', '--help']) == 0", {"pandas"}),
+        (
+            "from fisher_lab.results import *; from fisher_lab.results import commands, paper",
+            {"hydra", "omegaconf"},
+        ),
+    ],
+)
+def test_nothing_large_is_imported_for_nothing(code, absent):
+    absent |= {"torch", "transformers", "wandb"}
+    done = python("-c", f"import sys; {code}\nassert not {absent} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_public_names_can_be_imported():
-    import fisher_lab
-
+def test_the_public_names_can_be_imported_and_no_other():
     for name in fisher_lab.__all__:
         assert getattr(fisher_lab, name) is not None
         assert name in dir(fisher_lab)
-
-
-def test_a_name_that_is_not_there():
-    import fisher_lab
-
     with pytest.raises(AttributeError, match="has no attribute 'KFACNaturalGradiant'"):
         _ = fisher_lab.KFACNaturalGradiant
 
 
 def test_the_layers_hold():
     """Who may import whom, as pyproject.toml says it."""
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-
-
-def test_there_are_few_import_contracts():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     assert len(settings["contracts"]) <= MAX_CONTRACTS
 
 
-def test_no_file_is_too_long():
-    sizes = {str(file.relative_to(ROOT)): file.read_text().count("\n") for file in SOURCES}
-    assert {file: lines for file, lines in sizes.items() if lines > MAX_FILE} == {}
-
-
-def test_no_function_is_longer_than_a_screen():
+def test_no_file_is_too_long_and_no_function_is_longer_than_a_screen():
+    assert [file for file in SOURCES if file.read_text().count("\n") > MAX_FILE] == []
     long = [
         f"{where(file, node)}: {length(node)} lines"
         for file in SOURCES
@@ -171,13 +151,10 @@ def test_every_docstring_says_something():
     assert empty == []
 
 
-def test_no_two_classes_have_the_same_name():
+def test_no_two_classes_have_the_same_name_and_one_module_at_most_uses_what_is_hydras_own():
     nodes = [node for file in SOURCES for node in definitions(file)]
     classes = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
     assert {name for name, count in classes.items() if count > 1} <= SAME_NAME
-
-
-def test_one_module_at_most_uses_what_is_internal_to_hydra():
     users = {file.name for file in SOURCES if "hydra._internal" in file.read_text()}
     assert len(users) <= 1
 

@@ -33,16 +33,8 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built by pip from the checkout, with the build tools that are installed: no network."""
     folder = tmp_path_factory.mktemp("wheel")
-    done = run(
-        *PIP,
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(paths.root()),
-        cwd=folder,
-    )
+    offline = ("--no-deps", "--no-build-isolation")
+    done = run(*PIP, "wheel", *offline, "-w", str(folder), str(paths.root()), cwd=folder)
     assert done.returncode == 0, done.stderr
     (file,) = folder.glob("*.whl")
     return file
@@ -55,16 +47,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
     assert made.returncode == 0, made.stderr
     python = folder / "bin" / "python"
-    done = run(
-        *PIP,
-        "--python",
-        str(python),
-        "install",
-        "--no-deps",
-        "--no-index",
-        str(wheel),
-        cwd=folder.parent,
-    )
+    command = (*PIP, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    done = run(*command, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -89,17 +73,6 @@ def test_configuration_and_sweeps_travel_inside(wheel):
     assert not [name for name in names if name.startswith(("tests", "docs", "conf", "benchmarks"))]
 
 
-def borrowed(tmp_path: Path) -> dict[str, str]:
-    """The installed dependencies, but not the checkout: links to all but our own packages."""
-    folder = tmp_path / "dependencies"
-    folder.mkdir()
-    ours = ("fisher_lab", "_editable_impl_fisher_lab", "__editable__")
-    for entry in Path(yaml.__file__).parents[1].iterdir():
-        if not entry.name.startswith(ours) and entry.name != "hydra_plugins":
-            (folder / entry.name).symlink_to(entry)
-    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
 @pytest.fixture
 def other_directory(tmp_path: Path) -> Path:
     folder = tmp_path / "other_directory"
@@ -107,53 +80,47 @@ def other_directory(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_console_script_works_from_another_directory(
-    environment, site, other_directory, tmp_path
-):
-    script = str(environment / "bin" / "fisher-lab")
-    needs = borrowed(tmp_path)
-    shown = run(script, "--cfg", "job", "kfac/policy=hybrid", cwd=other_directory, **needs)
+@pytest.fixture
+def installed(environment: Path, other_directory: Path, tmp_path: Path):
+    """Run a program of the environment in another directory.
+
+    It has the installed dependencies, but not the checkout: links to all but our own packages.
+    """
+    folder = tmp_path / "dependencies"
+    folder.mkdir()
+    ours = ("fisher_lab", "_editable_impl_fisher_lab", "__editable__")
+    for entry in Path(yaml.__file__).parents[1].iterdir():
+        if not entry.name.startswith(ours) and entry.name != "hydra_plugins":
+            (folder / entry.name).symlink_to(entry)
+    needs = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(str(environment / "bin" / program), *arguments, cwd=other_directory, **needs)
+
+    return call
+
+
+def test_the_console_script_works_from_another_directory(installed, site, other_directory):
+    shown = installed("fisher-lab", "--cfg", "job", "kfac/policy=hybrid")
     assert shown.returncode == 0, shown.stderr
     assert yaml.safe_load(shown.stdout)["kfac"]["policy"] == "hybrid"
-    python = str(environment / "bin" / "python")
-    where = run(
-        python, "-c", "import fisher_lab; print(fisher_lab.__file__)", cwd=other_directory, **needs
-    )
+    where = installed("python", "-c", "import fisher_lab; print(fisher_lab.__file__)")
     assert Path(where.stdout.strip()) == site / "fisher_lab" / "__init__.py"
-    helped = run(script, "--help", cwd=other_directory, **needs)
+    helped = installed("fisher-lab", "--help")
     assert "sweeps: appendix, appendix_full, damping" in helped.stdout
-    sweep = run(
-        script,
-        "-m",
-        "+sweeps=damping",
-        "seed=0",
-        "sweep.dry_run=true",
-        cwd=other_directory,
-        **needs,
-    )
+    sweep = installed("fisher-lab", "-m", "+sweeps=damping", "seed=0", "sweep.dry_run=true")
     assert sweep.returncode == 0, sweep.stderr
     assert "10 cells: 10 to run" in sweep.stdout
-    bad = run(script, "kfac.damping=-1", cwd=other_directory, **needs)
+    bad = installed("fisher-lab", "kfac.damping=-1")
     assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
     assert list(other_directory.iterdir()) == []
 
 
-def test_a_run_by_the_console_script(environment, other_directory, tmp_path):
+def test_a_run_by_the_console_script(installed, other_directory):
     """A training of two steps: through workload, record and summary."""
-    done = run(
-        str(environment / "bin" / "fisher-lab"),
-        "task=train",
-        "train.steps=2",
-        "model.layers=1",
-        "model.width=16",
-        "model.heads=2",
-        "data.seq_len=16",
-        "train.seq_len=16",
-        "train.batch_size=2",
-        "hydra.run.dir=here",
-        cwd=other_directory,
-        **borrowed(tmp_path),
-    )
+    small = ["model.layers=1", "model.width=16", "model.heads=2", "data.seq_len=16"]
+    training = ["train.steps=2", "train.seq_len=16", "train.batch_size=2", "hydra.run.dir=here"]
+    done = installed("fisher-lab", "task=train", *small, *training)
     assert done.returncode == 0, done.stderr
     assert (other_directory / "here" / "run.json").is_file()
     assert "run directory" in done.stdout

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pandas import DataFrame
+
+from fisher_lab.results import load
 from fisher_lab.runs.record import Run
 
 PROVENANCE = {
@@ -82,9 +86,24 @@ def make_run(
     return run
 
 
+Cell = tuple[Mapping[str, Any], Mapping[str, float]]
+"""The settings of a run, and its metrics."""
+
+
+def crossed(
+    axes: Mapping[str, Iterable[Any]],
+    measure: Callable[..., Mapping[str, float]] = lambda *values: {},
+) -> list[Cell]:
+    """A cell for each combination of the values of settings, with what ``measure`` makes of it."""
+    return [
+        (dict(zip(axes, values, strict=True)), measure(*values))
+        for values in itertools.product(*axes.values())
+    ]
+
+
 def make_sweep(
     directory: Path,
-    cells: Sequence[tuple[Mapping[str, Any], Mapping[str, float]]],
+    cells: Iterable[Cell],
     *,
     claims: Sequence[Mapping[str, Any]] = (),
     **more: Any,
@@ -96,3 +115,12 @@ def make_sweep(
     about = {"name": directory.name, "claims": list(claims), **more}
     (directory / "sweep.json").write_text(json.dumps(about))
     return directory
+
+
+def swept(
+    root: Path,
+    axes: Mapping[str, Iterable[Any]],
+    measure: Callable[..., Mapping[str, float]] = lambda *values: {},
+) -> DataFrame:
+    """The runs of a sweep ``s`` below a directory, as `crossed` makes them, loaded."""
+    return load(make_sweep(root / "s", crossed(axes, measure)))

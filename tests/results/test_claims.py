@@ -14,32 +14,32 @@ from fisher_lab.results import evaluate, load
 from fisher_lab.results.claims import INVALID, evaluate_one
 from fisher_lab.results.hypotheses import FAILS, HOLDS, OPEN, TYPES, parse
 from fisher_lab.results.values import ResultsError
-from tests.results.run_directories import make_run, make_sweep
+from tests.results.run_directories import crossed, make_run, make_sweep, swept
 
 A, B = {"kfac.policy": "all"}, {"kfac.policy": "auto"}
 
 
-def sweep_of(root: Path, groups: dict[str, list[float | str | None]], metric: str = "m") -> Path:
+ERRORS = {"failed": RuntimeError("no"), "broke": FloatingPointError("layer h.0: not finite")}
+
+
+def sweep_of(root: Path, groups: dict[str, list[float | str | None]]) -> Path:
     """A run for each number (``nan`` diverges, a text is a status, None was never run)."""
     for policy, numbers in groups.items():
         for seed, value in enumerate(numbers):
-            directory = root / f"{policy}-{seed}"
             settings = {"kfac.policy": policy, "seed": seed}
-            if value is None:
-                continue
-            if value == "failed":
-                make_run(directory, settings, error=RuntimeError("no"))
-            elif value == "broke":
-                make_run(directory, settings, error=FloatingPointError("layer h.0: not finite"))
-            elif isinstance(value, str):
-                make_run(directory, settings, status=value)
-            else:
-                make_run(directory, settings, {metric: value})
+            more = {"error": ERRORS.get(value)} if value in ERRORS else {"status": value}
+            if isinstance(value, float):
+                more = {"metrics": {"m": value}}
+            if value is not None:
+                make_run(root / f"{policy}-{seed}", settings, **more)
     return root
 
 
 EQUIVALENT = {"type": "equivalent", "metric": "m", "groups": {"kfac.policy": ["all", "auto"]}}
+CLOSE = {**EQUIVALENT, "margin": 0.1}
 STABLE = {"type": "stable", "metric": "m", "axis": "kfac/policy"}
+STEADY = {**STABLE, "factor": 1.5}
+OF_DAMPING = {"type": "stable", "metric": "m", "axis": "kfac.damping"}
 FASTER = {"type": "faster", "metric": "m", "a": B, "b": A, "at_least": 1.2}
 SMALLER = {**FASTER, "type": "smaller"}
 MATCHES = {"type": "matches", "metric": "m", "a": B, "b": A, "tolerance": 1e-3}
@@ -53,42 +53,36 @@ NOISY = [0.6, 1.7, 0.4, 1.9]
 
 CASES = [
     # type and case, claim, numbers of the groups, verdict, words of the answer
-    ("equivalent holds", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": NEAR}, HOLDS, "diff"),
+    ("equivalent holds", CLOSE, {"all": SAME, "auto": NEAR}, HOLDS, "diff"),
     ("equivalent ratio", {**EQUIVALENT, "ratio": 1.1}, {"all": SAME, "auto": NEAR}, HOLDS, "rat"),
-    ("equivalent exact", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": SAME}, HOLDS,
-     "exact to 0"),
+    ("equivalent exact", CLOSE, {"all": SAME, "auto": SAME}, HOLDS, "exact to 0"),
     ("equivalent constant shift", {**EQUIVALENT, "margin": 0.5},
      {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, HOLDS, "exact to 0.25"),
-    ("equivalent exact outside", {**EQUIVALENT, "margin": 0.1},
+    ("equivalent exact outside", CLOSE,
      {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, FAILS, "0.25, exact"),
-    ("equivalent fails", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": FAR}, FAILS, "diff"),
+    ("equivalent fails", CLOSE, {"all": SAME, "auto": FAR}, FAILS, "diff"),
     ("equivalent open", {**EQUIVALENT, "margin": 0.5}, {"all": SAME, "auto": NOISY}, OPEN,
      "seeds would decide"),
-    ("equivalent failed cell", {**EQUIVALENT, "margin": 0.1},
+    ("equivalent failed cell", CLOSE,
      {"all": SAME, "auto": [*NEAR[:3], "failed"]}, OPEN, "1 failed"),
-    ("equivalent diverged cell", {**EQUIVALENT, "margin": 0.1},
+    ("equivalent diverged cell", CLOSE,
      {"all": SAME, "auto": [*NEAR[:3], math.nan]}, OPEN, "1 diverged"),
-    ("equivalent missing cell", {**EQUIVALENT, "margin": 0.1},
-     {"all": SAME, "auto": [*NEAR[:3], None]}, OPEN, "1 missing"),
-    ("equivalent one seed", {**EQUIVALENT, "margin": 0.1}, {"all": [1.0], "auto": [1.0]}, OPEN,
+    ("equivalent missing cell", CLOSE, {"all": SAME, "auto": [*NEAR[:3], None]}, OPEN, "1 missing"),
+    ("equivalent one seed", CLOSE, {"all": [1.0], "auto": [1.0]}, OPEN,
      "one seed, no test; about 2 seeds would decide"),
-    ("equivalent no pairs", {**EQUIVALENT, "margin": 0.1}, {"all": SAME, "auto": ["failed"] * 4},
+    ("equivalent no pairs", CLOSE, {"all": SAME, "auto": ["failed"] * 4},
      OPEN, "nothing to compare"),
-    ("stable holds", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": NEAR, "hybrid": SAME}, HOLDS,
-     "ratio"),
-    ("stable identical", {**STABLE, "factor": 1.5}, {"all": [0.0, 0.0], "auto": [0.0, 0.0]}, HOLDS,
-     "identical"),
-    ("stable fails", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": FAR}, FAILS, "ratio"),
-    ("stable open", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": NOISY}, OPEN, "would decide"),
-    ("stable sign", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [-1.0, -1.1, -0.9, -1.0]},
+    ("stable holds", STEADY, {"all": SAME, "auto": NEAR, "hybrid": SAME}, HOLDS, "ratio"),
+    ("stable identical", STEADY, {"all": [0.0, 0.0], "auto": [0.0, 0.0]}, HOLDS, "identical"),
+    ("stable fails", STEADY, {"all": SAME, "auto": FAR}, FAILS, "ratio"),
+    ("stable open", STEADY, {"all": SAME, "auto": NOISY}, OPEN, "would decide"),
+    ("stable sign", STEADY, {"all": SAME, "auto": [-1.0, -1.1, -0.9, -1.0]},
      FAILS, "the sign changes"),
-    ("stable zero", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [0.0, 1.0, 1.0, 1.0]}, OPEN,
-     "give a margin"),
+    ("stable zero", STEADY, {"all": SAME, "auto": [0.0, 1.0, 1.0, 1.0]}, OPEN, "give a margin"),
     ("stable margin", {**STABLE, "margin": 0.2}, {"all": [-v for v in SAME],
      "auto": [-v for v in NEAR]}, HOLDS, "difference"),
-    ("stable failed cell", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [*NEAR[:3], "failed"]},
-     OPEN, "1 failed"),
-    ("stable broken cell", {**STABLE, "factor": 1.5}, {"all": SAME, "auto": [*NEAR[:3], "broke"]},
+    ("stable failed cell", STEADY, {"all": SAME, "auto": [*NEAR[:3], "failed"]}, OPEN, "1 failed"),
+    ("stable broken cell", STEADY, {"all": SAME, "auto": [*NEAR[:3], "broke"]},
      FAILS, "1 diverged within the range"),
     ("stable diverged cell", {**STABLE, "factor": 2}, {"all": SAME, "auto": [*NEAR[:3], math.inf]},
      FAILS, "1 diverged within the range"),
@@ -147,7 +141,7 @@ def test_every_type_has_every_verdict_among_the_cases():
 
 def test_the_p_values_are_those_of_the_two_one_sided_tests(tmp_path):
     frame = load(sweep_of(tmp_path / "s", {"all": SAME, "auto": NEAR}))
-    (found,) = evaluate_one({**EQUIVALENT, "margin": 0.1}, frame).findings
+    (found,) = evaluate_one(CLOSE, frame).findings
     d = np.array(NEAR) - np.array(SAME)
     p = max(
         scipy_stats.ttest_1samp(d, -0.1, alternative="greater").pvalue,
@@ -160,42 +154,25 @@ def test_the_p_values_are_those_of_the_two_one_sided_tests(tmp_path):
 def test_other_settings_are_strata_and_holm_spans_them(tmp_path):
     """One stratum of eight is off by what would be significant alone, and is not among eight."""
     rng = np.random.default_rng(3)
-    root = tmp_path / "s"
-    for i in range(8):
-        for seed in range(4):
-            base = float(rng.normal())
-            noise = float(rng.normal(0, 0.01))
-            for policy, value in (("all", base), ("auto", base + noise)):
-                settings = {"kfac.policy": policy, "kfac.damping": 10.0**-i, "seed": seed}
-                make_run(root / f"{i}-{seed}-{policy}", settings, {"m": value})
-    answer = evaluate_one({**EQUIVALENT, "margin": 0.2}, load(root))
+    bases = rng.normal(size=(8, 4))
+    values = {"all": bases, "auto": bases + rng.normal(0, 0.01, (8, 4))}
+    axes = {"kfac.policy": values, "kfac.damping": [10.0**-i for i in range(8)], "seed": range(4)}
+    frame = swept(tmp_path, axes, lambda p, d, s: {"m": values[p][round(-math.log10(d)), s]})
+    answer = evaluate_one({**EQUIVALENT, "margin": 0.2}, frame)
     assert (answer.verdict, len(answer.findings)) == (HOLDS, 8)
-    tiny = evaluate_one({**EQUIVALENT, "margin": 1e-9}, load(root))
+    tiny = evaluate_one({**EQUIVALENT, "margin": 1e-9}, frame)
     raw = [
-        2 * min(scipy_stats.ttest_1samp(_differences(root, i), s * 1e-9, alternative=a).pvalue
+        2 * min(scipy_stats.ttest_1samp(difference, s * 1e-9, alternative=a).pvalue
                 for s, a in ((1, "greater"), (-1, "less")))
-        for i in range(8)
+        for difference in values["auto"] - values["all"]
     ]  # fmt: skip
     assert sorted(f.p_fails for f in tiny.findings)[0] == pytest.approx(min(min(raw) * 8, 1))
 
 
-def _differences(root: Path, i: int) -> list[float]:
-    values = {}
-    for policy in ("all", "auto"):
-        for seed in range(4):
-            file = root / f"{i}-{seed}-{policy}" / "metrics.json"
-            values[policy, seed] = json.loads(file.read_text())["m"]
-    return [values["auto", s] - values["all", s] for s in range(4)]
-
-
 def test_a_range_of_an_axis(tmp_path):
-    cells = [
-        ({"kfac.damping": d, "seed": s}, {"m": (100.0 if d < 1e-4 else 1.0) + 0.01 * s})
-        for d in (1e-5, 1e-4, 3e-4, 1e-3)
-        for s in range(3)
-    ]
-    frame = load(make_sweep(tmp_path / "s", cells))
-    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "factor": 2}
+    axes = {"kfac.damping": (1e-5, 1e-4, 3e-4, 1e-3), "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda d, s: {"m": (100.0 if d < 1e-4 else 1.0) + 0.01 * s})
+    stable = {**OF_DAMPING, "factor": 2}
     robust = evaluate_one({**stable, "from": "1e-4", "to": "1e-3"}, frame)
     whole = evaluate_one(stable, frame)
     assert (robust.verdict, len(robust.findings)) == (HOLDS, 3)
@@ -207,13 +184,9 @@ def test_a_range_of_an_axis(tmp_path):
 
 def test_a_range_that_was_not_run_to_its_ends_is_open(tmp_path):
     """Nothing at 1e-5: what holds from 1e-4 on is not known to hold from 1e-5 on."""
-    cells = [
-        ({"kfac.damping": d, "seed": s}, {"m": 1.0 + 0.01 * s})
-        for d in (1e-4, 1e-3)
-        for s in range(3)
-    ]
-    frame = load(make_sweep(tmp_path / "s", cells))
-    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "factor": 2}
+    axes = {"kfac.damping": (1e-4, 1e-3), "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda d, s: {"m": 1.0 + 0.01 * s})
+    stable = {**OF_DAMPING, "factor": 2}
     assert evaluate_one({**stable, "from": "1e-4", "to": "1e-3"}, frame).verdict == HOLDS
     for ends, absent in (
         ({"from": "1e-5", "to": "1e-3"}, "1e-5"),
@@ -224,7 +197,7 @@ def test_a_range_that_was_not_run_to_its_ends_is_open(tmp_path):
         assert (answer.verdict, answer.seeds_needed) == (OPEN, None)
         assert answer.why == f"kfac.damping={absent}: nothing was run there (1 of 2 comparisons)"
     # A range that was left on the way is left, whatever its ends.
-    far = [({"kfac.damping": 5e-4, "seed": s}, {"m": 100.0 + 0.01 * s}) for s in range(3)]
+    far = crossed({"kfac.damping": [5e-4], "seed": range(3)}, lambda d, s: {"m": 100 + 0.01 * s})
     make_sweep(tmp_path / "s" / "more", far)
     frame = load(tmp_path / "s")
     assert evaluate_one({**stable, "from": "1e-5", "to": "1e-3"}, frame).verdict == FAILS
@@ -242,8 +215,7 @@ def unstable(root: Path, lost: dict[float, BaseException | None], **more: object
             error = lost[damping] if gone else None
             value = math.nan if gone else 1.0 + 0.1 * seed + 0.001 * seed * (damping == 1e-5)
             make_run(root / f"{damping}-{seed}", settings, {"m": value}, error=error)
-    claim = {"type": "stable", "not": True, "metric": "m", "axis": "kfac.damping",
-             "values": ["1e-5", "1e-4"], "margin": 0.05, **more}  # fmt: skip
+    claim = {**OF_DAMPING, "not": True, "values": ["1e-5", "1e-4"], "margin": 0.05, **more}
     return evaluate_one(claim, load(root)).verdict
 
 
@@ -269,13 +241,9 @@ def test_a_lost_run_proves_no_instability_unless_it_diverged_there(tmp_path, los
 
 
 def test_at_compares_one_value_with_the_others(tmp_path):
-    cells = [
-        ({"kfac.damping": d, "seed": s}, {"m": (9.0 if d == 1e-3 else 1.0) + 0.01 * s})
-        for d in (1e-5, 1e-4, 1e-3)
-        for s in range(3)
-    ]
-    frame = load(make_sweep(tmp_path / "s", cells))
-    stable = {"type": "stable", "metric": "m", "axis": "kfac.damping", "margin": 0.1}
+    axes = {"kfac.damping": (1e-5, 1e-4, 1e-3), "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda d, s: {"m": (9.0 if d == 1e-3 else 1.0) + 0.01 * s})
+    stable = {**OF_DAMPING, "margin": 0.1}
     at = evaluate_one({**stable, "at": "1e-4"}, frame)
     assert [f.about for f in at.findings] == [
         "kfac.damping: 1e-4 against 1e-5", "kfac.damping: 0.001 against 1e-4"
@@ -287,12 +255,8 @@ def test_at_compares_one_value_with_the_others(tmp_path):
 
 def test_shares_are_corrected_over_the_comparisons(tmp_path):
     """3 of 5 above is shown to be more than a tenth alone, and not among twenty settings."""
-    cells = [
-        ({"kfac.damping": 10.0**-i, "seed": s}, {"m": float(i == 0 and s < 3)})
-        for i in range(20)
-        for s in range(5)
-    ]
-    frame = load(make_sweep(tmp_path / "s", cells))
+    axes = {"kfac.damping": [10.0**-i for i in range(20)], "seed": range(5)}
+    frame = swept(tmp_path, axes, lambda d, s: {"m": float(d == 1.0 and s < 3)})
     claim = {"type": "share", "metric": "m", "at_most": 0.1}
     alone = evaluate_one({**claim, "where": {"kfac.damping": 1}}, frame)
     (found,) = alone.findings
@@ -312,28 +276,26 @@ def test_shares_are_corrected_over_the_comparisons(tmp_path):
 
 
 def test_the_answer_names_the_test_that_was_made_and_its_interval(tmp_path):
-    claim = {**EQUIVALENT, "margin": 0.1}
-    tested = evaluate_one(claim, load(sweep_of(tmp_path / "a", {"all": SAME, "auto": NEAR})))
+    tested = evaluate_one(CLOSE, load(sweep_of(tmp_path / "a", {"all": SAME, "auto": NEAR})))
     assert tested.test == "two one-sided paired t tests"
     assert ", 90% interval [" in tested.why
-    strict = evaluate_one({**claim, "alpha": 0.01}, load(tmp_path / "a"))
+    strict = evaluate_one({**CLOSE, "alpha": 0.01}, load(tmp_path / "a"))
     assert ", 98% interval [" in strict.why
-    exact = evaluate_one(claim, load(sweep_of(tmp_path / "b", {"all": SAME, "auto": SAME})))
+    exact = evaluate_one(CLOSE, load(sweep_of(tmp_path / "b", {"all": SAME, "auto": SAME})))
     assert exact.test == "no test: pairs that do not vary compared as numbers"
-    both = {**claim, "groups": {"kfac.policy": ["all", "auto", "hybrid"]}}
+    both = {**CLOSE, "groups": {"kfac.policy": ["all", "auto", "hybrid"]}}
     groups = {"all": SAME, "auto": SAME, "hybrid": NEAR}
     mixed = evaluate_one(both, load(sweep_of(tmp_path / "c", groups)))
     assert mixed.test.startswith("two one-sided paired t tests; pairs that do not vary")
-    none = evaluate_one(claim, load(sweep_of(tmp_path / "d", {"all": SAME, "auto": ["failed"]})))
+    none = evaluate_one(CLOSE, load(sweep_of(tmp_path / "d", {"all": SAME, "auto": ["failed"]})))
     assert none.test == "no test"
     share = evaluate_one(SHARE, load(tmp_path / "a"))
     assert "8 of 8 above 0: 100%, 90% interval [69%, 100%]" in share.why
 
 
 def test_claims_of_a_sweep_are_about_its_own_runs(tmp_path):
-    cells = [
-        ({"kfac.policy": p, "seed": s}, {"m": float(s)}) for p in ("all", "auto") for s in (1, 2)
-    ]
+    axes = {"kfac.policy": ("all", "auto"), "seed": (1, 2)}
+    cells = crossed(axes, lambda p, s: {"m": float(s)})
     make_sweep(tmp_path / "r" / "one", cells, claims=[{**EQUIVALENT, "margin": 1, "text": "same"}])
     make_sweep(tmp_path / "r" / "two", [({"seed": 0}, {"m": 99.0})], claims=[BOUNDED])
     verdicts = evaluate(load(tmp_path / "r"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from fisher_lab import cli
 from fisher_lab.results import (
     curve_figures,
     figure_style,
@@ -20,21 +20,24 @@ from fisher_lab.results import (
     load_table,
     tabulate,
 )
-from fisher_lab.runs.record import Run
-from tests.results.run_directories import make_run, make_sweep
+from tests.results.run_directories import crossed, make_run, make_sweep, swept
+from tests.sweeps.application import TEXT, TRAINING
 
 DAMPINGS = [1e-5, 1e-4, 1e-3]
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    cells = [
-        ({"kfac.damping": d, "kfac.policy": p, "seed": s},
-         {"ng/cosine": d * 1e4 + 0.1 * s + (p == "auto"), "kfac/total_s": 1.0 + s + (p == "auto"),
-          "kfac/peak_mb": 10.0 * s + 5})
-        for d in DAMPINGS for p in ("all", "auto") for s in range(3)
-    ]  # fmt: skip
-    return make_sweep(tmp_path / "s", cells)
+    def measure(damping, policy, seed):
+        auto = policy == "auto"
+        numbers = {
+            "ng/cosine": damping * 1e4 + 0.1 * seed + auto,
+            "kfac/total_s": 1.0 + seed + auto,
+        }
+        return {**numbers, "kfac/peak_mb": 10.0 * seed + 5}
+
+    axes = {"kfac.damping": DAMPINGS, "kfac.policy": ("all", "auto"), "seed": range(3)}
+    return make_sweep(tmp_path / "s", crossed(axes, measure))
 
 
 def plotted(figure, i):
@@ -77,13 +80,12 @@ def test_null_stands_beyond_the_numbers_and_categories_in_a_row():
     assert figure_style.positions([1, 2, 3]) == ([1.0, 2.0, 3.0], False)
 
 
-def test_cells_without_a_number_have_no_point_and_are_counted(tmp_path):
-    root = tmp_path / "s"
-    for i, d in enumerate(DAMPINGS):
-        error = RuntimeError("x") if i == 0 else None
-        make_run(
-            root / str(i), {"kfac.damping": d, "seed": 0}, {"ng/cosine": float(i)}, error=error
-        )
+@pytest.mark.parametrize("error", [RuntimeError("x"), None])
+def test_cells_without_a_number_have_no_point_and_are_counted(error, tmp_path):
+    """The run failed, or its number is not finite."""
+    cells = crossed({"kfac.damping": DAMPINGS}, lambda d: {"ng/cosine": d})
+    root = make_sweep(tmp_path / "s", cells)
+    make_run(root / "0", {"kfac.damping": DAMPINGS[0]}, {"ng/cosine": math.inf}, error=error)
     table = tabulate(load(root), metrics=["ng/cosine"])
     figure = figures.metric_figure(table, "ng/cosine", "kfac.damping")
     assert list(plotted(figure, 0)[0]) == DAMPINGS[1:]
@@ -91,9 +93,11 @@ def test_cells_without_a_number_have_no_point_and_are_counted(tmp_path):
     assert "single runs" in figure.axes[0].get_title()
 
 
-def test_nothing_is_drawn_of_what_does_not_vary(sweep):
-    table = tabulate(load(sweep), metrics=["kfac/peak_mb"])
+def test_nothing_is_drawn_of_what_does_not_vary_nor_scaling_of_one_process(sweep):
+    frame = load(sweep)
+    table = tabulate(frame, metrics=["kfac/peak_mb"])
     assert figures.metric_figure(table, "kfac/peak_mb", "kfac.damping") is None
+    assert figures.figure_makers(tabulate(frame), frame)["distributed-scaling"]() is None
 
 
 def test_time_and_memory_are_the_cells(sweep):
@@ -121,13 +125,12 @@ def in_the_csv(directory):
 def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
     """Also where the claims fill the table, so that what ranks cost has no column in it."""
     metrics = [f"m{i}" for i in range(7)]
-    cells = [
-        ({"kfac.reduce": mode, "kfac.damping": d, "seed": s},
-         {**{m: i + s + d for i, m in enumerate(metrics)}, "kfac/total_s": 2.0 + s + (s - d) ** 2,
-          "kfac/peak_mb": 8.0 + s * d, "dist/world_size": 2, "dist/comm_s_max": len(mode) + s,
-          "dist/sent_bytes_max": 100.0 * len(mode) + s})
-        for mode in ("none", "gather") for d in DAMPINGS for s in range(3)
-    ]  # fmt: skip
+    axes = {"kfac.reduce": ("none", "gather"), "kfac.damping": DAMPINGS, "seed": range(3)}
+    cells = crossed(axes, lambda mode, d, s: {
+        **{m: i + s + d for i, m in enumerate(metrics)}, "kfac/total_s": 2.0 + s + (s - d) ** 2,
+        "kfac/peak_mb": 8.0 + s * d, "dist/world_size": 2, "dist/comm_s_max": len(mode) + s,
+        "dist/sent_bytes_max": 100.0 * len(mode) + s,
+    })  # fmt: skip
     claimed = [{"type": "bounded", "metric": m, "at_most": 9} for m in metrics]
     root = make_sweep(tmp_path / "s", cells, claims=claimed)
     done = finish(root)
@@ -204,38 +207,13 @@ def test_curves_are_means_over_runs(tmp_path):
     assert curve_figures.line_figure(curves, names, "step", "other") is None
 
 
-def trained(directory, seed):
-    """A real training of four steps, with a held-out evaluation after every second."""
-    from fisher_lab.config.schema import Config
-    from fisher_lab.config.workload import DataConfig, ModelConfig, RecipeConfig, TrainConfig
-    from fisher_lab.tasks import train
-
-    text = directory.parent / "text.txt"
-    text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text("\n".join(f"line {n} of {n % 7} and {n * n % 11}" for n in range(1500)))
-    recipe = RecipeConfig(steps=4, batch_size=2, seq_len=32, lr=1e-2)
-    cfg = Config(
-        seed=seed,
-        device="cpu",
-        progress=False,
-        cache_dir=str(directory.parent / "cache"),
-        model=ModelConfig(name="gpt2", type="gpt2", layers=1, width=16, heads=2, recipe=recipe),
-        data=DataConfig(
-            type="text_file", path=str(text), vocab_size=300, heldout_fraction=0.2, seq_len=32
-        ),
-        train=TrainConfig(eval_every=2, save_every_s=0.0),
-    )
-    about = {"config": dataclasses.asdict(cfg), "overrides": [f"seed={seed}"], "provenance": {}}
-    run = Run.start(directory, **about)
-    train.run(cfg, run)
-    run.complete()
-
-
 def test_learning_curves_of_a_real_training(tmp_path):
     """The columns are those of ``task=train``; steps without an evaluation are left out."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    steps = ["train.steps=4", "train.eval_every=2"]
+    for seed in (0, 1):
+        assert cli.main([*TRAINING, *steps, f"seed={seed}", f"hydra.run.dir=s/{seed}"]) == 0
     root = tmp_path / "s"
-    for seed in range(2):
-        trained(root / str(seed), seed)
     frame = load(root)
     figure = figures.figure_makers(tabulate(frame), frame)["learning-curves"]()
     (line,) = figure.axes[0].lines
@@ -250,20 +228,15 @@ def test_learning_curves_of_a_real_training(tmp_path):
 
 def ranked(tmp_path, ranks, modes):
     """Runs of several ranks; one process alone has nothing to say of ranks."""
-    cells = []
-    for n in ranks:
-        for i, mode in enumerate(modes):
-            for seed in range(3):
-                numbers = {"kfac/total_s": 4.0 / n + i + 0.1 * seed, "kfac/peak_mb": 100.0 / n + i}
-                if n > 1:
-                    numbers |= {
-                        "dist/world_size": n,
-                        "dist/comm_s_max": 0.1 * n + 0.01 * seed,
-                        "dist/sent_bytes_max": 1e6 * n * (i + 1),
-                    }
-                settings = {"distributed.nproc": n, "kfac.reduce": mode, "seed": seed}
-                cells.append((settings, numbers))
-    frame = load(make_sweep(tmp_path / "s", cells))
+
+    def measure(n, mode, seed):
+        i = modes.index(mode)
+        numbers = {"kfac/total_s": 4.0 / n + i + 0.1 * seed, "kfac/peak_mb": 100.0 / n + i}
+        sent = {"dist/world_size": n, "dist/sent_bytes_max": 1e6 * n * (i + 1)}
+        return numbers | ({**sent, "dist/comm_s_max": 0.1 * n + 0.01 * seed} if n > 1 else {})
+
+    axes = {"distributed.nproc": ranks, "kfac.reduce": modes, "seed": range(3)}
+    frame = swept(tmp_path, axes, measure)
     return frame, tabulate(frame)
 
 
@@ -297,11 +270,6 @@ def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
         assert axes.containers[0][0].get_ydata().tolist() == expected
 
 
-def test_runs_of_one_process_have_no_scaling(sweep):
-    frame = load(sweep)
-    assert figures.figure_makers(tabulate(frame), frame)["distributed-scaling"]() is None
-
-
 def test_files_are_pdf_and_png_at_column_width_and_the_same_every_time(sweep, tmp_path):
     frame = load(sweep)
     table = tabulate(frame, metrics=["ng/cosine"])
@@ -321,30 +289,18 @@ def test_names_that_are_no_names_for_files():
 
 def test_dollars_in_names_are_no_mathematics(tmp_path):
     name = "a$b_{$%"
-    cells = [
-        ({"kfac.damping": d, "seed": s}, {name: d * s + s}) for d in DAMPINGS for s in range(3)
-    ]
-    frame = load(make_sweep(tmp_path / "s", cells))
+    axes = {"kfac.damping": DAMPINGS, "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda d, s: {name: d * s + s})
     drawn = figures.draw(tabulate(frame), frame, tmp_path / "out")
     assert drawn.problems == []
     assert drawn.files
 
 
-def test_what_is_not_finite_is_not_drawn(tmp_path):
-    cells = [({"kfac.damping": d, "seed": 0}, {"m": math.inf if d < 1e-4 else d}) for d in DAMPINGS]
-    table = tabulate(load(make_sweep(tmp_path / "s", cells)))
-    figure = figures.metric_figure(table, "m", "kfac.damping")
-    assert list(plotted(figure, 0)[0]) == DAMPINGS[1:]
-
-
 def spectra(directory, seed, scale):
     """A run with two blocks' spectra and a density, as ``task=analyze`` leaves them."""
-    run = make_run(
-        directory, {"deterministic": scale > 1, "seed": seed}, {"spectral/bytes": 100.0},
-        tables={"density.csv": [
-            {"grid": x + seed, "density": max(1.0 - abs(x), 0.0)} for x in (-1.0, 0.0, 1.0, 2.0)
-        ]},
-    )  # fmt: skip
+    density = [{"grid": x + seed, "density": max(1.0 - abs(x), 0.0)} for x in (-1.0, 0.0, 1.0, 2.0)]
+    settings = {"deterministic": scale > 1, "seed": seed}
+    make_run(directory, settings, {"spectral/bytes": 100.0}, tables={"density.csv": density})
     block = {"status": "ok", "threshold": 1e-9}
     values = {
         "h.0": {**block, "eigenvalues": [scale * 10.0**-i * (1 + seed) for i in range(3)] + [0.0]},
@@ -353,7 +309,6 @@ def spectra(directory, seed, scale):
     }
     (directory / "lanczos.json").write_text(json.dumps({"density": {"scale": "log10"}}))
     (directory / "spectral.json").write_text(json.dumps({"per_block": values}))
-    return run
 
 
 def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fisher_lab.results import load, load_layers, load_table
 from fisher_lab.results.values import ResultsError
-from tests.results.run_directories import make_run, make_sweep
+from tests.results.run_directories import make_run, make_sweep, swept
 
 LAYERS = [
     {"name": "h.0", "dim_A": 10, "clipped_A": 2, "kappa_A": 1e6, "method": "eig"},
@@ -21,14 +19,11 @@ LAYERS = [
 
 
 def test_a_row_a_run_with_settings_metrics_and_provenance(tmp_path):
-    make_sweep(
-        tmp_path / "s",
-        [
-            ({"kfac.damping": 1e-5, "seed": 1}, {"ng/norm": 2.5, "tokens": 512}),
-            ({"kfac.damping": 1e-4, "seed": 0}, {"ng/norm": 3.5, "tokens": 512}),
-        ],
-    )
-    frame = load(tmp_path / "s")
+    cells = [
+        ({"kfac.damping": 1e-5, "seed": 1}, {"ng/norm": 2.5, "tokens": 512}),
+        ({"kfac.damping": 1e-4, "seed": 0}, {"ng/norm": 3.5, "tokens": 512}),
+    ]
+    frame = load(make_sweep(tmp_path / "s", cells))
     assert frame["kfac.damping"].tolist() == [1e-5, 1e-4]
     assert frame["ng/norm"].tolist() == [2.5, 3.5]
     assert frame["status"].tolist() == ["completed"] * 2
@@ -43,12 +38,8 @@ def test_a_row_a_run_with_settings_metrics_and_provenance(tmp_path):
 
 
 def test_null_stays_apart_from_missing_numbers(tmp_path):
-    make_sweep(
-        tmp_path / "s",
-        [({"kfac.max_condition_number": v}, {}) for v in (None, 1e6)],
-    )
-    column = load(tmp_path / "s")["kfac.max_condition_number"]
-    assert column.tolist() == [None, 1e6]
+    frame = swept(tmp_path, {"kfac.max_condition_number": [None, 1e6]})
+    assert frame["kfac.max_condition_number"].tolist() == [None, 1e6]
 
 
 def test_a_metric_that_is_called_as_a_setting_is_gets_a_prefix(tmp_path):
@@ -60,10 +51,8 @@ def test_a_metric_that_is_called_as_a_setting_is_gets_a_prefix(tmp_path):
 
 
 def test_what_is_not_finite_is_named_and_what_was_not_measured_is_not(tmp_path):
-    make_sweep(
-        tmp_path / "s", [({"seed": 0}, {"a": math.inf, "b": 1.0}), ({"seed": 1}, {"b": 2.0})]
-    )
-    frame = load(tmp_path / "s")
+    cells = [({"seed": 0}, {"a": math.inf, "b": 1.0}), ({"seed": 1}, {"b": 2.0})]
+    frame = load(make_sweep(tmp_path / "s", cells))
     assert frame["a"].isna().all()
     assert frame["not_finite"].tolist() == ["a", ""]
 
@@ -89,39 +78,40 @@ BROKEN = {
 }
 
 
+@pytest.fixture
+def one(tmp_path):
+    """A sweep of one run."""
+    return make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
+
+
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_record_is_left_out_with_the_reason(tmp_path, kind):
-    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
-    (tmp_path / "s" / "bad").mkdir()
-    (tmp_path / "s" / "bad" / "run.json").write_bytes(BROKEN[kind])
-    frame = load(tmp_path / "s")
+def test_a_broken_record_is_left_out_with_the_reason(one, kind):
+    (one / "bad").mkdir()
+    (one / "bad" / "run.json").write_bytes(BROKEN[kind])
+    frame = load(one)
     assert len(frame) == 1
     (left,) = frame.attrs["left_out"]
     assert left.directory.endswith("bad")
     assert left.reason.startswith("run.json")
 
 
-def test_a_directory_without_a_record_is_left_out(tmp_path):
-    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
-    (tmp_path / "s" / "9" / ".hydra").mkdir(parents=True)
-    (tmp_path / "s" / ".0.123.tmp").mkdir()
-    frame = load(tmp_path / "s")
-    assert [Path(one.directory).name for one in frame.attrs["left_out"]] == ["9"]
+def test_a_directory_without_a_record_is_left_out(one):
+    (one / "9" / ".hydra").mkdir(parents=True)
+    (one / ".0.123.tmp").mkdir()
+    assert [Path(left.directory).name for left in load(one).attrs["left_out"]] == ["9"]
 
 
 @pytest.mark.parametrize("text", ['{"a": ', '{"a": "much"}', "[]"])
-def test_broken_metrics_make_a_run_corrupt(tmp_path, text):
-    make_run(tmp_path / "s" / "0", {"seed": 0}, {"a": 1.0})
-    (tmp_path / "s" / "0" / "metrics.json").write_text(text)
-    frame = load(tmp_path / "s")
+def test_broken_metrics_make_a_run_corrupt(one, text):
+    (one / "0" / "metrics.json").write_text(text)
+    frame = load(one)
     assert frame["status"].tolist() == ["corrupt"]
     assert frame["reason"][0].startswith("metrics.json: ")
 
 
-def test_a_broken_sweep_file_is_told_and_the_runs_are_read(tmp_path):
-    make_sweep(tmp_path / "s", [({"seed": 0}, {"a": 1.0})])
-    (tmp_path / "s" / "sweep.json").write_text("{")
-    frame = load(tmp_path / "s")
+def test_a_broken_sweep_file_is_told_and_the_runs_are_read(one):
+    (one / "sweep.json").write_text("{")
+    frame = load(one)
     assert len(frame) == 1
     assert "sweep.json cannot be read" in frame.attrs["left_out"][0].reason
 
@@ -174,22 +164,9 @@ def test_a_table_that_was_cut_short_is_left_out(tmp_path):
     assert frame.attrs["left_out"][0].reason == "layers.csv: line 2 has 1 fields, the first 2"
 
 
-def test_nothing_here_imports_torch():
-    script = (
-        "import sys\n"
-        "from fisher_lab.results import *\n"
-        "from fisher_lab.results import commands, paper\n"
-        "print([name for name in ('torch', 'hydra', 'omegaconf') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_column_does_not_copy_what_the_frame_knows(tmp_path):
+def test_a_column_does_not_copy_what_the_frame_knows(one):
     """pandas copies ``attrs`` in depth for every column: 10,000 cells of a sweep.json each time."""
-    frame = load(make_sweep(tmp_path / "s", [({"seed": 0}, {"m": 1.0})]))
+    frame = load(one)
     attrs = frame["seed"].attrs
     for name in ("config", "metrics", "left_out"):
         assert attrs[name] is frame.attrs[name]

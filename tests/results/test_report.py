@@ -15,7 +15,7 @@ from fisher_lab.results import load, paper, write_report
 from fisher_lab.results.paper import write_appendix
 from fisher_lab.results.report import page
 from tests.results.browser import Browser, executable
-from tests.results.run_directories import make_run, make_sweep
+from tests.results.run_directories import crossed, make_run, make_sweep
 
 NASTY = "<script>alert('x')</script>_50%&$x"
 CLAIMS = [
@@ -28,13 +28,12 @@ CLAIMS = [
 @pytest.fixture
 def results(tmp_path):
     root = tmp_path / "results"
-    cells = [
-        ({"kfac.damping": d, "model.name": m, "seed": s},
-         {"ng/cosine": d * 1e4 + 0.1 * s, "kfac/total_s": 1.0 + s, "kfac/peak_mb": 3.0,
-          "kfac/clipped_frac_A": 0.25, "kfac/clipped_frac_G": 0.0, "kfac/jitter_events": s == 0,
-          "kfac/fallbacks": 0, "tokens": 512})
-        for d in (1e-5, 1e-4) for m in ("gpt2", NASTY) for s in range(3)
-    ]  # fmt: skip
+    axes = {"kfac.damping": (1e-5, 1e-4), "model.name": ("gpt2", NASTY), "seed": range(3)}
+    cells = crossed(axes, lambda d, m, s: {
+        "ng/cosine": d * 1e4 + 0.1 * s, "kfac/total_s": 1.0 + s, "kfac/peak_mb": 3.0,
+        "kfac/clipped_frac_A": 0.25, "kfac/clipped_frac_G": 0.0, "kfac/jitter_events": s == 0,
+        "kfac/fallbacks": 0, "tokens": 512,
+    })  # fmt: skip
     make_sweep(root / "damping", cells, claims=CLAIMS, title=f"A title {NASTY}")
     make_run(root / "damping" / "bad", {"kfac.damping": 1e-3, "model.name": "gpt2", "seed": 0},
              error=MemoryError(f"no room for {NASTY}"))  # fmt: skip
@@ -207,9 +206,9 @@ def test_the_appendix_compiles_and_nothing_is_wider_than_the_page(results, tmp_p
     assert {"damping/table.tex", "other_50/table.csv", "claims.tex", "methods.tex"} <= names
 
 
-def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
-    make_sweep(results / "third", [({"seed": 0}, {"m": 1.0})],
-               claims=[{"type": "bounded", "metric": "m", "at_most": 2}])  # fmt: skip
+def test_the_appendix_has_the_verdicts_of_all_sweeps_and_its_latex_is_balanced(results, tmp_path):
+    claim = {"type": "bounded", "metric": "m", "at_most": 2}
+    make_sweep(results / "third", [({"seed": 0}, {"m": 1.0})], claims=[claim])
     files = write_appendix(load(results), tmp_path / "appendix")
     assert tmp_path / "appendix" / "claims.json" in files
     found = json.loads((tmp_path / "appendix" / "claims.json").read_text())
@@ -217,6 +216,12 @@ def test_the_appendix_has_the_verdicts_of_all_sweeps(results, tmp_path):
         ("damping", "inconclusive"), ("damping", "does not hold"), ("damping", "invalid"),
         ("third", "holds"),
     ]  # fmt: skip
+    for file in (tmp_path / "appendix").rglob("*.tex"):
+        text = re.sub(r"\\[{}%\\]", "", file.read_text())
+        assert text.count("{") == text.count("}"), file
+        begun = re.findall(r"\\begin\{(\w+)\}", text)
+        ended = re.findall(r"\\end\{(\w+)\}", text)
+        assert sorted(begun) == sorted(ended), file
 
 
 FAKE = """#!/bin/sh
@@ -257,13 +262,3 @@ def test_a_file_that_does_not_compile_is_told_with_the_reason(tmp_path):
     assert done.returncode == 1
     assert "broken.tex: does not compile" in done.stderr
     assert "Undefined control sequence" in done.stderr
-
-
-def test_a_fragment_of_latex_is_balanced(results, tmp_path):
-    write_appendix(load(results), tmp_path / "appendix")
-    for file in (tmp_path / "appendix").rglob("*.tex"):
-        text = re.sub(r"\\[{}%\\]", "", file.read_text())
-        assert text.count("{") == text.count("}"), file
-        begun = re.findall(r"\\begin\{(\w+)\}", text)
-        ended = re.findall(r"\\end\{(\w+)\}", text)
-        assert sorted(begun) == sorted(ended), file

@@ -7,7 +7,6 @@ import html
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +17,9 @@ from fisher_lab.results.paper import Places
 from fisher_lab.results.report import page
 from fisher_lab.runs.identity import run_id
 from fisher_lab.runs.record import Run
-from fisher_lab.sweeps import plan
 from tests.results.run_directories import DEFAULTS, make_run, make_sweep, nested
+from tests.sweeps.application import CONTENT, own_sweep, planned
 
-CONTENT = {"data": "x"}
 SWEEP = """
 title: Own
 params:
@@ -30,13 +28,6 @@ params:
   seed: 0
 kfac: {damping: 3e-4}
 """
-
-
-def planned(arguments):
-    args = cli._parse(["-m", *arguments])
-    with cli.config_loader(args) as loader:
-        cfg = compose.load(loader, args.overrides, multirun=True)
-        return plan.make(loader, cfg, args.overrides, lambda config: CONTENT)
 
 
 def single(arguments):
@@ -74,19 +65,18 @@ def commands(text):
 
 
 def test_the_commands_of_a_sweep_file_give_each_run_and_no_other():
-    Path("sweeps").mkdir()
-    Path("sweeps/own.yaml").write_text(SWEEP)
-    (one,) = planned(["+sweeps=own", "sweep.dir=results", "task.heldout_batches=2"])
+    own_sweep("own", SWEEP)
+    (one,) = planned("+sweeps=own", "sweep.dir=results", "task.heldout_batches=2")
     assert len(one.cells) == 4
     unrun = one.cells[-1].run_id
     written(one, skip={unrun})
     blocks = commands(page(load("results/own")))
     assert [len(block) for block in blocks] == [1, 1, 1, 1]
     found = {}
-    for line in (line for block in blocks for line in block):
+    for (line,) in blocks:
         words = shlex.split(line)
         assert words[:4] == ["python", "-m", "fisher_lab", "-m"]
-        (again,) = planned(words[4:])
+        (again,) = planned(*words[4:])
         (cell,) = again.cells  # one cell, and
         assert again.repeated == 0
         found[cell.run_id] = cell.config
@@ -95,7 +85,7 @@ def test_the_commands_of_a_sweep_file_give_each_run_and_no_other():
 
 
 def test_the_commands_of_values_by_hand_are_those_of_single_runs():
-    (one,) = planned(["seed=0,1", "kfac.damping=1e-3", "model=mlp"])
+    (one,) = planned("seed=0,1", "kfac.damping=1e-3", "model=mlp")
     written(one)
     (block,) = commands(page(load(one.layout.directory)))
     assert all(line.startswith("python -m fisher_lab ") for line in block)

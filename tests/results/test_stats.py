@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,21 @@ from statsmodels.stats.weightstats import ttost_paired
 from fisher_lab.results import stats
 
 RNG = 20261122
+
+
+def rate(happens: Callable[[Any], bool], samples: Iterable[Any]) -> float:
+    """The share of samples for which something happens."""
+    return float(np.mean([happens(sample) for sample in samples]))
+
+
+def covers(mean: float, **more: Any) -> Callable[[np.ndarray], bool]:
+    """Whether the interval of a sample covers the mean."""
+
+    def found(x: np.ndarray) -> bool:
+        s = stats.summarise(x, **more)
+        return s.low <= mean <= s.high
+
+    return found
 
 
 def binomial(rate: float, n: int) -> tuple[float, float]:
@@ -41,43 +58,24 @@ def test_the_bootstrap_is_scipys():
     assert (s.low, s.high) == (pytest.approx(known.low), pytest.approx(known.high))
 
 
-def test_one_number_and_none_have_no_interval():
-    one, none = stats.summarise([2.0]), stats.summarise([])
-    assert (one.n, one.mean, one.median) == (1, 2.0, 2.0)
-    assert math.isnan(one.low)
-    assert math.isnan(one.std)
-    assert none.n == 0
-    assert math.isnan(none.mean)
-
-
-def test_numbers_that_do_not_vary_have_an_interval_of_no_width():
-    s = stats.summarise([0.1] * 3)
-    assert (s.std, s.low, s.high) == (0.0, s.mean, s.mean)
+def test_one_number_and_none_have_no_interval_and_equal_ones_one_of_no_width():
+    one, none, equal = (stats.summarise(x) for x in ([2.0], [], [0.1] * 3))
+    assert (one.n, one.mean, one.median, none.n) == (1, 2.0, 2.0, 0)
+    assert all(map(math.isnan, (one.low, one.std, none.mean)))
+    assert (equal.std, equal.low, equal.high) == (0.0, equal.mean, equal.mean)
 
 
 @pytest.mark.parametrize("n", [3, 5, 20])
 def test_the_interval_covers_the_mean_as_often_as_it_says(n):
-    rng = np.random.default_rng(RNG + n)
-    rounds = 4000
-    hits = sum(
-        s.low <= 1.5 <= s.high
-        for s in (stats.summarise(x) for x in rng.normal(1.5, 3.0, (rounds, n)))
-    )
-    low, high = binomial(0.95, rounds)
-    assert low <= hits / rounds <= high
+    samples = np.random.default_rng(RNG + n).normal(1.5, 3.0, (4000, n))
+    low, high = binomial(0.95, 4000)
+    assert low <= rate(covers(1.5), samples) <= high
 
 
 def test_the_bootstrap_covers_nearly_as_often_with_many_runs():
-    rng = np.random.default_rng(RNG)
-    rounds = 60
-    hits = sum(
-        s.low <= 2.0 <= s.high
-        for s in (
-            stats.summarise(x, method="bootstrap", seed=i)
-            for i, x in enumerate(rng.gamma(4.0, 0.5, (rounds, 40)))
-        )
-    )
-    assert hits / rounds >= binomial(0.93, rounds)[0]
+    samples = np.random.default_rng(RNG).gamma(4.0, 0.5, (60, 40))
+    hits = [covers(2.0, method="bootstrap", seed=i)(x) for i, x in enumerate(samples)]
+    assert np.mean(hits) >= binomial(0.93, 60)[0]
 
 
 def test_the_paired_comparison_is_scipys():
@@ -153,32 +151,21 @@ def test_a_single_bound_is_the_one_sided_test():
     assert e.p_outside == pytest.approx(1 - known)
 
 
-@pytest.mark.parametrize("where", ["edge", "outside edge"])
-def test_the_equivalence_test_keeps_its_level(where):
+def test_the_equivalence_test_keeps_its_level():
     """On the margin itself: at most 5 % are called equivalent, at most 5 % not."""
-    rng = np.random.default_rng(RNG)
-    rounds = 2000
-    found = [
-        stats.equivalence(d, -1.0, 1.0, 0.05, scale=1.0) for d in rng.normal(1.0, 0.5, (rounds, 6))
-    ]
-    p = [e.p_inside if where == "edge" else e.p_outside for e in found]
-    rate = float(np.mean(np.array(p) < 0.05))
-    assert rate <= binomial(0.05, rounds)[1]
-    assert rate >= binomial(0.02, rounds)[0]
+    samples = np.random.default_rng(RNG).normal(1.0, 0.5, (2000, 6))
+    found = [stats.equivalence(d, -1.0, 1.0, 0.05, scale=1.0) for d in samples]
+    for p in ([e.p_inside for e in found], [e.p_outside for e in found]):
+        assert binomial(0.02, 2000)[0] <= rate(lambda p: p < 0.05, p) <= binomial(0.05, 2000)[1]
 
 
 @pytest.mark.parametrize(("mean", "std", "n"), [(0.0, 0.5, 6), (0.3, 0.4, 8), (0.5, 0.6, 12)])
 def test_the_power_of_equivalence_is_what_simulation_gives(mean, std, n):
-    rng = np.random.default_rng(RNG)
-    rounds = 2000
-    hits = np.mean(
-        [
-            stats.equivalence(d, -1.0, 1.0, 0.05, scale=1.0).p_inside < 0.05
-            for d in rng.normal(mean, std, (rounds, n))
-        ]
-    )
-    power = stats.power_inside(n, mean, std, -1.0, 1.0, 0.05)
-    low, high = binomial(power, rounds)
+    samples = np.random.default_rng(RNG).normal(mean, std, (2000, n))
+    margins = (-1.0, 1.0, 0.05)
+    hits = rate(lambda d: stats.equivalence(d, *margins, scale=1.0).p_inside < 0.05, samples)
+    power = stats.power_inside(n, mean, std, *margins)
+    low, high = binomial(power, 2000)
     # The formula is Phillips's approximation: exact but for the dependence of the two tests.
     assert low - 0.02 <= hits <= high + 0.02
 
@@ -190,6 +177,8 @@ def test_the_number_of_seeds_gives_the_power_that_is_asked():
     assert n is not None
     assert stats.power_inside(n, e.mean, e.std, -1.0, 1.0, 0.05) >= stats.POWER
     assert stats.power_inside(n - 1, e.mean, e.std, -1.0, 1.0, 0.05) < stats.POWER
+    on_the_margin = stats.Equivalence(4, 1.0, 0.5, 0.5, 1.5, 0.5, 0.5, exact=False)
+    assert stats.seeds_for(on_the_margin, -1.0, 1.0, 0.05) is None
 
 
 def test_the_number_of_seeds_beyond_the_margin_is_statsmodels():
@@ -199,11 +188,6 @@ def test_the_number_of_seeds_beyond_the_margin_is_statsmodels():
     effect = (e.mean - 1.0) / e.std
     known = TTestPower().solve_power(effect, None, 0.05, stats.POWER, alternative="larger")
     assert n == math.ceil(known)
-
-
-def test_no_number_of_seeds_decides_what_lies_on_the_margin():
-    e = stats.Equivalence(4, 1.0, 0.5, 0.5, 1.5, 0.5, 0.5, exact=False)
-    assert stats.seeds_for(e, -1.0, 1.0, 0.05) is None
 
 
 def test_exact_differences_are_decided_without_a_test():
@@ -276,13 +260,9 @@ def test_medians_without_pairs_are_compared_by_ranks():
 
 @pytest.mark.parametrize("n", [3, 5, 8])
 def test_ties_of_skewed_times_keep_their_level(n):
-    rng = np.random.default_rng(RNG + n)
-    rounds = 400
-    apart = sum(
-        not stats.overlap(pd.Series(a), pd.Series(b), statistic="median")
-        for a, b in rng.lognormal(0.0, 1.0, (rounds, 2, n))
-    )
-    assert apart / rounds <= binomial(0.05, rounds)[1]
+    pairs = np.random.default_rng(RNG + n).lognormal(0.0, 1.0, (400, 2, n))
+    tied = rate(lambda p: stats.overlap(*map(pd.Series, p), statistic="median"), pairs)
+    assert 1 - tied <= binomial(0.05, 400)[1]
 
 
 def test_ranks_with_ties_and_zeros_are_exact():

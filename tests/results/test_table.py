@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 from fisher_lab.results import export, load, tabulate
 from fisher_lab.results.export import breakable, document, escape, to_latex
 from fisher_lab.results.values import ResultsError
-from tests.results.run_directories import make_run, make_sweep
+from tests.results.run_directories import crossed, make_run, make_sweep, swept
 
 VALUES = {  # (policy, damping) -> a number a seed
     ("all", 1e-5): [1.0, 1.2, 1.1],
@@ -25,16 +25,14 @@ VALUES = {  # (policy, damping) -> a number a seed
 }
 
 
-def cells():
-    for (policy, damping), numbers in VALUES.items():
-        for seed, value in enumerate(numbers):
-            settings = {"kfac.policy": policy, "kfac.damping": damping, "seed": seed}
-            yield settings, {"ng/cosine": value, "kfac/total_s": 1 / value}
-
-
 @pytest.fixture
 def sweep(tmp_path):
-    return make_sweep(tmp_path / "s", list(cells()))
+    def measure(policy, damping, seed):
+        value = VALUES[policy, damping][seed]
+        return {"ng/cosine": value, "kfac/total_s": 1 / value}
+
+    axes = {"kfac.policy": ("all", "auto"), "kfac.damping": (1e-5, 1e-4), "seed": range(3)}
+    return make_sweep(tmp_path / "s", crossed(axes, measure))
 
 
 def key(table, policy, damping, metric="ng/cosine"):
@@ -60,9 +58,8 @@ def test_axes_are_found_and_cells_are_over_seeds(sweep):
 
 
 def test_rows_and_columns_as_asked(sweep):
-    table = tabulate(
-        load(sweep), rows=["kfac/damping"], cols=["kfac/policy"], metrics=["ng/cosine"]
-    )
+    asked = {"rows": ["kfac/damping"], "cols": ["kfac/policy"], "metrics": ["ng/cosine"]}
+    table = tabulate(load(sweep), **asked)
     assert table.rows == [(1e-5,), (1e-4,)]
     assert table.cols == [("all",), ("auto",)]
     assert export.grid(table).names == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
@@ -115,9 +112,9 @@ def test_the_confidence_goes_for_marks_and_differences_too(sweep):
 
 def marks(tmp_path, metric, cells, **more):
     """Which mark stands at each value of kfac.damping."""
-    runs = [({"kfac.damping": d, "seed": s}, {metric: v})
-            for d, numbers in cells.items() for s, v in enumerate(numbers)]  # fmt: skip
-    table = tabulate(load(make_sweep(tmp_path / "s", runs)), metrics=[metric], **more)
+    axes = {"kfac.damping": cells, "seed": range(len(cells[1e-5]))}
+    frame = swept(tmp_path, axes, lambda d, s: {metric: cells[d][s]})
+    table = tabulate(frame, metrics=[metric], **more)
     return {row[0]: export.cell_text(table, (row, metric, ())).mark for row in table.rows}
 
 
@@ -173,10 +170,10 @@ def test_standard_deviation_and_n_are_shown_on_demand(sweep):
 
 
 def test_a_difference_of_rounding_reads_identical(tmp_path):
-    cells = [({"kfac.policy": p, "seed": s}, {"ng/cosine": v})
-             for p, numbers in (("all", [0.3, 0.6]), ("auto", [0.1 + 0.2, 0.6]))
-             for s, v in enumerate(numbers)]  # fmt: skip
-    table = tabulate(load(make_sweep(tmp_path / "s", cells)), baseline={"kfac.policy": "all"})
+    values = {"all": [0.3, 0.6], "auto": [0.1 + 0.2, 0.6]}
+    axes = {"kfac.policy": values, "seed": range(2)}
+    frame = swept(tmp_path, axes, lambda p, s: {"ng/cosine": values[p][s]})
+    table = tabulate(frame, baseline={"kfac.policy": "all"})
     (found,) = (c.difference for c in table.comparisons.values() if not c.is_baseline)
     assert 0 < found.mean < 1e-16
     assert export.differences(table).rows == [["auto", "ng/cosine", "identical", "", "", "2"]]
@@ -197,27 +194,21 @@ def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
     assert high[1] == pytest.approx(max(high[0], 2 * low[0]))
 
 
-def test_a_baseline_that_is_not_there(sweep):
-    frame = load(sweep)
-    with pytest.raises(ResultsError, match=r"no run has kfac.policy=hybrid; there are all, auto"):
-        tabulate(frame, baseline={"kfac.policy": "hybrid"})
-    with pytest.raises(ResultsError, match="baseline: seed is neither a row nor a column"):
-        tabulate(frame, baseline={"seed": 0})
-
-
 @pytest.fixture
 def lost(tmp_path):
     root = tmp_path / "s"
-    for seed in range(3):
-        make_run(root / f"a{seed}", {"kfac.policy": "all", "seed": seed}, {"ng/cosine": seed / 10})
-    make_run(root / "b0", {"kfac.policy": "auto", "seed": 0}, {"ng/cosine": 0.9})
-    make_run(root / "b1", {"kfac.policy": "auto", "seed": 1}, {"ng/cosine": math.nan})
-    make_run(root / "b2", {"kfac.policy": "auto", "seed": 2}, error=MemoryError("no room"))
-    make_run(root / "c0", {"kfac.policy": "hybrid", "seed": 0}, error=MemoryError("no room"))
-    make_run(root / "c1", {"kfac.policy": "hybrid", "seed": 1}, error=MemoryError("no room"))
-    make_run(root / "c2", {"kfac.policy": "hybrid", "seed": 2}, error=MemoryError("no room"))
-    make_run(root / "d0", {"kfac.policy": "small_only", "seed": 0}, {"ng/cosine": 0.5})
-    make_run(root / "d1", {"kfac.policy": "small_only", "seed": 1}, status="running")
+    no_room = MemoryError("no room")
+    for policy, outcomes in {
+        "all": [0.0, 0.1, 0.2],
+        "auto": [0.9, math.nan, no_room],
+        "hybrid": [no_room] * 3,
+        "small_only": [0.5, "running"],
+    }.items():
+        for seed, outcome in enumerate(outcomes):
+            name = {float: "metrics", str: "status"}.get(type(outcome), "error")
+            value = {"ng/cosine": outcome} if name == "metrics" else outcome
+            settings = {"kfac.policy": policy, "seed": seed}
+            make_run(root / f"{policy}-{seed}", settings, **{name: value})
     return root
 
 
@@ -237,27 +228,21 @@ def test_what_is_lost_is_shown_and_never_averaged_away(lost):
 
 
 def test_one_seed_gives_no_interval_and_says_so(tmp_path):
-    sweep = make_sweep(
-        tmp_path / "s", [({"kfac.damping": d}, {"ng/cosine": 10 * d}) for d in (0.01, 0.02)]
-    )
-    table = tabulate(load(sweep))
+    frame = swept(tmp_path, {"kfac.damping": (0.01, 0.02)}, lambda d: {"ng/cosine": 10 * d})
+    table = tabulate(frame)
     assert table.notes[0] == "one run per cell: no interval can be given"
     assert "±" not in export.to_text(table).replace(table.notes[0], "")
 
 
-def test_a_seed_that_was_run_twice_counts_once(sweep):
-    make_run(sweep / "again", {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0},
-             {"ng/cosine": 5.0})  # fmt: skip
+def test_a_seed_that_was_run_twice_counts_once_and_a_later_failure_hides_nothing(sweep):
+    settings = {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0}
+    make_run(sweep / "failed", settings, error=RuntimeError("x"))
+    assert cell(tabulate(load(sweep), metrics=["ng/cosine"]), "all", 1e-5).complete
+    make_run(sweep / "repeated", settings, {"ng/cosine": 5.0})
     table = tabulate(load(sweep), metrics=["ng/cosine"])
     found = cell(table, "all", 1e-5)
     assert sorted(found.values) == [1.1, 1.2, 5.0]
     assert any("repeat settings" in note for note in table.notes)
-
-
-def test_a_later_failure_does_not_hide_a_completed_run(sweep):
-    settings = {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0}
-    make_run(sweep / "again", settings, error=RuntimeError("x"))
-    assert cell(tabulate(load(sweep), metrics=["ng/cosine"]), "all", 1e-5).complete
 
 
 def test_a_grid_with_a_hole(sweep):
@@ -273,14 +258,16 @@ def test_where_and_errors(sweep):
     frame = load(sweep)
     table = tabulate(frame, where={"kfac.damping": "1e-5"}, metrics=["ng/cosine"])
     assert table.row_names == ["kfac.policy"]
-    with pytest.raises(ResultsError, match="there are no runs that match"):
-        tabulate(frame, where={"kfac.damping": "7"})
-    with pytest.raises(ResultsError, match="ng/cosin: no run has this metric; did you mean"):
-        tabulate(frame, metrics=["ng/cosin"])
-    with pytest.raises(ResultsError, match="statistic=mode is not allowed"):
-        tabulate(frame, statistic="mode")
-    with pytest.raises(ResultsError, match="cannot stand in two places"):
-        tabulate(frame, rows=["kfac.policy"], cols=["kfac.policy"])
+    for wrong, words in (
+        ({"where": {"kfac.damping": "7"}}, "there are no runs that match"),
+        ({"metrics": ["ng/cosin"]}, "ng/cosin: no run has this metric; did you mean"),
+        ({"statistic": "mode"}, "statistic=mode is not allowed"),
+        ({"rows": ["kfac.policy"], "cols": ["kfac.policy"]}, "cannot stand in two places"),
+        ({"baseline": {"kfac.policy": "hybrid"}}, "no run has kfac.policy=hybrid; there are all, "),
+        ({"baseline": {"seed": 0}}, "baseline: seed is neither a row nor a column"),
+    ):
+        with pytest.raises(ResultsError, match=words):
+            tabulate(frame, **wrong)
 
 
 # ---- outputs -------------------------------------------------------------------------------------
@@ -290,16 +277,18 @@ NASTY = "<script>alert(1)</script> a_b 50% $x$ {y} \\z & #1 ~ ^ |"
 
 @pytest.fixture
 def nasty(tmp_path):
-    cells = [({"model.name": name, "seed": s}, {"a_b/100%": s + i / 7.0})
-             for i, name in enumerate((NASTY, "=1+1", "mlp")) for s in range(3)]  # fmt: skip
-    return tabulate(
-        load(make_sweep(tmp_path / NASTY.replace("/", ""), cells)), metrics=["a_b/100%"]
-    )
+    names = (NASTY, "=1+1", "mlp")
+    axes = {"model.name": names, "seed": range(3)}
+    cells = crossed(axes, lambda name, s: {"a_b/100%": s + names.index(name) / 7.0})
+    frame = load(make_sweep(tmp_path / NASTY.replace("/", ""), cells))
+    return tabulate(frame, metrics=["a_b/100%"])
 
 
-def test_csv_holds_all_numbers_in_full(sweep):
-    table = tabulate(load(sweep), baseline={"kfac.policy": "all"})
-    lines = list(csv.DictReader(io.StringIO(export.to_csv(table))))
+def test_csv_holds_all_numbers_in_full_and_is_the_same_when_made_again(sweep):
+    table, again = (tabulate(load(sweep), baseline={"kfac.policy": "all"}) for _ in range(2))
+    text = export.to_csv(table)
+    assert export.to_csv(again) == text
+    lines = list(csv.DictReader(io.StringIO(text)))
     assert len(lines) == 8
     for line in lines:
         key = tuple(float(line[n]) if n == "kfac.damping" else line[n] for n in table.row_names)
@@ -310,18 +299,12 @@ def test_csv_holds_all_numbers_in_full(sweep):
     assert {line["difference"] for line in lines if line["kfac.policy"] == "all"} == {"baseline"}
 
 
-def test_csv_is_no_formula(nasty):
-    assert "'=1+1" in export.to_csv(nasty)
-
-
-def test_html_is_escaped_and_sortable(nasty):
+def test_every_output_is_escaped(nasty):
+    assert "'=1+1" in export.to_csv(nasty)  # no formula
     text = export.to_html(nasty)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert 'data-sort="1.0"' in text
-
-
-def test_markdown_is_escaped(nasty):
     text = export.to_markdown(nasty)
     assert "<script" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -347,18 +330,11 @@ def test_latex_is_booktabs_and_siunitx_on_demand(sweep):
 
 def test_wide_tables_are_split_in_latex_and_on_the_terminal(tmp_path):
     names = [f"kfac/a_rather_long_name_{i}" for i in range(8)]
-    sweep = make_sweep(
-        tmp_path / "s", [({"seed": s}, dict.fromkeys(names, s / 3)) for s in range(3)]
-    )
-    table = tabulate(load(sweep), metrics=names)
+    frame = swept(tmp_path, {"seed": range(3)}, lambda s: dict.fromkeys(names, s / 3))
+    table = tabulate(frame, metrics=names)
     assert max(map(len, export.to_text(table, 100).splitlines())) <= 100
     assert to_latex(table).count(r"\begin{table}") > 1
     assert all(export.to_text(table, 100).count(name) == 1 for name in names)
-
-
-def test_the_table_is_the_same_when_made_again(sweep):
-    texts = {export.to_csv(tabulate(load(sweep))) for _ in range(2)}
-    assert len(texts) == 1
 
 
 def test_infinite_and_missing_metrics_are_no_numbers(tmp_path):

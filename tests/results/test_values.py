@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from fisher_lab.results import find_axes, load
 from fisher_lab.results.values import ResultsError, Rounded, label, levels, resolve, same, select
-from tests.results.run_directories import make_run, make_sweep
-
-
-def grid(**axes):
-    keys = [key.replace("__", ".") for key in axes]
-    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*axes.values())]
+from tests.results.run_directories import make_run, make_sweep, swept
 
 
 def test_swept_settings_are_found_in_order_with_the_seed_last(tmp_path):
-    cells = grid(seed=[0, 1], kfac__damping=[1e-3, 1e-5], kfac__policy=["auto", "all"])
-    frame = load(make_sweep(tmp_path / "s", [(c, {}) for c in cells]))
-    axes = find_axes(frame)
+    varied = {"seed": [0, 1], "kfac.damping": [1e-3, 1e-5], "kfac.policy": ["auto", "all"]}
+    axes = find_axes(swept(tmp_path, varied))
     assert list(axes.values) == ["kfac.damping", "kfac.policy", "seed"]
     assert axes.values["kfac.damping"] == [1e-5, 1e-3]
     assert axes.values["kfac.policy"] == ["all", "auto"]
@@ -45,13 +37,12 @@ def test_the_seed_is_never_merged_with_what_was_only_run_once(tmp_path):
 
 
 def test_null_is_a_value(tmp_path):
-    cells = grid(kfac__max_condition_number=[None, 1e6, 1e5])
-    axes = find_axes(load(make_sweep(tmp_path / "s", [(c, {}) for c in cells])))
+    axes = find_axes(swept(tmp_path, {"kfac.max_condition_number": [None, 1e6, 1e5]}))
     assert axes.values == {"kfac.max_condition_number": [1e5, 1e6, None]}
 
 
 def test_names_are_resolved_and_unknown_ones_get_a_hint(tmp_path):
-    frame = load(make_sweep(tmp_path / "s", [({}, {})]))
+    frame = swept(tmp_path, {})
     assert resolve(frame, "kfac/policy") == "kfac.policy"
     assert resolve(frame, "kfac/kappa") == "kfac.max_condition_number"
     assert resolve(frame, "model") == "model.name"
@@ -60,8 +51,8 @@ def test_names_are_resolved_and_unknown_ones_get_a_hint(tmp_path):
 
 
 def test_runs_are_selected_by_what_values_mean(tmp_path):
-    cells = grid(kfac__damping=[1e-5, 1e-4], kfac__max_condition_number=[None, 1e6])
-    frame = load(make_sweep(tmp_path / "s", [(c, {}) for c in cells]))
+    varied = {"kfac.damping": [1e-5, 1e-4], "kfac.max_condition_number": [None, 1e6]}
+    frame = swept(tmp_path, varied)
     assert len(select(frame, {"kfac.damping": "1e-5"})) == 2
     assert len(select(frame, {"kfac.damping": ["0.00001", "1E-4"]})) == 4
     assert len(select(frame, {"kfac.max_condition_number": "null"})) == 2

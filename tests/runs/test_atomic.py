@@ -3,12 +3,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from fisher_lab.runs import atomic
+from tests.processes import python
 
 
 def temporary_names(directory):
@@ -33,17 +32,13 @@ def test_an_error_leaves_the_old_file_and_no_temporary_name(tmp_path):
     with pytest.raises(KeyError), atomic.writing(path) as temporary:
         temporary.write_text("half")
         raise KeyError("stopped in the middle")
+    with pytest.raises(FileNotFoundError), atomic.writing(path):
+        pass  # nothing was written: no empty file
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_nothing_written_is_an_error_and_not_an_empty_file(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic.writing(tmp_path / "a"):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_directory_appears_whole_or_not_at_all(tmp_path):
+def test_a_directory_appears_whole_or_not_at_all_and_once(tmp_path):
     target = tmp_path / "cache" / "abc"
     with pytest.raises(RuntimeError, match="stop"), atomic.directory(target) as temporary:
         (temporary / "one").write_text("1")
@@ -53,23 +48,13 @@ def test_directory_appears_whole_or_not_at_all(tmp_path):
         (temporary / "sub").mkdir()
         (temporary / "sub" / "one").write_text("1")
         assert not target.exists()
-    assert (target / "sub" / "one").read_text() == "1"
-    assert os.listdir(target.parent) == ["abc"]
-
-
-def test_directory_that_exists_already(tmp_path):
-    target = tmp_path / "abc"
-    with atomic.directory(target) as temporary:
-        (temporary / "who").write_text("first")
-    with (
-        pytest.raises(FileExistsError, match="abc exists already"),
-        atomic.directory(target) as temporary,
-    ):
-        (temporary / "who").write_text("second")
+    known = pytest.raises(FileExistsError, match="abc exists already")
+    with known, atomic.directory(target) as temporary:
+        (temporary / "two").write_text("2")
     with atomic.directory(target, keep_existing=True) as temporary:
-        (temporary / "who").write_text("third")
-    assert (target / "who").read_text() == "first"
-    assert os.listdir(tmp_path) == ["abc"]
+        (temporary / "three").write_text("3")
+    assert (target / "sub" / "one").read_text() == "1"
+    assert (os.listdir(target), os.listdir(target.parent)) == (["sub"], ["abc"])
 
 
 KILLED_BETWEEN_WRITE_AND_RENAME = """
@@ -85,9 +70,7 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     atomic.write_text(path, "old")
     atomic.write_text(tmp_path / ".b.txt.1-2.tmp", "of another target")
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED_BETWEEN_WRITE_AND_RENAME, str(path)], timeout=60
-    )
+    child = python("-c", KILLED_BETWEEN_WRITE_AND_RENAME, str(path))
     assert child.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     assert len(temporary_names(tmp_path)) == 2

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from fisher_lab.runs import atomic, lock
+from tests.processes import start_python, until
 
 WAIT = 60  # seconds after which a test gives a child process up
 
@@ -30,15 +31,18 @@ def as_of_another_host(path, *, age):
 
 def test_only_one_of_two_holds_a_lock(tmp_path):
     first, second = lock.Lock(tmp_path / "x"), lock.Lock(tmp_path / "x")
-    assert first.acquire()
+    assert first.holder() is None
+    assert first.acquire_within(1.0)
     assert not second.acquire()
+    assert not second.acquire_within(0.1)
     holder = second.holder()
     assert holder is not None
-    assert holder.pid == os.getpid()
-    assert holder.is_here()
+    assert (holder.pid, holder.is_here()) == (os.getpid(), True)
     first.release()
     assert second.acquire()
     second.release()
+    assert first.acquire_within(1.0)
+    first.release()
     assert os.listdir(tmp_path) == []
 
 
@@ -53,12 +57,14 @@ def test_wrong_uses_are_refused(tmp_path):
 
 
 def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
-    left = lock.Lock(tmp_path / "x")
+    left = lock.Lock(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
     assert left.acquire()
     taker = lock.Lock(tmp_path / "x", stale_after=10)
     as_of_another_host(tmp_path / "x.lock.0", age=5)
+    assert taker.holder() is not None
     assert not taker.acquire()
     as_of_another_host(tmp_path / "x.lock.0", age=11)
+    assert taker.holder() is None
     assert taker.acquire()
     assert lock_files(tmp_path) == ["x.lock.1"]
     left.release()  # no longer its own: must not remove the taker's
@@ -67,26 +73,16 @@ def test_the_lock_of_another_host_counts_until_its_heartbeat_is_old(tmp_path):
     taker.release()
 
 
-def test_a_frozen_holder_learns_that_it_has_lost_the_lock(tmp_path):
-    frozen = lock.Lock(tmp_path / "x", stale_after=1.0)
-    frozen.heartbeat = 0.01
-    assert frozen.acquire()
-    (tmp_path / "x.lock.0").unlink()  # what a taker-over does once it has the next generation
-    assert frozen.lost.wait(WAIT)
-    frozen.release()
-
-
-def test_the_heartbeat_keeps_a_lock_fresh(tmp_path):
+def test_a_heartbeat_keeps_a_lock_fresh_and_a_frozen_holder_learns_that_it_has_lost_it(tmp_path):
     holder = lock.Lock(tmp_path / "x", stale_after=1.0)
     holder.heartbeat = 0.01
     assert holder.acquire()
     file = tmp_path / "x.lock.0"
     os.utime(file, (1, 1))
-    deadline = time.monotonic() + WAIT
-    while file.stat().st_mtime == 1 and time.monotonic() < deadline:
-        holder.lost.wait(0.01)
-    assert file.stat().st_mtime > 1
+    until(lambda: file.stat().st_mtime > 1)
     assert not holder.lost.is_set()
+    file.unlink()  # what a taker-over does once it has the next generation
+    assert holder.lost.wait(WAIT)
     holder.release()
 
 
@@ -132,22 +128,17 @@ def test_many_threads_one_winner_each_round(tmp_path):
         assert left.acquire()
         left._stop.set()
         as_of_another_host(tmp_path / f"{path.name}.lock.0", age=1e4)
-        barrier, won = threading.Barrier(8), []
+        barrier, takers = threading.Barrier(8), [lock.Lock(path) for _ in range(8)]
 
-        def race(path=path, barrier=barrier, won=won):
-            taker = lock.Lock(path)
+        def race(taker, barrier=barrier):
             barrier.wait(WAIT)
-            if taker.acquire():
-                won.append(taker)
+            return taker.acquire()
 
-        threads = [threading.Thread(target=race) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WAIT)
-        assert len(won) == 1
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(race, takers, timeout=WAIT))
+        assert sum(won) == 1
         assert lock_files(tmp_path) == [f"{path.name}.lock.1"]
-        won[0].release()
+        takers[won.index(True)].release()
 
 
 def test_once_builds_when_missing_and_only_then(tmp_path):
@@ -199,92 +190,68 @@ print(lock.once(target, build), flush=True)
 """
 
 
-def start(target, log, mode):
-    child = subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(target), str(log), mode],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    return child
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "cache" / "x"
 
 
-def test_processes_that_start_together_build_once(tmp_path):
-    target, log = tmp_path / "cache" / "x", tmp_path / "log"
-    children = [start(target, log, "build") for _ in range(4)]
-    for child in children:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    answers = [child.communicate(timeout=WAIT)[0].strip() for child in children]
-    assert sorted(answers) == ["False", "False", "False", "True"]
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def begin(target, log):
+    """Start builders, which wait for each other and then build, or do what ``mode`` says."""
+
+    def start(count, mode):
+        given, pipes = ("-c", BUILDER, str(target), str(log), mode), ("stdin", "stdout")
+        children = [
+            start_python(*given, **dict.fromkeys(pipes, subprocess.PIPE)) for _ in range(count)
+        ]
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        return children
+
+    return start
+
+
+def answers(children):
+    return sorted(child.communicate(timeout=WAIT)[0].strip() for child in children)
+
+
+def test_processes_that_start_together_build_once(begin, target, log):
+    assert answers(begin(4, "build")) == ["False", "False", "False", "True"]
     assert len(log.read_text().splitlines()) == 1
     assert len(os.listdir(target)) == 20
     assert os.listdir(target.parent) == ["x"]
 
 
-def test_a_killed_builder_is_taken_over_by_exactly_one(tmp_path):
-    target, log = tmp_path / "cache" / "x", tmp_path / "log"
-    dying = start(target, log, "die")
-    dying.communicate("go\n", timeout=WAIT)
+def test_a_killed_builder_is_taken_over_by_exactly_one(begin, target, log):
+    (dying,) = begin(1, "die")
+    dying.communicate(timeout=WAIT)
     assert dying.returncode == -signal.SIGKILL
     assert lock_files(target.parent) == ["x.lock.0"]
-    children = [start(target, log, "build") for _ in range(3)]
-    for child in children:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    answers = [child.communicate(timeout=WAIT)[0].strip() for child in children]
-    assert sorted(answers) == ["False", "False", "True"]
+    assert answers(begin(3, "build")) == ["False", "False", "True"]
     assert len(log.read_text().splitlines()) == 2  # the one that died, and one more
     assert os.listdir(target.parent) == ["x"]
 
 
-def test_a_builder_that_is_killed_while_others_wait_is_replaced(tmp_path):
-    target, log = tmp_path / "cache" / "x", tmp_path / "log"
-    dying = start(target, log, "announce")
-    dying.stdin.write("go\n")
-    dying.stdin.flush()
+def test_a_builder_that_is_killed_while_others_wait_is_replaced(begin, target):
+    (dying,) = begin(1, "announce")
     assert dying.stdout.readline() == "building\n"
     waiting = threading.Event()
-    built = []
 
-    def wait_for_it():
-        built.append(
-            lock.once(
-                target,
-                lambda path: atomic.write_text(path, "second"),
-                on_wait=lambda holder: waiting.set(),
-            )
-        )
+    def build(path):
+        atomic.write_text(path, "second")
 
-    thread = threading.Thread(target=wait_for_it)
-    thread.start()
-    assert waiting.wait(WAIT)
-    dying.kill()
-    dying.communicate(timeout=WAIT)
-    thread.join(WAIT)
-    assert built == [True]
+    with ThreadPoolExecutor() as pool:
+        built = pool.submit(lock.once, target, build, on_wait=lambda holder: waiting.set())
+        assert waiting.wait(WAIT)
+        dying.kill()
+        dying.communicate(timeout=WAIT)
+        assert built.result(WAIT)
     assert target.read_text() == "second"
-
-
-def test_waiting_for_a_lock_ends_after_the_time_given(tmp_path):
-    first, second = lock.Lock(tmp_path / "x"), lock.Lock(tmp_path / "x")
-    assert first.holder() is None
-    assert first.acquire_within(1.0)
-    holder = second.holder()
-    assert holder is not None
-    assert holder.is_here()
-    assert not second.acquire_within(0.1)
-    first.release()
-    assert second.acquire_within(1.0)
-    second.release()
-
-
-def test_a_stale_lock_has_no_holder(tmp_path):
-    held = lock.Lock(tmp_path / "x", stale_after=600)  # it does not beat meanwhile
-    assert held.acquire()
-    (file,) = tmp_path.glob("x.lock.*")
-    os.utime(file, (0, 0))
-    assert lock.Lock(tmp_path / "x", stale_after=600).holder() is None
-    held.release()

@@ -12,16 +12,19 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeps import slurm, worker_process
 from fisher_lab.sweeps.directory import Layout
+from tests.processes import until
 from tests.sweeps import trivial_worker
 from tests.sweeps.application import (
+    ANALYSIS,
+    ORDERED_WORKER,
     TEXT,
     TRAINING,
-    WAITING_WORKER,
+    by_seed,
     count,
     curve,
     launch_trivial,
+    statuses,
     the_sweep,
-    wait_for,
 )
 
 pytestmark = [
@@ -33,10 +36,6 @@ pytestmark = [
 QUICK = ["hydra.launcher.poll_s=0.3", "hydra.launcher.grace_s=5"]
 GPU = ["hydra/launcher=slurm_gpu", "hydra.launcher.timeout_min=60", *QUICK]
 CPU = ["hydra/launcher=slurm_cpu", "hydra.launcher.timeout_min=60", *QUICK]
-
-
-def statuses(runs) -> dict[int, str]:
-    return {found["config"]["seed"]: found["status"] for _, found in runs()}
 
 
 def jobs(of: Layout) -> dict[str, str]:
@@ -56,9 +55,9 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
     )  # fmt: skip
     assert answer.code == 1
     assert "5 of 8 cells completed" in answer.out
-    ended = {1: "completed", 2: "completed", 3: "completed", 4: "completed", 5: "completed"}
-    assert statuses(runs) == {**ended, 13: "failed", 14: "failed", 17: "failed"}
-    reasons = {found["config"]["seed"]: found["reason"] for _, found in runs()}
+    ended = dict.fromkeys(range(1, 6), "completed") | dict.fromkeys((13, 14, 17), "failed")
+    assert statuses(runs) == ended
+    reasons = {seed: found["reason"] for seed, found in by_seed(runs).items()}
     assert (reasons[14], reasons[17]) == ("SIGKILL", "timeout")
     assert len([line for line in answer.lines if "failed" in line]) == 3
 
@@ -72,7 +71,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
     assert len(submitted) == 3
     assert submitted[-1] < ended  # at once, and not one after the other
     numbers = jobs(sweep)
-    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     seen_by_slurm = slurm.states(numbers.values())
     for directory, found in runs():
         expected = {"completed": "COMPLETED", "failed": "FAILED"}[found["status"]]
@@ -86,7 +85,7 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
 def test_a_job_that_is_killed_outright_is_seen_without_accounting(door, runs):
     """SIGKILL to everything in the job: nobody is left to write it down but the launcher."""
     process = launch_trivial("-m", f"seed={trivial_worker.WAITS},1", *CPU)
-    wait_for(lambda: statuses(runs).get(trivial_worker.WAITS) == "running")
+    until(lambda: statuses(runs).get(trivial_worker.WAITS) == "running")
     sweep = the_sweep()
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
     job = jobs(sweep)[directory.name]
@@ -112,7 +111,7 @@ def test_a_plain_scancel_is_no_failure(door, runs):
     """And the same command goes on."""
     waits = trivial_worker.WAITS
     process = launch_trivial("-m", f"seed={waits},1", *CPU, "sweep.max_failures=1")
-    wait_for(lambda: statuses(runs) == {waits: "running", 1: "completed"})
+    until(lambda: statuses(runs) == {waits: "running", 1: "completed"})
     ((directory, _),) = [one for one in runs() if one[1]["config"]["seed"] == waits]
     subprocess.run(["scancel", jobs(the_sweep())[directory.name]], check=True, timeout=60)
     out, _ = process.communicate(timeout=120)
@@ -135,7 +134,7 @@ def test_fail_fast_stops_what_runs_and_what_waits(door, runs):
     assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
     assert count(the_sweep(), "failed") == 1
     numbers = jobs(the_sweep()).values()
-    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -152,7 +151,7 @@ def test_the_launcher_is_killed_half_way_and_the_next_one_attaches(door, runs):
     seeds = ",".join(str(trivial_worker.SLOW + number) for number in range(4))
     arguments = ["-m", f"seed={seeds}", *CPU, "hydra.launcher.array_parallelism=1"]
     process = launch_trivial(*arguments)
-    wait_for(lambda: "running" in statuses(runs).values())
+    until(lambda: "running" in statuses(runs).values())
     process.kill()
     process.communicate(timeout=60)
     answer = door(*arguments)
@@ -173,18 +172,15 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs):
     )  # fmt: skip
     assert answer.code == 0
     assert "fisher-lab status" in answer.out
-    wait_for(lambda: statuses(runs).get(waits) == "running")
+    until(lambda: statuses(runs).get(waits) == "running")
     shown = {cell["label"]: cell for cell in json.loads(door("status", "away", "--json").out)}
-    assert [shown[f"seed={seed}"]["state"] for seed in (waits, 1, 2)] == [
-        "running",
-        "queued",
-        "queued",
-    ]
+    found = [shown[f"seed={seed}"]["state"] for seed in (waits, 1, 2)]
+    assert found == ["running", "queued", "queued"]
     numbers = jobs(the_sweep())
     assert shown["seed=1"]["job"] in numbers.values()
     answer = door("cancel", "away")
     assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
-    wait_for(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
     assert count(the_sweep(), "requeued") == 0
 
@@ -200,7 +196,7 @@ def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs
     answer = door("-m", f"seed={trivial_worker.WAITS},1", *CPU, *limit)
     assert answer.code == 1
     assert statuses(runs)[1] == "completed"
-    ((_, found),) = [one for one in runs() if one[1]["config"]["seed"] == trivial_worker.WAITS]
+    found = by_seed(runs)[trivial_worker.WAITS]
     assert (found["status"], found["reason"]) == ("failed", "timeout")
     assert "hydra.launcher.timeout_min=1" in found["error"]["message"]
     assert count(the_sweep(), "requeued") == 0
@@ -210,34 +206,28 @@ def test_a_job_at_its_time_limit_fails_where_it_could_only_begin_anew(door, runs
 def test_a_preempted_training_ends_as_the_undisturbed_one(door, runs, monkeypatch):
     Path("text.txt").write_text(TEXT)
     sweep = ["-m", *TRAINING, "seed=0,1"]
-    monkeypatch.setattr(worker_process, "WORKER", (str(WAITING_WORKER),))
+    monkeypatch.setattr(worker_process, "WORKER", (str(ORDERED_WORKER),))
     Path("hold").touch()
     assert door(*sweep, "sweep.name=away", "sweep.detach=true", *CPU).code == 0
     away = Layout(Path("results/away").resolve())
-    wait_for(Path("held").exists)  # one of the two is in the middle of its training
+    until(Path("held").exists)  # one of the two is in the middle of its training
     directory = Path(Path("held").read_text())
     job = jobs(away)[directory.name]
     subprocess.run(["scancel", "--signal=USR2", job], check=True, timeout=60)
-    wait_for(lambda: all(away.state(run_id) == "completed" for run_id in jobs(away)), 150)
+    until(lambda: all(away.state(run_id) == "completed" for run_id in jobs(away)), 150)
     assert count(away, "preempted") == count(away, "requeued") == 1
     assert record.read(directory)["provenance"]["resumed_at"] > 0
 
     assert door(*sweep, "sweep.name=here").code == 0
     here = Layout(Path("results/here").resolve())
     for run_id in jobs(away):
-        for name in ("model/model.safetensors", "state.safetensors"):
-            mine, theirs = (one.run_directory(run_id) / name for one in (here, away))
-            if name.startswith("model"):
-                assert mine.read_bytes() == theirs.read_bytes()
+        mine, theirs = (one.run_directory(run_id) / "model" for one in (here, away))
+        name = "model.safetensors"
+        assert (mine / name).read_bytes() == (theirs / name).read_bytes()
         assert curve(here.run_directory(run_id)) == curve(away.run_directory(run_id))
 
 
-RANKS = [
-    *("task=analyze", "model=mlp", "model.init=random", "model.width=8", "model.layers=1"),
-    *("data=text_file", "data.path=text.txt", "data.vocab_size=293", "data.seq_len=8"),
-    *("data.batch_size=4", "task.heldout_batches=1", "threads=1", "distributed.nproc=2"),
-    *("distributed.timeout_s=120", "seed=0"),
-]
+RANKS = [*ANALYSIS, "data.batch_size=4", "distributed.nproc=2", "distributed.timeout_s=120"]
 
 
 @pytest.mark.longest
@@ -248,7 +238,7 @@ def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs)
     launchers = {"gpu": [*GPU, "hydra.launcher.gpus_per_node=2"], "cpu": CPU, "here": []}
     found = {}
     for name, chosen in launchers.items():
-        arguments = ["-m", *RANKS, f"sweep.name={name}", *chosen]
+        arguments = ["-m", *RANKS, "seed=0", f"sweep.name={name}", *chosen]
         assert door(*arguments).code == 0
         (directory,) = (path for path, _ in runs() if path.parent.name == name)
         metrics = json.loads((directory / "metrics.json").read_text())
@@ -265,4 +255,4 @@ def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs)
     }
     assert [len(one) for one in numbers.values()] == [1, 1]
     both = [job for one in numbers.values() for job in one]
-    wait_for(lambda: set(slurm.states(both).values()) == {"COMPLETED"})
+    until(lambda: set(slurm.states(both).values()) == {"COMPLETED"})

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from fisher_lab import cli
+from fisher_lab.config import compose
+from fisher_lab.sweeps import plan
 from fisher_lab.sweeps.directory import Layout
+from tests.processes import start_python
 
 TRIVIAL_WORKER = Path(__file__).with_name("trivial_worker.py")
-WAITING_WORKER = Path(__file__).with_name("waiting_worker.py")
+ORDERED_WORKER = Path(__file__).with_name("ordered_worker.py")
 
 
 def launch(
@@ -43,13 +43,7 @@ def launch(
         chosen += "from fisher_lab.tasks import preflight; "
         chosen += f"preflight.preflight = lambda config: {identity!r}; "
     script = f"import sys; from fisher_lab import cli; {chosen}sys.exit(cli.main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    return start_python("-c", script, *arguments, stdout=output, stderr=subprocess.STDOUT)
 
 
 def launch_trivial(*arguments: str) -> subprocess.Popen[str]:
@@ -57,14 +51,32 @@ def launch_trivial(*arguments: str) -> subprocess.Popen[str]:
     return launch(*arguments, worker=TRIVIAL_WORKER, identity={"data": "abc"})
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    """Wait until a condition is true, but not for ever."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.05)):
-        if condition():
-            return
-        pause.wait(0.05)
-    raise AssertionError(f"it did not come true within {seconds:g} s")
+def own_sweep(name: str, text: str) -> None:
+    """Write a sweep file of the user's."""
+    Path("sweeps").mkdir(exist_ok=True)
+    Path("sweeps", f"{name}.yaml").write_text(text)
+
+
+CONTENT = {"data": "x"}
+"""The identity of the text that `planned` plans with."""
+
+
+def planned(*arguments: str) -> list[plan.SweepPlan]:
+    """What ``fisher-lab -m ARGUMENTS`` would run."""
+    args = cli._parse(["-m", *arguments])
+    with cli.config_loader(args) as loader:
+        cfg = compose.load(loader, args.overrides, multirun=True)
+        return plan.make(loader, cfg, args.overrides, lambda config: CONTENT)
+
+
+def by_seed(runs) -> dict[int, dict[str, Any]]:
+    """The record of each run that the fixture ``runs`` finds."""
+    return {record["config"]["seed"]: record for _, record in runs()}
+
+
+def statuses(runs) -> dict[int, str]:
+    """The status of each run, by its seed."""
+    return {seed: record["status"] for seed, record in by_seed(runs).items()}
 
 
 def the_sweep() -> Layout:
@@ -78,12 +90,16 @@ def count(sweep: Layout, event: str) -> int:
     return sum(entry["event"] == event for entry in sweep.journal.read())
 
 
+ON_TEXT = [
+    *("model=mlp", "model.width=8", "model.layers=1", "data=text_file", "data.path=text.txt"),
+    *("data.vocab_size=293", "data.seq_len=8", "threads=1"),
+]
+"""The smallest model on ``text.txt``."""
+ANALYSIS = ["task=analyze", *ON_TEXT, "model.init=random", "task.heldout_batches=1"]
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
 TRAINING = [
-    *("task=train", "model=mlp", "model.width=8", "model.layers=1", "data=text_file"),
-    *("data.path=text.txt", "data.vocab_size=293", "data.seq_len=8", "train.seq_len=8"),
-    *("train.batch_size=2", "train.save_every_s=0.1", "train.eval_every=1000000"),
-    *("deterministic=true", "threads=1", "train.steps=400"),
+    *("task=train", *ON_TEXT, "train.seq_len=8", "train.batch_size=2", "train.steps=400"),
+    *("train.save_every_s=0.1", "train.eval_every=1000000", "deterministic=true"),
 ]
 """A training of seconds on ``text.txt``, which saves its state all the time."""
 

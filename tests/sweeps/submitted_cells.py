@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig
+from fisher_lab.runs.record import Run
 from fisher_lab.sweeps.cell import Cell, submit
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout
 
@@ -48,17 +49,6 @@ def submitted(
 
 def begin(cell: Cell, status: str = "running", **fields: object) -> None:
     """Leave a record, as a worker that is gone would have."""
-    cell.directory.mkdir(parents=True, exist_ok=True)
-    found = {
-        "schema": "fisher_lab.run/1",
-        "run_id": cell.run_id,
-        "status": status,
-        "reason": None,
-        "started": "2026-01-01T00:00:00.000+00:00",
-        "finished": None,
-        "config": dataclasses.asdict(cell.config),
-        "overrides": [],
-        "error": None,
-        "provenance": {},
-    }
-    (cell.directory / "run.json").write_text(json.dumps({**found, **fields}))
+    run = Run.start(cell.directory, config=dataclasses.asdict(cell.config), overrides=[])
+    about = {"run_id": cell.run_id, "status": status, "provenance": {}, **fields}
+    (cell.directory / "run.json").write_text(json.dumps({**run.record, **about}))

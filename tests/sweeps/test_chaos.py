@@ -23,7 +23,8 @@ import pytest
 
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.tasks import ranks
-from tests.sweeps.application import launch
+from tests.processes import no_child_is_left
+from tests.sweeps.application import ANALYSIS, ORDERED_WORKER, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.longest]
 
@@ -31,49 +32,32 @@ CELLS, KILLS = 21, 10
 TIMEOUT_S = 900
 """Of every wait."""
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune "
-SMALL = [
-    *("task=analyze", "model=mlp", "model.init=random", "model.width=8", "model.layers=1"),
-    *("data=text_file", "data.path=text.txt", "data.vocab_size=293", "data.seq_len=8"),
-    *("data.batch_size=2", "task.heldout_batches=1", "threads=1"),
-]
 # The backend is nothing to one rank; it makes another cell.
 RANKS = "distributed={nproc:1},{nproc:1,backend:gloo},{nproc:2}"
-SWEEP = ["-m", *SMALL, f"seed=range({CELLS // 3})", RANKS]
+SWEEP = ["-m", *ANALYSIS, "data.batch_size=2", f"seed=range({CELLS // 3})", RANKS]
 LOCAL = ["hydra/launcher=local", "hydra.launcher.n_jobs=2"]
-WORKER = Path(__file__).with_name("dying_writer.py")
 MEASURED = ("_s", "_s_max", "_bytes_max", "_mb", "_mib", "seconds", "per_s")
 """Ends of the names of numbers that differ between two runs of the same cell (ranks also tell each
 other how long things took, in more or fewer digits)."""
 
 
-STARTED: list[subprocess.Popen[str]] = []
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
-    yield
-    for process in STARTED:
-        if process.poll() is None:
-            process.kill()
-            process.wait(timeout=30)
-    STARTED.clear()
+    with no_child_is_left():
+        yield
 
 
 def start(*arguments: str, worker: Path | None = None) -> subprocess.Popen[str]:
     with open("launcher.txt", "a") as log:
-        process = launch(*arguments, worker=worker, output=log)
-    STARTED.append(process)
-    return process
+        return launch(*arguments, worker=worker, output=log)
 
 
 def numbers(directory: Path) -> dict[str, dict[str, object]]:
     """Cell -> what it has measured, without what time and memory make of it."""
     found = {}
     for file in directory.glob("*/metrics.json"):
-        metrics = json.loads(file.read_text())
-        found[file.parent.name] = {
-            name: value for name, value in metrics.items() if not name.endswith(MEASURED)
-        }
+        metrics = json.loads(file.read_text()).items()
+        found[file.parent.name] = {name: v for name, v in metrics if not name.endswith(MEASURED)}
     return found
 
 
@@ -93,7 +77,7 @@ class Chaos:
         self.launcher = self.start()
 
     def start(self) -> subprocess.Popen[str]:
-        return start(*SWEEP, "sweep.name=chaos", *LOCAL, worker=WORKER)
+        return start(*SWEEP, "sweep.name=chaos", *LOCAL, worker=ORDERED_WORKER)
 
     def workers(self) -> list[int]:
         """Processes that hold the lock of a cell."""
@@ -168,7 +152,7 @@ def _ranks_of(worker: int) -> list[int]:
 def _is_worker(pid: int) -> bool:
     """Whether a number is still that of a worker of ours: nothing else may be killed."""
     try:
-        return b"dying_writer.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return ORDERED_WORKER.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from fisher_lab.runs.lock import Lock
 from fisher_lab.sweeps import directory
 from fisher_lab.sweeps.directory import Journal
+from tests.processes import start_python
 
 WRITER = """
 import sys
@@ -36,10 +35,7 @@ def test_events_come_back_in_their_order():
 
 
 def test_processes_do_not_write_over_each_other():
-    path = {"PYTHONPATH": ":".join(filter(None, sys.path))}
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, name], env=path) for name in ("a", "b", "c")
-    ]
+    writers = [start_python("-c", WRITER, name) for name in ("a", "b", "c")]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
     lines = Path("events.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
@@ -61,14 +57,9 @@ def test_a_line_that_was_cut_short_is_passed_over():
 def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(directory, "JOURNAL_TIMEOUT_S", 0.1)
     log = Journal(Path("events.jsonl"), Path("locks"))
-    told = pytest.raises(TimeoutError, match=r"events\.jsonl is held by")
-    with _held(Path("locks/events.jsonl")), told:
+    lock = Lock(Path("locks/events.jsonl"))
+    assert lock.acquire()
+    with lock, pytest.raises(TimeoutError, match=r"events\.jsonl is held by"):
         log.append("first")
     log.append("first")
     assert len(log.read()) == 1
-
-
-def _held(path: Path) -> Lock:
-    lock = Lock(path)
-    assert lock.acquire()
-    return lock

@@ -12,16 +12,13 @@ import pytest
 
 from fisher_lab.config.launchers import LocalSettings
 from fisher_lab.sweeps import local, worker_process
+from tests.processes import until
 from tests.sweeps import trivial_worker
-from tests.sweeps.application import count, launch_trivial, the_sweep, wait_for
+from tests.sweeps.application import by_seed, count, launch_trivial, statuses, the_sweep
 
 pytestmark = pytest.mark.usefixtures("trivial_workers")
 
 LOCAL = ("hydra/launcher=local", "hydra.launcher.n_jobs=2", "hydra.launcher.grace_s=0.5")
-
-
-def by_seed(runs) -> dict[int, dict]:
-    return {record["config"]["seed"]: record for _, record in runs()}
 
 
 def test_every_death_is_recorded_and_the_others_complete(door, runs):
@@ -29,16 +26,9 @@ def test_every_death_is_recorded_and_the_others_complete(door, runs):
     answer = door("-m", f"seed={','.join(map(str, seeds))}", *LOCAL)
     assert answer.code == 1
     assert "3 of 7 cells completed" in answer.out
-    found = by_seed(runs)
-    assert {seed: record["status"] for seed, record in found.items()} == {
-        1: "completed",
-        2: "completed",
-        3: "completed",
-        13: "failed",
-        14: "failed",
-        15: "failed",
-        16: "failed",
-    }
+    found, dead = by_seed(runs), (13, 14, 15, 16)
+    ended = {**dict.fromkeys((1, 2, 3), "completed"), **dict.fromkeys(dead, "failed")}
+    assert statuses(runs) == ended
     assert found[13]["error"]["type"] == "RuntimeError"
     assert "thirteen is no seed" in found[13]["error"]["traceback"]
     for seed, reason, name, code in (
@@ -52,7 +42,7 @@ def test_every_death_is_recorded_and_the_others_complete(door, runs):
         assert record["error"]["log_tail"] == f"the seed is {seed}"
         assert record["finished"] >= record["started"]
     assert len(answer.lines) == 4
-    for seed, line in zip((13, 14, 15, 16), answer.lines, strict=True):
+    for seed, line in zip(dead, answer.lines, strict=True):
         assert line.startswith(f"fisher_lab: seed={seed}: failed: ")
     assert (count(the_sweep(), "completed"), count(the_sweep(), "failed")) == (3, 4)
 
@@ -85,56 +75,51 @@ def test_a_preempted_cell_comes_back_at_most_so_often(door, runs):
     assert count(the_sweep(), "preempted") == 3
 
 
-def test_max_failures_starts_no_further_cell(door, runs):
-    answer = door("-m", "seed=13,1,2,3", "hydra/launcher=local", "sweep.max_failures=1")
+ONE = ("hydra/launcher=local",)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "seeds", "limit", "ended"),
+    [
+        ((), "13,1,2", "sweep.max_failures=1", {13: "failed"}),  # in the launching process
+        ((), "13,1,2", "sweep.fail_fast=true", {13: "failed"}),
+        (ONE, "13,1,2,3", "sweep.max_failures=1", {13: "failed"}),
+        (LOCAL, "18,13,2", "sweep.fail_fast=true", {13: "failed", 18: "cancelled"}),
+    ],
+)
+def test_a_limit_on_failures(launcher, seeds, limit, ended, door, runs):
+    """No further cell is begun; `fail_fast` also stops those that run."""
+    answer = door("-m", f"seed={seeds}", *launcher, limit)
     assert answer.code == 1
-    assert set(by_seed(runs)) == {13}
-    assert "3 cells did not come to an end" in answer.lines[-1]
-
-
-def test_fail_fast_also_stops_those_that_run(door, runs):
-    answer = door("-m", f"seed={trivial_worker.WAITS},13,2", "sweep.fail_fast=true", *LOCAL)
-    assert answer.code == 1
-    found = by_seed(runs)
-    assert {seed: record["status"] for seed, record in found.items()} == {
-        13: "failed",
-        18: "cancelled",
-    }
-
-
-def running() -> bool:
-    return any(
-        json.loads(file.read_text())["status"] == "running"
-        for file in Path.cwd().glob("results/*/*/run.json")
-    )
+    assert f"{seeds.count(',')} cells did not come to an end" in answer.err
+    assert statuses(runs) == ended
+    no_seed = " no seed" if launcher else ""
+    assert by_seed(runs)[13]["reason"] == f"RuntimeError: thirteen is{no_seed}"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_ends_its_jobs_and_the_sweep_goes_on_later(signum, runs):
     process = launch_trivial("-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local")
-    wait_for(running)
+    until(lambda: "running" in statuses(runs).values())
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, out
-    assert by_seed(runs)[18]["status"] == "cancelled"
-    assert set(by_seed(runs)) == {18}
+    assert statuses(runs) == {18: "cancelled"}
 
 
 def test_a_closed_terminal_does_not_matter(runs):
     """The launcher stays, sees how the cell ends that runs, and starts the next one."""
     process = launch_trivial("-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local")
-    wait_for(running)
+    until(lambda: "running" in statuses(runs).values())
     process.send_signal(signal.SIGHUP)
     (begun,) = [e for e in the_sweep().journal.read() if e["event"] == "started"]
     os.kill(begun["pid"], signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
-    assert {s: r["status"] for s, r in by_seed(runs).items()} == {2: "completed", 18: "cancelled"}
+    assert statuses(runs) == {2: "completed", 18: "cancelled"}
 
 
 def test_detach_status_and_cancel(door, runs):
-    from fisher_lab import cli
-
     process = launch_trivial(
         "-m", f"seed={trivial_worker.WAITS},2", "hydra/launcher=local", "sweep.detach=true",
         "sweep.name=away",
@@ -142,7 +127,7 @@ def test_detach_status_and_cancel(door, runs):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     assert "fisher-lab status" in out
-    wait_for(running)
+    until(lambda: "running" in statuses(runs).values())
     answer = door("status", "away", "--json")
     found = {cell["label"]: cell for cell in json.loads(answer.out)}
     assert found["seed=18"]["state"] == "running"
@@ -151,12 +136,12 @@ def test_detach_status_and_cancel(door, runs):
     answer = door("cancel", "away")
     assert answer.code == 0
     assert "cancelled 1 cells of away" in answer.out
-    wait_for(lambda: by_seed(runs)[18]["status"] == "cancelled")
+    until(lambda: statuses(runs) == {18: "cancelled"})
     assert "seed=18" in door("status", "results/away").out
     log = next(Path("results/away/.sweep/submissions").glob("*/launcher.log"))
-    wait_for(lambda: "0 of 2 cells completed" in log.read_text())
+    until(lambda: "0 of 2 cells completed" in log.read_text())
     assert set(by_seed(runs)) == {18}
-    assert cli.main(["status", "nowhere"]) == 2
+    assert door("status", "nowhere").code == 2
 
 
 def test_two_launchers_at_once_run_every_cell_once(runs):
@@ -168,9 +153,8 @@ def test_two_launchers_at_once_run_every_cell_once(runs):
     assert len(runs()) == 12
     journal = the_sweep().journal.read()
     for event in ("started", "completed"):
-        assert sorted(entry["run_id"] for entry in journal if entry["event"] == event) == sorted(
-            directory.name for directory, _ in runs()
-        )
+        found = sorted(entry["run_id"] for entry in journal if entry["event"] == event)
+        assert found == sorted(directory.name for directory, _ in runs())
 
 
 def test_threads_of_a_job(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -17,15 +18,10 @@ from fisher_lab.sweeps.directory import Layout
 from fisher_lab.sweeps.slurm import CellJob
 
 
-def frozen_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int) -> Cell:
-    for name, value in (("NODE_RANK", str(node)), ("MASTER_ADDR", "127.0.0.1")):
-        monkeypatch.setenv(name, value)
+def of_nodes(nodes: int) -> Config:
     config = Config()
-    config.distributed.nodes = 2
-    layout = Layout(tmp_path / "sweep")
-    cell = Cell(layout, "abc", (), {}, config, {})
-    (frozen,) = submit([cell], {"version": 1})
-    return frozen
+    config.distributed.nodes = nodes
+    return config
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -33,7 +29,10 @@ def test_node_0_alone_settles_how_a_job_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    frozen = frozen_for(tmp_path, monkeypatch, node)
+    monkeypatch.setenv("NODE_RANK", str(node))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    cell = Cell(Layout(tmp_path / "sweep"), "abc", (), {}, of_nodes(2), {})
+    (frozen,) = submit([cell], {"version": 1})
     job = CellJob(
         threads=1, grace_s=5, limit_s=60, signal_delay_s=1,
         command=("-c", "print('a word'); raise SystemExit(1)"),
@@ -51,8 +50,7 @@ def test_node_0_alone_settles_how_a_job_ended(
 
 
 def test_a_job_has_as_many_nodes_as_its_cell() -> None:
-    one, two = (Cell(Layout(Path()), "abc", (), {}, Config(), {}) for _ in range(2))
-    two.config.distributed.nodes = 2
+    one, two = (Cell(Layout(Path()), "abc", (), {}, of_nodes(n), {}) for n in (1, 2))
     for cell, kind, settings, allowed in (
         (two, "slurm", SlurmSettings(nodes=2), None),
         (one, "serial", SerialSettings(), None),
@@ -70,9 +68,7 @@ def test_a_sweep_is_submitted_where_no_node_is_named(monkeypatch: pytest.MonkeyP
 
     for name in ("NODE_RANK", "SLURM_NODEID", "MASTER_ADDR", "SLURM_JOB_NODELIST"):
         monkeypatch.delenv(name, raising=False)
-    config = Config()
-    config.distributed.nodes = 2
-    config.device = "cpu"
+    config = dataclasses.replace(of_nodes(2), device="cpu")
     preflight.check_ranks(config)
     with pytest.raises(ConfigError, match=r"neither SLURM_NODEID"):
         preflight.check_nodes(config)

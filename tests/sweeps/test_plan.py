@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -12,22 +13,10 @@ from fisher_lab import cli
 from fisher_lab.config import compose, paths, sweep_files
 from fisher_lab.config.validate import validate
 from fisher_lab.results import hypotheses
-from fisher_lab.sweeps import plan
+from tests.sweeps.application import own_sweep, planned
 
 FILES = {file.stem: sweep_files.load(file) for file in sorted(paths.sweeps().glob("*.yaml"))}
 SWEEPS = [name for name, file in FILES.items() if not file.sweeps]
-
-
-def own_sweep(name: str, text: str) -> None:
-    Path("sweeps").mkdir(exist_ok=True)
-    Path("sweeps", f"{name}.yaml").write_text(text)
-
-
-def planned(*arguments: str) -> list[plan.SweepPlan]:
-    args = cli._parse(["-m", *arguments])
-    with cli.config_loader(args) as loader:
-        cfg = compose.load(loader, args.overrides, multirun=True)
-        return plan.make(loader, cfg, args.overrides, lambda config: {"data": "x"})
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -88,45 +77,10 @@ def test_two_sweeps_each_in_its_own_directory(door, seen):
         answer = door("-m", given)
         assert answer.code == 0
         assert "4 of 4 cells completed" in answer.out
-    assert [(c.seed, c.kfac.damping, c.kfac.ekfac) for c in seen] == [
-        (1, 1e-4, False),
-        (2, 1e-4, False),
-        (0, 1e-3, True),
-        (0, 1e-2, True),
-    ]
-    assert len(list(Path("results/one").glob("*/run.json"))) == 2
-    assert len(list(Path("results/two").glob("*/run.json"))) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["-m", "+sweeps=damping,kappa"], ["write +sweeps=[damping,kappa]"]),
-        (["+sweeps=damping"], ["+sweeps=damping names a sweep", "-m"]),
-        (["sweep.dry_run=true"], ["sweep.dry_run=true is for sweeps", "-m"]),
-        (
-            ["-m", "seed=1,2", "hydra/launcher=basic"],
-            ["hydra/launcher=basic", "local, serial, slurm_cpu"],
-        ),
-        (["-m", "seed=1,2", "sweep.timeout_s=5"], ["sweep.timeout_s=5", "hydra/launcher=local"]),
-        (["-m", "seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b", "letters"]),
-        (
-            ["-m", "seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=0"],
-            ["hydra.launcher.n_jobs=0", "at least 1"],
-        ),
-        (
-            ["-m", "seed=1,2", "hydra/launcher=local", "hydra.launcher.n_jobs=two"],
-            ["hydra.launcher.n_jobs=two"],
-        ),
-    ],
-)
-def test_refused_in_one_line(arguments, parts, door, seen, tmp_path):
-    answer = door(*arguments)
-    assert answer.code == 2
-    (line,) = answer.lines
-    for part in parts:
-        assert part in line
-    assert list(tmp_path.iterdir()) == []
+    found = [(c.seed, c.kfac.damping, c.kfac.ekfac) for c in seen]
+    assert found == [(1, 1e-4, False), (2, 1e-4, False), (0, 1e-3, True), (0, 1e-2, True)]
+    for name in ("one", "two"):
+        assert len(list(Path("results", name).glob("*/run.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,19 +95,15 @@ def test_refused_in_one_line(arguments, parts, door, seen, tmp_path):
 )
 def test_a_bad_sweep_file_is_one_line_and_harms_nobody_else(text, part, door, seen):
     own_sweep("bad", text)
-    answer = door("-m", "+sweeps=bad")
-    assert answer.code == 2
-    (line,) = answer.lines
-    assert part in line
+    assert part in door("-m", "+sweeps=bad").refusal
     assert door("-m", "seed=1,2").code == 0
 
 
 def test_cells_whose_times_are_compared_are_interleaved():
     own_sweep("times", "title: T\nalone: true\nparams: {kfac.policy: 'all,auto', seed: '0,1,2'}\n")
     (one,) = planned("+sweeps=times")
-    assert [(cell.config.seed, cell.config.kfac.policy) for cell in one.cells] == [
-        (seed, policy) for seed in (0, 1, 2) for policy in ("all", "auto")
-    ]
+    found = [(cell.config.seed, cell.config.kfac.policy) for cell in one.cells]
+    assert found == list(itertools.product((0, 1, 2), ("all", "auto")))
     assert all(cell.alone for cell in one.cells)
 
 
@@ -162,14 +112,9 @@ def test_a_dry_run_lists_states_and_starts_nothing(door, seen, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     answer = door("-m", "seed=12,13,14", "sweep.dry_run=true")
     assert answer.code == 0
-    rows = [
-        line.split() for line in answer.out.splitlines() if line.lstrip()[:2] in ("12", "13", "14")
-    ]
-    assert [row[1:] for row in rows] == [
-        ["completed"],
-        ["failed,", "to", "run"],
-        ["to", "run"],
-    ]
+    rows = [line.split(maxsplit=1) for line in answer.out.splitlines() if line.strip()]
+    states = {row[0]: row[1].rstrip() for row in rows if row[0] in ("12", "13", "14")}
+    assert states == {"12": "completed", "13": "failed, to run", "14": "to run"}
     assert len(seen) == 2
     assert sorted(tmp_path.rglob("*")) == before
 

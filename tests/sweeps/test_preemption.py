@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,13 @@ import pytest
 from fisher_lab.runs import record
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.directory import Layout
-from tests.sweeps.application import TEXT, TRAINING, WAITING_WORKER, curve
+from tests.processes import start_python, until
+from tests.sweeps.application import ORDERED_WORKER, TEXT, TRAINING, curve
 
 
-def start(frozen: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(WAITING_WORKER), str(frozen)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(frozen: Path) -> subprocess.Popen[str]:
+    silent = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+    return start_python(str(ORDERED_WORKER), str(frozen), **silent)
 
 
 @pytest.mark.timeout(600)
@@ -41,16 +35,13 @@ def test_usr2_and_a_second_start_change_no_bit(door):
     directory = layout.run_directory(frozen.stem)
 
     Path("hold").touch()
-    first, pause = start(moved), threading.Event()
-    while not Path("held").exists():
-        assert first.poll() is None
-        pause.wait(0.02)
+    first = start(moved)
+    until(lambda: first.poll() is not None or Path("held").exists())
+    assert first.poll() is None
     first.send_signal(signal.SIGUSR2)
     assert first.wait(timeout=120) == worker.PREEMPTED
-    assert (record.status_of(directory), record.read(directory)["reason"]) == (
-        "preempted",
-        "SIGUSR2",
-    )
+    found = record.read(directory)
+    assert (found["status"], found["reason"]) == ("preempted", "SIGUSR2")
     assert start(moved).wait(timeout=120) == worker.COMPLETED
     assert 0 < record.read(directory)["provenance"]["resumed_at"] < 400
 

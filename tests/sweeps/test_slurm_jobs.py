@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +10,12 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import SlurmSettings
 from fisher_lab.runs import record
 from fisher_lab.sweeps import slurm
-from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome
-from fisher_lab.sweeps.queue import Executor, Queue, Tally
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell
+from fisher_lab.sweeps.queue import Queue, Tally
 from fisher_lab.sweeps.slurm import CellJob, SubmititJobs
-from tests.sweeps.application import launch_trivial, wait_for
+from tests.processes import until
+from tests.sweeps.application import launch_trivial, statuses
 from tests.sweeps.submitted_cells import begin, submitted
-from tests.sweeps.test_local import by_seed, running
 from tests.sweeps.trivial_worker import WAITS
 
 SETTINGS = SlurmSettings(poll_s=0.01)
@@ -166,28 +164,6 @@ def test_cells_that_run_alone_have_arrays_of_their_own(queue):
     assert found == [["seed1", "seed2"], ["seed3"], ["seed4", "seed5"]]
 
 
-class Placed(Executor):
-    """Runs what it is said to run, and nothing ends."""
-
-    limit = 2
-
-    def __init__(self, running: Sequence[Cell]) -> None:
-        self.held = list(running)
-
-    @property
-    def running(self) -> list[Cell]:
-        return self.held
-
-    def start(self, cells: Sequence[Cell]) -> None:
-        self.held += cells
-
-    def ended(self) -> list[tuple[Cell, Outcome]]:
-        return []
-
-    def stop(self, cells: Sequence[Cell]) -> None:
-        raise AssertionError("nobody wants it")
-
-
 def test_one_cell_at_a_time_where_times_are_compared():
     (alone, another), (beside, other) = submitted(1, 4, alone=True), submitted(2, 3)
     for at_work, wanted, room in (
@@ -198,7 +174,8 @@ def test_one_cell_at_a_time_where_times_are_compared():
         ([beside], other, True),
         ([beside, other], another, False),
     ):
-        executor = Placed(at_work)
+        executor = SimpleNamespace(limit=2, outlives=True, running=list(at_work), ended=list)
+        executor.start = executor.running.extend
         assert Queue([wanted], executor, Tally(1)).step() is room
         assert executor.running == [*at_work, *([wanted] if room else [])]
 
@@ -252,10 +229,7 @@ def test_how_many_cells_an_array_may_have(told, size, monkeypatch):
     assert asked == [["scontrol", "show", "config"]]
 
 
-def cell_job(limit_s: float = 3600.0, signal_delay_s: float = 90.0) -> CellJob:
-    return CellJob(
-        threads=1, grace_s=1.0, limit_s=limit_s, signal_delay_s=signal_delay_s, command=()
-    )
+JOB = CellJob(threads=1, grace_s=1.0, limit_s=3600.0, signal_delay_s=90.0, command=())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +247,7 @@ def test_at_the_time_limit_and_away_from_it(task, seconds, reason, back, status)
     (file,) = submitted(1)
     file.config.task.name = task
     begin(file, "preempted", reason=reason)
-    assert cell_job()._may_come_back(file, seconds) is back
+    assert JOB._may_come_back(file, seconds) is back
     found = record.read(file.directory)
     assert found["status"] == status
     if status == "failed":
@@ -282,7 +256,8 @@ def test_at_the_time_limit_and_away_from_it(task, seconds, reason, back, status)
     assert ("requeued" in [e["event"] for e in file.layout.journal.read()]) is back
 
 
-def test_a_preempted_job_comes_back_at_most_so_often_since_it_was_submitted():
+def test_a_preempted_job_comes_back_at_most_so_often_and_not_once_cancelled():
+    """So often since it was submitted."""
     (file,) = submitted(1, max_requeues=1)
     begin(file, "preempted", reason="SIGUSR2")
     journal = file.layout.journal
@@ -290,58 +265,27 @@ def test_a_preempted_job_comes_back_at_most_so_often_since_it_was_submitted():
         about = {"jobs": {"seed1": "7"}} if event == "submitted" else {"run_id": "seed1"}
         journal.append(event, **about)
     assert slurm._preemptions(file) == 1
-    assert cell_job()._may_come_back(file, 1.0)
+    assert JOB._may_come_back(file, 1.0)
+    cancelled = file.submission / CANCELLED_FILE
+    cancelled.touch()
+    assert not JOB._may_come_back(file, 1.0)
+    cancelled.unlink()
     journal.append("preempted", run_id="seed1")
-    assert not cell_job()._may_come_back(file, 1.0)
+    assert not JOB._may_come_back(file, 1.0)
     assert record.read(file.directory)["reason"] == "max_requeues"
-
-
-def test_a_cancelled_job_does_not_come_back():
-    (file,) = submitted(1)
-    begin(file, "preempted", reason="SIGUSR2")
-    (file.submission / CANCELLED_FILE).touch()
-    assert not cell_job()._may_come_back(file, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("limit", "allowed"),
-    [("sweep.fail_fast=true", "must be false"), ("sweep.max_failures=2", "must be null")],
-)
-def test_limits_on_failures_are_refused_where_nobody_counts(limit, allowed, door, seen, tmp_path):
-    answer = door("-m", "seed=1,2", "hydra/launcher=slurm_cpu", "sweep.detach=true", limit)
-    assert answer.code == 2
-    (line,) = answer.lines
-    assert limit in line
-    assert f"{allowed} with sweep.detach=true on SLURM" in line
-    assert list(tmp_path.iterdir()) == []
-
-
-DEBUG = ("hydra/launcher=slurm_debug", "hydra.launcher.grace_s=5", "sweep.name=debug")
 
 
 @pytest.mark.usefixtures("trivial_workers")
 def test_slurm_debug_runs_and_cancels_cells_in_processes_of_this_machine(door, runs):
-    one_at_a_time = "hydra.launcher.array_parallelism=1"
-    process = launch_trivial("-m", f"seed=1,{WAITS},2", *DEBUG, one_at_a_time)
-    wait_for(running_seed(WAITS))
+    process = launch_trivial(
+        "-m", f"seed=1,{WAITS},2", "hydra/launcher=slurm_debug", "hydra.launcher.grace_s=5",
+        "hydra.launcher.array_parallelism=1", "sweep.name=debug",
+    )  # fmt: skip
+    until(lambda: statuses(runs).get(WAITS) == "running")
     answer = door("cancel", "debug")
     assert "cancelled 1 cells of debug: 0 jobs of SLURM, 1 processes" in answer.out
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
     assert "1 of 3 cells completed" in out
     assert "failed" not in out
-    found = by_seed(runs)
-    assert {seed: one["status"] for seed, one in found.items()} == {
-        1: "completed",
-        WAITS: "cancelled",
-    }
-
-
-def running_seed(seed: int):
-    def look() -> bool:
-        return running() and any(
-            f'"seed": {seed}' in file.read_text()
-            for file in Path.cwd().glob("results/*/*/run.json")
-        )
-
-    return look
+    assert statuses(runs) == {1: "completed", WAITS: "cancelled"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,8 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Job -> state, as SLURM would tell."""
-    known: dict[str, str] = {}
-    monkeypatch.setattr(
-        slurm, "states", lambda jobs: {job: known.get(job, slurm.GONE) for job in jobs}
-    )
+    known: defaultdict[str, str] = defaultdict(lambda: slurm.GONE)
+    monkeypatch.setattr(slurm, "states", lambda jobs: {job: known[job] for job in jobs})
     return known
 
 

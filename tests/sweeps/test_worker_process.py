@@ -10,7 +10,7 @@ from fisher_lab.runs import record
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome
 from fisher_lab.sweeps.worker_process import WorkerProcess
-from tests.sweeps.application import wait_for
+from tests.processes import until
 from tests.sweeps.submitted_cells import begin, submitted
 
 
@@ -24,10 +24,7 @@ def process_of(
 
 
 def ended(process: WorkerProcess) -> Outcome:
-    outcomes: list[Outcome | None] = []
-    wait_for(lambda: outcomes.append(process.poll()) or outcomes[-1])
-    assert outcomes[-1] is not None
-    return outcomes[-1]
+    return until(process.poll)
 
 
 def exits(code: int) -> str:
@@ -76,7 +73,7 @@ def test_a_cell_that_is_deaf_to_the_wish_to_cancel_is_killed_and_cancelled():
         grace_s=0.1,
     )
     log = cell.layout.job_log(cell.run_id)
-    wait_for(lambda: "deaf" in log.read_text())
+    until(lambda: "deaf" in log.read_text())
     one.ask(signal.SIGTERM)
     assert ended(one).status == "cancelled"
     assert record.read(cell.directory)["reason"] == "SIGKILL"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +11,12 @@ import psutil
 import pytest
 
 from fisher_lab import cli, tracking
-from fisher_lab.config.schema import Config, TrackerConfig
-from fisher_lab.tasks import preflight, runner
+from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.tasks import preflight
 from fisher_lab.tracking.base import Start
 from fisher_lab.tracking.process import SinkProcess
-from tests.processes import until
+from tests.cli.conftest import install_task
+from tests.processes import no_child_is_left, until
 
 
 @pytest.fixture
@@ -54,15 +53,9 @@ def sink() -> Callable[..., SinkProcess]:
 
 @pytest.fixture(autouse=True)
 def _no_sink_is_left() -> Iterator[None]:
-    """Kill the processes that a test has left, such as a sink that waits for its service."""
-    before = set(psutil.Process().children())
-    yield
-    left = [one for one in psutil.Process().children() if one not in before]
-    family = [other for one in left for other in (*one.children(recursive=True), one)]
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(family, timeout=20)
+    """None waits for its service."""
+    with no_child_is_left():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +90,6 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     What ``small_task.after[STEP]`` holds is called after that step.
     """
-    module = types.ModuleType("small_task")
     after: dict[int, Callable[[], None]] = {}
 
     def run(config, run) -> None:
@@ -109,22 +101,29 @@ def small_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         if config.seed == 13:
             raise RuntimeError("thirteen")
 
-    module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "small_task", module)
-    monkeypatch.setattr(runner, "TASKS", dict.fromkeys(runner.TASKS, "small_task"))
-    monkeypatch.setattr(runner, "_content", lambda config: ({"data": "abc"}, None))
-
-    def check_tracker(config: Config) -> dict[str, str]:
-        tracking.check(config.tracker)
-        return {"data": "abc"}
-
-    monkeypatch.setattr(preflight, "preflight", check_tracker)
+    install_task(monkeypatch, run)
+    identity = preflight.preflight
+    monkeypatch.setattr(
+        preflight, "preflight", lambda cfg: tracking.check(cfg.tracker) or identity(cfg)
+    )
 
     def call(*arguments: str) -> int:
         return cli.main(list(arguments))
 
     call.after = after  # type: ignore[attr-defined]
     return call
+
+
+def assert_complete(directory: Path, *words: str) -> None:
+    """The run of `small_task` is complete, and its log has one warning with these words, if any."""
+    record = json.loads((directory / "run.json").read_text())
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert record["status"] == "completed"
+    assert metrics == {"loss": 0.5, "kfac/total_s": 0.25, "loss/heldout": None}
+    lines = (directory / "fisher_lab.log").read_text().splitlines()
+    warnings = [line for line in lines if " WARNING " in line]
+    assert len(warnings) == bool(words), warnings
+    assert all(word in line for line in warnings for word in words)
 
 
 @pytest.fixture

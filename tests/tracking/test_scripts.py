@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
 from fisher_lab.config import paths
+from tests.processes import python
 from tests.tracking.wandb_files import files
 
 SCRIPTS = paths.root() / "scripts"
 
 
 @pytest.fixture
-def dashboard() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboard", SCRIPTS / "wandb_dashboard.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def dashboard() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(SCRIPTS / "wandb_dashboard.py")))
 
 
-def test_the_dashboard_is_dumped_without_a_login_and_read_by_the_library(tmp_path, monkeypatch):
+def test_the_dashboard_is_dumped_without_a_login_and_read_by_the_library(tmp_path):
     pytest.importorskip("wandb_workspaces")
     import wandb_workspaces.reports.v2.internal as report_model
     import wandb_workspaces.workspaces.internal as workspace_model
 
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    subprocess.run(
-        [sys.executable, str(SCRIPTS / "wandb_dashboard.py"), "--dump", "d.json"],
-        check=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(paths.root()), "NETRC": str(tmp_path / "none")},
-    )
+    done = python(str(SCRIPTS / "wandb_dashboard.py"), "--dump", "d.json")
+    assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "d.json").read_text())
     view = workspace_model.View.model_validate(content["workspace"])
     sections = {s.name: s.panels for s in view.spec.section.panel_bank_config.sections}

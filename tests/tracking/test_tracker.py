@@ -111,30 +111,3 @@ def test_a_tracker_gets_what_a_run_is_and_how_it_ended(small_task, made):
     assert begun.config["seed"] == 13
     assert begun.tracker_id.startswith(begun.run_id + "-")
     assert sink.calls[-1] == ("finish", ("failed",))
-
-
-def test_the_cells_of_a_sweep_are_a_group(small_task, made):
-    code = small_task(
-        "-m", "+sweeps=damping", "kfac.damping=1,2", "kfac.max_condition_number=null", "seed=0",
-        "tracker=wandb",
-    )  # fmt: skip
-    assert code == 0
-    starts = [sink.calls[0][1][0] for sink in made]
-    assert [begun.group for begun in starts] == ["damping"] * 2
-    assert len({begun.tracker_id for begun in starts}) == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("tracker.sinks=[wandb,wandb]", "a list of wandb, tensorboard"),
-        ("tracker.sinks=[mlflow]", "a list of wandb, tensorboard"),
-        ("tracker.mode=sometimes", "online, offline, disabled or null"),
-        ("tracker.project='a b'", "letters, digits"),
-        ("tracker.budget_s=-1", "at least 0"),
-    ],
-)
-def test_bad_settings_are_refused(small_task, override, message, capfd, tmp_path):
-    assert small_task("task=plan", override) == 2
-    assert message in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.processes import python
 
 
 @dataclass
@@ -38,13 +38,8 @@ def files(directory: Path) -> list[Path]:
 
 
 def read(file: Path) -> Recorded:
-    done = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = python("-m", "wandb", "leet", "inspect", "--json", str(file))
+    assert done.returncode == 0, done.stderr
     recorded = Recorded()
     for line in done.stdout.splitlines():
         record = json.loads(line)
