@@ -41,7 +41,7 @@ def whole_run(tracker, start) -> None:
     tracker.finish("completed")
 
 
-def test_an_offline_run_is_read_back(sink, start, tmp_path, caplog):
+def test_an_offline_run_is_read_back(sink, start, tmp_path):
     tracker = sink(mode=None)
     begin(tracker, start())
     rows = [{"name": "a", "eigenvalue": 1.0}, {"name": None, "eigenvalue": 10.0}]
@@ -50,8 +50,7 @@ def test_an_offline_run_is_read_back(sink, start, tmp_path, caplog):
     tracker.image("figure", tmp_path / "figure.png")
     (tmp_path / "layers.csv").write_text("name\na\n")
     tracker.artifact("layers.csv", tmp_path / "layers.csv", "tables")
-    with caplog.at_level("INFO"):
-        tracker.finish("completed")
+    tracker.finish("completed")
     (file,) = files(tmp_path / "tracker")
     recorded = read(file)
     about = {
