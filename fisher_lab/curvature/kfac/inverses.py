@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -18,7 +19,6 @@ from fisher_lab.curvature.kfac.factors import Damped, Factor, FactorReport
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.refresh import Refresh
-from fisher_lab.curvature.linalg import Cholesky
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -65,52 +65,27 @@ def prepare_together(
             if owner[index] == communicator.rank:
                 start = perf_counter()
                 side.prepare(eigen=eigen)
-                done[str(index)] = {**_header(side), "seconds": perf_counter() - start}
+                seconds = perf_counter() - start
+                tried, in_use = side.decomposition()
+                shapes = [list(x.shape) for x in in_use]
+                done[str(index)] = {"tried": tried, "shapes": shapes, "seconds": seconds}
     except Exception as failed:
         error = f"{type(failed).__name__}: {failed}"
     every = communicator.all_gather_objects({"error": error, "done": done})
     raise_others([each["error"] for each in every])
-    seconds: dict[int, float] = {}
+    spent: dict[int, float] = {}
     for index, side in enumerate(todo):
-        header = every[owner[index]]["done"][str(index)]
-        _hand_over(side, owner[index], header, communicator)
-        seconds[id(side)] = header["seconds"]
-    return [seconds.get(id(side), 0.0) for side in sides]
-
-
-def _header(side: Damped) -> dict[str, Any]:
-    found, _ = side.decomposition()
-    return {
-        "tried": found is not None,
-        "lower": found is not None and found.lower is not None,
-        "jitter": 0.0 if found is None else found.jitter,
-        "eps": 0.0 if found is None else found.eps,
-    }
-
-
-def _hand_over(
-    side: Damped, owner: int, header: Mapping[str, Any], communicator: Communicator
-) -> None:
-    """Gives a decomposition to all ranks.
-
-    Its owner too takes what was sent: the libraries return columns one after the other, what
-    arrives lies in rows, and products of the two differ in their last bit.
-    """
-    cholesky, eigen = side.decomposition() if owner == communicator.rank else (None, None)
-    like = side.core
-    n = len(like)
-
-    def moved(x: Tensor | None, *shape: int) -> Tensor:
-        here = like.new_empty(shape) if x is None else x.contiguous()
-        return communicator.broadcast(here, owner)
-
-    if header["lower"]:
-        lower = moved(None if cholesky is None else cholesky.lower, n, n)
-        side.adopt(Cholesky(lower, header["jitter"], header["eps"]), None)
-        return
-    values, vectors = (None, None) if eigen is None else eigen
-    tried = Cholesky(None, 0.0, 0.0) if header["tried"] else None
-    side.adopt(tried, (moved(values, n), moved(vectors, n, n)))
+        found = every[owner[index]]["done"][str(index)]
+        # The owner too takes what was sent: the libraries return columns one after the other, what
+        # arrives lies in rows, and products of the two differ in their last bit.
+        if owner[index] == communicator.rank:
+            in_use = side.decomposition()[1]
+        else:
+            in_use = [side.core.new_empty(shape) for shape in found["shapes"]]
+        moved = [communicator.broadcast(x.contiguous(), owner[index]) for x in in_use]
+        side.adopt(found["tried"], moved)
+        spent[id(side)] = found["seconds"]
+    return [spent.get(id(side), 0.0) for side in sides]
 
 
 def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
@@ -190,7 +165,7 @@ class Inverses:
         self.refresh, self.settings = refresh, settings
         self.factors = refresh.factors
         self.widened: set[str] = set()
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.bases: dict[str, ekfac.Eigenbasis] = {}
         self._damped: dict[tuple[int, float], Damped] = {}
 
@@ -236,7 +211,7 @@ class Inverses:
         else:
             for side in self.sides(factors):
                 side.prepare()
-        self._spent(name, perf_counter() - start)
+        self.seconds[name] += perf_counter() - start
 
     def prepare_together(self, communicator: Communicator) -> None:
         """Spreads the decompositions over the ranks; what then remains is done by each.
@@ -253,7 +228,7 @@ class Inverses:
             ]
             seconds = prepare_together([s for _, s in pairs], communicator, eigen=eigen)
             for (name, _), spent in zip(pairs, seconds, strict=True):
-                self._spent(name, spent)
+                self.seconds[name] += spent
 
     def logdet(self, factors: LayerFactors) -> float:
         """Returns the log-determinant of a layer's block, with the factors in use.
@@ -284,8 +259,7 @@ class Inverses:
                 for s in sides
             ]
         a = sides[1] if len(sides) > 1 else None
-        seconds = self.seconds.get(name, 0.0)
-        return LayerReport(factors, a, sides[0], seconds, self.settings.kappa_max, pairs)
+        return LayerReport(factors, a, sides[0], self.seconds[name], self.settings.kappa_max, pairs)
 
     def _damped_of(self, factor: Factor, lam: float) -> Damped:
         key = (id(factor), lam)
@@ -293,9 +267,6 @@ class Inverses:
             kappa = self.settings.kappa_max
             self._damped[key] = factor.damped(lam, kappa, self.settings.numerics)
         return self._damped[key]
-
-    def _spent(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def layer_line(report: LayerReport) -> str:

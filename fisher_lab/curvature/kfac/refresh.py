@@ -17,6 +17,7 @@ from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
     DiagonalFactor,
     Factor,
+    WoodburyFactor,
 )
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer
@@ -139,7 +140,8 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
         common["fisher"] = "true"
         return LayerFactors(A=a, G=sums.head.factor(side.tokens), method="true_head", **common)
     g = side.g.factor(weight)
-    factors = LayerFactors(A=a, G=g, method=g.method, **common)
+    method = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
+    factors = LayerFactors(A=a, G=g, method=method, **common)
     _keep_tokens(sums, factors, side, weight)
     if layer.partner is not None and layer.partner.name in sums.sides:
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature.collectives import Communicator
+from fisher_lab.curvature.collectives import Communicator, dtype_name
 from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
@@ -87,7 +87,6 @@ class Factor(ABC):
     Attributes:
         dim: its dimension.
         structure: name of the structure, as recorded.
-        method: name of a G side of this structure in ``layers.csv``.
         structures: every structure, by name.
         discarded: fraction of the trace that a column reduction left out.
         reduction: which reduction that was, or "".
@@ -95,7 +94,6 @@ class Factor(ABC):
     """
 
     structure: ClassVar[str]
-    method: ClassVar[str] = "eig"
     structures: ClassVar[dict[str, type[Factor]]] = {}
     dim: int
     discarded: float = 0.0
@@ -146,12 +144,12 @@ class Factor(ABC):
 
     @property
     def decomposed(self) -> bool:
-        """Whether the eigendecomposition is there already."""
+        """Whether the spectrum is there already."""
         return self._eigen is not None
 
-    def spectrum(self) -> tuple[Tensor, int]:
+    def spectrum(self, *, on_host: bool = False) -> tuple[Tensor, int]:
         """Returns the eigenvalues at hand (>= 0, any order) and the number of further zeros."""
-        return self.eigen()[0], 0
+        return self.eigen(on_host=on_host)[0], 0
 
     def basis(self, numerics: Numerics) -> tuple[Tensor, Columns | None]:
         """Returns the eigenvalues ``[r]`` and eigenvectors of ``M`` that EKFAC works in.
@@ -189,9 +187,6 @@ class Factor(ABC):
         if not self.decomposed and len(self.core) >= k * LARGE:
             core = self.core
             return largest_eigenvalues(lambda v: core @ v, core, len(core), k)
-        return self._largest_known(k)
-
-    def _largest_known(self, k: int) -> Tensor:
         values, n_zero = self.spectrum()
         values = values.double().sort(descending=True).values[:k]
         missing = min(k - values.numel(), n_zero)
@@ -220,11 +215,10 @@ class Factor(ABC):
         return {key: value for key, value in held.items() if isinstance(value, Tensor)}
 
     def _held(self) -> dict[str, Tensor | Columns]:
-        derived = _cached(self)
         return {
             key: value
             for key, value in vars(self).items()
-            if isinstance(value, Tensor | Columns) and key not in derived
+            if isinstance(value, Tensor | Columns) and key != "core"
         }
 
     def nbytes(self) -> int:
@@ -236,7 +230,7 @@ class Factor(ABC):
         for key, value in self._held().items():
             setattr(self, key, value.to(HOST))
         self._eigen = None
-        forget_derived(self)
+        vars(self).pop("core", None)
 
     def on_device(self, operation: str, work: Callable[[], T], to_host: Callable[[], None]) -> T:
         """Does an operation of this side of a layer, in host memory where the device is full.
@@ -342,7 +336,7 @@ class ColumnFactor(Factor):
             "weight": self.weight,
             "scale": whole.scale,
             "sharded": self.sharded,
-            "core_dtype": str(self.core_dtype).removeprefix("torch."),
+            "core_dtype": dtype_name(self.core_dtype),
         }
         return {"columns": whole.data}, entry
 
@@ -378,13 +372,22 @@ class Damped(Generic[F]):
     @cached_property
     def cholesky(self) -> Cholesky | None:
         """The factorisation of the damped matrix, or None where it has to be clipped."""
-        if self.factor.decomposed or self.lam <= 0:
-            return None
-        if not floor_cannot_bind(self.core, self.lam, self.kappa_max):
+        if self.factor.decomposed or self.lam <= 0 or not self._floor_cannot_bind():
             return None
         return robust_cholesky(
             self.core, self.lam, self.numerics.eps, on_host=self.numerics.on_host
         )
+
+    def _floor_cannot_bind(self) -> bool:
+        """Whether the floor lies at or under the damping, so that nothing can be clipped.
+
+        The largest eigenvalue decides: first by a bound that costs nothing, then by Lanczos.
+        """
+        core, lam, kappa_max = self.core, self.lam, self.kappa_max
+        if kappa_max is None or (upper_bound(core) + lam) / kappa_max <= lam:
+            return True
+        value, residual = largest_eigenvalue(lambda v: core @ v, core, len(core))
+        return (value + residual + lam) / kappa_max <= lam
 
     @cached_property
     def lower(self) -> Tensor | None:
@@ -400,8 +403,7 @@ class Damped(Generic[F]):
     @cached_property
     def clipped(self) -> Clipped:
         """The spectrum in use."""
-        self.eigen()
-        values, n_zero = self.factor.spectrum()
+        values, n_zero = self.factor.spectrum(on_host=self.numerics.on_host)
         return clip(values, n_zero, self.lam, self.kappa_max)
 
     @cached_property
@@ -425,33 +427,43 @@ class Damped(Generic[F]):
         self._on_device("decomposition", lambda: self._prepare(eigen))
 
     def _prepare(self, eigen: bool) -> None:
-        if eigen:
-            self.eigen()
-        elif self.lower is None:
+        if eigen or self.lower is None:
             _ = self.clipped
 
     def form_core(self) -> Tensor:
         """Returns the core, in host memory where the device is full; collective if sharded."""
         return self._on_device("matrix", lambda: self.core)
 
-    def decomposition(self) -> tuple[Cholesky | None, tuple[Tensor, Tensor] | None]:
-        """Returns what :meth:`prepare` found: the factorisation, and what is in use without one."""
-        found: Cholesky | None = vars(self).get("cholesky")
-        done = found is not None and found.lower is not None
-        return found, None if done else self.eigen()
+    def decomposition(self) -> tuple[list[float] | None, list[Tensor]]:
+        """Returns what :meth:`prepare` found, for :meth:`adopt` on another rank.
 
-    def adopt(self, cholesky: Cholesky | None, eigen: tuple[Tensor, Tensor] | None) -> None:
+        Returns:
+            Jitter and eps of the Cholesky factorisation, None where there was none; and what is
+            in use: its lower triangle, else the eigenvalues and eigenvectors.
+        """
+        found: Cholesky | None = vars(self).get("cholesky")
+        if found is None:
+            return None, [*self.eigen()]
+        in_use = [*self.eigen()] if found.lower is None else [found.lower]
+        return [found.jitter, found.eps], in_use
+
+    def adopt(self, tried: Sequence[float] | None, in_use: Sequence[Tensor]) -> None:
         """Takes over a decomposition that another rank, or this one, has found."""
-        if cholesky is not None:
-            self.cholesky = cholesky
+        if tried is not None:
+            jitter, eps = tried
+            self.cholesky = Cholesky(in_use[0] if len(in_use) == 1 else None, jitter, eps)
             vars(self).pop("lower", None)  # made of this rank's own
-        if eigen is not None:
-            self.factor._eigen = eigen
+        if len(in_use) == 2:
+            self._take_eigen(*in_use)
+
+    def _take_eigen(self, values: Tensor, vectors: Tensor) -> None:
+        self.factor._eigen = values, vectors
 
     def to_host(self) -> None:
         """Moves the factor to host memory; every decomposition is let go."""
         self.factor.to_host()
-        forget_derived(self)
+        for name in vars(self).keys() - {"factor", "lam", "kappa_max", "numerics"}:
+            delattr(self, name)
 
     def _on_device(self, operation: str, work: Callable[[], T]) -> T:
         return self.factor.on_device(operation, work, self.to_host)
@@ -559,39 +571,8 @@ class Damped(Generic[F]):
                 # det(w g^T g + lam I) = lam^(dim - T) det(K + lam I).
                 known = 2.0 * float(found.lower.diagonal().double().log().sum())
                 return known + n_zero * math.log(self.lam)
-        clipped = self.clipped
-        return clipped_logdet(clipped, self.factor.spectrum()[1])
-
-
-def clipped_logdet(clipped: Clipped, n_zero: int) -> float:
-    """Log-determinant of a clipped spectrum with ``n_zero`` further eigenvalues at its base."""
-    known = float(clipped.used.double().log().sum())
-    return (
-        known
-        + (n_zero * math.log(clipped.base) if n_zero and clipped.base > 0 else 0.0)
-        + (-math.inf if n_zero and clipped.base <= 0 else 0.0)
-    )
-
-
-def floor_cannot_bind(matrix: Tensor, lam: float, kappa_max: float | None) -> bool:
-    """Says whether the floor lies at or under the damping, so that nothing can be clipped.
-
-    The largest eigenvalue decides: first by a bound that costs nothing, then by Lanczos.
-    """
-    if kappa_max is None:
-        return True
-    if (upper_bound(matrix) + lam) / kappa_max <= lam:
-        return True
-    value, residual = largest_eigenvalue(lambda v: matrix @ v, matrix, matrix.shape[0])
-    return (value + residual + lam) / kappa_max <= lam
-
-
-def _cached(holder: Factor | Damped) -> set[str]:
-    """Names of the values that a cached property of the holder has computed."""
-    return {n for n in vars(holder) if isinstance(getattr(type(holder), n, None), cached_property)}
-
-
-def forget_derived(holder: Factor | Damped) -> None:
-    """Lets go of every value that a cached property of the holder has computed."""
-    for name in _cached(holder):
-        delattr(holder, name)
+        clipped, n_zero = self.clipped, self.factor.spectrum()[1]
+        known = float(clipped.used.double().log().sum())
+        if n_zero == 0:
+            return known
+        return known + n_zero * math.log(clipped.base) if clipped.base > 0 else -math.inf

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from math import inf, nan
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
     Cholesky,
-    Clipped,
-    clip,
+    largest_eigenvalue,
     largest_eigenvalues,
     robust_cholesky,
     symmetric_eigen,
@@ -66,13 +66,14 @@ class DiagonalFactor(Factor):
     def trace(self) -> float:
         return float(self.diagonal.double().sum())
 
+    @property
     @override
-    def spectrum(self) -> tuple[Tensor, int]:
-        return self.diagonal, 0
+    def decomposed(self) -> bool:
+        return True
 
     @override
-    def _top(self, k: int) -> Tensor:
-        return self._largest_known(k)
+    def spectrum(self, *, on_host: bool = False) -> tuple[Tensor, int]:
+        return self.diagonal, 0
 
     @override
     def basis(self, numerics: Numerics) -> tuple[Tensor, None]:
@@ -96,23 +97,6 @@ class DampedDiagonal(Damped[DiagonalFactor]):
     """A damped and clipped diagonal factor: there is nothing to decompose."""
 
     route = "diagonal"
-
-    @cached_property
-    def cholesky(self) -> None:
-        """None: the spectrum itself is at hand."""
-
-    @cached_property
-    def clipped(self) -> Clipped:
-        """The spectrum in use."""
-        return clip(self.factor.diagonal, 0, self.lam, self.kappa_max)
-
-    @override
-    def _prepare(self, eigen: bool) -> None:
-        pass
-
-    @override
-    def pending(self, *, eigen: bool = False) -> bool:
-        return False
 
     @override
     def _power(self, y: Tensor, p: float) -> Tensor:
@@ -189,23 +173,15 @@ class DiagonalLowRankFactor(ColumnFactor):
         return float(self.diagonal.double().sum()) + self.sign * low
 
     @override
-    def spectrum(self) -> tuple[Tensor, int]:
-        """Raises an error: the spectrum would need a dense matrix.
+    def eigen(self, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
+        """Raises an error: it would need a dense matrix.
 
         Raises:
             SettingError: always; :meth:`top` uses Lanczos.
         """
         raise SettingError(
-            f"spectrum: not at hand for the structure {self.structure}; allowed: top, trace, "
-            "products"
-        )
-
-    @override
-    def basis(self, numerics: Numerics) -> tuple[Tensor, Columns | None]:
-        """Raises an error, as :meth:`spectrum`."""
-        raise SettingError(
-            f"eigenbasis: not at hand for the structure {self.structure}; allowed: dense or "
-            "woodbury"
+            f"eigendecomposition: not at hand for the structure {self.structure}; allowed: top, "
+            "trace, products"
         )
 
     @override
@@ -243,11 +219,10 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
     @property
     @override
     def core(self) -> Tensor:
-        """``S - I``."""
-        return self.inner
+        return self._inner
 
     @cached_property
-    def inner(self) -> Tensor:
+    def _inner(self) -> Tensor:
         """``S - I = sign w P D^-1 P^T``, ``[N, N]`` in the core dtype."""
         f = self.factor
         inverse = (f.diagonal + self.lam).reciprocal()
@@ -271,19 +246,13 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
         return self.core_eigen
 
     @override
-    def pending(self, *, eigen: bool = False) -> bool:
-        return "cholesky" not in vars(self)
-
-    @override
     def _prepare(self, eigen: bool) -> None:
-        if self.cholesky.lower is None:
+        if self.lower is None:
             self.eigen()
 
     @override
-    def adopt(self, cholesky: Cholesky | None, eigen: tuple[Tensor, Tensor] | None) -> None:
-        super().adopt(cholesky, None)
-        if eigen is not None:
-            self.core_eigen = eigen
+    def _take_eigen(self, values: Tensor, vectors: Tensor) -> None:
+        self.core_eigen = values, vectors
 
     @override
     def check_power(self, p: float) -> None:
@@ -310,18 +279,26 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
 
     def _solve(self, y: Tensor) -> Tensor:
         """Returns ``S^-1 y``."""
-        if self.cholesky.lower is not None:
-            return torch.cholesky_solve(y, self.cholesky.lower.to(y))
+        if self.lower is not None:
+            return torch.cholesky_solve(y, self.lower)
         values, vectors = (t.to(y) for t in self.eigen())
         return vectors @ ((vectors.T @ y) / values[:, None])
 
     @override
     def _report(self, wanted: bool) -> FactorReport:
-        """Returns the report; the condition number is bounded by the diagonal's."""
-        d = self.factor.diagonal + self.lam
-        low = self.lam if self.factor.sign < 0 else float(d.min())
-        kappa = float(d.max()) / low if low > 0 else float("inf")
-        found = self.cholesky
+        """Returns the report; in place of the condition number comes an upper bound of it.
+
+        With ``D = diag(d) + lam I``, no eigenvalue lies above ``max(D)`` or under ``lam`` where
+        the low-rank part is taken away. Where it is added, none lies under ``min(D)`` or above
+        ``max(D)`` times the largest eigenvalue of ``S``.
+        """
+        d, found = self.factor.diagonal + self.lam, self.cholesky
+        low, top = self.lam, float(d.max())
+        if self.factor.sign > 0:
+            low, core = float(d.min()), self.core
+            value = largest_eigenvalue(lambda v: core @ v, core, len(core))[0] if wanted else nan
+            top *= 1.0 + value
+        kappa = top / low if low > 0 else inf
         failed = found.lower is None
         return FactorReport(
             self.factor.dim, self.lam, 0, kappa, kappa, "eigh" if failed else "cholesky",

@@ -33,7 +33,7 @@ class WoodburyFactor(ColumnFactor):
         reduction: which reduction that was, or "".
     """
 
-    structure = method = "woodbury"
+    structure = "woodbury"
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class WoodburyFactor(ColumnFactor):
         return self.weight * self.columns.squared_norm()
 
     @override
-    def spectrum(self) -> tuple[Tensor, int]:
+    def spectrum(self, *, on_host: bool = False) -> tuple[Tensor, int]:
         """Returns ``min(out, T)`` eigenvalues of ``K``; the rest are zeros."""
-        values = self.eigen()[0]
+        values = self.eigen(on_host=on_host)[0]
         keep = min(self.dim, values.numel())
         # eigh sorts ascending: where T > out, the first T - out are the false zeros of K.
         return values[values.numel() - keep :], self.dim - keep
