@@ -44,26 +44,23 @@ def full_precision() -> Iterator[None]:
 
 
 @full_precision()
-def add_second_moment(total: Tensor, x: Tensor, *, fresh: bool = False) -> None:
+def add_second_moment(total: Tensor, x: Tensor) -> None:
     """Adds ``x^T x`` to ``total`` in place, in the precision of ``total``.
 
     Args:
         total: ``[n, n]``; only its lower triangle is filled where ``n`` is large, see
             :func:`mirror`.
         x: ``[T, n]``, any floating dtype; converted in blocks of rows.
-        fresh: ``total`` holds nothing yet, not even zeros.
     """
-    beta = 0.0 if fresh else 1.0
     if x.dtype == total.dtype or x.shape[0] == 0:
-        _add_lower(total, x.to(total.dtype), beta)
+        _add_lower(total, x.to(total.dtype), 1.0)
         return
     steps = list(blocks(x.shape[0], x.shape[1] * total.element_size()))
     # Taken before anything is added: where there is no room for it, the sum is as it was.
     room = torch.empty(steps[0].stop, x.shape[1], dtype=total.dtype, device=x.device)
     for rows in steps:
         part = room[: rows.stop - rows.start].copy_(x[rows])
-        _add_lower(total, part, beta)
-        beta = 1.0
+        _add_lower(total, part, 1.0)
 
 
 def _add_lower(total: Tensor, x: Tensor, beta: float) -> None:

@@ -36,13 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Where:
-    """Names a piece of data in an error message.
-
-    Attributes:
-        layer: name of the layer.
-        batch: index of the batch.
-        side: ``activations`` or ``gradients``.
-    """
+    """Names a piece of data (``activations`` or ``gradients``) in an error message."""
 
     layer: str
     batch: int
@@ -74,20 +68,14 @@ class MomentAccumulator:
     """
 
     def __init__(
-        self,
-        n: int,
-        augmented: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        side: str = "an A side",
+        self, n: int, augmented: bool, dtype: torch.dtype, device: torch.device, side: str
     ) -> None:
-        self.n, self.tokens = n, 0
-        self._side, self._fresh = side, True
+        self.n, self.tokens, self._side = n, 0, side
         size = n + int(augmented)
 
         def room(device: torch.device) -> tuple[Tensor, Tensor | None]:
             sums = torch.zeros(n, dtype=dtype, device=device) if augmented else None
-            return torch.empty(size, size, dtype=dtype, device=device), sums
+            return torch.zeros(size, size, dtype=dtype, device=device), sums
 
         self.total, self._sums = on_device(room, device, self._what())
 
@@ -101,27 +89,18 @@ class MomentAccumulator:
     def _add(self, a: Tensor) -> None:
         self.total = self.total.to(a.device)
         self._sums = None if self._sums is None else self._sums.to(a.device)
-        n = self.n
         # What is taken comes first: a sum that fails on a full device is as it was.
         sums = None if self._sums is None else a.sum(dim=0, dtype=self.total.dtype)
-        add_second_moment(self.total[:n, :n], a, fresh=self._fresh)
+        add_second_moment(self.total[: self.n, : self.n], a)
         if self._sums is not None and sums is not None:
             self._sums += sums
         self.tokens += a.shape[0]
-        self._fresh = False
 
     def reduce(self, ranks: Communicator, tokens: int) -> None:
-        """Makes the sums those of all ranks; collective.
-
-        Args:
-            ranks: the ranks.
-            tokens: of all ranks.
-        """
-        if self._fresh:
-            self.total.zero_()
+        """Makes the sums those of all ranks, which have ``tokens`` together; collective."""
         self.total = ranks.all_reduce(self.total)
         self._sums = None if self._sums is None else ranks.all_reduce(self._sums)
-        self.tokens, self._fresh = tokens, False
+        self.tokens = tokens
 
     def factor(self) -> DenseFactor:
         """Returns ``A = (1/T) sum a a^T``; takes the sum along, nothing can be added after it."""
@@ -183,10 +162,8 @@ class GradientAccumulator:
         self.name, self.out, self.settings = name, out, settings
         self.parts: list[Tensor] = []
         self.total: Tensor | None = None
-        self.seen = 0
-        self.kept = 0
-        self.lost = 0.0
-        self.discarded = 0.0
+        self.seen = self.kept = 0
+        self.lost = self.discarded = 0.0
         self.reduction = ""
         self.ranks: Communicator | None = None
         self.eigen: tuple[Tensor, Tensor] | None = None
@@ -207,9 +184,8 @@ class GradientAccumulator:
     def on_device(self, work: Callable[[], T], *, collective: bool = False) -> T:
         """Does an operation on the sum; both move to host memory when the device is full.
 
-        Args:
-            work: changes nothing when it fails.
-            collective: whether it takes all ranks, so that none repeats it by itself.
+        ``work`` changes nothing when it fails. No rank repeats it by itself where it is
+        ``collective``.
         """
 
         def there(device: torch.device) -> T:
@@ -226,19 +202,27 @@ class GradientAccumulator:
         """Adds token gradients ``[T, out]`` of one draw."""
         self.seen += g.shape[0]
         if self.total is not None:
-            self.on_device(lambda: self._add(g))
+
+            def add() -> None:
+                assert self.total is not None
+                add_second_moment(self.total, g.to(self.total.device))
+
+            self.on_device(add)
             return
         self._compute = self._compute or g.device
         self.parts.append(g.to(self.parts[0].device) if self.parts else g)
         self.kept += g.shape[0]
         if self.dense_allowed and not wants_woodbury(self.settings, self.out, self.seen):
             self.to_matrix()
-        elif self.kept > self.settings.max_columns:
-            self._reduce()
-
-    def _add(self, g: Tensor) -> None:
-        assert self.total is not None
-        add_second_moment(self.total, g.to(self.total.device))
+        elif self.kept <= self.settings.max_columns:
+            return
+        elif self.dense_allowed:
+            self.reduction = "lossless"
+            self.to_matrix()
+        elif self.settings.column_reduction == "subsample":
+            (self.kept,) = self.subsample([self.kept], Alone())
+        else:
+            self.truncate(self.lost, Alone())
 
     def to_matrix(self) -> None:
         """Puts the summed matrix in the place of the columns."""
@@ -247,9 +231,9 @@ class GradientAccumulator:
 
     def _matrix(self) -> Tensor:
         core, device = self.settings.numerics.core_dtype, self.parts[0].device
-        total = torch.empty(self.out, self.out, dtype=core, device=device)
-        for index, part in enumerate(self.parts):
-            add_second_moment(total, part, fresh=index == 0)
+        total = torch.zeros(self.out, self.out, dtype=core, device=device)
+        for part in self.parts:
+            add_second_moment(total, part)
         return total
 
     def joined(self) -> Tensor:
@@ -260,15 +244,6 @@ class GradientAccumulator:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
     # ---- too many columns --------------------------------------------------------------------
-
-    def _reduce(self) -> None:
-        if self.dense_allowed:
-            self.reduction = "lossless"
-            self.to_matrix()
-        elif self.settings.column_reduction == "subsample":
-            (self.kept,) = self.subsample([self.kept], Alone())
-        else:
-            self.truncate(self.lost, Alone())
 
     def subsample(self, rows: list[int], ranks: Communicator) -> list[int]:
         """Keeps the columns with the smallest keys: uniform over all tokens of all ranks.
@@ -288,14 +263,9 @@ class GradientAccumulator:
         chosen = keys.topk(most, largest=False).indices.sort().values
         self._keys = keys[chosen]
         self.reduction, self.discarded = "subsample", 1.0 - most / self.seen
-        kept, rows = self.on_device(lambda: self._chosen(rows, chosen, ranks))
+        kept, rows = self.on_device(lambda: chosen_rows(self._joined(), rows, chosen, ranks))
         self.parts = [kept]
         return rows
-
-    def _chosen(
-        self, rows: list[int], chosen: Tensor, ranks: Communicator
-    ) -> tuple[Tensor, list[int]]:
-        return chosen_rows(self._joined(), rows, chosen, ranks)
 
     def truncate(self, lost: float, ranks: Communicator) -> None:
         """Puts the leading directions in the place of the columns.
@@ -340,13 +310,9 @@ class GradientAccumulator:
             columns = self.on_device(lambda: lossless_columns(*self.decomposed()))
         core = self.settings.numerics.core_dtype
         stored = store_columns(columns, self.out, self.settings, core, self.name, self._compute)
-        return WoodburyFactor(
-            self._of_all_ranks(stored),
-            weight,
-            core,
-            discarded=self.discarded,
-            reduction=self.reduction,
-        )
+        factor = WoodburyFactor(self._of_all_ranks(stored), weight, core)
+        factor.discarded, factor.reduction = self.discarded, self.reduction
+        return factor
 
     def decomposed(self) -> tuple[Tensor, Tensor]:
         """Returns eigenvalues and eigenvectors of the summed matrix, computed once."""
@@ -434,20 +400,17 @@ class NormAccumulator:
 
     def add(self, xhat: Tensor, g: Tensor) -> None:
         """Adds tokens: normalised inputs and gradients of the outputs, ``[T, n]`` each."""
-        on_device(
-            lambda device: self._add(xhat.to(device), g.to(device)),
-            self.total.device,
-            self._what(),
-        )
-        self.tokens += len(g)
 
-    def _add(self, xhat: Tensor, g: Tensor) -> None:
-        self.total = self.total.to(g.device)
-        v = norm_gradients(xhat, g, self.shift, self.total.dtype)
-        if self.dense:
-            add_second_moment(self.total, v)
-        else:
-            self.total += v.square().sum(dim=0)
+        def there(device: torch.device) -> None:
+            self.total = self.total.to(device)
+            v = norm_gradients(xhat.to(device), g.to(device), self.shift, self.total.dtype)
+            if self.dense:
+                add_second_moment(self.total, v)
+            else:
+                self.total += v.square().sum(dim=0)
+
+        on_device(there, self.total.device, self._what())
+        self.tokens += len(g)
 
     def factor(self, weight: float) -> DenseFactor | DiagonalFactor:
         """Returns ``weight * sum v v^T``, or its diagonal; nothing can be added after it."""

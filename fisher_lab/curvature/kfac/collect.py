@@ -34,9 +34,9 @@ from fisher_lab.curvature.kfac.capture import (
     share_key,
     token_calls,
 )
-from fisher_lab.curvature.kfac.draws import Draw, draws, resolve
+from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Kind, Layer
-from fisher_lab.curvature.kfac.statistics import Side, Statistics
+from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
     IGNORE_INDEX,
@@ -68,16 +68,18 @@ def collect(
 ) -> None:
     """Adds every batch of a refresh to its statistics; an error of one rank is raised on all.
 
+    The arguments are those of :meth:`.engine.KFACNaturalGradient.collect_kfac_factors`.
+
     Args:
         sums: the statistics, still empty.
         model: the model, in its wrappers or without.
         batch: one batch, or an iterable of them.
-        loss: of a captured forward pass, or what computes it; None takes the model's own.
+        loss: see there.
         captured: the pass behind a loss tensor.
         communicator: of the ranks that collect together.
         progress: shows how far it is.
-        n_labels: labels behind a mean loss that the caller reduced.
-        reduction: ``mean`` or ``sum``: how the caller reduced it.
+        n_labels: see there.
+        reduction: see there.
 
     Raises:
         LossError: a loss tensor for several batches, or for several forward passes.
@@ -140,12 +142,7 @@ class _Collector:
             recording.close()
 
     def add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
-        """Adds one captured batch.
-
-        Args:
-            capture: of the batch's forward pass.
-            batch: the prepared batch.
-            loss: its token-summed loss.
+        """Adds one captured batch, after :func:`~fisher_lab.curvature.losses.prepare`.
 
         Raises:
             BatchError: the loss is not finite, or no token is active.
@@ -164,43 +161,48 @@ class _Collector:
             return
         masks = TokenMasks.of(self.model, batch)
         if loss.scored is not None:
-            sums.fisher_kind = resolve(self.settings, loss.scored.logits.shape[1])
-        self._add_draws(capture, masks, loss)
+            sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
+        self._add_passes(capture, masks, loss)
         if sums.uncovered.wants_diagonal:
             sums.uncovered.add_diagonal(loss, capture)
         sums.head.add(loss)
         sums.n_labels += loss.n_labels
         sums.n_batches += 1
 
-    def _add_draws(self, capture: Capture, masks: TokenMasks, loss: SummedLoss) -> None:
-        """Adds every draw of a batch, and its own gradient where no draw is that."""
+    def _add_passes(self, capture: Capture, masks: TokenMasks, loss: SummedLoss) -> None:
+        """Adds every backward pass of a batch, and its own gradient where none of them is that."""
         sums = self.sums
-        want_own = self.sums.keep_gradient and sums.fisher_kind != "empirical"
+        want_own = sums.keep_gradient and sums.fisher_kind != "empirical"
         diagonal = sums.uncovered.wants_diagonal
         first, live = True, {}
-        for draw in draws(loss, self.settings, self._generator):
-            keep = not draw.last or want_own or diagonal
-            own = draw.grad_output is None
-            grads, others = self._backward(capture, draw, keep, own=own)
+        for one in backward_passes(loss, self.settings, self._generator):
+            grads = self._backward(capture, one, not one.last or want_own or diagonal)
             if first:  # a re-entrant checkpoint's calls are there only now
                 live = self._live_calls(capture, masks)
                 sums.head.find(loss, capture.calls)
             tokens = BatchTokens(capture, live, masks, sums.n_batches)
-            self._add_draw(tokens, grads, first=first, own=own)
-            sums.uncovered.add(others)
+            self._add_pass(tokens, grads, first=first, own=one.grad_output is None)
             first = False
         if want_own:
-            last = Draw(loss.loss, None, not diagonal)
-            grads, others = self._backward(capture, last, not last.last, own=True)
-            self._add_own(BatchTokens(capture, live, masks, sums.n_batches), grads)
-            sums.uncovered.add(others)
+            grads = self._backward(capture, BackwardPass(loss.loss, None, not diagonal), diagonal)
+            tokens = BatchTokens(capture, live, masks, sums.n_batches)
+            for found in sums.by_layer.values():
+                g = tokens.gradients(found.layer, grads)
+                if g is not None:
+                    self._own(found, tokens.inputs(found.layer), g)
 
-    def _backward(self, capture: Capture, draw: Draw, keep: bool, *, own: bool) -> Any:
-        parameters = self.sums.uncovered.parameters
-        wanted = list(parameters.values()) if own and self.sums.keep_gradient else []
-        return capture.gradients(
-            draw.output, draw.grad_output, retain_graph=keep, parameters=wanted
+    def _backward(
+        self, capture: Capture, one: BackwardPass, keep: bool
+    ) -> Mapping[str, list[Tensor | None]]:
+        """The gradients of the layers' outputs; adds those of parameters that no layer covers."""
+        uncovered = self.sums.uncovered
+        own = one.grad_output is None and self.sums.keep_gradient
+        wanted = list(uncovered.parameters.values()) if own else []
+        grads, others = capture.gradients(
+            one.output, one.grad_output, retain_graph=keep, parameters=wanted
         )
+        uncovered.add(others)
+        return grads
 
     def _live_calls(self, capture: Capture, masks: TokenMasks) -> dict[str, list[Call]]:
         """The calls of each layer that look at tokens; notes which layers were called at all."""
@@ -212,7 +214,7 @@ class _Collector:
                     self.sums.skipped[name] = "not a look-up of tokens"
         return live
 
-    def _add_draw(
+    def _add_pass(
         self,
         tokens: BatchTokens,
         grads: Mapping[str, list[Tensor | None]],
@@ -225,49 +227,43 @@ class _Collector:
             g = tokens.gradients(layer, grads)
             if g is None:
                 continue
-            side = self.sums.side_of(layer)
+            found = self.sums.of(layer)
             Where(layer.name, self.sums.n_batches, "gradients").check(g)
             a = tokens.inputs(layer)
             if first:
-                side.tokens += a.shape[0]
+                found.tokens += a.shape[0]
                 taking_part.append(layer)
-            self._add_g(side, a, g, first)
+            self._add_g(found, a, g, first)
             if own and self.sums.keep_gradient:
-                self._own(side, a, g)
+                self._own(found, a, g)
         if first:
             self._add_inputs(taking_part, tokens)
 
     # ---- the G sides -------------------------------------------------------------------------
 
-    def _add_g(self, side: Side, a: Tensor, g: Tensor, first: bool) -> None:
-        if isinstance(side.g, NormAccumulator):
-            side.g.add(normalised(side.layer.modules[0], a), g)
+    def _add_g(self, found: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
+        if isinstance(found.g, NormAccumulator):
+            found.g.add(normalised(found.layer.modules[0], a), g)
             return
-        if side.layer.name == self.sums.head.name:
+        if found.layer.name == self.sums.head.name:
             return
-        side.g.add(g)
+        found.g.add(g)
         if self.settings.ekfac:
             # Draws of one batch have the same inputs; batches may differ in their draws.
-            start = sum(len(x) for x in side.inputs[: None if first else -1])
-            side.order.append(torch.arange(start, start + len(g), device=g.device))
-            side.last_g.append(g)
-        if self.settings.ekfac or side.g.tokens_in_order():
-            side.inputs += [a] if first else []
+            start = sum(len(x) for x in found.inputs[: None if first else -1])
+            found.order.append(torch.arange(start, start + len(g), device=g.device))
+            found.tokens_g.append(g)
+        if self.settings.ekfac or found.g.tokens_in_order():
+            found.inputs += [a] if first else []
         else:
-            side.inputs.clear()
+            found.inputs.clear()
 
     # ---- the own gradient --------------------------------------------------------------------
 
-    def _add_own(self, tokens: BatchTokens, grads: Mapping[str, list[Tensor | None]]) -> None:
-        for side in self.sums.sides.values():
-            g = tokens.gradients(side.layer, grads)
-            if g is not None:
-                self._own(side, tokens.inputs(side.layer), g)
-
-    def _own(self, side: Side, a: Tensor, g: Tensor) -> None:
+    def _own(self, found: LayerSums, a: Tensor, g: Tensor) -> None:
         """Adds ``sum_t g_t a_t^T`` (with the bias column) in the core dtype."""
         dtype = self.settings.numerics.core_dtype
-        layer = side.layer
+        layer = found.layer
         if layer.tied:
             return
         if layer.kind is Kind.NORM:
@@ -281,7 +277,7 @@ class _Collector:
                 part = g.to(dtype).T @ a.to(dtype)
             if layer.augmented:
                 part = torch.cat([part, g.sum(dim=0, dtype=dtype)[:, None]], dim=1)
-        side.own = part if side.own is None else side.own + part
+        found.own = part if found.own is None else found.own + part
 
     # ---- the A sides -------------------------------------------------------------------------
 
@@ -294,7 +290,7 @@ class _Collector:
                 continue
             keys = (layer.kind is Kind.EMBEDDING, layer.n_in)
             keys += tuple(share_key(c, layer.augmented) for c in tokens.live[layer.name])
-            before = sums.sides[layer.name].group
+            before = sums.by_layer[layer.name].group
             here.setdefault((before, keys), []).append(layer)
         used: set[int] = set()
         for (before, _), layers in here.items():
@@ -305,7 +301,7 @@ class _Collector:
     def _group(self, before: int, layers: list[Layer], taken: bool) -> int:
         """The group of layers that go on together: their old one, a copy of it, or a new one."""
         sums = self.sums
-        mates = [n for n, s in sums.sides.items() if s.group == before and before >= 0]
+        mates = [n for n, s in sums.by_layer.items() if s.group == before and before >= 0]
         whole = before >= 0 and not taken and set(mates) == {x.name for x in layers}
         if whole:
             return before
@@ -314,7 +310,7 @@ class _Collector:
             deepcopy(sums.inputs[before]) if before >= 0 else sums.input_of(layers[0])
         )
         for layer in layers:
-            sums.sides[layer.name].group = group
+            sums.by_layer[layer.name].group = group
         return group
 
 

@@ -9,7 +9,7 @@ tokens are those of rank 0, then those of rank 1, and so on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -29,7 +29,7 @@ from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccu
 from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.policy import wants_woodbury
-from fisher_lab.curvature.kfac.statistics import InputSum, Side, Statistics
+from fisher_lab.curvature.kfac.statistics import InputSum, LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 
 
@@ -53,13 +53,9 @@ def reduce(sums: Statistics, communicator: Communicator) -> list[dict[str, int]]
     return counts
 
 
-def _fingerprint(sums: Statistics) -> str:
-    layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
-    text = f"{layers} {sums.settings} {sums.keep_gradient}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class _Reduction:
+    """Reduces everything, in an order that is the same on all ranks."""
+
     def __init__(self, sums: Statistics, communicator: Communicator) -> None:
         self.sums, self.communicator = sums, communicator
         self.sharded = sums.settings.reduce == "gram"
@@ -68,12 +64,10 @@ class _Reduction:
         self.summaries: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Reduces everything, in an order that is the same on all ranks."""
         self.summaries = self.communicator.all_gather_objects(self._summary())
         self._take_counts()
         present = [x for x in self.sums.everyone() if any(self._of(x.name, "tokens"))]
-        groups = {x.name: self._of(x.name, "group", -1) for x in present}
-        self._reduce_inputs(present, groups)
+        self._reduce_inputs(present)
         for layer in present:
             self._reduce_layer(layer)
         self._decompose_matrices(present)
@@ -85,15 +79,17 @@ class _Reduction:
 
     def _summary(self) -> dict[str, Any]:
         sums = self.sums
+        layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
+        text = f"{layers} {sums.settings} {sums.keep_gradient}"
         return {
-            "model": _fingerprint(sums),
+            "model": hashlib.sha256(text.encode()).hexdigest()[:16],
             "n_labels": sums.n_labels,
             "n_batches": sums.n_batches,
             "fisher": sums.fisher_kind,
             "head": sums.head.name,
             "called": sorted(sums.called),
             "skipped": sums.skipped,
-            "sides": {name: self._summary_of(name) for name in sums.sides},
+            "layers": {name: self._summary_of(found) for name, found in sums.by_layer.items()},
             "inputs": {str(group): x.tokens for group, x in sums.inputs.items()},
             "gradients": sorted(sums.uncovered.gradients),
             "diagonal": sorted(sums.uncovered.diagonal),
@@ -101,25 +97,25 @@ class _Reduction:
             "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
         }
 
-    def _summary_of(self, name: str) -> dict[str, Any]:
-        side = self.sums.sides[name]
-        summary: dict[str, Any] = {"tokens": side.tokens, "group": side.group}
-        if side.inputs:
-            summary["a_dtype"] = dtype_name(side.inputs[0].dtype)
-        if isinstance(side.g, GradientAccumulator):
-            g = side.g
+    def _summary_of(self, layer_sums: LayerSums) -> dict[str, Any]:
+        g, inputs = layer_sums.g, layer_sums.inputs
+        summary: dict[str, Any] = {"tokens": layer_sums.tokens, "group": layer_sums.group}
+        if inputs:
+            summary["a_dtype"] = dtype_name(inputs[0].dtype)
+        if isinstance(g, GradientAccumulator):
             summary |= {"seen": g.seen, "kept": g.kept, "matrix": g.total is not None}
             summary |= {"reduction": g.reduction, "lost": g.lost}
             summary["dtype"] = dtype_name(g.parts[0].dtype) if g.parts else None
         return summary
 
     def _of(self, name: str, key: str, missing: Any = 0) -> list[Any]:
-        return [summary["sides"].get(name, {}).get(key, missing) for summary in self.summaries]
+        return [summary["layers"].get(name, {}).get(key, missing) for summary in self.summaries]
 
-    def _dtype(self, name: str, key: str) -> torch.dtype:
-        """The dtype of a piece, from the first rank that has it."""
+    def _no_rows(self, name: str, key: str, *shape: int) -> Tensor:
+        """No rows ``[0, *shape]``, in the dtype of the first rank that has some."""
         found = next((d for d in self._of(name, key, None) if d is not None), None)
-        return self.core if found is None else getattr(torch, found)
+        dtype = self.core if found is None else getattr(torch, found)
+        return torch.empty(0, *shape, dtype=dtype, device=self.device)
 
     def _take_counts(self) -> None:
         sums, summaries = self.sums, self.summaries
@@ -134,118 +130,100 @@ class _Reduction:
         sums.called = set().union(*(other["called"] for other in summaries))
         for other in summaries:
             sums.skipped = {**other["skipped"], **sums.skipped}
-        seen = [other for other in summaries if other["n_batches"]]
-        if seen:
-            sums.fisher_kind = seen[0]["fisher"]
-        sums.head.name = next(
-            (other["head"] for other in summaries if other["head"] is not None), None
-        )
+        kinds = [other["fisher"] for other in summaries if other["n_batches"]]
+        sums.fisher_kind = next(iter(kinds), sums.fisher_kind)
+        sums.head.name = next((x["head"] for x in summaries if x["head"] is not None), None)
 
     # ---- inputs ------------------------------------------------------------------------------
 
-    def _reduce_inputs(self, present: Sequence[Layer], groups: Mapping[str, list[int]]) -> None:
+    def _reduce_inputs(self, present: Sequence[Layer]) -> None:
         """Sums the A sides; layers share one where they do on every rank."""
-        joined: dict[tuple[int, ...], int] = {}
-        local = self.sums.inputs
-        result: dict[int, InputSum] = {}
-        uses = [key[self.communicator.rank] for key in {tuple(g) for g in groups.values()}]
+        rank, groups = self.communicator.rank, dict[tuple[int, ...], list[Layer]]()
         for layer in present:
-            side = self.sums.side_of(layer)
-            if layer.kind is Kind.NORM:
-                continue
-            key = tuple(groups[layer.name])
-            if key not in joined:
-                joined[key] = len(joined)
-                own = key[self.communicator.rank]
-                mine = local.get(own)
-                if mine is None:
-                    mine = self.sums.input_of(layer)
-                elif uses.count(own) > 1:
-                    mine = deepcopy(mine)
-                tokens = sum(
-                    summary["inputs"].get(str(group), 0)
-                    for summary, group in zip(self.summaries, key, strict=True)
-                )
-                mine.reduce(self.communicator, tokens)
-                result[joined[key]] = mine
-            side.group = joined[key]
+            if layer.kind is not Kind.NORM:
+                groups.setdefault(tuple(self._of(layer.name, "group", -1)), []).append(layer)
+        uses = [key[rank] for key in groups]
+        result: dict[int, InputSum] = {}
+        for number, (key, layers) in enumerate(groups.items()):
+            mine = self.sums.inputs.get(key[rank])
+            if mine is None:
+                mine = self.sums.input_of(layers[0])
+            elif uses.count(key[rank]) > 1:
+                mine = deepcopy(mine)
+            tokens = [
+                summary["inputs"].get(str(group), 0)
+                for summary, group in zip(self.summaries, key, strict=True)
+            ]
+            mine.reduce(self.communicator, sum(tokens))
+            result[number] = mine
+            for layer in layers:
+                self.sums.of(layer).group = number
         self.sums.inputs = result
 
     # ---- a layer -----------------------------------------------------------------------------
 
     def _reduce_layer(self, layer: Layer) -> None:
-        sums = self.sums
-        side = sums.side_of(layer)
+        sums, found = self.sums, self.sums.of(layer)
         rows = tuple(self._of(layer.name, "tokens"))
-        side.tokens = sum(rows)
-        if isinstance(side.g, NormAccumulator):
-            side.g.total = self.communicator.all_reduce(side.g.total)
+        found.tokens = sum(rows)
+        shape = (layer.n_out, layer.dim_a)
+        if isinstance(found.g, NormAccumulator):
+            found.g.total = self.communicator.all_reduce(found.g.total)
+            shape = (found.g.dim, 1)
         elif layer.name != sums.head.name:
-            self._reduce_gradients(layer, side.g)
-            self._reduce_tokens(layer, side, side.g, rows)
+            self._reduce_gradients(layer.name, found.g)
+            self._reduce_tokens(found, found.g, rows)
         if sums.keep_gradient and not layer.tied:
-            width = side.g.total.shape[0] if isinstance(side.g, NormAccumulator) else 0
-            shape = (width, 1) if width else (layer.n_out, layer.dim_a)
-            own = side.own
+            own = found.own
             if own is None:
                 own = torch.zeros(shape, dtype=self.core, device=self.device)
-            side.own = self.communicator.all_reduce(own.contiguous())
+            found.own = self.communicator.all_reduce(own.contiguous())
 
     def _reduce_tokens(
-        self, layer: Layer, side: Side, g: GradientAccumulator, rows: tuple[int, ...]
+        self, found: LayerSums, g: GradientAccumulator, rows: tuple[int, ...]
     ) -> None:
         """Inputs and unreduced gradients of the tokens, where push-through or EKFAC want them."""
-        ekfac = self.sums.settings.ekfac
+        layer, ekfac = found.layer, self.sums.settings.ekfac
         if not (ekfac or g.tokens_in_order()):
-            side.inputs.clear()
+            found.inputs.clear()
             return
-        if not side.inputs:
-            shape = (0,) if layer.kind is Kind.EMBEDDING else (0, layer.n_in)
-            dtype = self._dtype(layer.name, "a_dtype")
-            side.inputs = [torch.empty(shape, dtype=dtype, device=self.device)]
+        if not found.inputs:
+            shape = () if layer.kind is Kind.EMBEDDING else (layer.n_in,)
+            found.inputs = [self._no_rows(layer.name, "a_dtype", *shape)]
         spread = Spread(self.communicator, rows)
         if self.sharded or ekfac:
-            side.spread = spread
-            return
-        side.inputs = [spread.gather(torch.cat(side.inputs))]
+            found.spread = spread
+        else:
+            found.inputs = [spread.gather(torch.cat(found.inputs))]
 
-    # ---- token gradients ---------------------------------------------------------------------
-
-    def _reduce_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
-        name, settings = layer.name, g.settings
-        kept, matrix = sum(self._of(name, "kept")), any(self._of(name, "matrix", False))
+    def _reduce_gradients(self, name: str, g: GradientAccumulator) -> None:
+        settings, rows = g.settings, self._of(name, "kept")
         g.seen = sum(self._of(name, "seen"))
+        too_many = sum(rows) > settings.max_columns
         woodbury = wants_woodbury(settings, g.out, g.seen)
-        wide = self.sharded and g.seen > g.out
-        if g.dense_allowed and (matrix or not woodbury or wide or kept > settings.max_columns):
+        dense = not woodbury or too_many or any(self._of(name, "matrix", False))
+        if g.dense_allowed and (dense or (self.sharded and g.seen > g.out)):
             g.reduction = "lossless" if woodbury else ""
-            self._sum_matrix(g)
+            if g.parts:
+                g.to_matrix()
+            if g.total is None:
+                g.total = torch.zeros(g.out, g.out, dtype=self.core, device=self.device)
+            g.total = self.communicator.all_reduce(g.total)
             return
-        if not g.parts:
-            dtype = self._dtype(name, "dtype")
-            g.parts = [torch.empty(0, g.out, dtype=dtype, device=self.device)]
-        rows = self._of(name, "kept")
-        reduced = any(self._of(name, "reduction", ""))
-        if settings.column_reduction == "subsample" and (kept > settings.max_columns or reduced):
+        g.parts = g.parts or [self._no_rows(name, "dtype", g.out)]
+        too_many = too_many or any(self._of(name, "reduction", ""))
+        if too_many and settings.column_reduction == "subsample":
             rows = g.subsample(rows, self.communicator)
         g.parts = [self._put_together(g.joined(), rows)]
         g.kept = sum(rows)
         if self.sharded:
             g.ranks = self.communicator
-        if settings.column_reduction == "lowrank" and (kept > settings.max_columns or reduced):
+        if too_many and settings.column_reduction == "lowrank":
             g.truncate(sum(self._of(name, "lost", 0.0)), self.communicator)
-
-    def _sum_matrix(self, g: GradientAccumulator) -> None:
-        if g.parts:
-            g.to_matrix()
-        total = g.total
-        if total is None:
-            total = torch.zeros(g.out, g.out, dtype=self.core, device=self.device)
-        g.total = self.communicator.all_reduce(total)
 
     def _decompose_matrices(self, present: Sequence[Layer]) -> None:
         """Decomposes each matrix that stands for columns on one rank, for all of them."""
-        every = [self.sums.side_of(layer).g for layer in present]
+        every = [self.sums.of(layer).g for layer in present]
         summed = [g for g in every if isinstance(g, GradientAccumulator) and g.reduction]
         summed = [g for g in summed if g.total is not None]
         owner = owners([g.out for g in summed], self.communicator.size)
@@ -273,31 +251,25 @@ class _Reduction:
 
     def _reduce_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
-        sums = self.sums
-        rows = [summary["rows"] for summary in self.summaries]
-        if sums.head.name is None or not any(rows):
+        head, rows = self.sums.head, [summary["rows"] for summary in self.summaries]
+        if head.name is None or not any(rows):
             return
-        classes = sums.head.classes
-        named = next(
-            summary["logits"] for summary in self.summaries if summary["logits"] is not None
-        )
-        parts = sums.head.parts
-        device = parts[0].device if parts else self.device
-        p = torch.cat([torch.empty(0, classes, dtype=getattr(torch, named), device=device), *parts])
-        chosen = sums.head.chosen(sum(rows))
+        dtype = next(x["logits"] for x in self.summaries if x["logits"] is not None)
+        device = head.parts[0].device if head.parts else self.device
+        nothing = torch.empty(0, head.classes, dtype=getattr(torch, dtype), device=device)
+        p, chosen = torch.cat([nothing, *head.parts]), head.chosen(sum(rows))
         if chosen is not None:
-            sums.head.weight = sum(rows) / len(chosen)
+            head.weight = sum(rows) / len(chosen)
             p, rows = chosen_rows(p, rows, chosen, self.communicator)
-        sums.head.parts = [self._put_together(p, rows)]
+        head.parts = [self._put_together(p, rows)]
         if self.sharded:
-            sums.head.ranks = self.communicator
+            head.ranks = self.communicator
 
-    def _reduce_named(self, key: str, sums: dict[str, Tensor]) -> None:
+    def _reduce_named(self, key: str, found: dict[str, Tensor]) -> None:
         """Sums over parameters that any rank has."""
-        names = sorted(set().union(*(summary[key] for summary in self.summaries)))
-        for name in names:
-            mine = sums.get(name)
+        for name in sorted(set().union(*(summary[key] for summary in self.summaries))):
+            mine = found.get(name)
             if mine is None:
                 shape = self.sums.uncovered.parameters[name].shape
                 mine = torch.zeros(shape, dtype=self.core, device=self.device)
-            sums[name] = self.communicator.all_reduce(mine)
+            found[name] = self.communicator.all_reduce(mine)

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
-from fisher_lab.curvature.kfac.draws import n_draws
 from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
     DiagonalFactor,
     Factor,
     WoodburyFactor,
 )
+from fisher_lab.curvature.kfac.fisher_kinds import n_draws
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.statistics import Side, Statistics
+from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
 
@@ -87,7 +87,7 @@ def refresh(
     shared: dict[int, Factor] = {}
     factors: dict[str, LayerFactors] = {}
     for layer in sums.layers.layers.values():
-        if layer.name not in sums.sides:
+        if layer.name not in sums.by_layer:
             sums.skipped.setdefault(layer.name, "no gradient in this batch")
             continue
         factors[layer.name] = _layer_factors(sums, layer, shared)
@@ -124,29 +124,30 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
         layer: the layer.
         shared: the A factors so far, by group of layers; takes the layer's own.
     """
-    side = sums.sides[layer.name]
+    found = sums.by_layer[layer.name]
     count = n_draws(sums.fisher_kind, sums.settings)
-    weight = 1.0 / (side.tokens * count)
-    own = _tied_own(sums, layer) if layer.tied else side.own
+    weight = 1.0 / (found.tokens * count)
+    own = _tied_own(sums, layer) if layer.tied else found.own
     own = None if own is None else own / sums.n_labels
     common: dict[str, Any] = {
-        "layer": layer, "tokens": side.tokens, "n_labels": sums.n_labels,
+        "layer": layer, "tokens": found.tokens, "n_labels": sums.n_labels,
         "n_draws": count, "fisher": sums.fisher_kind, "own": own,
     }  # fmt: skip
-    if isinstance(side.g, NormAccumulator):
-        return LayerFactors(A=None, G=side.g.factor(weight), method="norm", **common)
-    a = _input_factor(sums, side, shared)
+    if isinstance(found.g, NormAccumulator):
+        return LayerFactors(A=None, G=found.g.factor(weight), method="norm", **common)
+    if found.group not in shared:
+        shared[found.group] = sums.inputs[found.group].factor()
+    common["A"] = shared[found.group]
     if layer.name == sums.head.name:
         common["fisher"] = "true"
-        return LayerFactors(A=a, G=sums.head.factor(side.tokens), method="true_head", **common)
-    g = side.g.factor(weight)
+        return LayerFactors(G=sums.head.factor(found.tokens), method="true_head", **common)
+    g = found.g.factor(weight)
     method = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
-    factors = LayerFactors(A=a, G=g, method=method, **common)
-    _keep_tokens(sums, factors, side, weight)
-    if layer.partner is not None and layer.partner.name in sums.sides:
+    factors = LayerFactors(G=g, method=method, **common)
+    _keep_tokens(sums, factors, found, weight)
+    if layer.partner is not None and layer.partner.name in sums.by_layer:
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
-        embedding = _layer_factors(sums, layer.partner, shared)
-        pool(factors, embedding)
+        pool(factors, _layer_factors(sums, layer.partner, shared))
         factors.push, factors.exact = False, None
     return factors
 
@@ -158,37 +159,22 @@ def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
 
 
-def _input_factor(sums: Statistics, side: Side, shared: dict[int, Factor]) -> Factor:
-    if side.group not in shared:
-        shared[side.group] = sums.inputs[side.group].factor()
-    return shared[side.group]
-
-
-def _keep_tokens(sums: Statistics, factors: LayerFactors, side: Side, weight: float) -> None:
+def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums, weight: float) -> None:
     """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
-    accumulator, settings = side.g, sums.settings
-    assert isinstance(accumulator, GradientAccumulator)
-    in_order = accumulator.tokens_in_order()
+    g, layer, settings = found.g, found.layer, sums.settings
+    assert isinstance(g, GradientAccumulator)
+    in_order = g.tokens_in_order()
     if in_order or settings.ekfac:
-        factors.a = joined(side.inputs, _input_label(side))
-        factors.spread = side.spread
-    factors.push = (
-        in_order
-        and sums.fisher_kind == "empirical"
-        and not side.layer.tied
-        and settings.push_through
-    )
+        what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={found.tokens})"
+        factors.a, factors.spread = joined(found.inputs, what), found.spread
+    empirical = sums.fisher_kind == "empirical"
+    factors.push = in_order and empirical and not layer.tied and settings.push_through
     if settings.ekfac:
-        empty = torch.empty(0, side.layer.n_out, device=sums.device)
-        factors.tokens_g = joined(side.last_g, accumulator.label) if side.last_g else empty
+        empty = torch.empty(0, layer.n_out, device=sums.device)
+        factors.tokens_g = joined(found.tokens_g, g.label) if found.tokens_g else empty
         nowhere = torch.empty(0, dtype=torch.int64, device=sums.device)
-        factors.order = torch.cat([nowhere, *side.order])
-    factors.exact = accumulator.exact_factor(weight)
-
-
-def _input_label(side: Side) -> str:
-    layer = side.layer
-    return f"layer {layer.name}: A side (in={layer.dim_a}, tokens={side.tokens})"
+        factors.order = torch.cat([nowhere, *found.order])
+    factors.exact = g.exact_factor(weight)
 
 
 def joined(parts: Sequence[Tensor], what: str) -> Tensor:
@@ -247,12 +233,10 @@ def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> No
     """
     exact, g = factors.exact, factors.G
     factors.exact = None
-    if exact is None or factors.a is None:
-        return
     numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
-    if lam <= 0 or g.n_columns != factors.tokens:
+    if exact is None or factors.a is None or factors.layer.kind is Kind.EMBEDDING:
         return
-    if factors.layer.kind is Kind.EMBEDDING:
+    if lam <= 0 or g.n_columns != factors.tokens:
         return
     a = factors.a.to(numerics.apply_dtype)
     generator = torch.Generator().manual_seed(0)

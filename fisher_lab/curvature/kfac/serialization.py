@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.collectives import Communicator, Spread
 from fisher_lab.curvature.errors import FactorFileError, LayerError
-from fisher_lab.curvature.kfac.factors import Columns, Factor
+from fisher_lab.curvature.kfac.factors import ColumnFactor, Columns, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
 from fisher_lab.curvature.kfac.numerics import DTYPES
@@ -288,8 +288,8 @@ def _restore_layer(
 
 def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Communicator) -> None:
     """Cuts this rank's share out of what :func:`export` has put together."""
-    if entry["G"].get("sharded"):
-        f.G.shard(communicator)
+    if entry["G"].get("sharded") and isinstance(f.G, ColumnFactor):
+        f.G.columns = f.G.columns.shard(communicator)
     rows = entry.get("rows")
     if rows is None or len(rows) != communicator.size:
         return

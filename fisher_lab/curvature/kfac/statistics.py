@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from fisher_lab.curvature.kfac.accumulators import (
     NormAccumulator,
 )
 from fisher_lab.curvature.kfac.capture import Call, Capture
-from fisher_lab.curvature.kfac.draws import scored_of
 from fisher_lab.curvature.kfac.factors import DiagonalLowRankFactor, ShardedColumns
+from fisher_lab.curvature.kfac.fisher_kinds import scored_of
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, store_columns
@@ -35,11 +34,6 @@ from fisher_lab.curvature.memory import on_device
 class Uncovered:
     """Sums over the trainable parameters whose gradients do not come from the layers' tokens.
 
-    Args:
-        model: the model, without its wrappers.
-        layers: its K-FAC layers.
-        settings: all choices.
-
     Attributes:
         parameters: by name.
         gradients: sums of their gradients by name, in the core dtype.
@@ -48,6 +42,7 @@ class Uncovered:
 
     def __init__(self, model: nn.Module, layers: Layers, settings: EngineSettings) -> None:
         self._layers, self._settings = layers, settings
+        self._dtype = settings.numerics.core_dtype
         covered = set()
         for layer in layers.layers.values():
             # A tied weight's own gradient comes from both uses: autograd adds them up.
@@ -71,47 +66,32 @@ class Uncovered:
         """
         for name, grad in zip(self.parameters, grads, strict=False):
             if grad is not None:
-                old = self.gradients.get(name)
-                grad = grad.to(self._settings.numerics.core_dtype)
-                self.gradients[name] = grad if old is None else old + grad
+                self._add_to(self.gradients, name, grad.to(self._dtype))
 
     def add_diagonal(self, loss: SummedLoss, capture: Capture) -> None:
         """Adds squared gradients of each sequence's token-summed loss.
-
-        Args:
-            loss: of the batch, with its logits.
-            capture: of the batch's forward pass.
 
         Raises:
             SettingError: the loss has no logits.
         """
         scored = scored_of(loss, "uncovered=diagonal")
         losses = token_losses(scored)
-        rows = scored.rows.unique().tolist()
         tied = {layer.weight for layer in self._layers.layers.values() if layer.tied}
         names = [name for name in self.parameters if name not in tied]
         parameters = capture.live([self.parameters[name] for name in names])
-        for row in rows:
-            grads = torch.autograd.grad(
-                losses[scored.rows == row].sum(),
-                parameters,
-                retain_graph=True,
-                allow_unused=True,
-            )
+        for row in scored.rows.unique().tolist():
+            total = losses[scored.rows == row].sum()
+            grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             for name, grad in zip(names, grads, strict=True):
                 if grad is not None:
-                    square = grad.to(self._settings.numerics.core_dtype).square()
-                    old = self.diagonal.get(name)
-                    self.diagonal[name] = square if old is None else old + square
+                    self._add_to(self.diagonal, name, grad.to(self._dtype).square())
+
+    def _add_to(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
 
 
-class Head:
-    """Which layer is the head, and the probabilities of its labelled tokens.
-
-    Args:
-        layers: the model's K-FAC layers.
-        settings: all choices.
-        device: the model's.
+class TrueFisherHead:
+    """Which layer is the softmax head, and the probabilities of its labelled tokens.
 
     Attributes:
         name: of the layer; None before the first batch, or where no such head is wanted.
@@ -135,10 +115,6 @@ class Head:
 
     def find(self, loss: SummedLoss, calls: Mapping[str, list[Call]]) -> None:
         """Finds the layer whose output *is* the logits, where the true-Fisher head is wanted.
-
-        Args:
-            loss: of a batch, with its logits.
-            calls: of each layer in the batch's forward pass.
 
         Raises:
             SettingError: the loss has no logits.
@@ -171,10 +147,7 @@ class Head:
         self.parts = [*(part.to(p.device) for part in self.parts), p]
 
     def chosen(self, labels: int) -> Tensor | None:
-        """Returns which labelled tokens the factor is made of; None for all of them.
-
-        Args:
-            labels: labelled tokens of all batches and ranks.
+        """Returns which of ``labels`` labelled tokens the factor is made of; None for all.
 
         Returns:
             ``[max_columns]`` their indices, ascending.
@@ -186,11 +159,7 @@ class Head:
         return torch.randperm(labels, generator=generator)[:most].sort().values
 
     def factor(self, tokens: int) -> DiagonalLowRankFactor:
-        """Returns the layer's G.
-
-        Args:
-            tokens: ``T`` of the layer.
-        """
+        """Returns the layer's G, whose ``T`` is ``tokens``."""
         rows = sum(len(part) for part in self.parts)
         weight, chosen = self.weight, self.chosen(rows)
         if chosen is not None:
@@ -218,7 +187,7 @@ InputSum = MomentAccumulator | CountAccumulator
 
 
 @dataclass
-class Side:
+class LayerSums:
     """What is being summed for one layer.
 
     Attributes:
@@ -228,8 +197,8 @@ class Side:
         inputs: its tokens ``[T, in]``, a batch each, as long as they may be wanted.
         own: ``sum_t g_t a_t^T``, ``[out, dim_a]`` in the core dtype, where it was asked for.
         tokens: ``T``.
-        last_g: its token gradients ``[T, out]``, a draw each, where EKFAC needs them.
-        order: which row of ``inputs`` each row of ``last_g`` belongs to, a draw each.
+        tokens_g: its token gradients ``[T, out]``, a draw each, where EKFAC needs them.
+        order: which row of ``inputs`` each row of ``tokens_g`` belongs to, a draw each.
         spread: the other ranks' tokens, where ``inputs`` are this rank's own only.
     """
 
@@ -239,7 +208,7 @@ class Side:
     inputs: list[Tensor] = field(default_factory=list)
     own: Tensor | None = None
     tokens: int = 0
-    last_g: list[Tensor] = field(default_factory=list)
+    tokens_g: list[Tensor] = field(default_factory=list)
     order: list[Tensor] = field(default_factory=list)
     spread: Spread | None = None
 
@@ -260,8 +229,8 @@ class Statistics:
         n_batches: how many have come, those without a token included.
         called: names of the layers that were called.
         skipped: layer name -> why it has no factors this time.
-        sides: by layer name; layers without a gradient so far have none.
-        inputs: the A sides, by :attr:`Side.group`.
+        by_layer: the sums of each layer, by name; layers without a gradient so far have none.
+        inputs: the A sides, by :attr:`LayerSums.group`.
         fisher_kind: kind of Fisher matrix that the inner layers get.
         head: the true-Fisher head.
         uncovered: parameters that belong to no layer.
@@ -280,33 +249,31 @@ class Statistics:
         self.layers, self.settings, self.keep_gradient = layers, settings, keep_gradient
         self.device = device
         self.seed = rank_seed(settings.seed, rank)
-        self.n_labels = 0
-        self.n_batches = 0
+        self.n_labels = self.n_batches = 0
         self.called: set[str] = set()
         self.skipped: dict[str, str] = {}
-        self.sides: dict[str, Side] = {}
+        self.by_layer: dict[str, LayerSums] = {}
         self.inputs: dict[int, InputSum] = {}
         self.fisher_kind: str = settings.fisher
-        self.head = Head(layers, settings, device)
+        self.head = TrueFisherHead(layers, settings, device)
         self.uncovered = Uncovered(model, layers, settings)
 
     def everyone(self) -> list[Layer]:
         """Returns all layers, tied partners too, in the model's order."""
         return every_layer(self.layers.layers.values())
 
-    def side_of(self, layer: Layer) -> Side:
+    def of(self, layer: Layer) -> LayerSums:
         """Returns what is being summed for a layer; begins it where nothing is there yet."""
-        if layer.name not in self.sides:
-            s = self.settings
+        if layer.name not in self.by_layer:
+            n, shift = layer.n_out, layer.bias is not None
             if layer.kind is Kind.NORM:
-                shift = layer.bias is not None
-                dense = layer.n_out <= NORM_MAX_DIM
-                core, label = s.numerics.core_dtype, f"layer {layer.name}"
-                g: Any = NormAccumulator(layer.n_out, shift, dense, core, self.device, label)
+                core, label = self.settings.numerics.core_dtype, f"layer {layer.name}"
+                dense = n <= NORM_MAX_DIM
+                g = NormAccumulator(n, shift, dense, core, self.device, label)
             else:
-                g = GradientAccumulator(layer.name, layer.n_out, s, self.seed)
-            self.sides[layer.name] = Side(layer, g)
-        return self.sides[layer.name]
+                g = GradientAccumulator(layer.name, n, self.settings, self.seed)
+            self.by_layer[layer.name] = LayerSums(layer, g)
+        return self.by_layer[layer.name]
 
     def input_of(self, layer: Layer) -> InputSum:
         """Returns an empty sum for a layer's A side."""
@@ -318,5 +285,5 @@ class Statistics:
 
     def counts(self) -> dict[str, int]:
         """Returns tokens and labels that have been summed."""
-        tokens = max((side.tokens for side in self.sides.values()), default=0)
+        tokens = max((side.tokens for side in self.by_layer.values()), default=0)
         return {"tokens": tokens, "labels": self.n_labels}

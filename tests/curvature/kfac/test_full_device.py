@@ -92,7 +92,7 @@ def stages():
     from fisher_lab.curvature.kfac.factors import Damped
     from fisher_lab.curvature.kfac.factors.diagonal import DampedDiagonal, DampedDiagonalLowRank
     from fisher_lab.curvature.kfac.factors.woodbury import DampedWoodbury
-    from fisher_lab.curvature.kfac.statistics import Head
+    from fisher_lab.curvature.kfac.statistics import TrueFisherHead
 
     two = {"batches": 2}
     few = {"max_columns": 8, "max_dense_dim": 40, "exclude": ["*mlp.c_proj"]}
@@ -108,7 +108,7 @@ def stages():
         "unrounded columns": (
             GradientAccumulator, "exact_factor", "G side", "all", two | {"woodbury_dtype": "fp16"},
         ),
-        "subsample": (GradientAccumulator, "_chosen", "G side", "all", two | few),
+        "subsample": (accumulators, "chosen_rows", "G side", "all", two | few),
         "low rank": (GradientAccumulator, "_leading", "G side", "all", low),
         "lossless": (*joined, "G side", "all", {"max_columns": 8}),
         "tokens kept": (refresh, "joined", "side", "all", two | {"ekfac": True}),
@@ -117,8 +117,8 @@ def stages():
         "sum of a norm layer": (NormAccumulator, "add", "scale and shift", "all", norms),
         "room for a norm layer": (NormAccumulator, "__init__", "scale and shift", "all", norms),
         "embedding": (DampedDiagonal, "_power", "A side", "all", {}),
-        "true head, probabilities": (Head, "add", "G side", "all", head),
-        "true head": (Head, "factor", "G side", "all", two | head),
+        "true head, probabilities": (TrueFisherHead, "add", "G side", "all", head),
+        "true head": (TrueFisherHead, "factor", "G side", "all", two | head),
         "true head, application": (DampedDiagonalLowRank, "_power", "G side", "all", head),
         "pooled": (refresh, "pool", "side", "all", pooled),
         "pooled, dense": (refresh, "pool", "side", "small_only", pooled),

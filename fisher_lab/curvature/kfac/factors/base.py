@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.curvature.collectives import Communicator, dtype_name
+from fisher_lab.curvature.collectives import dtype_name
 from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
@@ -115,11 +115,7 @@ class Factor(ABC):
     @classmethod
     @abstractmethod
     def from_dense(cls, matrix: Tensor) -> Self:
-        """Returns the factor that is a matrix, or has as much of it as the structure can hold.
-
-        Args:
-            matrix: ``[dim, dim]``, symmetric positive semi-definite, in the core dtype.
-        """
+        """Returns as much of ``M``, ``[dim, dim]`` in the core dtype, as the structure can hold."""
 
     # ---- products and numbers ----------------------------------------------------------------
 
@@ -154,11 +150,7 @@ class Factor(ABC):
     def basis(self, numerics: Numerics) -> tuple[Tensor, Columns | None]:
         """Returns the eigenvalues ``[r]`` and eigenvectors of ``M`` that EKFAC works in.
 
-        Args:
-            numerics: precision.
-
-        Returns:
-            The eigenvectors as ``r`` columns ``[r, dim]``; None for the unit vectors.
+        The eigenvectors come as ``r`` columns ``[r, dim]``; None stands for the unit vectors.
         """
         values, vectors = self.eigen(on_host=numerics.on_host)
         return values, Columns(vectors.T, 1.0, vectors.device)
@@ -211,8 +203,7 @@ class Factor(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that the factor consists of on this process, without derived ones."""
-        held = {k: v.data if isinstance(v, Columns) else v for k, v in self._held().items()}
-        return {key: value for key, value in held.items() if isinstance(value, Tensor)}
+        return {k: v.data if isinstance(v, Columns) else v for k, v in self._held().items()}
 
     def _held(self) -> dict[str, Tensor | Columns]:
         return {
@@ -243,14 +234,6 @@ class Factor(ABC):
         what = f"{self.label}, {operation}"
         return on_device(lambda _: work(), self.device, what, to_host, collective=self.sharded)
 
-    def shard(self, communicator: Communicator) -> None:
-        """Keeps this rank's slice only, of a factor that all ranks have whole.
-
-        Raises:
-            TypeError: ranks cannot hold slices of the structure.
-        """
-        raise TypeError(f"{self.structure}: ranks hold it whole")
-
     # ---- files -------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -259,13 +242,7 @@ class Factor(ABC):
 
     @classmethod
     def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> Factor:
-        """Returns a factor from what :meth:`state` gave.
-
-        Args:
-            entry: the JSON-able values.
-            dim: the dimension that the layer wants.
-            read: reads the tensors.
-        """
+        """Returns a factor of dimension ``dim`` from what :meth:`state` gave."""
         return cls.from_dense(read.tensor("matrix", dim, dim))
 
 
@@ -318,16 +295,11 @@ class ColumnFactor(Factor):
     @property
     @override
     def device(self) -> torch.device:
-        """Where products are formed; the columns may be stored in another place."""
-        return self.columns.device
+        return self.columns.device  # the columns may be stored in another place
 
     @override
     def to_dense(self) -> Tensor:
         return self.multiply(torch.eye(self.dim, dtype=self.core_dtype, device=self.device))
-
-    @override
-    def shard(self, communicator: Communicator) -> None:
-        self.columns = self.columns.shard(communicator)
 
     @override
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -413,11 +385,7 @@ class Damped(Generic[F]):
         return self.clipped.used.to(dtype), self.eigen()[1].to(dtype)
 
     def pending(self, *, eigen: bool = False) -> bool:
-        """Says whether a decomposition is left to do on this process.
-
-        Args:
-            eigen: whether it is the eigendecomposition that is wanted (EKFAC).
-        """
+        """Says whether what :meth:`prepare` does is left to do on this process."""
         if self.factor.decomposed:
             return False
         return eigen or vars(self).get("cholesky") is None
@@ -480,26 +448,25 @@ class Damped(Generic[F]):
         Raises:
             SettingError: ``p < 0`` without damping, or a power that the structure lacks.
         """
-        self.check_power(p)
-        return self._applied(lambda y: self._power(y, p), y)
+        return self._applied(self._power, y, p)
 
     def push_through(self, b: Tensor, p: float) -> Tensor:
         """Returns ``M_used^p g^T b`` for a factor that is kept as columns ``g``.
 
         Args:
             b: ``[T, m]`` in the apply dtype.
-            p: the power.
+            p: as of :meth:`power`.
 
         Raises:
             SettingError: the structure has no columns, or as :meth:`power`.
         """
-        self.check_power(p)
-        return self._applied(lambda b: self._push_through(b, p), b)
+        return self._applied(self._push_through, b, p)
 
-    def _applied(self, function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    def _applied(self, function: Callable[[Tensor, float], Tensor], y: Tensor, p: float) -> Tensor:
         """Applies a function where the factor is; the result comes back to where ``y`` is."""
+        self._check_power(p)
         return self._on_device(
-            "application", lambda: function(y.to(self.factor.device)).to(y.device)
+            "application", lambda: function(y.to(self.factor.device), p).to(y.device)
         )
 
     def _push_through(self, b: Tensor, p: float) -> Tensor:
@@ -507,12 +474,7 @@ class Damped(Generic[F]):
             f"push-through: the structure {self.factor.structure} keeps no token columns"
         )
 
-    def check_power(self, p: float) -> None:
-        """Checks that a power can be taken.
-
-        Raises:
-            SettingError: a negative power without damping.
-        """
+    def _check_power(self, p: float) -> None:
         if p < 0 and self.lam <= 0:
             raise SettingError(
                 f"damping: {self.lam:g} with power {p:g}; allowed: above 0 for powers < 0"

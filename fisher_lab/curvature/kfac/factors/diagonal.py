@@ -255,13 +255,8 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
         self.core_eigen = values, vectors
 
     @override
-    def check_power(self, p: float) -> None:
-        """Checks that a power can be taken.
-
-        Raises:
-            SettingError: a power other than -1 and 1, or -1 without damping.
-        """
-        super().check_power(p)
+    def _check_power(self, p: float) -> None:
+        super()._check_power(p)
         if p not in (-1, 1):
             structure = self.factor.structure
             raise SettingError(f"power: {p:g} on the structure {structure}; allowed: -1, 1")
@@ -307,7 +302,7 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
 
     @override
     def _logdet(self) -> float:
-        """Returns ``log det D + log det S``."""
+        # log det D + log det S
         outer = float((self.factor.diagonal.double() + self.lam).log().sum())
         if self.cholesky.lower is not None:
             return outer + 2.0 * float(self.cholesky.lower.double().diagonal().log().sum())

@@ -1,8 +1,9 @@
-"""Which signals are sent back from the logits: one a draw (``docs/math.md``, section 1).
+"""The Fisher kinds: where the labels come from whose gradients are sent back from the logits.
 
-``empirical`` sends the gradient of the data's loss. ``mc`` sends that of labels drawn from the
-model. ``true`` sends, for each labelled position and class ``c``, ``sqrt(p_c) (p - e_c)``: summed
-over all of them the outer products are the expectation over the model's own distribution.
+One backward pass each (``docs/math.md``, section 1). ``empirical`` sends the gradient of the data's
+loss, ``mc`` that of labels drawn from the model. ``true`` sends, for each labelled position and
+class ``c``, ``sqrt(p_c) (p - e_c)``: summed over all of them the outer products are the expectation
+over the model's own distribution.
 
 One pass a class over all positions at once would add cross terms between positions wherever
 layers mix tokens (attention): for positions ``t`` and ``u`` it adds
@@ -24,7 +25,7 @@ from fisher_lab.curvature.losses import Scored, SummedLoss
 
 
 @dataclass(frozen=True)
-class Draw:
+class BackwardPass:
     """One backward pass.
 
     Attributes:
@@ -38,7 +39,7 @@ class Draw:
     last: bool
 
 
-def resolve(settings: KFACSettings, n_classes: int | None) -> str:
+def kind_in_use(settings: KFACSettings, n_classes: int | None) -> str:
     """Returns the kind that inner layers get: ``true`` becomes ``mc`` beyond the class limit."""
     if settings.fisher == "true" and (n_classes is None or n_classes > settings.true_max_classes):
         return "mc"
@@ -46,36 +47,30 @@ def resolve(settings: KFACSettings, n_classes: int | None) -> str:
 
 
 def n_draws(kind: str, settings: KFACSettings) -> int:
-    """Returns by how many draws the sums are divided."""
+    """Returns by how many draws of labels the sums are divided."""
     return settings.n_samples if kind == "mc" else 1
 
 
-def draws(loss: SummedLoss, settings: KFACSettings, generator: torch.Generator) -> Iterator[Draw]:
-    """Yields the backward passes of one batch.
-
-    Args:
-        loss: the batch's loss, with its logits for ``mc`` and ``true``.
-        settings: kind, number of samples, class limit.
-        generator: host generator of the drawn labels.
+def backward_passes(
+    loss: SummedLoss, settings: KFACSettings, generator: torch.Generator
+) -> Iterator[BackwardPass]:
+    """Yields the backward passes of one batch; ``generator`` is that of the drawn labels (host).
 
     Raises:
         SettingError: the kind needs logits and the loss has none.
     """
-    if settings.fisher == "empirical":
-        yield Draw(loss.loss, None, True)
-        return
-    scored = scored_of(loss, settings.fisher)
-    if scored.n_labels == 0:
-        yield Draw(loss.loss, None, True)
+    scored = None if settings.fisher == "empirical" else scored_of(loss, settings.fisher)
+    if scored is None or scored.n_labels == 0:
+        yield BackwardPass(loss.loss, None, True)
         return
     with torch.no_grad():
         probabilities = scored.logits.softmax(dim=-1)
-    if resolve(settings, probabilities.shape[1]) == "mc":
+    if kind_in_use(settings, probabilities.shape[1]) == "mc":
         for k in range(settings.n_samples):
             signal = _sampled(probabilities, generator)
-            yield Draw(scored.logits, signal, k == settings.n_samples - 1)
-        return
-    yield from _expected(scored, probabilities)
+            yield BackwardPass(scored.logits, signal, k == settings.n_samples - 1)
+    else:
+        yield from _expected(scored, probabilities)
 
 
 def scored_of(loss: SummedLoss, kind: str) -> Scored:
@@ -99,7 +94,7 @@ def _sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def _expected(scored: Scored, probabilities: Tensor) -> Iterator[Draw]:
+def _expected(scored: Scored, probabilities: Tensor) -> Iterator[BackwardPass]:
     positions = scored.positions.unique().tolist()
     n_classes = probabilities.shape[1]
     for index, position in enumerate(positions):
@@ -109,4 +104,4 @@ def _expected(scored: Scored, probabilities: Tensor) -> Iterator[Draw]:
             signal[:, c] -= 1.0
             signal *= probabilities[:, c : c + 1].sqrt() * here
             last = index == len(positions) - 1 and c == n_classes - 1
-            yield Draw(scored.logits, signal, last)
+            yield BackwardPass(scored.logits, signal, last)
