@@ -57,15 +57,7 @@ class Where:
 
 
 class MomentAccumulator:
-    """``sum a a^T`` with the bias column, for the A side.
-
-    Args:
-        n: features, without the bias column.
-        augmented: whether a constant 1 is appended to each token.
-        dtype: core dtype.
-        device: where the sum lives.
-        side: layer and side, for the log.
-    """
+    """``sum a a^T`` for the A side; a constant 1 is appended to each ``a`` where ``augmented``."""
 
     def __init__(
         self, n: int, augmented: bool, dtype: torch.dtype, device: torch.device, side: str
@@ -138,13 +130,8 @@ class GradientAccumulator:
 
     ``auto`` compares the number of columns that have come so far, so that the whole of T decides
     although the batches are seen one by one: what begins as columns becomes a matrix when there
-    are too many. Past ``max_columns`` the columns are reduced (``docs/math.md``, section 3).
-
-    Args:
-        name: of the layer.
-        out: outputs of the layer.
-        settings: policy, core dtype, where and how columns are kept.
-        seed: of the subsampling.
+    are too many. Past ``max_columns`` the columns are reduced (``docs/math.md``, section 3), by
+    subsampling with ``seed`` for one way.
 
     Attributes:
         parts: the columns, ``[n, out]`` each; none once there is a matrix.
@@ -248,12 +235,8 @@ class GradientAccumulator:
     def subsample(self, rows: list[int], ranks: Communicator) -> list[int]:
         """Keeps the columns with the smallest keys: uniform over all tokens of all ranks.
 
-        Args:
-            rows: how many columns each rank has.
-            ranks: the ranks; each keeps what is chosen of its own.
-
-        Returns:
-            How many columns each rank keeps.
+        Each rank, of which ``rows`` are the numbers of columns, keeps what is chosen of its own.
+        Returns how many each keeps.
         """
         fresh = rows[ranks.rank] - (0 if self._keys is None else self._keys.numel())
         keys = torch.rand(fresh, generator=self._generator, dtype=torch.float64)
@@ -376,13 +359,7 @@ def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> 
 class NormAccumulator:
     """``sum v v^T`` with ``v = [g * xhat; g]``, the per-token gradient of scale and shift.
 
-    Args:
-        n: features.
-        shift: whether the layer has a shift beside its scale.
-        dense: whether the matrix is kept, else its diagonal.
-        dtype: core dtype.
-        device: where the sum lives.
-        layer: the layer, for the log.
+    Where it is not ``dense``, only its diagonal is kept; without ``shift``, ``v = g * xhat``.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,10 @@ class Basis(NamedTuple):
 
 @dataclass(kw_only=True)
 class Eigenbasis:
-    """A layer in EKFAC's basis.
+    """A layer in EKFAC's basis, in the apply dtype.
 
     Attributes:
-        v_g: as in :class:`Basis`, in the apply dtype.
+        v_g: as in :class:`Basis`.
         v_a: the same.
         denominator: ``[r, dim_a]`` damped and floored eigenvalues.
         complement: ``[dim_a]`` the same for the directions of G that are not at hand; None where
@@ -78,11 +79,7 @@ def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
     """Computes a layer's basis and its damped and floored eigenvalues; collective on ranks.
 
     Where the device is full, what a rank does by itself moves to its host memory; what it does
-    together with others is never done twice.
-
-    Args:
-        factors: collected with ``ekfac`` on.
-        settings: damping of both sides, the largest condition number, and the precision.
+    together with others is never done twice. The factors were collected with ``ekfac`` on.
 
     Raises:
         SettingError: the layer's G has no eigenbasis (a true-Fisher head).
@@ -95,13 +92,8 @@ def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
         a.to_host()
 
     what = f"{g.label} and its A side (in={factors.layer.dim_a}), eigenbasis"
-    found = on_device(
-        lambda _: basis_of(factors, settings.numerics),
-        g.device,
-        what,
-        both_to_host,
-        collective=g.sharded,
-    )
+    work = partial(_basis_of, factors, settings.numerics)
+    found = on_device(work, g.device, what, both_to_host, collective=g.sharded)
     if factors.spread is not None:
         found = found._replace(sums=factors.spread.communicator.all_reduce(found.sums))
     found = found._replace(sums=found.sums / (factors.tokens * factors.n_draws))
@@ -116,16 +108,8 @@ def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
     return on_device(there, found.sums.device, what)
 
 
-def basis_of(factors: LayerFactors, numerics: Numerics) -> Basis:
-    """Computes a layer's basis; collective only where G's columns are sharded.
-
-    Args:
-        factors: collected with ``ekfac`` on.
-        numerics: precision.
-
-    Raises:
-        SettingError: the layer's G has no eigenbasis (a true-Fisher head).
-    """
+def _basis_of(factors: LayerFactors, numerics: Numerics, _device: torch.device) -> Basis:
+    """Computes a layer's basis; collective only where G's columns are sharded."""
     g_factor, a_factor, g = factors.G, factors.A, factors.tokens_g
     assert a_factor is not None
     assert g is not None
@@ -214,11 +198,7 @@ def eigenbasis(
 ) -> Eigenbasis:
     """Returns a layer's basis with its damped and floored eigenvalues.
 
-    Args:
-        factors: of the layer.
-        basis: of the layer; ``sums`` over the tokens of all ranks, divided by their number.
-        settings: damping of both sides, the largest condition number, and the precision.
-        label: of the result.
+    The ``sums`` of the basis are those over the tokens of all ranks, divided by their number.
     """
     m_g, m_a, s = basis.m_g, basis.m_a, basis.sums
     lam_a, lam_g, kappa_max = settings.lam_A, settings.lam_G, settings.kappa_max

@@ -173,26 +173,25 @@ class KFACNaturalGradient:
         """
         self.communicator = self._ranks(self._given_ranks or world())
         captured, self.captured = self.captured, None
+        if isinstance(loss, Tensor) and captured is None:
+            raise LossError(
+                "loss: a tensor was given but no forward pass was captured; run it inside "
+                "'with kfac.capture(model):', or give a loss function"
+            )
+        layers = captured.layers if captured is not None and isinstance(loss, Tensor) else None
         try:
             statistics = Statistics(
                 wrappers.unwrap(model),
-                self._layers_behind(loss, captured, model),
+                layers or self.layers_of(model),
                 self.settings,
                 wrappers.device_of(model),
                 keep_gradient=keep_gradient or self.track_diagonal,
                 rank=self.communicator.rank,
             )
             collect(
-                statistics,
-                model,
-                batch,
-                loss,
-                captured,
-                self.communicator,
-                self.progress,
-                n_labels=n_labels,
-                reduction=loss_reduction,
-            )
+                statistics, model, batch, loss, captured, self.communicator, self.progress,
+                n_labels=n_labels, reduction=loss_reduction,
+            )  # fmt: skip
             rank_counts = reduce(statistics, self.communicator)
             self._hold(refresh(statistics, rank_counts, self._ever_called))
         finally:
@@ -238,16 +237,6 @@ class KFACNaturalGradient:
                 )
         check_device_supports(self.settings, wrappers.device_of(model))
         return layers
-
-    def _layers_behind(self, loss: Any, captured: Capture | None, model: nn.Module) -> Layers:
-        if not isinstance(loss, Tensor):
-            return self.layers_of(model)
-        if captured is None:
-            raise LossError(
-                "loss: a tensor was given but no forward pass was captured; run it inside "
-                "'with kfac.capture(model):', or give a loss function"
-            )
-        return captured.layers
 
     def forget(self) -> None:
         """Drops the factors."""

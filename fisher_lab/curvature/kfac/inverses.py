@@ -24,9 +24,7 @@ from fisher_lab.curvature.kfac.refresh import Refresh
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """Assigns decompositions to ranks: the largest first, each to the least busy rank.
 
-    Args:
-        sizes: sides of the matrices; the cost is taken as their cube.
-        ranks: number of ranks.
+    The cost of a matrix is taken as the cube of its size.
     """
     busy = [0.0] * ranks
     result = [0] * len(sizes)
@@ -39,10 +37,10 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
 def prepare_together(
     sides: Sequence[Damped], communicator: Communicator, *, eigen: bool = False
 ) -> list[float]:
-    """Decomposes every side once over all ranks; collective.
+    """Decomposes every side once over all ranks, which have the same ones; collective.
 
     Args:
-        sides: damped factors, the same ones in the same order on every rank.
+        sides: damped factors.
         communicator: of the ranks.
         eigen: eigendecompositions of the factors (EKFAC), whatever an inverse would need.
 
@@ -241,12 +239,7 @@ class Inverses:
         return value + dim_g * dim_a * float(torch.tensor(factors.ratio).double().log())
 
     def report(self, name: str, *, kappa: bool = True) -> LayerReport:
-        """Returns what was done to a layer.
-
-        Args:
-            name: of the layer.
-            kappa: False leaves out condition numbers that would have to be computed.
-        """
+        """Returns what was done to a layer; ``kappa`` as in :meth:`Damped.report`."""
         factors, pairs = self.factors[name], None
         sides = [s.report(kappa=kappa) for s in self.sides(factors)]
         if self.corrects(factors):

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_lab.curvature.collectives import Spread
+from fisher_lab.curvature.collectives import Spread, dtype_name
 from fisher_lab.curvature.kfac.factors import Factor, WoodburyFactor
 from fisher_lab.curvature.kfac.layers import Layer
+
+_VIEW: dict[str, Callable[[LayerFactors], Any]] = {
+    "G_type": lambda f: f.method,
+    "A_bias_augmented": lambda f: f.layer.augmented,
+    "tokens": lambda f: f.tokens,
+    "n_labels": lambda f: f.n_labels,
+    "A": lambda f: f.A,
+    "G": lambda f: f.G,
+    "columns": lambda f: f.G.n_columns,
+    "reduction": lambda f: f.G.reduction,
+    "discarded": lambda f: f.G.discarded,
+    "storage_error": lambda f: f.storage_error,
+}
+"""The factors of a layer as a mapping."""
 
 
 @dataclass
 class LayerFactors(Mapping[str, Any]):
     """The factors of one layer, with what they were made from.
 
-    Also a mapping: ``G_type`` (``"woodbury"``, ``"eig"``, ``"true_head"`` or ``"norm"``),
-    ``A_bias_augmented``, ``tokens``, ``n_labels``, ``A``, ``G``, ``columns``, ``reduction``,
-    ``discarded``, ``storage_error``.
+    Also a mapping, with the keys ``G_type`` (the method), ``A_bias_augmented``, ``tokens``,
+    ``n_labels``, ``A``, ``G``, ``columns``, ``reduction``, ``discarded`` and ``storage_error``.
 
     Attributes:
         layer: the layer.
         A: input factor, or None for a norm layer (one block over scale and shift).
         G: output factor.
-        method: structure of the G side.
+        method: how G is formed, as in ``layers.csv``: ``woodbury`` (from token columns), ``eig`` (a
+            matrix), ``true_head`` or ``norm``. A factor's ``structure`` says how it is stored.
         tokens: ``T``.
         n_labels: ``N``.
         n_draws: draws of Monte-Carlo labels.
@@ -58,28 +72,14 @@ class LayerFactors(Mapping[str, Any]):
     spread: Spread | None = field(default=None, repr=False)
     order: Tensor | None = field(default=None, repr=False)
 
-    def _view(self) -> dict[str, Any]:
-        return {
-            "G_type": self.method,
-            "A_bias_augmented": self.layer.augmented,
-            "tokens": self.tokens,
-            "n_labels": self.n_labels,
-            "A": self.A,
-            "G": self.G,
-            "columns": self.G.n_columns,
-            "reduction": self.G.reduction,
-            "discarded": self.G.discarded,
-            "storage_error": self.storage_error,
-        }
-
     def __getitem__(self, key: str) -> Any:
-        return self._view()[key]
+        return _VIEW[key](self)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._view())
+        return iter(_VIEW)
 
     def __len__(self) -> int:
-        return len(self._view())
+        return len(_VIEW)
 
     def __post_init__(self) -> None:
         for side, dim, factor in (("G", "out", self.G), ("A", "in", self.A)):
@@ -100,11 +100,7 @@ class LayerFactors(Mapping[str, Any]):
         return self.tokens / self.n_labels
 
     def gathered(self, key: str) -> Tensor | None:
-        """Returns ``a``, ``own``, ``tokens_g`` or ``order`` of all ranks; collective.
-
-        Args:
-            key: which of them.
-        """
+        """Returns ``a``, ``own``, ``tokens_g`` or ``order`` of all ranks; collective."""
         value: Tensor | None = getattr(self, key)
         if value is None or self.spread is None or key == "own":
             return value
@@ -119,7 +115,7 @@ class LayerFactors(Mapping[str, Any]):
         """Returns dtype and device of what the G side is kept as: columns, else its matrix."""
         tensors = self.G.tensors()
         kept = tensors.get("columns", next(iter(tensors.values())))
-        return str(kept.dtype).removeprefix("torch."), kept.device.type
+        return dtype_name(kept.dtype), kept.device.type
 
     def nbytes(self) -> int:
         """Returns the bytes that both factors take."""

@@ -16,7 +16,7 @@ from fisher_lab.curvature.memory import HOST, on_device
 
 
 def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> bool:
-    """Says whether a policy sends a layer to the Woodbury path.
+    """Says whether a policy sends a layer with ``out`` outputs to the Woodbury path.
 
     Args:
         settings: the policy with its thresholds.
@@ -35,7 +35,7 @@ def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> boo
 
 
 def method(settings: KFACSettings, layer: Layer, columns: int | None) -> str:
-    """Returns the structure of a layer's G factor: ``woodbury`` or ``eig``.
+    """Returns how a layer's G is formed: ``woodbury``, ``eig`` or ``norm``.
 
     A layer that a policy sends to the dense path although its dense factor is too large takes
     Woodbury with reduced columns.
@@ -82,13 +82,6 @@ class Cost:
     bytes: int
     flops_factor: float
     flops_apply: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.bytes + other.bytes,
-            self.flops_factor + other.flops_factor,
-            self.flops_apply + other.flops_apply,
-        )
 
 
 def cost_g(
@@ -169,22 +162,15 @@ def storage_dtype(settings: KFACSettings, own: torch.dtype, shape: tuple[int, in
 
 
 def place(n_bytes: int, settings: KFACSettings, compute: torch.device) -> torch.device:
-    """Decides where a layer's columns and core are kept.
-
-    Args:
-        n_bytes: what columns and core take together.
-        settings: all choices.
-        compute: device of the model.
+    """Decides where a layer's columns and core, of ``n_bytes`` together, are kept.
 
     Returns:
-        ``compute`` for ``cuda``, and for ``auto`` while ``n_bytes`` is under the limit; else the
-        host.
+        ``compute``, the model's device, for ``cuda``, and for ``auto`` while ``n_bytes`` is under
+        the limit; else the host.
     """
-    if compute.type == "cpu" or settings.store_device == "cpu":
-        return torch.device("cpu")
-    if settings.store_device == "cuda" or n_bytes < settings.store_limit_mb * MB:
-        return compute
-    return torch.device("cpu")
+    small = n_bytes < settings.store_limit_mb * MB
+    on_device = settings.store_device == "cuda" or (settings.store_device == "auto" and small)
+    return compute if on_device else HOST
 
 
 def bytes_of(columns: int, out: int, dtype: torch.dtype, core: torch.dtype) -> int:
@@ -237,15 +223,7 @@ def store_columns(
 def put_back(
     data: Tensor, scale: float, settings: KFACSettings, core: torch.dtype, compute: torch.device
 ) -> Columns:
-    """Places columns that were stored before, as :func:`store_columns` places new ones.
-
-    Args:
-        data: ``[T, out]``, rounded and scaled.
-        scale: power of two by which they are multiplied on use.
-        settings: all choices.
-        core: core dtype.
-        compute: where products are formed.
-    """
+    """Places ``[T, out]`` stored columns from a file, as :func:`store_columns` places new ones."""
     columns, out = data.shape
 
     def moved(device: torch.device) -> Tensor:

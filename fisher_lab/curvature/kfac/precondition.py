@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ def powered(inverses: Inverses, vectors: Mapping[str, Tensor], power: float) -> 
 
     Args:
         inverses: of the refresh.
-        vectors: parameter name -> vector of the parameter's shape.
+        vectors: parameter name -> vector ``V`` of the parameter's shape.
         power: ``p``.
 
     Raises:
@@ -46,7 +45,7 @@ def powered(inverses: Inverses, vectors: Mapping[str, Tensor], power: float) -> 
     return _apply(
         inverses,
         vectors,
-        lambda factors, y: layer_powered(inverses, factors, y, power),
+        lambda factors, y: _layer_powered(inverses, factors, y, power),
         lambda name, vector: _by_diagonal(inverses, name, vector, power),
     )
 
@@ -57,24 +56,22 @@ def own_powered(inverses: Inverses, power: float) -> Applied:
     Raises:
         CurvatureError: there is no own gradient, or a result is not finite.
     """
-    last = inverses.refresh
+    last, settings = inverses.refresh, inverses.settings
     own = own_gradients(last)
     result = {n: _by_diagonal(inverses, n, g, power) for n, g in last.gradients.items()}
     for name, factors in last.factors.items():
-        y = _own_layer_powered(inverses, factors, power)
-        check_finite(name, y, inverses.settings)
-        for parameter, value in named_of(factors.layer, y).items():
-            result[parameter] = _narrowed(inverses, parameter, value, own[parameter])
+        assert factors.own is not None
+        if factors.push and not settings.ekfac and factors.layer.kind is not Kind.EMBEDDING:
+            y = _push_through(inverses, factors, power)
+        else:
+            y = factors.own.to(settings.numerics.apply_dtype)
+            y = _layer_powered(inverses, factors, y, power)
+        result |= _named(inverses, name, y, own)
     return result, sorted(last.gradients)
 
 
 def products(inverses: Inverses, vectors: Mapping[str, Tensor], *, damped: bool) -> Applied:
     """Returns ``(T/N) G V A`` without any floor; ``(T/N) (G + lam_G I) V (A + lam_A I)`` damped.
-
-    Args:
-        inverses: of the refresh.
-        vectors: parameter name -> vector of the parameter's shape.
-        damped: whether the damping is added.
 
     Raises:
         LayerError: a vector has another shape than its parameter.
@@ -118,23 +115,38 @@ def _apply(
 
     The results have the names and the order of the vectors; no bias is invented.
     """
-    settings = inverses.settings
+    dtype = inverses.settings.numerics.apply_dtype
     result: dict[str, Tensor] = {}
     for name, factors in inverses.factors.items():
-        if factors.layer.weight not in vectors:
-            continue
-        y = layer(factors, matrix_of(factors.layer, vectors, settings.numerics.apply_dtype))
-        check_finite(name, y, settings)
-        for parameter, value in named_of(factors.layer, y).items():
-            if parameter in vectors:
-                result[parameter] = _narrowed(inverses, parameter, value, vectors[parameter])
+        if factors.layer.weight in vectors:
+            y = layer(factors, matrix_of(factors.layer, vectors, dtype))
+            result |= _named(inverses, name, y, vectors)
     uncovered = [name for name in vectors if name not in result]
     result |= {name: rest(name, vectors[name]) for name in uncovered}
     return {name: result[name] for name in vectors}, uncovered
 
 
-def layer_powered(inverses: Inverses, factors: LayerFactors, y: Tensor, power: float) -> Tensor:
-    """Returns ``G^p y A^p`` of a layer, with ``y`` ``[out, dim_a]`` in the apply dtype."""
+def _named(
+    inverses: Inverses, name: str, y: Tensor, given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A layer's result by parameter name, where a vector was given, in the vector's dtype.
+
+    Raises:
+        CurvatureError: it is not finite; names layer and damping.
+    """
+    settings, layer = inverses.settings, inverses.factors[name].layer
+    if not all_finite(y):
+        raise CurvatureError(
+            f"layer {name}: the result is not finite at damping "
+            f"A {settings.lam_A:g}, G {settings.lam_G:g}; allowed: finite "
+            "gradients, a larger damping, core_dtype=float64"
+        )
+    named = {n: value for n, value in named_of(layer, y).items() if n in given}
+    return {n: _narrowed(inverses, n, value, given[n]) for n, value in named.items()}
+
+
+def _layer_powered(inverses: Inverses, factors: LayerFactors, y: Tensor, power: float) -> Tensor:
+    """``G^p y A^p`` of a layer, with ``y`` ``[out, dim_a]`` in the apply dtype."""
     if inverses.corrects(factors):
         y = ekfac.apply(inverses.basis(factors.layer.name), y, power)
     else:
@@ -145,18 +157,10 @@ def layer_powered(inverses: Inverses, factors: LayerFactors, y: Tensor, power: f
     return y * _scale(inverses.settings, factors, power)
 
 
-def _own_layer_powered(inverses: Inverses, factors: LayerFactors, power: float) -> Tensor:
-    pushes = factors.push and not inverses.settings.ekfac
-    if pushes and factors.layer.kind is not Kind.EMBEDDING:
-        return _push_through(inverses, factors, power)
-    assert factors.own is not None
-    y = factors.own.to(inverses.settings.numerics.apply_dtype)
-    return layer_powered(inverses, factors, y, power)
-
-
 def _push_through(inverses: Inverses, factors: LayerFactors, power: float) -> Tensor:
     """``G^p U B A^p`` without forming ``U B`` (``docs/math.md``, section 3)."""
-    a: Any = inverses.A(factors)
+    a = inverses.A(factors)
+    assert a is not None
     assert factors.a is not None
     b = factors.a.to(inverses.settings.numerics.apply_dtype)
     if factors.layer.augmented:
@@ -164,8 +168,7 @@ def _push_through(inverses: Inverses, factors: LayerFactors, power: float) -> Te
     b = a.power(b.T, power).T / factors.n_labels
     if factors.spread is not None:
         b = factors.spread.gather(b)
-    side: Any = inverses.G(factors)
-    return side.push_through(b, power) * _scale(inverses.settings, factors, power)
+    return inverses.G(factors).push_through(b, power) * _scale(inverses.settings, factors, power)
 
 
 def _scale(settings: EngineSettings, factors: LayerFactors, power: float) -> float:
@@ -216,7 +219,7 @@ def check_damped(settings: EngineSettings, power: float) -> None:
         SettingError: a negative power without damping.
     """
     lam_a, lam_g = settings.lam_A, settings.lam_G
-    if power < 0 and (lam_a <= 0 or lam_g <= 0):
+    if power < 0 and min(lam_a, lam_g) <= 0:
         raise SettingError(
             f"damping: A {lam_a:g}, G {lam_g:g} with power {power:g}; allowed: above 0 for "
             "powers < 0"
@@ -262,31 +265,17 @@ def check_vectors(vectors: Mapping[str, Tensor], model: nn.Module) -> None:
         LayerError: one is not; names it.
     """
     known = dict(unwrap(model).named_parameters())
-    for name in vectors:
+    for name, vector in vectors.items():
         if name not in known:
             raise LayerError(
                 f"gradient {name}: the model has no such parameter; allowed: the names in "
                 "named_parameters()"
             )
-        if not isinstance(vectors[name], Tensor):
+        if not isinstance(vector, Tensor):
             raise LayerError(
-                f"gradient {name}: {vectors[name]!r}; allowed: a tensor (leave the name out "
+                f"gradient {name}: {vector!r}; allowed: a tensor (leave the name out "
                 "where there is no gradient)"
             )
-
-
-def check_finite(name: str, y: Tensor, settings: EngineSettings) -> None:
-    """Checks the result of a layer.
-
-    Raises:
-        CurvatureError: it is not finite; names layer and damping.
-    """
-    if not all_finite(y):
-        raise CurvatureError(
-            f"layer {name}: the result is not finite at damping "
-            f"A {settings.lam_A:g}, G {settings.lam_G:g}; allowed: finite "
-            "gradients, a larger damping, core_dtype=float64"
-        )
 
 
 # ---- between named parameters and matrices -----------------------------------------------------
@@ -294,11 +283,6 @@ def check_finite(name: str, y: Tensor, settings: EngineSettings) -> None:
 
 def matrix_of(layer: Layer, vectors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Returns a layer's vectors as one matrix; a bias without a vector counts as zero.
-
-    Args:
-        layer: the layer.
-        vectors: parameter name -> vector, that of the layer's weight among them.
-        dtype: of the result.
 
     Returns:
         ``[out, dim_a]``; ``[n, 1]`` (scale, then shift) for a norm layer.
@@ -319,12 +303,7 @@ def matrix_of(layer: Layer, vectors: Mapping[str, Tensor], dtype: torch.dtype) -
 
 
 def named_of(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-    """Returns a matrix of :func:`matrix_of`'s shape as the layer's parameters, by name.
-
-    Args:
-        layer: the layer.
-        matrix: ``[out, dim_a]``, or ``[n, 1]`` for a norm layer.
-    """
+    """Returns a matrix of :func:`matrix_of`'s shape as the layer's parameters, by name."""
     weight, bias = layer.from_matrix(matrix)
     named = {layer.weight: weight}
     if layer.bias is not None and bias is not None:

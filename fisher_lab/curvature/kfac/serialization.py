@@ -87,19 +87,14 @@ def export(
     """Returns a refresh as tensors and a header; factors that layers share are kept once.
 
     What ranks hold slices of is put together, so all of them have to call it.
-
-    Args:
-        last: the refresh.
-        model: the model that it belongs to.
-        settings: those that it was made with.
     """
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
-    layers = {name: _export_layer(name, f, tensors, owners) for name, f in last.factors.items()}
+    layers = {name: _export_layer(name, f, found, owners) for name, f in last.factors.items()}
     rest = {"own": last.gradients, "diagonal": last.diagonal}
     for key, named in rest.items():
-        for name, value in named.items():
-            tensors[f"{UNCOVERED}/{key}/{name}"] = value.detach().contiguous().clone()
+        found |= {f"{UNCOVERED}/{key}/{name}": value for name, value in named.items()}
+    tensors = {key: value.detach().contiguous().clone() for key, value in found.items()}
     header = {
         "version": VERSION,
         "conventions": CONVENTIONS,
@@ -126,10 +121,11 @@ def _export_layer(
         "G": _export_factor(f.G, f"{name}/G", tensors),
         "A": None,
     }
-    if f.A is not None:
-        owner = owners.get(id(f.A))
-        entry["A"] = {"same_as": owner} if owner else _export_factor(f.A, f"{name}/A", tensors)
-        owners.setdefault(id(f.A), name)
+    if f.A is not None and id(f.A) in owners:
+        entry["A"] = {"same_as": owners[id(f.A)]}
+    elif f.A is not None:
+        entry["A"] = _export_factor(f.A, f"{name}/A", tensors)
+        owners[id(f.A)] = name
     if f.spread is not None:
         entry["rows"] = list(f.spread.rows)
         if f.tokens_g is not None:
@@ -137,14 +133,13 @@ def _export_layer(
     for key in KEPT:
         value = f.gathered(key)
         if value is not None:
-            tensors[f"{name}/{key}"] = value.detach().contiguous().clone()
+            tensors[f"{name}/{key}"] = value
     return entry
 
 
 def _export_factor(factor: Factor, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     parts, entry = factor.state()
-    for key, value in parts.items():
-        tensors[f"{prefix}/{key}"] = value.detach().contiguous().clone()
+    tensors |= {f"{prefix}/{key}": value for key, value in parts.items()}
     return {"structure": factor.structure, **entry}
 
 
@@ -182,9 +177,7 @@ def restore(
     read = _Reader(tensors, settings, device_of(model))
     try:
         for name, entry in header["layers"].items():
-            layer = layers.layers.get(name)
-            _check_layer(name, entry, layer)
-            assert layer is not None
+            layer = _checked_layer(name, entry, layers.layers.get(name))
             factors[name] = _restore_layer(layer, entry, read, factors)
             if communicator.size > 1:
                 _spread_again(factors[name], entry, communicator)
@@ -210,7 +203,7 @@ def restore(
 def _uncovered(
     read: _Reader, header: Mapping[str, Any], model: nn.Module, key: str
 ) -> dict[str, Tensor]:
-    """What an export has of parameters that belong to no layer: ``own`` or ``diagonal``."""
+    """What an export has of parameters that belong to no layer."""
     parameters = dict(unwrap(model).named_parameters())
     return {
         name: read.tensor(f"{UNCOVERED}/{key}/{name}", *parameters[name].shape)
@@ -221,11 +214,7 @@ def _uncovered(
 def _check_needs(
     found: Mapping[str, LayerFactors], header: Mapping[str, Any], settings: KFACSettings
 ) -> None:
-    """Checks that factors hold what the settings need of them.
-
-    Raises:
-        FactorFileError: EKFAC without the tokens, or no diagonal of what is uncovered.
-    """
+    """Refuses EKFAC without the tokens, and factors without the diagonal of what is uncovered."""
     for name, factors in found.items():
         kept = factors.tokens_g is not None or factors.method in ("norm", "true_head")
         if settings.ekfac and not kept:
@@ -233,15 +222,14 @@ def _check_needs(
                 f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
                 "factors of an engine with ekfac=True"
             )
-    wanted = settings.uncovered
-    if wanted == "diagonal" and header.get("uncovered") != "diagonal":
+    if settings.uncovered == "diagonal" and header.get("uncovered") != "diagonal":
         raise FactorFileError(
             f"factors: collected with uncovered={header.get('uncovered')!r}; allowed for "
             "uncovered='diagonal': factors of an engine with it"
         )
 
 
-def _check_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> None:
+def _checked_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> Layer:
     if layer is None:
         raise LayerError(
             f"layer {name}: the factors have it ({entry['out']} x {entry['in']}), the model's "
@@ -254,35 +242,30 @@ def _check_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> No
             f"layer {name}: factors for (out, in, bias column) = {given}, the model's layer has "
             f"{here}"
         )
+    return layer
 
 
 def _restore_layer(
-    layer: Layer,
-    entry: Mapping[str, Any],
-    read: _Reader,
-    earlier: Mapping[str, LayerFactors],
+    layer: Layer, entry: Mapping[str, Any], read: _Reader, earlier: Mapping[str, LayerFactors]
 ) -> LayerFactors:
-    name, dim_g = layer.name, layer.n_out
-    if layer.kind is Kind.NORM:
-        dim_g *= 1 if layer.bias is None else 2
+    norm, indices = layer.kind is Kind.NORM, layer.kind is Kind.EMBEDDING
+    dim_g = 2 * layer.n_out if norm and layer.bias is not None else layer.n_out
+    read = replace(read, prefix=f"{layer.name}/")
     a = entry["A"]
     if a is not None and "same_as" in a:
         input_factor = earlier[a["same_as"]].A
     else:
-        input_factor = None if a is None else read.under(f"{name}/A/").factor(a, layer.dim_a)
-
-    kept = read.under(f"{name}/").kept
-    tokens_g = kept("tokens_g", None, layer.n_out)
-    indices = layer.kind is Kind.EMBEDDING
+        input_factor = None if a is None else read.factor("A", a, layer.dim_a)
+    tokens_g = read.kept("tokens_g", None, layer.n_out)
     return LayerFactors(
         layer=layer,
         A=input_factor,
-        G=read.under(f"{name}/G/").factor(entry["G"], dim_g),
+        G=read.factor("G", entry["G"], dim_g),
         **{key: entry[key] for key in PLAIN},
-        a=kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
-        own=kept("own", dim_g, 1 if layer.kind is Kind.NORM else layer.dim_a),
+        a=read.kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
+        own=read.kept("own", dim_g, 1 if norm else layer.dim_a),
         tokens_g=tokens_g,
-        order=kept("order", None if tokens_g is None else len(tokens_g)),
+        order=read.kept("order", None if tokens_g is None else len(tokens_g)),
     )
 
 
@@ -306,11 +289,7 @@ def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Commu
 class _Reader:
     """Takes tensors out of an export, checked against the shapes of the layers.
 
-    Attributes:
-        tensors: of the export, by name.
-        settings: say where columns are kept.
-        device: the model's.
-        prefix: of the names that are asked for.
+    ``prefix`` is that of the names that are asked for; ``settings`` say where columns are kept.
     """
 
     tensors: Mapping[str, Tensor]
@@ -318,12 +297,7 @@ class _Reader:
     device: torch.device
     prefix: str = ""
 
-    def under(self, prefix: str) -> _Reader:
-        """Returns a reader of the names that begin with ``prefix``."""
-        return replace(self, prefix=prefix)
-
-    def raw(self, key: str, *shape: int | None) -> Tensor:
-        """Returns a tensor where it is; None in ``shape`` stands for any length."""
+    def _raw(self, key: str, *shape: int | None) -> Tensor:
         name = self.prefix + key
         if name not in self.tensors:
             raise FactorFileError(f"factors: the tensor {name} is missing")
@@ -339,25 +313,25 @@ class _Reader:
         return found
 
     def tensor(self, key: str, *shape: int | None) -> Tensor:
-        """Returns a tensor on the model's device."""
-        return self.raw(key, *shape).to(self.device)
+        """Returns a tensor on the model's device; None in ``shape`` stands for any length."""
+        return self._raw(key, *shape).to(self.device)
 
     def kept(self, key: str, *shape: int | None) -> Tensor | None:
         """Returns a tensor on the model's device, or None where the export has none."""
         return self.tensor(key, *shape) if self.prefix + key in self.tensors else None
 
-    def factor(self, entry: Mapping[str, Any], dim: int) -> Factor:
-        """Returns a factor of this dimension."""
-        structure = entry["structure"]
+    def factor(self, side: str, entry: Mapping[str, Any], dim: int) -> Factor:
+        """Returns the factor ``A`` or ``G``, of this dimension."""
+        read, structure = replace(self, prefix=f"{self.prefix}{side}/"), entry["structure"]
         found = Factor.structures.get(structure)
         if found is None:
-            raise FactorFileError(f"factors: {self.prefix} has the unknown structure {structure!r}")
-        return found.restored(entry, dim, self)
+            raise FactorFileError(f"factors: {read.prefix} has the unknown structure {structure!r}")
+        return found.restored(entry, dim, read)
 
     def columns(self, entry: Mapping[str, Any], dim: int) -> tuple[Columns, torch.dtype]:
         """Returns columns, placed as the storage options say, and the core dtype."""
         name = entry["core_dtype"]
         if name not in DTYPES:
             raise FactorFileError(f"factors: core dtype {name!r}; allowed: {', '.join(DTYPES)}")
-        data, scale = self.raw("columns", None, dim), float(entry["scale"])
+        data, scale = self._raw("columns", None, dim), float(entry["scale"])
         return put_back(data, scale, self.settings, DTYPES[name], self.device), DTYPES[name]

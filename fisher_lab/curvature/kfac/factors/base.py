@@ -491,11 +491,7 @@ class Damped(Generic[F]):
     # ---- numbers -----------------------------------------------------------------------------
 
     def report(self, *, kappa: bool = True) -> FactorReport:
-        """Returns what was done; may cost an eigenvalue computation the first time.
-
-        Args:
-            kappa: False leaves out condition numbers that would have to be computed.
-        """
+        """Returns what was done, without condition numbers that cost something if not ``kappa``."""
         return self._on_device("report", lambda: self._report(kappa))
 
     def _report(self, wanted: bool) -> FactorReport:

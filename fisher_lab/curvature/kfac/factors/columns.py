@@ -37,12 +37,9 @@ class Columns:
 
     @classmethod
     def store(cls, g: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Columns:
-        """Rounds and places token gradients.
+        """Rounds and places token gradients ``[T, out]``; None keeps their own dtype or device.
 
-        Args:
-            g: ``[T, out]`` as captured, finite.
-            dtype: storage dtype; None keeps their own.
-            device: storage device; None keeps their own. Host memory is pinned where it can be.
+        Host memory is pinned where it can be.
         """
         dtype, device = dtype or g.dtype, device or g.device
         up = power_of_two_scale(g, dtype)
@@ -173,10 +170,9 @@ class ShardedColumns(Columns):
         return ShardedColumns(self.local.to(device), self.out, self.communicator)
 
     def of_own(self, product: Callable[[Columns], Tensor]) -> Tensor:
-        """Returns what a function makes of this rank's slice, in host memory if need be.
+        """Returns what a function makes of this rank's ``[T, out_r]``, in host memory if need be.
 
-        Args:
-            product: takes this rank's columns, ``[T, out_r]``; makes no collective call.
+        The function makes no collective call.
         """
         what = f"token columns (out={self.out}, columns={self.shape[0]}), this rank's slice"
         return on_device(lambda _: product(self.local), self.local.device, what, self._to_host)
@@ -185,31 +181,31 @@ class ShardedColumns(Columns):
         self.local = self.local.to(HOST)
         self.data = self.local.data
 
+    def _summed(self, product: Callable[[Columns], Tensor], device: torch.device) -> Tensor:
+        return self.communicator.all_reduce(self.of_own(product)).to(device)
+
     @override
     def times(self, y: Tensor) -> Tensor:
-        own = self.of_own(lambda local: local.times(y[self._slice].to(local.device)))
-        return self.communicator.all_reduce(own).to(y.device)
+        return self._summed(lambda g: g.times(y[self._slice].to(g.device)), y.device)
 
     @override
     def transposed_times(self, z: Tensor) -> Tensor:
         rows = slice_sizes(self.out, self.communicator.size)
-        own = self.of_own(lambda local: local.transposed_times(z.to(local.device)))
+        own = self.of_own(lambda g: g.transposed_times(z.to(g.device)))
         return self.communicator.all_gather(own, rows).to(z.device)
 
     @override
     def gram(self, dtype: torch.dtype) -> Tensor:
-        own = self.of_own(lambda local: local.gram(dtype))
-        return self.communicator.all_reduce(own).to(self.device)
+        return self._summed(lambda g: g.gram(dtype), self.device)
 
     @override
     def weighted_gram(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         mine = weights[self._slice]
-        own = self.of_own(lambda local: local.weighted_gram(mine.to(local.device), dtype))
-        return self.communicator.all_reduce(own).to(self.device)
+        return self._summed(lambda g: g.weighted_gram(mine.to(g.device), dtype), self.device)
 
     @override
     def combined(self, z: Tensor) -> ShardedColumns:
-        rows = self.of_own(lambda local: local.transposed_times(z.to(local.device)))
+        rows = self.of_own(lambda g: g.transposed_times(z.to(g.device)))
         own = Columns(rows.to(self.device).T, 1.0, self.device)
         return ShardedColumns(own, self.out, self.communicator)
 
@@ -224,11 +220,9 @@ class ShardedColumns(Columns):
 
     @override
     def whole(self) -> Columns:
-        scales = self.communicator.all_gather_objects(self.local.scale)
-        rows = slice_sizes(self.out, self.communicator.size)
-        data = self.local.data
+        rows, data = slice_sizes(self.out, self.communicator.size), self.local.data
         # Each rank has its own power of two; the largest one is what one process would have taken.
-        scale = max(scales)
+        scale = max(self.communicator.all_gather_objects(self.local.scale))
         factor = self.local.scale / scale
         data = data if factor == 1.0 else data * factor
         every = self.communicator.all_gather(data.T.contiguous(), rows)

@@ -141,15 +141,9 @@ class DiagonalLowRankFactor(ColumnFactor):
     def of_rows(
         cls, columns: Columns, weight: float, core_dtype: torch.dtype, label: str
     ) -> DiagonalLowRankFactor:
-        """Returns the true Fisher of a softmax head from its probabilities.
+        """Returns the true Fisher of a softmax head from its probabilities ``P``.
 
         ``Dbar`` comes from the stored rows: from others, ``S`` could turn indefinite (section 5).
-
-        Args:
-            columns: the probabilities ``P``.
-            weight: ``w``.
-            core_dtype: dtype of the core and of the diagonal.
-            label: layer, side and both dimensions, for the log.
         """
 
         def row_sum(device: torch.device) -> tuple[Columns, Tensor]:
@@ -174,11 +168,7 @@ class DiagonalLowRankFactor(ColumnFactor):
 
     @override
     def eigen(self, *, on_host: bool = False) -> tuple[Tensor, Tensor]:
-        """Raises an error: it would need a dense matrix.
-
-        Raises:
-            SettingError: always; :meth:`top` uses Lanczos.
-        """
+        """Raises an error: it would need a dense matrix."""
         raise SettingError(
             f"eigendecomposition: not at hand for the structure {self.structure}; allowed: top, "
             "trace, products"
