@@ -8,7 +8,6 @@ moves to host memory when the device is full.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -34,26 +33,18 @@ from fisher_lab.curvature.memory import on_device
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Where:
-    """Names a piece of data (``activations`` or ``gradients``) in an error message."""
+def check_finite(x: Tensor, layer: str, batch: int, what: str) -> None:
+    """Checks that a layer's ``what`` (``activations``, ``gradients``) in a batch are finite.
 
-    layer: str
-    batch: int
-    side: str
-
-    def check(self, x: Tensor) -> None:
-        """Checks that data are finite.
-
-        Raises:
-            NonFiniteError: they are not; names layer, batch and side.
-        """
-        if not all_finite(x):
-            bad = int((~torch.isfinite(x)).sum())
-            raise NonFiniteError(
-                f"layer {self.layer or '(the model)'}, batch {self.batch}: {bad} of {x.numel()} "
-                f"{self.side} are not finite"
-            )
+    Raises:
+        NonFiniteError: they are not; names layer, batch and what they are.
+    """
+    if not all_finite(x):
+        bad = int((~torch.isfinite(x)).sum())
+        raise NonFiniteError(
+            f"layer {layer or '(the model)'}, batch {batch}: {bad} of {x.numel()} "
+            f"{what} are not finite"
+        )
 
 
 class MomentAccumulator:
@@ -188,18 +179,11 @@ class GradientAccumulator:
     def add(self, g: Tensor) -> None:
         """Adds token gradients ``[T, out]`` of one draw."""
         self.seen += g.shape[0]
-        if self.total is not None:
-
-            def add() -> None:
-                assert self.total is not None
-                add_second_moment(self.total, g.to(self.total.device))
-
-            self.on_device(add)
-            return
         self._compute = self._compute or g.device
         self.parts.append(g.to(self.parts[0].device) if self.parts else g)
         self.kept += g.shape[0]
-        if self.dense_allowed and not wants_woodbury(self.settings, self.out, self.seen):
+        woodbury = wants_woodbury(self.settings, self.out, self.seen)
+        if self.total is not None or (self.dense_allowed and not woodbury):
             self.to_matrix()
         elif self.kept <= self.settings.max_columns:
             return
@@ -212,13 +196,14 @@ class GradientAccumulator:
             self.truncate(self.lost, Alone())
 
     def to_matrix(self) -> None:
-        """Puts the summed matrix in the place of the columns."""
+        """Puts the summed matrix, to which later columns are added, in the place of the columns."""
         self.total = self.on_device(self._matrix)
         self.parts.clear()
 
     def _matrix(self) -> Tensor:
-        core, device = self.settings.numerics.core_dtype, self.parts[0].device
-        total = torch.zeros(self.out, self.out, dtype=core, device=device)
+        total, core = self.total, self.settings.numerics.core_dtype
+        if total is None:
+            total = torch.zeros(self.out, self.out, dtype=core, device=self.parts[0].device)
         for part in self.parts:
             add_second_moment(total, part)
         return total
@@ -253,9 +238,8 @@ class GradientAccumulator:
     def truncate(self, lost: float, ranks: Communicator) -> None:
         """Puts the leading directions in the place of the columns.
 
-        Args:
-            lost: trace that earlier reductions left out.
-            ranks: the ranks that have the columns, or (:attr:`ranks`) a slice of the outputs each.
+        ``lost`` is the trace that earlier reductions left out. The ``ranks`` have the columns, or, as
+        in :attr:`ranks`, a slice of the outputs each.
         """
         most = self.settings.max_columns
         values, kept = self.on_device(lambda: self._leading(ranks), collective=ranks.size > 1)
@@ -323,15 +307,11 @@ class GradientAccumulator:
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """Returns the normalised input of a norm layer exactly as the layer itself computes it.
+    """Returns the normalised input ``[T, n]`` of a norm layer exactly as the layer computes it.
 
     The output is linear in scale and shift, so this is the output at scale 1 and shift 0 less
     that at scale 0: each architecture keeps its own precision, and those that scale by ``1 + w``
     come out right too.
-
-    Args:
-        module: the norm layer.
-        x: its input, ``[T, features]``.
     """
     # Plain tensors, whatever the parameters are (they may be sharded over ranks).
     values = {
@@ -344,14 +324,7 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> Tensor:
-    """Returns per-token gradients ``[g * xhat; g]`` of scale and shift, ``[T, n]`` or ``[T, 2n]``.
-
-    Args:
-        xhat: normalised inputs, ``[T, n]``.
-        g: gradients of the layer's outputs, ``[T, n]``.
-        shift: whether the layer has one.
-        dtype: of the result.
-    """
+    """Returns ``[g * xhat; g]``, the gradients by token, ``[T, n]`` or ``[T, 2n]``."""
     xhat, g = xhat.to(dtype), g.to(dtype)
     return torch.cat([g * xhat, g], dim=1) if shift else g * xhat
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from fisher_lab.curvature.errors import BatchError, LayerError
-from fisher_lab.curvature.kfac.accumulators import Where
+from fisher_lab.curvature.kfac.accumulators import check_finite
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_module
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import SummedLoss
@@ -492,7 +492,7 @@ class BatchTokens:
             if key not in self._selected:
                 x = self._masks.select(call.a, call.origin, layer.name, trailing=trailing)
                 if trailing:
-                    Where(layer.name, self._batch, "activations").check(x)
+                    check_finite(x, layer.name, self._batch, "activations")
                 self._selected[key] = x
             parts.append(self._selected[key])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -537,7 +537,7 @@ def find_non_finite(
             continue
         for call in capture.calls[layer.name]:
             x = masks.select(call.a, call.origin, layer.name)
-            Where(layer.name, batch, "activations").check(x)
+            check_finite(x, layer.name, batch, "activations")
     # What no layer reads: the logits, not finite by the weights of the layer that made them.
     if loss.scored is not None:
         logits = loss.logits
@@ -546,4 +546,4 @@ def find_non_finite(
         calls = [(name, call) for name, found in capture.calls.items() for call in found]
         same = [name for name, call in calls if edge is not None and call.edge == edge]
         head = same[0] if same else "of the logits"
-        Where(head, batch, "outputs").check(loss.scored.logits.detach())
+        check_finite(loss.scored.logits.detach(), head, batch, "outputs")

@@ -20,7 +20,7 @@ from fisher_lab.curvature.collectives import Communicator, Progress, together
 from fisher_lab.curvature.errors import BatchError, LossError
 from fisher_lab.curvature.kfac.accumulators import (
     NormAccumulator,
-    Where,
+    check_finite,
     norm_gradients,
     normalised,
 )
@@ -39,11 +39,11 @@ from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
-    IGNORE_INDEX,
     CrossEntropy,
     LossFunction,
     SummedLoss,
     compute_loss,
+    count_labels,
     labels_of,
     logits_of,
     prepare,
@@ -68,18 +68,16 @@ def collect(
 ) -> None:
     """Adds every batch of a refresh to its statistics; an error of one rank is raised on all.
 
-    The arguments are those of :meth:`.engine.KFACNaturalGradient.collect_kfac_factors`.
-
     Args:
         sums: the statistics, still empty.
         model: the model, in its wrappers or without.
         batch: one batch, or an iterable of them.
-        loss: see there.
+        loss: of a captured forward pass, or what computes it; None takes the model's own.
         captured: the pass behind a loss tensor.
         communicator: of the ranks that collect together.
         progress: shows how far it is.
-        n_labels: see there.
-        reduction: see there.
+        n_labels: labels behind a mean loss that the caller reduced.
+        reduction: ``mean`` or ``sum``: how the caller reduced it.
 
     Raises:
         LossError: a loss tensor for several batches, or for several forward passes.
@@ -142,12 +140,7 @@ class _Collector:
             recording.close()
 
     def add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
-        """Adds one captured batch, after :func:`~fisher_lab.curvature.losses.prepare`.
-
-        Raises:
-            BatchError: the loss is not finite, or no token is active.
-            NonFiniteError: activations or gradients are not finite.
-        """
+        """Adds one captured, prepared batch."""
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
             masks = TokenMasks.of(self.model, batch)
@@ -228,7 +221,7 @@ class _Collector:
             if g is None:
                 continue
             found = self.sums.of(layer)
-            Where(layer.name, self.sums.n_batches, "gradients").check(g)
+            check_finite(g, layer.name, self.sums.n_batches, "gradients")
             a = tokens.inputs(layer)
             if first:
                 found.tokens += a.shape[0]
@@ -315,11 +308,7 @@ class _Collector:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled blocks run as they were written, so that hooks on what is inside them are called.
-
-    Args:
-        model: whose forward pass is about to run.
-    """
+    """Compiled blocks run as they were written, so that hooks on what is inside them are called."""
     compiled = any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
@@ -331,27 +320,16 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _check_labels(model: nn.Module, batches: Iterable[Any], function: LossFunction | None) -> None:
-    """Refuses batches of which the labels alone say that none counts, before a pass.
-
-    Raises:
-        BatchError: no label of any batch counts, or one has no active token.
-    """
-    if not isinstance(batches, list | tuple) or not batches:
-        return  # an iterator can be read once only
+    """Refuses batches of which masks and labels alone say that nothing counts, before a pass."""
+    shift = shift_of(model) if function is None else None
     if isinstance(function, CrossEntropy):
-        shift: bool | None = function.shift
-    else:
-        shift = shift_of(model) if function is None else None
-    if shift is None:
-        return
+        shift = function.shift
+    if not isinstance(batches, list | tuple) or not batches or shift is None:
+        return  # an iterator can be read once only
     for batch in batches:
-        batch = prepare(model, batch)
-        TokenMasks.of(unwrap(model), batch)
-        labels = labels_of(batch)
-        if labels is None or labels.dim() not in (1, 2):
-            return
-        labels = labels[:, 1:] if shift and labels.dim() == 2 else labels
-        if bool((labels != IGNORE_INDEX).any()):
+        prepared = prepare(model, batch)
+        TokenMasks.of(unwrap(model), prepared)
+        if count_labels(prepared, shift=shift) != 0:
             return
     raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
 

@@ -45,11 +45,9 @@ class Basis(NamedTuple):
 
 @dataclass(kw_only=True)
 class Eigenbasis:
-    """A layer in EKFAC's basis, in the apply dtype.
+    """A layer in EKFAC's basis, in the apply dtype; ``v_g`` and ``v_a`` as in :class:`Basis`.
 
     Attributes:
-        v_g: as in :class:`Basis`.
-        v_a: the same.
         denominator: ``[r, dim_a]`` damped and floored eigenvalues.
         complement: ``[dim_a]`` the same for the directions of G that are not at hand; None where
             ``v_g`` spans the whole space.
@@ -237,7 +235,7 @@ def _kappa(damped: Tensor, complement: Tensor | None) -> float:
 
 
 def apply(basis: Eigenbasis, y: Tensor, p: float) -> Tensor:
-    """Returns the layer's matrix ``y`` with EKFAC's eigenvalues to the power ``p`` applied.
+    """Returns ``y`` with EKFAC's eigenvalues of the layer to the power ``p`` applied.
 
     Args:
         basis: of the layer.

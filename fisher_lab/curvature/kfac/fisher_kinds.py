@@ -26,7 +26,7 @@ from fisher_lab.curvature.losses import Scored, SummedLoss
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """One backward pass.
+    """From where a backward pass starts.
 
     Attributes:
         output: scalar loss, or logits.

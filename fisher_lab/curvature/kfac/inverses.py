@@ -39,10 +39,7 @@ def prepare_together(
 ) -> list[float]:
     """Decomposes every side once over all ranks, which have the same ones; collective.
 
-    Args:
-        sides: damped factors.
-        communicator: of the ranks.
-        eigen: eigendecompositions of the factors (EKFAC), whatever an inverse would need.
+    With ``eigen`` these are the eigendecompositions of EKFAC, whatever an inverse would need.
 
     Returns:
         Seconds that each side's decomposition took on its owner.
@@ -108,14 +105,7 @@ def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class PairsReport:
-    """What EKFAC's damping and floor did to the pairs of eigenvectors of a layer.
-
-    Attributes:
-        dim: their number, outputs times inputs with the bias column.
-        clipped: how many the floor raised.
-        kappa_before: condition number of the damped eigenvalues.
-        kappa_after: condition number of those in use.
-    """
+    """What EKFAC did to the pairs of eigenvectors of a layer, as in :class:`FactorReport`."""
 
     dim: int
     clipped: int
@@ -147,10 +137,6 @@ class LayerReport:
 
 class Inverses:
     """Both sides of every layer under one damping; what has been computed of them is kept.
-
-    Args:
-        refresh: what the refresh ended in.
-        settings: all choices.
 
     Attributes:
         factors: of the refresh, by layer name.
@@ -198,11 +184,7 @@ class Inverses:
         return self.bases[name]
 
     def prepare(self, name: str) -> None:
-        """Decomposes what is left of a layer.
-
-        Raises:
-            CurvatureError: a decomposition failed.
-        """
+        """Decomposes what is left of a layer."""
         start, factors = perf_counter(), self.factors[name]
         if self.corrects(factors):
             self.basis(name)
@@ -212,11 +194,7 @@ class Inverses:
         self.seconds[name] += perf_counter() - start
 
     def prepare_together(self, communicator: Communicator) -> None:
-        """Spreads the decompositions over the ranks; what then remains is done by each.
-
-        Raises:
-            CurvatureError: a decomposition failed; names the rank.
-        """
+        """Spreads the decompositions over the ranks; what then remains is done by each."""
         for eigen in (False, True):
             pairs = [
                 (name, side)

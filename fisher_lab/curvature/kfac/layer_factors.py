@@ -130,9 +130,6 @@ class LayerFactors(Mapping[str, Any]):
 
         By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
 
-        Args:
-            k: how many.
-
         Returns:
             ``[min(k, dim)]``, float64, descending.
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache
-from time import perf_counter
 
 import torch
 
@@ -36,7 +35,7 @@ class EngineSettings(KFACSettings):
 
     Attributes:
         seed: of drawn labels and of the subsample of columns.
-        on_host: decompose on the host although the factors are on a device.
+        on_host: as in :class:`Numerics`.
     """
 
     seed: int = 0
@@ -74,12 +73,7 @@ def _measured_dtype() -> torch.dtype:
 
 def _product_seconds(dtype: torch.dtype) -> float:
     """Median seconds of a square product on the CUDA device."""
+    from torch.utils.benchmark import Timer
+
     x = torch.ones(2048, 2048, dtype=dtype, device="cuda")
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = perf_counter()
-        _ = x @ x
-        torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    return sorted(seconds)[2]
+    return Timer("x @ x", globals={"x": x}).blocked_autorange(min_run_time=0.05).median

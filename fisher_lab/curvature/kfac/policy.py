@@ -18,10 +18,7 @@ from fisher_lab.curvature.memory import HOST, on_device
 def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> bool:
     """Says whether a policy sends a layer with ``out`` outputs to the Woodbury path.
 
-    Args:
-        settings: the policy with its thresholds.
-        out: outputs of the layer.
-        columns: token columns (``T``, or ``T n`` for ``n`` draws); None while not known.
+    ``columns`` are its token columns (``T``, or ``T n`` for ``n`` draws); None while not known.
     """
     match settings.policy_in_use:
         case "all":
@@ -142,17 +139,12 @@ _STORAGE_DTYPES = {
 
 
 def storage_dtype(settings: KFACSettings, own: torch.dtype, shape: tuple[int, int]) -> torch.dtype:
-    """Returns the dtype in which columns are kept.
+    """Returns the dtype in which columns, which came in the dtype ``own``, are kept.
 
-    Sixteen bits are for columns that are fewer than the outputs. Where there are as many or more,
-    rounding them perturbs the small eigenvalues of ``G`` itself, in which the natural gradient is
-    large (an error of 1e-1 at damping 1e-4), and a dense matrix would take no more room: such
-    columns stay as they came.
-
-    Args:
-        settings: all choices.
-        own: dtype in which the columns came.
-        shape: their number and the layer's outputs, over all ranks.
+    Sixteen bits are for columns that are fewer than the outputs (the ``shape`` has both, over all
+    ranks). Where there are as many or more, rounding them perturbs the small eigenvalues of ``G``
+    itself, in which the natural gradient is large (an error of 1e-1 at damping 1e-4), and a dense
+    matrix would take no more room: such columns stay as they came.
     """
     if settings.woodbury_dtype == "auto":
         return own
@@ -205,7 +197,7 @@ def store_columns(
     Args:
         g: ``[T, out]`` as captured, or this rank's slice of the outputs, ``[T, out_r]``.
         out: outputs of the layer.
-        settings: all choices.
+        settings: say in which dtype and where.
         core: core dtype (its square core counts for the placement).
         name: of the layer, for the log.
         compute: where products are formed; None where ``g`` is. Columns that have moved to host

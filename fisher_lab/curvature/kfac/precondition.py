@@ -33,10 +33,7 @@ Applied = tuple[dict[str, Tensor], list[str]]
 def powered(inverses: Inverses, vectors: Mapping[str, Tensor], power: float) -> Applied:
     """Returns ``G^p V A^p`` with damping and clipping, or as EKFAC corrects it.
 
-    Args:
-        inverses: of the refresh.
-        vectors: parameter name -> vector ``V`` of the parameter's shape.
-        power: ``p``.
+    The vectors ``V`` are of their parameters' shapes, by parameter name.
 
     Raises:
         LayerError: a vector has another shape than its parameter.
@@ -129,11 +126,7 @@ def _apply(
 def _named(
     inverses: Inverses, name: str, y: Tensor, given: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A layer's result by parameter name, where a vector was given, in the vector's dtype.
-
-    Raises:
-        CurvatureError: it is not finite; names layer and damping.
-    """
+    """A layer's result by parameter name, where a vector was given, in the vector's dtype."""
     settings, layer = inverses.settings, inverses.factors[name].layer
     if not all_finite(y):
         raise CurvatureError(
@@ -185,11 +178,7 @@ def _by_diagonal(inverses: Inverses, name: str, vector: Tensor, power: float) ->
 
 
 def _narrowed(inverses: Inverses, name: str, value: Tensor, like: Tensor) -> Tensor:
-    """A result as its gradient was: dtype, device; in float32 where float16 cannot hold it.
-
-    Raises:
-        CurvatureError: float32 cannot hold it either; names the parameter.
-    """
+    """A result as its gradient was: dtype, device; in float32 where float16 cannot hold it."""
     narrow = value.to(like).contiguous()
     if value.dtype == like.dtype or all_finite(narrow):
         return narrow

@@ -119,10 +119,7 @@ def refresh(
 def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
     """A layer's factors, pooled with those of its partner where it has one.
 
-    Args:
-        sums: the statistics.
-        layer: the layer.
-        shared: the A factors so far, by group of layers; takes the layer's own.
+    ``shared`` holds the A factors so far, by group of layers; it takes the layer's own.
     """
     found = sums.by_layer[layer.name]
     count = n_draws(sums.fisher_kind, sums.settings)
@@ -178,12 +175,7 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums, weig
 
 
 def joined(parts: Sequence[Tensor], what: str) -> Tensor:
-    """Returns the parts one under the other, in host memory where the device is full.
-
-    Args:
-        parts: ``[n, ...]`` each.
-        what: layer, side and dimensions, for the log.
-    """
+    """Returns the parts one under the other, in host memory where the device is full."""
 
     def join(device: torch.device) -> Tensor:
         there = [part.to(device) for part in parts]
@@ -193,11 +185,9 @@ def joined(parts: Sequence[Tensor], what: str) -> Tensor:
 
 
 def pool(head: LayerFactors, embedding: LayerFactors) -> None:
-    """Adds the factors of an embedding to those of the head that has the same weight.
+    """Adds the factors of an embedding to those of the head that has the same weight, in place.
 
-    Args:
-        head: changed in place.
-        embedding: its A is a diagonal over the vocabulary, its G of the model's width.
+    The embedding's A is a diagonal over the vocabulary, its G of the model's width.
     """
     a, g, counts, width = head.A, head.G, embedding.A, embedding.G
     assert a is not None
@@ -225,11 +215,8 @@ def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> No
     """Finds the relative error of ``G^-1 dW`` on a layer's own gradient that rounding costs.
 
     Estimated on ``dW Z`` with a few seeded normal columns ``Z``: the whole of ``dW`` would
-    cost as much as applying the inverse, twice. Past a limit it is warned about.
-
-    Args:
-        factors: of the layer; takes ``storage_error``, and lets go of the unrounded columns.
-        settings: all choices.
+    cost as much as applying the inverse, twice. Past a limit it is warned about. The factors take
+    ``storage_error``, and let go of the unrounded columns.
     """
     exact, g = factors.exact, factors.G
     factors.exact = None

@@ -59,11 +59,7 @@ class Uncovered:
         return self._settings.uncovered == "diagonal" and bool(self.parameters)
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Adds gradients of a token-summed loss.
-
-        Args:
-            grads: in the order of :attr:`parameters`; empty where they were not asked for.
-        """
+        """Adds gradients of a token-summed loss, of all :attr:`parameters` or of none."""
         for name, grad in zip(self.parameters, grads, strict=False):
             if grad is not None:
                 self._add_to(self.gradients, name, grad.to(self._dtype))
@@ -147,11 +143,7 @@ class TrueFisherHead:
         self.parts = [*(part.to(p.device) for part in self.parts), p]
 
     def chosen(self, labels: int) -> Tensor | None:
-        """Returns which of ``labels`` labelled tokens the factor is made of; None for all.
-
-        Returns:
-            ``[max_columns]`` their indices, ascending.
-        """
+        """Returns the indices, ascending, of the labelled tokens in use; None for all of them."""
         most = self._settings.max_columns
         if labels <= most:
             return None
@@ -232,8 +224,6 @@ class Statistics:
         by_layer: the sums of each layer, by name; layers without a gradient so far have none.
         inputs: the A sides, by :attr:`LayerSums.group`.
         fisher_kind: kind of Fisher matrix that the inner layers get.
-        head: the true-Fisher head.
-        uncovered: parameters that belong to no layer.
     """
 
     def __init__(

@@ -226,10 +226,8 @@ class Factor(ABC):
     def on_device(self, operation: str, work: Callable[[], T], to_host: Callable[[], None]) -> T:
         """Does an operation of this side of a layer, in host memory where the device is full.
 
-        Args:
-            operation: its name, for the log.
-            work: takes its data to :attr:`device` by itself.
-            to_host: moves the factor, and lets go of what was derived from it.
+        ``work`` takes its data to :attr:`device` by itself. ``to_host`` moves the factor, and lets
+        go of what was derived from it.
         """
         what = f"{self.label}, {operation}"
         return on_device(lambda _: work(), self.device, what, to_host, collective=self.sharded)
@@ -247,11 +245,7 @@ class Factor(ABC):
 
 
 class DenseFactor(Factor):
-    """``M`` as a matrix: the A side, and the G side on the eigendecomposition path.
-
-    Args:
-        matrix: ``[dim, dim]`` in the core dtype.
-    """
+    """``M`` as a ``matrix`` in the core dtype: A, and G on the eigendecomposition path."""
 
     structure = "dense"
 
@@ -317,16 +311,11 @@ F = TypeVar("F", bound=Factor)
 
 
 class Damped(Generic[F]):
-    """A factor with its damping and clipping in place, ready to be applied.
+    """A factor with its damping ``lam`` and clipping in place, ready to be applied.
 
     The core of the factor is decomposed: by Cholesky factorisation for an inverse where nothing
-    can be clipped (exact, and cheaper), by eigendecomposition for everything else.
-
-    Args:
-        factor: the factor.
-        lam: Tikhonov damping.
-        kappa_max: largest condition number, or None for no floor.
-        numerics: precision.
+    can be clipped (exact, and cheaper), by eigendecomposition for everything else. ``kappa_max``
+    is the largest condition number; None stands for no floor.
     """
 
     route = "eigh"
@@ -405,9 +394,8 @@ class Damped(Generic[F]):
     def decomposition(self) -> tuple[list[float] | None, list[Tensor]]:
         """Returns what :meth:`prepare` found, for :meth:`adopt` on another rank.
 
-        Returns:
-            Jitter and eps of the Cholesky factorisation, None where there was none; and what is
-            in use: its lower triangle, else the eigenvalues and eigenvectors.
+        First jitter and eps of the Cholesky factorisation, None where there was none; then what is
+        in use: its lower triangle, else the eigenvalues and eigenvectors.
         """
         found: Cholesky | None = vars(self).get("cholesky")
         if found is None:
@@ -451,11 +439,7 @@ class Damped(Generic[F]):
         return self._applied(self._power, y, p)
 
     def push_through(self, b: Tensor, p: float) -> Tensor:
-        """Returns ``M_used^p g^T b`` for a factor that is kept as columns ``g``.
-
-        Args:
-            b: ``[T, m]`` in the apply dtype.
-            p: as of :meth:`power`.
+        """Returns ``M_used^p g^T b``, with ``b`` ``[T, m]``, for a factor kept as columns ``g``.
 
         Raises:
             SettingError: the structure has no columns, or as :meth:`power`.

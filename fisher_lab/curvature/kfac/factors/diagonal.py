@@ -37,11 +37,7 @@ from fisher_lab.curvature.memory import on_device
 
 
 class DiagonalFactor(Factor):
-    """``M = diag(d)``.
-
-    Args:
-        diagonal: ``[dim]`` in the core dtype, >= 0.
-    """
+    """``M = diag(d)``, with ``d`` ``[dim]`` in the core dtype, >= 0."""
 
     structure = "diagonal"
 
@@ -107,11 +103,11 @@ class DiagonalLowRankFactor(ColumnFactor):
     """``M = diag(d) + sign * w P^T P`` with ``P`` of shape ``[N, dim]``.
 
     With ``sign = -1`` it is the true Fisher of a softmax head, positive semi-definite as long as
-    ``d`` comes from the same rows as ``P``. No floor can be applied, and only the powers -1 and
-    1 exist; both are recorded (``docs/math.md``, section 5).
+    ``d`` comes from the same rows as ``P``; with 1, a pooled factor. No floor can be applied, and
+    only the powers -1 and 1 exist; both are recorded (``docs/math.md``, section 5).
 
     Args:
-        diagonal: ``[dim]`` in the core dtype.
+        diagonal: ``d``, ``[dim]`` in the core dtype.
         columns: the rows ``P``.
         weight: ``w``.
         sign: -1 or 1.

@@ -25,27 +25,13 @@ from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue, symmetric_e
 class WoodburyFactor(ColumnFactor):
     """``M = w g^T g`` from its columns; its core is ``K = w g g^T``, ``[T, T]``.
 
-    Args:
-        columns: the token gradients.
-        weight: ``w``, ``1/T`` (``1/(T n)`` for ``n`` draws; larger after subsampling).
-        core_dtype: dtype of ``K``.
-        discarded: fraction of the trace that a column reduction left out.
-        reduction: which reduction that was, or "".
+    The weight is ``1/T`` (``1/(T n)`` for ``n`` draws; larger after subsampling).
     """
 
     structure = "woodbury"
 
-    def __init__(
-        self,
-        columns: Columns,
-        weight: float,
-        core_dtype: torch.dtype,
-        *,
-        discarded: float = 0.0,
-        reduction: str = "",
-    ) -> None:
+    def __init__(self, columns: Columns, weight: float, core_dtype: torch.dtype) -> None:
         self.columns, self.weight, self.core_dtype = columns, weight, core_dtype
-        self.discarded, self.reduction = discarded, reduction
         self.dim = columns.shape[1]
 
     @classmethod
@@ -107,21 +93,15 @@ class WoodburyFactor(ColumnFactor):
     @override
     def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> WoodburyFactor:
         columns, core_dtype = read.columns(entry, dim)
-        return cls(
-            columns,
-            float(entry["weight"]),
-            core_dtype,
-            discarded=float(entry["discarded"]),
-            reduction=entry["reduction"],
-        )
+        factor = cls(columns, float(entry["weight"]), core_dtype)
+        factor.discarded, factor.reduction = float(entry["discarded"]), entry["reduction"]
+        return factor
 
 
 def lossless_columns(values: Tensor, vectors: Tensor) -> Tensor:
     """Returns columns ``[r, n]`` with ``g^T g`` the matrix of an eigendecomposition.
 
-    Args:
-        values: its eigenvalues ``[n]``, >= 0; those at rounding are left out.
-        vectors: its eigenvectors ``[n, n]``.
+    Eigenvalues at rounding are left out.
     """
     keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
     return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
