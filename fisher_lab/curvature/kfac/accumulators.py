@@ -238,8 +238,8 @@ class GradientAccumulator:
     def truncate(self, lost: float, ranks: Communicator) -> None:
         """Puts the leading directions in the place of the columns.
 
-        ``lost`` is the trace that earlier reductions left out. The ``ranks`` have the columns, or, as
-        in :attr:`ranks`, a slice of the outputs each.
+        ``lost`` is the trace that earlier reductions left out. The ``ranks`` have the columns, or
+        (:attr:`ranks`) a slice of the outputs each.
         """
         most = self.settings.max_columns
         values, kept = self.on_device(lambda: self._leading(ranks), collective=ranks.size > 1)
