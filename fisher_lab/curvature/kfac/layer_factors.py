@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.collectives import Spread, dtype_name
-from fisher_lab.curvature.kfac.factors import Factor, WoodburyFactor
+from fisher_lab.curvature.kfac.factors import Factor
 from fisher_lab.curvature.kfac.layers import Layer
 
 _VIEW: dict[str, Callable[[LayerFactors], Any]] = {
@@ -49,7 +49,6 @@ class LayerFactors(Mapping[str, Any]):
         own: the factors' own mean gradient ``[out, in (+ 1)]``, where it was asked for.
         push: whether push-through holds for these factors.
         tokens_g: token gradients ``[T n, out]``, where EKFAC needs them.
-        exact: the same G with unrounded columns, until the storage error is known.
         storage_error: relative error of ``G^-1 dW`` that rounding the columns costs.
         spread: the other ranks' ``a`` and ``tokens_g``, where these are this rank's own only.
         order: ``[T n]`` which row of ``a`` each row of ``tokens_g`` belongs to.
@@ -68,7 +67,6 @@ class LayerFactors(Mapping[str, Any]):
     push: bool = False
     tokens_g: Tensor | None = field(default=None, repr=False)
     storage_error: float | None = None
-    exact: WoodburyFactor | None = field(default=None, repr=False)
     spread: Spread | None = field(default=None, repr=False)
     order: Tensor | None = field(default=None, repr=False)
 

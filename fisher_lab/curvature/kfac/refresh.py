@@ -99,8 +99,6 @@ def refresh(
                 f"layer {name}: expected, but never called in the forward pass; exclude it "
                 "(or, in a compiled model, run the uncompiled one: model._orig_mod)"
             )
-    for made in factors.values():
-        measure_storage_error(made, sums.settings)
     scale = 1.0 / sums.n_labels
     covered = {n for f in factors.values() for n in (f.layer.weight, f.layer.bias)}
     tokens = max(f.tokens for f in factors.values())
@@ -141,11 +139,13 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
     g = found.g.factor(weight)
     method = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
     factors = LayerFactors(G=g, method=method, **common)
-    _keep_tokens(sums, factors, found, weight)
+    _keep_tokens(sums, factors, found)
     if layer.partner is not None and layer.partner.name in sums.by_layer:
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
         pool(factors, _layer_factors(sums, layer.partner, shared))
-        factors.push, factors.exact = False, None
+        factors.push = False
+    else:
+        _measure_storage_error(factors, found.g.exact_factor(weight), sums.settings)
     return factors
 
 
@@ -156,8 +156,8 @@ def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
 
 
-def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums, weight: float) -> None:
-    """Keeps the tokens that push-through and EKFAC need, and the unrounded columns."""
+def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums) -> None:
+    """Keeps the tokens that push-through and EKFAC need."""
     g, layer, settings = found.g, found.layer, sums.settings
     assert isinstance(g, GradientAccumulator)
     in_order = g.tokens_in_order()
@@ -171,7 +171,6 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums, weig
         factors.tokens_g = joined(found.tokens_g, g.label) if found.tokens_g else empty
         nowhere = torch.empty(0, dtype=torch.int64, device=sums.device)
         factors.order = torch.cat([nowhere, *found.order])
-    factors.exact = g.exact_factor(weight)
 
 
 def joined(parts: Sequence[Tensor], what: str) -> Tensor:
@@ -211,15 +210,16 @@ def _sum_of(a: Factor, width: Factor) -> Factor:
     return DenseFactor(total)
 
 
-def measure_storage_error(factors: LayerFactors, settings: EngineSettings) -> None:
+def _measure_storage_error(
+    factors: LayerFactors, exact: WoodburyFactor | None, settings: EngineSettings
+) -> None:
     """Finds the relative error of ``G^-1 dW`` on a layer's own gradient that rounding costs.
 
     Estimated on ``dW Z`` with a few seeded normal columns ``Z``: the whole of ``dW`` would
-    cost as much as applying the inverse, twice. Past a limit it is warned about. The factors take
-    ``storage_error``, and let go of the unrounded columns.
+    cost as much as applying the inverse, twice. Past a limit it is warned about. ``exact`` is the
+    same G with unrounded columns.
     """
-    exact, g = factors.exact, factors.G
-    factors.exact = None
+    g = factors.G
     numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
     if exact is None or factors.a is None or factors.layer.kind is Kind.EMBEDDING:
         return

@@ -1,8 +1,8 @@
 """What every factor can do, from its dense matrix alone.
 
-A structure is a class of :class:`Factor` with :meth:`Factor.to_dense` and
-:meth:`Factor.from_dense`. All the rest has a dense default here, which a structure overrides where
-it knows a faster way. Formulas: ``docs/math.md``, sections 2 and 3.
+A structure is a class of :class:`Factor` with :meth:`Factor.to_dense` and, for files,
+:meth:`Factor.restored`. All the rest has a dense default here, which a structure overrides where it
+knows a faster way. Formulas: ``docs/math.md``, sections 2 and 3.
 """
 
 from __future__ import annotations
@@ -106,16 +106,18 @@ class Factor(ABC):
         if "structure" in vars(cls):
             Factor.structures[cls.structure] = cls
 
-    # ---- the two methods of a structure ------------------------------------------------------
-
     @abstractmethod
     def to_dense(self) -> Tensor:
         """Returns ``M``, ``[dim, dim]`` in the core dtype; collective where sharded."""
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns tensors and JSON-able values for :meth:`restored`; collective where sharded."""
+        return {"matrix": self.to_dense()}, {}
+
     @classmethod
     @abstractmethod
-    def from_dense(cls, matrix: Tensor) -> Self:
-        """Returns as much of ``M``, ``[dim, dim]`` in the core dtype, as the structure can hold."""
+    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> Self:
+        """Returns a factor of dimension ``dim`` from what :meth:`state` gave."""
 
     # ---- products and numbers ----------------------------------------------------------------
 
@@ -232,17 +234,6 @@ class Factor(ABC):
         what = f"{self.label}, {operation}"
         return on_device(lambda _: work(), self.device, what, to_host, collective=self.sharded)
 
-    # ---- files -------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns tensors and JSON-able values for :meth:`restored`; collective where sharded."""
-        return {"matrix": self.to_dense()}, {}
-
-    @classmethod
-    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> Factor:
-        """Returns a factor of dimension ``dim`` from what :meth:`state` gave."""
-        return cls.from_dense(read.tensor("matrix", dim, dim))
-
 
 class DenseFactor(Factor):
     """``M`` as a ``matrix`` in the core dtype: A, and G on the eigendecomposition path."""
@@ -259,8 +250,8 @@ class DenseFactor(Factor):
 
     @classmethod
     @override
-    def from_dense(cls, matrix: Tensor) -> DenseFactor:
-        return cls(matrix)
+    def restored(cls, entry: Mapping[str, Any], dim: int, read: Reader) -> DenseFactor:
+        return cls(read.tensor("matrix", dim, dim))
 
 
 class ColumnFactor(Factor):

@@ -49,11 +49,6 @@ class DiagonalFactor(Factor):
     def to_dense(self) -> Tensor:
         return torch.diag(self.diagonal)
 
-    @classmethod
-    @override
-    def from_dense(cls, matrix: Tensor) -> DiagonalFactor:
-        return cls(matrix.diagonal().clone())
-
     @override
     def multiply(self, y: Tensor) -> Tensor:
         return self.diagonal.to(y)[:, None] * y
@@ -122,16 +117,6 @@ class DiagonalLowRankFactor(ColumnFactor):
         self.diagonal, self.columns, self.weight = diagonal, columns, weight
         self.sign, self.core_dtype = sign, core_dtype
         self.dim = diagonal.numel()
-
-    @classmethod
-    @override
-    def from_dense(cls, matrix: Tensor) -> DiagonalLowRankFactor:
-        """Half of the smallest eigenvalue goes to the diagonal, the rest to the low-rank part."""
-        values, vectors = symmetric_eigen(matrix)
-        least = values.min() / 2
-        columns = (vectors * (values - least).sqrt()).T.contiguous()
-        diagonal = least.expand(len(values)).clone()
-        return cls(diagonal, Columns(columns, 1.0, columns.device), 1.0, 1, matrix.dtype)
 
     @classmethod
     def of_rows(

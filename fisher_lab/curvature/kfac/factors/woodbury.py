@@ -19,7 +19,7 @@ from fisher_lab.curvature.kfac.factors.base import ColumnFactor, Damped, Factor,
 from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.factors.diagonal import DiagonalLowRankFactor
 from fisher_lab.curvature.kfac.numerics import Numerics
-from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue, symmetric_eigen
+from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue
 
 
 class WoodburyFactor(ColumnFactor):
@@ -33,12 +33,6 @@ class WoodburyFactor(ColumnFactor):
     def __init__(self, columns: Columns, weight: float, core_dtype: torch.dtype) -> None:
         self.columns, self.weight, self.core_dtype = columns, weight, core_dtype
         self.dim = columns.shape[1]
-
-    @classmethod
-    @override
-    def from_dense(cls, matrix: Tensor) -> WoodburyFactor:
-        columns = lossless_columns(*symmetric_eigen(matrix))
-        return cls(Columns(columns, 1.0, columns.device), 1.0, matrix.dtype)
 
     @cached_property
     def core(self) -> Tensor:
