@@ -15,9 +15,10 @@ from torch import Tensor
 from fisher_lab.analysis import summed_loss
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.kfac.ekfac import Eigenbasis
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.factors import FactorReport
-from fisher_lab.curvature.kfac.inverses import LayerReport, PairsReport
+from fisher_lab.curvature.kfac.inverses import LayerReport
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.memory import PeakMemory
@@ -235,7 +236,7 @@ def _layer_row(report: LayerReport) -> dict[str, Any]:
     return row | {"bytes": f.nbytes(), "seconds": report.seconds}
 
 
-def _pairs_columns(pairs: PairsReport | None) -> dict[str, Any]:
+def _pairs_columns(pairs: Eigenbasis | None) -> dict[str, Any]:
     """EKFAC's floor and condition numbers; None under K-FAC."""
     values: dict[str, Any] = dict.fromkeys(("clipped", "clipped_frac", "kappa_before", "kappa"))
     if pairs is not None:

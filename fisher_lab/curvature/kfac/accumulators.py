@@ -215,8 +215,6 @@ class GradientAccumulator:
     def _joined(self) -> Tensor:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
-    # ---- too many columns --------------------------------------------------------------------
-
     def subsample(self, rows: list[int], ranks: Communicator) -> list[int]:
         """Keeps the columns with the smallest keys: uniform over all tokens of all ranks.
 
@@ -256,8 +254,6 @@ class GradientAccumulator:
         values, vectors = symmetric_eigen(kernel)
         vectors = ranks.broadcast(vectors, 0)
         return values, vectors[:, -self.settings.max_columns :].to(joined).T @ joined
-
-    # ---- the factor --------------------------------------------------------------------------
 
     def tokens_in_order(self) -> bool:
         """Says whether the columns are the tokens as they came (push-through needs that)."""

@@ -121,8 +121,6 @@ class _Collector:
         self.model, self.sums, self.settings, self.n_ranks = model, sums, sums.settings, n_ranks
         self._generator = torch.Generator().manual_seed(sums.seed)
 
-    # ---- one batch ---------------------------------------------------------------------------
-
     def run(
         self, batch: Any, function: LossFunction | None, n_labels: int | None, reduction: str
     ) -> None:
@@ -232,8 +230,6 @@ class _Collector:
         if first:
             self._add_inputs(taking_part, tokens)
 
-    # ---- the G sides -------------------------------------------------------------------------
-
     def _add_g(self, found: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
         if isinstance(found.g, NormAccumulator):
             found.g.add(normalised(found.layer.modules[0], a), g)
@@ -250,8 +246,6 @@ class _Collector:
             found.inputs += [a] if first else []
         else:
             found.inputs.clear()
-
-    # ---- the own gradient --------------------------------------------------------------------
 
     def _own(self, found: LayerSums, a: Tensor, g: Tensor) -> None:
         """Adds ``sum_t g_t a_t^T`` (with the bias column) in the core dtype."""
@@ -271,8 +265,6 @@ class _Collector:
             if layer.augmented:
                 part = torch.cat([part, g.sum(dim=0, dtype=dtype)[:, None]], dim=1)
         found.own = part if found.own is None else found.own + part
-
-    # ---- the A sides -------------------------------------------------------------------------
 
     def _add_inputs(self, taking_part: Sequence[Layer], tokens: BatchTokens) -> None:
         """Adds to the A sides; layers that read the very same tensors share one sum."""

@@ -51,6 +51,7 @@ class Eigenbasis:
         denominator: ``[r, dim_a]`` damped and floored eigenvalues.
         complement: ``[dim_a]`` the same for the directions of G that are not at hand; None where
             ``v_g`` spans the whole space.
+        dim: number of pairs of eigenvectors, outputs times inputs with the bias column.
         clipped: how many pairs the floor raised, the complement's included.
         kappa_before: condition number of the damped eigenvalues.
         kappa_after: condition number of those in use.
@@ -61,6 +62,7 @@ class Eigenbasis:
     v_a: Tensor | None
     denominator: Tensor
     complement: Tensor | None
+    dim: int
     clipped: int
     kappa_before: float
     kappa_after: float
@@ -218,6 +220,7 @@ def eigenbasis(
         v_a=None if basis.v_a is None else basis.v_a.to(dtype),
         denominator=damped.to(dtype),
         complement=None if complement is None else complement.to(dtype),
+        dim=factors.layer.n_out * factors.layer.dim_a,
         clipped=clipped,
         kappa_before=before,
         kappa_after=_kappa(damped, complement),

@@ -34,55 +34,6 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     return result
 
 
-def prepare_together(
-    sides: Sequence[Damped], communicator: Communicator, *, eigen: bool = False
-) -> list[float]:
-    """Decomposes every side once over all ranks, which have the same ones; collective.
-
-    With ``eigen`` these are the eigendecompositions of EKFAC, whatever an inverse would need.
-
-    Returns:
-        Seconds that each side's decomposition took on its owner.
-
-    Raises:
-        CurvatureError: a decomposition failed; names the rank.
-    """
-    # A rank whose device was full has let go of what the others still have: they do it once more.
-    pending = communicator.all_gather_objects([side.pending(eigen=eigen) for side in sides])
-    wanted = [s for s, left in zip(sides, zip(*pending, strict=True), strict=True) if any(left)]
-    todo = list({id(side): side for side in wanted}.values())  # layers may share one
-    # Forming a core is collective where it is sharded.
-    owner = owners([len(side.form_core()) for side in todo], communicator.size)
-    done: dict[str, Any] = {}
-    error: str | None = None
-    try:
-        for index, side in enumerate(todo):
-            if owner[index] == communicator.rank:
-                start = perf_counter()
-                side.prepare(eigen=eigen)
-                seconds = perf_counter() - start
-                tried, in_use = side.decomposition()
-                shapes = [list(x.shape) for x in in_use]
-                done[str(index)] = {"tried": tried, "shapes": shapes, "seconds": seconds}
-    except Exception as failed:
-        error = f"{type(failed).__name__}: {failed}"
-    every = communicator.all_gather_objects({"error": error, "done": done})
-    raise_others([each["error"] for each in every])
-    spent: dict[int, float] = {}
-    for index, side in enumerate(todo):
-        found = every[owner[index]]["done"][str(index)]
-        # The owner too takes what was sent: the libraries return columns one after the other, what
-        # arrives lies in rows, and products of the two differ in their last bit.
-        if owner[index] == communicator.rank:
-            in_use = side.decomposition()[1]
-        else:
-            in_use = [side.core.new_empty(shape) for shape in found["shapes"]]
-        moved = [communicator.broadcast(x.contiguous(), owner[index]) for x in in_use]
-        side.adopt(found["tried"], moved)
-        spent[id(side)] = found["seconds"]
-    return [spent.get(id(side), 0.0) for side in sides]
-
-
 def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
     """Checks that the ranks apply the factors to the same vectors.
 
@@ -104,16 +55,6 @@ def same_vectors(communicator: Communicator, tensors: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class PairsReport:
-    """What EKFAC did to the pairs of eigenvectors of a layer, as in :class:`FactorReport`."""
-
-    dim: int
-    clipped: int
-    kappa_before: float
-    kappa_after: float
-
-
-@dataclass(frozen=True)
 class LayerReport:
     """What a refresh did to one layer: a row of ``layers.csv``.
 
@@ -123,8 +64,8 @@ class LayerReport:
         G: report of the output side.
         seconds: spent on decomposing both sides.
         kappa_max: largest condition number that the floor allows, None for no floor.
-        pairs: what EKFAC did to the eigenvalues of the layer's block, where it is in use: its
-            floor is one on the pairs, and the sides are as they come then.
+        pairs: the layer in EKFAC's basis, where that is in use: its floor is one on the pairs of
+            eigenvectors, and the sides are as they come then.
     """
 
     factors: LayerFactors
@@ -132,7 +73,7 @@ class LayerReport:
     G: FactorReport
     seconds: float
     kappa_max: float | None = None
-    pairs: PairsReport | None = None
+    pairs: ekfac.Eigenbasis | None = None
 
 
 class Inverses:
@@ -194,7 +135,11 @@ class Inverses:
         self.seconds[name] += perf_counter() - start
 
     def prepare_together(self, communicator: Communicator) -> None:
-        """Spreads the decompositions over the ranks; what then remains is done by each."""
+        """Spreads the decompositions over the ranks; what then remains is done by each.
+
+        Raises:
+            CurvatureError: a decomposition failed; names the rank.
+        """
         for eigen in (False, True):
             pairs = [
                 (name, side)
@@ -202,9 +147,9 @@ class Inverses:
                 if self.corrects(factors) == eigen
                 for side in self.sides(factors)
             ]
-            seconds = prepare_together([s for _, s in pairs], communicator, eigen=eigen)
-            for (name, _), spent in zip(pairs, seconds, strict=True):
-                self.seconds[name] += spent
+            spent = _decompose_together([side for _, side in pairs], communicator, eigen=eigen)
+            for name, side in pairs:
+                self.seconds[name] += spent.get(id(side), 0.0)
 
     def logdet(self, factors: LayerFactors) -> float:
         """Returns the log-determinant of a layer's block, with the factors in use.
@@ -218,19 +163,17 @@ class Inverses:
 
     def report(self, name: str, *, kappa: bool = True) -> LayerReport:
         """Returns what was done to a layer; ``kappa`` as in :meth:`Damped.report`."""
-        factors, pairs = self.factors[name], None
+        factors, basis = self.factors[name], None
         sides = [s.report(kappa=kappa) for s in self.sides(factors)]
         if self.corrects(factors):
             basis = self.basis(name)
-            n = factors.layer.n_out * factors.layer.dim_a
-            pairs = PairsReport(n, basis.clipped, basis.kappa_before, basis.kappa_after)
             # The floor is the pairs': no eigenvalue of a side is raised.
             sides = [
                 replace(s, clipped=0, kappa_after=s.kappa_before, floor_applied=False)
                 for s in sides
             ]
         a = sides[1] if len(sides) > 1 else None
-        return LayerReport(factors, a, sides[0], self.seconds[name], self.settings.kappa_max, pairs)
+        return LayerReport(factors, a, sides[0], self.seconds[name], self.settings.kappa_max, basis)
 
     def _damped_of(self, factor: Factor, lam: float) -> Damped:
         key = (id(factor), lam)
@@ -238,6 +181,53 @@ class Inverses:
             kappa = self.settings.kappa_max
             self._damped[key] = factor.damped(lam, kappa, self.settings.numerics)
         return self._damped[key]
+
+
+def _decompose_together(
+    sides: Sequence[Damped], communicator: Communicator, *, eigen: bool
+) -> dict[int, float]:
+    """Decomposes every side once over all ranks; collective.
+
+    Args:
+        sides: the same ones in the same order on every rank.
+        communicator: of the ranks.
+        eigen: eigendecompositions of the factors (EKFAC), whatever an inverse would need.
+
+    Returns:
+        Identity of a side -> seconds that its decomposition took on its owner.
+    """
+    # A rank whose device was full has let go of what the others still have: they do it once more.
+    pending = communicator.all_gather_objects([side.pending(eigen=eigen) for side in sides])
+    wanted = [s for s, left in zip(sides, zip(*pending, strict=True), strict=True) if any(left)]
+    todo = list({id(side): side for side in wanted}.values())  # layers may share one
+    # Forming a core is collective where it is sharded.
+    owner = owners([len(side.form_core()) for side in todo], communicator.size)
+    done: dict[str, Any] = {}
+    error: str | None = None
+    try:
+        for index, side in enumerate(todo):
+            if owner[index] == communicator.rank:
+                start = perf_counter()
+                side.prepare(eigen=eigen)
+                seconds = perf_counter() - start
+                tried, in_use = side.decomposition()
+                shapes = [list(x.shape) for x in in_use]
+                done[str(index)] = {"tried": tried, "shapes": shapes, "seconds": seconds}
+    except Exception as failed:
+        error = f"{type(failed).__name__}: {failed}"
+    every = communicator.all_gather_objects({"error": error, "done": done})
+    raise_others([each["error"] for each in every])
+    for index, side in enumerate(todo):
+        found = every[owner[index]]["done"][str(index)]
+        # The owner too takes what was sent: the libraries return columns one after the other, what
+        # arrives lies in rows, and products of the two differ in their last bit.
+        if owner[index] == communicator.rank:
+            in_use = side.decomposition()[1]
+        else:
+            in_use = [side.core.new_empty(shape) for shape in found["shapes"]]
+        moved = [communicator.broadcast(x.contiguous(), owner[index]) for x in in_use]
+        side.adopt(found["tried"], moved)
+    return {id(x): every[owner[i]]["done"][str(i)]["seconds"] for i, x in enumerate(todo)}
 
 
 def layer_line(report: LayerReport) -> str:
@@ -252,7 +242,7 @@ def layer_line(report: LayerReport) -> str:
     return "; ".join(parts)
 
 
-def _clipping(r: FactorReport | PairsReport) -> str:
+def _clipping(r: FactorReport | ekfac.Eigenbasis) -> str:
     kappa = (
         "" if math.isnan(r.kappa_before) else f", kappa {r.kappa_before:.2e} -> {r.kappa_after:.2e}"
     )

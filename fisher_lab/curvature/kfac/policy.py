@@ -82,25 +82,25 @@ class Cost:
 
 
 def cost_g(
-    layer: Layer, chosen: str, columns: int, *, itemsize: int = 4, core_itemsize: int = 8
+    layer: Layer, method: str, columns: int, *, itemsize: int = 4, core_itemsize: int = 8
 ) -> Cost:
     """Returns the cost of a layer's G side.
 
     Args:
         layer: the layer.
-        chosen: ``woodbury`` or ``eig``.
+        method: ``woodbury`` or ``eig``.
         columns: token columns.
         itemsize: bytes of a stored column entry.
         core_itemsize: bytes of an entry of the decomposed matrix.
     """
     out, m, t = layer.n_out, layer.dim_a, columns
-    if chosen == "woodbury":
+    if method == "woodbury":
         return Cost(
             out * t * itemsize + 2 * t * t * core_itemsize,
             float(out) * t * t + t**3 / 3,
             4.0 * out * t * m + 2.0 * t * t * m,
         )
-    return Cost(2 * out * out * core_itemsize, float(out) ** 2 * t + out**3 / 3, 2.0 * out**2 * m)
+    return _cost_of_matrix(out, t, m, core_itemsize)
 
 
 def cost_a(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
@@ -110,11 +110,7 @@ def cost_a(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
         return Cost(n * core_itemsize, float(tokens), float(n) * layer.n_out)
     if layer.kind is Kind.NORM:
         return Cost(0, 0.0, 0.0)
-    return Cost(
-        2 * n * n * core_itemsize,
-        float(n) ** 2 * tokens + n**3 / 3,
-        2.0 * n**2 * layer.n_out,
-    )
+    return _cost_of_matrix(n, tokens, layer.n_out, core_itemsize)
 
 
 def cost_norm(layer: Layer, tokens: int, *, dense: bool, core_itemsize: int = 8) -> Cost:
@@ -122,7 +118,12 @@ def cost_norm(layer: Layer, tokens: int, *, dense: bool, core_itemsize: int = 8)
     n = layer.n_out * (2 if layer.bias is not None else 1)
     if not dense:
         return Cost(n * core_itemsize, 2.0 * n * tokens, float(n))
-    return Cost(2 * n * n * core_itemsize, float(n) ** 2 * tokens + n**3 / 3, 2.0 * n**2)
+    return _cost_of_matrix(n, tokens, 1, core_itemsize)
+
+
+def _cost_of_matrix(n: int, tokens: int, width: int, itemsize: int) -> Cost:
+    """An ``n x n`` matrix and its decomposition, applied to ``n x width``."""
+    return Cost(2 * n * n * itemsize, float(n) ** 2 * tokens + n**3 / 3, 2.0 * n**2 * width)
 
 
 NORM_MAX_DIM = 2048

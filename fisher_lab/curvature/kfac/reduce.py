@@ -75,8 +75,6 @@ class _Reduction:
         self._reduce_named("gradients", self.sums.uncovered.gradients)
         self._reduce_named("diagonal", self.sums.uncovered.diagonal)
 
-    # ---- what each rank knows of the others ------------------------------------------------------
-
     def _summary(self) -> dict[str, Any]:
         sums = self.sums
         layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
@@ -134,8 +132,6 @@ class _Reduction:
         sums.fisher_kind = next(iter(kinds), sums.fisher_kind)
         sums.head.name = next((x["head"] for x in summaries if x["head"] is not None), None)
 
-    # ---- inputs ------------------------------------------------------------------------------
-
     def _reduce_inputs(self, present: Sequence[Layer]) -> None:
         """Sums the A sides; layers share one where they do on every rank."""
         rank, groups = self.communicator.rank, dict[tuple[int, ...], list[Layer]]()
@@ -159,8 +155,6 @@ class _Reduction:
             for layer in layers:
                 self.sums.of(layer).group = number
         self.sums.inputs = result
-
-    # ---- a layer -----------------------------------------------------------------------------
 
     def _reduce_layer(self, layer: Layer) -> None:
         sums, found = self.sums, self.sums.of(layer)
@@ -246,8 +240,6 @@ class _Reduction:
         if not self.sharded:
             return self.communicator.all_gather(columns, rows)
         return exchange_tokens_for_outputs(columns, rows, self.communicator)
-
-    # ---- head, uncovered parameters ----------------------------------------------------------
 
     def _reduce_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
