@@ -177,10 +177,10 @@ class _Collector:
         if want_own:
             grads = self._backward(capture, BackwardPass(loss.loss, None, not diagonal), diagonal)
             tokens = BatchTokens(capture, live, masks, sums.n_batches)
-            for found in sums.by_layer.values():
-                g = tokens.gradients(found.layer, grads)
+            for layer_sums in sums.by_layer.values():
+                g = tokens.gradients(layer_sums.layer, grads)
                 if g is not None:
-                    self._own(found, tokens.inputs(found.layer), g)
+                    self._own(layer_sums, tokens.inputs(layer_sums.layer), g)
 
     def _backward(
         self, capture: Capture, one: BackwardPass, keep: bool
@@ -218,39 +218,39 @@ class _Collector:
             g = tokens.gradients(layer, grads)
             if g is None:
                 continue
-            found = self.sums.of(layer)
+            layer_sums = self.sums.of(layer)
             check_finite(g, layer.name, self.sums.n_batches, "gradients")
             a = tokens.inputs(layer)
             if first:
-                found.tokens += a.shape[0]
+                layer_sums.tokens += a.shape[0]
                 taking_part.append(layer)
-            self._add_g(found, a, g, first)
+            self._add_g(layer_sums, a, g, first)
             if own and self.sums.keep_gradient:
-                self._own(found, a, g)
+                self._own(layer_sums, a, g)
         if first:
             self._add_inputs(taking_part, tokens)
 
-    def _add_g(self, found: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
-        if isinstance(found.g, NormAccumulator):
-            found.g.add(normalised(found.layer.modules[0], a), g)
+    def _add_g(self, layer_sums: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
+        if isinstance(layer_sums.g, NormAccumulator):
+            layer_sums.g.add(normalised(layer_sums.layer.modules[0], a), g)
             return
-        if found.layer.name == self.sums.head.name:
+        if layer_sums.layer.name == self.sums.head.name:
             return
-        found.g.add(g)
+        layer_sums.g.add(g)
         if self.settings.ekfac:
             # Draws of one batch have the same inputs; batches may differ in their draws.
-            start = sum(len(x) for x in found.inputs[: None if first else -1])
-            found.order.append(torch.arange(start, start + len(g), device=g.device))
-            found.tokens_g.append(g)
-        if self.settings.ekfac or found.g.tokens_in_order():
-            found.inputs += [a] if first else []
+            start = sum(len(x) for x in layer_sums.inputs[: None if first else -1])
+            layer_sums.order.append(torch.arange(start, start + len(g), device=g.device))
+            layer_sums.tokens_g.append(g)
+        if self.settings.ekfac or layer_sums.g.tokens_in_order():
+            layer_sums.inputs += [a] if first else []
         else:
-            found.inputs.clear()
+            layer_sums.inputs.clear()
 
-    def _own(self, found: LayerSums, a: Tensor, g: Tensor) -> None:
+    def _own(self, layer_sums: LayerSums, a: Tensor, g: Tensor) -> None:
         """Adds ``sum_t g_t a_t^T`` (with the bias column) in the core dtype."""
         dtype = self.settings.numerics.core_dtype
-        layer = found.layer
+        layer = layer_sums.layer
         if layer.tied:
             return
         if layer.kind is Kind.NORM:
@@ -264,7 +264,7 @@ class _Collector:
                 part = g.to(dtype).T @ a.to(dtype)
             if layer.augmented:
                 part = torch.cat([part, g.sum(dim=0, dtype=dtype)[:, None]], dim=1)
-        found.own = part if found.own is None else found.own + part
+        layer_sums.own = part if layer_sums.own is None else layer_sums.own + part
 
     def _add_inputs(self, taking_part: Sequence[Layer], tokens: BatchTokens) -> None:
         """Adds to the A sides; layers that read the very same tensors share one sum."""

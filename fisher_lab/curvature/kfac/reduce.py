@@ -157,38 +157,38 @@ class _Reduction:
         self.sums.inputs = result
 
     def _reduce_layer(self, layer: Layer) -> None:
-        sums, found = self.sums, self.sums.of(layer)
+        sums, layer_sums = self.sums, self.sums.of(layer)
         rows = tuple(self._of(layer.name, "tokens"))
-        found.tokens = sum(rows)
+        layer_sums.tokens = sum(rows)
         shape = (layer.n_out, layer.dim_a)
-        if isinstance(found.g, NormAccumulator):
-            found.g.total = self.communicator.all_reduce(found.g.total)
-            shape = (found.g.dim, 1)
+        if isinstance(layer_sums.g, NormAccumulator):
+            layer_sums.g.total = self.communicator.all_reduce(layer_sums.g.total)
+            shape = (layer_sums.g.dim, 1)
         elif layer.name != sums.head.name:
-            self._reduce_gradients(layer.name, found.g)
-            self._reduce_tokens(found, found.g, rows)
+            self._reduce_gradients(layer.name, layer_sums.g)
+            self._reduce_tokens(layer_sums, layer_sums.g, rows)
         if sums.keep_gradient and not layer.tied:
-            own = found.own
+            own = layer_sums.own
             if own is None:
                 own = torch.zeros(shape, dtype=self.core, device=self.device)
-            found.own = self.communicator.all_reduce(own.contiguous())
+            layer_sums.own = self.communicator.all_reduce(own.contiguous())
 
     def _reduce_tokens(
-        self, found: LayerSums, g: GradientAccumulator, rows: tuple[int, ...]
+        self, layer_sums: LayerSums, g: GradientAccumulator, rows: tuple[int, ...]
     ) -> None:
         """Inputs and unreduced gradients of the tokens, where push-through or EKFAC want them."""
-        layer, ekfac = found.layer, self.sums.settings.ekfac
+        layer, ekfac = layer_sums.layer, self.sums.settings.ekfac
         if not (ekfac or g.tokens_in_order()):
-            found.inputs.clear()
+            layer_sums.inputs.clear()
             return
-        if not found.inputs:
+        if not layer_sums.inputs:
             shape = () if layer.kind is Kind.EMBEDDING else (layer.n_in,)
-            found.inputs = [self._no_rows(layer.name, "a_dtype", *shape)]
+            layer_sums.inputs = [self._no_rows(layer.name, "a_dtype", *shape)]
         spread = Spread(self.communicator, rows)
         if self.sharded or ekfac:
-            found.spread = spread
+            layer_sums.spread = spread
         else:
-            found.inputs = [spread.gather(torch.cat(found.inputs))]
+            layer_sums.inputs = [spread.gather(torch.cat(layer_sums.inputs))]
 
     def _reduce_gradients(self, name: str, g: GradientAccumulator) -> None:
         settings, rows = g.settings, self._of(name, "kept")

@@ -119,33 +119,33 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
 
     ``shared`` holds the A factors so far, by group of layers; it takes the layer's own.
     """
-    found = sums.by_layer[layer.name]
+    layer_sums = sums.by_layer[layer.name]
     count = n_draws(sums.fisher_kind, sums.settings)
-    weight = 1.0 / (found.tokens * count)
-    own = _tied_own(sums, layer) if layer.tied else found.own
+    weight = 1.0 / (layer_sums.tokens * count)
+    own = _tied_own(sums, layer) if layer.tied else layer_sums.own
     own = None if own is None else own / sums.n_labels
     common: dict[str, Any] = {
-        "layer": layer, "tokens": found.tokens, "n_labels": sums.n_labels,
+        "layer": layer, "tokens": layer_sums.tokens, "n_labels": sums.n_labels,
         "n_draws": count, "fisher": sums.fisher_kind, "own": own,
     }  # fmt: skip
-    if isinstance(found.g, NormAccumulator):
-        return LayerFactors(A=None, G=found.g.factor(weight), method="norm", **common)
-    if found.group not in shared:
-        shared[found.group] = sums.inputs[found.group].factor()
-    common["A"] = shared[found.group]
+    if isinstance(layer_sums.g, NormAccumulator):
+        return LayerFactors(A=None, G=layer_sums.g.factor(weight), method="norm", **common)
+    if layer_sums.group not in shared:
+        shared[layer_sums.group] = sums.inputs[layer_sums.group].factor()
+    common["A"] = shared[layer_sums.group]
     if layer.name == sums.head.name:
         common["fisher"] = "true"
-        return LayerFactors(G=sums.head.factor(found.tokens), method="true_head", **common)
-    g = found.g.factor(weight)
+        return LayerFactors(G=sums.head.factor(layer_sums.tokens), method="true_head", **common)
+    g = layer_sums.g.factor(weight)
     method = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
     factors = LayerFactors(G=g, method=method, **common)
-    _keep_tokens(sums, factors, found)
+    _keep_tokens(sums, factors, layer_sums)
     if layer.partner is not None and layer.partner.name in sums.by_layer:
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
         pool(factors, _layer_factors(sums, layer.partner, shared))
         factors.push = False
     else:
-        _measure_storage_error(factors, found.g.exact_factor(weight), sums.settings)
+        _measure_storage_error(factors, layer_sums.g.exact_factor(weight), sums.settings)
     return factors
 
 
@@ -156,21 +156,21 @@ def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
 
 
-def _keep_tokens(sums: Statistics, factors: LayerFactors, found: LayerSums) -> None:
+def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums) -> None:
     """Keeps the tokens that push-through and EKFAC need."""
-    g, layer, settings = found.g, found.layer, sums.settings
+    g, layer, settings = layer_sums.g, layer_sums.layer, sums.settings
     assert isinstance(g, GradientAccumulator)
     in_order = g.tokens_in_order()
     if in_order or settings.ekfac:
-        what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={found.tokens})"
-        factors.a, factors.spread = joined(found.inputs, what), found.spread
+        what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={layer_sums.tokens})"
+        factors.a, factors.spread = joined(layer_sums.inputs, what), layer_sums.spread
     empirical = sums.fisher_kind == "empirical"
     factors.push = in_order and empirical and not layer.tied and settings.push_through
     if settings.ekfac:
         empty = torch.empty(0, layer.n_out, device=sums.device)
-        factors.tokens_g = joined(found.tokens_g, g.label) if found.tokens_g else empty
+        factors.tokens_g = joined(layer_sums.tokens_g, g.label) if layer_sums.tokens_g else empty
         nowhere = torch.empty(0, dtype=torch.int64, device=sums.device)
-        factors.order = torch.cat([nowhere, *found.order])
+        factors.order = torch.cat([nowhere, *layer_sums.order])
 
 
 def joined(parts: Sequence[Tensor], what: str) -> Tensor:
