@@ -234,21 +234,17 @@ def layer_line(report: LayerReport) -> str:
     """Returns what was done to a layer in one line, for the log."""
     f = report.factors
     parts = [f"layer {f.layer.name or '(the model)'}: T={f.tokens} {f.method} ({f.fisher})"]
-    for side, r in (("A", report.A), ("G", report.G)):
-        if r is not None:
-            parts.append(f"{side}: lambda {r.damping:g}, {_clipping(r)}, {r.route}" + _events(r))
-    if report.pairs is not None:
-        parts.append(f"EKFAC: {_clipping(report.pairs)} of pairs")
+    for side, r in (("A", report.A), ("G", report.G), ("EKFAC", report.pairs)):
+        if r is None:
+            continue
+        text = f"clipped {r.clipped}/{r.dim}"
+        if not math.isnan(r.kappa_before):
+            text += f", kappa {r.kappa_before:.2e} -> {r.kappa_after:.2e}"
+        if isinstance(r, FactorReport):
+            text = f"lambda {r.damping:g}, {text}, {r.route}"
+            text += f", jitter {r.jitter:.1e}" if r.jitter else ""
+            text += f", fallback {r.fallback}" if r.fallback else ""
+        else:
+            text += " of pairs"
+        parts.append(f"{side}: {text}")
     return "; ".join(parts)
-
-
-def _clipping(r: FactorReport | ekfac.Eigenbasis) -> str:
-    kappa = (
-        "" if math.isnan(r.kappa_before) else f", kappa {r.kappa_before:.2e} -> {r.kappa_after:.2e}"
-    )
-    return f"clipped {r.clipped}/{r.dim}{kappa}"
-
-
-def _events(r: FactorReport) -> str:
-    jitter = f", jitter {r.jitter:.1e}" if r.jitter else ""
-    return jitter + (f", fallback {r.fallback}" if r.fallback else "")

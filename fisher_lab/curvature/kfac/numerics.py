@@ -67,13 +67,11 @@ def resolve_dtype(name: str) -> torch.dtype:
 def _measured_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float64
-    wide, narrow = (_product_seconds(dtype) for dtype in (torch.float64, torch.float32))
-    return torch.float32 if wide > 8 * narrow else torch.float64
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Median seconds of a square product on the CUDA device."""
     from torch.utils.benchmark import Timer
 
-    x = torch.ones(2048, 2048, dtype=dtype, device="cuda")
-    return Timer("x @ x", globals={"x": x}).blocked_autorange(min_run_time=0.05).median
+    seconds = []
+    for dtype in (torch.float64, torch.float32):
+        x = torch.ones(2048, 2048, dtype=dtype, device="cuda")
+        timer = Timer("x @ x", globals={"x": x})
+        seconds.append(timer.blocked_autorange(min_run_time=0.05).median)
+    return torch.float32 if seconds[0] > 8 * seconds[1] else torch.float64

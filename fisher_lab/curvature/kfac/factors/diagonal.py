@@ -239,16 +239,14 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
             return f.multiply(y) + self.lam * y
         inverse = (f.diagonal.to(y) + self.lam).reciprocal()[:, None]
         scaled = inverse * y
-        inner = self._solve(f.columns.times(scaled))
+        inner = f.columns.times(scaled)
+        if self.lower is not None:
+            inner = torch.cholesky_solve(inner, self.lower)
+        else:
+            values, vectors = (t.to(y) for t in self.eigen())
+            inner = vectors @ ((vectors.T @ inner) / values[:, None])
         low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
         return scaled - inverse * low
-
-    def _solve(self, y: Tensor) -> Tensor:
-        """Returns ``S^-1 y``."""
-        if self.lower is not None:
-            return torch.cholesky_solve(y, self.lower)
-        values, vectors = (t.to(y) for t in self.eigen())
-        return vectors @ ((vectors.T @ y) / values[:, None])
 
     @override
     def _report(self, wanted: bool) -> FactorReport:
