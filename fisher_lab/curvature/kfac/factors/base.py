@@ -358,12 +358,6 @@ class Damped(Generic[F]):
         values, n_zero = self.factor.spectrum(on_host=self.numerics.on_host)
         return clip(values, n_zero, self.lam, self.kappa_max)
 
-    @cached_property
-    def _used(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues in use and eigenvectors, in the apply dtype."""
-        dtype = self.numerics.apply_dtype
-        return self.clipped.used.to(dtype), self.eigen()[1].to(dtype)
-
     def pending(self, *, eigen: bool = False) -> bool:
         """Says whether what :meth:`prepare` does is left to do on this process."""
         if self.factor.decomposed:
@@ -460,7 +454,7 @@ class Damped(Generic[F]):
             return torch.cholesky_solve(y, self.lower)
         if p == 1 and self.kappa_max is None:
             return self.factor.multiply(y) + self.lam * y
-        used, vectors = self._used
+        used, vectors = self.clipped.used.to(y), self.eigen()[1].to(y)
         return vectors @ (used.pow(p)[:, None] * (vectors.T @ y))
 
     # ---- numbers -----------------------------------------------------------------------------
