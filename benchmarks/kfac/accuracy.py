@@ -28,7 +28,6 @@ from fisher_lab import KFACNaturalGradient
 from fisher_lab.config.paths import conf
 from fisher_lab.config.validate import validate
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.tasks.progress import Progress
 from fisher_lab.workload.build import build
 
 DAMPINGS = [10.0**-k for k in range(3, 11)]
@@ -61,7 +60,7 @@ def bench() -> Any:
     """The default workbench: model and one batch of 4 x 128 tokens."""
     with initialize_config_dir(config_dir=str(conf()), version_base="1.3"):
         config = validate(compose("config"))
-    found = build(config, Progress(False), None)
+    found = build(config)
     return SimpleNamespace(model=found.model, batch=found.batches("train", 1, 0)[0])
 
 

@@ -64,7 +64,7 @@ def run(config: Config, run: Run) -> None:
     progress = Progress(config.progress)
     ranks = Ranks.of(config)
     refuse(config, ranks)
-    workload = build(config, progress, run.signals)
+    workload = build(config, progress.track, run.signals)
     run.note(workbench=workload.record)
     batches = ranks.own_batches(workload.batches("train", config.kfac.n_batches, config.seed))
     heldout = workload.batches("heldout", config.task.heldout_batches, config.seed)

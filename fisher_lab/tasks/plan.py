@@ -71,7 +71,7 @@ def estimate(config: Config) -> dict[str, float]:
 
 def _untrained(config: Config) -> Workload:
     untrained = dataclasses.replace(config.model, init="random")
-    return build(dataclasses.replace(config, model=untrained), Progress(config.progress))
+    return build(dataclasses.replace(config, model=untrained), Progress(config.progress).track)
 
 
 def _rows(workload: Workload, config: Config) -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.workload import build, cache, models, training_loop
 from fisher_lab.workload.data_parallel import DataParallel
-from fisher_lab.workload.gradient import GradientOptions
 from fisher_lab.workload.inputs import Inputs, prepare
 from fisher_lab.workload.training_run import Result, TrainingRun
 
@@ -113,11 +112,9 @@ def training_run(config: Config, origin: dict[str, Any]) -> TrainingRun:
         seed=config.seed,
         optimizer=optimizer,
         eval_every=config.train.eval_every,
-        gradient=GradientOptions(
-            precision=config.train.precision,
-            accumulation=config.train.accumulation,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        ),
+        precision=config.train.precision,
+        accumulation=config.train.accumulation,
+        gradient_checkpointing=config.train.gradient_checkpointing,
         divergence_factor=config.train.divergence_factor,
         kfac=config.kfac if optimizer.name in CURVATURE_OPTIMIZERS else None,
         origin=origin,
@@ -156,7 +153,7 @@ def _initial(inputs: Inputs, progress: Progress, run: Run) -> tuple[nn.Module, d
     """The weights to begin with, and what they are."""
     cfg = inputs.cfg
     if cfg.train.from_checkpoint or inputs.pretrained is not None:
-        model, about = build.trained(inputs, progress, run.signals)
+        model, about = build.trained(inputs, progress.track, run.signals)
         return model, {**about, "dtype": cfg.model.dtype}
     model = models.with_dtype(inputs.untrained(cfg.seed), cfg.model.dtype)
     models.set_attention(model, cfg.model.attn_implementation)

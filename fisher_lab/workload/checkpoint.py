@@ -1,4 +1,4 @@
-"""The checkpoint of a built model: trained once by its recipe, then taken from the cache."""
+"""The checkpoint of a built model: trained once by its recipe, then read from the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fisher_lab.config.workload import ModelConfig, OptimizerConfig
+from fisher_lab.config.workload import OptimizerConfig
+from fisher_lab.curvature.collectives import Progress, no_progress
 from fisher_lab.runs import atomic, lock
 from fisher_lab.runs.signals import Watch
 from fisher_lab.workload import cache, models, training_loop
@@ -19,7 +20,7 @@ from fisher_lab.workload.snapshot import SnapshotError
 from fisher_lab.workload.training_run import Result, TrainingRun
 
 if TYPE_CHECKING:
-    from fisher_lab.workload.inputs import Inputs, ProgressLike
+    from fisher_lab.workload.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +30,15 @@ EVAL_EVERY = 100
 
 
 class CheckpointError(RuntimeError):
-    """A cached checkpoint is not what its record says."""
+    """A cached checkpoint does not match its record."""
 
 
-def cached(
-    inputs: Inputs, progress: ProgressLike | None = None, signals: Watch | None = None
-) -> Path:
+def cached(inputs: Inputs, progress: Progress = no_progress, signals: Watch | None = None) -> Path:
     """Train the checkpoint unless the cache has it.
 
-    It is trained on the CPU in float32 wherever it is used later, so that a machine's device does
-    not decide what the checkpoint is. A training that is killed continues where it was, here or in
-    another process that wants the same checkpoint.
+    It is always trained on the CPU in float32, so that it does not depend on the machine's device.
+    A training that was killed is resumed, by this or by another process that needs the same
+    checkpoint.
 
     Returns:
         A directory with ``config.json``, ``model.safetensors``, the tokenizer, ``curve.csv`` and
@@ -68,26 +67,11 @@ def cached(
     return target
 
 
-def training_run(model: ModelConfig, origin: str | None) -> TrainingRun:
-    """The training that makes a model's checkpoint."""
-    recipe = model.recipe
-    return TrainingRun(
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        seq_len=recipe.seq_len,
-        lr=recipe.lr,
-        seed=model.train_seed,
-        optimizer=OptimizerConfig(),
-        eval_every=EVAL_EVERY,
-        origin={"checkpoint": origin},
-    )
-
-
 def verified_record(directory: Path) -> dict[str, Any]:
-    """The record of a checkpoint whose weights are those that were saved.
+    """The record of a checkpoint, after a check of its weights.
 
     Raises:
-        CheckpointError: They are not; somebody or something changed the cache.
+        CheckpointError: The weights are not those that were saved.
     """
     record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
     found = cache.sha256_of(directory / WEIGHTS_FILE)
@@ -103,16 +87,26 @@ def _train(
     inputs: Inputs,
     path: Path,
     partial: Path,
-    progress: ProgressLike | None,
+    progress: Progress,
     signals: Watch | None,
 ) -> None:
     config = inputs.cfg.model
-    run = training_run(config, inputs.checkpoint_key)
+    recipe = config.recipe
+    run = TrainingRun(
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        seq_len=recipe.seq_len,
+        lr=recipe.lr,
+        seed=config.train_seed,
+        optimizer=OptimizerConfig(),
+        eval_every=EVAL_EVERY,
+        origin={"checkpoint": inputs.checkpoint_key},
+    )
     label = f"training {config.type} once"
     log.info("%s: %d steps, into %s", label, run.steps, path)
     model = inputs.untrained(config.train_seed)
-    # The training seeds the process's random numbers; what comes after must not see whether
-    # the checkpoint was trained here or found.
+    # The training seeds the process's random numbers. What follows must not depend on whether the
+    # checkpoint was trained here or found.
     with torch.random.fork_rng(devices=[]):
         result = training_loop.train(
             model,
@@ -120,19 +114,13 @@ def _train(
             run,
             partial,
             label=label,
-            track=progress.track if progress is not None else training_loop.no_track,
+            track=progress,
             signals=signals,
         )
     _save(path, inputs, model, run, result)
     baseline = inputs.objective.baseline
-    log.info(
-        "%s: held-out loss %.3f, %s %.3f, %.0f s",
-        label,
-        result.heldout_loss,
-        baseline,
-        result.baseline_loss,
-        result.seconds,
-    )
+    losses = f"held-out loss {result.heldout_loss:.3f}, {baseline} {result.baseline_loss:.3f}"
+    log.info("%s: %s, %.0f s", label, losses, result.seconds)
     if result.heldout_loss >= result.baseline_loss:
         log.warning("%s: the recipe does not beat the %s", label, baseline)
 

@@ -1,4 +1,4 @@
-"""What data and model *are*, by content, before anything is built or trained. No torch here."""
+"""Data and model identified by content, before anything is built or trained; without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fisher_lab.config.workload import ModelConfig, OptimizerConfig
 from fisher_lab.workload import cache, text, tokenizer
 
 RECIPE = 1
-"""Raised when the same configuration would give another checkpoint than before."""
+"""Raised when the same configuration gives another checkpoint than before."""
 
 _NOT_IN_CHECKPOINT = {
     "name",
@@ -39,7 +39,7 @@ _RECIPE_OPTIMIZER = (
     "schedule",
     "final_lr",
 )
-"""Keys of the optimiser that the recipe's AdamW reads: new ones for others change no checkpoint."""
+"""Keys of the optimiser that the recipe's AdamW reads; no other key changes a checkpoint."""
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
 """Files of a local pretrained model that can change a result."""
@@ -52,34 +52,24 @@ def content_identity(cfg: Config) -> dict[str, Any]:
         ConfigError: The text or the model does not exist, or sequences are longer than the model.
     """
     loaded = text.load(cfg.data)
-    train, _ = text.split(loaded, cfg.data.heldout_fraction)
     identity: dict[str, Any] = {"data": {"sha256": loaded.sha256}}
     if cfg.model.type == "pretrained":
         return {**identity, "model": _pretrained(cfg.model)}
-    check_lengths(cfg)
-    tokenizer_key = tokenizer.key(train, cfg.data.vocab_size)
-    return {
-        **identity,
-        "tokenizer": tokenizer_key,
-        "model": {
-            "init": cfg.model.init,
-            "checkpoint": checkpoint_key(
-                cfg.model, loaded.sha256, cfg.data.heldout_fraction, tokenizer_key
-            ),
-        },
-    }
+    _check_lengths(cfg)
+    train, _ = text.split(loaded, cfg.data.heldout_fraction)
+    identity["tokenizer"] = tokenizer.key(train, cfg.data.vocab_size)
+    key = _checkpoint_key(cfg, loaded.sha256, identity["tokenizer"])
+    return {**identity, "model": {"init": cfg.model.init, "checkpoint": key}}
 
 
-def checkpoint_key(
-    model: ModelConfig, text_sha256: str, heldout_fraction: float, tokenizer_key: str
-) -> str:
-    """The checkpoint's name in the cache: a hash of all that its training depends on.
+def _checkpoint_key(cfg: Config, text_sha256: str, tokenizer_key: str) -> str:
+    """The checkpoint's name in the cache: a hash of everything that its training depends on.
 
-    The versions of torch and transformers are among it, since both change the last bits; the
+    This includes the versions of torch and transformers, since both change the last bits. The
     number of threads does so too, and is left to the checkpoint's own record.
     """
-    fields = dataclasses.asdict(model)
-    if model.outputs is None:  # the key is younger than many a checkpoint
+    fields = dataclasses.asdict(cfg.model)
+    if cfg.model.outputs is None:  # most checkpoints are older than this key
         del fields["outputs"]
     return cache.key_of(
         {
@@ -87,14 +77,14 @@ def checkpoint_key(
             "model": {key: fields[key] for key in fields if key not in _NOT_IN_CHECKPOINT},
             "optimizer": {key: getattr(OptimizerConfig(), key) for key in _RECIPE_OPTIMIZER},
             "text": text_sha256,
-            "heldout_fraction": heldout_fraction,
+            "heldout_fraction": cfg.data.heldout_fraction,
             "tokenizer": tokenizer_key,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
     )
 
 
-def check_lengths(cfg: Config) -> None:
+def _check_lengths(cfg: Config) -> None:
     """Refuse sequences that a model with learned positions cannot take.
 
     Raises:
@@ -128,7 +118,7 @@ def _pretrained(model: ModelConfig) -> dict[str, Any]:
 
 
 def _commit(model: ModelConfig) -> str:
-    """The commit that a name on the hub stands for; asks the hub, or its local cache offline."""
+    """The commit of a name on the hub, from the hub or, offline, from its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -1,6 +1,6 @@
 """Data-parallel training: one process, or the ranks of a process group under DDP or FSDP2.
 
-The training loop is written against :class:`DataParallel`, whatever the number of processes.
+The training loop is written against :class:`DataParallel` for any number of processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.curvature import wrappers
-from fisher_lab.curvature.collectives import TorchCommunicator, slice_of_rank, slice_sizes, together
+from fisher_lab.curvature.collectives import (
+    Alone,
+    Communicator,
+    TorchCommunicator,
+    slice_of_rank,
+    slice_sizes,
+    together,
+)
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.losses import IGNORE_INDEX
 from fisher_lab.workload import snapshot
@@ -28,23 +35,23 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DataParallel:
-    """The processes that train one model: one alone, or the ranks of a process group.
+    """The processes that train one model: a single one, or the ranks of a process group.
 
-    Each rank takes its slice of the sequences of every batch, and as many micro-batches as the
-    others: a rank without sequences runs the first one of the batch with all labels ignored, a
-    loss of zero. All methods are collective: every rank calls them, in one order.
+    Each rank takes its slice of the sequences of every batch. All ranks run the same number of
+    micro-batches: a rank without sequences runs the first one of the batch with all labels ignored,
+    which gives a loss of zero. All methods are collective: every rank calls them in the same order.
 
     Args:
-        communicator: of the ranks; None for one process.
+        communicator: connects the ranks; None for one process.
         wrapper: ``ddp`` (every rank has the whole model) or ``fsdp`` (each has shards of it).
-        unused: whether the model may have parameters that get no gradient (``ddp`` has to know).
+        unused: whether the model may have parameters without a gradient (``ddp`` has to know).
 
     Attributes:
-        rank: of this process, from 0; rank 0 writes the files.
+        rank: number of this process, from 0; rank 0 writes the files.
         size: number of processes.
-        sharded: whether a rank has shards of the model only.
-        tokens: that this rank has trained on in this attempt.
-        labels: of these tokens, those that count.
+        sharded: whether a rank has only shards of the model.
+        tokens: tokens that this rank has trained on in this attempt.
+        labels: number of labels among them that count.
     """
 
     def __init__(
@@ -55,8 +62,8 @@ class DataParallel:
         unused: bool = False,
     ) -> None:
         self.communicator, self.unused = communicator, unused
-        self.rank = 0 if communicator is None else communicator.rank
-        self.size = 1 if communicator is None else communicator.size
+        self._ranks: Communicator = communicator or Alone()
+        self.rank, self.size = self._ranks.rank, self._ranks.size
         self.sharded = communicator is not None and wrapper == "fsdp"
         self.tokens, self.labels = 0, 0
 
@@ -68,16 +75,16 @@ class DataParallel:
     # ---- the model ---------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> None:
-        """Compare the weights over the ranks, then cut them into shards where asked for.
+        """Check that all ranks have the same weights, and shard the model with ``fsdp``.
 
-        Call it before an optimiser is made of the model's parameters.
+        Call it before an optimiser takes the model's parameters.
 
         Raises:
             fisher_lab.curvature.errors.CurvatureError: the ranks' weights differ.
         """
         if self.communicator is None:
             return
-        self._compare(self.communicator, model)
+        self._compare(model)
         if self.sharded:
             from torch.distributed.device_mesh import DeviceMesh
 
@@ -92,25 +99,24 @@ class DataParallel:
         return _DDP(
             model,
             process_group=self.communicator.group,
-            # Without it the layout of DDP's buckets changes after the first step. That changes the
-            # order of sums over three ranks or more, and a training that goes on would no longer
-            # end bit-identical.
+            # Without it the layout of DDP's buckets changes after the first step, and with it the
+            # order of sums over three or more ranks: a resumed training would differ in bits.
             find_unused_parameters=self.unused or self.size > 2,
             **buffers,
         )
 
     def check_weights(self, model: nn.Module) -> None:
-        """Make sure that all ranks have the same weights, where each has a copy.
+        """Check that all ranks have the same weights, if each has a copy.
 
         Raises:
             fisher_lab.curvature.errors.CurvatureError: they differ.
         """
         if self.communicator is not None and not self.sharded:
-            self._compare(self.communicator, model)
+            self._compare(model)
 
-    def _compare(self, communicator: TorchCommunicator, model: nn.Module) -> None:
+    def _compare(self, model: nn.Module) -> None:
         sums = {name: _checksum(parameter) for name, parameter in model.named_parameters()}
-        for rank, found in enumerate(communicator.all_gather_objects(sums)):
+        for rank, found in enumerate(self._ranks.all_gather_objects(sums)):
             unlike = next((name for name in sums if found.get(name) != sums[name]), None)
             if unlike is not None:
                 raise CurvatureError(
@@ -118,19 +124,14 @@ class DataParallel:
                     "the same to the last bit on all ranks"
                 )
 
-    def reshard(self, model: nn.Module) -> None:
-        """Cut the model into its shards again, after passes that did not end in a step."""
-        if self.sharded:
-            wrappers.at_rest(model)
-
     # ---- data --------------------------------------------------------------------------------
 
     def micro_batches(self, batch: Batch, count: int) -> list[Batch]:
-        """Returns this rank's micro-batches, equally many on every rank.
+        """Returns this rank's micro-batches, the same number on every rank.
 
         Args:
-            batch: of all ranks; nothing in it is changed.
-            count: how many the batch is cut into, as far as its sequences go.
+            batch: the batch of all ranks; it is not changed.
+            count: number of micro-batches, limited by the number of sequences.
         """
         count = max(1, min(count, slice_sizes(_length(batch), self.size)[0]))
         own = self._slice(batch)
@@ -140,8 +141,8 @@ class DataParallel:
     def own_sequences(self, batches: Iterable[Batch]) -> list[Batch]:
         """Returns this rank's sequences of some batches, for factors or for a loss.
 
-        A batch without a sequence for this rank is left out. Under ``fully_shard``, where the
-        forward pass is collective, one without labels takes its place.
+        A batch without a sequence for this rank is left out. Under ``fully_shard``, whose forward
+        pass is collective, a batch without labels takes its place.
         """
         found = []
         for batch in batches:
@@ -153,22 +154,20 @@ class DataParallel:
         return found
 
     def _slice(self, batch: Batch) -> Batch | None:
-        """This rank's sequences of a batch, or None where it has none."""
+        """This rank's sequences of a batch, or None if it has none."""
         rows = slice_of_rank(_length(batch), self.rank, self.size)
         if rows.start >= rows.stop:
             return None
         return {key: value[rows] for key, value in batch.items()}
 
     def count_tokens(self, batch: Batch, labels: int) -> None:
-        """Count this rank's tokens of a training batch, and its labels; one process does not."""
-        if self.communicator is None:
-            return
+        """Count this rank's tokens of a training batch, and its labels."""
         first = next(iter(batch.values()))
         self.tokens += first[slice_of_rank(len(first), self.rank, self.size)].numel()
         self.labels += labels
 
     def gradient_sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """A context for one micro-batch; after the ``last`` one the gradients are reduced."""
+        """The context of one micro-batch; gradients are reduced after the ``last`` one."""
         if self.sharded:
             wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
@@ -179,30 +178,26 @@ class DataParallel:
     # ---- numbers -----------------------------------------------------------------------------
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Returns sums over the ranks, added in their order and so the same everywhere."""
+        """Returns sums over the ranks, added in their order: the same on all ranks."""
         return tuple(map(sum, zip(*self._gather_rows(values), strict=True)))
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
-        """Cut the norm of the gradients to a limit; returns what it was."""
+        """Limit the norm of the gradients; returns the norm before."""
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         return float(wrappers.whole({"norm": norm})["norm"])
 
     def agree(self, signum: int, due: bool) -> tuple[int, bool]:
-        """Returns what all ranks go by: the first signal of any, and whether rank 0 is due."""
+        """Returns the first signal of any rank, and whether a save is due on rank 0."""
         rows = self._gather_rows((signum, due))
         return next((int(row[0]) for row in rows if row[0]), 0), bool(rows[0][1])
 
     def _gather_rows(self, values: Sequence[float]) -> list[list[float]]:
-        if self.communicator is None:
-            return [list(values)]
         mine = torch.tensor([values], dtype=torch.float64)
-        return self.communicator.all_gather(mine, [1] * self.size).tolist()
+        return self._ranks.all_gather(mine, [1] * self.size).tolist()
 
     def first_problem(self, text: str | None) -> str | None:
-        """Returns the first problem of any rank."""
-        if self.communicator is None:
-            return text
-        return next((t for t in self.communicator.all_gather_objects(text) if t is not None), None)
+        """Returns the first problem of any rank, or None."""
+        return next((t for t in self._ranks.all_gather_objects(text) if t is not None), None)
 
     # ---- state -------------------------------------------------------------------------------
 
@@ -211,64 +206,56 @@ class DataParallel:
 
         An error of rank 0 is raised on all ranks.
         """
-        if self.communicator is None:
+        if self.size == 1:
             return function()
-        found: list[bytes] = []
+        data = torch.empty(0, dtype=torch.uint8)
 
         def step() -> None:
+            nonlocal data
             if self.rank == 0:
-                found.append(snapshot.to_bytes(function()))
+                data = snapshot.to_tensor(function())
 
-        together(self.communicator, step)
-        sizes = self.communicator.all_gather_objects(len(found[0]) if found else 0)
-        data = _tensor(found[0]) if found else torch.empty(sizes[0], dtype=torch.uint8)
-        return snapshot.from_bytes(self.communicator.broadcast(data, 0).numpy().tobytes())
+        together(self._ranks, step)
+        size = self._ranks.all_gather_objects(len(data))[0]
+        data = data if self.rank == 0 else data.new_empty(size)
+        return snapshot.from_tensor(self._ranks.broadcast(data, 0))
 
     def gather_states(self, state: Any) -> list[Any]:
         """Returns a state (tensors and JSON values) of every rank."""
-        if self.communicator is None:
-            return [state]
-        data = _tensor(snapshot.to_bytes(state))
-        sizes = self.communicator.all_gather_objects(len(data))
-        pieces = self.communicator.all_gather(data, sizes).split(sizes)
-        return [snapshot.from_bytes(piece.numpy().tobytes()) for piece in pieces]
+        data = snapshot.to_tensor(state)
+        sizes = self._ranks.all_gather_objects(len(data))
+        pieces = self._ranks.all_gather(data, sizes).split(sizes)
+        return [snapshot.from_tensor(piece) for piece in pieces]
 
     def gather_shards(self, state: Any) -> Any:
-        """Returns a state with whole tensors in the place of shards, on rank 0."""
+        """Returns a state with whole tensors instead of shards, on rank 0."""
         return wrappers.gathered(state, self.rank == 0) if self.sharded else state
 
     def scatter_state(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        """Returns a whole state of an optimiser as this rank holds it."""
+        """Returns this rank's part of the whole state of an optimiser."""
         if not self.sharded:
             return state
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return wrappers.scattered(state, parameters)
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """Returns the whole state dict of a model in shards, on rank 0; else None."""
+        """Returns the whole state dict of a sharded model, on rank 0; else None."""
         if not self.sharded:
             return None
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-        )
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found: dict[str, Any] = get_model_state_dict(model, options=options)
-        shared: dict[int, Tensor] = {}  # a tied weight is one tensor again, and written once
+        shared: dict[int, Tensor] = {}  # a tied weight is one tensor again and written once
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in found:
                 found[name] = shared.setdefault(id(parameter), found[name])
         return found
 
-    def set_tensor(self, tensor: Tensor, value: Tensor) -> None:
-        """Set a parameter or buffer to a whole value."""
-        tensor.copy_(wrappers.like(value, tensor))
-
     def describe(self) -> dict[str, Any]:
-        """What an exact resume needs again: the number of ranks and their wrapper."""
+        """What must be the same for an exact resume: the number of ranks and their wrapper."""
         if self.communicator is None:
             return {}
         return {"ranks": self.size, "wrapper": "fsdp" if self.sharded else "ddp"}
@@ -282,9 +269,7 @@ def _length(batch: Batch) -> int:
 
 
 def _cut(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches of equal numbers of sequences, as far as that goes."""
-    if parts == 1:
-        return [batch]
+    """Micro-batches with numbers of sequences that differ by one at most."""
     pieces = {key: value.tensor_split(parts) for key, value in batch.items()}
     found = ({key: value[index] for key, value in pieces.items()} for index in range(parts))
     return [part for part in found if _length(part)]
@@ -296,11 +281,7 @@ def _without_labels(batch: Batch) -> Batch:
     return {**first, "labels": torch.full_like(first["labels"], IGNORE_INDEX)}
 
 
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits, not of the values: no difference is small."""
+    """The sum of the bits, not of the values, so that the smallest difference shows."""
     flat = tensor.detach().contiguous().flatten()
     return int(flat.view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))

@@ -1,10 +1,14 @@
-"""From a batch to the gradient of its mean loss: micro-batches, mixed precision, clipping."""
+"""One step of a training along the gradient of the mean loss of a batch.
+
+Micro-batches, mixed precision and clipping of the gradient's norm are the same for every optimiser;
+K-FAC changes what happens between the gradient and the step (`fisher_lab.workload.optimizers`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,42 +17,42 @@ from torch import nn
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.wrappers import device_of
-from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
+from fisher_lab.workload.data_parallel import DataParallel
 from fisher_lab.workload.objectives import Batch
+from fisher_lab.workload.training_run import TrainingRun
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""``train.precision`` -> the dtype of the forward pass; ``fp32`` is none."""
+"""``train.precision`` -> the dtype of the forward pass; ``fp32`` has no autocast."""
+
+LaterBatch = Callable[[int], Batch]
+"""``later(k)`` is the prepared batch of ``k`` steps later; ``later(0)`` is the step's own."""
 
 
-@dataclass(frozen=True)
-class GradientOptions:
-    """How forward and backward passes are made.
+class Diverged(Exception):
+    """A step is impossible because a loss, a gradient or a product is not finite.
 
     Attributes:
-        precision: ``fp32`` (the weights' own dtype), ``bf16`` or ``fp16`` under autocast; the
-            weights stay as they are.
-        accumulation: Micro-batches that a batch is cut into; their gradients add up.
-        gradient_checkpointing: Recompute activations in the backward pass.
+        row: what is known about the step, as `Updater.step` returns it.
     """
 
-    precision: str = "fp32"
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
+    def __init__(self, row: dict[str, float]) -> None:
+        self.row = row
+        super().__init__(f"not finite: {row}")
 
 
-class BatchGradient:
-    """Computes the gradient of a batch and lets optimisers step along it.
+class Updater:
+    """Steps of ``torch.optim`` optimisers along the gradient of the mean loss.
 
     Args:
-        model: The model.
+        model: The model, prepared by `DataParallel.prepare`.
         loss_fn: None for a Hugging Face model.
-        options: How forward and backward passes are made.
-        clip_norm: The gradient's norm is cut to this; None leaves it.
-        *optimizers: Step in `apply`.
-        parallel: The processes that compute it together.
+        run: The training: precision, micro-batches, gradient checkpointing, limit of the norm.
+        optimizers: They step one after the other. Their learning rates are overwritten at every
+            step by the rate times a group's ``rate_factor`` (1 if a group has none).
+        parallel: The processes that train together.
 
     Attributes:
-        cut: What the last gradient was multiplied by, to keep its norm under the limit.
+        cut: What the last gradient was multiplied by to keep its norm under the limit.
 
     Raises:
         ConfigError: The model cannot recompute its activations.
@@ -58,35 +62,47 @@ class BatchGradient:
         self,
         model: nn.Module,
         loss_fn: losses.LossFunction | None,
-        options: GradientOptions,
-        clip_norm: float | None,
-        *optimizers: torch.optim.Optimizer,
-        parallel: DataParallel = ONE_PROCESS,
+        run: TrainingRun,
+        optimizers: Sequence[torch.optim.Optimizer],
+        parallel: DataParallel,
     ) -> None:
-        self.model, self.loss_fn, self.options, self.parallel = model, loss_fn, options, parallel
-        self.limit = math.inf if clip_norm is None else clip_norm
+        self.model, self.loss_fn, self.run, self.parallel = model, loss_fn, run, parallel
         self.optimizers = optimizers
         self.device = device_of(model)
-        scaled = options.precision == "fp16"
+        scaled = run.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        if options.gradient_checkpointing:
-            checkpoint_activations(model)
+        if run.gradient_checkpointing:
+            _checkpoint_activations(model)
         self.wrapped = parallel.wrap(model)
         self.cut = 1.0
 
-    def autocast(self) -> Any:
-        """The context of a forward pass."""
-        dtype = AUTOCAST.get(self.options.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    def compute(self, batch: Batch) -> dict[str, float]:
-        """Leave the gradient of the mean loss in ``.grad``.
+    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
+        """Change the weights by one batch.
 
         Args:
-            batch: Of all ranks, prepared for the model.
+            batch: The batch of all ranks, prepared for the model (`losses.prepare`).
+            rate: The learning rate of this step.
+            later: Batches of the following steps, for factors that are built from several.
 
         Returns:
-            Of all ranks: ``loss`` (mean a label) and ``grad_norm`` (before the cut).
+            Numbers for the learning curve, of all ranks, among them ``loss`` (mean per label,
+            before the step) and ``grad_norm`` (before the norm is cut).
+
+        Raises:
+            Diverged: Something is not finite; the weights are unchanged.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("rate_factor", 1.0)
+        row = self.compute(batch)
+        self.apply()
+        return row
+
+    def compute(self, batch: Batch) -> dict[str, float]:
+        """Leave the gradient of the mean loss in ``.grad``; returns ``loss`` and ``grad_norm``.
+
+        Raises:
+            Diverged: The loss is not finite.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -94,56 +110,63 @@ class BatchGradient:
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        norm = self.parallel.clip(self.model.parameters(), self.limit)
-        self.cut = _cut(norm, self.limit)
-        return {"loss": total / max(count, 1), "grad_norm": norm}
+        clip_norm = self.run.optimizer.clip_norm
+        limit = math.inf if clip_norm is None else clip_norm
+        norm = self.parallel.clip(self.model.parameters(), limit)
+        # The factor of `clip_grad_norm_`.
+        self.cut = min(1.0, limit / (norm + 1e-6)) if 0.0 < norm < math.inf else 1.0
+        row = {"loss": total / max(count, 1), "grad_norm": norm}
+        if not math.isfinite(row["loss"]):
+            raise Diverged(row)
+        return row
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
-        if self.options.accumulation == 1 and self.parallel.size == 1:
-            summed = self._forward(batch)
-            self._start(summed.loss / max(summed.n_labels, 1))
+        """Returns the summed loss and the number of labels, of all ranks."""
+        if self.run.accumulation == 1 and self.parallel.size == 1:
+            summed = self._forward(self.wrapped, batch)
+            self._scaled(summed.loss / max(summed.n_labels, 1)).backward()
             return float(summed.loss.detach()), summed.n_labels
-        # The number of labels is known at the end only: until then a constant keeps the
-        # numbers near those of the mean loss (float16 has little room).
+        # The number of labels is known at the end only. Until then, division by a constant keeps
+        # the numbers near those of the mean loss (the range of float16 is small).
         scale = max(1, next(iter(batch.values())).shape[0])
         total, count = 0.0, 0
-        parts = self.parallel.micro_batches(batch, self.options.accumulation)
+        parts = self.parallel.micro_batches(batch, self.run.accumulation)
         for index, part in enumerate(parts):
             with self.parallel.gradient_sync(self.wrapped, index + 1 == len(parts)):
-                summed = self._forward(part)
-                self._start(summed.loss / scale)
+                summed = self._forward(self.wrapped, part)
+                self._scaled(summed.loss / scale).backward()
             total += float(summed.loss.detach())
             count += summed.n_labels
         self.parallel.count_tokens(batch, count)
         total, count = self.parallel.sum(total, count)
-        # The gradient that was reduced over the ranks is the mean of theirs.
+        # The reduced gradient is the mean over the ranks.
         factor = self.parallel.size * scale / max(count, 1)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         return total, count
 
-    def _forward(self, batch: Batch, model: nn.Module | None = None) -> losses.SummedLoss:
-        model = self.wrapped if model is None else model
-        with self.autocast():
+    def _forward(self, model: nn.Module, batch: Batch) -> losses.SummedLoss:
+        dtype = AUTOCAST.get(self.run.precision)
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             return losses.compute_loss(model, batch, self.loss_fn)
 
-    def _start(self, loss: torch.Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
-        """The mean loss of a batch with the weights as they are, in the model's mode."""
+        """The mean loss of a batch with the current weights, in the model's current mode."""
         total, count = 0.0, 0
-        for part in self.parallel.micro_batches(batch, self.options.accumulation):
-            summed = self._forward(part, self.model)
+        for part in self.parallel.micro_batches(batch, self.run.accumulation):
+            summed = self._forward(self.model, part)
             total += float(summed.loss)
             count += summed.n_labels
         total, count = self.parallel.sum(total, count)
         return total / max(count, 1)
 
     def apply(self, **arguments: Any) -> None:
-        """Let the optimisers step; with ``fp16``, not where a gradient has overflowed.
+        """Let the optimisers step; with ``fp16``, not if a gradient has overflowed.
 
         Args:
             **arguments: For ``optimizer.step``.
@@ -157,28 +180,25 @@ class BatchGradient:
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scale, where there is one."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        """Everything that the next step depends on besides weights and random numbers."""
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        return {**self._optimizer_states(), "gradient": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state that `state_dict` gave."""
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)
+        """Restore what `state_dict` returned."""
+        self._load_optimizer_states(state)
+        if self.scaler is not None and state["gradient"]:
+            self.scaler.load_state_dict(state["gradient"])
+
+    def _optimizer_states(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def _load_optimizer_states(self, state: dict[str, Any]) -> None:
+        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(self.parallel.scatter_state(one, optimizer))
 
 
-def _cut(norm: float, limit: float) -> float:
-    """What ``clip_grad_norm_`` multiplies by; 1 where the norm says nothing."""
-    if not 0.0 < norm < math.inf:
-        return 1.0
-    return min(1.0, limit / (norm + 1e-6))
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have a Hugging Face model recompute its activations.
-
-    Raises:
-        ConfigError: It cannot.
-    """
+def _checkpoint_activations(model: nn.Module) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError.value(
             "train.gradient_checkpointing", True, f"false with a {type(model).__name__}"

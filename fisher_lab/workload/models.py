@@ -1,4 +1,4 @@
-"""Models: built from a configuration, or loaded from the hub or a directory."""
+"""Models that are built from a configuration, or loaded from the hub or a directory."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ OBJECTIVE_OF = {
 }
 """Built model -> its objective on the text."""
 
-LEARNED_POSITIONS = ("gpt2", "bert")
-"""Built models that cannot take a sequence longer than ``positions``."""
+_CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "BertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+}
+_AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "spans": "AutoModelForSeq2SeqLM",
+}
 
 BASE_WIDTH, BASE_DEVIATION = 768, 0.02
-"""Width and spread of the initial weights of the published GPT-2 and BERT."""
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+"""Width, and standard deviation of the initial weights, of the published GPT-2 and BERT."""
 
 
 class TopicMLP(nn.Module):
-    """A plain multi-layer perceptron: bag of tokens in, topic out.
+    """A multi-layer perceptron from a bag of tokens to a topic.
 
     Args:
         vocabulary: Width of the bag.
         width: Width of the hidden layers.
-        layers: Hidden layers.
-        classes: Topics.
-        dropout: After every hidden layer.
+        layers: Number of hidden layers.
+        classes: Number of topics.
+        dropout: Dropout after every hidden layer.
     """
 
     def __init__(
@@ -80,9 +82,9 @@ class TopicMLP(nn.Module):
 def build(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, classes: int, seed: int
 ) -> nn.Module:
-    """Build a model with initial weights drawn from ``seed``, in float32, in training mode.
+    """Build a model with initial weights drawn from ``seed``, in float32 and training mode.
 
-    The process's own random numbers are left as they were.
+    The random state of the process does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,7 +98,7 @@ def build(
 
 
 def _transformers() -> Any:
-    """The library, without its own progress bars: ours stand for the whole."""
+    """The library, without its own progress bars."""
     import transformers
     from transformers.utils import logging
 
@@ -104,94 +106,73 @@ def _transformers() -> Any:
     return transformers
 
 
-def positions(model: ModelConfig) -> int:
-    """The longest sequence of a built model with learned positions."""
-    return model.positions or model.recipe.seq_len
-
-
 def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes: int) -> nn.Module:
     hf = _transformers()
-    common: dict[str, Any] = {
+    common = {
         "vocab_size": classes,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": model.tied,
     }
+    if model.type == "t5":
+        common["decoder_start_token_id"] = tokenizer.pad_token_id
+    return getattr(hf, _CLASSES[model.type])(_configuration(hf, model, common))
+
+
+def _configuration(hf: Any, model: ModelConfig, common: dict[str, Any]) -> Any:
+    inner = model.mlp_width or 4 * model.width
+    positions = model.positions or model.recipe.seq_len
+    # 0.02 is too little for a narrow model: the deviation scales as 1 / sqrt(width).
+    deviation = BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
+    sizes = {
+        "hidden_size": model.width,
+        "intermediate_size": inner,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "initializer_range": deviation,
+    }
     match model.type:
         case "gpt2":
-            return hf.GPT2LMHeadModel(hf.GPT2Config(**_gpt2(model), **common))
+            return hf.GPT2Config(
+                n_positions=positions,
+                n_embd=model.width,
+                n_layer=model.layers,
+                n_head=model.heads,
+                n_inner=inner,
+                resid_pdrop=model.dropout,
+                embd_pdrop=model.dropout,
+                attn_pdrop=model.dropout,
+                activation_function="gelu_pytorch_tanh",  # the same as gelu_new, in one kernel
+                initializer_range=deviation,
+                **common,
+            )
         case "llama":
-            return hf.LlamaForCausalLM(hf.LlamaConfig(**_llama(model), **common))
+            return hf.LlamaConfig(
+                num_key_value_heads=model.kv_heads or model.heads,
+                max_position_embeddings=model.positions or 2048,
+                attention_dropout=model.dropout,
+                **sizes,
+                **common,
+            )
         case "bert":
-            return hf.BertForMaskedLM(hf.BertConfig(**_bert(model), **common))
-        case "t5":
-            start = {"decoder_start_token_id": tokenizer.pad_token_id}
-            return hf.T5ForConditionalGeneration(hf.T5Config(**_t5(model), **start, **common))
-    raise ConfigError.value("model.type", model.type, "one of gpt2, llama, bert, t5, mlp")
-
-
-def _inner_width(model: ModelConfig) -> int:
-    return model.mlp_width or 4 * model.width
-
-
-def _deviation(model: ModelConfig) -> float:
-    """0.02 is too little for a narrow model: the spread goes with the root of the width."""
-    return BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
-
-
-def _gpt2(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "n_positions": positions(model),
-        "n_embd": model.width,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "n_inner": _inner_width(model),
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.dropout,
-        "attn_pdrop": model.dropout,
-        # The same function as gelu_new, in one kernel.
-        "activation_function": "gelu_pytorch_tanh",
-        "initializer_range": _deviation(model),
-    }
-
-
-def _llama(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": model.width,
-        "intermediate_size": _inner_width(model),
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "max_position_embeddings": model.positions or 2048,
-        "attention_dropout": model.dropout,
-        "initializer_range": _deviation(model),
-    }
-
-
-def _bert(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": model.width,
-        "intermediate_size": _inner_width(model),
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "max_position_embeddings": positions(model),
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
-        "initializer_range": _deviation(model),
-    }
-
-
-def _t5(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "d_model": model.width,
-        "d_kv": model.width // model.heads,
-        "d_ff": _inner_width(model),
-        "num_layers": model.layers,
-        "num_decoder_layers": model.layers,
-        "num_heads": model.heads,
-        "dropout_rate": model.dropout,
-    }
+            return hf.BertConfig(
+                max_position_embeddings=positions,
+                hidden_dropout_prob=model.dropout,
+                attention_probs_dropout_prob=model.dropout,
+                **sizes,
+                **common,
+            )
+    return hf.T5Config(
+        d_model=model.width,
+        d_kv=model.width // model.heads,
+        d_ff=inner,
+        num_layers=model.layers,
+        num_decoder_layers=model.layers,
+        num_heads=model.heads,
+        dropout_rate=model.dropout,
+        **common,
+    )
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -202,8 +183,8 @@ def save(model: nn.Module, directory: Path, weights: dict[str, Tensor] | None = 
 
     Args:
         model: The model.
-        directory: Where to.
-        weights: Its whole state dict, where the model itself has shards only.
+        directory: The directory.
+        weights: The whole state dict of a model that itself has only shards.
     """
     if isinstance(model, TopicMLP):
         atomic.write_json(directory / "config.json", {"model_type": "topic_mlp", **model.sizes})
@@ -221,17 +202,18 @@ def load(directory: Path, model: ModelConfig, task: str) -> nn.Module:
         loaded = TopicMLP(**sizes)
         loaded.load_state_dict(load_file(directory / "model.safetensors"))
     else:
-        loaded = _auto_class(task).from_pretrained(str(directory), **_options(model))
+        auto_class = getattr(_transformers(), _AUTO_CLASSES[task])
+        loaded = auto_class.from_pretrained(str(directory), **_options(model))
     return with_dtype(loaded, model.dtype)
 
 
 def with_dtype(model: nn.Module, dtype: str) -> nn.Module:
     """Convert the weights, unless ``dtype`` is ``auto``."""
-    return model if dtype == "auto" else model.to(DTYPES[dtype])
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
 def set_attention(model: nn.Module, implementation: str | None) -> None:
-    """Switch the attention of a model that was built here, where it has one.
+    """Choose the attention of a model that was built here, if it has one.
 
     Raises:
         ConfigError: The library does not know the implementation, or the model cannot use it.
@@ -245,34 +227,23 @@ def set_attention(model: nn.Module, implementation: str | None) -> None:
 
 
 def _options(model: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": "auto" if model.dtype == "auto" else DTYPES[model.dtype]}
-    if model.attn_implementation is not None:
-        options["attn_implementation"] = model.attn_implementation
-    return options
-
-
-def _auto_class(task: str) -> Any:
-    hf = _transformers()
-
-    return {
-        "causal": hf.AutoModelForCausalLM,
-        "masked": hf.AutoModelForMaskedLM,
-        "spans": hf.AutoModelForSeq2SeqLM,
-    }[task]
+    dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    attention = model.attn_implementation
+    return {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
 
 
 # -- pretrained --------------------------------------------------------------------------------
 
 
 def pretrained_task(model: ModelConfig) -> str:
-    """What a pretrained model is for: as configured, else as its own configuration says.
+    """The objective of a pretrained model: as configured, else from its own configuration.
 
     Raises:
-        ConfigError: The configuration cannot be loaded or names no language model that we know.
+        ConfigError: The model's configuration cannot be loaded or names no known language model.
     """
     if model.task is not None:
         return model.task
-    config = _pretrained_config(model)
+    config = _from_pretrained("AutoConfig", model)
     names = " ".join(getattr(config, "architectures", None) or [])
     if "ConditionalGeneration" in names and getattr(config, "is_encoder_decoder", False):
         return "spans"
@@ -292,46 +263,30 @@ def load_pretrained(model: ModelConfig, task: str) -> tuple[nn.Module, PreTraine
     Raises:
         ConfigError: One of them cannot be loaded.
     """
-    hf = _transformers()
-
-    where = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-    name = _local_or_name(model)
-    try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(name, **where)
-        loaded = _auto_class(task).from_pretrained(name, **where, **_options(model))
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if model.attn_implementation is not None and "attention" in str(error).lower():
-            raise _bad_attention(model.attn_implementation, error) from error
-        raise _not_loaded(model, error) from error
-    if len(tokenizer) < 2:  # what the library makes of a directory without tokenizer files
+    tokenizer = _from_pretrained("AutoTokenizer", model)
+    loaded = _from_pretrained(_AUTO_CLASSES[task], model, **_options(model))
+    if len(tokenizer) < 2:  # what the library returns for a directory without tokenizer files
         raise ConfigError(f"model.name_or_path={model.name_or_path} comes without a tokenizer")
     return loaded, tokenizer
 
 
-def _pretrained_config(model: ModelConfig) -> Any:
-    hf = _transformers()
-
-    try:
-        return hf.AutoConfig.from_pretrained(
-            _local_or_name(model),
-            revision=model.revision or "main",
-            trust_remote_code=model.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(model, error) from error
-
-
-def _local_or_name(model: ModelConfig) -> str:
+def _from_pretrained(auto_class: str, model: ModelConfig, **options: Any) -> Any:
     assert model.name_or_path is not None  # the schema's check
     path = Path(model.name_or_path).expanduser()
-    return str(path) if path.is_dir() else model.name_or_path
-
-
-def _not_loaded(model: ModelConfig, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"model.name_or_path={model.name_or_path} (model.revision={model.revision}) cannot be "
-        f"loaded: {type(error).__name__}: {error}"
-    )
+    try:
+        return getattr(_transformers(), auto_class).from_pretrained(
+            str(path) if path.is_dir() else model.name_or_path,
+            revision=model.revision or "main",
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if model.attn_implementation is not None and "attention" in str(error).lower():
+            raise _bad_attention(model.attn_implementation, error) from error
+        raise ConfigError(
+            f"model.name_or_path={model.name_or_path} (model.revision={model.revision}) cannot be "
+            f"loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _bad_attention(implementation: str, error: Exception) -> ConfigError:

@@ -1,4 +1,4 @@
-"""What a model is trained to predict from the text, and the batches for it.
+"""The training objectives: what a model predicts from the text, and the batches for it.
 
 Four objectives: masked tokens (as BERT: Devlin et al. 2019, section 3.1), the next token, corrupted
 spans (as T5: Raffel et al. 2020, section 3.1.4) and the topic of a window.
@@ -14,10 +14,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature.losses import IGNORE_INDEX, CrossEntropy
-from fisher_lab.workload.corpus import Corpus, Side, Stream, generator, windows
+from fisher_lab.workload.corpus import Corpus, Side, generator, windows
 
 Batch = dict[str, Tensor]
 
@@ -28,14 +29,14 @@ class Objective(ABC):
     Attributes:
         name: Short name, for records.
         baseline: Name of the trivial model that a trained one has to beat.
-        loss_fn: None where a Hugging Face model knows its own labelling.
+        loss_fn: None if a Hugging Face model has its own labelling.
         corpus: The tokens.
-        classes: How many values a label can have.
+        classes: Number of values of a label.
     """
 
     name: ClassVar[str]
     baseline: ClassVar[str] = "unigram model"
-    loss_fn: CrossEntropy | None = None
+    loss_fn: ClassVar[CrossEntropy | None] = None
 
     def __init__(self, corpus: Corpus, classes: int) -> None:
         self.corpus = corpus
@@ -47,18 +48,23 @@ class Objective(ABC):
 
         Args:
             side: ``train`` or ``heldout``.
-            index: The batch's number, from 0.
-            seed: Of windows and masks.
-            batch_size: Sequences.
-            seq_len: Tokens a sequence.
+            index: Number of the batch, from 0.
+            seed: Seed of windows and masks.
+            batch_size: Sequences per batch.
+            seq_len: Tokens per sequence.
 
         Returns:
-            ``labels`` and what the model's ``forward`` takes.
+            ``labels`` and the arguments of the model's ``forward``: for a text model ``input_ids``
+            and ``attention_mask``, ``[batch_size, seq_len]`` int64 like ``labels``.
         """
 
+    def text_length(self, seq_len: int) -> int:
+        """Tokens of the text in a sequence of ``seq_len`` tokens."""
+        return seq_len
+
     def heldout_batches(self, batch_size: int, seq_len: int) -> int:
-        """How many batches show every held-out window once (the last may begin again)."""
-        count = max(1, len(self.corpus.heldout) // seq_len)
+        """Number of batches that show every held-out window once (the last may start over)."""
+        count = max(1, len(self.corpus.heldout) // self.text_length(seq_len))
         return -(-count // batch_size)
 
     def targets(self, batch: Batch) -> Tensor:
@@ -66,57 +72,55 @@ class Objective(ABC):
         labels = batch["labels"]
         return labels[labels != IGNORE_INDEX]
 
+    def _windows(self, side: Side, index: int, seed: int, count: int, seq_len: int) -> np.ndarray:
+        length = self.text_length(seq_len)
+        return windows(self.corpus, side, index, seed=seed, count=count, length=length)
 
-def full_mask(ids: Tensor) -> Tensor:
-    """The attention mask of a batch without padding."""
-    return torch.ones_like(ids)
+
+def _sequences(ids: np.ndarray, labels: np.ndarray) -> Batch:
+    """A batch without padding."""
+    inputs = torch.from_numpy(ids)
+    mask = torch.ones_like(inputs)
+    return {"input_ids": inputs, "attention_mask": mask, "labels": torch.from_numpy(labels)}
 
 
 MASKED = 0.15
 """Share of the text's tokens that are predicted."""
 REPLACED, RANDOM = 0.8, 0.1
-"""Of these: replaced by the mask token, replaced by any token; the rest stay as they are."""
-
-
-@dataclass(frozen=True)
-class MaskTokens:
-    """Special tokens; ``first`` and ``last`` frame a sequence and may be missing."""
-
-    mask: int
-    first: int | None
-    last: int | None
+"""Shares of these that are replaced by the mask token and by a random token; the rest stays."""
 
 
 class Masked(Objective):
-    """A fixed number of tokens a sequence (15 %) is hidden and predicted."""
+    """A fixed share of the tokens of each sequence (15 %) is hidden and predicted.
+
+    Args:
+        corpus: The tokens.
+        classes: Number of values of a label.
+        mask: The mask token.
+        first: Token before the text of a sequence, or None.
+        last: Token after it, or None.
+    """
 
     name: ClassVar[str] = "masked"
 
-    def __init__(self, corpus: Corpus, classes: int, tokens: MaskTokens) -> None:
+    def __init__(
+        self, corpus: Corpus, classes: int, mask: int, first: int | None, last: int | None
+    ) -> None:
         super().__init__(corpus, classes)
-        self.tokens = tokens
+        self.mask, self.first, self.last = mask, first, last
 
+    @override
     def batch(self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int) -> Batch:
-        """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch_size, seq_len]``."""
-        head = [] if self.tokens.first is None else [self.tokens.first]
-        tail = [] if self.tokens.last is None else [self.tokens.last]
-        length = seq_len - len(head) - len(tail)
-        text = windows(self.corpus, side, index, seed=seed, count=batch_size, length=length)
+        text = self._windows(side, index, seed, batch_size, seq_len)
         rng = generator(side, seed, index).spawn(1)[0]
-        inputs, labels = mask(text, rng, mask_token=self.tokens.mask, classes=self.classes)
-        ids = torch.from_numpy(_framed(inputs, head, tail))
-        nothing = [IGNORE_INDEX]
-        framed = _framed(labels, nothing * len(head), nothing * len(tail))
-        return {
-            "input_ids": ids,
-            "attention_mask": full_mask(ids),
-            "labels": torch.from_numpy(framed),
-        }
+        inputs, labels = mask(text, rng, mask_token=self.mask, classes=self.classes)
+        frame = ((0, 0), (int(self.first is not None), int(self.last is not None)))
+        ids = np.pad(inputs, frame, constant_values=((0, 0), (self.first or 0, self.last or 0)))
+        return _sequences(ids, np.pad(labels, frame, constant_values=IGNORE_INDEX))
 
-    def heldout_batches(self, batch_size: int, seq_len: int) -> int:
-        """How many batches show every held-out window once."""
-        framing = (self.tokens.first is not None) + (self.tokens.last is not None)
-        return super().heldout_batches(batch_size, seq_len - framing)
+    @override
+    def text_length(self, seq_len: int) -> int:
+        return seq_len - (self.first is not None) - (self.last is not None)
 
 
 def mask(
@@ -126,8 +130,8 @@ def mask(
 
     Args:
         text: Token numbers, ``[B, S]``.
-        rng: Decides which and how.
-        mask_token: What most of them are replaced by.
+        rng: Chooses the tokens and their replacements.
+        mask_token: Replaces most of them.
         classes: Random replacements are drawn from ``0 .. classes - 1``.
 
     Returns:
@@ -143,33 +147,24 @@ def mask(
     return inputs, np.where(chosen, text, IGNORE_INDEX)
 
 
-def _framed(rows: np.ndarray, head: list[int], tail: list[int]) -> np.ndarray:
-    count = len(rows)
-    columns = [np.full((count, 1), token, dtype=rows.dtype) for token in (*head, *tail)]
-    return np.concatenate([*columns[: len(head)], rows, *columns[len(head) :]], axis=1)
-
-
 class Causal(Objective):
     """Every token but the first is predicted from those before it."""
 
     name: ClassVar[str] = "causal"
 
+    @override
     def batch(self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int) -> Batch:
-        """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch_size, seq_len]``.
+        ids = self._windows(side, index, seed, batch_size, seq_len)
+        return _sequences(ids, ids.copy())  # the model's loss shifts the labels
 
-        The labels are the inputs themselves: the model's loss shifts them.
-        """
-        drawn = windows(self.corpus, side, index, seed=seed, count=batch_size, length=seq_len)
-        ids = torch.from_numpy(drawn)
-        return {"input_ids": ids, "attention_mask": full_mask(ids), "labels": ids.clone()}
-
+    @override
     def targets(self, batch: Batch) -> Tensor:
         """The labels that count: all but the first of each row, ``[batch_size (seq_len - 1)]``."""
         return batch["labels"][:, 1:].flatten()
 
 
 CORRUPTED = 0.15
-"""Share of the text's tokens that go from the encoder's side to the decoder's."""
+"""Share of the text's tokens that move from the encoder's input to the decoder's labels."""
 MEAN_SPAN = 3.0
 
 
@@ -179,8 +174,8 @@ class SpanLengths:
 
     Attributes:
         text: Tokens before corruption.
-        noise: Tokens that are taken out.
-        spans: In how many spans.
+        noise: Tokens that are removed.
+        spans: Number of spans in which they are removed.
     """
 
     text: int
@@ -189,17 +184,17 @@ class SpanLengths:
 
     @property
     def encoder(self) -> int:
-        """Length of the encoder's input: what is left, a sentinel a span, and the end token."""
+        """Length of the encoder's input: the other tokens, one sentinel per span, an end token."""
         return self.text - self.noise + self.spans + 1
 
     @property
     def decoder(self) -> int:
-        """Length of the decoder's labels: the spans, a sentinel before each, and the end token."""
+        """Length of the decoder's labels: the spans, a sentinel before each, an end token."""
         return self.noise + self.spans + 1
 
     @classmethod
     def of_text(cls, text: int, sentinels: int) -> SpanLengths:
-        """The lengths for ``text`` tokens with so many sentinels to be had."""
+        """The lengths for ``text`` tokens with at most ``sentinels`` spans."""
         noise = min(max(1, round(CORRUPTED * text)), text - 1)
         spans = min(max(1, round(noise / MEAN_SPAN)), noise, text - noise, sentinels)
         return cls(text, noise, spans)
@@ -216,7 +211,10 @@ class SpanLengths:
 
 
 class Spans(Objective):
-    """Spans are replaced by sentinels; the decoder says what they held."""
+    """Spans of the text are replaced by sentinels, and the decoder predicts their content.
+
+    The ``labels`` are those of the decoder, and much shorter than the encoder's ``input_ids``.
+    """
 
     name: ClassVar[str] = "spans"
 
@@ -225,21 +223,17 @@ class Spans(Objective):
         self.sentinels = tuple(sentinels)
         self.end = end
 
+    @override
     def batch(self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int) -> Batch:
-        """``input_ids``, ``attention_mask`` (encoder) and the much shorter ``labels`` (decoder)."""
         lengths = SpanLengths.of_encoder(seq_len, len(self.sentinels))
-        text = windows(self.corpus, side, index, seed=seed, count=batch_size, length=lengths.text)
+        text = self._windows(side, index, seed, batch_size, seq_len)
         rng = generator(side, seed, index).spawn(1)[0]
         rows = [corrupt(row, lengths, rng, self.sentinels, self.end) for row in text]
-        ids = torch.from_numpy(np.stack([row[0] for row in rows]))
-        labels = torch.from_numpy(np.stack([row[1] for row in rows]))
-        return {"input_ids": ids, "attention_mask": full_mask(ids), "labels": labels}
+        return _sequences(np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]))
 
-    def heldout_batches(self, batch_size: int, seq_len: int) -> int:
-        """How many batches show every held-out window once."""
-        return super().heldout_batches(
-            batch_size, SpanLengths.of_encoder(seq_len, len(self.sentinels)).text
-        )
+    @override
+    def text_length(self, seq_len: int) -> int:
+        return SpanLengths.of_encoder(seq_len, len(self.sentinels)).text
 
 
 def corrupt(
@@ -249,12 +243,12 @@ def corrupt(
     sentinels: Sequence[int],
     end: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take spans out of a text.
+    """Remove spans from a text.
 
     Args:
         text: Token numbers, ``[lengths.text]``.
-        lengths: How many tokens in how many spans.
-        rng: Decides where; a text begins with a token that stays.
+        lengths: Number of tokens and of spans.
+        rng: Chooses the spans; a text begins with a token that stays.
         sentinels: At least ``lengths.spans`` of them.
         end: Ends both sequences.
 
@@ -263,60 +257,52 @@ def corrupt(
     """
     kept = _composition(lengths.text - lengths.noise, lengths.spans, rng)
     taken = _composition(lengths.noise, lengths.spans, rng)
-    source: list[np.ndarray] = []
-    target: list[np.ndarray] = []
-    at = 0
-    for number, (stays, goes) in enumerate(zip(kept, taken, strict=True)):
-        sentinel = np.array([sentinels[number]], dtype=text.dtype)
-        source += [text[at : at + stays], sentinel]
-        target += [sentinel, text[at + stays : at + stays + goes]]
-        at += stays + goes
-    last = np.array([end], dtype=text.dtype)
-    return np.concatenate([*source, last]), np.concatenate([*target, last])
+    cuts = np.stack([kept, taken], axis=1).cumsum()
+    pieces = np.split(text, cuts[:-1])
+    source: list[np.ndarray | list[int]] = []
+    target: list[np.ndarray | list[int]] = []
+    for stays, goes, sentinel in zip(pieces[::2], pieces[1::2], sentinels, strict=False):
+        source += [stays, [sentinel]]
+        target += [[sentinel], goes]
+    return np.concatenate([*source, [end]]), np.concatenate([*target, [end]])
 
 
 def _composition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """``total`` as an ordered sum of ``parts`` positive numbers, every one equally likely."""
+    """``total`` as an ordered sum of ``parts`` positive numbers, all sums equally likely."""
     cuts = np.sort(rng.choice(total - 1, size=parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
 STRETCHES = 16
-"""Topics of a text whose documents are too few or too short: equal stretches of it."""
+"""Topics of a text whose documents are too few or too short: equal stretches of the text."""
 HELDOUT_BATCHES = 4
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Where a topic lies in the stream of each side: ``[begin, end)``."""
+def find(corpus: Corpus, window: int) -> dict[Side, np.ndarray]:
+    """The topics of a text: its documents with at least ``window`` tokens on both sides.
 
-    train: tuple[int, int]
-    heldout: tuple[int, int]
-
-    def side(self, side: Side) -> tuple[int, int]:
-        """Begin and end in the stream of a side."""
-        return self.train if side == "train" else self.heldout
-
-
-def find(corpus: Corpus, window: int) -> list[Stretch]:
-    """The topics of a text: its documents with at least a window of text on both sides.
+    Returns:
+        For each side, begin and end of the topics in its stream, ``[topics, 2]`` int64.
 
     Raises:
         ConfigError: The text is too short for two topics of any kind.
     """
-    train, heldout = _by_document(corpus.train), _by_document(corpus.heldout)
-    topics = [Stretch(train[one], heldout[one]) for one in sorted(train.keys() & heldout.keys())]
-    topics = [topic for topic in topics if _shortest(topic) >= window]
-    if len(topics) < 2:
-        cuts = [
-            np.linspace(0, len(stream), STRETCHES + 1).astype(int).tolist()
-            for stream in (corpus.train, corpus.heldout)
-        ]
-        topics = [
-            Stretch((cuts[0][i], cuts[0][i + 1]), (cuts[1][i], cuts[1][i + 1]))
-            for i in range(STRETCHES)
-        ]
-    if min(_shortest(topic) for topic in topics) < 1:
+    streams: dict[Side, np.ndarray] = {
+        "train": corpus.train.document,
+        "heldout": corpus.heldout.document,
+    }
+    documents = np.unique(np.concatenate([*streams.values()]))
+    topics: dict[Side, np.ndarray] = {
+        side: np.stack([np.searchsorted(stream, documents, at) for at in ("left", "right")], axis=1)
+        for side, stream in streams.items()
+    }
+    enough = np.min([bounds[:, 1] - bounds[:, 0] for bounds in topics.values()], axis=0) >= window
+    topics = {side: bounds[enough] for side, bounds in topics.items()}
+    if enough.sum() < 2:
+        for side, stream in streams.items():
+            cuts = np.linspace(0, len(stream), STRETCHES + 1).astype(int)
+            topics[side] = np.stack([cuts[:-1], cuts[1:]], axis=1)
+    if min(np.diff(bounds).min() for bounds in topics.values()) < 1:
         raise ConfigError(
             f"data: {len(corpus.heldout)} held-out tokens are too few for topics; "
             "give more text or a larger data.heldout_fraction"
@@ -324,57 +310,47 @@ def find(corpus: Corpus, window: int) -> list[Stretch]:
     return topics
 
 
-def _by_document(stream: Stream) -> dict[int, tuple[int, int]]:
-    documents, first, count = np.unique(stream.document, return_index=True, return_counts=True)
-    return {
-        int(document): (int(begin), int(begin + length))
-        for document, begin, length in zip(documents, first, count, strict=True)
-    }
-
-
-def _shortest(topic: Stretch) -> int:
-    return min(end - begin for begin, end in (topic.train, topic.heldout))
-
-
 class Topics(Objective):
     """The topic of a window of text, from the counts of its tokens alone.
 
-    An example is one row and so one token (``docs/math.md``, section 1); a batch therefore has
-    ``batch_size x seq_len`` of them, as many tokens as any other model's batch.
+    An example is one row and so one token (``docs/math.md``, section 1). A batch therefore has
+    ``batch_size x seq_len`` examples, as many as the tokens of any other model's batch: ``bag``
+    ``[batch_size seq_len, vocabulary]`` (float32) and ``labels``.
     """
 
     name: ClassVar[str] = "topics"
     baseline: ClassVar[str] = "class frequencies"
+    loss_fn: ClassVar[CrossEntropy | None] = CrossEntropy()
 
-    def __init__(self, corpus: Corpus, vocabulary: int, topics: list[Stretch]) -> None:
-        super().__init__(corpus, len(topics))
-        self.loss_fn = CrossEntropy()
+    def __init__(self, corpus: Corpus, vocabulary: int, topics: dict[Side, np.ndarray]) -> None:
+        super().__init__(corpus, len(topics["train"]))
         self.vocabulary = vocabulary
         self.topics = topics
 
+    @override
     def batch(self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int) -> Batch:
-        """``bag`` ``[batch_size seq_len, vocabulary]`` (float32) and ``labels``."""
         rng = generator(side, seed, index)
         count = batch_size * seq_len
-        bounds = np.array([topic.side(side) for topic in self.topics])
+        bounds = self.topics[side]
         sizes = bounds[:, 1] - bounds[:, 0]
         length = min(seq_len, int(sizes.min()))
         labels = rng.choice(len(sizes), size=count, p=sizes / sizes.sum())
-        room = sizes[labels] - length + 1
-        starts = bounds[labels, 0] + (rng.random(count) * room).astype(np.int64)
+        free = sizes[labels] - length + 1
+        starts = bounds[labels, 0] + (rng.random(count) * free).astype(np.int64)
         ids = self.corpus.side(side).ids[starts[:, None] + np.arange(length)]
         return {
             "bag": torch.from_numpy(bag(ids, self.vocabulary)),
             "labels": torch.from_numpy(labels.astype(np.int64)),
         }
 
+    @override
     def heldout_batches(self, batch_size: int, seq_len: int) -> int:
-        """A few: held-out windows are drawn, and overlap."""
+        """A fixed number: held-out windows are drawn, and overlap."""
         return HELDOUT_BATCHES
 
 
 def bag(ids: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Logarithm of one plus the count of each token, ``[B, vocabulary]``, float32."""
+    """The logarithm of one plus the count of each token, ``[B, vocabulary]`` float32."""
     rows = np.arange(len(ids))[:, None] * vocabulary
     counts = np.bincount((rows + ids).ravel(), minlength=len(ids) * vocabulary)
     return np.log1p(counts.reshape(len(ids), vocabulary)).astype(np.float32)

@@ -1,145 +1,62 @@
-"""The optimisers of a training in one table, and one step with each: `make` gives an `Updater`."""
+"""The optimisers of a training in one table: `make` returns the `Updater` that steps with them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[reportPrivateImportUsage]
+from typing_extensions import override
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import KfacConfig
-from fisher_lab.config.workload import OptimizerConfig
-from fisher_lab.curvature import losses
-from fisher_lab.curvature.collectives import Communicator
+from fisher_lab.config.workload import OPTIMIZERS, OptimizerConfig
+from fisher_lab.curvature import losses, wrappers
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
 from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
-from fisher_lab.workload.gradient import BatchGradient
+from fisher_lab.workload.gradient import Diverged, LaterBatch, Updater
 from fisher_lab.workload.objectives import Batch
 from fisher_lab.workload.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 
-LaterBatch = Callable[[int], Batch]
-"""``later(k)``: the batch that comes ``k`` steps later, prepared; 0 is the step's own."""
 
+class KFACUpdater(Updater):
+    """Steps of a `KFACOptimizer`, with refreshes of its factors and the reduction ratio.
 
-class Diverged(Exception):
-    """A step cannot be made: a loss, a gradient or a product is not finite.
-
-    Attributes:
-        row: what is known of the step, as `Updater.step` returns it.
-    """
-
-    def __init__(self, row: dict[str, float]) -> None:
-        self.row = row
-        super().__init__(f"not finite: {row}")
-
-
-class Updater(Protocol):
-    """One step of a training."""
-
-    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
-        """Change the weights by one batch.
-
-        Args:
-            batch: Prepared for the model (`fisher_lab.curvature.losses.prepare`).
-            rate: The learning rate of this step.
-            later: Batches of the steps to come, where factors are built from several.
-
-        Returns:
-            Numbers for the learning curve; ``loss`` (mean a label, before the step) among them.
-
-        Raises:
-            Diverged: Something is not finite; the weights are as they were.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside weights and random numbers."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state that `state_dict` gave."""
-        ...
-
-
-class GradientUpdater:
-    """Steps of ``torch.optim`` optimisers along the gradient of the mean loss.
-
-    Args:
-        gradient: Computes the gradient. The learning rates of its optimisers are overwritten at
-            every step, by the rate times a group's ``rate_factor`` (1 where a group has none).
-    """
-
-    def __init__(self, gradient: BatchGradient) -> None:
-        self.gradient = gradient
-
-    def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
-        """Forward, backward, clip, step; returns ``loss`` and ``grad_norm`` (before the cut)."""
-        for optimizer in self.gradient.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("rate_factor", 1.0)
-        row = self.gradient.compute(batch)
-        if not math.isfinite(row["loss"]):
-            raise Diverged(row)
-        self.gradient.apply()
-        return row
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimisers' states."""
-        return {
-            "optimizers": [optimizer.state_dict() for optimizer in self.gradient.optimizers],
-            "gradient": self.gradient.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimisers' states."""
-        parallel = self.gradient.parallel
-        for optimizer, one in zip(self.gradient.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(parallel.scatter_state(one, optimizer))
-        self.gradient.load_state_dict(state["gradient"])
-
-
-class NaturalUpdater:
-    """Steps of a `KFACOptimizer`.
-
-    Args:
-        gradient: Computes the gradient of a batch.
-        optimizer: Makes the steps.
-        config: Its choices.
-        n_batches: Batches behind a refresh of the factors: the step's own and those that follow.
+    The arguments are those of `Updater`.
     """
 
     def __init__(
         self,
-        gradient: BatchGradient,
+        model: nn.Module,
+        loss_fn: losses.LossFunction | None,
+        run: TrainingRun,
         optimizer: KFACOptimizer,
-        config: OptimizerConfig,
-        n_batches: int,
+        parallel: DataParallel,
     ) -> None:
-        self.gradient, self.optimizer = gradient, optimizer
-        self.rest_factor, self.ratio, self.n_batches = rest_factor(config), config.ratio, n_batches
-        self.parallel = gradient.parallel
+        super().__init__(model, loss_fn, run, [optimizer], parallel)
+        self.optimizer = optimizer
+        # Each rank has factors of its own.
+        self._separate = parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
 
+    @override
     def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
-        """One step; the row also says what the clipping, the damping and the ratio were."""
+        """One step; the row also has what clipping, damping and the reduction ratio were."""
         optimizer, parallel = self.optimizer, self.parallel
         for group in optimizer.param_groups:
-            group["lr"] = rate * (self.rest_factor if group["name"] == "adamw" else 1.0)
-        measure = self.ratio and optimizer.inverse_due
+            factor = rest_factor(self.run.optimizer) if group["name"] == "adamw" else 1.0
+            group["lr"] = rate * factor
+        measure = self.run.optimizer.ratio and optimizer.inverse_due
         noise = torch.get_rng_state() if measure else None
-        row = self.gradient.compute(batch)
-        if not math.isfinite(row["loss"]):
-            raise Diverged(row)
+        row = self.compute(batch)
         began = perf_counter()
         if (
             optimizer.refresh_due
@@ -151,21 +68,24 @@ class NaturalUpdater:
         spent = perf_counter() - began
         row |= optimizer.last
         if noise is not None and "predicted" in optimizer.last:
-            row["reduction_ratio"] = self._ratio(batch, row["loss"], noise)
+            with torch.random.fork_rng():
+                torch.set_rng_state(noise)  # the loss after the step, with the same dropout
+                after = self.loss(batch)
+            row["reduction_ratio"] = optimizer.adapt(row["loss"], after)
         row["damping_multiplier"] = optimizer.multiplier
         row["curvature_seconds"] = spent
         return row
 
     def _refresh(self, batch: Batch, later: LaterBatch) -> str | None:
-        """New factors; returns why there are none."""
-        optimizer, parallel = self.optimizer, self.parallel
-        batches = parallel.own_sequences([batch, *(later(k) for k in range(1, self.n_batches))])
-        engine = optimizer.kfac
+        """Compute new factors; returns why there are none."""
+        n_batches = 1 if self.run.kfac is None else self.run.kfac.n_batches
+        batches = self.parallel.own_sequences([batch, *(later(k) for k in range(1, n_batches))])
+        engine = self.optimizer.kfac
         if not batches and self._separate:
-            engine.forget()  # no sequence, no say in the coming steps
+            engine.forget()  # without a sequence, this rank has no part in the coming steps
             return None
         try:
-            optimizer.refresh(batches, self.gradient.loss_fn)
+            self.optimizer.refresh(batches, self.loss_fn)
             engine.prepare_inverses()
         except (CurvatureError, LinAlgError) as error:
             if self._separate and isinstance(error, BatchError):
@@ -173,53 +93,40 @@ class NaturalUpdater:
                 return None
             return _not_finite(error)
         finally:
-            parallel.reshard(self.gradient.model)
+            wrappers.at_rest(self.model)
         return None
 
     def _apply(self, measure: bool) -> str | None:
-        """The step; returns why there was none."""
-        self.optimizer.last = {}  # stays so where an overflow (fp16) skips the step
+        """Step; returns why that was impossible."""
+        self.optimizer.last = {}  # stays empty if an overflow (fp16) skips the step
         try:
-            self.gradient.apply(predict=measure, cut=self.gradient.cut)
+            self.apply(predict=measure, cut=self.cut)
         except (CurvatureError, LinAlgError) as error:
             return _not_finite(error)
         return None
 
-    def _ratio(self, batch: Batch, before: float, noise: torch.Tensor) -> float:
-        """Actual over predicted change of the batch's loss, with the same dropout."""
-        with torch.random.fork_rng():
-            torch.set_rng_state(noise)
-            after = self.gradient.loss(batch)
-        return self.optimizer.adapt(before, after)
-
-    @property
-    def _separate(self) -> bool:
-        """Whether each rank has factors of its own."""
-        return self.parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state; with factors of each rank's own, those of all ranks."""
+    @override
+    def _optimizer_states(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
         if self._separate:
             state["kfac"] = self.parallel.gather_states(state["kfac"])
-        return {"optimizer": state, "gradient": self.gradient.state_dict()}
+        return {"optimizer": state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the optimiser's state."""
+    @override
+    def _load_optimizer_states(self, state: dict[str, Any]) -> None:
         own = dict(self.parallel.scatter_state(state["optimizer"], self.optimizer))
         if self.optimizer.rest is not None:
             own["rest"] = self.parallel.scatter_state(own["rest"], self.optimizer.rest)
         if self._separate:
             own["kfac"] = own["kfac"][self.parallel.rank]
         self.optimizer.load_state_dict(own)
-        self.gradient.load_state_dict(state["gradient"])
 
 
 def _not_finite(error: CurvatureError | LinAlgError) -> str:
-    """The text of an error that means a diverged training, here or on another rank.
+    """The text of an error that means a diverged training, on this rank or another.
 
     Raises:
-        CurvatureError: the error, where it means something else.
+        CurvatureError: the error itself, if it means something else.
     """
     text = f"{type(error).__name__}: {error}"
     names = ("BatchError", "NonFiniteError", "LinAlgError", "not finite")
@@ -232,13 +139,44 @@ def _not_finite(error: CurvatureError | LinAlgError) -> str:
 # ---- the optimisers ------------------------------------------------------------------------------
 
 
-def _adamw(
-    model: nn.Module, run: TrainingRun, communicator: Communicator | None
-) -> list[torch.optim.Optimizer]:
-    return [_adamw_over(_trainable(model), run.optimizer)]
+def make(
+    model: nn.Module,
+    loss_fn: losses.LossFunction | None,
+    run: TrainingRun,
+    parallel: DataParallel = ONE_PROCESS,
+) -> Updater:
+    """The updater of a training, by ``run.optimizer.name``.
+
+    Args:
+        model: The model, prepared by `DataParallel.prepare`.
+        loss_fn: None for a Hugging Face model.
+        run: The training.
+        parallel: The processes that train together.
+
+    Raises:
+        ConfigError: There is no optimiser of that name.
+    """
+    config = run.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer]
+    match config.name:
+        case "adamw":
+            optimizers = [_adamw(parameters, config)]
+        case "sgd":
+            groups = _groups(parameters, config.weight_decay)
+            optimizers = [_DecoupledSGD(groups, lr=1.0, momentum=config.momentum)]
+        case "muon":
+            optimizers = _muon(model, parameters, config)
+        case "kfac" | "ekfac":
+            return KFACUpdater(model, loss_fn, run, _kfac(model, run, parallel), parallel)
+        case _:
+            raise ConfigError.value(
+                "optimizer.name", config.name, "one of " + ", ".join(OPTIMIZERS)
+            )
+    return Updater(model, loss_fn, run, optimizers, parallel)
 
 
-def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         _groups(parameters, config.weight_decay),
         betas=(config.beta1, config.beta2),
@@ -247,19 +185,13 @@ def _adamw_over(parameters: list[nn.Parameter], config: OptimizerConfig) -> torc
     )
 
 
-def _sgd(
-    model: nn.Module, run: TrainingRun, communicator: Communicator | None
-) -> list[torch.optim.Optimizer]:
-    groups = _groups(_trainable(model), run.optimizer.weight_decay)
-    return [_DecoupledSGD(groups, lr=1.0, momentum=run.optimizer.momentum)]
-
-
 class _DecoupledSGD(torch.optim.SGD):
-    """``torch.optim.SGD`` with decoupled weight decay, as the other optimisers here have it.
+    """``torch.optim.SGD`` with decoupled weight decay, as all other optimisers here have it.
 
     torch adds the decay to the gradient, and so to the momentum; here it is taken off the weights.
     """
 
+    @override
     def step(self, closure: Any = None) -> Any:
         with torch.no_grad():
             decays = [group["weight_decay"] for group in self.param_groups]
@@ -275,36 +207,31 @@ class _DecoupledSGD(torch.optim.SGD):
 
 
 def _muon(
-    model: nn.Module, run: TrainingRun, communicator: Communicator | None
+    model: nn.Module, parameters: list[nn.Parameter], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
     """``torch.optim.Muon`` on the hidden matrices, AdamW on embeddings, head and vectors."""
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError.value(
             "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
         )
-    config = run.optimizer
-    outer = {module.weight for module in embeddings_and_head(model).values()}
-    parameters = _trainable(model)
+    outer = {module.weight for module in _embeddings_and_head(model).values()}
     hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
-    others = [p for p in parameters if not any(p is h for h in hidden)]
     muon = torch.optim.Muon(
         hidden,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = _adamw_over(others, config)
+    adamw = _adamw([p for p in parameters if p.dim() != 2 or p in outer], config)
     for group in adamw.param_groups:
         group["rate_factor"] = rest_factor(config)
     return [muon, adamw]
 
 
-def _kfac(
-    model: nn.Module, run: TrainingRun, communicator: Communicator | None
-) -> list[torch.optim.Optimizer]:
-    """K-FAC, or EKFAC; embeddings and head are left to AdamW unless ``outer`` is ``kfac``."""
+def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOptimizer:
+    """K-FAC or EKFAC; embeddings and head are left to AdamW unless ``outer`` is ``kfac``."""
     config, kfac = run.optimizer, run.kfac or KfacConfig()
-    outer = [] if config.outer == "kfac" else list(embeddings_and_head(model))
+    outer = [] if config.outer == "kfac" else list(_embeddings_and_head(model))
     kfac = dataclasses.replace(
         kfac,
         ekfac=config.name == "ekfac",
@@ -312,7 +239,8 @@ def _kfac(
         damping_A=kfac.damping_A or kfac.damping * config.damping_ratio,
     )
     adapts = config.damping_schedule == "lm"
-    optimizer = KFACOptimizer(
+    communicator = parallel.communicator
+    return KFACOptimizer(
         model,
         KFACNaturalGradient(kfac, seed=run.seed, track_diagonal=False, communicator=communicator),
         momentum=config.momentum,
@@ -324,17 +252,10 @@ def _kfac(
         eps=config.eps,
         communicator=communicator,
     )
-    return [optimizer]
-
-
-OPTIMIZERS: dict[
-    str, Callable[[nn.Module, TrainingRun, Communicator | None], list[torch.optim.Optimizer]]
-] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon, "kfac": _kfac, "ekfac": _kfac}
-"""``optimizer.name`` -> what makes the optimisers that a step lets step, in order."""
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices alone."""
+    """Two groups, so that matrices alone decay."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -342,22 +263,18 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def rest_factor(config: OptimizerConfig) -> float:
-    """Rate of AdamW, for what an optimiser leaves to it, over the optimiser's own.
+    """The rate of AdamW, for what an optimiser leaves to it, relative to the optimiser's own.
 
-    Both rates are known by the time a training begins (`fisher_lab.tasks.train.training_run`).
+    Both rates are known when a training begins (`fisher_lab.tasks.train.training_run`).
     """
     if config.lr is None or config.rest_lr is None:
         return 1.0
     return config.rest_lr / config.lr
 
 
-def embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every embedding, and of what maps to the classes."""
+def _embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every embedding, and of the layer that computes the logits."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else getattr(model, "head", None)
     return {
@@ -367,38 +284,8 @@ def embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def make(
-    model: nn.Module,
-    loss_fn: losses.LossFunction | None,
-    run: TrainingRun,
-    parallel: DataParallel = ONE_PROCESS,
-) -> Updater:
-    """The updater of a training, by ``run.optimizer.name``.
-
-    Args:
-        model: The model, prepared by `DataParallel.prepare`.
-        loss_fn: None for a Hugging Face model.
-        run: The training.
-        parallel: The processes that train.
-
-    Raises:
-        ConfigError: There is no optimiser of that name.
-    """
-    config = run.optimizer
-    if config.name not in OPTIMIZERS:
-        raise ConfigError.value("optimizer.name", config.name, "one of " + ", ".join(OPTIMIZERS))
-    found = OPTIMIZERS[config.name](model, run, parallel.communicator)
-    gradient = BatchGradient(
-        model, loss_fn, run.gradient, config.clip_norm, *found, parallel=parallel
-    )
-    if isinstance(found[0], KFACOptimizer):
-        n_batches = 1 if run.kfac is None else run.kfac.n_batches
-        return NaturalUpdater(gradient, found[0], config, n_batches)
-    return GradientUpdater(gradient)
-
-
 def rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:
-    """The learning rate of step ``step`` (from 0) of ``steps``: a rise, then the schedule."""
+    """The learning rate of step ``step`` (from 0) of ``steps``: the warm-up, then the schedule."""
     warm = round(config.warmup * steps)
     if step < warm:
         return peak * (step + 1) / warm

@@ -52,15 +52,17 @@ def load(path: Path) -> dict[str, Any]:
         raise SnapshotError(f"{path} cannot be read as the state of a training: {error}") from error
 
 
-def to_bytes(state: Any) -> bytes:
-    """As `save`, for another process."""
+def to_tensor(state: Any) -> Tensor:
+    """The bytes of a state (uint8), to be sent to another rank; takes what `save` takes."""
     tensors: dict[str, Tensor] = {}
     header = json.dumps(_pack(state, tensors, "")).encode()
-    return len(header).to_bytes(8, "little") + header + save_bytes(tensors)
+    data = len(header).to_bytes(8, "little") + header + save_bytes(tensors)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def from_bytes(data: bytes) -> Any:
-    """What `to_bytes` was given, with tensors on the CPU."""
+def from_tensor(received: Tensor) -> Any:
+    """What `to_tensor` was given, with tensors on the CPU."""
+    data = received.numpy().tobytes()
     end = 8 + int.from_bytes(data[:8], "little")
     return _unpack(json.loads(data[8:end]), load_bytes(data[end:]))
 

@@ -1,7 +1,7 @@
-"""The training loop: ``task=train`` and the cached checkpoints both go through it.
+"""The training loop of ``task=train`` and of the cached checkpoints.
 
-It can be stopped at any moment and goes on exactly where it was. What a step depends on is saved
-in one file (`snapshot`): weights, optimiser, random numbers, and the number of steps done, which is
+It can be stopped at any moment and resumes exactly. Everything that a step depends on is saved in
+one file (`snapshot`): weights, optimiser, random numbers, and the number of steps done, which is
 also the position in the data, since a batch is a function of its number (`corpus`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fisher_lab.curvature import losses
+from fisher_lab.curvature import losses, wrappers
+from fisher_lab.curvature.collectives import Progress, no_progress
 from fisher_lab.runs import atomic
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.workload import evaluation, optimizers, snapshot
 from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
+from fisher_lab.workload.gradient import Diverged
 from fisher_lab.workload.objectives import Batch, Objective
-from fisher_lab.workload.optimizers import Diverged
 from fisher_lab.workload.snapshot import SnapshotError
 from fisher_lab.workload.training_run import Curve, Result, TrainingRun
 
 STATE_FILE = "state.safetensors"
 CURVE_FILE = "curve.csv"
 RANK_SEED = 1_000_003
-"""Between the seeds of two ranks' dropout; rank 0 has what one process would have."""
-EVALUATION_BATCHES = 8
-"""Held-out batches behind a point of the curve; the last one has all of them."""
-
-Track = Callable[[Iterable[int], str, int], Iterable[int]]
-"""Hands on the items of an iterable and shows how far it is: ``track(items, label, total)``."""
-
-
-def no_track(items: Iterable[int], label: str, total: int) -> Iterable[int]:
-    """Show nothing."""
-    return items
-
-
-def no_row(row: Mapping[str, Any]) -> None:
-    """Send a row of the curve nowhere."""
+"""Difference of the seeds of two ranks' dropout; rank 0 draws what one process would draw."""
 
 
 def train(
@@ -55,32 +42,33 @@ def train(
     *,
     label: str = "training",
     save_every_s: float = 5.0,
-    track: Track = no_track,
+    track: Progress = no_progress,
     signals: Watch | None = None,
     after_step: Callable[[int], None] | None = None,
-    on_row: Callable[[Mapping[str, Any]], None] = no_row,
+    on_row: Callable[[Mapping[str, Any]], None] = lambda row: None,
     parallel: DataParallel = ONE_PROCESS,
 ) -> Result:
-    """Train a model, or continue where ``directory`` has the state of this very training.
+    """Train a model, or resume if ``directory`` has the saved state of this very training.
 
-    Several ranks call it together; every step is that of the whole batch, and rank 0 alone reads
-    and writes ``directory``.
+    All ranks call it together; every step uses the whole batch, and only rank 0 reads and writes
+    ``directory``.
 
     Args:
-        model: With its initial weights; changed in place, and left in evaluation mode.
+        model: The model with its initial weights; it is changed in place and left in evaluation
+            mode.
         objective: Makes the batches.
-        run: What is done.
+        run: What is trained.
         directory: Gets ``state.safetensors`` and ``curve.csv``.
         label: For the progress bar.
         save_every_s: Seconds between two saves.
         track: Shows progress.
-        signals: Where given, SIGTERM and SIGUSR2 end the loop between two steps, state saved.
-        after_step: Called with the number of steps done, after each (and after its save).
-        on_row: Called with each new row of the curve, the last one with the final evaluation.
+        signals: If given, SIGTERM and SIGUSR2 end the loop between two steps with a saved state.
+        after_step: Called after each step (and its save) with the number of steps done.
+        on_row: Called with each new row of the curve; the last one has the final evaluation.
         parallel: The processes that train; they have prepared the model (`DataParallel.prepare`).
 
     Raises:
-        SnapshotError: ``directory`` has the state of another training, or an unreadable one.
+        SnapshotError: The state in ``directory`` is unreadable or belongs to another training.
         fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
     """
     loop = _Loop(model, objective, run, directory, parallel)
@@ -133,7 +121,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def step(self, step: int) -> None:
-        """Step number ``step``, from 0, and its row of the curve."""
+        """Do step number ``step``, from 0, and append its row to the curve."""
         run, began = self.run, time.perf_counter()
         self.model.train()
         rate = optimizers.rate(step, run.steps, run.lr, run.optimizer)
@@ -150,10 +138,12 @@ class _Loop:
         self.seconds += time.perf_counter() - began
         row["seconds"] = self.seconds
         self.curve.rows.append(row)
-        if self.has_diverged(row["loss"]):
+        factor = math.inf if run.divergence_factor is None else run.divergence_factor
+        limit = factor * self.curve.rows[0]["loss"]
+        if not math.isfinite(row["loss"]) or row["loss"] > limit:
             self.diverged_at = step + 1
         elif (step + 1) % run.eval_every == 0 and step + 1 < run.steps:
-            row["heldout_loss"] = self.heldout_loss(EVALUATION_BATCHES)
+            row["heldout_loss"] = self.heldout_loss(evaluation.FEW_BATCHES)
             self.parallel.check_weights(self.model)
 
     def batch(self, step: int) -> Batch:
@@ -164,15 +154,8 @@ class _Loop:
         )
         return losses.prepare(self.model, batch)
 
-    def has_diverged(self, loss: float) -> bool:
-        """Whether this loss is the end of the training."""
-        if not math.isfinite(loss):
-            return True
-        factor = self.run.divergence_factor
-        return factor is not None and loss > factor * self.curve.rows[0]["loss"]
-
     def heldout_loss(self, limit: int | None) -> float:
-        """Held-out loss, and the time that it takes."""
+        """The held-out loss; the time that it takes is added up."""
         began = time.perf_counter()
         loss = evaluation.heldout_loss(
             self.model,
@@ -186,7 +169,7 @@ class _Loop:
         return loss
 
     def save(self, steps: int) -> None:
-        """Write curve and state; the curve first, so that it has all that the state speaks of."""
+        """Write curve and state; the curve first, so that it has every step of the state."""
         parallel = self.parallel
         model = parallel.gather_shards(dict(_weights(self.model)))
         updater = parallel.gather_shards(self.updater.state_dict())
@@ -206,18 +189,18 @@ class _Loop:
                     "random": random,
                 },
             )
-        parallel.first_problem(None)  # no rank goes on, or ends, before all is written
+        parallel.first_problem(None)  # no rank continues or ends before everything is written
         self.saved_at = time.monotonic()
 
     def restore(self) -> int:
-        """Take up the saved state, if there is one; returns the number of steps done."""
+        """Load the saved state, if there is one; returns the number of steps done."""
         state = self.parallel.from_rank_zero(self._saved)
         if state is None:
             torch.manual_seed(self.run.seed + RANK_SEED * self.parallel.rank)
             return 0
         with torch.no_grad():
             for name, tensor in _weights(self.model):
-                self.parallel.set_tensor(tensor, state["model"][name])
+                tensor.copy_(wrappers.like(state["model"][name], tensor))
         self.updater.load_state_dict(state["updater"])
         self.curve = Curve(state["curve"])
         self.seconds = state["seconds"]
@@ -229,8 +212,8 @@ class _Loop:
     def _saved(self) -> dict[str, Any] | None:
         """The saved state with its curve, or None."""
         path = self.directory / STATE_FILE
-        atomic.remove_leftovers(path.parent, path.name)
-        atomic.remove_leftovers(self.directory, CURVE_FILE)
+        for name in (STATE_FILE, CURVE_FILE):
+            atomic.remove_leftovers(self.directory, name)
         if not path.exists():
             return None
         state = snapshot.load(path)
@@ -242,7 +225,7 @@ class _Loop:
         return {**state, "curve": curve.rows}
 
     def result(self, start: int) -> Result:
-        """Evaluate at the end, and put that into the curve's last row."""
+        """Evaluate on all held-out text, and put the loss into the last row of the curve."""
         final = self.heldout_loss(None)
         self.model.eval()
         self.parallel.check_weights(self.model)
@@ -267,6 +250,6 @@ class _Loop:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, shared ones once."""
+    """Parameters and buffers; a shared one occurs once."""
     yield from model.named_parameters()
     yield from model.named_buffers()

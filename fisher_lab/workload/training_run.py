@@ -1,4 +1,4 @@
-"""What a training is asked for, and what it gave: `TrainingRun`, `Curve` and `Result`."""
+"""The definition of a training and what comes out of it: `TrainingRun`, `Curve` and `Result`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from fisher_lab.config.schema import KfacConfig
 from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.runs import atomic
 from fisher_lab.workload import cache
-from fisher_lab.workload.gradient import GradientOptions
 from fisher_lab.workload.snapshot import SnapshotError
 
 STATE_FORMAT = 2
-"""Raised where what is in a saved state changes: the states of other formats are refused."""
+"""Raised when the content of a saved state changes: states of other formats are refused."""
 CURVE_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "heldout_loss", "seconds")
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """All that decides what comes out of a training beside model, text and initial weights.
+    """Everything that determines a training besides model, text and initial weights.
 
     Attributes:
-        steps: How many.
-        batch_size: Sequences a step.
-        seq_len: Tokens a sequence.
+        steps: Number of steps.
+        batch_size: Sequences per step.
+        seq_len: Tokens per sequence.
         lr: Peak learning rate.
-        seed: Of batches and dropout.
-        optimizer: What is done with the gradient.
+        seed: Seed of batches and dropout.
+        optimizer: The optimiser and its options.
         eval_every: Steps between two held-out evaluations.
-        gradient: How gradients are computed.
-        divergence_factor: The training ends early where a loss is over this many times the
-            first one; None: only where it is not finite.
-        kfac: What a curvature optimiser takes beside ``optimizer``.
-        origin: What the initial weights and the text are.
+        precision: ``fp32`` (the weights' own dtype), ``bf16`` or ``fp16`` under autocast; the
+            weights keep their dtype.
+        accumulation: Micro-batches that a batch is cut into; their gradients add up.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        divergence_factor: The training ends early when a loss exceeds this multiple of the first
+            one; None: only when it is not finite.
+        kfac: Further options of a curvature optimiser.
+        origin: Identifies the initial weights and the text.
     """
 
     steps: int
@@ -47,39 +49,38 @@ class TrainingRun:
     seed: int
     optimizer: OptimizerConfig
     eval_every: int
-    gradient: GradientOptions = field(default_factory=GradientOptions)
+    precision: str = "fp32"
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
     divergence_factor: float | None = None
     kfac: KfacConfig | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """A training does not continue from a saved state of another fingerprint."""
+        """Only a saved state with the same fingerprint can be resumed."""
         content = asdict(self)
-        # These two had other names when the format was made.
-        content["passes"] = content.pop("gradient")
+        # The format has groups and names of its own.
+        passes = ("precision", "accumulation", "gradient_checkpointing")
+        content["passes"] = {name: content.pop(name) for name in passes}
         content["curvature"] = content.pop("kfac") or {}
         return cache.key_of({**content, "format": STATE_FORMAT})
 
 
 @dataclass
 class Curve:
-    """The learning curve, one row per step; a repeat differs in the columns of seconds alone."""
+    """The learning curve, one row per step; a repetition differs only in columns of seconds."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write it as CSV, atomically; numbers in full precision."""
+        """Write it as CSV, atomically and in full precision; an updater's own columns come last."""
+        columns = dict.fromkeys((*CURVE_COLUMNS, *(key for row in self.rows for key in row)))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         atomic.write_text(path, text.getvalue())
-
-    @property
-    def columns(self) -> list[str]:
-        """The usual columns, then what the updater adds."""
-        return list(dict.fromkeys((*CURVE_COLUMNS, *(key for row in self.rows for key in row))))
 
     @classmethod
     def read(cls, path: Path, steps: int) -> Curve:
@@ -90,8 +91,9 @@ class Curve:
         """
         try:
             with open(path, encoding="utf-8", newline="") as file:
+                kinds = {"step": int, "tokens": int}
                 rows = [
-                    {key: _number(key, value) for key, value in row.items() if value != ""}
+                    {key: kinds.get(key, float)(value) for key, value in row.items() if value}
                     for row in csv.DictReader(file)
                 ][:steps]
         except (OSError, ValueError) as error:
@@ -101,21 +103,18 @@ class Curve:
         return cls(rows)
 
 
-def _number(column: str, text: str) -> float | int:
-    return int(text) if column in ("step", "tokens") else float(text)
-
-
 @dataclass(frozen=True)
 class Result:
-    """What a training gave.
+    """The result of a training.
 
     Attributes:
         curve: One row per step.
-        heldout_loss: At the end, over all of the held-out text, in nats a label.
-        best_heldout_loss: The lowest on the way (over fewer batches) or at the end.
-        baseline_loss: The trivial model's, on the same held-out labels.
-        seconds: Spent in steps, all attempts together; held-out evaluations are not in it.
-        evaluation_seconds: Spent in held-out evaluations on the way.
+        heldout_loss: Final loss over all held-out text, in nats per label.
+        best_heldout_loss: The lowest held-out loss during the training (over fewer batches) or at
+            its end.
+        baseline_loss: The trivial model's loss on the same held-out labels.
+        seconds: Time in steps, in all attempts together, without held-out evaluations.
+        evaluation_seconds: Time in held-out evaluations.
         resumed_at: The step at which this attempt began.
         diverged_at: The step (from 1) at which the training diverged, or None.
     """

@@ -164,13 +164,13 @@ def test_an_overflow_of_fp16_skips_the_step(make):
     config = make(optimizer=KFAC, train={"precision": "fp16"})
     model = untrained(config)
     updater, batch = updater_of(config, model)
-    updater.gradient.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    updater.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     before = parameters_of(model)
     row = updater.step(batch(0), 0.01, batch)
     assert not math.isfinite(row["grad_norm"])
     assert "reduction_ratio" not in row
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert updater.gradient.scaler.get_scale() == 2.0**59
+    assert updater.scaler.get_scale() == 2.0**59
 
 
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
@@ -271,7 +271,7 @@ def test_the_ratio_is_that_of_the_gradient_before_the_cut(make):
         row = updater.step(batch(0), 1e-4, batch)  # no further ones
         optimizer = updater.optimizer
         cut = 1.0 if limit is None else limit / row["grad_norm"]
-        assert updater.gradient.cut == pytest.approx(cut, rel=1e-4)
+        assert updater.cut == pytest.approx(cut, rel=1e-4)
         change = {n: p.detach() - before[n] for n, p in model.named_parameters()}
         linear = sum(float((p.grad * change[n]).sum()) / cut for n, p in model.named_parameters())
         covered = {n: change[n] for n in optimizer._names}

@@ -130,14 +130,14 @@ def test_masked_batches_are_framed_and_the_frame_is_never_predicted(inputs):
     batch = task.batch("heldout", 0, **SIZE)
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == labels.shape == (2, 32)
-    assert ids[:, 0].eq(task.tokens.first).all()
-    assert ids[:, -1].eq(task.tokens.last).all()
+    assert ids[:, 0].eq(task.first).all()
+    assert ids[:, -1].eq(task.last).all()
     assert labels[:, [0, -1]].eq(IGNORE_INDEX).all()
     assert labels.ne(IGNORE_INDEX).sum(dim=1).tolist() == [round(0.15 * 30)] * 2
 
 
 def test_a_tokenizer_without_a_frame_gets_none():
-    task = objectives.Masked(numbered(), 20_000, objectives.MaskTokens(2, None, None))
+    task = objectives.Masked(numbered(), 20_000, 2, None, None)
     assert task.batch("train", 0, **SIZE)["input_ids"].shape == (2, 32)
     assert task.heldout_batches(2, 32) == 3
 
@@ -212,7 +212,7 @@ def test_bags_count_tokens():
 def test_topics_are_documents_and_examples_are_theirs():
     tokens = numbered(documents=5)
     found = objectives.find(tokens, 32)
-    assert len(found) == 5
+    assert found["train"].shape == found["heldout"].shape == (5, 2)
     task = objectives.Topics(tokens, 20_000, found)
     for side, per_document, first in (("train", 200, 0), ("heldout", 40, 10_000)):
         batch = task.batch(side, 0, **SIZE)
@@ -226,9 +226,8 @@ def test_topics_are_documents_and_examples_are_theirs():
 
 def test_one_long_document_has_stretches_for_topics():
     found = objectives.find(numbered(), 32)
-    assert len(found) == objectives.STRETCHES
-    assert found[0].train[0] == 0
-    assert found[-1].train[1] == 1000
-    assert found[-1].heldout[1] == 200
+    assert found["train"].shape == (objectives.STRETCHES, 2)
+    assert found["train"].flatten()[[0, -1]].tolist() == [0, 1000]
+    assert found["heldout"].flatten()[[0, -1]].tolist() == [0, 200]
     with pytest.raises(ConfigError, match="5 held-out tokens are too few"):
         objectives.find(numbered(heldout=5), 32)
