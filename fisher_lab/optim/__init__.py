@@ -1,6 +1,6 @@
 """K-FAC as an optimiser: ``KFACOptimizer`` steps along K-FAC's natural gradient.
 
-It knows the public methods of the engine, and nothing of runs, files or tasks.
+It uses the public methods of the engine alone, and no runs, files or tasks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """``KFACOptimizer``: a ``torch.optim.Optimizer`` that steps along K-FAC's natural gradient.
 
-Formulas: ``docs/math.md``, sections 1, 2 and 9; Martens & Grosse 2015. What users of other K-FAC
-libraries will look for: **factors are not averaged over time**. Each refresh makes them from the
-batches that it is given, and they serve until the next one; a damping and a batch size that were
-tuned for a running average do not carry over.
+Formulas: ``docs/math.md``, sections 1, 2 and 9; Martens & Grosse 2015. **Factors are not averaged
+over time**, unlike in other K-FAC libraries: each refresh computes them from its own batches, and
+they are used until the next one. A damping and a batch size that were tuned for a running average
+do not carry over.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ClipName = Literal["unit", "kl", "trust", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Clipping:
-    """How long a step may be: a bound on the predicted change of the model's distribution.
+    """A bound on the length of a step: on the predicted change of the model's distribution.
 
-    Along a step ``d`` the divergence between the predictions before and after is, to second order,
-    ``KL = d^T F d / 2`` nats a label, with ``F`` the Fisher matrix of the mean loss.
+    The divergence between the predictions before and after a step ``d`` is, to second order,
+    ``KL = d^T F d / 2`` nats per label, with ``F`` the Fisher matrix of the mean loss.
 
     Attributes:
-        kind: ``unit`` gives the natural gradient the length 1 in the damped metric, so that a
-            step's predicted divergence is ``lr^2 / 2`` whatever the gradient's size (the step of a
-            trust region whose radius is ``lr``); ``kl`` bounds the natural gradient of this
-            batch, before momentum, with ``d^T F d`` estimated by ``lr^2 <g, u>`` (Ba, Grosse &
-            Martens 2017, section 5: free, and an upper bound, since the damping is in it);
-            ``trust`` bounds the whole step, momentum included, with K-FAC's own Fisher-vector
-            product (one more product a step); ``none`` bounds nothing.
-        limit: largest ``d^T F d / 2``, in nats a label.
+        kind: ``unit`` scales the natural gradient to length 1 in the damped metric, so that the
+            predicted divergence of a step is ``lr^2 / 2`` for every gradient (the step of a trust
+            region with radius ``lr``). ``kl`` bounds the natural gradient of this batch, before
+            momentum, with ``d^T F d`` estimated by ``lr^2 <g, u>`` (Ba, Grosse & Martens 2017,
+            section 5: it costs nothing, and is an upper bound because it contains the damping).
+            ``trust`` bounds the whole step with its momentum by K-FAC's own Fisher-vector product
+            (one more product per step). ``none`` bounds nothing.
+        limit: largest ``d^T F d / 2``, in nats per label.
     """
 
     kind: ClipName = "kl"
@@ -70,7 +70,7 @@ class Clipping:
 
 
 class DampingSchedule(Protocol):
-    """What multiplies the dampings of both factors; 1 at the start."""
+    """Chooses the multiplier of the dampings of both factors; it starts at 1."""
 
     wants_ratio: bool
     """Whether the schedule needs the reduction ratio, which costs a forward pass."""
@@ -79,36 +79,36 @@ class DampingSchedule(Protocol):
         """The next multiplier.
 
         Args:
-            multiplier: the one that the last steps were made with.
-            ratio: actual over predicted change of the loss; not finite where it cannot be told.
+            multiplier: the multiplier of the last steps.
+            ratio: actual over predicted change of the loss; not finite if it is unknown.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ConstantDamping:
-    """The damping stays what it is."""
+    """The damping does not change."""
 
     wants_ratio = False
 
     def update(self, multiplier: float, ratio: float) -> float:
-        """The same multiplier."""
+        """Returns the same multiplier."""
         return multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevenbergMarquardt:
-    """More damping after steps that the quadratic model promised too much for, less after others.
+    """More damping after steps for which the quadratic model predicted too much, else less.
 
-    Martens & Grosse 2015, section 6.5: the multiplier grows where the reduction ratio is under
-    ``low`` and shrinks where it is over ``high``. NaN and minus infinity count as low.
+    Martens & Grosse 2015, section 6.5: the multiplier grows when the reduction ratio is below
+    ``low`` and shrinks when it is above ``high``. NaN and minus infinity count as low.
 
     Attributes:
-        factor: what the multiplier is divided or multiplied by, between 0 and 1.
-        low: ratios below it ask for more damping.
-        high: ratios above it allow less.
-        smallest: the multiplier stays at or above this.
-        largest: and at or below this.
+        factor: divides or multiplies the multiplier, between 0 and 1.
+        low: ratios below it increase the damping.
+        high: ratios above it decrease the damping.
+        smallest: lower bound of the multiplier.
+        largest: upper bound of the multiplier.
     """
 
     factor: float = 0.77
@@ -125,7 +125,7 @@ class LevenbergMarquardt:
         require("lm_low", self.low, below)
 
     def update(self, multiplier: float, ratio: float) -> float:
-        """The next multiplier; see :class:`DampingSchedule`."""
+        """Returns the next multiplier, as `DampingSchedule` says."""
         if ratio > self.high:
             return max(multiplier * self.factor, self.smallest)
         if ratio >= self.low:
@@ -154,21 +154,21 @@ class KFACOptimizer(torch.optim.Optimizer):
     There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``.
 
     Args:
-        model: the model; its trainable parameters are what is optimised.
+        model: the model; its trainable parameters are optimised.
         kfac: the engine, with damping, policy and ``update_freq``.
         lr: learning rate of the covered parameters.
-        momentum: decay of the running sum of natural gradients, from 0 up to but without 1.
+        momentum: decay of the running sum of natural gradients, from 0 up to, but not including, 1.
         weight_decay: decoupled (Loshchilov & Hutter 2019), on matrices alone.
         clipping: the bound on a step.
-        damping: how the damping moves; ``kfac``'s own is where it starts.
-        inverse_freq: steps between two refreshes of the inverses alone, with the damping of the
-            moment and the reduction ratio measured; None: only with the factors. Refreshing
-            factors more often than inverses has no effect, since nothing is averaged.
+        damping: how the damping changes; it starts at that of ``kfac``.
+        inverse_freq: steps between two refreshes of the inverses alone, with the current damping
+            and a measured reduction ratio; None: only with the factors. Refreshing factors more
+            often than inverses has no effect, since nothing is averaged.
         rest_lr: learning rate of AdamW for the other parameters; None: ``lr``.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: those of AdamW.
+        eps: that of AdamW.
         communicator: the ranks that step together. With ``kfac_distributed_reduce="none"`` each has
-            factors of its own tokens, and the step is along the mean of their natural gradients,
+            factors of its own tokens, and the step follows the mean of their natural gradients,
             weighted by the labels behind the factors, so that all ranks keep the same weights.
             The other modes agree without it.
 
@@ -178,9 +178,8 @@ class KFACOptimizer(torch.optim.Optimizer):
 
     Attributes:
         kfac: the engine.
-        multiplier: what the damping is multiplied by at the moment.
-        last: numbers of the last step: ``kl_scale``, ``decrement``, and ``predicted`` where it was
-            asked for.
+        multiplier: current multiplier of the damping.
+        last: numbers of the last step: ``kl_scale``, ``decrement``, and ``predicted`` on request.
     """
 
     def __init__(
@@ -213,13 +212,10 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.last: dict[str, float] = {}
         self._start = kfac.settings.lam_A, kfac.settings.lam_G
         self._done = 0
-        self._names = self._covered_names()
+        trainable = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
+        self._names = self._covered(trainable)
         covered = list(self._names.values())
-        rest = [
-            p
-            for n, p in unwrap(model).named_parameters()
-            if p.requires_grad and n not in self._names
-        ]
+        rest = [p for n, p in trainable.items() if n not in self._names]
         groups = [{"params": covered, "name": "kfac", "lr": lr, "weight_decay": weight_decay}]
         self.rest: torch.optim.AdamW | None = None
         if rest:
@@ -228,45 +224,32 @@ class KFACOptimizer(torch.optim.Optimizer):
             self.rest = torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=eps, weight_decay=0.0)
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
-    def _covered_names(self) -> dict[str, nn.Parameter]:
-        """Parameters whose natural gradient is K-FAC's; position embeddings are candidates only."""
-        layers = self.kfac.layers_of(self.model)
-        named = dict(unwrap(self.model).named_parameters())
-        names = [
-            name
-            for layer in layers.layers.values()
-            if layer.name not in layers.candidates
-            for name in (layer.weight, layer.bias)
-            if name is not None and named[name].requires_grad
-        ]
-        return {name: named[name] for name in dict.fromkeys(names)}
+    def _covered(self, trainable: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The parameters in K-FAC's layers; position embeddings are candidates and not covered."""
+        found = self.kfac.layers_of(self.model)
+        layers = [one for one in found.layers.values() if one.name not in found.candidates]
+        names = [name for one in layers for name in (one.weight, one.bias) if name in trainable]
+        return {name: trainable[name] for name in names}
 
     # ---- factors and damping -----------------------------------------------------------------
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the coming step needs new factors."""
+        """Whether the next step needs new factors."""
         return self._done % self.kfac.update_freq == 0
 
     @property
     def inverse_due(self) -> bool:
-        """Whether the coming step is followed by a look at the damping."""
-        frequency = self.inverse_freq or self.kfac.update_freq
-        return self._done % frequency == 0
+        """Whether the reduction ratio is due at the next step, and with it the damping."""
+        return self._done % (self.inverse_freq or self.kfac.update_freq) == 0
 
-    def refresh(
-        self,
-        batch: Any,
-        loss: LossFunction | None = None,
-        *,
-        force: bool = False,
-    ) -> bool:
-        """Makes new factors where they are due; one more forward and backward pass.
+    def refresh(self, batch: Any, loss: LossFunction | None = None, *, force: bool = False) -> bool:
+        """Computes new factors if they are due, by one more forward and backward pass.
 
         Args:
             batch: one batch, or several.
             loss: as for :meth:`KFACNaturalGradient.collect_kfac_factors`.
-            force: do it whether due or not.
+            force: compute them even if they are not due.
 
         Returns:
             Whether there are new factors.
@@ -277,7 +260,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         return True
 
     def adapt(self, before: float, after: float) -> float:
-        """Compares what the last step did with what it promised, and moves the damping.
+        """Compares the last step with its prediction, and changes the damping accordingly.
 
         Args:
             before: mean loss of the batch before the step.
@@ -285,9 +268,8 @@ class KFACOptimizer(torch.optim.Optimizer):
 
         Returns:
             The reduction ratio: actual over predicted change (Martens & Grosse 2015, section 6.5);
-            nan where the step predicted nothing. The prediction is K-FAC's quadratic model in the
-            covered parameters and linear in the others, which AdamW has stepped too: the loss that
-            came out has both in it.
+            nan if the step predicted no decrease. The prediction is K-FAC's quadratic model in the
+            covered parameters and linear in those that AdamW changed; the loss contains both.
 
         Raises:
             SettingError: the last step was not asked to ``predict``.
@@ -319,14 +301,14 @@ class KFACOptimizer(torch.optim.Optimizer):
         """Changes the weights by one step.
 
         Args:
-            closure: computes the loss anew, as in ``torch.optim``.
-            predict: also predict the change of the loss, into ``last["predicted"]``; one
+            closure: computes the loss again, as in ``torch.optim``.
+            predict: also predict the change of the loss, in ``last["predicted"]``; this takes one
                 Fisher-vector product and a copy of the weights.
-            cut: what the gradients were multiplied by before this step, as by
-                ``clip_grad_norm_``: the loss falls along the gradient as it was.
+            cut: factor by which the gradients were multiplied before this step, for example by
+                ``clip_grad_norm_``; the prediction needs the original gradient.
 
         Returns:
-            What the closure returned.
+            The result of the closure.
 
         Raises:
             fisher_lab.curvature.errors.CurvatureError: there are no factors, or the result is not
@@ -337,7 +319,8 @@ class KFACOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
-        before = self._copies() if predict else {}
+        named = unwrap(self.model).named_parameters() if predict else ()
+        before = {n: p.detach().clone() for n, p in named if p.grad is not None}
         self._step_covered(gradients)
         if self.rest is not None:
             self.rest.param_groups[0]["lr"] = self.param_groups[REST]["lr"]
@@ -352,14 +335,14 @@ class KFACOptimizer(torch.optim.Optimizer):
         lr = float(group["lr"])
         natural = self._of_all_ranks(self.kfac.compute_natural_gradient, gradients)
         decrement = wrappers.inner(gradients, natural)
-        scale = 1.0
-        if self.clipping.kind in ("unit", "kl"):
-            length = 1.0 if self.clipping.kind == "unit" else lr
+        kind, scale, shorten = self.clipping.kind, 1.0, 1.0
+        if kind in ("unit", "kl"):
+            length = 1.0 if kind == "unit" else lr
             scale = self.clipping.scale(length * length * decrement)
         steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
-        if self.clipping.kind == "trust":
-            scale = self.clipping.scale(lr * lr * wrappers.inner(steps, self._product(steps)))
-        shorten = scale if self.clipping.kind == "trust" else 1.0
+        if kind == "trust":
+            product = self._of_all_ranks(self.kfac.compute_fisher_vector_product, steps)
+            scale = shorten = self.clipping.scale(lr * lr * wrappers.inner(steps, product))
         for name, step in steps.items():
             parameter = self._names[name]
             if parameter.dim() >= 2:
@@ -369,13 +352,13 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.last = {"kl_scale": scale, "decrement": decrement}
 
     def _of_all_ranks(self, compute: Callable[..., Any], given: Mapping[str, Tensor]) -> Any:
-        """What the engine computes, of the layers that have factors.
+        """The engine's result for the layers that have factors; others are left unchanged.
 
-        A layer without a token this time stays where it is. Of ranks that are on their own: the
-        mean of their results, weighted by the labels behind their factors; collective.
+        With factors of each rank's own, the result is the mean over the ranks, weighted by the
+        labels behind their factors; collective.
 
         Raises:
-            CurvatureError: no rank has factors, or one cannot compute; the same on all.
+            CurvatureError: no rank has factors, or one rank fails; the same on all ranks.
         """
         if self.ranks.size == 1:
             result, missing = compute(given, self.model), set(self.kfac.uncovered)
@@ -401,13 +384,12 @@ class KFACOptimizer(torch.optim.Optimizer):
         for name, total in weights.items():
             if total == 0:
                 continue
-            value = own[name] * (weight / total) if name in covered else None
-            like = torch.zeros_like(whole[name], dtype=torch.float64)
-            mean[name] = self.ranks.all_reduce(like if value is None else value.double())
+            if name in covered:
+                part = (own[name] * (weight / total)).double()
+            else:
+                part = torch.zeros_like(whole[name], dtype=torch.float64)
+            mean[name] = self.ranks.all_reduce(part)
         return wrappers.as_given(mean, given, self.model)
-
-    def _product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._of_all_ranks(self.kfac.compute_fisher_vector_product, vectors)
 
     def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
         decay = self.param_groups[COVERED]["momentum"]
@@ -420,28 +402,24 @@ class KFACOptimizer(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(self._names[name])
         return state["momentum"].mul_(decay).add_(natural)
 
-    def _copies(self) -> dict[str, Tensor]:
-        named = unwrap(self.model).named_parameters()
-        return {n: p.detach().clone() for n, p in named if p.grad is not None}
-
     def _predicted(self, before: Mapping[str, Tensor], cut: float) -> float:
-        """``<g, d> + d^T F d / 2`` of what the step did, ``F`` undamped (K-FAC's).
+        """``<g, d> + d^T F d / 2`` for the step ``d``, with K-FAC's undamped ``F``.
 
-        ``d`` has the weight decay in it and what AdamW did. Of the parameters that K-FAC does not
-        cover there is no ``F``: they come in with ``<g, d>`` alone.
+        ``d`` includes weight decay and the steps of AdamW. Parameters that K-FAC does not cover
+        have no ``F``; they contribute ``<g, d>`` alone.
         """
         named = dict(unwrap(self.model).named_parameters())
         change = {name: named[name] - old for name, old in before.items()}
         gradients: dict[str, Tensor] = {n: named[n].grad for n in change}  # type: ignore[misc]
         covered = {name: d for name, d in change.items() if name in self._names}
-        product = self._product(covered)
+        product = self._of_all_ranks(self.kfac.compute_fisher_vector_product, covered)
         linear = wrappers.inner(gradients, change) / cut
         return linear + 0.5 * wrappers.inner(covered, product)
 
     # ---- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: momentum, AdamW, factors, damping, counters."""
+        """Everything that the next step depends on: momentum, AdamW, factors, damping, counters."""
         state = super().state_dict()
         state["kfac"] = self.kfac.state_dict(self.model) if self.kfac.kfac_factors else None
         state["rest"] = None if self.rest is None else self.rest.state_dict()
@@ -451,13 +429,12 @@ class KFACOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave; the next step is the one that would have been.
+        """Restores what :meth:`state_dict` returned, so that training continues exactly.
 
         Raises:
             fisher_lab.curvature.errors.CurvatureError: factors of another model.
         """
-        own = {key: state_dict[key] for key in ("state", "param_groups")}
-        super().load_state_dict(own)
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         if self.rest is not None and state_dict["rest"] is not None:
             self.rest.load_state_dict(state_dict["rest"])
         if state_dict["kfac"] is not None:

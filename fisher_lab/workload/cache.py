@@ -1,4 +1,4 @@
-"""Where tokenizers and checkpoints are kept between runs, and how their names are made."""
+"""The cache of tokenizers and checkpoints, and the hashes that name and verify them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def directory(cache_dir: str | None) -> Path:
 
 
 def key_of(content: dict[str, Any]) -> str:
-    """A stable name, 16 hexadecimal digits, for what is made from ``content`` (JSON-able)."""
+    """A hash of ``content`` (JSON-able) with 16 hexadecimal digits, as a stable name."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
 
 
 def sha256_of(*files: Path) -> str:
-    """Hash of the files' names and contents, read in blocks."""
+    """Hash of the files' names and contents."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -84,19 +85,11 @@ def verified_record(directory: Path) -> dict[str, Any]:
 
 
 def _train(
-    inputs: Inputs,
-    path: Path,
-    partial: Path,
-    progress: Progress,
-    signals: Watch | None,
+    inputs: Inputs, path: Path, partial: Path, progress: Progress, signals: Watch | None
 ) -> None:
     config = inputs.cfg.model
-    recipe = config.recipe
     run = TrainingRun(
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        seq_len=recipe.seq_len,
-        lr=recipe.lr,
+        **dataclasses.asdict(config.recipe),
         seed=config.train_seed,
         optimizer=OptimizerConfig(),
         eval_every=EVAL_EVERY,

@@ -101,33 +101,29 @@ def _check_lengths(cfg: Config) -> None:
 
 
 def _pretrained(model: ModelConfig) -> dict[str, Any]:
-    assert model.name_or_path is not None  # the schema's check
-    path = Path(model.name_or_path).expanduser()
+    """The files of a directory by content, or the commit of a name on the hub.
+
+    The commit comes from the hub or, offline, from its local cache.
+    """
+    name = model.name_or_path
+    assert name is not None  # the schema's check
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError.value(
-                "model.name_or_path",
-                model.name_or_path,
-                "a directory with a config.json, as save_pretrained writes it",
-            )
+            allowed = "a directory with a config.json, as save_pretrained writes it"
+            raise ConfigError.value("model.name_or_path", name, allowed)
         files = sorted({file for pattern in WEIGHTS for file in path.glob(pattern)})
         return {"files": cache.sha256_of(*files)}
-    if path.exists() or model.name_or_path.startswith((".", "/", "~")):
+    if path.exists() or name.startswith((".", "/", "~")):
         raise _no_model(model, "there is no such directory")
-    return {"hub": model.name_or_path, "commit": _commit(model)}
-
-
-def _commit(model: ModelConfig) -> str:
-    """The commit of a name on the hub, from the hub or, offline, from its local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    assert model.name_or_path is not None
     try:
-        file = hf_hub_download(model.name_or_path, "config.json", revision=model.revision)
+        file = hf_hub_download(name, "config.json", revision=model.revision)
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         raise _no_model(model, f"{type(error).__name__}: {error}") from error
-    return Path(file).parent.name
+    return {"hub": name, "commit": Path(file).parent.name}
 
 
 def _no_model(model: ModelConfig, why: str) -> ConfigError:

@@ -1,7 +1,7 @@
 """Tokens of both sides of the split, and the windows that batches are cut from.
 
-Batch number ``index`` is a pure function of ``(side, seed, index)``: a training needs to remember
-only how many batches it has seen, and two runs with one seed see the same ones.
+A batch is a pure function of ``(side, seed, index)``: a training has to remember only the number of
+batches that it has seen, and two runs with the same seed see the same ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SIDE_NUMBER = {"train": 0, "heldout": 1}
 
 @dataclass(frozen=True)
 class Stream:
-    """The tokens of one side, passage after passage, each with the end-of-text token behind it.
+    """The tokens of one side: its passages, each followed by the end-of-text token.
 
     Attributes:
         ids: Token numbers, ``[n]``, int64.
@@ -60,8 +60,7 @@ def encode(
     passages: tuple[Sequence[Passage], Sequence[Passage]], tokenizer: PreTrainedTokenizerBase
 ) -> Corpus:
     """Tokenize train and held-out passages."""
-    train, heldout = (_encode(side, tokenizer) for side in passages)
-    return Corpus(train, heldout)
+    return Corpus(*(_encode(side, tokenizer) for side in passages))
 
 
 def _encode(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> Stream:
@@ -79,7 +78,7 @@ def _encode(passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def generator(side: Side, seed: int, index: int) -> np.random.Generator:
-    """The random numbers that belong to one batch."""
+    """The random numbers of one batch."""
     return np.random.default_rng([seed, _SIDE_NUMBER[side], index])
 
 
@@ -88,16 +87,16 @@ def windows(
 ) -> np.ndarray:
     """The token windows of one batch.
 
-    Of the train side each begins anywhere; the held-out side is cut into windows that do not
-    overlap, handed out in an order that ``seed`` shuffles, from the start again after the last.
+    Windows of the train side may begin anywhere. The held-out side is cut into windows that do not
+    overlap; they are used in an order shuffled by ``seed``, starting over after the last.
 
     Args:
         corpus: The tokens.
         side: ``train`` or ``heldout``.
-        index: The batch's number.
-        seed: Of the draw.
+        index: Number of the batch.
+        seed: Seed of the draw.
         count: Windows in the batch.
-        length: Tokens a window.
+        length: Tokens per window.
 
     Returns:
         Token numbers, ``[count, length]``, int64.

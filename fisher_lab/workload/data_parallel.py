@@ -144,14 +144,9 @@ class DataParallel:
         A batch without a sequence for this rank is left out. Under ``fully_shard``, whose forward
         pass is collective, a batch without labels takes its place.
         """
-        found = []
-        for batch in batches:
-            own = self._slice(batch)
-            if own is not None:
-                found.append(own)
-            elif self.sharded:
-                found.append(_without_labels(batch))
-        return found
+        instead = _without_labels if self.sharded else (lambda batch: None)
+        own = (self._slice(batch) or instead(batch) for batch in batches)
+        return [batch for batch in own if batch is not None]
 
     def _slice(self, batch: Batch) -> Batch | None:
         """This rank's sequences of a batch, or None if it has none."""

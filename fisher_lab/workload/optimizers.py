@@ -29,23 +29,19 @@ log = logging.getLogger(__name__)
 
 
 class KFACUpdater(Updater):
-    """Steps of a `KFACOptimizer`, with refreshes of its factors and the reduction ratio.
+    """Steps of a `KFACOptimizer`, with refreshes of its factors and the reduction ratio."""
 
-    The arguments are those of `Updater`.
-    """
+    @property
+    def optimizer(self) -> KFACOptimizer:
+        """The only optimiser."""
+        (optimizer,) = self.optimizers
+        assert isinstance(optimizer, KFACOptimizer)
+        return optimizer
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: losses.LossFunction | None,
-        run: TrainingRun,
-        optimizer: KFACOptimizer,
-        parallel: DataParallel,
-    ) -> None:
-        super().__init__(model, loss_fn, run, [optimizer], parallel)
-        self.optimizer = optimizer
-        # Each rank has factors of its own.
-        self._separate = parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
+    @property
+    def _separate(self) -> bool:
+        """Whether each rank has factors of its own."""
+        return self.parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
 
     @override
     def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
@@ -145,13 +141,7 @@ def make(
     run: TrainingRun,
     parallel: DataParallel = ONE_PROCESS,
 ) -> Updater:
-    """The updater of a training, by ``run.optimizer.name``.
-
-    Args:
-        model: The model, prepared by `DataParallel.prepare`.
-        loss_fn: None for a Hugging Face model.
-        run: The training.
-        parallel: The processes that train together.
+    """The updater of a training, by ``run.optimizer.name``; the arguments are those of `Updater`.
 
     Raises:
         ConfigError: There is no optimiser of that name.
@@ -168,7 +158,8 @@ def make(
         case "muon":
             optimizers = _muon(model, parameters, config)
         case "kfac" | "ekfac":
-            return KFACUpdater(model, loss_fn, run, _kfac(model, run, parallel), parallel)
+            kfac = _kfac(model, run, parallel)
+            return KFACUpdater(model, loss_fn, run, [kfac], parallel)
         case _:
             raise ConfigError.value(
                 "optimizer.name", config.name, "one of " + ", ".join(OPTIMIZERS)

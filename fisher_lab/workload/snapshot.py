@@ -1,6 +1,7 @@
-"""State of a training in one safetensors file: tensors as tensors, all else as JSON in its header.
+"""The state of a training in one safetensors file: tensors, and everything else as JSON.
 
-One file, so that a rename replaces all of it at once; no pickle, so that reading one runs nothing.
+The JSON is in the file's header. One file is replaced as a whole by a rename, and reading it
+executes no code, as a pickle would.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from fisher_lab.runs import atomic
 
 
 class SnapshotError(RuntimeError):
-    """A snapshot cannot be read, or is of another training."""
+    """A snapshot cannot be read or belongs to another training."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write nested dicts, lists and tuples of tensors and JSON values, atomically.
 
     Raises:
-        TypeError: Something is neither.
+        TypeError: A value is neither.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _pack(state, tensors, "")
@@ -69,7 +70,7 @@ def from_tensor(received: Tensor) -> Any:
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, Tensor):
-        # A copy: safetensors refuses two names for one memory, and the training goes on.
+        # A copy: safetensors refuses two names for one memory, and the training continues.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
@@ -117,7 +118,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the generators as `random_state` found them."""
+    """Set the generators to the state that `random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

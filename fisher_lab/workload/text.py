@@ -1,7 +1,8 @@
-"""The text that everything is done on: where it comes from, and what is held out of it."""
+"""The text that everything is computed on: where it comes from, and what is held out of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import DataConfig
 
 PIECE_CHARACTERS = 2048
-"""The text is split into train and held-out in pieces of about this size, at line ends."""
+"""The text is split into train and held-out pieces of about this size, at line ends."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Text:
     """Documents in a fixed order.
 
     Attributes:
-        documents: Name and content of each, none empty.
+        documents: Name and content of each; none is empty.
         sha256: Hash of all names and contents.
     """
 
@@ -32,7 +33,7 @@ class Text:
 
     @property
     def characters(self) -> int:
-        """Length of all documents together."""
+        """Total length of the documents."""
         return sum(len(content) for _, content in self.documents)
 
 
@@ -42,7 +43,7 @@ class Passage:
 
     Attributes:
         document: The document's index.
-        content: The stretch itself.
+        content: The text of the stretch.
     """
 
     document: int
@@ -50,53 +51,36 @@ class Passage:
 
 
 def load(data: DataConfig) -> Text:
-    """Read the text that a configuration names; a second call with the same one is free.
+    """Read the text that a configuration names; a second call with the same one reads nothing.
 
     Raises:
         ConfigError: The path does not exist, holds no text or cannot be read.
     """
-    return _load(
-        data.type, data.path, data.pattern, data.subset, data.split, data.column, data.revision
-    )
+    return _load(*dataclasses.astuple(data))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(
-    kind: str,
-    path: str | None,
-    pattern: str,
-    subset: str | None,
-    split: str,
-    column: str,
-    revision: str | None,
-) -> Text:
-    if kind == "pydoc":
-        documents = _pydoc()
-    elif path is None:
-        raise ConfigError.value("data.path", path, f"given with data.type={kind}")
-    elif kind == "text_file":
-        documents = _files(Path(path).expanduser(), pattern)
+def _load(*fields: Any) -> Text:
+    data = DataConfig(*fields)
+    if data.type == "pydoc":
+        from pydoc_data import topics
+
+        documents = sorted(topics.topics.items())
+    elif data.path is None:
+        raise ConfigError.value("data.path", None, f"given with data.type={data.type}")
+    elif data.type == "text_file":
+        documents = _files(Path(data.path).expanduser(), data.pattern)
     else:
-        documents = _data_set(path, subset, split, column, revision)
+        documents = _data_set(data, data.path)
     documents = [(name, content) for name, content in documents if content.strip()]
     if not documents:
-        raise ConfigError.value("data.path", path, "a place where there is some text")
-    return Text(tuple(documents), _hash(documents))
-
-
-def _hash(documents: list[tuple[str, str]]) -> str:
+        raise ConfigError.value("data.path", data.path, "a place where there is some text")
     digest = hashlib.sha256()
     for part in itertools.chain.from_iterable(documents):
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
-    return digest.hexdigest()
-
-
-def _pydoc() -> list[tuple[str, str]]:
-    from pydoc_data import topics
-
-    return sorted(topics.topics.items())
+    return Text(tuple(documents), digest.hexdigest())
 
 
 def _files(path: Path, pattern: str) -> list[tuple[str, str]]:
@@ -124,9 +108,7 @@ def _read(file: Path) -> str:
         raise ConfigError(f"data.path: {file} cannot be read: {error.strerror}") from error
 
 
-def _data_set(
-    path: str, subset: str | None, split: str, column: str, revision: str | None
-) -> list[tuple[str, str]]:
+def _data_set(data: DataConfig, path: str) -> list[tuple[str, str]]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -140,46 +122,47 @@ def _data_set(
     try:
         if directory.is_dir():
             rows: Any = datasets.load_from_disk(str(directory))
-            rows = rows[split] if isinstance(rows, dict) else rows
+            rows = rows[data.split] if isinstance(rows, dict) else rows
         else:
-            rows = datasets.load_dataset(path, subset, split=split, revision=revision)
-    except Exception as error:  # the library's errors are of many kinds; all mean this
+            rows = datasets.load_dataset(
+                path, data.subset, split=data.split, revision=data.revision
+            )
+    except Exception as error:  # the library raises errors of many types
         raise ConfigError(
-            f"data.path={path} (data.subset={subset}, data.split={split}) cannot be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"data.path={path} (data.subset={data.subset}, data.split={data.split}) cannot be "
+            f"loaded: {type(error).__name__}: {error}"
         ) from error
-    if column not in rows.column_names:
-        raise ConfigError.value("data.column", column, "one of " + ", ".join(rows.column_names))
-    return [(str(number), str(content)) for number, content in enumerate(rows[column])]
+    if data.column not in rows.column_names:
+        allowed = "one of " + ", ".join(rows.column_names)
+        raise ConfigError.value("data.column", data.column, allowed)
+    return [(str(number), str(content)) for number, content in enumerate(rows[data.column])]
 
 
 def split(text: Text, heldout_fraction: float) -> tuple[list[Passage], list[Passage]]:
     """Split a text into train and held-out passages, the same for every seed.
 
-    Every document is cut into pieces at line ends; the held-out ones are spread evenly through the
-    text, so that both sides have passages of every document that is long enough.
+    Every document is cut into pieces at line ends. The held-out pieces are spread evenly through
+    the text, so that both sides have passages of every document that is long enough.
 
     Returns:
-        Train and held-out passages; neighbouring pieces of the same side are one passage.
+        Train and held-out passages; neighbouring pieces of the same side form one passage.
     """
     size = min(PIECE_CHARACTERS, max(64, int(text.characters * heldout_fraction / 4)))
     sides: tuple[list[Passage], list[Passage]] = ([], [])
-    number = 0
+    number = itertools.count()
     for index, (_, content) in enumerate(text.documents):
         labelled = []
         for piece in _pieces(content, size):
-            held = math.floor((number + 1) * heldout_fraction) > math.floor(
-                number * heldout_fraction
-            )
+            at = next(number)
+            held = math.floor((at + 1) * heldout_fraction) > math.floor(at * heldout_fraction)
             labelled.append((held, piece))
-            number += 1
         for held, run in itertools.groupby(labelled, key=lambda pair: pair[0]):
             sides[held].append(Passage(index, "".join(piece for _, piece in run)))
     return sides
 
 
 def _pieces(content: str, size: int) -> Iterator[str]:
-    """Cut at the first line end after ``size`` characters, or at twice that where there is none."""
+    """Cut at the first line end after ``size`` characters, at the latest after twice as many."""
     start = 0
     while start < len(content):
         end = content.find("\n", start + size, start + 2 * size)

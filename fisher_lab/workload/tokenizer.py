@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 PAD, EOS, MASK, CLS, SEP = "<pad>", "<eos>", "<mask>", "<cls>", "<sep>"
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(SPECIAL_TOKENS - 5))
 SPECIALS = (PAD, EOS, MASK, CLS, SEP, *SENTINELS)
-"""Every model's special tokens, so that one tokenizer serves all of them."""
+"""The special tokens of all models, so that one tokenizer serves all of them."""
 
 RECIPE = 1
-"""Raised when the same text would give another tokenizer than before."""
+"""Raised when the same text gives another tokenizer than before."""
 
 
 def key(passages: Sequence[Passage], vocab_size: int) -> str:
-    """The tokenizer's name in the cache: a hash of all it is made from. Trains nothing."""
+    """The tokenizer's name in the cache: a hash of everything that its training depends on."""
     digest = hashlib.sha256()
     for passage in passages:
         digest.update(passage.content.encode("utf-8", "surrogatepass") + b"\0")
@@ -47,8 +47,8 @@ def cached(passages: Sequence[Passage], vocab_size: int, cache_directory: Path) 
     """Train the tokenizer unless the cache has it.
 
     Args:
-        passages: The training text (nothing held out).
-        vocab_size: Tokens in all, the special ones among them.
+        passages: The training text, without held-out passages.
+        vocab_size: Number of tokens, including the special ones.
         cache_directory: Root of the cache.
 
     Returns:
@@ -72,13 +72,13 @@ def load(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary, with its numbers, special tokens among it."""
+    """Hash of the vocabulary with its numbers and special tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The numbers of ``<extra_id_0>``, ``<extra_id_1>`` and so on, as far as they go.
+    """The numbers of ``<extra_id_0>``, ``<extra_id_1>`` and so on.
 
     Raises:
         ConfigError: There is none.
@@ -94,7 +94,7 @@ def sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def train(passages: Sequence[Passage], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer; any text can be encoded and comes back unchanged."""
+    """Train a byte-level BPE tokenizer, which encodes and restores any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

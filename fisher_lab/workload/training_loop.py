@@ -72,8 +72,9 @@ def train(
         fisher_lab.runs.signals.Interrupted: A signal came; the state is saved.
     """
     loop = _Loop(model, objective, run, directory, parallel)
-    start = loop.restore()
-    end = start if loop.diverged_at is not None else run.steps
+    result = loop.result
+    start = result.resumed_at = loop.restore()
+    end = start if result.diverged_at is not None else run.steps
     deferred: AbstractContextManager[Pending | None] = (
         nullcontext() if signals is None else signals.deferred()
     )
@@ -81,10 +82,10 @@ def train(
         loop.saved_at = time.monotonic()
         for step in track(range(start, end), label, end - start):
             loop.step(step)
-            if loop.diverged_at is not None:
+            if result.diverged_at is not None:
                 break
             if step + 1 < run.steps:
-                on_row(loop.curve.rows[-1])
+                on_row(result.curve.rows[-1])
             came = 0 if pending is None else pending()
             came, due = parallel.agree(came, time.monotonic() - loop.saved_at >= save_every_s)
             if came or due:
@@ -94,9 +95,9 @@ def train(
                 pending.stop()
             if after_step is not None:
                 after_step(step + 1)
-        loop.save(len(loop.curve.rows))
-    result = loop.result(start)
-    on_row(loop.curve.rows[-1])
+        loop.save(len(result.curve.rows))
+    loop.finish()
+    on_row(result.curve.rows[-1])
     return result
 
 
@@ -114,15 +115,13 @@ class _Loop:
         self.model, self.objective, self.run = model, objective, run
         self.directory, self.parallel = directory, parallel
         self.updater = optimizers.make(model, objective.loss_fn, run, parallel)
-        self.curve = Curve()
-        self.seconds = 0.0
-        self.evaluation_seconds = 0.0
-        self.diverged_at: int | None = None
+        self.result = Result()
+        self.size: Any = {"batch_size": run.batch_size, "seq_len": run.seq_len}
         self.saved_at = time.monotonic()
 
     def step(self, step: int) -> None:
         """Do step number ``step``, from 0, and append its row to the curve."""
-        run, began = self.run, time.perf_counter()
+        run, result, began = self.run, self.result, time.perf_counter()
         self.model.train()
         rate = optimizers.rate(step, run.steps, run.lr, run.optimizer)
         row: dict[str, Any] = {
@@ -134,61 +133,48 @@ class _Loop:
             row |= self.updater.step(self.batch(step), rate, lambda k: self.batch(step + k))
         except Diverged as stop:
             row |= stop.row
-            self.diverged_at = step + 1
-        self.seconds += time.perf_counter() - began
-        row["seconds"] = self.seconds
-        self.curve.rows.append(row)
+            result.diverged_at = step + 1
+        result.seconds += time.perf_counter() - began
+        row["seconds"] = result.seconds
+        result.curve.rows.append(row)
         factor = math.inf if run.divergence_factor is None else run.divergence_factor
-        limit = factor * self.curve.rows[0]["loss"]
+        limit = factor * result.curve.rows[0]["loss"]
         if not math.isfinite(row["loss"]) or row["loss"] > limit:
-            self.diverged_at = step + 1
+            result.diverged_at = step + 1
         elif (step + 1) % run.eval_every == 0 and step + 1 < run.steps:
             row["heldout_loss"] = self.heldout_loss(evaluation.FEW_BATCHES)
             self.parallel.check_weights(self.model)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, on the model's device."""
-        run = self.run
-        batch = self.objective.batch(
-            "train", step, seed=run.seed, batch_size=run.batch_size, seq_len=run.seq_len
-        )
+        batch = self.objective.batch("train", step, seed=self.run.seed, **self.size)
         return losses.prepare(self.model, batch)
 
     def heldout_loss(self, limit: int | None) -> float:
         """The held-out loss; the time that it takes is added up."""
         began = time.perf_counter()
         loss = evaluation.heldout_loss(
-            self.model,
-            self.objective,
-            batch_size=self.run.batch_size,
-            seq_len=self.run.seq_len,
-            limit=limit,
-            parallel=self.parallel,
+            self.model, self.objective, **self.size, limit=limit, parallel=self.parallel
         )
-        self.evaluation_seconds += time.perf_counter() - began
+        self.result.evaluation_seconds += time.perf_counter() - began
         return loss
 
     def save(self, steps: int) -> None:
         """Write curve and state; the curve first, so that it has every step of the state."""
-        parallel = self.parallel
-        model = parallel.gather_shards(dict(_weights(self.model)))
-        updater = parallel.gather_shards(self.updater.state_dict())
-        random = parallel.gather_states(snapshot.random_state())
+        parallel, result = self.parallel, self.result
+        state = {
+            "fingerprint": self.run.fingerprint,
+            "steps": steps,
+            "seconds": result.seconds,
+            "evaluation_seconds": result.evaluation_seconds,
+            "diverged_at": result.diverged_at,
+            "model": parallel.gather_shards(dict(_weights(self.model))),
+            "updater": parallel.gather_shards(self.updater.state_dict()),
+            "random": parallel.gather_states(snapshot.random_state()),
+        }
         if parallel.is_rank_zero:
-            self.curve.write(self.directory / CURVE_FILE)
-            snapshot.save(
-                self.directory / STATE_FILE,
-                {
-                    "fingerprint": self.run.fingerprint,
-                    "steps": steps,
-                    "seconds": self.seconds,
-                    "evaluation_seconds": self.evaluation_seconds,
-                    "diverged_at": self.diverged_at,
-                    "model": model,
-                    "updater": updater,
-                    "random": random,
-                },
-            )
+            result.curve.write(self.directory / CURVE_FILE)
+            snapshot.save(self.directory / STATE_FILE, state)
         parallel.first_problem(None)  # no rank continues or ends before everything is written
         self.saved_at = time.monotonic()
 
@@ -202,10 +188,9 @@ class _Loop:
             for name, tensor in _weights(self.model):
                 tensor.copy_(wrappers.like(state["model"][name], tensor))
         self.updater.load_state_dict(state["updater"])
-        self.curve = Curve(state["curve"])
-        self.seconds = state["seconds"]
-        self.evaluation_seconds = state["evaluation_seconds"]
-        self.diverged_at = state["diverged_at"]
+        self.result.curve = Curve(state["curve"])
+        for name in ("seconds", "evaluation_seconds", "diverged_at"):
+            setattr(self.result, name, state[name])
         snapshot.restore_random_state(state["random"][self.parallel.rank])
         return state["steps"]
 
@@ -224,29 +209,19 @@ class _Loop:
         curve = Curve.read(self.directory / CURVE_FILE, state["steps"])
         return {**state, "curve": curve.rows}
 
-    def result(self, start: int) -> Result:
+    def finish(self) -> None:
         """Evaluate on all held-out text, and put the loss into the last row of the curve."""
-        final = self.heldout_loss(None)
+        result = self.result
+        rows = result.curve.rows
+        result.heldout_loss = rows[-1]["heldout_loss"] = self.heldout_loss(None)
         self.model.eval()
         self.parallel.check_weights(self.model)
-        self.curve.rows[-1]["heldout_loss"] = final
         if self.parallel.is_rank_zero:
-            self.curve.write(self.directory / CURVE_FILE)
-        seen = [row["heldout_loss"] for row in self.curve.rows if "heldout_loss" in row]
-        best = min((loss for loss in seen if math.isfinite(loss)), default=math.nan)
-        baseline = evaluation.baseline_loss(
-            self.objective, batch_size=self.run.batch_size, seq_len=self.run.seq_len
-        )
-        return Result(
-            curve=self.curve,
-            heldout_loss=final,
-            best_heldout_loss=best,
-            baseline_loss=baseline,
-            seconds=self.seconds,
-            evaluation_seconds=self.evaluation_seconds,
-            resumed_at=start,
-            diverged_at=self.diverged_at,
-        )
+            result.curve.write(self.directory / CURVE_FILE)
+        seen = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+        finite = (loss for loss in seen if math.isfinite(loss))
+        result.best_heldout_loss = min(finite, default=math.nan)
+        result.baseline_loss = evaluation.baseline_loss(self.objective, **self.size)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -103,30 +103,30 @@ class Curve:
         return cls(rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """The result of a training.
+    """The result of a training, and its state on the way.
 
     Attributes:
         curve: One row per step.
+        seconds: Time in steps, in all attempts together, without held-out evaluations.
+        evaluation_seconds: Time in held-out evaluations.
+        diverged_at: The step (from 1) at which the training diverged, or None.
+        resumed_at: The step at which this attempt began.
         heldout_loss: Final loss over all held-out text, in nats per label.
         best_heldout_loss: The lowest held-out loss during the training (over fewer batches) or at
             its end.
         baseline_loss: The trivial model's loss on the same held-out labels.
-        seconds: Time in steps, in all attempts together, without held-out evaluations.
-        evaluation_seconds: Time in held-out evaluations.
-        resumed_at: The step at which this attempt began.
-        diverged_at: The step (from 1) at which the training diverged, or None.
     """
 
-    curve: Curve
-    heldout_loss: float
-    best_heldout_loss: float
-    baseline_loss: float
-    seconds: float
-    evaluation_seconds: float
-    resumed_at: int
-    diverged_at: int | None
+    curve: Curve = field(default_factory=Curve)
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    diverged_at: int | None = None
+    resumed_at: int = 0
+    heldout_loss: float = math.nan
+    best_heldout_loss: float = math.nan
+    baseline_loss: float = math.nan
 
     def reached(self, target: float) -> dict[str, Any] | None:
         """The first row of the curve whose held-out loss is at or under ``target``, or None."""
