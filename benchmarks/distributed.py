@@ -1,19 +1,19 @@
-"""Time, bytes and memory of `gather` against `gram`, beside the formulas of docs/math.md, 7.
+"""Time, bytes and memory of `gather` and `gram`, with the formulas of docs/math.md, section 7.
 
     python benchmarks/distributed.py [--ranks 1 2 4] [--widths 1024 4096] [--tokens 128 512]
                                      [--max-columns 768] [--out DIRECTORY]
     python benchmarks/distributed.py --plan     # the same formulas for 64 and 1024 GPUs
 
-One linear layer (512 inputs, no bias) under a softmax loss, `--tokens` a rank, token gradients in
-float32, factors and products in float64; gloo on the loopback device, one thread a rank. Every
-case runs in R fresh processes. With `--max-columns`, the widest layer once more at the most tokens,
-with that many columns kept of the tokens of all ranks.
+The workload is one linear layer (512 inputs, no bias) with a softmax loss and `--tokens` tokens per
+rank; token gradients are float32, factors and products float64. The ranks use gloo on the loopback
+device with one thread each. Every case runs in R fresh processes. With `--max-columns`, the widest
+layer runs again with the most tokens and at most that many columns of the tokens of all ranks.
 
-Seconds and memory are those of the slowest and the largest rank. `sent` are the bytes that a rank
-sends by the counters (which know the algorithms, not the wire), `formula` what section 7 gives for
-them; `kernel / sent` is what the kernel saw on the loopback device meanwhile in units of the sum
-of `sent`, with headers and whatever else used the device. Exit code 1 if bytes and formula, or the
-shares of `U` that a rank keeps in `gram` as R grows, are more than 10 % apart.
+Seconds and memory are those of the slowest and of the largest rank. `sent` are the bytes that a
+rank sends according to the counters (which know the algorithms, not the wire), and `formula` are
+those of section 7; `kernel / sent` is the kernel's count for the loopback device divided by the sum
+of `sent`, including headers and all other traffic of the device. The exit code is 1 if bytes and
+formula, or the shares of `U` that a rank keeps in `gram` as R grows, differ by more than 10 %.
 """
 
 from __future__ import annotations

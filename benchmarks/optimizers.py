@@ -1,19 +1,19 @@
-"""The optimisers of ``task=train`` side by side: the table of docs/training.md.
+"""A comparison of the optimisers of ``task=train``: the table of docs/training.md.
 
 Each optimiser gets its learning rate from a grid of seven over three decades (half a decade apart)
-on seed 0; at the best one, more seeds follow, paired: the same initial weights and batches for
-every optimiser. A cell is written when it is done, and is not done again::
+on seed 0. Further seeds follow at the best rate; they are paired, with the same initial weights and
+batches for every optimiser. A finished cell is written to a file and not repeated::
 
     python benchmarks/optimizers.py --steps 400 --seeds 3 --out outputs/optimizers
 
-Seconds of cells that were run at different hours are no comparison. ``--rounds`` times the steps
-apart from the losses: one short training of each optimiser a round, at its best rate of the grid,
-nothing kept::
+Seconds of cells that ran at different times cannot be compared. ``--rounds`` measures the time of
+the steps separately, by one short training of each optimiser per round, at its best rate::
 
     python benchmarks/optimizers.py --steps 120 --rounds 3 --timed-steps 40
 
-``hidden-sgd`` is a control: what ``kfac`` does, with a damping so large that the preconditioner is
-a multiple of the identity, and no clipping: SGD in the hidden layers, AdamW where ``kfac`` has it.
+``hidden-sgd`` is a control: it is ``kfac`` without clipping and with a damping so large that the
+preconditioner is a multiple of the identity, which is SGD in the hidden layers and AdamW where
+``kfac`` uses AdamW.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Loading and tabulating many runs: 1,000 and 10,000 synthetic run directories, step by step.
+"""Loading and tabulating many runs: 1,000 and 10,000 synthetic run directories.
 
     python benchmarks/results.py [--runs 1000 10000] [--json FILE] [--keep DIRECTORY]
 
-The directories hold what real runs leave: a configuration of some 130 settings, provenance, 33
-metrics, and (with ``--layers``) ``layers.csv``. Every step runs in a fresh process; times are wall
-clock with CPU seconds beside them, memory is the peak resident set. The files are in the page
-cache. `benchmarks/results/` has the measurements: `--json benchmarks/results/results.json`.
+The directories have the content of real runs: a configuration of some 130 settings, provenance, 33
+metrics, and (with ``--layers``) ``layers.csv``. Every step runs in a fresh process: ``load`` reads
+the runs, ``table`` reads them and makes the ablation table, ``layers`` reads the layers. Times are
+wall clock and CPU seconds, memory is the peak resident set; the files are in the page cache.
+`benchmarks/results/results.json` has the last measurement.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def template() -> dict[str, Any]:
 
 
 def make(root: Path, runs: int, layers: bool) -> None:
-    """Write the directories: dampings by policies by kappas, the rest seeds; 1 in 100 failed."""
+    """Write the directories: a grid of settings with seeds; 1 % have failed."""
     rng = random.Random(0)
     base = template()
     cells = [(d, p, k) for d in DAMPINGS for p in POLICIES for k in KAPPAS]
@@ -66,7 +67,7 @@ def make(root: Path, runs: int, layers: bool) -> None:
         record["run_id"] = f"{i:016x}"
         record["overrides"] = [f"seed={seed}", *(f"kfac.{k}={v}" for k, v in kfac.items())]
         if i % 100 == 99:
-            record |= {"status": "failed", "error": {"type": "MemoryError", "message": "no room"}}
+            record |= {"status": "failed", "error": {"type": "MemoryError", "message": "full"}}
         folder = root / f"{i:016x}"
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps(record, indent=2))
@@ -80,7 +81,7 @@ def make(root: Path, runs: int, layers: bool) -> None:
 
 
 def step(name: str, root: Path) -> dict[str, Any]:
-    """One step in this process."""
+    """Run one step in this process."""
     from fisher_lab import results
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,7 +105,7 @@ def step(name: str, root: Path) -> dict[str, Any]:
 
 
 def measure(root: Path, layers: bool) -> list[dict[str, Any]]:
-    """All steps, each in a process of its own."""
+    """Run each step in a process of its own."""
     found = []
     names = ("load", "table", "layers") if layers else ("load", "table")
     for name in names:

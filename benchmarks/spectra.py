@@ -1,11 +1,11 @@
-"""Time and memory of the spectral engines against the straightforward way, in one run.
+"""Time and memory of the spectral engines compared with the direct method, in one run.
 
     python benchmarks/spectra.py [--samples 512] [--repeats 5] [--json FILE]
 
-A 4-layer GPT-2 (width 128, 2048 tokens tied, random weights), sequences of 128 tokens, float32.
-Every way runs in a process of its own, so that peak resident memory is its own; times are wall
-clock, and CPU seconds stand beside them for machines that are shared. `curvlinops` is measured
-where it is installed.
+The model is a GPT-2 with 4 layers (width 128, 2048 tied tokens, random weights) on sequences of 128
+tokens in float32. Every method runs in its own process, which gives its peak resident memory. Times
+are wall clock, with CPU seconds for machines that are shared. `curvlinops` is measured if it is
+installed.
 """
 
 from __future__ import annotations

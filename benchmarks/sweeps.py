@@ -1,10 +1,10 @@
-"""What a sweep costs beside its cells: ``python benchmarks/sweeps.py --cells 200``.
+"""The overhead of a sweep: ``python benchmarks/sweeps.py --cells 200``.
 
-The task is replaced by one that records a number and ends, so that what is left is the framework:
-composing and validating the cells, freezing them, claims, the journal and the records. With
-``local`` every cell also pays for a process and its imports, which are measured apart, by a process
-that imports what a worker does and ends. Processor seconds are of all processes together; they say
-more than the clock where the machine is shared.
+The task is replaced by one that records a number and ends. What remains is the framework: cells are
+composed, validated and frozen, and there are locks, the journal and the records. With ``local``,
+every cell also takes a process and its imports, which are measured separately by a process that
+imports what a worker imports. CPU seconds are the sum of all processes; on a shared machine they
+are more reliable than wall clock.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/kfac/accuracy.py [--out DIRECTORY]
 
-The trained default model (made on first use, then cached), its token gradients captured once and
-given to every setting: damping 1e-3 to 1e-10, storage dtype, policy, clipping off and on.
+The token gradients of the trained default model (trained on first use, then cached) are captured
+once and given to every setting: damping 1e-3 to 1e-10, storage dtype, policy, clipping off and on.
 
-The truth without clipping is computed with 64-bit mantissas (numpy's ``longdouble``), because
-dense float64 is itself wrong by about ``eps`` times the product of both condition numbers; its
-column stands beside the others. With clipping the matrices' condition numbers are at most 1e6 and
-dense float64 is the truth. Formulas: docs/math.md, sections 1 to 3.
+The reference without clipping is computed with 64-bit mantissas (numpy's ``longdouble``), because
+the relative error of dense float64 is about ``eps`` times the product of both condition numbers; a
+column shows it. With clipping the condition numbers are at most 1e6, and the reference is dense
+float64. Formulas: docs/math.md, sections 1 to 3.
 """
 
 from __future__ import annotations

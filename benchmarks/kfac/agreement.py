@@ -1,10 +1,10 @@
-"""K-FAC factors, Monte-Carlo and exact Fisher, and EKFAC beside curvlinops, on small models.
+"""K-FAC factors, Monte-Carlo and exact Fisher, and EKFAC against curvlinops, on small models.
 
     python benchmarks/kfac/agreement.py
 
-Float64, an MLP with biases and a LLaMA of four layers. Empirical and exact Fisher agree to
-rounding; Monte-Carlo draws differ between the libraries, so that both are compared with the exact
-Fisher over growing numbers of draws. Exits with 1 where a bound does not hold.
+The models are an MLP with biases and a LLaMA of four layers, in float64. Empirical and exact Fisher
+agree to rounding. Monte-Carlo draws differ between the libraries, so that both are compared with
+the exact Fisher for growing numbers of draws. The exit code is 1 if a bound does not hold.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the Woodbury side of a head costs time and memory, against outputs and against tokens.
+"""Time and memory of the Woodbury side of a head as functions of outputs and of tokens.
 
     python benchmarks/kfac/cost.py [--out DIRECTORY]
 

@@ -1,9 +1,8 @@
-"""The libraries, each behind the same three steps: factors, inversion, one application.
+"""The compared libraries, each behind the same three steps: factors, inversion, one application.
 
-An adapter does what its library's documentation says, nothing cleverer; what a library does in
-one step although it is two is counted where the library puts it. ``gradient`` is the mean
-gradient of the batch, computed outside what is measured, unless a library makes it along with
-its factors.
+An adapter follows its library's documentation. If a library does two steps in one, the time counts
+where the library spends it. ``gradient`` is the mean gradient of the batch; it is computed outside
+the measurement, unless a library computes it together with its factors.
 """
 
 from __future__ import annotations

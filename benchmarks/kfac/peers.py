@@ -1,14 +1,14 @@
-"""K-FAC beside other libraries: seconds, memory and error, in one run.
+"""K-FAC compared with other libraries: seconds, memory and error, in one run.
 
     python benchmarks/kfac/peers.py [--workload llama] [--repeats 5] [--out DIRECTORY]
 
-Each library runs in a process of its own, one after the other, round after round, with the same
-number of threads; a round's figures are compared within the round, and the table shows medians.
-``beyond`` is factors (with their forward and backward pass) + inversion + one application, less
-the forward and backward pass alone. ``error`` is the relative error of the natural gradient of
-the batch's own gradient against dense float64 with that library's own meaning of damping, the
-worst layer, at damping 1e-3 and 1e-5. Where a side is too wide for a dense matrix, the system is
-solved by conjugate gradients in float64 down to rounding, on some columns of the gradient.
+In each round, every library runs once in its own process, with the same number of threads. Figures
+are compared within a round, and the table shows medians. ``beyond`` is the time for factors (with
+their forward and backward pass), inversion and one application, minus that of the forward and
+backward pass alone. ``error`` is the relative error of the natural gradient of the batch's own
+gradient in the worst layer, at damping 1e-3 and 1e-5, against dense float64 with the library's own
+meaning of damping. If a side is too wide for a dense matrix, the system is solved by conjugate
+gradients in float64 down to rounding, for some columns of the gradient.
 """
 
 from __future__ import annotations

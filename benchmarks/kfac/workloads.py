@@ -1,4 +1,4 @@
-"""What the K-FAC benchmarks measure on: models from a seed, one batch, and the layers that count.
+"""The workloads of the K-FAC benchmarks: models from a seed, one batch, and the layers to measure.
 
 Every library gets the same model, batch, layers and Fisher kind: the empirical Fisher of the
 token-summed loss, all positions labelled and active, KFAC-expand.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Causal(nn.Module):
-    """A causal language model as the libraries want it: token indices to logits ``[N, C]``.
+    """A causal language model with the libraries' interface: token indices to logits ``[N, C]``.
 
     The label of a position is the next token; the last position of a sequence is cut off, so
     that every position counts and no library has to know about masks.

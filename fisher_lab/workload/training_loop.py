@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +102,20 @@ def train(
     return result
 
 
+@dataclass
 class _Loop:
     """The state of a running training, and the steps that change it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        run: TrainingRun,
-        directory: Path,
-        parallel: DataParallel,
-    ) -> None:
-        self.model, self.objective, self.run = model, objective, run
-        self.directory, self.parallel = directory, parallel
-        self.updater = optimizers.make(model, objective.loss_fn, run, parallel)
+    model: nn.Module
+    objective: Objective
+    run: TrainingRun
+    directory: Path
+    parallel: DataParallel
+
+    def __post_init__(self) -> None:
+        self.updater = optimizers.make(self.model, self.objective.loss_fn, self.run, self.parallel)
         self.result = Result()
-        self.size: Any = {"batch_size": run.batch_size, "seq_len": run.seq_len}
+        self.size: Any = {"batch_size": self.run.batch_size, "seq_len": self.run.seq_len}
         self.saved_at = time.monotonic()
 
     def step(self, step: int) -> None:
