@@ -122,20 +122,12 @@ def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes
 
 def _configuration(hf: Any, model: ModelConfig, common: dict[str, Any]) -> Any:
     inner = model.mlp_width or 4 * model.width
-    positions = model.positions or model.recipe.seq_len
     # 0.02 is too little for a narrow model: the deviation scales as 1 / sqrt(width).
     deviation = BASE_DEVIATION * math.sqrt(BASE_WIDTH / model.width)
-    sizes = {
-        "hidden_size": model.width,
-        "intermediate_size": inner,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "initializer_range": deviation,
-    }
     match model.type:
         case "gpt2":
             return hf.GPT2Config(
-                n_positions=positions,
+                n_positions=model.positions or model.recipe.seq_len,
                 n_embd=model.width,
                 n_layer=model.layers,
                 n_head=model.heads,
@@ -147,30 +139,40 @@ def _configuration(hf: Any, model: ModelConfig, common: dict[str, Any]) -> Any:
                 initializer_range=deviation,
                 **common,
             )
-        case "llama":
-            return hf.LlamaConfig(
-                num_key_value_heads=model.kv_heads or model.heads,
-                max_position_embeddings=model.positions or 2048,
-                attention_dropout=model.dropout,
-                **sizes,
+        case "t5":
+            return hf.T5Config(
+                d_model=model.width,
+                d_kv=model.width // model.heads,
+                d_ff=inner,
+                num_layers=model.layers,
+                num_decoder_layers=model.layers,
+                num_heads=model.heads,
+                dropout_rate=model.dropout,
                 **common,
             )
-        case "bert":
-            return hf.BertConfig(
-                max_position_embeddings=positions,
-                hidden_dropout_prob=model.dropout,
-                attention_probs_dropout_prob=model.dropout,
-                **sizes,
-                **common,
-            )
-    return hf.T5Config(
-        d_model=model.width,
-        d_kv=model.width // model.heads,
-        d_ff=inner,
-        num_layers=model.layers,
-        num_decoder_layers=model.layers,
-        num_heads=model.heads,
-        dropout_rate=model.dropout,
+    return _llama_or_bert(hf, model, {"initializer_range": deviation, **common})
+
+
+def _llama_or_bert(hf: Any, model: ModelConfig, common: dict[str, Any]) -> Any:
+    sizes = {
+        "hidden_size": model.width,
+        "intermediate_size": model.mlp_width or 4 * model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+    }
+    if model.type == "bert":
+        return hf.BertConfig(
+            max_position_embeddings=model.positions or model.recipe.seq_len,
+            hidden_dropout_prob=model.dropout,
+            attention_probs_dropout_prob=model.dropout,
+            **sizes,
+            **common,
+        )
+    return hf.LlamaConfig(
+        num_key_value_heads=model.kv_heads or model.heads,
+        max_position_embeddings=model.positions or 2048,
+        attention_dropout=model.dropout,
+        **sizes,
         **common,
     )
 
