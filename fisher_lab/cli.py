@@ -24,7 +24,6 @@ from fisher_lab.config.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hydra._internal.callbacks import Callbacks
     from hydra.core.config_loader import ConfigLoader
     from omegaconf import DictConfig
 
@@ -87,10 +86,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.error = fail
     args = parser.parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
-        raise ConfigError(
-            "--experimental-rerun is not allowed: it unpickles a file; give the overrides of "
-            "the run's run.json instead"
-        )
+        allowed = "it unpickles a file; give the overrides of the run's run.json instead"
+        raise ConfigError(f"--experimental-rerun is not allowed: {allowed}")
     modes = {
         "--run": args.run,
         "--multirun": args.multirun,
@@ -137,10 +134,12 @@ def config_loader(args: argparse.Namespace) -> Iterator[ConfigLoader]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from fisher_lab.config import sweep_files
+    folder = paths.conf()
+    if args.config_path:
+        from fisher_lab.config import sweep_files
 
-    sweep_files.register()
-    folder = Path(args.config_path).resolve() if args.config_path else paths.conf()
+        folder = Path(args.config_path).resolve()
+        sweep_files.register()  # the search-path plugin does so for our own folder alone
     GlobalHydra.instance().clear()
     with paths.further(args.config_dir):
         initialize_config_dir(str(folder), job_name="fisher_lab", version_base=VERSION_BASE)
@@ -203,15 +202,18 @@ def _run(loader: ConfigLoader, cfg: DictConfig) -> int:
     preflight.preflight(config)
     try:
         with ranks.of_one_run(config, cfg, lambda: make_run_directory(cfg)):
-            code = _run_job(loader, cfg)
-            if code != OK:
-                raise ranks.RunFailed(code)  # a rank must not wait for others: it has failed
-            return code
-    except ranks.RunFailed as failed:
-        return failed.code
+            if _run_job(loader, cfg) != OK:
+                raise _RunFailed  # a rank under torchrun leaves without waiting for the others
+            return OK
+    except _RunFailed:
+        return FAILED
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
         return FAILED
+
+
+class _RunFailed(Exception):
+    """The run's record says why."""
 
 
 def _check_single(cfg: DictConfig, config: Config) -> None:
@@ -255,11 +257,12 @@ def make_run_directory(cfg: DictConfig) -> Path:
 
 
 def _run_job(loader: ConfigLoader, cfg: DictConfig) -> int:
+    from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import env_override, run_job
     from hydra.types import HydraContext, RunMode
 
     cfg.hydra.mode = RunMode.RUN
-    callbacks = _callbacks(cfg)
+    callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=cfg.hydra.job.config_name)
     outcomes: list[RunOutcome] = []
 
@@ -282,12 +285,6 @@ def _run_job(loader: ConfigLoader, cfg: DictConfig) -> int:
     return outcomes[0].report()
 
 
-def _callbacks(cfg: DictConfig) -> Callbacks:
-    from hydra._internal.callbacks import Callbacks
-
-    return Callbacks(cfg)
-
-
 def _take_environment(cfg: DictConfig) -> dict[str, str]:
     """What ``hydra.job.env_set`` asks for, taken out: Hydra writes the rest down, in ``.hydra``.
 
@@ -306,6 +303,7 @@ def _take_environment(cfg: DictConfig) -> dict[str, str]:
 
 
 def _sweep(loader: ConfigLoader, cfg: DictConfig) -> int:
+    from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
@@ -318,7 +316,7 @@ def _sweep(loader: ConfigLoader, cfg: DictConfig) -> int:
             "distributed.nproc=N every cell starts its own ranks"
         )
     cfg.hydra.mode = RunMode.MULTIRUN
-    callbacks = _callbacks(cfg)
+    callbacks = Callbacks(cfg)
     callbacks.on_multirun_start(config=cfg, config_name=cfg.hydra.job.config_name)
     sweeper = Plugins.instance().instantiate_sweeper(
         config=cfg,

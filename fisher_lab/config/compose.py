@@ -10,25 +10,23 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fisher_lab.config import help
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import check_keys, find, unknown_key, validate
 from fisher_lab.runs.spelling import did_you_mean
-
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
 
 GROUP = "sweeps"
 """The group of the sweep files."""
@@ -54,16 +52,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed += parser.parse_overrides([text])
         except OverrideParseException as error:
+            lines = (one for one in str(error).splitlines() if not one.startswith(("Error", "See")))
+            reason = next(lines, "it cannot be parsed").replace("EQUAL at '<EOF>'", "=")
             raise ConfigError(
-                f"{text!r} is not an override ({_reason(error)}): allowed are key=value, "
-                "group=option, +key=value and ~key"
+                f"{text!r} is not an override ({reason}): allowed are key=value, group=option, "
+                "+key=value and ~key"
             ) from None
     return parsed
-
-
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if not line.startswith(("Error", "See"))]
-    return lines[0].replace("EQUAL at '<EOF>'", "=") if lines else "it cannot be parsed"
 
 
 def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> None:
@@ -92,18 +87,15 @@ def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> 
         if options and not isinstance(override.value(), dict):
             _check_options(override, options)
         elif "/" in key and not options:
-            raise _unknown_group(loader, override)
+            groups = list(help.groups(own=True))
+            near = _near(key, groups) or f"; groups are {', '.join(groups)}"
+            raise ConfigError(f"{override.input_line}: there is no group {key}{near}")
         elif key != "hydra" and not key.startswith("hydra."):
-            _check_key(override)
-
-
-def _check_key(override: Override) -> None:
-    key = override.key_or_group
-    field = find(key)
-    if field is None:
-        raise unknown_key(key, (override.input_line or "").partition("=")[2])
-    if field.section is not None and not override.is_sweep_override():
-        check_keys(field.section, override.value(), f"{key}.")
+            field = find(key)
+            if field is None:
+                raise unknown_key(key, (override.input_line or "").partition("=")[2])
+            if field.section is not None and not override.is_sweep_override():
+                check_keys(field.section, override.value(), f"{key}.")
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:
@@ -114,12 +106,7 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 
 
 def _check_options(override: Override, options: list[str]) -> None:
-    value = override.value()
-    if override.is_sweep_override():
-        names = list(override.sweep_string_iterator())
-    else:
-        names = value if isinstance(value, list) else [value]
-    for name in names:
+    for name in _values(override):
         if name is None or isinstance(name, dict) or str(name).startswith("{"):
             continue
         if str(name) not in options:
@@ -129,25 +116,12 @@ def _check_options(override: Override, options: list[str]) -> None:
             )
 
 
-def _unknown_group(loader: ConfigLoader, override: Override) -> ConfigError:
-    groups = _groups(loader, "")
-    near = _near(override.key_or_group, groups)
-    known = "" if near else f"; groups are {', '.join(groups)}"
-    return ConfigError(
-        f"{override.input_line}: there is no group {override.key_or_group}{near}{known}"
-    )
-
-
-def _groups(loader: ConfigLoader, parent: str) -> list[str]:
-    found = []
-    for name in loader.list_groups(parent):
-        group = f"{parent}/{name}" if parent else name
-        if group == "hydra":
-            continue
-        if loader.get_group_options(group, ObjectType.CONFIG):
-            found.append(group)
-        found += _groups(loader, group)
-    return sorted(found)
+def _values(override: Override) -> list[Any]:
+    """The values of a sweep, the items of a list, or the one value that is given."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    value = override.value()
+    return value if isinstance(value, list) else [value]
 
 
 def _near(word: str, words: Sequence[str]) -> str:
@@ -216,14 +190,13 @@ def requested(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if override.key_or_group != GROUP:
             others.append(text)
             continue
+        given = [str(name) for name in _values(override)]
         if override.is_sweep_override():
-            given = ",".join(override.sweep_string_iterator())
             raise ConfigError(
-                f"{text} would sweep over the names of the files: write +{GROUP}=[{given}] to run "
-                "these sweeps, each in its own directory"
+                f"{text} would sweep over the names of the files: write "
+                f"+{GROUP}=[{','.join(given)}] to run these sweeps, each in its own directory"
             )
-        value = override.value()
-        names += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        names += given
     return names, others
 
 
@@ -277,28 +250,19 @@ class Composer:
         with _one_line_errors(f" (in the cell {' '.join(overrides)})"):
             check(self._loader, overrides, multirun=False)
             parsed = parse(overrides)
-            groups = [one for one in parsed if self._chooses_option(one)]
-            plain = [one for one in parsed if one not in groups]
-            if not all(map(_sets_a_value, plain)):
+            plain = [
+                one
+                for one in parsed
+                if not _options(self._loader, one.key_or_group) or isinstance(one.value(), dict)
+            ]
+            if not all(one.package is None and one.type is OverrideType.CHANGE for one in plain):
                 return validate(self._loader.load_sweep_config(self._master, list(overrides)))
-            cfg = copy.deepcopy(self._compose(tuple(one.input_line or "" for one in groups)))
+            choices = tuple(one.input_line or "" for one in parsed if one not in plain)
+            if choices not in self._composed:
+                composed = self._loader.load_sweep_config(self._master, list(choices))
+                names = [str(name) for name in composed if name != "hydra"]
+                self._composed[choices] = OmegaConf.masked_copy(composed, names)
+            cfg = copy.deepcopy(self._composed[choices])
             for one in plain:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             return validate(cfg)
-
-    def _chooses_option(self, override: Override) -> bool:
-        options = _options(self._loader, override.key_or_group)
-        return bool(options) and not isinstance(override.value(), dict)
-
-    def _compose(self, choices: tuple[str, ...]) -> DictConfig:
-        if choices not in self._composed:
-            composed = self._loader.load_sweep_config(self._master, list(choices))
-            names = [str(name) for name in composed if name != "hydra"]
-            self._composed[choices] = OmegaConf.masked_copy(composed, names)
-        return self._composed[choices]
-
-
-def _sets_a_value(override: Override) -> bool:
-    return override.package is None and not (
-        override.is_delete() or override.is_add() or override.is_force_add()
-    )

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 
@@ -29,10 +30,8 @@ class Allowed:
 
     def __or__(self, other: Allowed) -> Allowed:
         """Either of the two."""
-        return Allowed(
-            f"{self.text} or {other.text}",
-            lambda value: self.test(value) or other.test(value),
-        )
+        text = f"{self.text} or {other.text}"
+        return Allowed(text, lambda value: self.test(value) or other.test(value))
 
 
 null = Allowed("null", lambda value: value is None)
@@ -40,10 +39,7 @@ null = Allowed("null", lambda value: value is None)
 
 
 def _number(text: str, test: Callable[[float], bool]) -> Allowed:
-    def allowed(value: Any) -> bool:
-        return value is not None and math.isfinite(value) and test(value)
-
-    return Allowed(text, allowed)
+    return Allowed(text, lambda value: value is not None and math.isfinite(value) and test(value))
 
 
 def above(low: float) -> Allowed:
@@ -56,19 +52,16 @@ def at_least(low: float) -> Allowed:
     return _number(f"a finite number of at least {low:g}", lambda value: value >= low)
 
 
-def whole(low: int, high: int | None = None) -> Allowed:
+def whole(low: int, high: float = math.inf) -> Allowed:
     """A whole number of at least ``low`` and, where given, at most ``high``."""
-    if high is None:
-        return _number(f"a whole number of at least {low}", lambda value: value >= low)
-    return _number(f"a whole number from {low} to {high}", lambda value: low <= value <= high)
+    text = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+    return _number(f"a whole number {text}", lambda value: low <= value <= high)
 
 
 def fraction(low: float = 0.0, high: float = 1.0) -> Allowed:
     """A number from ``low`` (included) up to ``high`` (left out)."""
-    return _number(
-        f"a number from {low:g} up to, but not including, {high:g}",
-        lambda value: low <= value < high,
-    )
+    text = f"a number from {low:g} up to, but not including, {high:g}"
+    return _number(text, lambda value: low <= value < high)
 
 
 def one_of(*options: str) -> Allowed:
@@ -84,12 +77,9 @@ def each_of(*options: str) -> Allowed:
     )
 
 
-def name_like() -> Allowed:
-    """A name of letters, digits and ``._-``, as services take it for a project."""
-    return Allowed(
-        "letters, digits, '.', '_' and '-', at most 128",
-        lambda value: re.fullmatch(r"[A-Za-z0-9._-]{1,128}", value) is not None,
-    )
+def matching(pattern: str, text: str) -> Allowed:
+    """Text that a regular expression matches as a whole; ``text`` says so in words."""
+    return Allowed(text, lambda value: value is not None and bool(re.fullmatch(pattern, value)))
 
 
 def setting(default: Any, meaning: str, allowed: Allowed | None = None) -> Any:
@@ -106,34 +96,32 @@ def setting(default: Any, meaning: str, allowed: Allowed | None = None) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(kind: type, meaning: str = "") -> Any:
+def section(kind: type) -> Any:
     """A dataclass field that holds another section of the schema."""
-    return dataclasses.field(default_factory=kind, metadata={"meaning": meaning, "allowed": None})
+    return dataclasses.field(default_factory=kind)
 
 
-Problem = tuple[str, Any, str]
-"""A key, the value that it has, and what is allowed."""
+Problems = Iterator[tuple[str, str]]
+"""What the ``check()`` of a section yields: a key, relative to it, and what is allowed there."""
 
 
-def problems(node: Any, prefix: str = "") -> Iterator[Problem]:
+def problems(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Everything in a section (and those inside it) that is out of range.
 
-    A section may have a method ``check()`` that yields further problems, for what concerns more
-    than one key; the keys that it yields are relative to the section.
+    A section may have a method ``check()``, for what concerns more than one key.
 
     Args:
         node: an instance of a dataclass of the schema.
         prefix: the full key of the section with a dot at its end, or nothing for the root.
+
+    Yields:
+        A key, the value that it has, and what is allowed.
     """
     for item in dataclasses.fields(node):
-        value = getattr(node, item.name)
+        value, allowed = getattr(node, item.name), item.metadata.get("allowed")
         if dataclasses.is_dataclass(value):
             yield from problems(value, f"{prefix}{item.name}.")
-            continue
-        allowed: Allowed | None = item.metadata.get("allowed")
-        if allowed is not None and not allowed.test(value):
+        elif allowed is not None and not allowed.test(value):
             yield f"{prefix}{item.name}", value, allowed.text
-    check = getattr(node, "check", None)
-    if check is not None:
-        for key, value, text in check():
-            yield f"{prefix}{key}", value, text
+    for key, text in getattr(node, "check", tuple)():
+        yield f"{prefix}{key}", attrgetter(key)(node), text

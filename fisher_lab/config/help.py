@@ -43,7 +43,8 @@ _TABLE_HEAD = "\n| key | default | must be | meaning |\n|---|---|---|---|\n"
 def markdown() -> str:
     """The whole page."""
     parts = [_PAGE_HEAD, _GROUPS_HEAD]
-    parts += [f"| `{group}` | {_codes(names)} |\n" for group, names in groups().items()]
+    for group, names in groups().items():
+        parts.append(f"| `{group}` | {', '.join(f'`{name}`' for name in names)} |\n")
     root = Config()
     parts += ["\n## Top level\n", _TABLE_HEAD, *_rows(root, "")]
     for item in dataclasses.fields(root):
@@ -59,21 +60,17 @@ def groups(*, own: bool = False) -> dict[str, list[str]]:
     """Group -> its options, from the files under ``conf/`` and ``sweeps/``.
 
     Args:
-        own: also the sweeps in the working directory.
+        own: also the user's: sweeps in the working directory, options under ``--config-dir``.
     """
     found: dict[str, list[str]] = {}
-    for file in sorted(paths.conf().rglob("*.yaml")):
-        group = file.parent.relative_to(paths.conf()).as_posix()
-        if group != "." and not group.startswith("hydra/"):
-            found.setdefault(group, []).append(file.stem)
-    found["sweeps"] = sorted(file.stem for file in paths.sweeps().glob("*.yaml"))
-    if own:
-        found["sweeps"] = list(sweep_files.all_files())
+    for folder in (paths.conf(), *(paths.further_folders() if own else ())):
+        for file in sorted(folder.rglob("*.yaml")):
+            group = file.parent.relative_to(folder).as_posix()
+            if group != "." and not group.startswith("hydra/"):
+                found.setdefault(group, []).append(file.stem)
+    sweeps = sweep_files.all_files() if own else {f.stem: f for f in paths.sweeps().glob("*.yaml")}
+    found["sweeps"] = sorted(sweeps)
     return dict(sorted(found.items()))
-
-
-def _codes(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _rows(section: Any, prefix: str, *, deep: bool = False) -> Iterator[str]:

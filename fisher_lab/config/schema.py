@@ -6,15 +6,14 @@ choose among them. ``docs/configuration.md`` is made from this module. Nothing h
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from fisher_lab.config.fields import (
-    Allowed,
+    Problems,
     above,
     at_least,
     each_of,
-    name_like,
+    matching,
     null,
     one_of,
     section,
@@ -25,12 +24,14 @@ from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.config.spectra import GroupFisherSection, LanczosSection, SpectralSection
 from fisher_lab.config.workload import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-file_name = Allowed(
+file_name = matching(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]*",
     "letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
-    lambda value: value is not None and _NAME.fullmatch(value) is not None,
 )
+service_name = matching(r"[A-Za-z0-9._-]{1,128}", "letters, digits, '.', '_' and '-', at most 128")
+
+ON_RANKS = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
+"""What ``spectral.storage_mode`` must be there."""
 
 
 @dataclass
@@ -139,7 +140,7 @@ class TrackerConfig:
         "is a login.",
         one_of("online", "offline", "disabled") | null,
     )
-    project: str = setting("fisher_lab", "`wandb`: the project.", name_like())
+    project: str = setting("fisher_lab", "`wandb`: the project.", service_name)
     entity: str | None = setting(None, "`wandb`: user or team; null: the login's own.")
     group: str | None = setting(None, "Runs that belong together; null: the sweep.")
     run_name: str | None = setting(None, "What the run is called; null: its overrides.")
@@ -195,11 +196,11 @@ class Config:
     sweep: SweepConfig = section(SweepConfig)
     resume: ResumeConfig = section(ResumeConfig)
 
-    def check(self):
+    def check(self) -> Problems:
         """What sections ask of each other."""
-        ranks = self.distributed.nproc * self.distributed.nodes
-        if ranks > 1 and self.task.name == "analyze":
-            for key, value, allowed in self.spectral.on_ranks():
-                yield f"spectral.{key}", value, allowed
-        if ranks > 1 and self.distributed.backend == "nccl" and self.device == "cpu":
-            yield "distributed.backend", "nccl", "gloo or auto with device=cpu"
+        if self.distributed.nproc * self.distributed.nodes == 1:
+            return
+        if self.task.name == "analyze" and self.spectral.sketches:
+            yield "spectral.storage_mode", ON_RANKS
+        if self.distributed.backend == "nccl" and self.device == "cpu":
+            yield "distributed.backend", "gloo or auto with device=cpu"

@@ -1,19 +1,17 @@
 """Options of the spectral engines, once each: meaning, default, range and unit.
 
 The engines take ``LanczosConfig``, ``GroupFisherConfig`` and ``SpectralOptions`` (as
-``fisher_lab.SpectralConfig``). The sections
-``spectral``, ``lanczos`` and ``group_fisher`` of the command line extend them by what
-``task=analyze`` asks of an engine. Definitions are in ``docs/math.md``, sections 8 and 9. Nothing
+``fisher_lab.SpectralConfig``); the sections ``spectral``, ``lanczos`` and ``group_fisher`` extend
+them by what ``task=analyze`` asks. Definitions are in ``docs/math.md``, sections 8 and 9. Nothing
 here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from fisher_lab.config.fields import Problem, above, at_least, null, one_of, setting, whole
+from fisher_lab.config.fields import Problems, above, at_least, null, one_of, setting, whole
 
 STRUCTURES = ("layer", "module", "parameter", "full")
 OPERATORS = ("empirical", "true", "hessian")
@@ -91,11 +89,10 @@ class SpectralSection(SpectralOptions):
     n_samples: int | None = setting(None, "Samples, by a stable hash; null: all.", whole(1) | null)
     center_gradients: bool = setting(False, "Gradient covariance instead of the Fisher matrix.")
 
-    def on_ranks(self) -> Iterator[Problem]:
-        """Yields what several ranks cannot do: key, value and what is allowed."""
-        if self.enabled and self.storage_mode == "sketch":
-            allowed = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
-            yield "storage_mode", self.storage_mode, allowed
+    @property
+    def sketches(self) -> bool:
+        """Whether a sketch is asked for, which several ranks cannot make."""
+        return self.enabled and self.storage_mode == "sketch"
 
 
 @dataclass
@@ -155,13 +152,13 @@ class LanczosSection(LanczosConfig):
         None, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
     )
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yields what concerns more than one key."""
         yield from super().check()
         if self.max_vectors is not None and self.max_vectors < self.k + 2:
-            yield "max_vectors", self.max_vectors, f"null, or at least lanczos.k + 2 = {self.k + 2}"
+            yield "max_vectors", f"null, or at least lanczos.k + 2 = {self.k + 2}"
         if self.enabled and not self.reorthogonalize and self.density_probes > 0:
-            yield "reorthogonalize", False, "true, or false with lanczos.density_probes=0"
+            yield "reorthogonalize", "true, or false with lanczos.density_probes=0"
 
 
 @dataclass
@@ -193,7 +190,7 @@ class GroupFisherSection(GroupFisherConfig):
         one_of("float64", "float32", "float16"),
     )
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yields what a bound from below alone does not say."""
         if self.share > 1:
-            yield "share", self.share, "above 0 and at most 1"
+            yield "share", "above 0 and at most 1"

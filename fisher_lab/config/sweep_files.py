@@ -19,10 +19,10 @@ Hydra configuration that is merged at the top level, but for these keys, which a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -34,7 +34,14 @@ from fisher_lab.config.errors import ConfigError, show
 from fisher_lab.config.launchers import KINDS
 from fisher_lab.config.schema import Config
 
-METADATA = ("title", "params", "alone", "claims", "sweeps")
+_METADATA: dict[str, tuple[type, str]] = {
+    "title": (str, "text"),
+    "params": (dict, "a mapping from keys to values"),
+    "alone": (bool, "true or false"),
+    "claims": (list, "a list"),
+    "sweeps": (list, "a list of sweeps"),
+}
+"""The keys that are read here: their type, and its name."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,10 @@ class SweepFile:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def folders() -> list[Path]:
-    """Where sweep files lie, the user's own first."""
-    own = Path.cwd() / "sweeps"
-    return [own, paths.sweeps()] if own.resolve() != paths.sweeps() else [own]
-
-
 def all_files() -> dict[str, Path]:
-    """Every sweep by name."""
+    """Every sweep by name; the user's own come first."""
     found: dict[str, Path] = {}
-    for folder in folders():
+    for folder in (Path.cwd() / "sweeps", paths.sweeps()):
         for file in sorted(folder.glob("*.yaml")):
             found.setdefault(file.stem, file)
     return dict(sorted(found.items()))
@@ -81,7 +82,7 @@ def load(path: Path) -> SweepFile:
     """Read a sweep file.
 
     Raises:
-        ConfigError: it cannot be read, or a key of :data:`METADATA` is not of its type.
+        ConfigError: it cannot be read, or a key that is read here is not of its type.
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -89,45 +90,24 @@ def load(path: Path) -> SweepFile:
         raise ConfigError(f"{path} cannot be read as a sweep file: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a sweep file: it must hold keys such as params")
-    found = {str(key): value for key, value in content.items()}
-    for key, kind, text in (
-        ("title", str, "text"),
-        ("params", dict, "a mapping from keys to values"),
-        ("alone", bool, "true or false"),
-        ("claims", list, "a list"),
-        ("sweeps", list, "a list of sweeps"),
-    ):
-        if found.get(key) is not None and not isinstance(found[key], kind):
+    found = {str(key): value for key, value in content.items() if value is not None}
+    for key, (kind, text) in _METADATA.items():
+        if not isinstance(found.get(key, kind()), kind):
             raise ConfigError(
                 f"{path}: {key}={show(found[key])} is not allowed: {key} must be {text}"
             )
-    if found.get("sweeps") and set(found) - {"title", "sweeps"}:
+    if found.get("sweeps") and set(content) - {"title", "sweeps"}:
         raise ConfigError(f"{path}: a file with sweeps holds nothing else but a title")
-    return SweepFile(
-        name=path.stem,
-        path=path,
-        title=found.get("title") or "",
-        params={str(key): values(value) for key, value in (found.get("params") or {}).items()},
-        alone=bool(found.get("alone")),
-        claims=list(found.get("claims") or []),
-        sweeps=[str(name) for name in found.get("sweeps") or []],
-        config={key: value for key, value in found.items() if key not in METADATA},
-    )
+    known = {key: found[key] for key in _METADATA if key in found}
+    known["params"] = {str(key): values(value) for key, value in known.get("params", {}).items()}
+    known["sweeps"] = [str(name) for name in known.get("sweeps", [])]
+    config = {str(key): value for key, value in content.items() if key not in _METADATA}
+    return SweepFile(name=path.stem, path=path, config=config, **known)
 
 
 def values(value: Any) -> str:
     """The values of an axis in Hydra's notation: text as it is, a list with commas between."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(_value(item) for item in value)
-    return _value(value)
-
-
-def _value(item: Any) -> str:
-    if isinstance(item, Mapping):
-        return "{" + ",".join(f"{key}:{_value(part)}" for key, part in item.items()) + "}"
-    if isinstance(item, list):
-        return "[" + ",".join(_value(part) for part in item) + "]"
-    return show(item)
+    return ",".join(map(show, value)) if isinstance(value, list) else show(value)
 
 
 def expand(names: Sequence[str]) -> list[SweepFile]:
@@ -156,15 +136,6 @@ def expand(names: Sequence[str]) -> list[SweepFile]:
     return list(found.values())
 
 
-def node(file: SweepFile) -> dict[str, Any]:
-    """What Hydra merges for a sweep file: its configuration, and its axes for the sweeper."""
-    merged = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(file.config)))
-    if file.params:
-        sweeper = merged.setdefault("hydra", {}).setdefault("sweeper", {})
-        sweeper["params"] = {**(sweeper.get("params") or {}), **file.params}
-    return merged
-
-
 _DEFAULTS: dict[str, type[Any]] = {
     "schema_defaults": Config,
     **{f"{kind}_settings": settings for kind, settings in KINDS.items()},
@@ -173,30 +144,24 @@ _DEFAULTS: dict[str, type[Any]] = {
 
 
 def register() -> None:
-    """Register the defaults of all option classes, and the sweeps. May be called more than once.
+    """Register the defaults of all option classes, and every sweep file as an option of a group.
 
-    The files under ``conf/`` name them in their defaults lists, so that none is repeated there.
-    """
-    # Plain values, not the dataclasses: their types would make Hydra raise in its own words.
-    for name, section in _DEFAULTS.items():
-        defaults = dataclasses.asdict(section())
-        ConfigStore.instance().store(name=name, node=defaults, provider="fisher_lab")
-    _register_sweeps()
-
-
-def _register_sweeps() -> None:
-    """Make every sweep file an option of the group ``sweeps``.
-
-    Their folders are not put on Hydra's search path: the parents would have to be, and every other
-    folder there would turn into a group.
+    The files under ``conf/`` name the defaults, so that none is repeated there. The folders of the
+    sweep files are not put on Hydra's search path: their parents would have to be, and every other
+    folder there would turn into a group. May be called more than once.
     """
     store = ConfigStore.instance()
+    # Plain values, not the dataclasses: their types would make Hydra raise in its own words.
+    for name, section in _DEFAULTS.items():
+        store.store(name=name, node=dataclasses.asdict(section()), provider="fisher_lab")
     store.repo.pop("sweeps", None)  # those of a working directory that is no longer ours
     for name, path in all_files().items():
         try:
-            merged = node(load(path))
-        except ConfigError:
-            merged = {}  # whoever asks for it is told by `sweep_files.expand`
-        store.store(
-            group="sweeps", name=name, node=merged, package="_global_", provider="fisher_lab"
-        )
+            file = load(path)
+        except ConfigError:  # whoever asks for the sweep gets it from `expand`
+            file = SweepFile(name, path)
+        node = file.config
+        if file.params:
+            sweeper = node.setdefault("hydra", {}).setdefault("sweeper", {})
+            sweeper["params"] = {**(sweeper.get("params") or {}), **file.params}
+        store.store(group="sweeps", name=name, node=node, package="_global_", provider="fisher_lab")

@@ -58,16 +58,7 @@ def validate(cfg: DictConfig | Mapping[str, Any]) -> Config:
         key = getattr(error, "full_key", None) or "configuration"
         first = str(error).splitlines()[0]
         raise ConfigError(f"{key} has no value that can be used: {first}") from None
-    return validate_plain(typing.cast("dict[str, Any]", plain))
-
-
-def validate_plain(given: Mapping[str, Any]) -> Config:
-    """As :func:`validate`, for plain values in which nothing is left to be resolved.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range. One line.
-    """
-    return build(Config, given)
+    return build(Config, typing.cast("dict[str, Any]", plain))
 
 
 def build(section: type[Section], given: Mapping[str, Any], prefix: str = "") -> Section:
@@ -100,7 +91,7 @@ def _build(section: type[Section], given: Mapping[str, Any], prefix: str) -> Sec
         except (TypeError, ValueError):
             raise ConfigError.value(key, value, field.text) from None
         if field.allowed is not None and not field.allowed.test(values[name]):
-            raise ConfigError.value(key, value, field.text)
+            raise ConfigError.value(key, value, field.text)  # as it was given
     return section(**values)
 
 
@@ -119,13 +110,10 @@ def _convert(annotation: Any, value: Any) -> Any:
         value = {"true": True, "false": False}.get(value.lower(), value)
     if kind is list and isinstance(value, list):
         return [_convert(typing.get_args(annotation)[0], item) for item in value]
-    if (kind is bool and isinstance(value, bool)) or (kind is dict and isinstance(value, dict)):
+    if kind in (bool, dict) and isinstance(value, kind):
         return value
-    if kind in (bool, list, dict):
-        raise TypeError
-    if value is None or isinstance(value, bool | list | dict):
-        raise TypeError
-    if kind is int and isinstance(value, float):
+    refused = (bool, list, dict, types.NoneType, *([float] if kind is int else []))
+    if kind in (bool, list, dict) or isinstance(value, refused):
         raise TypeError
     return show(value) if kind is str else kind(value)
 
@@ -135,12 +123,7 @@ def _convert(annotation: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Field:
-    """What the schema knows of a key.
-
-    Attributes:
-        annotation: the type.
-        allowed: the range, or None where the type says it all.
-    """
+    """What the schema knows of a key: its type and, where that does not say it all, its range."""
 
     annotation: Any
     allowed: Allowed | None
@@ -159,11 +142,8 @@ class Field:
 @functools.cache
 def fields_of(section: type) -> dict[str, Field]:
     """The fields of a section by name."""
-    hints = typing.get_type_hints(section)
-    return {
-        item.name: Field(hints[item.name], item.metadata.get("allowed"))
-        for item in dataclasses.fields(section)
-    }
+    hints, items = typing.get_type_hints(section), dataclasses.fields(section)
+    return {item.name: Field(hints[item.name], item.metadata.get("allowed")) for item in items}
 
 
 @functools.cache
@@ -228,9 +208,10 @@ def unknown_key(key: str, value: Any, section: type | None = None) -> ConfigErro
     """
     parent = key.rpartition(".")[0]
     if section is None:
-        field = find(parent) if parent else None
-        section = None if field is None else field.section
-        section, parent = (Config, "") if section is None else (section, parent)
+        field = find(parent)
+        section = field and field.section
+    if section is None:
+        section, parent = Config, ""
     own = all_keys(section, f"{parent}." if parent else "")
     keys = list(dict.fromkeys([*all_keys(), *own]))  # the second for sections beside `Config`
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}

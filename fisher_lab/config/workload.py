@@ -1,19 +1,16 @@
 """What is worked on: the sections ``model``, ``data``, ``optimizer`` and ``train``.
 
-Four sections of the root: ``model: ModelConfig``, ``data: DataConfig``, ``optimizer:
-OptimizerConfig`` and ``train: TrainConfig`` (read by ``task=train`` alone). Nothing here imports
-torch. A model that is not ``pretrained`` is trained by its recipe (``model.recipe``) with the
-default `OptimizerConfig`, whatever ``optimizer`` and ``train`` say, so that the checkpoint under
-analysis does not change with them.
+A model that is not ``pretrained`` is trained by its recipe (``model.recipe``) with the default
+`OptimizerConfig`, whatever ``optimizer`` and ``train`` say, so that the checkpoint under analysis
+does not change with them. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fisher_lab.config.fields import (
-    Problem,
+    Problems,
     above,
     at_least,
     fraction,
@@ -77,7 +74,7 @@ class ModelConfig:
     )
     tied: bool = setting(True, "Embedding and head share one weight.")
     dropout: float = setting(0.0, "Dropout everywhere the model has one.", fraction())
-    recipe: RecipeConfig = section(RecipeConfig, "How the checkpoint is trained.")
+    recipe: RecipeConfig = section(RecipeConfig)
     train_seed: int = setting(
         0,
         "Seed of the checkpoint: initial weights and batches of its training.",
@@ -104,42 +101,28 @@ class ModelConfig:
         None, "`eager`, `sdpa`, or whatever the library offers; null: the library's choice."
     )
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yield what concerns more than one key."""
-        if self.type == "pretrained":
+        kind, width, heads = self.type, self.width, self.heads
+        if kind == "pretrained":
             if not self.name_or_path:
-                yield (
-                    "name_or_path",
-                    self.name_or_path,
-                    "a name on the hub or a local directory with model.type=pretrained",
-                )
+                where = "a name on the hub or a local directory"
+                yield "name_or_path", f"{where} with model.type=pretrained"
             return
         if self.name_or_path is not None:
-            yield (
-                "name_or_path",
-                self.name_or_path,
-                f"null with model.type={self.type} (choose model=pretrained)",
-            )
-        if self.type == "mlp" and self.outputs is not None:
-            yield "outputs", self.outputs, "null with model.type=mlp (its outputs are topics)"
-        if self.type != "mlp" and self.width % self.heads:
-            yield "heads", self.heads, f"a divisor of model.width={self.width}"
-        if self.type == "t5" and not self.tied:
-            yield "tied", self.tied, "true with model.type=t5 (the library always ties it)"
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            yield "kv_heads", self.kv_heads, f"a divisor of model.heads={self.heads}"
-        if self.type == "llama" and self.width // self.heads % 2:
-            yield (
-                "heads",
-                self.heads,
-                f"such that model.width={self.width} over it is even (rotary positions)",
-            )
+            yield "name_or_path", f"null with model.type={kind} (choose model=pretrained)"
+        if kind == "mlp" and self.outputs is not None:
+            yield "outputs", "null with model.type=mlp (its outputs are topics)"
+        if kind != "mlp" and width % heads:
+            yield "heads", f"a divisor of model.width={width}"
+        if kind == "t5" and not self.tied:
+            yield "tied", "true with model.type=t5 (the library always ties it)"
+        if self.kv_heads is not None and heads % self.kv_heads:
+            yield "kv_heads", f"a divisor of model.heads={heads}"
+        if kind == "llama" and width // heads % 2:
+            yield "heads", f"such that model.width={width} over it is even (rotary positions)"
         if self.positions is not None and self.positions < self.recipe.seq_len:
-            yield (
-                "positions",
-                self.positions,
-                f"at least model.recipe.seq_len={self.recipe.seq_len}",
-            )
+            yield "positions", f"at least model.recipe.seq_len={self.recipe.seq_len}"
 
 
 @dataclass
@@ -169,14 +152,14 @@ class DataConfig:
     batch_size: int = setting(4, "Sequences a batch.", whole(1))
     seq_len: int = setting(128, "Tokens a sequence (of the encoder in t5).", whole(8))
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yield what concerns more than one key."""
         if self.type == "pydoc" and self.path is not None:
-            yield "path", self.path, "null with data.type=pydoc (choose data=text_file or data=hf)"
+            yield "path", "null with data.type=pydoc (choose data=text_file or data=hf)"
         if self.type == "text_file" and not self.path:
-            yield "path", self.path, "a UTF-8 file or a directory of them with data.type=text_file"
+            yield "path", "a UTF-8 file or a directory of them with data.type=text_file"
         if self.type == "hf" and not self.path:
-            yield "path", self.path, "a name on the hub or a saved data set with data.type=hf"
+            yield "path", "a name on the hub or a saved data set with data.type=hf"
 
 
 OPTIMIZERS = ("adamw", "sgd", "muon", "kfac", "ekfac")
@@ -260,10 +243,10 @@ class OptimizerConfig:
         "`kfac`, `ekfac`: measure the reduction ratio, which costs a forward pass each time.",
     )
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yield what concerns more than one key."""
         if self.damping_schedule == "lm" and not self.ratio:
-            yield "ratio", self.ratio, "true with optimizer.damping_schedule=lm"
+            yield "ratio", "true with optimizer.damping_schedule=lm"
 
 
 @dataclass

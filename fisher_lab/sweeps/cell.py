@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import Config
-from fisher_lab.config.validate import validate_plain
+from fisher_lab.config.validate import build
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.status import Status
@@ -78,7 +78,7 @@ class Cell:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is no frozen cell of this version ({SCHEMA})")
-        data["config"] = validate_plain(data["config"])
+        data["config"] = build(Config, data["config"])
         return cls(layout=Layout(path.parents[4]), launch=path.parents[1].name, **data)
 
     def freeze(self, launch: str, logging: Mapping[str, Any]) -> Cell:

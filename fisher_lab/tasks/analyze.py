@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -45,6 +45,9 @@ SIDE_COLUMNS = (
 )  # fmt: skip
 """Columns of ``layers.csv`` that both factors of a layer have."""
 
+PAIR_COLUMNS = ("clipped", "clipped_frac", "kappa_before", "kappa")
+"""Those of EKFAC's pairs of eigenvectors."""
+
 
 def run(config: Config, run: Run) -> None:
     """Analyse a model: loss, K-FAC, the natural gradient and the step that it gives.
@@ -78,7 +81,7 @@ def run(config: Config, run: Run) -> None:
     _time_plain_pass(workload, batches, run)
     gradient, natural = _precondition(engine, workload, batches, run, ranks)
     reports = engine.reports()
-    run.table(LAYERS_FILE, layer_rows(reports))
+    run.table(LAYERS_FILE, map(layer_row, reports))
     run.metrics(layer_metrics(reports))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
@@ -94,13 +97,7 @@ def run(config: Config, run: Run) -> None:
 
 
 def mean_loss(workload: Workload, batches: Iterable[Any], ranks: Ranks | None = None) -> float:
-    """Returns the mean loss over all labels of some batches, in nats.
-
-    Args:
-        workload: the model.
-        batches: the batches.
-        ranks: whose batches count together; collective then.
-    """
+    """Returns the mean loss over all labels, in nats; with ``ranks`` over theirs, collective."""
     total, count = summed_loss(workload.model, batches, workload.loss_fn)
     if ranks is not None:
         total, count = ranks.total(total, count)
@@ -110,8 +107,9 @@ def mean_loss(workload: Workload, batches: Iterable[Any], ranks: Ranks | None = 
 def _record_loss(workload: Workload, batches: list[Any], run: Run, ranks: Ranks) -> None:
     about = workload.record.get("model", {})
     run.metrics({"loss": mean_loss(workload, batches, ranks)})
-    known = {"loss/heldout": "heldout_loss", "loss/baseline": "baseline_loss"}
-    run.metrics({name: about[key] for name, key in known.items() if about.get(key) is not None})
+    for name in ("heldout", "baseline"):
+        if about.get(f"{name}_loss") is not None:
+            run.metrics({f"loss/{name}": about[f"{name}_loss"]})
 
 
 def _time_plain_pass(workload: Workload, batches: list[Any], run: Run) -> None:
@@ -186,12 +184,7 @@ def _precondition(
 def gradient_metrics(
     gradient: Mapping[str, Tensor], natural: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Returns the norms of both, their cosine, and the decrement ``<dW, natural gradient>``.
-
-    Args:
-        gradient: name -> gradient of the mean loss, covered parameters.
-        natural: the same names -> natural gradient.
-    """
+    """Returns the norms of both, their cosine, and the decrement ``<dW, natural gradient>``."""
 
     def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
         return sum(float((left[n].double() * right[n].double()).sum()) for n in left)
@@ -208,12 +201,8 @@ def gradient_metrics(
     }
 
 
-def layer_rows(reports: Iterable[LayerReport]) -> list[dict[str, Any]]:
-    """Returns a row of ``layers.csv`` for each layer."""
-    return [_layer_row(report) for report in reports]
-
-
-def _layer_row(report: LayerReport) -> dict[str, Any]:
+def layer_row(report: LayerReport) -> dict[str, Any]:
+    """Returns a row of ``layers.csv``; what a layer does not have is None."""
     f, layer = report.factors, report.factors.layer
     row: dict[str, Any] = {
         "name": layer.name,
@@ -229,39 +218,26 @@ def _layer_row(report: LayerReport) -> dict[str, Any]:
         "reduction": f["reduction"],
         "discarded": f["discarded"],
     }
-    row |= _side_columns("A", report.A) | _side_columns("G", report.G)
-    row |= {"kappa_max": report.kappa_max} | _pairs_columns(report.pairs)
+    for side, found in (("A", report.A), ("G", report.G)):
+        for name, value in _columns(SIDE_COLUMNS, found).items():
+            row[f"kappa_{side}_before" if name == "kappa_before" else f"{name}_{side}"] = value
+    row["kappa_max"] = report.kappa_max
+    row |= {f"ekfac_{k}": value for k, value in _columns(PAIR_COLUMNS, report.pairs).items()}
     dtype, device = f.stored()
     row |= {"storage_dtype": dtype, "storage_device": device, "storage_error": f.storage_error}
     return row | {"bytes": f.nbytes(), "seconds": report.seconds}
 
 
-def _pairs_columns(pairs: Eigenbasis | None) -> dict[str, Any]:
-    """EKFAC's floor and condition numbers; None under K-FAC."""
-    values: dict[str, Any] = dict.fromkeys(("clipped", "clipped_frac", "kappa_before", "kappa"))
-    if pairs is not None:
-        values |= {"clipped": pairs.clipped, "clipped_frac": pairs.clipped / max(pairs.dim, 1)}
-        values |= {"kappa_before": pairs.kappa_before, "kappa": pairs.kappa_after}
-    return {f"ekfac_{name}": value for name, value in values.items()}
+def _columns(names: Iterable[str], report: FactorReport | Eigenbasis | None) -> dict[str, Any]:
+    if report is None:
+        return dict.fromkeys(names)
+    fraction = report.clipped / max(report.dim, 1)
+    derived = {"kappa": report.kappa_after, "clipped_frac": fraction}
+    return {name: derived[name] if name in derived else getattr(report, name) for name in names}
 
 
-def _side_columns(side: str, report: FactorReport | None) -> dict[str, Any]:
-    """The columns of A or G; None where a layer does not have this side."""
-    values: dict[str, Any] = dict.fromkeys(SIDE_COLUMNS)
-    if report is not None:
-        derived = {"kappa": report.kappa_after, "clipped_frac": report.clipped / max(report.dim, 1)}
-        values = {
-            name: derived[name] if name in derived else getattr(report, name) for name in values
-        }
-    return {
-        f"kappa_{side}_before" if name == "kappa_before" else f"{name}_{side}": value
-        for name, value in values.items()
-    }
-
-
-def layer_metrics(reports: Iterable[LayerReport]) -> dict[str, float]:
+def layer_metrics(reports: Sequence[LayerReport]) -> dict[str, float]:
     """Returns what the layers sum up to: methods, clipped shares, condition numbers, events."""
-    reports = list(reports)
     metrics: dict[str, float] = {}
     methods = [r.factors.method for r in reports]
     for method in ("woodbury", "eig", "norm", "true_head"):
@@ -348,13 +324,12 @@ def loss_after(
     """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
     parameters = dict(workload.model.named_parameters())
     kept = {name: parameters[name].detach().clone() for name in direction}
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        try:
             for name, value in direction.items():
                 moved = kept[name].double() - eta * value.double()
                 parameters[name].copy_(moved.to(kept[name].dtype))
-        return mean_loss(workload, batches, ranks)
-    finally:
-        with torch.no_grad():
+            return mean_loss(workload, batches, ranks)
+        finally:
             for name, value in kept.items():
                 parameters[name].copy_(value)

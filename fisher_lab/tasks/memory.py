@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import sys
 from pathlib import Path
 from threading import Event, Thread
-from types import TracebackType
 
 import psutil
 import torch
@@ -45,67 +43,45 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
-        _trim()
-        if not _reset_high_water_mark():
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
             self._sampler = _Sampler()
-        self._start = resident_bytes()
+        self._start = _resident_bytes()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
         elif self._sampler is not None:
             peak = self._sampler.stop()
-        else:
-            peak = _high_water_mark()
+        else:  # psutil does not read the high-water mark on Linux
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
         self.growth_mib = max(0, peak - self._start) / MIB
 
 
-class _Sampler:
+class _Sampler(Thread):
     """Samples the resident set until it is stopped."""
 
     def __init__(self) -> None:
-        self._peak = resident_bytes()
-        self._stop = Event()
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
+        super().__init__(daemon=True)
+        self._peak = _resident_bytes()
+        self._stopping = Event()
+        self.start()
 
-    def _run(self) -> None:
-        while not self._stop.wait(_SAMPLE_S):
-            self._peak = max(self._peak, resident_bytes())
+    def run(self) -> None:
+        while not self._stopping.wait(_SAMPLE_S):
+            self._peak = max(self._peak, _resident_bytes())
 
     def stop(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        return max(self._peak, resident_bytes())
+        self._stopping.set()
+        self.join()
+        return max(self._peak, _resident_bytes())
 
 
-def resident_bytes() -> int:
-    """Returns the resident set of this process, bytes."""
+def _resident_bytes() -> int:
     return psutil.Process().memory_info().rss
-
-
-def _high_water_mark() -> int:
-    """The peak of the resident set, bytes; psutil does not read it on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _trim() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_high_water_mark() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True

@@ -28,7 +28,17 @@ def preflight(config: Config) -> Mapping[str, Any]:
     tracking.check(config.tracker)
     content = content_identity(config)
     check_ranks(config)
-    _check_devices(config)
+    asked = {"device": config.device}
+    if config.task.name == "analyze" and config.spectral.enabled:
+        asked["spectral.eigensolve_device"] = config.spectral.eigensolve_device
+    if config.task.name == "analyze" and config.lanczos.enabled:
+        asked["lanczos.vector_device"] = config.lanczos.vector_device
+    for key in (key for key, device in asked.items() if device == "cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            allowed = "auto or cpu on a machine without a CUDA device"
+            raise ConfigError.value(key, "cuda", allowed)
     return content
 
 
@@ -45,27 +55,8 @@ def check_ranks(config: Config) -> None:
 
     found = torch.cuda.device_count()
     if d.nproc > found and (found or config.device == "cuda"):
-        raise ConfigError.value(
-            "distributed.nproc", d.nproc, f"at most {found}, the CUDA devices of this machine"
-        )
-
-
-def _check_devices(config: Config) -> None:
-    """Check that a CUDA device that is asked for by name is there."""
-    asked = {"device": config.device}
-    if config.task.name == "analyze" and config.spectral.enabled:
-        asked["spectral.eigensolve_device"] = config.spectral.eigensolve_device
-    if config.task.name == "analyze" and config.lanczos.enabled:
-        asked["lanczos.vector_device"] = config.lanczos.vector_device
-    if "cuda" not in asked.values():
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    for key, value in asked.items():
-        if value == "cuda":
-            raise ConfigError.value(key, value, "auto or cpu on a machine without a CUDA device")
+        allowed = f"at most {found}, the CUDA devices of this machine"
+        raise ConfigError.value("distributed.nproc", d.nproc, allowed)
 
 
 def check_nodes(config: Config) -> None:
@@ -76,8 +67,7 @@ def check_nodes(config: Config) -> None:
     """
     from fisher_lab.distributed import launch
 
-    d = config.distributed
     try:
-        launch.place(d.nproc, d.nodes, os.environ)
+        launch.place(config.distributed.nproc, config.distributed.nodes, os.environ)
     except launch.LaunchError as error:
         raise ConfigError(str(error)) from None

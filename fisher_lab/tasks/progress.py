@@ -46,13 +46,8 @@ class Progress:
         if not self.enabled:
             yield from iterable
             return
-        if total is None and hasattr(iterable, "__len__"):
-            total = len(iterable)  # type: ignore[arg-type]
         with self._bar() as bar:
-            task = bar.add_task(label, total=total)
-            for item in iterable:
-                yield item
-                bar.advance(task)
+            yield from bar.track(iterable, total, description=label)
 
     @contextlib.contextmanager
     def step(self, label: str) -> Iterator[None]:

@@ -56,16 +56,13 @@ class RankStatus:
         """Returns what the record says of the ranks; collective."""
         import torch.distributed as dist
 
-        own: dict[str, Any] = {
-            "rank": self.rank,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "device": str(self.communicator.device),
-        }
+        device = str(self.communicator.device)
+        own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        ranks = self.communicator.all_gather_objects({**own, "device": device})
         return {
             "world_size": self.communicator.size,
             "backend": dist.get_backend(),
-            "ranks": self.communicator.all_gather_objects(own),
+            "ranks": ranks,
         }
 
     def completed(self) -> None:
@@ -73,13 +70,8 @@ class RankStatus:
         self._write(Status.COMPLETED)
 
     def failed(self, run: Run, error: Exception) -> None:
-        """Ends the record of a rank that has an error; first of all with that error.
-
-        Args:
-            run: the rank's record.
-            error: that ended it; the error of another rank from which it followed replaces it.
-        """
-        run.fail_with(record.describe(error))  # looking for the cause takes seconds
+        """Ends the record of a rank with its error, or with that of another rank that led to it."""
+        run.fail(error)  # first of all: looking for the cause takes seconds
         write_error(self.folder, self.rank, error)
         found = cause(self.folder, self.rank, error, _ranks_of(run))
         if found is not None:
@@ -87,12 +79,7 @@ class RankStatus:
             self._write_for_rank_zero(run, found)
 
     def stopped(self, run: Run, stop: Interrupted) -> None:
-        """Ends the record of a rank that got a signal: its own, or because another rank is gone.
-
-        Args:
-            run: the rank's record.
-            stop: the signal.
-        """
+        """Ends the record of a rank that got a signal: its own, or because another rank is gone."""
         found = cause(self.folder, self.rank, stop, _ranks_of(run))
         if found is None:
             run.end(stop.status, stop.signum.name)
@@ -102,9 +89,8 @@ class RankStatus:
         self._write(stop.status)
 
     def _write(self, status: Status) -> None:
-        atomic.write_json(
-            _file(self.folder, self.rank, "status"), {"rank": self.rank, "status": status}
-        )
+        about = {"rank": self.rank, "status": status}
+        atomic.write_json(_file(self.folder, self.rank, "status"), about)
 
     def _write_for_rank_zero(self, run: Run, error: Mapping[str, Any]) -> None:
         """Ends the run's record where rank 0 no longer can: the first rank that is left does."""
@@ -118,12 +104,12 @@ class RankStatus:
 def cause(
     folder: Path, rank: int, error: BaseException, known: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any] | None:
-    """Returns another rank's error from which this rank's error follows, where there is one.
+    """Returns another rank's error from which the error of ``rank`` (or a signal) follows, if any.
 
     Args:
         folder: where the ranks leave their errors.
         rank: this rank.
-        error: of this rank: one that follows from another rank's, or a signal.
+        error: of this rank.
         known: the record's list of ranks; one whose process is gone without a word was killed.
     """
     interrupted = isinstance(error, Interrupted)
@@ -137,7 +123,12 @@ def cause(
             if found["rank"] != rank and not is_consequence(found["type"], found["message"]):
                 return without_time(found)
         if gone:
-            return _killed(gone[0])
+            message = (
+                f"rank {gone[0]['rank']} (process {gone[0]['pid']}) is gone without a word: it was "
+                "killed, or crashed"
+            )
+            about = {"type": "RankKilled", "message": message, "traceback": ""}
+            return {**about, "rank": gone[0]["rank"]}
         if interrupted:
             return None
         waiting.wait(GRACE_S / 40)
@@ -165,14 +156,11 @@ def read_errors(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves a rank's error where its launcher and the other ranks find it."""
-    about = {**record.describe(error), "rank": rank, "time": datetime.now(UTC).isoformat()}
-    atomic.write_json(_file(folder, rank, "error"), about)
-
-
-def has_written_error(folder: Path, rank: int) -> bool:
-    """Says whether a rank has left its error."""
-    return _file(folder, rank, "error").exists()
+    """Leaves the first error of a rank where its launcher and the other ranks find it."""
+    path = _file(folder, rank, "error")
+    if not path.exists():
+        about = {**record.describe(error), "rank": rank, "time": datetime.now(UTC).isoformat()}
+        atomic.write_json(path, about)
 
 
 def without_time(error: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,23 +177,12 @@ def _ranks_of(run: Run) -> list[dict[str, Any]]:
 
 
 def _is_gone(folder: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a rank of this host has no process any more and has not said why.
-
-    Nothing is known here of other hosts.
-    """
+    """Whether a rank of this host (of others nothing is known) is gone and has not said why."""
     if entry["host"] != socket.gethostname():
         return False
     try:
         alive = psutil.Process(entry["pid"]).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         alive = False
-    kinds = ("status", "error")
-    return not (alive or any(_file(folder, entry["rank"], kind).exists() for kind in kinds))
-
-
-def _killed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    message = (
-        f"rank {entry['rank']} (process {entry['pid']}) is gone without a word: it was killed, or "
-        "crashed"
-    )
-    return {"type": "RankKilled", "message": message, "traceback": "", "rank": entry["rank"]}
+    left = (_file(folder, entry["rank"], kind) for kind in ("status", "error"))
+    return not (alive or any(file.exists() for file in left))

@@ -53,18 +53,6 @@ NODES_WAIT_S = 300.0
 """Nodes wait for each other this long, or ``distributed.timeout_s`` where that is less."""
 
 
-class RunFailed(Exception):
-    """A rank under ``torchrun`` leaves without waiting for the others; its record says why.
-
-    Attributes:
-        code: the exit code.
-    """
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        super().__init__(str(code))
-
-
 def wanted(config: Config) -> bool:
     """Says whether this process has to start ranks (``task=plan`` computes too little for them)."""
     several = config.distributed.nproc * config.distributed.nodes > 1
@@ -93,7 +81,7 @@ def start(spec: RunSpec, logging_config: Mapping[str, Any]) -> dict[str, Any] | 
     folder = spec.directory / FOLDER
     if where.node == 0:
         clear(folder)
-    path = folder / (WORK_FILE if where.node == 0 else f"{_node_name(where.node)}.{WORK_FILE}")
+    path = folder / (WORK_FILE if where.node == 0 else f"node{where.node}.{WORK_FILE}")
     atomic.write_json(path, {**spec.plain(), "logging": logging_config})
     log.info("starting %d ranks on this node (%d of %d)", d.nproc, where.node + 1, d.nodes)
     with Watch() as signals:
@@ -114,9 +102,9 @@ def _run_ranks(path: Path, where: Place, group: Nodes | None, signals: Watch) ->
             group.publish(path.absolute().parent.parent)
         end = _run_own_ranks(path, where, group)
         signals.ending()
-        if group is None:
-            return end
-        return group.agree(end, GRACE_S if end is not None and _is_lost(end.error) else 0.0)
+        if group is not None:
+            end = group.agree(end, GRACE_S if end is not None and _is_lost(end.error) else 0.0)
+        return end
     except NodeError as error:
         signals.ending()
         return RunEnd(record.describe(error))
@@ -149,8 +137,8 @@ def first_error(
 ) -> dict[str, Any]:
     """Finds the error from which those of the other ranks followed.
 
-    It is the first error that is no consequence of another one, else that of a rank that was
-    killed. (A rank that was only asked to end, by SIGTERM, was stopped for another's error.)
+    It is the first one that is no consequence of another, else that of a rank that was killed. (A
+    rank that was only asked to end, by SIGTERM, was stopped for another's error.)
 
     Args:
         errors: that ranks have left, the first one first.
@@ -206,9 +194,8 @@ def _record_end(spec: RunSpec, end: RunEnd) -> None:
 def _has_ended(directory: Path) -> bool:
     """Whether rank 0 has ended the record, and not only because it lost another rank."""
     status = record.status_of(directory)
-    if status is None or not status.has_ended:
-        return False
-    return not _is_lost(record.read(directory)["error"])
+    ended = status is not None and status.has_ended
+    return ended and not _is_lost(record.read(directory)["error"])
 
 
 def _is_lost(error: Mapping[str, Any] | None) -> bool:
@@ -236,21 +223,17 @@ def connected_nodes(config: Config) -> Iterator[Nodes | None]:
     d = config.distributed
     if d.nodes == 1 or not wanted(config):
         yield None
-        return
-    where = launch.place(d.nproc, d.nodes, os.environ)
-    with nodes.connect(where, min(NODES_WAIT_S, d.timeout_s)) as group:
-        yield group
+    else:
+        where = launch.place(d.nproc, d.nodes, os.environ)
+        with nodes.connect(where, min(NODES_WAIT_S, d.timeout_s)) as group:
+            yield group
 
 
 def node_log(node: int, directory: Path) -> Path:
     """Returns the path of a node's log in ``ranks/`` of a run directory, which is made."""
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{_node_name(node)}.log"
-
-
-def _node_name(node: int) -> str:
-    return f"node{node}"
+    return folder / f"node{node}.log"
 
 
 def _log_only(cfg: DictConfig, directory: Path, path: Path) -> None:
@@ -293,10 +276,16 @@ def of_one_run(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> It
 @contextmanager
 def joined(config: Config) -> Iterator[TorchCommunicator]:
     """Makes this process a rank: in the process group, with its part of the processors."""
+    import torch
+
     from fisher_lab.distributed.process_group import session
 
     d = config.distributed
-    _divide_processors(config)
+    if config.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one node that all take all processors would wait for each other.
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (allowed or os.cpu_count() or 1) // here))
     shards = config.task.name == "train" and d.wrapper == "fsdp"
     with session(d.backend, config.device, timeout_s=d.timeout_s, watchdog=shards) as communicator:
         yield communicator
@@ -320,35 +309,16 @@ def _under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) 
         yield
 
 
-def current() -> TorchCommunicator | None:
-    """Returns the communicator of the ranks that this process is one of, if it is one."""
-    if not launch.inside():
-        return None
-    from fisher_lab.curvature.collectives import world
-
-    return world()
-
-
-def _divide_processors(config: Config) -> None:
-    """Ranks of one node that all take all processors would wait for each other."""
-    import torch
-
-    if config.threads is None and "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        torch.set_num_threads(max(1, (allowed or os.cpu_count() or 1) // here))
-
-
 def log_of(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Returns a logging configuration that writes one file alone, in the format that is given."""
     formatters = dict(given.get("formatters", {}))
-    handler = {"class": "logging.FileHandler", "filename": str(path)}
+    handler = {"class": "logging.FileHandler", "filename": str(path), "encoding": "utf-8"}
     if formatters:
         handler["formatter"] = next(iter(formatters))
     return {
         "version": 1,
         "formatters": formatters,
-        "handlers": {"file": {**handler, "encoding": "utf-8"}},
+        "handlers": {"file": handler},
         "root": {"level": "INFO", "handlers": ["file"]},
         "disable_existing_loggers": False,
     }

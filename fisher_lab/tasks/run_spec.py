@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate
-
-if TYPE_CHECKING:
-    from fisher_lab.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,7 @@ class RunSpec:
 
     def plain(self) -> dict[str, Any]:
         """As JSON-able values, for the ranks."""
-        return {
-            "config": dataclasses.asdict(self.config),
-            "directory": str(self.directory),
-            "overrides": list(self.overrides),
-            "frozen": None if self.frozen is None else dict(self.frozen),
-        }
+        return {**asdict(self), "directory": str(self.directory)}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> RunSpec:

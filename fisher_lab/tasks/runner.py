@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fisher_lab import tracking
 from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.config.validate import validate
+from fisher_lab.distributed import launch
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
@@ -43,23 +43,13 @@ TASKS = {
 LOG_FILE = "fisher_lab.log"
 """Named after ``hydra.job.name``."""
 
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-
 
 class InputsChanged(RuntimeError):
     """Text or model are not what they were when the run was submitted."""
 
 
 def prepare(config: Config) -> dict[str, Any]:
-    """Set threads, seeds and determinism as configured.
-
-    Args:
-        config: the typed configuration.
-
-    Returns:
-        What was set, for the record: ``device``, ``device_name``, ``threads``, ``seed``,
-        ``deterministic``, ``default_dtype``.
-    """
+    """Set threads, seeds and determinism as configured; returns what was set, for the record."""
     import numpy as np
     import torch  # which the record is not to wait for
 
@@ -67,7 +57,7 @@ def prepare(config: Config) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         # cuBLAS reads it when it is first used; without it, it is not deterministic.
-        os.environ.setdefault(_CUBLAS, ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if torch.are_deterministic_algorithms_enabled() != config.deterministic:
         # Only then: the call imports the compiler, which takes two seconds.
         torch.use_deterministic_algorithms(config.deterministic)
@@ -137,7 +127,11 @@ def begin(spec: RunSpec, logging_config: Mapping[str, Any]) -> RunOutcome:
 
     logging.captureWarnings(True)
     if not ranks.wanted(spec.config):
-        return perform(spec, ranks.current())
+        if not launch.inside():
+            return perform(spec)
+        from fisher_lab.curvature.collectives import world
+
+        return perform(spec, world())
     error = ranks.start(spec, logging_config)
     if error is None:
         return RunOutcome(spec.directory, Status.COMPLETED)
@@ -164,22 +158,16 @@ def perform(spec: RunSpec, communicator: TorchCommunicator | None = None) -> Run
     if rank.rank == 0:
         return _perform(spec, rank)
     with TemporaryDirectory(prefix="fisher_lab-rank-") as directory:
-        return _perform(dataclasses.replace(spec, directory=Path(directory)), rank)
+        return _perform(replace(spec, directory=Path(directory)), rank)
 
 
 def _perform(spec: RunSpec, rank: RankStatus | None) -> RunOutcome:
     run, problem = _start_record(spec)
     is_rank_zero = rank is None or rank.rank == 0
-    tracker_config = spec.config.tracker if is_rank_zero else TrackerConfig()
-    tracker = tracking.make(tracker_config)
-    tracker.start(
-        send.start_of(
-            run,
-            tracker_config,
-            task=spec.config.task.name,
-            overrides=run.record["overrides"],
-        )
-    )
+    to = spec.config.tracker if is_rank_zero else TrackerConfig()
+    tracker = tracking.make(to)
+    task, overrides = spec.config.task.name, run.record["overrides"]
+    tracker.start(send.start_of(run, to, task=task, overrides=overrides))
     try:
         with run.signals:
             _run_task(spec.config, run, rank, problem, tracker)
@@ -193,7 +181,7 @@ def _perform(spec: RunSpec, rank: RankStatus | None) -> RunOutcome:
     else:
         log.info("completed")
     finally:
-        send.send(run, tracker_config, tracker)
+        send.send(run, to, tracker)
     if is_rank_zero:
         from fisher_lab.tasks import summary
 
@@ -204,13 +192,18 @@ def _perform(spec: RunSpec, rank: RankStatus | None) -> RunOutcome:
 def _start_record(spec: RunSpec) -> tuple[Run, Exception | None]:
     """Begins the record; also returns what is wrong with text or model, for the record to hold."""
     content, problem = _content(spec.config)
-    if spec.frozen is not None:
-        if problem is None and content != spec.frozen:
-            problem = InputsChanged(_changed(content, spec.frozen))
-        content = dict(spec.frozen)
+    frozen = spec.frozen
+    if frozen is not None:
+        changed = [name for name in {**frozen, **content} if content.get(name) != frozen.get(name)]
+        if problem is None and changed:
+            problem = InputsChanged(
+                f"{' and '.join(changed)} changed since this cell was submitted; start the sweep "
+                "again, and the cell gets an identity of its own"
+            )
+        content = dict(frozen)
     run = Run.start(
         spec.directory,
-        config=dataclasses.asdict(spec.config),
+        config=asdict(spec.config),
         overrides=spec.overrides,
         identity=content,
         provenance=provenance.collect(),
@@ -243,31 +236,18 @@ def _run_task(
         if rank is not None:
             rank.completed()
     except (Exception, Interrupted) as error:
-        _end(run, error, rank)
-        raise
-
-
-def _end(run: Run, error: Exception | Interrupted, rank: RankStatus | None) -> None:
-    """Ends the record where something went wrong here, or on a rank that this one noticed."""
-    if run.status != Status.RUNNING:  # a second SIGINT, while the end was being written
-        return
-    if isinstance(error, Interrupted):
-        if rank is None:
-            run.end(error.status, error.signum.name)
+        if run.status != Status.RUNNING:  # a second SIGINT, while the end was being written
+            raise
+        if isinstance(error, Interrupted):
+            if rank is None:
+                run.end(error.status, error.signum.name)
+            else:
+                rank.stopped(run, error)
+        elif rank is None:
+            run.fail(error)
         else:
-            rank.stopped(run, error)
-    elif rank is None:
-        run.fail(error)
-    else:
-        rank.failed(run, error)
-
-
-def _changed(content: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
-    names = [name for name in {**frozen, **content} if content.get(name) != frozen.get(name)]
-    return (
-        f"{' and '.join(names)} changed since this cell was submitted; start the sweep again, and "
-        "the cell gets an identity of its own"
-    )
+            rank.failed(run, error)
+        raise
 
 
 def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fisher_lab.analysis import SpectralEngines
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.schema import Config
+from fisher_lab.config.schema import ON_RANKS, Config
 from fisher_lab.config.spectra import GroupFisherSection
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.group_fisher.collector import FisherCollector
@@ -56,9 +56,8 @@ def refuse(config: Config, ranks: Ranks) -> None:
     Raises:
         ConfigError: the spectrum is to be sketched.
     """
-    if len(ranks) > 1:
-        for key, value, allowed in config.spectral.on_ranks():
-            raise ConfigError.value(f"spectral.{key}", value, allowed)
+    if len(ranks) > 1 and config.spectral.sketches:
+        raise ConfigError.value("spectral.storage_mode", "sketch", ON_RANKS)
 
 
 def run_engines(
