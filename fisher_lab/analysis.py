@@ -9,6 +9,7 @@ several models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -203,11 +204,10 @@ class AdvancedFisherCollector:
         """One forward pass: K-FAC's factors where they are due, and the mean gradient."""
         kfac = self.kfac_handler
         due = kfac is not None and self.n_batches % self.kfac_update_freq == 0
-        shared = due and self._shares_forward_pass()
-        if kfac is not None and shared:
-            with kfac.capture(model):
-                scored = losses.score(model, batch, self._loss_fn)
-        else:
+        # Labels of the model's own need its logits, which a caller's loss tensor hides.
+        own = self._loss_fn is None or (kfac is not None and kfac.settings.fisher == "empirical")
+        shared = due and own
+        with kfac.capture(model) if kfac is not None and shared else nullcontext():
             scored = losses.score(model, batch, self._loss_fn)
         loss = losses.summed_loss(scored)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -223,12 +223,6 @@ class AdvancedFisherCollector:
         if self.group is not None and self.group.unit == "batch" and scored.n_labels > 0:
             self.group.update_fisher_welford(task, self.gradients, active_tokens(model, batch))
         self.n_batches += 1
-
-    def _shares_forward_pass(self) -> bool:
-        """Labels of the model's own need its logits, which a caller's loss tensor hides."""
-        kfac = self.kfac_handler
-        assert kfac is not None
-        return self._loss_fn is None or kfac.settings.fisher == "empirical"
 
     def _samples(self, model: nn.Module, batches: list[Any], task: str) -> None:
         """Per-sample gradients: kept for the cache, or handed straight on to group Fisher."""
@@ -282,9 +276,7 @@ class SpectralEngines:
     def spectrum(self, section: SpectralSection, *, deterministic: bool = False) -> dict[str, Any]:
         """Returns the spectra of the blocks (:meth:`FisherSpectral.compute_fisher_spectrum`).
 
-        Args:
-            section: the options.
-            deterministic: use deterministic algorithms alone.
+        ``deterministic`` allows deterministic algorithms alone.
         """
         engine = FisherSpectral(
             options_of(section, SpectralConfig, use_deterministic=deterministic),
@@ -304,9 +296,7 @@ class SpectralEngines:
     ) -> dict[str, Any]:
         """Returns what :meth:`FisherLanczos.analyze` does; the Hessian has no effective dimension.
 
-        Args:
-            section: the options.
-            say: gets the line about memory.
+        ``say`` gets the line about memory.
         """
         engine = FisherLanczos(
             config=options_of(section, LanczosConfig),
@@ -338,13 +328,12 @@ class SpectralEngines:
             chunk_size=options.chunk_size,
             loss_fn=self._loss_fn,
         )
-        if self._ranks.size == 1:
-            for task, batches in tasks.items():
-                collector.collect(self._model, batches, task)
-            return collector
         for task, batches in tasks.items():
-            collect_slices(collector, self._model, batches, task, self._ranks)
-        return merge_over_ranks(collector, self._ranks)
+            if self._ranks.size == 1:
+                collector.collect(self._model, batches, task)
+            else:
+                collect_slices(collector, self._model, batches, task, self._ranks)
+        return collector if self._ranks.size == 1 else merge_over_ranks(collector, self._ranks)
 
 
 @dataclass(kw_only=True)
@@ -451,12 +440,10 @@ class UnifiedModelAnalyzer:
         """
         config = self.config
         batches = list(batches)
+        n_params = sum(p.numel() for p in model.parameters())
         with isolated(model, seed=config.seed):
             total, count = summed_loss(model, batches, loss_fn)
-        result: dict[str, Any] = {
-            "n_params": sum(p.numel() for p in model.parameters()),
-            "loss": total / max(count, 1),
-        }
+        result: dict[str, Any] = {"n_params": n_params, "loss": total / max(count, 1)}
         if config.compute_advanced_fisher_metrics:
             collected = self._collect(model, batches, loss_fn)
             result["group_fisher"] = collected.pop("group_fisher")

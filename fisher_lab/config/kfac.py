@@ -297,21 +297,14 @@ def documented(engine: Engine) -> Engine:
     for item in dataclasses.fields(KFACSettings):
         argument = ARGUMENTS.get(item.name, item.name)
         default = getattr(KFACSettings(), item.name)
-        own.append(
-            inspect.Parameter(
-                argument, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=item.type
-            )
-        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        own.append(inspect.Parameter(argument, kind, default=default, annotation=item.type))
         allowed = item.metadata["allowed"]
         must = f"; {allowed.text}" if allowed is not None else ""
         text = f"{argument}: {item.metadata['meaning']} (default {show(default)}{must})"
-        lines.append(_wrapped(text))
+        text = text.replace("null", "None")
+        lines.append(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12))
     engine.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     if engine.__doc__ is not None:  # python -OO has none
         engine.__doc__ = engine.__doc__.replace("{options}", "\n".join(lines).lstrip())
     return engine
-
-
-def _wrapped(text: str) -> str:
-    text = text.replace("null", "None")
-    return textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)

@@ -50,38 +50,18 @@ def run(config: Config, run: Run) -> None:
         ConfigError: text or model cannot be had as configured.
         LayerError: no supported layer.
     """
-    workload = _untrained(config)
+    untrained = dataclasses.replace(config.model, init="random")
+    track = Progress(config.progress).track
+    workload = build(dataclasses.replace(config, model=untrained), track)
     run.note(workbench=workload.record)
-    rows = _rows(workload, config)
+    settings = EngineSettings.of(config.kfac, seed=config.seed)
+    layers = discover(workload.model, settings)
+    tokens = _tokens(workload, layers, config)
+    rows = [_row(layers.layers[n], count, settings, config) for n, count in tokens.items() if count]
     run.table(PLAN_FILE, rows)
     total = _total(rows)
     run.metrics({"tokens": max(row["tokens"] for row in rows), **total})
     _show(rows, total, config.kfac.policy)
-
-
-def estimate(config: Config) -> dict[str, float]:
-    """The totals of the plan alone, for a table of many cells: ``plan/bytes`` and so on.
-
-    Raises:
-        ConfigError: text or model cannot be had as configured.
-        LayerError: no supported layer.
-    """
-    return _total(_rows(_untrained(config), config))
-
-
-def _untrained(config: Config) -> Workload:
-    untrained = dataclasses.replace(config.model, init="random")
-    return build(dataclasses.replace(config, model=untrained), Progress(config.progress).track)
-
-
-def _rows(workload: Workload, config: Config) -> list[dict[str, Any]]:
-    settings = EngineSettings.of(config.kfac, seed=config.seed)
-    layers = discover(workload.model, settings)
-    return [
-        _row(layers.layers[name], count, settings, config)
-        for name, count in _tokens(workload, layers, config).items()
-        if count
-    ]
 
 
 def _tokens(workload: Workload, layers: Layers, config: Config) -> dict[str, int]:
@@ -109,13 +89,9 @@ def _row(layer: Layer, tokens: int, settings: EngineSettings, config: Config) ->
         "method": _method(settings, settings.policy_in_use, layer, columns),
     }
     row |= {name: _method(settings, name, layer, columns) for name in POLICIES}
-    a, g = _costs(layer, row["method"], tokens, columns, settings)
-    for side, cost in (("A", a), ("G", g)):
-        row |= {
-            f"bytes_{side}": cost.bytes,
-            f"flops_factor_{side}": cost.flops_factor,
-            f"flops_apply_{side}": cost.flops_apply,
-        }
+    costs = _costs(layer, row["method"], tokens, columns, settings)
+    for side, cost in zip("AG", costs, strict=True):
+        row |= {f"{name}_{side}": value for name, value in vars(cost).items()}
     return row
 
 
@@ -143,15 +119,9 @@ def _costs(
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
-    def add(kind: str) -> float:
-        return sum(row[f"{kind}_A"] + row[f"{kind}_G"] for row in rows)
-
-    return {
-        "plan/bytes": add("bytes"),
-        "plan/flops_factor": add("flops_factor"),
-        "plan/flops_apply": add("flops_apply"),
-        "plan/layers": len(rows),
-    }
+    kinds = ("bytes", "flops_factor", "flops_apply")
+    total = {f"plan/{kind}": sum(r[f"{kind}_A"] + r[f"{kind}_G"] for r in rows) for kind in kinds}
+    return {**total, "plan/layers": len(rows)}
 
 
 def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:

@@ -244,24 +244,34 @@ def _log_only(cfg: DictConfig, directory: Path, path: Path) -> None:
 
 
 @contextmanager
-def of_one_run(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
+def of_one_run(
+    config: Config, cfg: DictConfig, make_directory: Callable[[], Path]
+) -> Iterator[None]:
     """Makes this process one of those that work on a run, of which one makes the directory.
 
     Args:
         config: the validated configuration.
         cfg: the composed one; Hydra's node in it is changed.
-        claim: makes the run directory and returns it.
+        make_directory: makes the run directory and returns it.
 
     Raises:
         nodes.NodeError: the nodes did not find each other.
     """
     if launch.inside():
-        with _under_torchrun(config, cfg, claim):
+        with joined(config) as communicator:
+            rank = communicator.rank
+            made = str(make_directory()) if rank == 0 else None
+            directory = Path(communicator.all_gather_objects(made)[0])
+            if rank == 0:
+                clear(directory / FOLDER)
+            communicator.all_gather_objects(None)
+            if rank > 0:
+                _log_only(cfg, directory, directory / FOLDER / f"rank{rank}.log")
             yield
         return
     with connected_nodes(config) as group:
         if group is None or group.is_first:
-            claim()
+            make_directory()
         else:
             directory = group.directory()
             if directory is None:
@@ -289,24 +299,6 @@ def joined(config: Config) -> Iterator[TorchCommunicator]:
     shards = config.task.name == "train" and d.wrapper == "fsdp"
     with session(d.backend, config.device, timeout_s=d.timeout_s, watchdog=shards) as communicator:
         yield communicator
-
-
-@contextmanager
-def _under_torchrun(config: Config, cfg: DictConfig, claim: Callable[[], Path]) -> Iterator[None]:
-    """Makes a process that ``torchrun`` has started a rank of one run.
-
-    Rank 0 claims the run directory; the others get it from rank 0, and write their own log only.
-    """
-    with joined(config) as communicator:
-        rank = communicator.rank
-        directory = Path(communicator.all_gather_objects(str(claim()) if rank == 0 else None)[0])
-        folder = directory / FOLDER
-        if rank == 0:
-            clear(folder)
-        communicator.all_gather_objects(None)
-        if rank > 0:
-            _log_only(cfg, directory, folder / f"rank{rank}.log")
-        yield
 
 
 def log_of(given: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -65,15 +65,8 @@ def run_engines(
 ) -> dict[str, Any]:
     """Runs the engines that are switched on, one after another, and records their metrics.
 
-    Args:
-        config: the validated configuration.
-        workload: model and batches.
-        run: the run's record.
-        progress: shows which engine is at work.
-        ranks: the ranks; collective where there are several.
-
     Returns:
-        All their metrics; those of rank 0 are recorded.
+        All their metrics; those of rank 0 are recorded. Collective where there are several ranks.
     """
     steps = (
         ("spectral", config.spectral.enabled, "Fisher spectrum", _spectral),
@@ -169,34 +162,25 @@ def _lanczos(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict
     }
     for name in ("trace", "effective_dimension"):
         if name in result:
-            metrics |= _estimate(f"lanczos/{name}", result[name])
+            metrics[f"lanczos/{name}"] = result[name]["value"]
+            if not math.isnan(result[name]["standard_error"]):
+                metrics[f"lanczos/{name}_se"] = result[name]["standard_error"]
     atomic.write_json(run.directory / "lanczos.json", strict(result))
     _draw("lanczos_eigenvalues", pairs, run)
     if "density" in result:
-        metrics["lanczos/mass_at_zero"] = result["density"]["mass_at_zero"]
-        _write_density(result["density"], run)
+        density, columns = result["density"], ("grid", "density", "standard_error")
+        metrics["lanczos/mass_at_zero"] = density["mass_at_zero"]
+        rows = zip(*(density[name] for name in columns), strict=True)
+        run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])
+        _draw("lanczos_density", density, run)
     metrics["lanczos/seconds"] = seconds
     return metrics
-
-
-def _write_density(density: Mapping[str, Any], run: Run) -> None:
-    columns = ("grid", "density", "standard_error")
-    rows = zip(*(density[name] for name in columns), strict=True)
-    run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])
-    _draw("lanczos_density", density, run)
 
 
 def _say(line: str) -> None:
     """Shows what is about to be allocated on the screen as well as in the log."""
     log.info(line)
     print(line, flush=True)
-
-
-def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, float]:
-    metrics = {name: found["value"]}
-    if not math.isnan(found["standard_error"]):
-        metrics[f"{name}_se"] = found["standard_error"]
-    return metrics
 
 
 # ---- group Fisher --------------------------------------------------------------------------------

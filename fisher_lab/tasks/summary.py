@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -117,20 +117,17 @@ def render(
         tables: rows by file name; ``layers.csv`` is shown if it is there.
         width: columns that there are.
     """
-    parts: list[RenderableType] = [Text(_title(record), style="bold")]
+    config = record.get("config", {})
+    names = (config.get(part, {}).get("name") for part in ("task", "model", "data"))
+    title = " · ".join([*filter(None, names), f"run {record['run_id']}"])
+    parts: list[RenderableType] = [Text(title, style="bold")]
     layers = tables.get("layers.csv")
     if layers:
-        parts += [_layer_table(layers, width), Text(_sum_up(layers)), Text()]
-    parts += [_number_table(metrics), Text()]
-    return Group(*parts)
-
-
-def _title(record: Mapping[str, Any]) -> str:
-    config = record.get("config", {})
-    names = [config.get("task", {}).get("name")]
-    names += [config.get(part, {}).get("name") for part in ("model", "data")]
-    text = " · ".join(name for name in names if name)
-    return f"{text} · run {record['run_id']}"
+        methods = Counter(str(row["method"]) for row in layers if row.get("method"))
+        counts = ", ".join(f"{count} {method}" for method, count in methods.most_common())
+        summed = f"{sum(methods.values())} layers: {counts}" if counts else ""
+        parts += [_layer_table(layers, width), Text(summed), Text()]
+    return Group(*parts, _number_table(metrics), Text())
 
 
 def _number_table(metrics: Mapping[str, Any]) -> Table:
@@ -166,7 +163,12 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
 
 
 def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
-    columns = [name for name in LAYER_COLUMNS if _says_something(name, rows)]
+    columns = []
+    for name in LAYER_COLUMNS:
+        values = {row.get(name) for row in rows}
+        # A number of tokens that all layers share stands among the numbers of the run.
+        if values != {None} and not (name == "tokens" and len(values) == 1):
+            columns.append(name)
     cells = [[number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns] for row in rows]
     headings = [LAYER_COLUMNS[name][0] for name in columns]
     if "name" in columns:
@@ -175,7 +177,8 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
         place = columns.index("name")
         limit = max(width - (sum(widths) - widths[place]) - len(columns), MIN_NAME)
         for row in cells:
-            row[place] = _shorten(row[place], limit)
+            if len(row[place]) > limit:
+                row[place] = "…" + row[place][len(row[place]) - limit + 1 :]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name, heading in zip(columns, headings, strict=True):
         justify = "left" if LAYER_COLUMNS[name][1] == "s" else "right"
@@ -187,35 +190,17 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
     return table
 
 
-def _says_something(column: str, rows: list[dict[str, Any]]) -> bool:
-    """A number of tokens that all layers share stands among the numbers of the run."""
-    values = {row.get(column) for row in rows}
-    return values != {None} and not (column == "tokens" and len(values) == 1)
-
-
-def _shorten(name: str, limit: int) -> str:
-    return name if len(name) <= limit else "…" + name[len(name) - limit + 1 :]
-
-
-def _sum_up(rows: Iterable[Mapping[str, Any]]) -> str:
-    methods = Counter(str(row["method"]) for row in rows if row.get("method"))
-    counts = ", ".join(f"{count} {method}" for method, count in methods.most_common())
-    return f"{sum(methods.values())} layers: {counts}" if counts else ""
-
-
 def number(value: Any, form: str) -> str:
     """A value as it stands in a table: ``g`` is four digits, ``mib`` bytes in MiB."""
     if value is None or value == "":
         return "-"
-    if isinstance(value, bool | str):
+    if isinstance(value, bool | str) or form == "s":
         return str(value)
     if form == "mib":
         return f"{value / 2**20:.2f}"
     if form == "d":
         return f"{round(value):,}"
-    if form == "s":
-        return str(value)
-    return f"{value:.4g}" if form == "g" else format(value, form)
+    return format(value, ".4g" if form == "g" else form)
 
 
 def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
@@ -224,9 +209,5 @@ def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
     Args:
         pipe_width: columns where standard output is no terminal.
     """
-    console = Console(file=sys.stdout, highlight=False)
-    return (
-        console
-        if console.is_terminal
-        else Console(file=sys.stdout, highlight=False, width=pipe_width)
-    )
+    width = None if Console(file=sys.stdout).is_terminal else pipe_width
+    return Console(file=sys.stdout, highlight=False, width=width)

@@ -62,7 +62,9 @@ def run(config: Config, run: Run) -> None:
     unused = config.model.type == "pretrained"
     parallel = DataParallel(ranks.communicator, config.distributed.wrapper, unused=unused)
     training = training_run(config, {**origin, **parallel.describe()})
-    _check_length(training, model)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and training.seq_len > limit:
+        raise ConfigError.value("train.seq_len", training.seq_len, f"at most the model's {limit}")
     check_ranks(config, training.batch_size, parallel.size)
     device = build.device_of(config)
     model = model.to(device)
@@ -124,29 +126,21 @@ def training_run(config: Config, origin: dict[str, Any]) -> TrainingRun:
 def check_ranks(config: Config, batch_size: int, ranks: int) -> None:
     """Refuse what ranks with shards cannot do, before anything is trained.
 
-    Args:
-        config: The validated configuration.
-        batch_size: Sequences a step, of all ranks.
-        ranks: Their number.
-
     Raises:
         ConfigError: Muon, or a batch with fewer sequences than ranks and a curvature optimiser.
     """
     if ranks == 1 or config.distributed.wrapper != "fsdp":
         return
     if config.optimizer.name == "muon":
-        raise ConfigError.value(
-            "optimizer.name",
-            "muon",
+        allowed = (
             "another one with distributed.wrapper=fsdp, where its steps are not those of whole "
-            "matrices",
+            "matrices"
         )
+        raise ConfigError.value("optimizer.name", "muon", allowed)
     if config.optimizer.name in CURVATURE_OPTIMIZERS and batch_size < ranks:
-        raise ConfigError.value(
-            "train.batch_size",
-            batch_size,
-            f"at least {ranks}, the ranks, with distributed.wrapper=fsdp and a curvature optimiser",
-        )
+        where = "with distributed.wrapper=fsdp and a curvature optimiser"
+        allowed = f"at least {ranks}, the ranks, {where}"
+        raise ConfigError.value("train.batch_size", batch_size, allowed)
 
 
 def _initial(inputs: Inputs, progress: Progress, run: Run) -> tuple[nn.Module, dict[str, Any]]:
@@ -157,26 +151,12 @@ def _initial(inputs: Inputs, progress: Progress, run: Run) -> tuple[nn.Module, d
         return model, {**about, "dtype": cfg.model.dtype}
     model = models.with_dtype(inputs.untrained(cfg.seed), cfg.model.dtype)
     models.set_attention(model, cfg.model.attn_implementation)
-    about = {
-        "init": "random",
-        "checkpoint": inputs.checkpoint_key,
-        "seed": cfg.seed,
-        "dtype": cfg.model.dtype,
-    }
-    return model, about
-
-
-def _check_length(run: TrainingRun, model: nn.Module) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and run.seq_len > limit:
-        raise ConfigError.value("train.seq_len", run.seq_len, f"at most the model's {limit}")
+    about = {"init": "random", "checkpoint": inputs.checkpoint_key, "seed": cfg.seed}
+    return model, {**about, "dtype": cfg.model.dtype}
 
 
 def _save(
-    model: nn.Module,
-    inputs: Inputs,
-    directory: Path,
-    weights: dict[str, Tensor] | None,
+    model: nn.Module, inputs: Inputs, directory: Path, weights: dict[str, Tensor] | None
 ) -> str:
     """Write the model with its tokenizer; returns the hash of the weights."""
     if directory.exists():  # of an earlier attempt that ended before its record did
@@ -188,12 +168,7 @@ def _save(
 
 
 def metrics(result: Result, target: float | None) -> dict[str, float | int | None]:
-    """What a training came to, for ``metrics.json``.
-
-    Args:
-        result: Of the training.
-        target: Held-out loss whose first crossing is reported, or None.
-    """
+    """What a training came to, for ``metrics.json``; ``target``: see ``train.target_loss``."""
     rows = result.curve.rows
     last = rows[-1]
     tokens, steps = int(last["tokens"]), int(last["step"])
