@@ -19,13 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def main(path: str) -> int:
-    """Works as a rank that :func:`.ranks.start` has started.
+    """Works as a rank that :func:`.ranks.start` has started; returns the exit code.
 
     Args:
         path: of the file that says what is to be done.
-
-    Returns:
-        The exit code.
     """
     launch.end_with_parent()
     launch.end_in_time()

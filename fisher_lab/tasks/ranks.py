@@ -163,11 +163,7 @@ def first_error(
 
 
 def stopped_by(failures: Mapping[int, ProcessFailure]) -> signal.Signals | None:
-    """Finds the signal for which the ranks have agreed to end, whichever of them it had reached.
-
-    Args:
-        failures: rank -> how it ended, of the ranks that ended first.
-    """
+    """Finds the signal for which the ranks have agreed to end, whichever of them it had reached."""
     codes = {failure.exitcode for failure in failures.values()} - {-signal.SIGTERM}
     return next((signum for signum in STATUS if codes == {128 + signum}), None)
 
