@@ -130,10 +130,10 @@ class LanczosConfig:
         name = "auto" if self.vector_dtype is None else str(self.vector_dtype)
         self.vector_dtype = name.removeprefix("torch.")
 
-    def check(self) -> Iterator[Problem]:
+    def check(self) -> Problems:
         """Yields what concerns more than one option."""
         if self.max_products is not None and self.max_products < self.k:
-            yield "max_products", self.max_products, f"null, or at least k = {self.k}"
+            yield "max_products", f"null, or at least k = {self.k}"
 
 
 @dataclass
