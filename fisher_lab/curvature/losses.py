@@ -17,13 +17,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisher_lab.curvature.errors import BatchError, LossError
-from fisher_lab.curvature.wrappers import class_name, device_of, unwrap
+from fisher_lab.curvature.wrappers import class_name, device_of, is_sharded, unwrap
 
 IGNORE_INDEX = -100
 """Labels with this value do not count (the value that Hugging Face uses)."""
@@ -157,13 +158,87 @@ def gradients_of(
     }
 
 
+_MEASURED: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+"""How models align labels with logits, where their own loss has shown it."""
+
+
 def shift_of(model: nn.Module) -> bool | None:
-    """Says how a Hugging Face model aligns labels with logits.
+    """Says how a model aligns labels with logits: as measured, else as Hugging Face's class says.
 
     True for a causal shift, False for labels at the predicting position itself, None where it is
     not known (then the model's own ``outputs.loss`` has to be used).
     """
     model = unwrap(model)
+    return _MEASURED[model] if model in _MEASURED else _declared_shift(model)
+
+
+def measure_shift(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Measures, once for a model whose class leaves it open, whether its loss shifts the labels.
+
+    The model's loss of the batch is compared with the mean cross-entropy of its logits, with the
+    labels shifted and in place. Where both come out alike, or the output has no loss or no logits,
+    nothing is concluded. The pass has no dropout and draws nothing; modes are put back.
+
+    Args:
+        model: any module; a sharded one is left alone, since its passes are for all ranks.
+        batch: with the caller's own labels, on the model's device.
+    """
+    inner, labels = unwrap(model), labels_of(batch)
+    if inner in _MEASURED or labels is None or labels.numel() == 0 or _is_certain(inner):
+        return
+    if labels.dim() > 2 or labels.is_floating_point() or any(map(is_sharded, inner.modules())):
+        return
+    modes = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    try:
+        with torch.no_grad():
+            outputs = forward(inner, batch, with_labels=True)
+    finally:
+        for module, training in modes:
+            module.training = training
+    loss = getattr(outputs, "loss", None)
+    try:
+        found = {s: _mean_of(CrossEntropy(s).score(outputs, batch)) for s in (False, True)}
+    except (LossError, BatchError, IndexError, RuntimeError):
+        return
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        return
+    close = [s for s, value in found.items() if abs(value - float(loss)) <= 1e-4 * abs(value)]
+    if len(close) == 1:
+        _MEASURED[inner] = close[0]
+    elif not close and bool((labels != IGNORE_INDEX).any()):
+        _MEASURED[inner] = None
+
+
+def _is_certain(model: nn.Module) -> bool:
+    """Whether what the class declares is what it does, or there is no loss of its own to ask.
+
+    Labels in place are declared by classes that have them so. Whoever declares a shift and hands
+    its labels to ``loss_function``, which shifts them, is believed; others compute their own loss.
+    """
+    base = model.get_base_model() if _has_base(model) else model  # type: ignore[operator]
+    declared = _declared_shift(model)
+    if "labels" not in inspect.signature(base.forward).parameters or declared is False:
+        return True
+    try:
+        source = inspect.getsource(type(base).forward)
+    except (OSError, TypeError):
+        return False
+    return declared is True and ".loss_function(" in source
+
+
+def _mean_of(scored: Scored) -> float:
+    return float(token_losses(scored).double().mean()) if scored.n_labels else float("nan")
+
+
+def _has_base(model: nn.Module) -> bool:
+    """Whether a model hands its arguments on to one inside (PEFT)."""
+    return hasattr(model, "get_base_model")
+
+
+def _declared_shift(model: nn.Module) -> bool | None:
+    if _has_base(model):
+        model = model.get_base_model()  # type: ignore[operator]
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "loss_function"):
         return None
@@ -210,7 +285,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
-def prepare(model: nn.Module, batch: Any) -> Any:
+def prepare(model: nn.Module, batch: Any, *, measure: bool = True) -> Any:
     """Returns a copy of the batch, on the model's device, with the labels masked.
 
     An encoder-decoder model's decoder inputs are made from the caller's labels first, as the model
@@ -226,6 +301,8 @@ def prepare(model: nn.Module, batch: Any) -> Any:
     shift_right = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
     if encoder_decoder and not given and shift_right is not None:
         batch["decoder_input_ids"] = shift_right(labels=batch["labels"])
+    if measure:
+        measure_shift(model, batch)
     batch["labels"] = masked_labels(
         batch, shift=bool(shift_of(model)), encoder_decoder=encoder_decoder
     )
@@ -348,8 +425,8 @@ def compute_loss(
                 f"model: the output of {type(unwrap(model)).__name__} has no loss; "
                 "give loss=<function of (outputs, batch)>"
             )
-        touch = logits_of(outputs)
-        return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch)
+        touch, shift = logits_of(outputs), bool(_declared_shift(unwrap(model)))
+        return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch, shift=shift)
     if loss_fn is None and labels_of(batch) is None:
         raise LossError("batch: no 'labels' in it; add them or give loss=<function or tensor>")
     outputs = forward(model, batch)
