@@ -143,10 +143,10 @@ def config_loader(args: argparse.Namespace) -> Iterator[ConfigLoader]:
     GlobalHydra.instance().clear()
     with paths.further(args.config_dir):
         initialize_config_dir(str(folder), job_name="fisher_lab", version_base=VERSION_BASE)
-    try:
-        yield GlobalHydra.instance().config_loader()
-    finally:
-        GlobalHydra.instance().clear()
+        try:
+            yield GlobalHydra.instance().config_loader()
+        finally:
+            GlobalHydra.instance().clear()
 
 
 def _hydra_flag(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.fields import above, null, one_of, setting, whole
 from fisher_lab.config.validate import build
 
@@ -94,6 +95,8 @@ def check(kind: str, given: Mapping[str, Any]) -> Settings:
         given: plain values.
 
     Raises:
-        ConfigError: a key that no launcher reads or a value that is not allowed, in one line.
+        ConfigError: an unknown kind, a key that no launcher reads or a value that is not allowed.
     """
+    if kind not in KINDS:
+        raise ConfigError.value("hydra.launcher.kind", kind, f"one of {', '.join(KINDS)}")
     return build(KINDS[kind], given, "hydra.launcher.")

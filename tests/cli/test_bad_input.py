@@ -127,7 +127,10 @@ def test_every_cell_is_validated_before_the_first_starts(arguments, parts, door,
 def test_a_users_own_file_that_is_wrong_is_one_line(text, words, door, tmp_path):
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "model" / "mine.yaml").write_text(text)
-    assert words in door("--config-dir", str(tmp_path / "own"), "model=mine").refusal
+    own = ("--config-dir", str(tmp_path / "own"))
+    assert words in door(*own, "model=mine").refusal
+    assert "model must be one of bert, gpt2" in (refusal := door(*own, "model=mime").refusal)
+    assert "mine" in refusal
 
 
 def test_as_typed_in_a_process_of_its_own(tmp_path):
