@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from fisher_lab.analysis import summed_loss
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.kfac.collect import compare_gradients
 from fisher_lab.curvature.kfac.ekfac import Eigenbasis
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.factors import FactorReport
@@ -80,6 +82,8 @@ def run(config: Config, run: Run) -> None:
     _record_loss(workload, batches, run, ranks)
     _time_plain_pass(workload, batches, run)
     gradient, natural = _precondition(engine, workload, batches, run, ranks)
+    if ranks.reduced.size == 1:
+        _verify(gradient, workload, batches)
     reports = engine.reports()
     run.table(LAYERS_FILE, map(layer_row, reports))
     run.metrics(layer_metrics(reports))
@@ -118,13 +122,34 @@ def _time_plain_pass(workload: Workload, batches: list[Any], run: Run) -> None:
     for _ in range(2):
         _wait(workload)
         start = perf_counter()
-        for batch in batches:
-            summed = losses.summed_loss(losses.score(workload.model, batch, workload.loss_fn))
-            summed.backward()
+        _plain_pass(workload, batches)
         _wait(workload)
         seconds = perf_counter() - start
         workload.model.zero_grad(set_to_none=True)
     run.metrics({"kfac/forward_backward_s": seconds})
+
+
+def _plain_pass(workload: Workload, batches: list[Any]) -> int:
+    """Fills ``.grad`` with the gradient of the summed loss; returns its labels."""
+    labels = 0
+    for batch in batches:
+        scored = losses.score(workload.model, batch, workload.loss_fn)
+        losses.summed_loss(scored).backward()
+        labels += scored.n_labels
+    return labels
+
+
+def _verify(gradient: Mapping[str, Tensor], workload: Workload, batches: list[Any]) -> None:
+    """Compares the gradient that the layers' tokens give with autograd's, untimed.
+
+    Raises:
+        LayerError: they differ beyond rounding.
+    """
+    labels = max(_plain_pass(workload, batches), 1)
+    named = dict(workload.model.named_parameters())
+    plain = {n: p.grad / labels for n in gradient if (p := named[n]).grad is not None}
+    workload.model.zero_grad(set_to_none=True)
+    compare_gradients(gradient, plain)
 
 
 def _wait(workload: Workload) -> None:
@@ -165,6 +190,7 @@ def _precondition(
         {
             "tokens": max(f.tokens for f in engine.kfac_factors.values()),
             "labels": max(f.n_labels for f in engine.kfac_factors.values()),
+            "kfac/coverage": engine.coverage.share,
             "kfac/collect_s": collect,
             "kfac/factor_s": factor,
             "kfac/apply_s": apply,
@@ -279,6 +305,7 @@ def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
         "fisher": engine.last.fisher,
         "core_dtype": str(s.numerics.core_dtype).removeprefix("torch."),
         "apply_dtype": str(s.numerics.apply_dtype).removeprefix("torch."),
+        "coverage": asdict(engine.coverage),
         "skipped": engine.skipped,
         "uncovered": engine.uncovered,
     }

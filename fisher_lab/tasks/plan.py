@@ -16,8 +16,9 @@ from fisher_lab.config.kfac import POLICIES
 from fisher_lab.config.schema import Config
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import LayerError
-from fisher_lab.curvature.kfac.capture import Capture, count_tokens
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, discover
+from fisher_lab.curvature.kfac.batch_tokens import count_tokens
+from fisher_lab.curvature.kfac.capture import Capture
+from fisher_lab.curvature.kfac.layers import Kind, Layer, discover
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import (
     NORM_MAX_DIM,
@@ -55,26 +56,30 @@ def run(config: Config, run: Run) -> None:
     workload = build(dataclasses.replace(config, model=untrained), track)
     run.note(workbench=workload.record)
     settings = EngineSettings.of(config.kfac, seed=config.seed)
-    layers = discover(workload.model, settings)
-    tokens = _tokens(workload, layers, config)
-    rows = [_row(layers.layers[n], count, settings, config) for n, count in tokens.items() if count]
+    layers, tokens = _tokens(workload, settings, config)
+    rows = [_row(layers[n], count, settings, config) for n, count in tokens.items() if count]
     run.table(PLAN_FILE, rows)
     total = _total(rows)
     run.metrics({"tokens": max(row["tokens"] for row in rows), **total})
     _show(rows, total, config.kfac.policy)
 
 
-def _tokens(workload: Workload, layers: Layers, config: Config) -> dict[str, int]:
-    """Tokens of each layer over the batches that the factors would be built from."""
-    totals = dict.fromkeys(layers.layers, 0)
+def _tokens(
+    workload: Workload, settings: EngineSettings, config: Config
+) -> tuple[dict[str, Layer], dict[str, int]]:
+    """The layers, and the tokens of each over the batches that the factors would be built from."""
+    promised = discover(workload.model, settings)
+    layers: dict[str, Layer] = {}
+    totals: dict[str, int] = {}
     for batch in workload.batches("train", config.kfac.n_batches, config.seed):
         prepared = losses.prepare(workload.model, batch)
-        with torch.enable_grad(), Capture(workload.model, layers) as recording:
+        with torch.enable_grad(), Capture(workload.model, promised, settings) as recording:
             losses.forward(workload.model, prepared)
         recording.close()
-        for name, count in count_tokens(workload.model, recording, prepared).items():
-            totals[name] += count
-    return totals
+        found, counts = count_tokens(recording, prepared)
+        layers |= found.layers
+        totals = {name: totals.get(name, 0) + counts.get(name, 0) for name in layers}
+    return layers, totals
 
 
 def _row(layer: Layer, tokens: int, settings: EngineSettings, config: Config) -> dict[str, Any]:

@@ -48,6 +48,7 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "ng/heldout_loss_decrease_best": ("the same, best of seven steps", "+.4f"),
     },
     "K-FAC": {
+        "kfac/coverage": ("share of the trained parameters that it covers", ".1%"),
         "kfac/woodbury_layers": ("layers by the Woodbury identity", "d"),
         "kfac/eig_layers": ("layers by eigendecomposition", "d"),
         "kfac/kappa_A_max": ("largest condition number of A", "g"),

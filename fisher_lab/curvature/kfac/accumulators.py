@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from fisher_lab.curvature.collectives import Alone, Communicator, chosen_rows
 from fisher_lab.curvature.errors import NonFiniteError
@@ -300,23 +299,6 @@ class GradientAccumulator:
 
     def _of_all_ranks(self, columns: Columns) -> Columns:
         return columns if self.ranks is None else ShardedColumns(columns, self.out, self.ranks)
-
-
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """Returns the normalised input ``[T, n]`` of a norm layer exactly as the layer computes it.
-
-    The output is linear in scale and shift, so this is the output at scale 1 and shift 0 less
-    that at scale 0: each architecture keeps its own precision, and those that scale by ``1 + w``
-    come out right too.
-    """
-    # Plain tensors, whatever the parameters are (they may be sharded over ranks).
-    values = {
-        name: torch.zeros(p.shape, dtype=p.dtype, device=x.device)
-        for name, p in module.named_parameters(recurse=False)
-    }
-    with torch.no_grad():
-        at_zero = functional_call(module, values, (x,))
-        return functional_call(module, {**values, "weight": values["weight"] + 1}, (x,)) - at_zero
 
 
 def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> Tensor:

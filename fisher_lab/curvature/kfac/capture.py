@@ -1,157 +1,77 @@
-"""One forward pass and its gradients, recorded layer by layer.
+"""One forward pass and its gradients, recorded use by use.
 
-The only module that knows hooks. A :class:`Capture` keeps *references* to the inputs of the
-layers and the graph edges of their outputs; the gradients ``g_t = dL/ds_t`` come from one
-``torch.autograd.grad`` with respect to those edges, so no weight gradient is computed and
-``.grad`` is never touched. Which positions are tokens is decided by the tensor's *origin*
-(``docs/math.md``, section 1), not by its length.
+A :class:`Capture` keeps *references* to what the linear operators read (:mod:`.operators`) and the
+graph edges of what they give; the gradients ``g_t = dL/ds_t`` come from one
+``torch.autograd.grad`` with respect to those edges, so no weight gradient is computed and ``.grad``
+is never touched. Which rows are tokens is decided by the tensor's *origin* (:mod:`.token_rows`;
+``docs/math.md``, section 1), never by its shape.
 
 Shapes: ``B`` sequences of ``S`` positions; a layer's tokens come out as ``[T, features]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from fisher_lab.curvature.errors import BatchError, LayerError
-from fisher_lab.curvature.kfac.accumulators import check_finite
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_module
+from fisher_lab.config.kfac import KFACSettings
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.kfac.layers import (
+    Kind,
+    Layer,
+    Layers,
+    UseOf,
+    base_of,
+    from_uses,
+)
+from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, opened
+from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
+from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
-from fisher_lab.curvature.losses import SummedLoss
-from fisher_lab.curvature.wrappers import is_shard, unwrap
+from fisher_lab.curvature.wrappers import device_of, is_shard, unwrap
 
-_OF_POSITIONS = ("position", "relative", "wpe")
-"""Parts of the names of embeddings that look up positions or distances."""
-
-
-class Origin(StrEnum):
-    """Where the positions of a tensor come from."""
-
-    TARGET = "target"  # the only sequence of a model, or the decoder's
-    SOURCE = "source"  # the encoder's, in an encoder-decoder model
+HIDDEN = "which of its rows are padding cannot be told"
+"""Why a layer is left out whose rows an operation has hidden from the batch's masks."""
 
 
 @dataclass
 class Call:
-    """One call of a layer in a forward pass.
+    """One use of a layer's weight in a forward pass.
 
     Attributes:
-        a: its input (a reference; for an embedding the indices).
-        origin: where its positions come from.
+        use: which operator it was, with what it read.
+        a: what it read, without a graph (a reference; for an embedding the indices).
+        origin: which tokens the rows of ``a`` belong to.
         edge: graph edge of its output; None where the output carries no gradient.
         output: shape of the output.
+        version: of ``a``, to see that nothing has changed it since.
+        index: its place among the calls of the pass.
         grad: gradient of the output, where a re-computing backward pass has delivered it.
     """
 
+    use: Use
     a: Tensor
     origin: Origin
     edge: GradientEdge | None
     output: torch.Size
     version: int
+    index: int
     grad: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class TokenMasks:
-    """Which positions of a batch are tokens.
-
-    Attributes:
-        masks: origin -> ``[B, S]`` bool, or None where every position is a token.
-        tensors: the batch's own integer tensors (an embedding of one of them is a token layer).
-        full: origins whose every position is a token (asked once a batch: it waits for a device).
-    """
-
-    masks: Mapping[Origin, Tensor | None]
-    full: frozenset[Origin] = frozenset(Origin)
-    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def of(cls, model: nn.Module, batch: Any) -> TokenMasks:
-        """Reads the masks of a prepared batch.
-
-        Raises:
-            BatchError: no position of the batch is active.
-        """
-        if not isinstance(batch, Mapping):
-            values = batch if isinstance(batch, list | tuple) else [batch]
-            ids = tuple(v for v in values if isinstance(v, Tensor) and not v.is_floating_point())
-            return cls(dict.fromkeys(Origin), tensors=ids)
-        masks: dict[Origin, Tensor | None] = {}
-        double = is_encoder_decoder(model)
-        names = {Origin.TARGET: "decoder_attention_mask" if double else "attention_mask"}
-        names[Origin.SOURCE] = "attention_mask"
-        for origin, name in names.items():
-            mask = batch.get(name)
-            masks[origin] = None
-            if mask is None or mask.dim() != 2:
-                continue
-            masks[origin] = active = mask != 0
-            if not bool(active.any()):
-                raise BatchError(f"{name}: no active token in a batch of {tuple(mask.shape)}")
-        ids = tuple(
-            value
-            for key, value in batch.items()
-            if isinstance(value, Tensor)
-            and not value.is_floating_point()
-            and key not in ("labels", "position_ids", "attention_mask", "decoder_attention_mask")
-        )
-        full = frozenset(o for o, m in masks.items() if m is None or bool(m.all()))
-        return cls(masks, full, ids)
-
-    def select(self, x: Tensor, origin: Origin, name: str, *, trailing: int = 1) -> Tensor:
-        """Returns the rows of ``x`` that are tokens, ``[T, features]`` (``[T]`` for indices).
-
-        Args:
-            x: ``[B, S, ..., features]``, ``[B, features]`` (a token an example) or, with
-                ``trailing=0``, the same without features.
-            origin: whose mask counts.
-            name: of the layer, for the error.
-            trailing: 1 for vectors, 0 for indices.
-
-        Raises:
-            LayerError: the leading dimensions do not fit the mask.
-        """
-        shape, mask = x.shape[: x.dim() - trailing], self.masks[origin]
-        features = x.shape[x.dim() - trailing :]
-        if mask is None or len(shape) == 0:
-            return x.reshape(-1, *features)
-        if len(shape) == 1:
-            if shape[0] == mask.numel() and shape[0] != mask.shape[0]:
-                return x[mask.reshape(-1)]
-            return x
-        if shape[:2] != mask.shape:
-            raise LayerError(
-                f"layer {name or '(the model)'}: positions {tuple(shape)} do not fit the "
-                f"{origin} mask {tuple(mask.shape)}; exclude the layer if it sees no tokens"
-            )
-        if origin in self.full:
-            return x.reshape(-1, *features)
-        return x[mask].reshape(-1, *features)
-
-    def looks_up_tokens(self, indices: Tensor, name: str) -> bool:
-        """Says whether an embedding looks up something of each token, not of each position.
-
-        Indices that are one of the batch's own tensors do. So do others with one index a token
-        (token types that the model fills in itself), unless the layer's name says position:
-        in a batch of one sequence the shapes are alike.
-        """
-        if any(indices.data_ptr() == t.data_ptr() for t in self.tensors):
-            return True
-        if any(word in name.lower() for word in _OF_POSITIONS):
-            return False
-        if any(indices.shape == t.shape and torch.equal(indices, t) for t in self.tensors):
-            return True
-        known = [t.shape for t in self.tensors if t.dim() == 2]
-        return indices.dim() == 2 and indices.shape in known
+    @property
+    def trailing(self) -> int:
+        """How many dimensions of ``a`` are features."""
+        return int(self.use.kind is not Kind.EMBEDDING)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -162,7 +82,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 class Capture:
-    """Records the calls of a model's K-FAC layers during a forward pass.
+    """Records the uses of a model's parameters during a forward pass.
 
     Used as a context manager around the forward pass; then :meth:`gradients` runs the backward
     pass. Gradient checkpointing is counted once: without re-entry the first pass carries the
@@ -170,40 +90,49 @@ class Capture:
 
     Args:
         model: the model whose forward pass is about to run.
-        layers: its K-FAC layers.
+        layers: the K-FAC layers that its modules promise.
+        settings: which layers to take.
+
+    Attributes:
+        outputs: what the model returned, each time it was called.
+        rows: which tokens the rows of the pass's tensors belong to.
+        inputs: side of the model, shape and first id of the tokens that it was given.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers) -> None:
+    def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
         self.model = unwrap(model)
-        self.layers = layers
-        self.calls: dict[str, list[Call]] = {
-            layer.name: [] for layer, _ in every_module(layers.layers.values())
-        }
+        self.device = device_of(self.model)
+        self.promised, self.settings = layers, settings
         self.outputs: list[Any] = []
+        self.rows = TokenRows([*self.model.parameters(), *self.model.buffers()])
+        self.inputs: list[tuple[str, torch.Size, int]] = []
+        self._calls: dict[UseOf, list[Call]] = {}
+        self._names = {id(p): name for name, p in self.model.named_parameters()}
+        self._holders = _holders(self.model)
+        self._inside: list[str] = []
+        self._watch = OperatorWatch(self.model, self.rows, self._found)
         self._live: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._pending: dict[nn.Module, list[Origin]] = {}
-        self._in_encoder = False
-        self._encoded: Tensor | None = None
+        self._pending: dict[UseOf, list[Origin]] = {}
+        self._depth = 0
         self._replaying = False
 
+    # ---- the forward pass --------------------------------------------------------------------
+
     def __enter__(self) -> Capture:
-        for layer, module in every_module(self.layers.layers.values()):
-            self._handles.append(
-                module.register_forward_hook(self._hook_for(layer.name), with_kwargs=True)
-            )
-        self._handles.append(self.model.register_forward_hook(self._keep_output))
-        self._handles.append(
-            self.model.register_forward_pre_hook(self._take_encoded, with_kwargs=True)
-        )
-        self._watch_sharded()
-        if is_encoder_decoder(self.model):
-            encoder = self.model.get_encoder()  # type: ignore[operator]
-            self._handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
-            self._handles.append(encoder.register_forward_hook(self._leave_encoder))
+        add = self._handles.append
+        add(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        add(self.model.register_forward_hook(self._end))
+        if is_encoder_decoder(self.model) and hasattr(self.model, "get_decoder"):
+            decoder = self.model.get_decoder()  # type: ignore[operator]
+            add(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        for path, module in self.model.named_modules():
+            self._watch_module(path, module)
+        self._watch.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
+        self._watch.__exit__(*exc)
         if not self._pending or exc[0] is not None:
             self.close()
 
@@ -213,74 +142,198 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def _watch_sharded(self) -> None:
-        """FSDP2 puts whole parameters in the place of the sharded ones for the forward pass."""
-        for module in self.model.modules():
-            sharded = {n: p for n, p in module._parameters.items() if is_shard(p)}
-            if sharded:
-                self._handles.append(module.register_forward_pre_hook(self._keep_live(sharded)))
+    def _watch_module(self, path: str, module: nn.Module) -> None:
+        """Notes which of several holders of a parameter runs, and what FSDP2 puts in its place."""
+        held = [self._holders[id(p)] for p in module._parameters.values() if p is not None]
+        if any(len(paths) > 1 for paths in held):
 
-    def _keep_live(self, sharded: Mapping[str, Tensor]) -> Any:
-        def hook(module: nn.Module, _args: object) -> None:
-            for name, parameter in sharded.items():
-                whole = module._parameters[name]
-                if whole is not None:
-                    self._live[id(parameter)] = whole
+            def enter(*_: object) -> None:
+                self._inside.append(path)
 
-        return hook
+            def leave(*_: object) -> None:
+                self._inside.pop()
+
+            self._handles.append(module.register_forward_pre_hook(enter))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        sharded = {n: p for n, p in module._parameters.items() if p is not None and is_shard(p)}
+        if sharded:
+            self._handles.append(
+                module.register_forward_pre_hook(partial(self._keep_live, sharded))
+            )
+
+    def _keep_live(self, sharded: Mapping[str, Tensor], module: nn.Module, _args: object) -> None:
+        for name, parameter in sharded.items():
+            whole = module._parameters[name]
+            if whole is not None:
+                self._live[id(parameter)] = whole
+                self._watch.stands_for(whole, parameter)
 
     def live(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Returns the tensors that stood for these parameters in the forward pass."""
         return [self._live.get(id(parameter), parameter) for parameter in parameters]
 
-    def _keep_output(self, _module: nn.Module, _args: object, output: Any) -> None:
-        self.outputs.append(output)
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or self._replaying:
+            return
+        names = [n for n in inspect.signature(module.forward).parameters if n not in kwargs]
+        named = [*zip(names, args, strict=False), *kwargs.items()]
+        mask = dict(named).get("attention_mask")
+        for name, value in named:
+            side = "decoder" if name.startswith("decoder_") else "main"
+            self._take_input(side, name, value, mask if side == "main" else None)
 
-    def _take_encoded(self, _module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
-        """Encoder outputs that the caller brings: the encoder itself will not be called."""
-        given = kwargs.get("encoder_outputs")
-        if given is not None:
-            self._encoded = given if isinstance(given, Tensor) else given[0]
-
-    def _enter_encoder(self, *_: object) -> None:
-        self._in_encoder = True
-
-    def _leave_encoder(self, _module: nn.Module, _args: object, output: Any) -> None:
-        self._in_encoder = False
-        first = output if isinstance(output, Tensor) else output[0]
+    def _end(self, _module: nn.Module, _args: object, output: Any) -> None:
+        self._depth -= 1
         if not self._replaying:
-            self._encoded = first
+            self.outputs.append(output)
 
-    def _origin(self, a: Tensor) -> Origin:
-        if self._in_encoder:
-            return Origin.SOURCE
-        encoded = self._encoded
-        if encoded is not None and a.is_floating_point():
-            same = a.untyped_storage().data_ptr() == encoded.untyped_storage().data_ptr()
-            return Origin.SOURCE if same else Origin.TARGET
-        return Origin.TARGET
+    def _enter_decoder(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A decoder's inputs that the model makes itself (of the labels)."""
+        if not any(side == "decoder" for side, _, _ in self.inputs):
+            for name, value in [("input_ids", args[0] if args else None), *kwargs.items()]:
+                if name in ("input_ids", "inputs_embeds"):
+                    self._take_input("decoder", name, value, None)
 
-    def _hook_for(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            a = args[0] if args else next(iter(kwargs.values()))
-            if self._replaying:
-                self._replay(name, module, a, output)
-                return
-            origin = self._origin(a)
-            if not torch.is_grad_enabled():  # a re-entrant checkpoint: its replay has the graph
-                self._pending.setdefault(module, []).append(origin)
-                return
-            self.calls[name].append(_call(a, origin, output))
+    def _take_input(self, side: str, name: str, value: Any, mask: Any) -> None:
+        """Gives ids to the tokens of an input; masks and positions are not data."""
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            for one in value:
+                self._take_input(side, name, one, mask)
+        if not isinstance(value, Tensor):
+            return
+        if "mask" in name or "position" in name or name == "labels":
+            self.rows.mark(value, Fixed.CONSTANT)
+            return
+        series = isinstance(mask, Tensor) and mask.shape == value.shape  # a value a position
+        features = int(value.is_floating_point() and value.dim() > 1 and not series)
+        shape = value.shape[: value.dim() - features][:2]
+        first = next((i for s, n, i in self.inputs if (s, n) == (side, shape)), None)
+        if first is None:
+            first = self.rows.count + 1
+            self.inputs.append((side, shape, first))
+            self.rows.new_tokens(shape, value.device)
+        ids = torch.arange(first, first + shape.numel(), device=value.device).reshape(shape)
+        self.rows.mark(value, (ids.reshape(*shape, *[1] * (value.dim() - len(shape))),))
 
-        return hook
+    def _found(self, use: Use, output: Tensor) -> None:
+        part = "" if use.part is None else f"[{use.part}]"
+        weight, bias = self._names[use.weight] + part, self._names.get(use.bias or 0)
+        key = UseOf(self._label(use) + part, use.kind, weight, bias)
+        origin = self.rows.of(use.a)
+        if self._replaying:
+            self._replay(key, use, output)
+        elif not torch.is_grad_enabled():
+            if _in_checkpoint():  # its replay has the graph
+                self._pending.setdefault(key, []).append(origin)
+        else:
+            call = self._call(use, origin, output)
+            self._calls.setdefault(key, []).append(call)
+            if use.kind is Kind.EMBEDDING and origin is Fixed.CONSTANT and _one_value(use.a):
+                self.rows.wait(output, partial(_align, call))
 
-    def _replay(self, name: str, module: nn.Module, a: Tensor, output: Tensor) -> None:
-        waiting = self._pending.get(module)
+    def _replay(self, key: UseOf, use: Use, output: Tensor) -> None:
+        waiting = self._pending.get(key)
         if not waiting or not torch.is_grad_enabled() or not output.requires_grad:
             return
-        call = _call(a, waiting.pop(), output)
-        self.calls[name].append(call)
+        call = self._call(use, waiting.pop(), output)
+        self._calls.setdefault(key, []).append(call)
         output.register_hook(lambda grad: setattr(call, "grad", grad))
+
+    def _call(self, use: Use, origin: Origin, output: Tensor) -> Call:
+        # The edge is taken now: an in-place operation on the output later on would move the tensor
+        # to another node of the graph, and with it the gradient.
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        a = use.a.detach()
+        index = sum(map(len, self._calls.values()))
+        return Call(use, a, origin, edge, output.shape, a._version, index)
+
+    def _label(self, use: Use) -> str:
+        """The name of the layer: of the module that holds the weight and runs, or could."""
+        holders = self._holders[use.weight]
+        if self._inside and (running := self._inside[-1]) in holders:
+            return _label(running, holders[running])
+        tables = {
+            path: name
+            for path, name in holders.items()
+            if isinstance(self.model.get_submodule(path), nn.Embedding)
+            == (use.kind is Kind.EMBEDDING)
+        }
+        path, name = next(iter((tables or holders).items()))
+        return _label(path, name) + ("" if tables else f" ({use.kind})")
+
+    # ---- what was found ----------------------------------------------------------------------
+
+    def observe(self, full: bool) -> Layers:
+        """Returns the K-FAC layers that the forward pass showed, and why others are left out.
+
+        Args:
+            full: whether every position of the batch is a token.
+
+        Raises:
+            LayerError: one weight is used with different biases.
+        """
+        order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
+        uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
+        reasons = {use.label: r for use in uses if (r := self._why_not(use, full)) is not None}
+        found = from_uses(self.model, [u for u in uses if u.label not in reasons], self.settings)
+        seen = {
+            *found.skipped,
+            *found.layers,
+            *reasons,
+            *(x for y in found.layers.values() for x in y.labels),
+        }
+        absent = {
+            name: "not used in the forward pass"
+            for name in self.promised.layers
+            if name not in seen
+        }
+        unused = {**found.skipped, **reasons}
+        # Whoever uses a weight besides these calls has a part in its gradient.
+        why = {base_of(use.weight): unused[use.label] for use in uses if use.label in unused}
+        for identity, function in self._watch.unexplained.items():
+            why[self._names[identity]] = f"used by {function}, which is no linear operator"
+        mixed = {*why, *(use.weight for use in uses if self._constant(use))}
+        layers = {
+            name: replace(layer, tied=True) if mixed & {layer.weight, layer.bias} else layer
+            for name, layer in found.layers.items()
+        }
+        skipped = {**self.promised.skipped, **absent, **unused}
+        return Layers(layers, skipped, frozenset(), why)
+
+    def _origins(self, use: UseOf) -> list[Origin]:
+        calls = self._calls.get(use, [])
+        return [call.origin for call in calls] + self._pending.get(use, [])
+
+    def _constant(self, use: UseOf) -> bool:
+        return Fixed.CONSTANT in self._origins(use)
+
+    def _why_not(self, use: UseOf, full: bool) -> str | None:
+        """Why a use makes no layer, as far as its inputs say."""
+        origins = self._origins(use)
+        if all(origin is Fixed.CONSTANT for origin in origins):
+            return "not a look-up of tokens" if use.kind is Kind.EMBEDDING else "reads no tokens"
+        if full:
+            return None
+        rows = [o for o in origins if o is not Fixed.CONSTANT]
+        if any(ids_of(o, int(use.kind is not Kind.EMBEDDING)) is None for o in rows):
+            return HIDDEN
+        return None
+
+    def calls_of(self, layer: Layer) -> list[Call]:
+        """Returns the calls of a layer that look at tokens, in the order of the forward pass."""
+        calls = [
+            call
+            for use, found in self._calls.items()
+            if use.label in layer.labels and (use.weight, use.kind) == (layer.weight, layer.kind)
+            for call in found
+            if call.origin is not Fixed.CONSTANT
+        ]
+        return sorted(calls, key=lambda call: call.index)
+
+    # ---- the backward pass -------------------------------------------------------------------
 
     @full_precision()
     def gradients(
@@ -290,7 +343,7 @@ class Capture:
         *,
         retain_graph: bool = False,
         parameters: Sequence[Tensor] = (),
-    ) -> tuple[dict[str, list[Tensor | None]], list[Tensor | None]]:
+    ) -> tuple[dict[int, Tensor | None], list[Tensor | None]]:
         """Runs the backward pass and returns the gradient of each call's output.
 
         Outside of autocast: operations then have the dtypes of the forward pass.
@@ -302,8 +355,8 @@ class Capture:
             parameters: parameters whose gradients are wanted as well.
 
         Returns:
-            Layer name -> gradients in the order of ``calls``, and the gradients of
-            ``parameters``; None where there is none.
+            Index of a call -> the gradient of its output, and the gradients of ``parameters``;
+            None where there is none.
 
         Raises:
             LayerError: an input was changed in place after the layer had read it.
@@ -312,11 +365,10 @@ class Capture:
         parameters = self.live(parameters)
         if self._pending:
             return self._gradients_by_replay(output, grad_output, retain_graph, parameters)
-        edges = [c.edge for calls in self.calls.values() for c in calls if c.edge is not None]
-        if not (edges or parameters) or not output.requires_grad:
-            none = {name: [None] * len(calls) for name, calls in self.calls.items()}
-            return none, [None] * len(parameters)  # type: ignore[return-value]
-        wanted: list[Any] = [*edges, *parameters]
+        calls = [call for found in self._calls.values() for call in found if call.edge is not None]
+        wanted: list[Any] = [*(call.edge for call in calls), *parameters]
+        if not wanted or not output.requires_grad:
+            return {}, [None] * len(parameters)
         grads = torch.autograd.grad(
             output,
             wanted,
@@ -324,18 +376,15 @@ class Capture:
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        given: Iterator[Tensor | None] = iter(grads)
-        of_calls = {
-            name: [None if c.edge is None else next(given) for c in calls]
-            for name, calls in self.calls.items()
-        }
-        return of_calls, list(given)
+        of_calls: dict[int, Tensor | None] = {}
+        of_calls |= {call.index: grad for call, grad in zip(calls, grads, strict=False)}
+        return of_calls, list(grads[len(calls) :])
 
     def _check_versions(self) -> None:
-        for name, calls in self.calls.items():
-            if any(c.a._version != c.version for c in calls):
+        for use, calls in self._calls.items():
+            if any(call.a._version != call.version for call in calls):
                 raise LayerError(
-                    f"layer {name or '(the model)'}: its input was changed in place after the "
+                    f"layer {use.label or '(the model)'}: its input was changed in place after the "
                     "layer had read it; make that operation out of place"
                 )
 
@@ -345,7 +394,7 @@ class Capture:
         grad_output: Tensor | None,
         retain_graph: bool,
         parameters: Sequence[Tensor],
-    ) -> tuple[dict[str, list[Tensor | None]], list[Tensor | None]]:
+    ) -> tuple[dict[int, Tensor | None], list[Tensor | None]]:
         """Re-entrant checkpoints want a plain ``backward``; ``.grad`` is put back afterwards."""
         if retain_graph:
             raise LayerError(
@@ -353,7 +402,7 @@ class Capture:
                 "use use_reentrant=False for this Fisher kind"
             )
         kept = {p: p.grad for p in self.model.parameters()}
-        for calls in self.calls.values():
+        for calls in self._calls.values():
             for call in calls:
                 if call.edge is not None:
                     call.edge.node.register_prehook(partial(_receive, call))
@@ -361,189 +410,51 @@ class Capture:
         try:
             for parameter in kept:
                 parameter.grad = None
-            output.backward(grad_output)
+            with self._watch:
+                opened(torch.autograd.backward)(output, grad_output)
             wanted = [p.grad for p in parameters]
         finally:
             self._replaying = False
             for parameter, grad in kept.items():
                 parameter.grad = grad
             self.close()
-        return {name: [c.grad for c in calls] for name, calls in self.calls.items()}, wanted
+        return {call.index: call.grad for calls in self._calls.values() for call in calls}, wanted
+
+
+def _in_checkpoint() -> bool:
+    """Whether a re-entrant checkpoint runs; other passes without a graph are no uses."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _one_value(indices: Tensor) -> bool:
+    """Whether a look-up is of one row, as that of token types that a model fills in itself."""
+    return indices.dim() > 1 and bool((indices == indices.reshape(-1)[:1]).all())
+
+
+def _align(call: Call, origin: Origin) -> None:
+    """A row that is added to the vector of every token is looked up by every token."""
+    if not isinstance(origin, Fixed):
+        call.origin = tuple(ids[..., 0] for ids in origin if ids.size(-1) == 1)
 
 
 def _receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
     call.grad = grads[call.edge.output_nr]  # type: ignore[union-attr]
 
 
-def _call(a: Tensor, origin: Origin, output: Tensor) -> Call:
-    # The edge is taken now: an in-place operation on the output later on would move the tensor
-    # to another node of the graph, and with it the gradient.
-    edge = get_gradient_edge(output) if output.requires_grad else None
-    detached = a.detach()
-    return Call(
-        a=detached,
-        origin=origin,
-        edge=edge,
-        output=output.shape,
-        version=detached._version,
-    )
+def _holders(model: nn.Module) -> dict[int, dict[str, str]]:
+    """Identity of a parameter -> path of each module that holds it -> its name there."""
+    found: dict[int, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), {})[path] = name
+    return found
 
 
-def any_token(model: nn.Module, batch: Any) -> bool:
-    """Says whether a prepared batch has an active token (a mask without one has not)."""
-    if not isinstance(batch, Mapping):
-        return True
-    names = ["attention_mask"]
-    if is_encoder_decoder(model):
-        names.append("decoder_attention_mask")
-    masks = [m for m in map(batch.get, names) if isinstance(m, Tensor) and m.dim() == 2]
-    return all(bool((m != 0).any()) for m in masks)
-
-
-def share_key(call: Call, augmented: bool) -> tuple:
-    """Returns what two calls have in common exactly when they read the very same tensor."""
-    a = call.a
-    return (
-        a.untyped_storage().data_ptr(),
-        a.storage_offset(),
-        tuple(a.shape),
-        a.stride(),
-        a.dtype,
-        call.origin,
-        augmented,
-    )
-
-
-def count_tokens(model: nn.Module, capture: Capture, batch: Any) -> dict[str, int]:
-    """Returns the tokens that each layer saw in a captured forward pass.
-
-    Args:
-        model: the model.
-        capture: of the pass.
-        batch: the prepared batch.
-    """
-    masks = TokenMasks.of(unwrap(model), batch)
-    live = token_calls(capture, capture.layers, masks)
-    return {
-        name: sum(
-            masks.select(
-                call.a, call.origin, name, trailing=int(layer.kind is not Kind.EMBEDDING)
-            ).shape[0]
-            for call in live[name]
-        )
-        for name, layer in capture.layers.layers.items()
-    }
-
-
-class BatchTokens:
-    """Rows of activations and gradients that are tokens, of one backward pass.
-
-    Layers that read the very same tensor share its selected rows.
-
-    Args:
-        capture: of the batch's forward pass.
-        live: the calls of each layer that look at tokens, of :func:`token_calls`.
-        masks: of the batch.
-        batch: its index, for the errors.
-    """
-
-    def __init__(
-        self, capture: Capture, live: Mapping[str, list[Call]], masks: TokenMasks, batch: int
-    ) -> None:
-        self.live = live
-        self._every = capture.calls
-        self._masks, self._batch = masks, batch
-        self._selected: dict[tuple, Tensor] = {}
-
-    def gradients(self, layer: Layer, given: Mapping[str, list[Tensor | None]]) -> Tensor | None:
-        """Returns a layer's token gradients, ``[T, out]``; None where none reached it.
-
-        Args:
-            layer: the layer.
-            given: by layer name, the gradient of each of its calls' outputs.
-
-        Raises:
-            LayerError: shapes and masks do not fit together.
-        """
-        pairs = zip(self._every[layer.name], given[layer.name], strict=True)
-        every = {id(call): g for call, g in pairs}
-        calls = self.live[layer.name]
-        grads = [every[id(call)] for call in calls]
-        like = next((g for g in grads if g is not None), None)
-        if like is None:
-            return None
-        parts = []
-        for call, g in zip(calls, grads, strict=True):
-            g = like.new_zeros(call.output) if g is None else g
-            parts.append(self._masks.select(g, call.origin, layer.name))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def inputs(self, layer: Layer) -> Tensor:
-        """Returns a layer's token inputs, ``[T, in]`` (``[T]`` indices for an embedding).
-
-        Raises:
-            LayerError: shapes and masks do not fit together.
-            NonFiniteError: they are not finite.
-        """
-        trailing = 0 if layer.kind is Kind.EMBEDDING else 1
-        parts = []
-        for call in self.live[layer.name]:
-            key = share_key(call, False)
-            if key not in self._selected:
-                x = self._masks.select(call.a, call.origin, layer.name, trailing=trailing)
-                if trailing:
-                    check_finite(x, layer.name, self._batch, "activations")
-                self._selected[key] = x
-            parts.append(self._selected[key])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def token_calls(capture: Capture, layers: Layers, masks: TokenMasks) -> dict[str, list[Call]]:
-    """Returns the calls of each layer, tied partners too, that look at tokens.
-
-    An embedding may look up positions or buckets instead; the model's input embedding does not.
-
-    Args:
-        capture: of the forward pass; with re-entrant checkpoints, after the backward pass.
-        layers: the model's K-FAC layers.
-        masks: of the batch.
-    """
-    live: dict[str, list[Call]] = {}
-    for layer, _ in every_module(layers.layers.values()):
-        calls = capture.calls[layer.name]
-        if layer.kind is Kind.EMBEDDING and layer.name in layers.candidates:
-            calls = [call for call in calls if masks.looks_up_tokens(call.a, layer.name)]
-        live[layer.name] = calls
-    return live
-
-
-def find_non_finite(
-    capture: Capture, layers: Sequence[Layer], masks: TokenMasks, batch: int, loss: SummedLoss
-) -> None:
-    """Names the first layer whose input is not finite, else the one whose output is not.
-
-    Args:
-        capture: of the forward pass.
-        layers: in the model's order.
-        masks: of the batch.
-        batch: its index.
-        loss: of the batch.
-
-    Raises:
-        NonFiniteError: there is one.
-    """
-    for layer in layers:
-        if layer.kind is Kind.EMBEDDING:
-            continue
-        for call in capture.calls[layer.name]:
-            x = masks.select(call.a, call.origin, layer.name)
-            check_finite(x, layer.name, batch, "activations")
-    # What no layer reads: the logits, not finite by the weights of the layer that made them.
-    if loss.scored is not None:
-        logits = loss.logits
-        traced = logits is not None and logits.requires_grad
-        edge = get_gradient_edge(logits) if logits is not None and traced else None
-        calls = [(name, call) for name, found in capture.calls.items() for call in found]
-        same = [name for name, call in calls if edge is not None and call.edge == edge]
-        head = same[0] if same else "of the logits"
-        check_finite(loss.scored.logits.detach(), head, batch, "outputs")
+def _label(path: str, name: str) -> str:
+    """A layer's name: its module's; where the module's parameter is not ``weight``, that too."""
+    if name == "weight":
+        return path
+    return f"{path}.{name}" if path else name

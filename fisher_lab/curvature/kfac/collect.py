@@ -17,25 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from fisher_lab.curvature.collectives import Communicator, Progress, together
-from fisher_lab.curvature.errors import BatchError, LossError
-from fisher_lab.curvature.kfac.accumulators import (
-    NormAccumulator,
-    check_finite,
-    norm_gradients,
-    normalised,
-)
-from fisher_lab.curvature.kfac.capture import (
+from fisher_lab.curvature.errors import BatchError, LayerError, LossError
+from fisher_lab.curvature.kfac.accumulators import NormAccumulator, check_finite, norm_gradients
+from fisher_lab.curvature.kfac.batch_tokens import (
     BatchTokens,
-    Call,
-    Capture,
     TokenMasks,
     any_token,
     find_non_finite,
+    masks_of,
     share_key,
-    token_calls,
 )
+from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
-from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
@@ -90,7 +84,7 @@ def collect(
         if not isinstance(loss, Tensor) and communicator.size == 1 and n_labels is None:
             _check_labels(model, batches, loss)
         for index, one in enumerate(progress(batches, "K-FAC factors", total)):
-            prepared = prepare(model, one)
+            prepared = prepare(model, one, measure=not isinstance(loss, Tensor))
             if not isinstance(loss, Tensor):
                 collector.run(prepared, loss, n_labels, reduction)
                 continue
@@ -99,6 +93,8 @@ def collect(
             assert captured is not None
             summed = _captured_loss(model, loss, captured, one, prepared, n_labels, reduction)
             collector.add(captured, prepared, summed)
+        if sums.verify:
+            compare_gradients(sums.own_gradients(), sums.by_autograd)
 
     together(communicator, add_all)
 
@@ -114,6 +110,42 @@ def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
     return batch, None
 
 
+VERIFY_ROUNDING = 1e4
+"""Roundings of a parameter's dtype by which the gradient of its tokens may be off autograd's."""
+
+
+def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compares the gradients that the layers' tokens give with autograd's of the same loss.
+
+    Both are sums over the same tokens, so they differ by rounding only; where they do not, the
+    model uses a parameter in a way that its captured tokens do not show, or lets padding into its
+    loss, and its factors would be wrong.
+
+    Args:
+        own: by parameter; what is missing counts as zero.
+        expected: autograd's, by parameter, in the parameter's dtype.
+
+    Raises:
+        LayerError: they differ; names the layers' parameters and by how much.
+    """
+    size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+    wrong = {}
+    for name, gradient in expected.items():
+        difference, eps = gradient.double(), torch.finfo(gradient.dtype).eps
+        difference = difference - own[name].double() if name in own else difference
+        error, norm = float(difference.norm()), float(gradient.double().norm())
+        if error > VERIFY_ROUNDING * eps * (norm + 1e-3 * size):
+            wrong[name] = error / norm if norm else float("inf")
+    if wrong:
+        worst = sorted(wrong, key=lambda name: -wrong[name])[:5]
+        listed = ", ".join(f"{name} (off by {wrong[name]:.0%})" for name in worst)
+        more = f" and {len(wrong) - len(worst)} more" if len(wrong) > len(worst) else ""
+        raise LayerError(
+            f"verify: the gradient of the captured tokens is not autograd's for {listed}{more}; "
+            "exclude these layers, or give batches whose padding does not reach the loss"
+        )
+
+
 class _Collector:
     """Adds captured batches to the statistics of a model without its wrappers."""
 
@@ -126,8 +158,8 @@ class _Collector:
     ) -> None:
         """Runs the model on a prepared batch and adds what was captured."""
         if self.n_ranks == 1:
-            TokenMasks.of(self.model, batch)  # refused before a pass is spent on it
-        recording = Capture(self.model, self.sums.layers)
+            masks_of(batch)  # refused before a pass is spent on it
+        recording = Capture(self.model, self.sums.promised, self.settings)
         with torch.enable_grad(), uncompiled(self.model), recording:
             summed = compute_loss(
                 self.model, batch, function, n_labels=n_labels, reduction=reduction
@@ -141,16 +173,18 @@ class _Collector:
         """Adds one captured, prepared batch."""
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
-            masks = TokenMasks.of(self.model, batch)
-            find_non_finite(capture, sums.everyone(), masks, sums.n_batches, loss)
+            masks = TokenMasks(capture, batch)
+            layers = every_layer(capture.observe(masks.full).layers.values())
+            find_non_finite(capture, layers, masks, sums.n_batches, loss)
             raise BatchError(
                 f"batch {sums.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
-        if self.n_ranks > 1 and not any_token(self.model, batch):
+        if self.n_ranks > 1 and not any_token(batch):
             capture.gradients(loss.loss)  # other ranks may need it; nothing of it counts
             sums.n_batches += 1
             return
-        masks = TokenMasks.of(self.model, batch)
+        masks = TokenMasks(capture, batch)
+        sums.take(capture.observe(masks.full))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
         self._add_passes(capture, masks, loss)
@@ -165,50 +199,46 @@ class _Collector:
         sums = self.sums
         want_own = sums.keep_gradient and sums.fisher_kind != "empirical"
         diagonal = sums.uncovered.wants_diagonal
-        first, live = True, {}
+        first, tokens = True, None
         for one in backward_passes(loss, self.settings, self._generator):
             grads = self._backward(capture, one, not one.last or want_own or diagonal)
             if first:  # a re-entrant checkpoint's calls are there only now
-                live = self._live_calls(capture, masks)
-                sums.head.find(loss, capture.calls)
-            tokens = BatchTokens(capture, live, masks, sums.n_batches)
+                tokens = BatchTokens(capture, sums.everyone(), masks, sums.n_batches)
+                sums.head.find(loss, list(sums.layers.layers.values()), tokens.calls)
+            assert tokens is not None
             self._add_pass(tokens, grads, first=first, own=one.grad_output is None)
             first = False
-        if want_own:
+        if want_own and tokens is not None:
             grads = self._backward(capture, BackwardPass(loss.loss, None, not diagonal), diagonal)
-            tokens = BatchTokens(capture, live, masks, sums.n_batches)
             for layer_sums in sums.by_layer.values():
                 g = tokens.gradients(layer_sums.layer, grads)
-                if g is not None:
+                if g is not None and len(g) > 0:
                     self._own(layer_sums, tokens.inputs(layer_sums.layer), g)
 
     def _backward(
         self, capture: Capture, one: BackwardPass, keep: bool
-    ) -> Mapping[str, list[Tensor | None]]:
-        """The gradients of the layers' outputs; adds those of parameters that no layer covers."""
-        uncovered = self.sums.uncovered
+    ) -> Mapping[int, Tensor | None]:
+        """The gradients of the layers' outputs; adds those of parameters that are wanted."""
+        uncovered, sums = self.sums.uncovered, self.sums.by_autograd
         own = one.grad_output is None and self.sums.keep_gradient
         wanted = list(uncovered.parameters.values()) if own else []
+        checked = uncovered.covered if own and self.sums.verify else {}
         grads, others = capture.gradients(
-            one.output, one.grad_output, retain_graph=keep, parameters=wanted
+            one.output,
+            one.grad_output,
+            retain_graph=keep,
+            parameters=[*wanted, *checked.values()],
         )
         uncovered.add(others)
+        for name, grad in zip(checked, others[len(wanted) :], strict=True):
+            if grad is not None:
+                sums[name] = sums[name] + grad if name in sums else grad
         return grads
-
-    def _live_calls(self, capture: Capture, masks: TokenMasks) -> dict[str, list[Call]]:
-        """The calls of each layer that look at tokens; notes which layers were called at all."""
-        live = token_calls(capture, self.sums.layers, masks)
-        for name, calls in live.items():
-            if capture.calls[name]:
-                self.sums.called.add(name)
-                if not calls:
-                    self.sums.skipped[name] = "not a look-up of tokens"
-        return live
 
     def _add_pass(
         self,
         tokens: BatchTokens,
-        grads: Mapping[str, list[Tensor | None]],
+        grads: Mapping[int, Tensor | None],
         *,
         first: bool,
         own: bool,
@@ -216,7 +246,7 @@ class _Collector:
         taking_part: list[Layer] = []
         for layer in self.sums.everyone():
             g = tokens.gradients(layer, grads)
-            if g is None:
+            if g is None or len(g) == 0:
                 continue
             layer_sums = self.sums.of(layer)
             check_finite(g, layer.name, self.sums.n_batches, "gradients")
@@ -232,7 +262,7 @@ class _Collector:
 
     def _add_g(self, layer_sums: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
         if isinstance(layer_sums.g, NormAccumulator):
-            layer_sums.g.add(normalised(layer_sums.layer.modules[0], a), g)
+            layer_sums.g.add(a, g)
             return
         if layer_sums.layer.name == self.sums.head.name:
             return
@@ -254,8 +284,7 @@ class _Collector:
         if layer.tied:
             return
         if layer.kind is Kind.NORM:
-            xhat, shift = normalised(layer.modules[0], a), layer.bias is not None
-            part = norm_gradients(xhat, g, shift, dtype).sum(dim=0)[:, None]
+            part = norm_gradients(a, g, layer.bias is not None, dtype).sum(dim=0)[:, None]
         elif layer.kind is Kind.EMBEDDING:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T
@@ -274,7 +303,7 @@ class _Collector:
             if layer.kind is Kind.NORM:
                 continue
             keys = (layer.kind is Kind.EMBEDDING, layer.n_in)
-            keys += tuple(share_key(c, layer.augmented) for c in tokens.live[layer.name])
+            keys += tuple(share_key(c, layer.augmented) for c in tokens.calls[layer.name])
             before = sums.by_layer[layer.name].group
             here.setdefault((before, keys), []).append(layer)
         used: set[int] = set()
@@ -320,7 +349,7 @@ def _check_labels(model: nn.Module, batches: Iterable[Any], function: LossFuncti
         return  # an iterator can be read once only
     for batch in batches:
         prepared = prepare(model, batch)
-        TokenMasks.of(unwrap(model), prepared)
+        masks_of(prepared)
         if count_labels(prepared, shift=shift) != 0:
             return
     raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")

@@ -33,16 +33,19 @@ from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.collect import collect, uncompiled
 from fisher_lab.curvature.kfac.inverses import Inverses, LayerReport, layer_line, same_vectors
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Layers, discover
+from fisher_lab.curvature.kfac.layers import Layers, base_of, discover, whole_again
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.reduce import reduce
-from fisher_lab.curvature.kfac.refresh import Refresh, refresh
+from fisher_lab.curvature.kfac.refresh import Coverage, Refresh, refresh
 from fisher_lab.curvature.kfac.statistics import Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import LossFunction
 
 log = logging.getLogger(__name__)
+
+LOW_COVERAGE = 0.9
+"""Below this share of the trained parameters, the coverage is a warning."""
 
 
 @documented
@@ -108,13 +111,17 @@ class KFACNaturalGradient:
         self._given_ranks = communicator
         self.communicator = self._ranks(communicator)
         self._steps = 0
-        self._ever_called: set[str] = set()
         self._hold(Refresh(fisher=given.fisher))
 
     @property
     def last(self) -> Refresh:
         """The last refresh: the factors, and how they were made."""
         return self._inverses.refresh
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model the factors cover, and why not more."""
+        return self.last.coverage
 
     @property
     def kfac_factors(self) -> dict[str, LayerFactors]:
@@ -154,6 +161,7 @@ class KFACNaturalGradient:
         loss_reduction: str = "mean",
         *,
         keep_gradient: bool = False,
+        verify: bool = False,
     ) -> None:
         """Makes new factors: one call is one refresh.
 
@@ -166,6 +174,8 @@ class KFACNaturalGradient:
             loss_reduction: ``mean`` or ``sum``: how ``loss`` was reduced.
             keep_gradient: also form the batch's own mean gradient; then
                 ``compute_natural_gradient(None, model)`` preconditions it.
+            verify: also compare that gradient with autograd's, parameter by parameter, and refuse
+                layers whose tokens do not explain it; costs the weights' gradients once.
 
         Raises:
             CurvatureError: see its subclasses; the factors from before stay.
@@ -178,14 +188,15 @@ class KFACNaturalGradient:
                 "loss: a tensor was given but no forward pass was captured; run it inside "
                 "'with kfac.capture(model):', or give a loss function"
             )
-        layers = captured.layers if captured is not None and isinstance(loss, Tensor) else None
+        layers = captured.promised if captured is not None and isinstance(loss, Tensor) else None
         try:
             statistics = Statistics(
                 wrappers.unwrap(model),
                 layers or self.layers_of(model),
                 self.settings,
                 wrappers.device_of(model),
-                keep_gradient=keep_gradient or self.track_diagonal,
+                keep_gradient=keep_gradient or self.track_diagonal or verify,
+                verify=verify,
                 rank=self.communicator.rank,
             )
             collect(
@@ -193,14 +204,14 @@ class KFACNaturalGradient:
                 n_labels=n_labels, reduction=loss_reduction,
             )  # fmt: skip
             rank_counts = reduce(statistics, self.communicator)
-            self._hold(refresh(statistics, rank_counts, self._ever_called))
+            self._hold_new(refresh(statistics, rank_counts))
         finally:
             if captured is not None:
                 captured.close()
         if self.track_diagonal:
             self._update_diagonal(model)
-            if not keep_gradient:
-                self._inverses.refresh = self.last.without_own_gradients()
+        if statistics.keep_gradient and not keep_gradient:
+            self._inverses.refresh = self.last.without_own_gradients()
 
     @contextmanager
     def capture(self, model: nn.Module) -> Iterator[Capture]:
@@ -212,7 +223,7 @@ class KFACNaturalGradient:
         Args:
             model: the model whose forward pass runs inside the ``with`` block.
         """
-        recording = Capture(model, self.layers_of(model))
+        recording = Capture(model, self.layers_of(model), self.settings)
         earlier, self.captured = self.captured, None
         if earlier is not None:
             earlier.close()
@@ -247,9 +258,15 @@ class KFACNaturalGradient:
             return Alone()
         return found
 
+    def _hold_new(self, made: Refresh) -> None:
+        """Takes over a refresh, and logs its coverage where that is another than before."""
+        if made.coverage != self.coverage:
+            low = made.coverage.share < LOW_COVERAGE
+            log.log(logging.WARNING if low else logging.INFO, "%s", made.coverage)
+        self._hold(made)
+
     def _hold(self, made: Refresh) -> None:
         """Takes over a refresh; no inverse of the one before stays, whatever it was made by."""
-        self._ever_called |= made.called
         self._inverses = Inverses(made, self.settings)
         self._logged: set[str] = set()
 
@@ -338,12 +355,13 @@ class KFACNaturalGradient:
         if whole is None:
             precondition.check_model(self.kfac_factors, model)
             result, self.uncovered = precondition.own_powered(self._inverses, power)
+            result = whole_again(result, _shapes(model))
         else:
             self._check(whole, model)
             result, self.uncovered = precondition.powered(self._inverses, whole, power)
         if power == -1:
             here = result if whole is None else whole
-            self._log(n for n, f in self.kfac_factors.items() if f.layer.weight in here)
+            self._log(n for n, f in self.kfac_factors.items() if base_of(f.layer.weight) in here)
         return wrappers.as_given(result, gradients, model, shards)
 
     @full_precision()
@@ -372,7 +390,7 @@ class KFACNaturalGradient:
             CurvatureError: the factors were collected without ``keep_gradient``.
         """
         precondition.check_model(self.kfac_factors, model)
-        return precondition.own_gradients(self.last)
+        return whole_again(precondition.own_gradients(self.last), _shapes(model))
 
     def _check(self, vectors: Mapping[str, Tensor], model: nn.Module) -> None:
         """Checks that factors, vectors, model and ranks go together."""
@@ -486,6 +504,10 @@ class KFACNaturalGradient:
         self.communicator = self._ranks(self._given_ranks or world())
         layers, ranks = self.layers_of(model), self.communicator
         self._hold(serialization.restore(tensors, header, model, layers, self.settings, ranks))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in wrappers.unwrap(model).named_parameters()}
 
 
 def _progress_bars() -> Progress:

@@ -8,10 +8,11 @@ its module's path, its parameters by *identity*, under their name in ``named_par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +38,19 @@ class Layer:
     Attributes:
         name: path of the module ("" for a bare module).
         kind: what it is.
-        modules: the modules whose calls add up: more than one where they share a weight.
+        labels: names of the modules whose uses of the weight add up: several where they share it.
         weight: name of its weight in ``named_parameters()``.
         bias: name of its bias, or None.
         n_in: inputs, without the bias column.
         n_out: outputs.
         tied: whether another use of the weight is not among these modules (embedding and head
-            share it, or the other module is excluded): its gradient is more than these tokens'.
+            share it, or the other use is excluded): its gradient is more than these tokens'.
         partner: the other use of a tied weight where both are pooled (``tied=sum``).
     """
 
     name: str
     kind: Kind
-    modules: tuple[nn.Module, ...] = field(repr=False)
+    labels: tuple[str, ...] = field(repr=False)
     weight: str
     bias: str | None
     n_in: int
@@ -124,11 +125,41 @@ def _kind_of(module: nn.Module) -> Kind | None:
     return Kind.NORM if is_norm(module) else None
 
 
-def _sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:
-    if kind is Kind.NORM:
-        return weight.numel(), weight.numel()
-    rows, columns = weight.shape
-    return (columns, rows) if kind is Kind.LINEAR else (rows, columns)
+def plain(layer: Layer) -> dict[str, Any]:
+    """Returns a layer as strings, numbers and lists, for files and for other ranks."""
+    values = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    partner = None if layer.partner is None else plain(layer.partner)
+    return {**values, "kind": str(layer.kind), "labels": list(layer.labels), "partner": partner}
+
+
+def layer_of(entry: Mapping[str, Any]) -> Layer:
+    """Returns a layer from what :func:`plain` made of it."""
+    partner = entry["partner"]
+    return Layer(
+        **{
+            **entry,
+            "kind": Kind(entry["kind"]),
+            "labels": tuple(entry["labels"]),
+            "partner": None if partner is None else layer_of(partner),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class UseOf:
+    """One use of a weight, from which a layer is made.
+
+    Attributes:
+        label: name of the module that holds the weight.
+        kind: what layer it makes.
+        weight: name of the weight in ``named_parameters()``.
+        bias: name of the bias that is added with it, or None.
+    """
+
+    label: str
+    kind: Kind
+    weight: str
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -139,11 +170,62 @@ class Layers:
         layers: by name, in the order of ``named_modules()``.
         skipped: name of a supported layer that is left out -> reason.
         candidates: names among ``layers`` (embeddings) that only a forward pass can confirm.
+        reasons: name of a parameter that no layer covers, or not alone -> why.
     """
 
     layers: dict[str, Layer]
     skipped: dict[str, str]
     candidates: frozenset[str]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def base_of(name: str) -> str:
+    """Returns the parameter behind a layer's weight: of ``experts.up[3]``, ``experts.up``."""
+    return name.partition("[")[0]
+
+
+def value_of(named: Mapping[str, Tensor], name: str) -> Tensor:
+    """Returns what stands for a layer's weight in a mapping by parameter: all of it, or its part.
+
+    Raises:
+        KeyError: the parameter is not in the mapping.
+    """
+    base, _, part = name.partition("[")
+    return named[base][int(part[:-1])] if part else named[base]
+
+
+def in_parts(named: Mapping[str, Tensor], layers: Iterable[Layer]) -> dict[str, Tensor]:
+    """Returns the mapping with every parameter cut up that layers have parts of (experts).
+
+    Args:
+        named: by parameter.
+        layers: the layers.
+    """
+    cut = {base_of(x.weight) for x in layers if base_of(x.weight) != x.weight} & set(named)
+    found: dict[str, Tensor] = {}
+    for name, value in named.items():
+        parts = {f"{name}[{n}]": part for n, part in enumerate(value)} if name in cut else {}
+        found |= parts or {name: value}
+    return found
+
+
+def whole_again(named: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Returns a mapping by parameter of one with parts; where there is no part, zeros.
+
+    Args:
+        named: by parameter, or by part of one.
+        shapes: of the parameters that are cut up.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in named.items():
+        base = base_of(name)
+        if base == name:
+            found[name] = value
+            continue
+        if base not in found:
+            found[base] = value.new_zeros(shapes[base])
+        found[base][int(name[len(base) + 1 : -1])] = value
+    return found
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -164,7 +246,7 @@ def input_embeddings(model: nn.Module) -> set[int]:
 
 
 def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
-    """Finds the K-FAC layers of a model.
+    """Finds the K-FAC layers that a model's modules promise, before a forward pass shows them.
 
     Args:
         model: any module; wrappers are looked through.
@@ -174,39 +256,63 @@ def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
         LayerError: no supported layer is found.
     """
     settings = settings or KFACSettings()
-    names, skipped = parameter_names(model), {}
-    found: list[Layer] = []
+    names = parameter_names(model)
+    uses = []
     for name, module in unwrap(model).named_modules():
         kind = _kind_of(module)
-        if kind is None or (kind is Kind.NORM and not settings.norm_layers):
+        weight = None if kind is None else names.get(id(module.weight))
+        if kind is None or weight is None:  # a weight that others are made into has no name
             continue
-        reason = _why_not(name, module, kind, settings)
+        uses.append(UseOf(name, kind, weight, names.get(id(getattr(module, "bias", None)))))
+    layers = from_uses(model, uses, settings)
+    if not any(layer.kind is not Kind.NORM for layer in layers.layers.values()):
+        raise LayerError(_nothing_found(model, settings, layers.skipped))
+    marked = _mark_shared(model, layers.layers.values())
+    return replace(layers, layers={layer.name: layer for layer in marked})
+
+
+def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -> Layers:
+    """Makes layers of the uses of a model's weights.
+
+    Args:
+        model: any module; wrappers are looked through.
+        uses: in the order of the layers.
+        settings: which layers to take, and how those that share a weight join.
+
+    Raises:
+        LayerError: one weight is used with different biases.
+    """
+    skipped: dict[str, str] = {}
+    parameters = dict(unwrap(model).named_parameters())
+    modules = dict(unwrap(model).named_modules())
+    found: list[Layer] = []
+    for use in uses:
+        if use.kind is Kind.NORM and not settings.norm_layers:
+            continue
+        weight = parameters[base_of(use.weight)]
+        bias = use.bias if use.bias is None or parameters[use.bias].requires_grad else None
+        reason = _why_not(use, weight, modules.get(use.label), settings)
         if reason is not None:
-            skipped[name] = reason
+            skipped[use.label] = reason
             continue
-        n_in, n_out = _sizes(kind, module.weight)  # type: ignore[arg-type]
-        bias = getattr(module, "bias", None)
-        found.append(
-            Layer(
-                name=name,
-                kind=kind,
-                modules=(module,),
-                weight=names[id(module.weight)],
-                bias=None if bias is None else names[id(bias)],
-                n_in=n_in,
-                n_out=n_out,
-            )
-        )
-    layers = _mark_shared(model, _join_shared(found, settings.tied, skipped))
-    if not any(layer.kind is not Kind.NORM for layer in layers):
-        raise LayerError(_nothing_found(model, settings, skipped))
+        n_in, n_out = sizes(use.kind, value_of(parameters, use.weight))
+        found.append(Layer(use.label, use.kind, (use.label,), use.weight, bias, n_in, n_out))
+    layers = _join_shared(found, settings.tied, skipped)
     known = input_embeddings(model)
     candidates = {
         layer.name
         for layer in layers
-        if layer.kind is Kind.EMBEDDING and id(layer.modules[0].weight) not in known
+        if layer.kind is Kind.EMBEDDING and id(parameters[base_of(layer.weight)]) not in known
     }
     return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates))
+
+
+def sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:
+    """Inputs and outputs of a layer."""
+    if kind is Kind.NORM:
+        return weight.numel(), weight.numel()
+    rows, columns = weight.shape
+    return (columns, rows) if kind is Kind.LINEAR else (rows, columns)
 
 
 def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, str]) -> str:
@@ -221,14 +327,16 @@ def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, 
     )
 
 
-def _why_not(name: str, module: nn.Module, kind: Kind, settings: KFACSettings) -> str | None:
-    if not module.weight.requires_grad:  # type: ignore[union-attr]
+def _why_not(
+    use: UseOf, weight: Tensor, module: nn.Module | None, settings: KFACSettings
+) -> str | None:
+    if not weight.requires_grad:
         return "frozen"
-    if settings.include and not any(fnmatchcase(name, p) for p in settings.include):
+    if settings.include and not any(fnmatchcase(use.label, p) for p in settings.include):
         return "not in include"
-    if any(fnmatchcase(name, p) for p in settings.exclude):
+    if any(fnmatchcase(use.label, p) for p in settings.exclude):
         return "in exclude"
-    if kind is Kind.EMBEDDING:
+    if use.kind is Kind.EMBEDDING:
         options = ("max_norm", "scale_grad_by_freq", "sparse")
         used = [o for o in options if getattr(module, o, None)]
         return f"uses {used[0]}" if used else None
@@ -243,21 +351,22 @@ def _join_shared(found: Sequence[Layer], tied: str, skipped: dict[str, str]) -> 
     return [layer for group in groups.values() for layer in _join_group(group, tied, skipped)]
 
 
-def _mark_shared(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+def _mark_shared(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     """Marks layers whose weight or bias another module has too, which is not theirs."""
-    holders: dict[int, set[int]] = {}
-    for module in unwrap(model).modules():
+    parameters = dict(unwrap(model).named_parameters())
+    holders: dict[int, set[str]] = {}
+    for path, module in unwrap(model).named_modules():
         # A module that names its layer's bias as its own (BERT's head) is not another use of it.
         alone = getattr(module, "weight", None) is None
         for name, parameter in module.named_parameters(recurse=False):
             if not (alone and name == "bias"):
-                holders.setdefault(id(parameter), set()).add(id(module))
+                holders.setdefault(id(parameter), set()).add(path)
     marked = []
     for layer in layers:
-        own = {id(module) for _, module in every_module([layer])}
-        held = (getattr(layer.modules[0], name, None) for name in ("weight", "bias"))
-        elsewhere = any(holders.get(id(p), own) - own for p in held if p is not None)
-        marked.append(replace(layer, tied=True) if elsewhere else layer)
+        own = set(layer.labels) | set(layer.partner.labels if layer.partner else ())
+        held = (parameters[name] for name in (layer.weight, layer.bias) if name is not None)
+        shared = any(holders.get(id(p), own) - own for p in held)
+        marked.append(replace(layer, tied=True) if shared else layer)
     return marked
 
 
@@ -288,20 +397,10 @@ def _pool(layers: list[Layer]) -> Layer | None:
     if len(biases) > 1:
         names = ", ".join(layer.name for layer in layers)
         raise LayerError(f"layers {names}: one weight but different biases; exclude all but one")
-    modules = tuple(m for layer in layers for m in layer.modules)
-    return replace(first, modules=modules)
-
-
-def every_module(layers: Iterable[Layer]) -> list[tuple[Layer, nn.Module]]:
-    """Returns each layer (tied partners too) with each of its modules."""
-    pairs: list[tuple[Layer, nn.Module]] = []
-    for layer in layers:
-        pairs += [(layer, module) for module in layer.modules]
-        if layer.partner is not None:
-            pairs += [(layer.partner, module) for module in layer.partner.modules]
-    return pairs
+    return replace(first, labels=tuple(dict.fromkeys(x for layer in layers for x in layer.labels)))
 
 
 def every_layer(layers: Iterable[Layer]) -> list[Layer]:
     """Returns each layer once, tied partners too, in the order in which they come."""
-    return list({layer.name: layer for layer, _ in every_module(layers)}.values())
+    pairs = ((layer, layer.partner) for layer in layers)
+    return [layer for pair in pairs for layer in pair if layer is not None]

@@ -18,7 +18,14 @@ from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.layers import (
+    Kind,
+    Layer,
+    base_of,
+    in_parts,
+    value_of,
+    whole_again,
+)
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.refresh import Refresh
 from fisher_lab.curvature.linalg import all_finite
@@ -113,6 +120,8 @@ def _apply(
     The results have the names and the order of the vectors; no bias is invented.
     """
     dtype = inverses.settings.numerics.apply_dtype
+    shapes = {name: vector.shape for name, vector in vectors.items()}
+    vectors = in_parts(vectors, (f.layer for f in inverses.factors.values()))
     result: dict[str, Tensor] = {}
     for name, factors in inverses.factors.items():
         if factors.layer.weight in vectors:
@@ -120,7 +129,7 @@ def _apply(
             result |= _named(inverses, name, y, vectors)
     uncovered = [name for name in vectors if name not in result]
     result |= {name: rest(name, vectors[name]) for name in uncovered}
-    return {name: result[name] for name in vectors}, uncovered
+    return whole_again({name: result[name] for name in vectors}, shapes), uncovered
 
 
 def _named(
@@ -228,19 +237,20 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
     parameters = dict(unwrap(model).named_parameters())
     for name, f in factors.items():
         layer = f.layer
-        if name not in modules or layer.weight not in parameters:
+        if base_of(layer.weight) not in parameters:
             raise LayerError(
                 f"layer {name}: the factors have it ({layer.n_out} x {layer.n_in}), the model "
                 "does not"
             )
-        shape = tuple(parameters[layer.weight].shape)
+        shape = tuple(value_of(parameters, layer.weight).shape)
         expected = _stored_shape(layer)
         if shape != expected:
             raise LayerError(
                 f"layer {name}: factors for a weight of shape {expected}, the model's has {shape}"
             )
-        has_bias = getattr(modules[name], "bias", None) is not None
-        if has_bias != (layer.bias is not None):
+        bias = getattr(modules.get(name), "bias", None)
+        has_bias = bias is not None and bias.requires_grad
+        if name in modules and has_bias != (layer.bias is not None):
             raise LayerError(
                 f"layer {name}: factors {'with' if layer.bias else 'without'} a bias column, "
                 f"the model's layer {'has a' if has_bias else 'has no'} bias"

@@ -27,7 +27,7 @@ from fisher_lab.curvature.collectives import (
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
 from fisher_lab.curvature.kfac.inverses import owners
-from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, layer_of, plain
 from fisher_lab.curvature.kfac.policy import wants_woodbury
 from fisher_lab.curvature.kfac.statistics import InputSum, LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -77,7 +77,7 @@ class _Reduction:
 
     def _summary(self) -> dict[str, Any]:
         sums = self.sums
-        layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.everyone()]
+        layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.promised.layers.values()]
         text = f"{layers} {sums.settings} {sums.keep_gradient}"
         return {
             "model": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -85,7 +85,7 @@ class _Reduction:
             "n_batches": sums.n_batches,
             "fisher": sums.fisher_kind,
             "head": sums.head.name,
-            "called": sorted(sums.called),
+            "observed": {name: plain(layer) for name, layer in sums.layers.layers.items()},
             "skipped": sums.skipped,
             "layers": {name: self._summary_of(found) for name, found in sums.by_layer.items()},
             "inputs": {str(group): x.tokens for group, x in sums.inputs.items()},
@@ -125,12 +125,14 @@ class _Reduction:
                 )
         sums.n_labels = sum(other["n_labels"] for other in summaries)
         sums.n_batches = sum(other["n_batches"] for other in summaries)
-        sums.called = set().union(*(other["called"] for other in summaries))
         for other in summaries:
-            sums.skipped = {**other["skipped"], **sums.skipped}
+            observed = {name: layer_of(entry) for name, entry in other["observed"].items()}
+            sums.take(Layers(observed, other["skipped"], frozenset()))
         kinds = [other["fisher"] for other in summaries if other["n_batches"]]
         sums.fisher_kind = next(iter(kinds), sums.fisher_kind)
         sums.head.name = next((x["head"] for x in summaries if x["head"] is not None), None)
+        if sums.head.name is not None:
+            sums.head.classes = sums.layers.layers[sums.head.name].n_out
 
     def _reduce_inputs(self, present: Sequence[Layer]) -> None:
         """Sums the A sides; layers share one where they do on every rank."""

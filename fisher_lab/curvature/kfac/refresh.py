@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from fisher_lab.curvature.kfac.factors import (
 )
 from fisher_lab.curvature.kfac.fisher_kinds import n_draws
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.layers import Kind, Layer, base_of, value_of
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -35,6 +35,38 @@ STORAGE_PROBES = 8
 """Columns on which that error is estimated."""
 
 
+NO_TOKEN = "no token with a gradient in this batch"
+"""Why a layer that the forward pass uses has no factors."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of a model's numbers K-FAC covers.
+
+    Attributes:
+        covered: in parameters of layers with factors.
+        passed: in other trainable parameters, by the reason.
+        frozen: in parameters that are not trained.
+    """
+
+    covered: int = 0
+    passed: dict[str, int] = field(default_factory=dict)
+    frozen: int = 0
+
+    @property
+    def share(self) -> float:
+        """The covered share of what is trained."""
+        return self.covered / max(self.covered + sum(self.passed.values()), 1)
+
+    def __str__(self) -> str:
+        total = self.covered + sum(self.passed.values())
+        text = f"K-FAC covers {self.share:.1%} of {total:,} trained parameters"
+        largest = sorted(self.passed.items(), key=lambda item: -item[1])
+        passed = "; ".join(f"{count / total:.1%} {reason}" for reason, count in largest)
+        frozen = f" ({self.frozen:,} are frozen)" if self.frozen else ""
+        return text + frozen + (f"; passed through: {passed}" if passed else "")
+
+
 @dataclass(frozen=True)
 class Refresh:
     """What a refresh ends in.
@@ -45,7 +77,7 @@ class Refresh:
         gradients: own mean gradients of the parameters that belong to no layer, where they were
             asked for.
         diagonal: diagonal Fisher of these, where it was asked for.
-        called: names of the layers that were called.
+        coverage: how much of the model the factors cover.
         fisher: kind of Fisher matrix that the inner layers got.
         rank_counts: tokens and labels of each rank.
     """
@@ -54,7 +86,7 @@ class Refresh:
     skipped: dict[str, str] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     diagonal: dict[str, Tensor] = field(default_factory=dict)
-    called: frozenset[str] = frozenset()
+    coverage: Coverage = Coverage()
     fisher: str = "empirical"
     rank_counts: tuple[dict[str, int], ...] = ()
 
@@ -65,20 +97,38 @@ class Refresh:
         return replace(self, gradients={})
 
 
+def coverage_of(sums: Statistics, factors: Mapping[str, LayerFactors]) -> Coverage:
+    """Returns how much of the model the factors cover.
+
+    Args:
+        sums: the statistics of the refresh.
+        factors: by layer name.
+    """
+    trained = sums.uncovered.trained
+    layers = [f.layer for f in factors.values()]
+    names = {name for x in layers for name in (x.weight, x.bias) if name is not None}
+    covered, passed = 0, {}
+    for name, parameter in trained.items():
+        parts = [n for n in names if base_of(n) == name]
+        size = sum(value_of(trained, part).numel() for part in parts)
+        covered += size
+        if size < parameter.numel():
+            reason = sums.reasons.get(name, NO_TOKEN if size else "not used in the forward pass")
+            passed[reason] = passed.get(reason, 0) + parameter.numel() - size
+    return Coverage(covered, passed, sums.uncovered.frozen)
+
+
 @full_precision()
-def refresh(
-    sums: Statistics, rank_counts: Sequence[dict[str, int]], called_before: Collection[str] = ()
-) -> Refresh:
+def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
     """Divides the statistics into factors; nothing can be added to the statistics after it.
 
     Args:
         sums: of all batches, and of all ranks.
         rank_counts: tokens and labels of each rank.
-        called_before: names of layers that earlier refreshes saw in a forward pass.
 
     Raises:
         BatchError: no label counted in any batch, or no batch came.
-        LayerError: no layer had a gradient, or a layer has never been called.
+        LayerError: no layer had a gradient, or one that the user named was not used.
     """
     if sums.n_batches == 0:
         raise BatchError("batches: none given; allowed: at least one")
@@ -88,30 +138,35 @@ def refresh(
     factors: dict[str, LayerFactors] = {}
     for layer in sums.layers.layers.values():
         if layer.name not in sums.by_layer:
-            sums.skipped.setdefault(layer.name, "no gradient in this batch")
+            sums.skipped.setdefault(layer.name, NO_TOKEN)
             continue
         factors[layer.name] = _layer_factors(sums, layer, shared)
     if not factors:
         raise LayerError("model: no K-FAC layer has a gradient (frozen, or under no_grad?)")
-    for name in sums.layers.layers:
-        if name not in sums.called and name not in called_before:
-            raise LayerError(
-                f"layer {name}: expected, but never called in the forward pass; exclude it "
-                "(or, in a compiled model, run the uncompiled one: model._orig_mod)"
-            )
+    if sums.settings.include:
+        _check_named(sums)
     scale = 1.0 / sums.n_labels
-    covered = {n for f in factors.values() for n in (f.layer.weight, f.layer.bias)}
+    parameters = [n for f in factors.values() for n in (f.layer.weight, f.layer.bias)]
+    covered = {base_of(n) for n in parameters if n is not None}
     tokens = max(f.tokens for f in factors.values())
     rest = sums.uncovered
     return Refresh(
         factors=factors,
-        skipped={**sums.layers.skipped, **sums.skipped},
+        skipped={name: why for name, why in sums.skipped.items() if name not in factors},
         gradients={n: g * scale for n, g in rest.gradients.items() if n not in covered},
         diagonal={n: d / tokens for n, d in rest.diagonal.items() if n not in covered},
-        called=frozenset(sums.called),
+        coverage=coverage_of(sums, factors),
         fisher=sums.fisher_kind,
         rank_counts=tuple(rank_counts),
     )
+
+
+def _check_named(sums: Statistics) -> None:
+    """Refuses layers that the user named in ``include`` and that no forward pass has used."""
+    missing = [name for name in sums.promised.layers if name not in sums.layers.layers]
+    if missing:
+        reasons = "; ".join(f"{name}: {sums.skipped.get(name)}" for name in missing)
+        raise LayerError(f"include: {reasons}; allowed: layers that the forward pass uses")
 
 
 def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
@@ -151,9 +206,11 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
 
 def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     gradients = sums.uncovered.gradients
-    weight = gradients.get(layer.weight)
+    if base_of(layer.weight) not in gradients:
+        return None
+    weight = value_of(gradients, layer.weight)
     bias = gradients.get(layer.bias) if layer.bias is not None else None
-    return None if weight is None else layer.to_matrix(weight, bias, weight.dtype)
+    return layer.to_matrix(weight, bias, weight.dtype)
 
 
 def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums) -> None:

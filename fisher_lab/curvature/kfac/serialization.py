@@ -22,7 +22,16 @@ from fisher_lab.curvature.collectives import Communicator, Spread
 from fisher_lab.curvature.errors import FactorFileError, LayerError
 from fisher_lab.curvature.kfac.factors import ColumnFactor, Columns, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers
+from fisher_lab.curvature.kfac.layers import (
+    Kind,
+    Layer,
+    Layers,
+    base_of,
+    layer_of,
+    plain,
+    sizes,
+    value_of,
+)
 from fisher_lab.curvature.kfac.numerics import DTYPES
 from fisher_lab.curvature.kfac.policy import put_back
 from fisher_lab.curvature.kfac.refresh import Refresh
@@ -116,6 +125,7 @@ def _export_layer(
     entry: dict[str, Any] = {
         **{key: getattr(f, key) for key in PLAIN},
         "augmented": f.layer.augmented,
+        "layer": plain(f.layer),
         "in": f.layer.n_in,
         "out": f.layer.n_out,
         "G": _export_factor(f.G, f"{name}/G", tensors),
@@ -177,7 +187,7 @@ def restore(
     read = _Reader(tensors, settings, device_of(model))
     try:
         for name, entry in header["layers"].items():
-            layer = _checked_layer(name, entry, layers.layers.get(name))
+            layer = _checked_layer(name, entry, _layer_of(name, entry, model, layers))
             factors[name] = _restore_layer(layer, entry, read, factors)
             if communicator.size > 1:
                 _spread_again(factors[name], entry, communicator)
@@ -193,11 +203,29 @@ def restore(
             skipped=dict(header["skipped"]),
             gradients=_uncovered(read, header, model, "own"),
             diagonal=_uncovered(read, header, model, "diagonal"),
-            called=frozenset(factors),
             rank_counts=tuple(dict(counts) for counts in header["rank_counts"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise FactorFileError(f"factors: the header is incomplete ({error!r})") from error
+
+
+def _layer_of(
+    name: str, entry: Mapping[str, Any], model: nn.Module, layers: Layers
+) -> Layer | None:
+    """The layer of an entry: one that the modules promise, or one that a forward pass showed."""
+    use, promised = entry.get("layer"), layers.layers.get(name)
+    if use is None:
+        return promised
+    if promised is not None:
+        return replace(promised, tied=use["tied"])
+    parameters = dict(unwrap(model).named_parameters())
+    if base_of(use["weight"]) not in parameters:
+        return None
+    if use["kind"] not in set(Kind):
+        raise FactorFileError(f"factors: layer {name} is of an unknown kind {use['kind']!r}")
+    shown = layer_of(use)
+    n_in, n_out = sizes(shown.kind, value_of(parameters, shown.weight))
+    return replace(shown, n_in=n_in, n_out=n_out)
 
 
 def _uncovered(

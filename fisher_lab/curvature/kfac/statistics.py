@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,19 @@ from fisher_lab.curvature.kfac.accumulators import (
     MomentAccumulator,
     NormAccumulator,
 )
-from fisher_lab.curvature.kfac.capture import Call, Capture
+from fisher_lab.curvature.kfac.capture import HIDDEN, Call, Capture
 from fisher_lab.curvature.kfac.factors import DiagonalLowRankFactor, ShardedColumns
 from fisher_lab.curvature.kfac.fisher_kinds import scored_of
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
+from fisher_lab.curvature.kfac.layers import (
+    Kind,
+    Layer,
+    Layers,
+    base_of,
+    every_layer,
+    whole_again,
+)
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, store_columns
+from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, check, store_columns
 from fisher_lab.curvature.losses import SummedLoss, token_losses
 from fisher_lab.curvature.memory import on_device
 
@@ -35,23 +42,41 @@ class Uncovered:
     """Sums over the trainable parameters whose gradients do not come from the layers' tokens.
 
     Attributes:
+        trained: every trainable parameter, by name.
+        frozen: how many numbers the others have.
         parameters: by name.
+        covered: the other trainable parameters, by name.
         gradients: sums of their gradients by name, in the core dtype.
         diagonal: sums of the squared gradients of each sequence's loss, the same.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, settings: EngineSettings) -> None:
-        self._layers, self._settings = layers, settings
+    def __init__(self, model: nn.Module, settings: EngineSettings) -> None:
+        self._settings = settings
         self._dtype = settings.numerics.core_dtype
-        covered = set()
-        for layer in layers.layers.values():
-            # A tied weight's own gradient comes from both uses: autograd adds them up.
-            if layer.name not in layers.candidates and not layer.tied:
-                covered |= {layer.weight, layer.bias}
         named = dict(model.named_parameters())
-        self.parameters = {n: p for n, p in named.items() if n not in covered and p.requires_grad}
+        self.trained = {n: p for n, p in named.items() if p.requires_grad}
+        self.frozen = sum(p.numel() for p in named.values() if not p.requires_grad)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.covered: dict[str, nn.Parameter] = {}
         self.gradients: dict[str, Tensor] = {}
         self.diagonal: dict[str, Tensor] = {}
+
+    def leave(self, layers: Layers) -> None:
+        """Says which layers there are; what they do not cover is summed here."""
+        covered, mixed = (
+            {
+                base_of(name)
+                for layer in layers.layers.values()
+                if layer.tied is tied
+                for name in (layer.weight, layer.bias)
+                if name is not None
+            }
+            for tied in (False, True)
+        )
+        # A tied weight's own gradient comes from both uses: autograd adds them up.
+        self._layers = layers
+        self.parameters = {n: p for n, p in self.trained.items() if n not in covered - mixed}
+        self.covered = {n: p for n, p in self.trained.items() if n not in self.parameters}
 
     @property
     def wants_diagonal(self) -> bool:
@@ -62,7 +87,17 @@ class Uncovered:
         """Adds gradients of a token-summed loss, of all :attr:`parameters` or of none."""
         for name, grad in zip(self.parameters, grads, strict=False):
             if grad is not None:
-                self._add_to(self.gradients, name, grad.to(self._dtype))
+                self.add_one(name, grad)
+
+    def add_one(self, name: str, grad: Tensor) -> None:
+        """Adds the gradient of one parameter."""
+        self._add_to(self.gradients, name, grad.to(self._dtype))
+
+    def add_part(self, name: str, grad: Tensor) -> None:
+        """Adds the gradient of a layer's weight, which may be a part of a parameter."""
+        base = base_of(name)
+        whole = {base: self.trained[base].shape}
+        self.add_one(base, whole_again({name: grad}, whole)[base])
 
     def add_diagonal(self, loss: SummedLoss, capture: Capture) -> None:
         """Adds squared gradients of each sequence's token-summed loss.
@@ -72,7 +107,7 @@ class Uncovered:
         """
         scored = scored_of(loss, "uncovered=diagonal")
         losses = token_losses(scored)
-        tied = {layer.weight for layer in self._layers.layers.values() if layer.tied}
+        tied = {base_of(layer.weight) for layer in self._layers.layers.values() if layer.tied}
         names = [name for name in self.parameters if name not in tied]
         parameters = capture.live([self.parameters[name] for name in names])
         for row in scored.rows.unique().tolist():
@@ -96,20 +131,17 @@ class TrueFisherHead:
         ranks: the ranks of which each holds a slice of the classes, where that is so.
     """
 
-    def __init__(self, layers: Layers, settings: EngineSettings, device: torch.device) -> None:
-        self._layers, self._settings, self._device = layers, settings, device
+    def __init__(self, settings: EngineSettings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        self.classes = 0
         self.name: str | None = None
         self.parts: list[Tensor] = []
         self.weight = 1.0
         self.ranks: Communicator | None = None
 
-    @property
-    def classes(self) -> int:
-        """Outputs of the layer, once it is found."""
-        every = every_layer(self._layers.layers.values())
-        return next(layer.n_out for layer in every if layer.name == self.name)
-
-    def find(self, loss: SummedLoss, calls: Mapping[str, list[Call]]) -> None:
+    def find(
+        self, loss: SummedLoss, layers: Sequence[Layer], calls: Mapping[str, list[Call]]
+    ) -> None:
         """Finds the layer whose output *is* the logits, where the true-Fisher head is wanted.
 
         Raises:
@@ -122,10 +154,10 @@ class TrueFisherHead:
         scored_of(loss, "true")
         # By the graph's edge: an address may have been another tensor's before.
         wanted = None if loss.logits is None else get_gradient_edge(loss.logits)
-        for layer in self._layers.layers.values():
+        for layer in layers:
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
-            if linear and any(c.edge == wanted for c in calls[layer.name]):
-                self.name = layer.name
+            if linear and any(c.edge == wanted for c in calls.get(layer.name, ())):
+                self.name, self.classes = layer.name, layer.n_out
                 return
         raise LayerError(
             "true Fisher head: the output of no covered layer is the logits themselves; allowed: "
@@ -214,16 +246,21 @@ class Statistics:
         settings: all choices.
         device: the model's.
         keep_gradient: whether the factors' own mean gradient is summed too.
+        verify: whether autograd's gradient of the covered parameters is summed, to compare with it.
         rank: this rank, whose draws are its own.
 
     Attributes:
         n_labels: ``N``.
         n_batches: how many have come, those without a token included.
-        called: names of the layers that were called.
+        promised: the layers that the model's modules promise.
+        layers: those that the forward passes showed.
         skipped: layer name -> why it has no factors this time.
+        reasons: name of a parameter that no layer covers, or not alone -> why.
+        left_out: of these, the layers that one batch at least cannot be used for.
         by_layer: the sums of each layer, by name; layers without a gradient so far have none.
         inputs: the A sides, by :attr:`LayerSums.group`.
         fisher_kind: kind of Fisher matrix that the inner layers get.
+        by_autograd: sums of the gradients of covered parameters, where they are to be verified.
     """
 
     def __init__(
@@ -235,18 +272,81 @@ class Statistics:
         *,
         keep_gradient: bool,
         rank: int,
+        verify: bool = False,
     ) -> None:
-        self.layers, self.settings, self.keep_gradient = layers, settings, keep_gradient
-        self.device = device
+        self.promised, self.settings, self.keep_gradient = layers, settings, keep_gradient
+        self.layers = Layers({}, {}, frozenset())
+        self.device, self.verify = device, verify
+        self.by_autograd: dict[str, Tensor] = {}
         self.seed = rank_seed(settings.seed, rank)
         self.n_labels = self.n_batches = 0
-        self.called: set[str] = set()
         self.skipped: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.by_layer: dict[str, LayerSums] = {}
         self.inputs: dict[int, InputSum] = {}
         self.fisher_kind: str = settings.fisher
-        self.head = TrueFisherHead(layers, settings, device)
-        self.uncovered = Uncovered(model, layers, settings)
+        self.head = TrueFisherHead(settings, device)
+        self.uncovered = Uncovered(model, settings)
+        self.uncovered.leave(self.layers)
+
+    def take(self, found: Layers) -> None:
+        """Takes the layers that a forward pass, or another rank, showed.
+
+        Where another pass shows more uses of a weight, or one that cannot be used, its own gradient
+        is autograd's from now on, and what its tokens have given so far is added to that.
+
+        Raises:
+            LayerError: factors of a new layer must not be formed.
+        """
+        layers = dict(self.layers.layers)
+        for name, layer in found.layers.items():
+            if name in self.left_out:
+                continue
+            before = layers.get(name)
+            if before is None:
+                check(self.settings, layer)
+            elif layer.tied and not before.tied:
+                self._hand_over(name)
+            summed = {base_of(layer.weight), layer.bias} & set(self.uncovered.gradients)
+            tied = layer.tied or bool(summed) or (before is not None and before.tied)
+            layers[name] = replace(layer, tied=tied)
+        for name, reason in found.skipped.items():
+            if reason == HIDDEN:
+                self._hand_over(name)
+                self.left_out[name] = reason
+                self.by_layer.pop(name, None)
+                layers.pop(name, None)
+        self.skipped = {**found.skipped, **self.skipped, **self.left_out}
+        self.reasons = {**found.reasons, **self.reasons}
+        place = {name: n for n, name in enumerate(self.promised.layers)}
+        order = sorted(layers, key=lambda name: (place.get(name, len(place)), name))
+        self.layers = Layers({name: layers[name] for name in order}, {}, frozenset())
+        self.uncovered.leave(self.layers)
+
+    def _hand_over(self, name: str) -> None:
+        """Gives the own gradient of a layer's tokens to those that autograd sums."""
+        sums = self.by_layer.get(name)
+        if sums is None or sums.own is None:
+            return
+        weight, bias = sums.layer.from_matrix(sums.own)
+        self.uncovered.add_part(sums.layer.weight, weight)
+        if sums.layer.bias is not None and bias is not None:
+            self.uncovered.add_one(sums.layer.bias, bias)
+        sums.own = None
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Returns the sums of the layers' own gradients so far, by parameter."""
+        found: dict[str, Tensor] = {}
+        shapes = {name: p.shape for name, p in self.uncovered.covered.items()}
+        for sums in self.by_layer.values():
+            layer = sums.layer
+            if sums.own is None or base_of(layer.weight) not in shapes:
+                continue
+            weight, bias = layer.from_matrix(sums.own)
+            named = {layer.weight: weight} | ({} if bias is None else {layer.bias: bias})
+            found |= {n: g for n, g in named.items() if n is not None}
+        return whole_again(found, shapes)
 
     def everyone(self) -> list[Layer]:
         """Returns all layers, tied partners too, in the model's order."""

@@ -80,17 +80,6 @@ def test_an_input_changed_in_place_afterwards_is_an_error():
         products(Changing().double())
 
 
-def test_a_layer_that_is_never_called_is_an_error_that_names_it():
-    model = build()
-    model.unused = nn.Linear(2, 2).double()
-    with pytest.raises(LayerError, match=r"unused.*never called"):
-        products(model)
-    kfac = KFACNaturalGradient(exclude=["unused"])
-    kfac.collect_kfac_factors(model, batch(), loss=squared, n_labels=7)
-    assert set(kfac.kfac_factors) == {"first", "second"}
-    assert kfac.skipped["unused"] == "in exclude"
-
-
 def test_autocast_accumulates_in_the_core_dtype():
     model = build().float()
     x = batch().float()

@@ -1,0 +1,246 @@
+"""Which rows of a captured forward pass are tokens of the batch, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from fisher_lab.curvature.errors import BatchError, LayerError
+from fisher_lab.curvature.kfac.accumulators import check_finite
+from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
+from fisher_lab.curvature.kfac.token_ids import ids_of
+from fisher_lab.curvature.losses import SummedLoss
+
+if TYPE_CHECKING:
+    from fisher_lab.curvature.kfac.capture import Call, Capture
+
+_MASKS = {"decoder": "decoder_attention_mask", "main": "attention_mask"}
+"""Which mask of a batch says which positions are tokens, by the side of the model."""
+
+
+class TokenMasks:
+    """Which tokens of a batch count.
+
+    Args:
+        capture: of the batch's forward pass.
+        batch: the prepared batch.
+
+    Raises:
+        BatchError: no position of the batch is active.
+    """
+
+    def __init__(self, capture: Capture, batch: Any) -> None:
+        masks = masks_of(batch)
+        self.full = all(bool(mask.all()) for mask in masks.values())
+        self._table: Tensor | None = None
+        if self.full and not capture.rows.filled:
+            return
+        device = capture.device
+        # By id, the row that was filled in first and the model's own row last.
+        table = torch.ones(capture.rows.count + 2, dtype=torch.bool, device=device)
+        table[0] = False
+        for side, shape, start in capture.inputs:
+            mask = masks.get(side)
+            if mask is not None and mask.shape == shape:
+                table[start : start + mask.numel()] = mask.reshape(-1)
+        for start, ids in capture.rows.pooled:
+            table[start : start + len(ids)] = table[ids].any(dim=1)
+        self._table = table
+
+    def select(self, call: Call, x: Tensor, name: str, *, trailing: int = 1) -> Tensor:
+        """Returns the rows of ``x`` that are tokens, ``[T, features]`` (``[T]`` for indices).
+
+        Args:
+            call: whose rows they are.
+            x: what the call read or gave, ``[..., features]``.
+            name: of the layer, for the error.
+            trailing: 1 for vectors, 0 for indices.
+
+        Raises:
+            LayerError: it cannot be told which rows are tokens.
+        """
+        x = x if call.use.rows is None else x[call.use.rows]
+        shape, features = x.shape[: x.dim() - trailing], x.shape[x.dim() - trailing :]
+        padding = call.use.padding
+        keep = None if self._table is None else self._table_of(call, shape, name, self._table)
+        if padding is not None:  # autograd gives this row of the table no gradient
+            looked_up = call.a != padding
+            keep = looked_up if keep is None else keep & looked_up
+        return x.reshape(-1, *features) if keep is None else x[keep]
+
+    def _table_of(self, call: Call, shape: torch.Size, name: str, table: Tensor) -> Tensor | None:
+        ids = ids_of(call.origin, call.trailing)
+        if ids is None:
+            if self.full:
+                return None
+            raise LayerError(
+                f"layer {name or '(the model)'}: which of its rows {tuple(shape)} are padding "
+                "cannot be told; exclude the layer, or give batches without padding"
+            )
+        if call.use.rows is not None:
+            ids = ids.expand(len(call.a), *ids.shape[1:])[call.use.rows]
+        return table[ids].expand(shape)
+
+
+def masks_of(batch: Any) -> dict[str, Tensor]:
+    """Returns the two-dimensional masks of a prepared batch by the side of the model, as bool.
+
+    Raises:
+        BatchError: no position of one is active.
+    """
+    found: dict[str, Tensor] = {}
+    if not isinstance(batch, Mapping):
+        return found
+    for side, name in _MASKS.items():
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            found[side] = mask != 0
+            if not bool(found[side].any()):
+                raise BatchError(f"{name}: no active token in a batch of {tuple(mask.shape)}")
+    return found
+
+
+def any_token(batch: Any) -> bool:
+    """Says whether a prepared batch has an active token (a mask without one has not)."""
+    if not isinstance(batch, Mapping):
+        return True
+    names = list(_MASKS.values())
+    masks = [m for m in map(batch.get, names) if isinstance(m, Tensor) and m.dim() == 2]
+    return all(bool((m != 0).any()) for m in masks)
+
+
+def share_key(call: Call, augmented: bool) -> tuple:
+    """Returns what two calls have in common exactly when they read the very same rows."""
+    a = call.a
+    return (
+        a.untyped_storage().data_ptr(),
+        a.storage_offset(),
+        tuple(a.shape),
+        a.stride(),
+        a.dtype,
+        str(call.use.rows),
+        call.use.padding,
+        augmented,
+    )
+
+
+def count_tokens(capture: Capture, batch: Any) -> tuple[Layers, dict[str, int]]:
+    """Returns the layers of a captured forward pass, and the tokens that each saw.
+
+    Args:
+        capture: of the pass.
+        batch: the prepared batch.
+    """
+    masks = TokenMasks(capture, batch)
+    layers = capture.observe(masks.full)
+    tokens = BatchTokens(capture, every_layer(layers.layers.values()), masks, 0)
+    return layers, {name: tokens.count(layer) for name, layer in layers.layers.items()}
+
+
+class BatchTokens:
+    """Rows of activations and gradients that are tokens, of one backward pass.
+
+    Layers that read the very same tensor share its selected rows.
+
+    Args:
+        capture: of the batch's forward pass; with re-entrant checkpoints, after the backward pass.
+        layers: those wanted.
+        masks: of the batch.
+        batch: its index, for the errors.
+
+    Attributes:
+        calls: of each layer, those that look at tokens.
+    """
+
+    def __init__(
+        self, capture: Capture, layers: Iterable[Layer], masks: TokenMasks, batch: int
+    ) -> None:
+        self.calls = {layer.name: capture.calls_of(layer) for layer in layers}
+        self._masks, self._batch = masks, batch
+        self._selected: dict[tuple, Tensor] = {}
+
+    def count(self, layer: Layer) -> int:
+        """Returns how many tokens a layer saw."""
+        return sum(len(self._rows(call, layer)) for call in self.calls[layer.name])
+
+    def gradients(self, layer: Layer, given: Mapping[int, Tensor | None]) -> Tensor | None:
+        """Returns a layer's token gradients, ``[T, out]``; None where none reached it.
+
+        Args:
+            layer: the layer.
+            given: index of a call -> the gradient of its output.
+
+        Raises:
+            LayerError: it cannot be told which rows are tokens.
+        """
+        calls = self.calls[layer.name]
+        grads = [given.get(call.index) for call in calls]
+        like = next((g for g in grads if g is not None), None)
+        if like is None:
+            return None
+        parts = []
+        for call, g in zip(calls, grads, strict=True):
+            g = like.new_zeros(call.output) if g is None else g
+            parts.append(self._masks.select(call, g, layer.name))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def inputs(self, layer: Layer) -> Tensor:
+        """Returns a layer's token inputs, ``[T, in]`` (``[T]`` indices for an embedding).
+
+        What a scale multiplies is normalised already.
+
+        Raises:
+            LayerError: it cannot be told which rows are tokens.
+            NonFiniteError: they are not finite.
+        """
+        parts = []
+        for call in self.calls[layer.name]:
+            x = self._rows(call, layer)
+            if layer.kind is not Kind.EMBEDDING:
+                check_finite(x, layer.name, self._batch, "activations")
+            parts.append(x if call.use.normalise is None else call.use.normalise(x))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows(self, call: Call, layer: Layer) -> Tensor:
+        key = share_key(call, False)
+        if key not in self._selected:
+            trailing = int(layer.kind is not Kind.EMBEDDING)
+            rows = self._masks.select(call, call.a, layer.name, trailing=trailing)
+            self._selected[key] = rows
+        return self._selected[key]
+
+
+def find_non_finite(
+    capture: Capture, layers: Sequence[Layer], masks: TokenMasks, batch: int, loss: SummedLoss
+) -> None:
+    """Names the first layer whose input is not finite, else the one whose output is not.
+
+    Args:
+        capture: of the forward pass.
+        layers: in the model's order.
+        masks: of the batch.
+        batch: its index.
+        loss: of the batch.
+
+    Raises:
+        NonFiniteError: there is one.
+    """
+    for layer in layers:
+        if layer.kind is Kind.EMBEDDING:
+            continue
+        for call in capture.calls_of(layer):
+            x = masks.select(call, call.a, layer.name)
+            check_finite(x, layer.name, batch, "activations")
+    # What no layer reads: the logits, not finite by the weights of the layer that made them.
+    if loss.scored is not None:
+        logits = loss.logits
+        traced = logits is not None and logits.requires_grad
+        edge = get_gradient_edge(logits) if logits is not None and traced else None
+        calls = [(layer.name, call) for layer in layers for call in capture.calls_of(layer)]
+        same = [name for name, call in calls if edge is not None and call.edge == edge]
+        head = same[0] if same else "of the logits"
+        check_finite(loss.scored.logits.detach(), head, batch, "outputs")

@@ -1,0 +1,171 @@
+"""Ids of tokens as tensors, and the operations that :mod:`.token_rows` follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Fixed(Enum):
+    """What is known of a tensor that has no ids."""
+
+    CONSTANT = "it does not depend on the batch"
+    UNKNOWN = "an operation hides which tokens it sees"
+
+
+Origin = tuple[Tensor, ...] | Fixed
+"""The ids of a tensor (every way in which its rows belong to tokens), or why there are none."""
+
+FILLED = 0
+"""Id of a row that belongs to no token: padding that the model adds, a place not written to."""
+
+OWN = -1
+"""Id of a row of the model's own, such as a class token: it counts, whatever the masks say."""
+
+
+class Operation:
+    """One operation with what is asked of it in the rules."""
+
+    def __init__(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        outs: list[Tensor],
+        given: list[Tensor],
+        origins: list[Origin],
+    ) -> None:
+        self.name, self.func, self.args, self.kwargs = name, func, args, dict(kwargs)
+        self.outs, self.given, self.origins = outs, given, origins
+        self.rest = list(args[1:])
+
+    @property
+    def first(self) -> Tensor:
+        """The tensor that is operated on."""
+        return self.args[0] if self.args else self.kwargs["input"]
+
+    def argument(self, index: int, name: str) -> Any:
+        """Returns an argument by its place or its name."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name)
+
+    def again(self, ids: Tensor) -> Any:
+        """Returns the same operation's result for ids."""
+        kwargs = {k: v for k, v in self.kwargs.items() if k != "input"}
+        return self.func(ids, *self.rest, **kwargs)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors of arguments, those in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple) or type(value).__name__ == "dict_values":
+            yield from tensors_in(value)
+
+
+def ids_of(origin: Origin, trailing: int) -> Tensor | None:
+    """Returns the tokens of a tensor's rows; None where they are not known, or not single.
+
+    Args:
+        origin: of the tensor.
+        trailing: 1 where its last dimension holds features, 0 for a tensor of indices.
+    """
+    if isinstance(origin, Fixed) or len(origin) != 1:
+        return None
+    ids = origin[0]
+    if not trailing:
+        return ids
+    return ids[..., 0] if ids.size(-1) == 1 else None
+
+
+def with_leading(ids: Tensor, dim: int) -> Tensor:
+    """Ids with dimensions of size 1 before theirs, ``dim`` in all."""
+    return ids.reshape(*[1] * (dim - ids.dim()), *ids.shape)
+
+
+def narrowed(ids: Tensor) -> Tensor:
+    """Size 1 in the dimensions that were only expanded."""
+    for d in range(ids.dim()):
+        if ids.stride(d) == 0 and ids.size(d) > 1:
+            ids = ids.narrow(d, 0, 1)
+    return ids
+
+
+def compressed(ids: Tensor) -> Tensor:
+    """Size 1 in the dimensions along which the values do not vary."""
+    ids = narrowed(ids)
+    for d in range(ids.dim()):
+        if ids.size(d) > 1 and bool((ids == ids.narrow(d, 0, 1)).all()):
+            ids = ids.narrow(d, 0, 1)
+    return ids
+
+
+def reshaped(ids: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Returns the ids of a tensor of shape ``old`` that is seen as ``new``."""
+    kept = 0  # trailing dimensions that stay, and along which nothing varies
+    while kept < min(len(old), len(new)) and old[-1 - kept] == new[-1 - kept]:
+        if ids.size(-1 - kept) > 1:
+            break
+        kept += 1
+    ids = ids.reshape(ids.shape[: ids.dim() - kept])
+    made = narrowed(ids.expand(old[: len(old) - kept]).reshape(new[: len(new) - kept]))
+    if sum(n > 1 for n in made.shape) > sum(n > 1 for n in ids.shape):
+        made = compressed(made)  # copies that lie side by side now
+    return made.reshape(*made.shape, *[1] * kept)
+
+
+def union(found: Sequence[Tensor]) -> Origin:
+    """All different ids; those of whole examples say less than those of their tokens."""
+    kept: list[Tensor] = []
+    for ids in found:
+        if not any(_equal(ids, other) for other in kept):
+            kept.append(ids)
+    fine = [i for i in kept if not any(_coarser(i, other) for other in kept)]
+    return tuple(fine) if fine else Fixed.UNKNOWN
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return same or bool((one == other).all())
+
+
+def _coarser(one: Tensor, other: Tensor) -> bool:
+    """Whether ids vary in fewer dimensions than others do, and in no dimension of their own."""
+    pairs = list(zip(one.shape, other.shape, strict=True))
+    return all(a == 1 or b > 1 for a, b in pairs) and any(a == 1 < b for a, b in pairs)
+
+
+def picked_axis(name: str, rest: Sequence[Any], dim: int) -> int | None:
+    """The dimension of which ``select`` or ``x[:, 0]`` takes one position; None for others."""
+    if name == "select":
+        return rest[0] % dim
+    index = rest[0] if name == "__getitem__" else ()
+    index = index if isinstance(index, tuple) else (index,)
+    numbers = [n for n, i in enumerate(index) if isinstance(i, int) and not isinstance(i, bool)]
+    plain = all(isinstance(i, int | slice) for i in index)
+    return numbers[0] if plain and len(numbers) == 1 else None
+
+
+def has_tensor(index: Any) -> bool:
+    """Says whether an index gathers, by a tensor or a list."""
+    return any(
+        isinstance(i, Tensor | list) for i in (index if isinstance(index, tuple) else (index,))
+    )
+
+
+def indexed_dims(index: Any, dim: int) -> int:
+    """How many leading dimensions an index speaks of."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(i is Ellipsis for i in index):
+        return dim
+    boolean = [i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index]
+    return min(sum(n for n, i in zip(boolean, index, strict=True) if i is not None), dim)

@@ -1,0 +1,496 @@
+"""Which token every row of every tensor of a forward pass belongs to.
+
+Tokens have ids, and ids travel with the tensors: a view, a transposition, a gathering of rows does
+to the ids what it does to the tensor; an operation position by position keeps them; a product over
+features keeps those of its rows; a sum over tokens makes a row of its own of those that it sums.
+So the rows of an expert, of a transposed or of a flattened tensor are known by their *origin*
+(``docs/math.md``, section 1), and no shape is compared with the shape of a mask.
+
+Ids of a tensor have as many dimensions as it, of size 1 where they do not vary: ``[B, S, 1]`` for
+hidden states ``[B, S, d]``. A tensor may have several: attention scores those of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fisher_lab.curvature.kfac.token_ids import (
+    FILLED,
+    OWN,
+    Fixed,
+    Operation,
+    Origin,
+    compressed,
+    has_tensor,
+    indexed_dims,
+    narrowed,
+    picked_axis,
+    reshaped,
+    tensors_in,
+    union,
+    with_leading,
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SAME = _words(
+    "contiguous clone to float double half bfloat16 type type_as detach data cpu cuda long int "
+    "bool alias requires_grad_ detach_"
+)
+_VIEWS = _words(
+    "transpose permute unflatten squeeze unsqueeze expand expand_as select narrow __getitem__ "
+    "chunk split unbind t T mT H mH movedim moveaxis swapaxes swapdims adjoint tensor_split "
+    "split_with_sizes broadcast_to diagonal"
+)
+_RESHAPES = _words("view reshape view_as reshape_as flatten ravel")
+_COPIES = _words("flip roll repeat tile repeat_interleave index_select pad unfold")
+_JOINS = _words("cat concat concatenate")
+_PRODUCTS = _words("matmul __matmul__ mm bmm __rmatmul__ linear addmm baddbmm")
+_BY_FIRST = _words("scaled_dot_product_attention grouped_mm _grouped_mm grouped_mm_fallback")
+_SUMS = _words(
+    "sum mean max min amax amin argmax argmin norm prod all any std var logsumexp nanmean "
+    "count_nonzero nansum"
+)
+_SORTS = _words("sort argsort topk")
+_SCATTERS = _words("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
+
+_FACTORS = (("input", "other"), ("mat1", "mat2"))
+
+
+class TokenRows:
+    """Follows the ids of tokens through the operations of a forward pass.
+
+    Args:
+        constants: tensors that do not depend on the batch (parameters, buffers); kept alive by
+            their owner.
+    """
+
+    def __init__(self, constants: Iterable[Tensor] = ()) -> None:
+        self._of = WeakTensorKeyDictionary()
+        self._constants = {id(t) for t in constants}
+        self.count = 0
+        self.filled = False
+        self._waiting = WeakTensorKeyDictionary()
+        self.pooled: list[tuple[int, Tensor]] = []
+        self._picked: dict[int, Tensor] = {}
+        rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
+            (_SAME, self._same),
+            (_VIEWS, self._view),
+            (_RESHAPES, self._reshape),
+            (_COPIES, self._copy),
+            (_JOINS, self._cat),
+            (["stack"], self._stack),
+            (_PRODUCTS, self._product),
+            (["einsum"], self._einsum),
+            (["embedding", "one_hot", "view_as_real"], self._one_more),
+            (["view_as_complex"], self._without_last),
+            (_BY_FIRST, self._by_first),
+            (["conv1d"], self._convolve),
+            (_SUMS, self._sum),
+            (_SORTS, self._sort),
+            (["gather", "take_along_dim"], self._gather),
+            (["index_add", "index_add_", "index_copy", "index_copy_"], self._write_rows),
+            (_SCATTERS, self._scatter),
+            (["__setitem__"], self._assign),
+        ]
+        self._rules = {name: rule for names, rule in rules for name in names}
+
+    # ---- what is known -----------------------------------------------------------------------
+
+    def new_tokens(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Returns ids of new tokens, int64 of this shape."""
+        n = torch.Size(shape).numel()
+        ids = torch.arange(self.count + 1, self.count + n + 1, device=device).reshape(tuple(shape))
+        self.count += n
+        return ids
+
+    def mark(self, tensor: Tensor, origin: Origin) -> None:
+        """Says what a tensor's rows are."""
+        if id(tensor) not in self._constants:
+            self._of[tensor] = origin
+
+    def of(self, tensor: Any) -> Origin:
+        """Returns what is known of a tensor; of a number, that it is constant."""
+        if not isinstance(tensor, Tensor) or id(tensor) in self._constants:
+            return Fixed.CONSTANT
+        origin: Origin | None = self._of.get(tensor)
+        return Fixed.UNKNOWN if origin is None else origin
+
+    def wait(self, tensor: Tensor, then: Callable[[Origin], None]) -> None:
+        """Says what to do when a constant is added to the vectors of tokens, one to one.
+
+        Args:
+            tensor: the constant, with as many rows as the tokens.
+            then: called with the tokens' origin.
+        """
+        self._waiting[tensor] = then
+
+    def follow(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        """Notes what an operation makes of its arguments' ids.
+
+        Args:
+            name: of the operation.
+            func: the operation.
+            args: its arguments.
+            kwargs: its arguments by name.
+            out: its result.
+        """
+        outs = list(tensors_in([out]))
+        given = list(tensors_in([args, kwargs.values()]))
+        if not outs and name != "__setitem__":
+            return
+        origins = [self.of(t) for t in given]
+        if all(o is Fixed.CONSTANT for o in origins):
+            found: Any = [Fixed.CONSTANT] * len(outs)
+        else:
+            rule = self._rules.get(name, self._each_position)
+            try:
+                found = rule(Operation(name, func, args, kwargs, outs, given, origins))
+            except (RuntimeError, TypeError, IndexError, ValueError, KeyError):
+                found = Fixed.UNKNOWN  # an unusual form of the operation
+        found = found if isinstance(found, list) else [found] * len(outs)
+        for tensor, origin in zip(outs, found, strict=False):
+            self.mark(tensor, Fixed.UNKNOWN if origin == () else origin)
+
+    # ---- rules: an operation's arguments -> the origin of its results ------------------------
+
+    def _each_position(self, call: Operation) -> list[Origin]:
+        """Position by position, where the result has the shape to which its arguments broadcast."""
+        return [self._broadcast(out, call) for out in call.outs]
+
+    def _broadcast(self, out: Tensor, call: Operation) -> Origin:
+        found: list[Tensor] = []
+        for tensor, origin in zip(call.given, call.origins, strict=True):
+            fits = tensor.dim() <= out.dim() and all(
+                n in (1, m)
+                for n, m in zip(reversed(tensor.shape), reversed(out.shape), strict=False)
+            )
+            if not fits:
+                return Fixed.UNKNOWN
+            if not isinstance(origin, Fixed):
+                found += [with_leading(ids, out.dim()) for ids in origin]
+        origin = union(found)
+        for tensor in call.given if self._waiting else ():
+            if tensor.shape == out.shape and tensor in self._waiting:
+                self._waiting.pop(tensor)(origin)
+        return origin
+
+    def _same(self, call: Operation) -> Origin:
+        return self.of(call.given[0])
+
+    def _view(self, call: Operation) -> list[Origin] | Origin:
+        x, rest = call.first, call.rest
+        origin = self.of(x)
+        index = rest[0] if call.name == "__getitem__" else None
+        if isinstance(origin, Fixed):
+            ids = self.of(index)  # a table that is indexed by what tokens are
+            if isinstance(ids, Fixed) or not isinstance(index, Tensor) or index.dtype == torch.bool:
+                return origin
+            extra = call.outs[0].dim() - index.dim()
+            return tuple(i.reshape(*i.shape, *[1] * extra) for i in ids)
+        if index is not None and has_tensor(index):
+            k = indexed_dims(index, x.dim())
+            picked = [i.expand(*x.shape[:k], *i.shape[k:])[index] for i in origin]
+            return union([compressed(i) for i in picked])
+        parts = [list(tensors_in([call.again(i.expand(x.shape))])) for i in origin]
+        axis = picked_axis(call.name, call.rest, x.dim())
+        if axis is not None:
+            pairs = zip(origin, parts, strict=True)
+            return union([self._pick(ids, axis, narrowed(part[0])) for ids, part in pairs])
+        return [union([narrowed(p[n]) for p in parts]) for n in range(len(call.outs))]
+
+    def _pick(self, ids: Tensor, axis: int, picked: Tensor) -> Tensor:
+        """One position of every example (a class token): a row that is the example's.
+
+        Such rows are the positions again where they are put side by side (:meth:`_position`).
+        """
+        if ids.size(axis) == 1 or picked.numel() != ids.numel() // ids.size(axis):
+            return picked
+        of_example = self._pool(ids.movedim(axis, -1), 1).reshape(picked.shape)
+        self._picked[int(of_example.reshape(-1)[0])] = picked
+        return of_example
+
+    def _position(self, origin: Origin) -> Origin:
+        """The origin of a tensor of picked positions, each as the token that it is."""
+        if isinstance(origin, Fixed) or not self._picked:
+            return origin
+        return tuple(self._picked.get(int(ids.reshape(-1)[0]), ids) for ids in origin)
+
+    def _reshape(self, call: Operation) -> Origin:
+        x, out = call.first, call.outs[0]
+        origin = self.of(x)
+        if isinstance(origin, Fixed) or x.dtype != out.dtype:
+            return origin
+        return union([reshaped(ids, tuple(x.shape), tuple(out.shape)) for ids in origin])
+
+    def _copy(self, call: Operation) -> Origin:
+        x = call.first
+        origin = self.of(x)
+        if isinstance(origin, Fixed):
+            return origin
+        if call.name == "pad":
+            self.filled = True
+            call.rest, call.kwargs = (
+                call.rest[:1],
+                {"value": FILLED} | {k: v for k, v in call.kwargs.items() if k == "pad"},
+            )
+        shape = list(x.shape)
+        if call.name == "index_select":  # the other dimensions stay as they are
+            dim = call.argument(1, "dim") % x.dim()
+            return union(
+                [
+                    call.again(i.expand(*i.shape[:dim], shape[dim], *i.shape[dim + 1 :]))
+                    for i in origin
+                ]
+            )
+        return union([compressed(call.again(i.expand(shape))) for i in origin])
+
+    def _cat(self, call: Operation) -> Origin:
+        parts = list(call.argument(0, "tensors"))
+        dim = (call.argument(1, "dim") or 0) % parts[0].dim()
+        origins = [self._position(self.of(p)) for p in parts]
+        known = [o for o in origins if not isinstance(o, Fixed)]
+        across = union([ids for o in known for ids in o if ids.size(dim) == 1])
+        if Fixed.UNKNOWN in origins or any(len(o) != 1 for o in known):
+            return across  # scores beside scores: what does not vary there stays
+        varies = any(ids.size(dim) > 1 for o in known for ids in o)
+        if not varies and (dim == parts[0].dim() - 1 or len(known) == len(parts) == 1):
+            return across  # features beside features
+        own = torch.full([1] * parts[0].dim(), OWN, device=parts[0].device)
+        pieces = [own if isinstance(o, Fixed) else o[0] for o in origins]
+        shape = torch.broadcast_shapes(*[(*p.shape[:dim], 1, *p.shape[dim + 1 :]) for p in pieces])
+        whole = [
+            ids.expand(*shape[:dim], part.size(dim), *shape[dim + 1 :])
+            for ids, part in zip(pieces, parts, strict=True)
+        ]
+        return (compressed(torch.cat(whole, dim)),)
+
+    def _stack(self, call: Operation) -> Origin:
+        parts = list(call.argument(0, "tensors"))
+        dim = (call.argument(1, "dim") or 0) % (parts[0].dim() + 1)
+        origins = [self._position(self.of(p)) for p in parts]
+        known = [o for o in origins if not isinstance(o, Fixed)]
+        if len(known) < len(parts) or any(len(o) != len(known[0]) for o in known):
+            return Fixed.UNKNOWN
+        found = []
+        for each in zip(*known, strict=True):
+            shape = torch.broadcast_shapes(*[ids.shape for ids in each])
+            found.append(compressed(torch.stack([ids.expand(shape) for ids in each], dim)))
+        return union(found)
+
+    def _one_more(self, call: Operation) -> Origin:
+        """A dimension more at the end; ``torch.embedding`` has its indices in the second place."""
+        source = call.given[0]
+        if call.name == "embedding":
+            source = next(t for t in call.given if not t.is_floating_point())
+        origin = self.of(source)
+        return origin if isinstance(origin, Fixed) else tuple(i.unsqueeze(-1) for i in origin)
+
+    def _without_last(self, call: Operation) -> Origin:
+        origin = self.of(call.first)
+        if isinstance(origin, Fixed):
+            return origin
+        return union([ids[..., 0] for ids in origin if ids.size(-1) == 1])
+
+    def _by_first(self, call: Operation) -> Origin:
+        """The rows of the first argument (the queries), whatever its features become."""
+        origin = self.of(call.given[0])
+        return (
+            origin if isinstance(origin, Fixed) else union([i for i in origin if i.size(-1) == 1])
+        )
+
+    def _product(self, call: Operation) -> Origin:
+        start = int(call.name in ("addmm", "baddbmm"))
+        left, right = (call.argument(start + i, n) for i, n in enumerate(_FACTORS[start]))
+        if call.name == "linear":
+            right = call.argument(1, "weight")
+        elif call.name == "__rmatmul__":
+            left, right = right, left
+        dim = call.outs[0].dim()
+        found, summed = [], []
+        of_left, of_right = self.of(left), self.of(right)
+        if of_left is Fixed.UNKNOWN:
+            return Fixed.UNKNOWN  # the rows are the left factor's
+        for ids in () if isinstance(of_left, Fixed) else of_left:
+            if ids.size(-1) > 1:
+                summed.append((ids, -1))
+            elif left.dim() > 1:
+                found.append(with_leading(ids if right.dim() > 1 else ids.squeeze(-1), dim))
+        if call.name == "linear" and not isinstance(of_right, Fixed):
+            return Fixed.UNKNOWN
+        for ids in () if isinstance(of_right, Fixed) else of_right:
+            axis = -2 if right.dim() > 1 else -1
+            if ids.size(axis) > 1:
+                summed.append((ids, axis))
+            elif right.dim() > 1:
+                found.append(with_leading(ids if left.dim() > 1 else ids.squeeze(-2), dim))
+        known = of_right is not Fixed.UNKNOWN
+        if not found and summed and known and left.dim() == right.dim() == dim:
+            ids, axis = summed[0]  # keys times values, summed over the tokens of an example
+            other = ids.movedim(axis, -1)
+            found.append(self._pool(other, 1).reshape(*ids.shape[:-2], 1, 1))
+        return union(found)
+
+    def _einsum(self, call: Operation) -> Origin:
+        operands = call.rest[0] if isinstance(call.rest[0], list | tuple) else call.rest
+        left, _, result = call.args[0].replace(" ", "").partition("->")
+        if "." in left or not result:
+            return Fixed.UNKNOWN
+        found = []
+        if any(self.of(tensor) is Fixed.UNKNOWN for tensor in operands):
+            return Fixed.UNKNOWN
+        for tensor, letters in zip(operands, left.split(","), strict=True):
+            origin = self.of(tensor)
+            for ids in () if isinstance(origin, Fixed) else origin:
+                if any(n > 1 and c not in result for n, c in zip(ids.shape, letters, strict=True)):
+                    continue
+                kept = [c for c in letters if c in result]
+                for axis in reversed(range(len(letters))):
+                    ids = ids if letters[axis] in result else ids.select(axis, 0)
+                ids = ids.permute([kept.index(c) for c in result if c in kept])
+                found.append(ids[tuple(slice(None) if c in kept else None for c in result)])
+        return union(found)
+
+    def _convolve(self, call: Operation) -> Origin:
+        """A convolution over tokens that adds to their right; what it adds belongs to none."""
+        x, out = call.given[0], call.outs[0]
+        origin = self.of(x)
+        if isinstance(origin, Fixed) or x.dim() != 3 or out.size(-1) < x.size(-1):
+            return Fixed.UNKNOWN
+        more = out.size(-1) - x.size(-1)
+        return union(
+            [
+                i if i.size(2) == 1 else F.pad(i, (0, more), value=FILLED)
+                for i in origin
+                if i.size(1) == 1
+            ]
+        )
+
+    def _sum(self, call: Operation) -> Origin:
+        x, out = call.first, call.outs[0]
+        if call.name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
+            return self._broadcast(out, call)
+        origin = self.of(x)
+        dim = call.argument(2 if call.name == "norm" else 1, "dim")
+        if isinstance(origin, Fixed) or dim is None:
+            return Fixed.UNKNOWN
+        dims = sorted(d % x.dim() for d in (dim if isinstance(dim, list | tuple) else [dim]))
+        keep = out.dim() == x.dim()
+        found = [i for i in origin if all(i.size(d) == 1 for d in dims)]
+        if not found and len(origin) == 1:
+            rest = [d for d in range(x.dim()) if d not in dims]
+            moved = origin[0].permute(*rest, *dims)
+            pooled = self._pool(moved, len(dims))
+            found = [pooled.permute([([*rest, *dims]).index(d) for d in range(x.dim())])]
+        if not keep:
+            for d in reversed(dims):
+                found = [i.squeeze(d) for i in found]
+        return union(found)
+
+    def _pool(self, ids: Tensor, n_dims: int) -> Tensor:
+        """New ids for rows that several tokens make, which their last ``n_dims`` dimensions are."""
+        shape = ids.shape[: ids.dim() - n_dims]
+        made = self.new_tokens(shape, ids.device)
+        self.pooled.append((int(made.reshape(-1)[0]), ids.reshape(shape.numel(), -1)))
+        return made.reshape(*shape, *[1] * n_dims)
+
+    def _sort(self, call: Operation) -> list[Origin] | Origin:
+        origin = self.of(call.first)
+        dim = call.argument(2 if call.name == "topk" else 1, "dim")
+        dim = dim if isinstance(dim, int) and not isinstance(dim, bool) else -1
+        return (
+            origin if isinstance(origin, Fixed) else union([i for i in origin if i.size(dim) == 1])
+        )
+
+    def _gather(self, call: Operation) -> Origin:
+        x = call.first
+        first = call.name == "gather"
+        dim = call.argument(1 if first else 2, "dim")
+        index = call.argument(2 if first else 1, "index" if first else "indices")
+        origin = self.of(x)
+        if isinstance(origin, Fixed):
+            return self.of(index)
+        dim %= x.dim()
+        found = []
+        for ids in origin:
+            if ids.size(dim) > 1:
+                where = narrowed(index)
+                shape = [x.size(d) if d == dim else where.size(d) for d in range(x.dim())]
+                ids = ids.expand([max(n, i) for n, i in zip(shape, ids.shape, strict=True)])
+                where = where.expand(
+                    [n if d == dim else ids.size(d) for d, n in enumerate(where.shape)]
+                )
+                ids = compressed(ids.gather(dim, where))
+            found.append(ids)
+        return union(found)
+
+    def _write_rows(self, call: Operation) -> Origin:
+        return self._written(
+            call.first,
+            call.argument(1, "dim"),
+            call.argument(2, "index"),
+            call.argument(3, "source"),
+        )
+
+    def _written(self, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Origin:
+        """Rows of ``source`` go to places of ``x``: each place belongs to what is written to it."""
+        before, origin = self.of(x), self.of(source)
+        if isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
+            return Fixed.UNKNOWN
+        ids, dim = origin[0], dim % x.dim()
+        start = (
+            torch.full([1] * x.dim(), FILLED, device=x.device)
+            if isinstance(before, Fixed)
+            else before[0]
+        )
+        shape = [max(a, b) for a, b in zip(start.shape, ids.shape, strict=True)]
+        shape[dim] = x.size(dim)
+        start = start.expand(shape).clone()
+        shape[dim] = index.numel()
+        return (start.index_copy_(dim, index.reshape(-1).long(), ids.expand(shape).contiguous()),)
+
+    def _places(self, x: Tensor, before: Origin) -> Tensor:
+        """The ids of a tensor that is written to: where nothing was, its places belong to none."""
+        if not isinstance(before, Fixed):
+            return before[0]
+        self.filled = True
+        return torch.full([1] * x.dim(), FILLED, device=x.device)
+
+    def _scatter(self, call: Operation) -> Origin:
+        x, dim = call.first, call.argument(1, "dim")
+        index, source = call.argument(2, "index"), call.argument(3, "src")
+        where = narrowed(index)
+        if isinstance(source, Tensor) and where.numel() == where.size(dim) < index.numel():
+            return self._written(x, dim, where, source)
+        for tensor in (x, index):  # into features: the rows stay
+            origin = self.of(tensor)
+            if not isinstance(origin, Fixed) and all(i.size(dim) == 1 for i in origin):
+                return origin
+        return Fixed.UNKNOWN
+
+    def _assign(self, call: Operation) -> Origin:
+        x, index, value = call.args
+        before, origin = self.of(x), self.of(value)
+        if origin is Fixed.CONSTANT:
+            self.mark(x, before)
+        elif isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
+            self.mark(x, Fixed.UNKNOWN)
+        else:
+            start = (
+                torch.full([1] * x.dim(), FILLED, device=x.device)
+                if isinstance(before, Fixed)
+                else before[0]
+            )
+            ids = start.expand(x.shape).clone()
+            ids[index] = origin[0].expand(value.shape)
+            self.mark(x, (compressed(ids),))
+        return Fixed.CONSTANT

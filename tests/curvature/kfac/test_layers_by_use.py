@@ -1,0 +1,454 @@
+"""A layer is a use of a parameter by a linear operator, and its tokens are those of the batch.
+
+The reference records what torch's own functions are given by replacing them for a pass over each
+sequence alone, without padding. It shares nothing with the capture under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisher_lab import KFACNaturalGradient
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.losses import CrossEntropy
+
+VOCAB, WIDTH = 11, 4
+
+
+class Scaled(nn.Embedding):
+    """Gemma's word embedding."""
+
+    def forward(self, input):
+        return super().forward(input) * 3.0
+
+
+class Router(nn.Linear):
+    """Llama 4's router, which returns a tuple."""
+
+    def forward(self, input):
+        scores = super().forward(input)
+        return torch.sigmoid(scores), scores
+
+
+class Frame(nn.Module):
+    """A causal language model of a word embedding, a part that varies, and a head."""
+
+    def __init__(self, body: nn.Module | None = None, words: nn.Module | None = None) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, WIDTH) if words is None else words
+        self.body = nn.Identity() if body is None else body
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(torch.tanh(self.body(self.words(input_ids))))
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.up = Router(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        weights, _ = self.router(x)
+        return self.up(x) * weights.sum(-1, keepdim=True)
+
+
+class Tied(nn.Module):
+    """The word embedding's weight as a head, without a module for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input_ids, attention_mask=None):
+        return F.linear(torch.tanh(self.up(self.words(input_ids))), self.words.weight)
+
+
+class LowRank(nn.Module):
+    """DoRA: the adapter is also called with a unit matrix, to find the norm of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2, bias=False)
+        self.b, self.length = nn.Linear(2, WIDTH, bias=False), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        delta = self.b(self.a(torch.eye(WIDTH, dtype=x.dtype))).T
+        norm = (self.base.weight + delta).norm(dim=1).detach()
+        return (self.base(x) + self.b(self.a(x))) * (self.length / norm)
+
+
+class Heads(nn.Module):
+    """Queries with a norm for each head, ``[B, H, S, d]``, and attention over the past."""
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.out = nn.Linear(WIDTH, heads * 3), nn.Linear(heads * 3, WIDTH)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        b, s, _ = x.shape
+        q = self.norm(self.q(x).view(b, s, self.heads, 3).transpose(1, 2))
+        scores = q @ q.transpose(-1, -2)
+        past = torch.ones(s, s, dtype=torch.bool).tril()
+        mixed = scores.masked_fill(~past, -torch.inf).softmax(-1) @ q
+        return self.out(mixed.transpose(1, 2).reshape(b, s, -1))
+
+
+class Experts(nn.Module):
+    """Mixtral's: a stack of matrices, each for the tokens that were sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3, bias=False)
+        self.up = nn.Parameter(torch.randn(3, 5, WIDTH) / 2)
+        self.down = nn.Parameter(torch.randn(3, 5, WIDTH) / 2)
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weights = self.gate(flat).softmax(-1)
+        out = torch.zeros_like(flat)
+        for expert in range(3):
+            (rows,) = torch.where(weights.argmax(-1) == expert)
+            hidden = torch.tanh(F.linear(flat[rows], self.up[expert])) @ self.down[expert]
+            out.index_add_(0, rows, hidden * weights[rows, expert, None])
+        return x + out.view_as(x)
+
+
+class Grouped(nn.Module):
+    """All experts in one operator: rows sorted by expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3, bias=False)
+        self.up = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / 2)
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weights = self.gate(flat).softmax(-1)
+        expert = weights.argmax(-1)
+        order = expert.argsort(stable=True)
+        ends = torch.bincount(expert, minlength=3).cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        most = max(e - s for s, e in zip(starts, ends, strict=True))
+        parts = [
+            F.pad(flat[order][s:e], (0, 0, 0, most - (e - s)))
+            for s, e in zip(starts, ends, strict=True)
+        ]
+        out = torch.bmm(torch.stack(parts), self.up)
+        back = torch.cat(
+            [out[i, : e - s] for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
+        )
+        return x + back[order.argsort()].view_as(x) * weights.amax(-1).view(*x.shape[:2], 1)
+
+
+class Matrix(nn.Module):
+    """A parameter that no module of torch's holds, stored as ``[in, out]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.matrix)
+
+
+class RmsPlusOne(nn.Module):
+    """Gemma's norm: the scale is ``1 + w``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH) / 2)
+
+    def forward(self, x):
+        return (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight.double())
+        )
+
+
+def hooked() -> nn.Module:
+    linear = nn.Linear(WIDTH, WIDTH)
+    linear.register_forward_hook(lambda _module, _args, output: output * 2.0)
+    return linear
+
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "scaled words": lambda: Frame(words=Scaled(VOCAB, WIDTH)),
+    "a router's tuple": lambda: Frame(Routed()),
+    "head by function": Tied,
+    "called with a constant": lambda: Frame(LowRank()),
+    "heads": lambda: Frame(Heads()),
+    "as many heads as positions": lambda: Frame(Heads(5)),
+    "experts": lambda: Frame(Experts()),
+    "experts in one product": lambda: Frame(Grouped()),
+    "a bare parameter": lambda: Frame(Matrix()),
+    "a scale of one plus w": lambda: Frame(RmsPlusOne()),
+    "rescaled by a hook": lambda: Frame(hooked()),
+    "padding_idx": lambda: Frame(words=nn.Embedding(VOCAB, WIDTH, padding_idx=2)),
+}
+LENGTHS = {"rows as positions": (5, 2, 4, 3, 1), "two rows": (3, 5)}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return BUILDS[name]().double()
+
+
+def batch_of(lengths: tuple[int, ...], side: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, n in enumerate(lengths):
+        mask[row, :n] = 1
+    mask = mask if side == "right" else mask.flip(1)
+    ids = torch.randint(1, VOCAB, mask.shape, generator=generator) * mask
+    counts = mask * mask.roll(1, 1)
+    counts[:, 0] = 0  # nothing predicts the first token
+    labels = torch.where(counts > 0, ids, torch.full_like(ids, -100))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    masks = batch["attention_mask"].bool()
+    return [{k: v[row][m][None] for k, v in batch.items()} for row, m in enumerate(masks)]
+
+
+class Recorder:
+    """What ``F.linear``, ``@``, ``bmm`` and ``F.embedding`` are given, and the gradients of it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def wrap(self, function: Callable[..., Tensor], weight: int, a: int) -> Callable[..., Tensor]:
+        def recorded(*args, **kwargs):
+            out = function(*args, **kwargs)
+            if out.requires_grad:
+                out.retain_grad()
+                self.seen.append((args[weight], args[a].detach(), out))
+            return out
+
+        return recorded
+
+
+def recorded_pass(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Recorder]:
+    recorder = Recorder()
+    linear, embedding = recorder.wrap(F.linear, 1, 0), recorder.wrap(F.embedding, 1, 0)
+    product, stacked = recorder.wrap(Tensor.__matmul__, 1, 0), recorder.wrap(torch.bmm, 1, 0)
+    with (
+        mock.patch.object(F, "linear", linear),
+        mock.patch.object(F, "embedding", embedding),
+        mock.patch.object(Tensor, "__matmul__", product),
+        mock.patch.object(torch, "bmm", stacked),
+    ):
+        logits = model(batch["input_ids"])
+    labels = batch["labels"][:, 1:].reshape(-1)
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels, reduction="sum")
+    return loss, recorder
+
+
+def summed_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    for single in alone(batch):
+        recorded_pass(model, single)[0].backward()
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+
+
+def tokens_of(
+    model: nn.Module, batch: dict[str, Tensor], weight: str, looked_up: bool
+) -> tuple[Tensor, Tensor]:
+    """Every token's ``a`` and ``g`` of a weight, as a table or as a matrix."""
+    name, _, part = weight.partition("[")
+    parameter = dict(model.named_parameters())[name]
+    wanted = parameter if not part else parameter[int(part[:-1])]
+    a, g = [], []
+    for single in alone(batch):
+        loss, recorder = recorded_pass(model, single)
+        loss.backward()
+        for used, inputs, out in recorder.seen:
+            same = used.data_ptr() == wanted.data_ptr() and used.numel() == wanted.numel()
+            stacked = used.data_ptr() == parameter.data_ptr() and used.dim() == 3 and part
+            constant = inputs.shape == (WIDTH, WIDTH) and torch.equal(
+                inputs, torch.eye(WIDTH).double()
+            )
+            if (not same and not stacked) or out.grad is None or constant:
+                continue
+            if inputs.is_floating_point() is looked_up:
+                continue
+            pick = int(part[:-1]) if stacked else slice(None)
+            inputs, grad = inputs[pick], out.grad[pick]
+            a.append(inputs.reshape(-1) if looked_up else inputs.reshape(-1, inputs.shape[-1]))
+            g.append(grad.reshape(-1, grad.shape[-1]))
+    return torch.cat(a), torch.cat(g)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", BUILDS)
+def test_factors_and_own_gradient_are_those_of_each_sequence_alone(name, lengths, side):
+    model, batch = model_of(name), batch_of(LENGTHS[lengths], side)
+    if side == "left" and "heads" in name:
+        pytest.skip("the test's own attention does not look at the mask")
+    kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False)
+    loss = CrossEntropy(shift=True)
+    kfac.collect_kfac_factors(model, batch, loss=loss, keep_gradient=True, verify=True)
+    labels = sum(max(int(m.sum()) - 1, 0) for m in batch["attention_mask"])
+    own = kfac.own_gradients(model)
+    checked = 0
+    for parameter, total in summed_gradients(model, batch).items():
+        torch.testing.assert_close(own[parameter], total / labels, rtol=1e-10, atol=1e-14)
+    for factors in kfac.kfac_factors.values():
+        layer = factors.layer
+        if factors.A is None:
+            continue
+        a, g = tokens_of(model, batch, layer.weight, layer.kind == "Embedding")
+        if layer.kind == "Embedding":
+            keep = a != 2 if name == "padding_idx" else torch.ones_like(a, dtype=torch.bool)
+            a, g = F.one_hot(a[keep], VOCAB).double(), g[keep]
+        if "one product" in name and "[" in layer.weight:
+            a, g = a[(a != 0).any(1)], g[(a != 0).any(1)]  # the test pads its groups
+        if layer.augmented:
+            a = torch.cat([a, torch.ones(len(a), 1)], dim=1)
+        assert factors.tokens == len(g), layer.name
+        torch.testing.assert_close(factors.A.to_dense(), a.T @ a / len(a), rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(factors.G.to_dense(), g.T @ g / len(g), rtol=1e-9, atol=1e-13)
+        checked += 1
+    assert checked >= 2
+    result = kfac.compute_natural_gradient(own, model)
+    assert {n: r.shape for n, r in result.items()} == {n: p.shape for n, p in own.items()}
+
+
+def test_the_parts_of_a_stack_are_layers_of_their_own():
+    model, batch = model_of("experts"), batch_of((5, 4), "right")
+    kfac = KFACNaturalGradient(damping=1e-2, track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), keep_gradient=True)
+    used = [name for name in kfac.kfac_factors if name.startswith("body.up")]
+    assert used
+    gradient = kfac.own_gradients(model)
+    result = kfac.compute_natural_gradient(gradient, model)["body.up"]
+    for expert in range(3):
+        name = f"body.up[{expert}]"
+        given = gradient["body.up"][expert]
+        if name not in used:
+            assert torch.equal(result[expert], given)
+            continue
+        factors = kfac.kfac_factors[name]
+        eye_g, eye_a = torch.eye(5).double() * 1e-2, torch.eye(WIDTH).double() * 1e-2
+        left = torch.linalg.solve(factors.G.to_dense() + eye_g, given)
+        expected = torch.linalg.solve(factors.A.to_dense() + eye_a, left.T).T
+        torch.testing.assert_close(result[expert], expected, rtol=1e-9, atol=1e-13)
+
+
+def test_a_layer_that_is_never_used_is_left_out_with_its_reason():
+    model, batch = Frame().double(), batch_of((5, 4), "right")
+    model.unused = nn.Linear(2, 2).double()
+    kfac = KFACNaturalGradient(damping=1e-3)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+    assert kfac.skipped["unused"] == "not used in the forward pass"
+    named = KFACNaturalGradient(damping=1e-3, include=["head", "unused"])
+    with pytest.raises(LayerError, match=r"include: unused: not used in the forward pass"):
+        named.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+
+
+def test_a_frozen_bias_has_no_part_in_the_factors():
+    model, batch = Frame().double(), batch_of((5, 4), "right")
+    model.head.bias.requires_grad_(False)
+    kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), keep_gradient=True)
+    factors = kfac.kfac_factors["head"]
+    assert factors.A is not None
+    assert factors.A.to_dense().shape == (WIDTH, WIDTH)
+    assert "head.bias" not in kfac.compute_natural_gradient(None, model)
+
+
+def test_rows_that_an_operation_hides_are_left_out_where_there_is_padding():
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            hidden = torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real.cumsum(1)
+            return x + self.up(torch.sort(hidden, dim=1).values)
+
+    model = Frame(Shuffled()).double()
+    kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False)
+    padded = batch_of((5, 4), "right")
+    kfac.collect_kfac_factors(model, padded, loss=CrossEntropy(shift=True), keep_gradient=True)
+    assert kfac.skipped["body.up"] == "which of its rows are padding cannot be told"
+    loss = CrossEntropy(shift=True)
+    masked = padded["labels"].masked_fill(padded["attention_mask"] == 0, -100)
+    mean = loss(model(padded["input_ids"]), {"labels": masked}).mean()
+    (expected,) = torch.autograd.grad(mean, [model.body.up.weight])
+    torch.testing.assert_close(kfac.own_gradients(model)["body.up.weight"], expected)
+    kfac.collect_kfac_factors(model, batch_of((5, 5), "right"), loss=loss)
+    assert kfac.kfac_factors["body.up"].tokens == 10
+
+
+class Double(torch.autograd.Function):
+    """``x W``, whose use of ``W`` no function of torch's shows."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight.T, (x.transpose(-1, -2) @ grad).sum(0)
+
+
+def test_verify_names_a_weight_with_a_use_that_nobody_sees():
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.up(x) + Double.apply(x, self.up.weight)
+
+    model, batch = Frame(Hidden()).double(), batch_of((5, 4), "right")
+    loss = CrossEntropy(shift=True)
+    kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False)
+    with pytest.raises(LayerError, match=r"verify: .*body\.up\.weight \(off by \d+%\)"):
+        kfac.collect_kfac_factors(model, batch, loss=loss, verify=True)
+    assert not kfac.kfac_factors
+    other = KFACNaturalGradient(damping=1e-3, exclude=["body.up"], track_diagonal=False)
+    other.collect_kfac_factors(model, batch, loss=loss, verify=True)
+    assert set(other.kfac_factors) == {"words", "head"}
+
+
+def test_verify_refuses_padding_that_reaches_the_loss():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return x + x.mean(dim=1, keepdim=True)
+
+    model, batch = Frame(Pooled()).double(), batch_of((5, 2), "right")
+    kfac = KFACNaturalGradient(damping=1e-3)
+    with pytest.raises(LayerError, match=r"verify: .*words\.weight"):
+        kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), verify=True)
+    kfac.collect_kfac_factors(
+        model, batch_of((4, 4), "right"), loss=CrossEntropy(shift=True), verify=True
+    )
+
+
+def test_factors_of_layers_that_no_module_promises_travel_in_files(tmp_path):
+    model, batch = model_of("experts"), batch_of((5, 4), "right")
+    kfac = KFACNaturalGradient(damping=1e-2, track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), keep_gradient=True)
+    kfac.save(tmp_path / "factors.safetensors", model)
+    other = KFACNaturalGradient(damping=1e-2, track_diagonal=False)
+    other.load(tmp_path / "factors.safetensors", model)
+    gradient = kfac.own_gradients(model)
+    expected = kfac.compute_natural_gradient(gradient, model)
+    for name, value in other.compute_natural_gradient(gradient, model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
