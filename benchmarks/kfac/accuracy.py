@@ -45,12 +45,17 @@ class Replay:
     """A captured pass whose gradients can be asked for again and again, bit for bit."""
 
     def __init__(self, capture: Capture, output: torch.Tensor) -> None:
-        self.calls, self.layers, self.outputs = capture.calls, capture.layers, capture.outputs
-        self.found, _ = capture.gradients(output)
+        self.capture = capture
+        parameters = list(capture.model.parameters())
+        self.found, grads = capture.gradients(output, parameters=parameters)
+        self.of = {id(p): grad for p, grad in zip(parameters, grads, strict=True)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.capture, name)
 
     def gradients(self, *_: Any, parameters: Any = (), **__: Any) -> Any:
-        """Returns the recorded gradients; parameters outside the layers are not asked about."""
-        return self.found, [None] * len(parameters)
+        """Returns the recorded gradients, of calls and of parameters."""
+        return self.found, [self.of[id(p)] for p in parameters]
 
     def close(self) -> None:
         """There is no hook to take away."""
@@ -83,8 +88,9 @@ class Tokens:
     def __init__(self, replay: Replay, labels: int) -> None:
         self.labels = labels
         self.of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for name, layer in replay.layers.layers.items():
-            (call,), (grad,) = replay.calls[name], replay.found[name]
+        for name, layer in replay.observe(full=True).layers.items():
+            (call,) = replay.calls_of(layer)
+            grad = replay.found[call.index]
             if grad is None:
                 continue
             a = call.a.reshape(-1, call.a.shape[-1]).double().numpy()
