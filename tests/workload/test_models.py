@@ -27,7 +27,7 @@ def test_what_is_configured_is_built(config, inputs, kind):
     assert any(24 in shape for shape in shapes)
     assert sum("lm_head.weight" in name or "decoder.weight" in name for name in names) == 0
     if kind == "t5":  # always tied
-        assert [problem[:2] for problem in replace(model, tied=False).check()] == [("tied", False)]
+        assert [key for key, _ in replace(model, tied=False).check()] == ["tied"]
         return
     untied = models.build(
         replace(model, tied=False), made.tokenizer, classes=made.objective.classes, seed=0
@@ -51,7 +51,7 @@ def test_a_head_may_be_wider_than_the_tokenizer(config, kind):
 
 def test_topics_are_no_vocabulary(config):
     model = replace(config("mlp").model, outputs=500)
-    assert [problem[:2] for problem in model.check()] == [("outputs", 500)]
+    assert [key for key, _ in model.check()] == ["outputs"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
