@@ -25,8 +25,8 @@ from yaml import YAMLError
 from fisher_lab.config import help
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
+from fisher_lab.config.spelling import did_you_mean
 from fisher_lab.config.validate import check_keys, find, unknown_key, validate
-from fisher_lab.runs.spelling import did_you_mean
 
 GROUP = "sweeps"
 """The group of the sweep files."""

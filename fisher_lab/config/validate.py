@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fisher_lab.config.errors import ConfigError, show
 from fisher_lab.config.fields import Allowed, problems
 from fisher_lab.config.schema import Config
-from fisher_lab.runs.spelling import did_you_mean
+from fisher_lab.config.spelling import did_you_mean
 
 _TYPE_TEXT = {
     bool: "true or false",

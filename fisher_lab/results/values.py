@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from fisher_lab.runs.spelling import did_you_mean
+from fisher_lab.config.spelling import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
