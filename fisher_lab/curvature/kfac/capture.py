@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.layers import (
+    NO_NORMS,
     Kind,
     Layer,
     Layers,
@@ -292,7 +293,15 @@ class Capture:
         }
         unused = {**found.skipped, **reasons}
         # Whoever uses a weight besides these calls has a part in its gradient.
-        why = {base_of(use.weight): unused[use.label] for use in uses if use.label in unused}
+        if not self.settings.norm_layers:
+            unused |= {use.label: NO_NORMS for use in uses if use.kind is Kind.NORM}
+        why = {
+            base_of(name): unused[use.label]
+            for use in uses
+            if use.label in unused
+            for name in (use.weight, use.bias)
+            if name is not None
+        }
         for identity, function in self._watch.unexplained.items():
             why[self._names[identity]] = f"used by {function}, which is no linear operator"
         mixed = {*why, *(use.weight for use in uses if self._constant(use))}
@@ -300,7 +309,7 @@ class Capture:
             name: replace(layer, tied=True) if mixed & {layer.weight, layer.bias} else layer
             for name, layer in found.layers.items()
         }
-        skipped = {**self.promised.skipped, **absent, **unused}
+        skipped = {**self.promised.skipped, **absent, **found.skipped, **reasons}
         return Layers(layers, skipped, frozenset(), why)
 
     def _origins(self, use: UseOf) -> list[Origin]:

@@ -44,8 +44,8 @@ from fisher_lab.curvature.losses import LossFunction
 
 log = logging.getLogger(__name__)
 
-LOW_COVERAGE = 0.9
-"""Below this share of the trained parameters, the coverage is a warning."""
+MISSED = 0.1
+"""Beyond this share of the trained parameters that no layer covers, the coverage is a warning."""
 
 
 @documented
@@ -261,7 +261,7 @@ class KFACNaturalGradient:
     def _hold_new(self, made: Refresh) -> None:
         """Takes over a refresh, and logs its coverage where that is another than before."""
         if made.coverage != self.coverage:
-            low = made.coverage.share < LOW_COVERAGE
+            low = made.coverage.missed > MISSED
             log.log(logging.WARNING if low else logging.INFO, "%s", made.coverage)
         self._hold(made)
 

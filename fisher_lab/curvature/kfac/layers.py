@@ -21,6 +21,10 @@ from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.wrappers import class_name, is_conv1d, unwrap
 
+NOT_INCLUDED, EXCLUDED, NO_NORMS = "not in include", "in exclude", "norm_layers=false"
+LEFT_OUT_BY_CHOICE = (NOT_INCLUDED, EXCLUDED, NO_NORMS)
+"""Why a layer is left out that the caller does not want."""
+
 
 class Kind(StrEnum):
     """What a layer is; the names appear in ``layers.csv``."""
@@ -333,9 +337,9 @@ def _why_not(
     if not weight.requires_grad:
         return "frozen"
     if settings.include and not any(fnmatchcase(use.label, p) for p in settings.include):
-        return "not in include"
+        return NOT_INCLUDED
     if any(fnmatchcase(use.label, p) for p in settings.exclude):
-        return "in exclude"
+        return EXCLUDED
     if use.kind is Kind.EMBEDDING:
         options = ("max_norm", "scale_grad_by_freq", "sparse")
         used = [o for o in options if getattr(module, o, None)]

@@ -20,7 +20,13 @@ from fisher_lab.curvature.kfac.factors import (
 )
 from fisher_lab.curvature.kfac.fisher_kinds import n_draws
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Kind, Layer, base_of, value_of
+from fisher_lab.curvature.kfac.layers import (
+    LEFT_OUT_BY_CHOICE,
+    Kind,
+    Layer,
+    base_of,
+    value_of,
+)
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -57,6 +63,13 @@ class Coverage:
     def share(self) -> float:
         """The covered share of what is trained."""
         return self.covered / max(self.covered + sum(self.passed.values()), 1)
+
+    @property
+    def missed(self) -> float:
+        """The share of what is trained that is not covered, and that nobody has left out."""
+        chosen = sum(self.passed.get(reason, 0) for reason in LEFT_OUT_BY_CHOICE)
+        total = self.covered + sum(self.passed.values())
+        return (total - self.covered - chosen) / max(total, 1)
 
     def __str__(self) -> str:
         total = self.covered + sum(self.passed.values())

@@ -452,3 +452,33 @@ def test_factors_of_layers_that_no_module_promises_travel_in_files(tmp_path):
     expected = kfac.compute_natural_gradient(gradient, model)
     for name, value in other.compute_natural_gradient(gradient, model).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": ["head"]}, {"norm_layers": False}])
+def test_coverage_counts_parameters_and_says_why_not_more(options, caplog):
+    class Scanned(nn.Module):
+        """A parameter that no linear operator uses, larger than all others together."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decay, self.norm = nn.Parameter(torch.zeros(50, WIDTH)), nn.LayerNorm(WIDTH)
+            self.up = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x):
+            return self.norm(self.up(x) * self.decay.exp().mean(0))
+
+    model, batch = Frame(Scanned()).double(), batch_of((5, 4), "right")
+    model.words.weight.requires_grad_(False)
+    kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False, **options)
+    with caplog.at_level("INFO", logger="fisher_lab.curvature.kfac.engine"):
+        kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+        kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+    head, norm, up = VOCAB * WIDTH + VOCAB, 2 * WIDTH, WIDTH * WIDTH
+    expected = {"used by exp, which is no linear operator": 50 * WIDTH}
+    expected |= {"in exclude": head} if "exclude" in options else {}
+    expected |= {"norm_layers=false": norm} if "norm_layers" in options else {}
+    assert kfac.coverage.passed == expected
+    assert kfac.coverage.covered == 50 * WIDTH + head + norm + up - sum(expected.values())
+    assert kfac.coverage.frozen == VOCAB * WIDTH
+    (said,) = [r for r in caplog.records if "K-FAC covers" in r.message]
+    assert said.levelname == "WARNING"
