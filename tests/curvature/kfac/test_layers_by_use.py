@@ -290,13 +290,19 @@ def tokens_of(
     return torch.cat(a), torch.cat(g)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+# The test's own attention does not look at the mask: its padding has to lie after the tokens.
+CASES = [
+    (name, side)
+    for name in BUILDS
+    for side in ("right", "left")
+    if side == "right" or "heads" not in name
+]
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(("name", "side"), CASES)
 def test_factors_and_own_gradient_are_those_of_each_sequence_alone(name, lengths, side):
     model, batch = model_of(name), batch_of(LENGTHS[lengths], side)
-    if side == "left" and "heads" in name:
-        pytest.skip("the test's own attention does not look at the mask")
     kfac = KFACNaturalGradient(damping=1e-3, track_diagonal=False)
     loss = CrossEntropy(shift=True)
     kfac.collect_kfac_factors(model, batch, loss=loss, keep_gradient=True, verify=True)
