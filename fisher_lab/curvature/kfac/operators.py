@@ -22,17 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisher_lab.curvature.kfac.layers import Kind
+from fisher_lab.curvature.kfac.token_ids import words
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TRANSPOSES = _words("t T mT transpose adjoint swapaxes permute")
-_CASTS = _words("to float double half bfloat16 type type_as contiguous clone")
-_SHIFTS = _words("add __add__ __radd__ sub __sub__")
-_SCALES = _words("mul __mul__ __rmul__ multiply")
+_TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
+_CASTS = words("to float double half bfloat16 type type_as contiguous clone")
+_SHIFTS = words("add __add__ __radd__ sub __sub__")
+_SCALES = words("mul __mul__ __rmul__ multiply")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ OWN = -1
 """Id of a row of the model's own, such as a class token: it counts, whatever the masks say."""
 
 
+def words(text: str) -> frozenset[str]:
+    """Returns the words of a text: names of functions of torch."""
+    return frozenset(text.split())
+
+
 class Operation:
     """One operation with what is asked of it in the rules."""
 

@@ -35,33 +35,29 @@ from fisher_lab.curvature.kfac.token_ids import (
     tensors_in,
     union,
     with_leading,
+    words,
 )
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SAME = _words(
+_SAME = words(
     "contiguous clone to float double half bfloat16 type type_as detach data cpu cuda long int "
     "bool alias requires_grad_ detach_"
 )
-_VIEWS = _words(
+_VIEWS = words(
     "transpose permute unflatten squeeze unsqueeze expand expand_as select narrow __getitem__ "
     "chunk split unbind t T mT H mH movedim moveaxis swapaxes swapdims adjoint tensor_split "
     "split_with_sizes broadcast_to diagonal"
 )
-_RESHAPES = _words("view reshape view_as reshape_as flatten ravel")
-_COPIES = _words("flip roll repeat tile repeat_interleave index_select pad unfold")
-_JOINS = _words("cat concat concatenate")
-_PRODUCTS = _words("matmul __matmul__ mm bmm __rmatmul__ linear addmm baddbmm")
-_BY_FIRST = _words("scaled_dot_product_attention grouped_mm _grouped_mm grouped_mm_fallback")
-_SUMS = _words(
+_RESHAPES = words("view reshape view_as reshape_as flatten ravel")
+_COPIES = words("flip roll repeat tile repeat_interleave index_select pad unfold")
+_JOINS = words("cat concat concatenate")
+_PRODUCTS = words("matmul __matmul__ mm bmm __rmatmul__ linear addmm baddbmm")
+_BY_FIRST = words("scaled_dot_product_attention grouped_mm _grouped_mm grouped_mm_fallback")
+_SUMS = words(
     "sum mean max min amax amin argmax argmin norm prod all any std var logsumexp nanmean "
     "count_nonzero nansum"
 )
-_SORTS = _words("sort argsort topk")
-_SCATTERS = _words("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
+_SORTS = words("sort argsort topk")
+_SCATTERS = words("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
 
 _FACTORS = (("input", "other"), ("mat1", "mat2"))
 
@@ -447,11 +443,7 @@ class TokenRows:
         if isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
             return Fixed.UNKNOWN
         ids, dim = origin[0], dim % x.dim()
-        start = (
-            torch.full([1] * x.dim(), FILLED, device=x.device)
-            if isinstance(before, Fixed)
-            else before[0]
-        )
+        start = self._places(x, before)
         shape = [max(a, b) for a, b in zip(start.shape, ids.shape, strict=True)]
         shape[dim] = x.size(dim)
         start = start.expand(shape).clone()
@@ -462,7 +454,6 @@ class TokenRows:
         """The ids of a tensor that is written to: where nothing was, its places belong to none."""
         if not isinstance(before, Fixed):
             return before[0]
-        self.filled = True
         return torch.full([1] * x.dim(), FILLED, device=x.device)
 
     def _scatter(self, call: Operation) -> Origin:
@@ -485,11 +476,7 @@ class TokenRows:
         elif isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
             self.mark(x, Fixed.UNKNOWN)
         else:
-            start = (
-                torch.full([1] * x.dim(), FILLED, device=x.device)
-                if isinstance(before, Fixed)
-                else before[0]
-            )
+            start = self._places(x, before)
             ids = start.expand(x.shape).clone()
             ids[index] = origin[0].expand(value.shape)
             self.mark(x, (compressed(ids),))
