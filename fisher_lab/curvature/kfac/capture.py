@@ -286,11 +286,6 @@ class Capture:
             *reasons,
             *(x for y in found.layers.values() for x in y.labels),
         }
-        absent = {
-            name: "not used in the forward pass"
-            for name in self.promised.layers
-            if name not in seen
-        }
         unused = {**found.skipped, **reasons}
         # Whoever uses a weight besides these calls has a part in its gradient.
         if not self.settings.norm_layers:
@@ -304,6 +299,11 @@ class Capture:
         }
         for identity, function in self._watch.unexplained.items():
             why[self._names[identity]] = f"used by {function}, which is no linear operator"
+        absent = {
+            name: why.get(layer.weight, "not used in the forward pass")
+            for name, layer in self.promised.layers.items()
+            if name not in seen
+        }
         mixed = {*why, *(use.weight for use in uses if self._constant(use))}
         layers = {
             name: replace(layer, tied=True) if mixed & {layer.weight, layer.bias} else layer
