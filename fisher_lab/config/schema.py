@@ -115,6 +115,11 @@ class KfacConfig(KFACSettings):
     save_factors: bool = setting(
         False, "`task=analyze`: keep the factors in `factors.safetensors` of the run directory."
     )
+    verify: bool = setting(
+        True,
+        "Compare the gradient that the tokens of the first refresh give with autograd's, and end "
+        "the run where they differ by more than rounding; it costs one more backward pass.",
+    )
 
 
 @dataclass

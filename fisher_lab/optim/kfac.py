@@ -243,20 +243,28 @@ class KFACOptimizer(torch.optim.Optimizer):
         """Whether the reduction ratio is due at the next step, and with it the damping."""
         return self._done % (self.inverse_freq or self.kfac.update_freq) == 0
 
-    def refresh(self, batch: Any, loss: LossFunction | None = None, *, force: bool = False) -> bool:
+    def refresh(
+        self,
+        batch: Any,
+        loss: LossFunction | None = None,
+        *,
+        force: bool = False,
+        verify: bool = False,
+    ) -> bool:
         """Computes new factors if they are due, by one more forward and backward pass.
 
         Args:
             batch: one batch, or several.
             loss: as for :meth:`KFACNaturalGradient.collect_kfac_factors`.
             force: compute them even if they are not due.
+            verify: the same as there.
 
         Returns:
             Whether there are new factors.
         """
         if not (force or self.refresh_due):
             return False
-        self.kfac.collect_kfac_factors(self.model, batch, loss=loss)
+        self.kfac.collect_kfac_factors(self.model, batch, loss=loss, verify=verify)
         return True
 
     def adapt(self, before: float, after: float) -> float:

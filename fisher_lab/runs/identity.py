@@ -26,6 +26,7 @@ LEFT_OUT = (
     "data.name",
     "distributed.timeout_s",
     "hydra",
+    "kfac.verify",
     "model.name",
     "progress",
     "resume",
@@ -34,6 +35,9 @@ LEFT_OUT = (
     "train.save_every_s",
 )
 """Keys (with everything under them) that cannot change a result."""
+
+CAME_LATER: dict[str, Any] = {}
+"""Keys that earlier runs did not have -> the value with which a run is the same as without them."""
 
 BY_CONTENT = {
     "data": ("data.path", "data.pattern"),
@@ -66,7 +70,7 @@ def _without(config: Mapping[str, Any], out: set[str], prefix: str = "") -> dict
     kept = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if key in out:
+        if key in out or (key in CAME_LATER and value == CAME_LATER[key]):
             continue
         kept[name] = _without(value, out, f"{key}.") if isinstance(value, Mapping) else value
     return kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -21,6 +20,7 @@ from fisher_lab.curvature.kfac.ekfac import Eigenbasis
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.factors import FactorReport
 from fisher_lab.curvature.kfac.inverses import LayerReport
+from fisher_lab.curvature.kfac.refresh import Coverage
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.memory import PeakMemory
@@ -31,6 +31,7 @@ from fisher_lab.workload.build import Workload, build
 log = logging.getLogger(__name__)
 
 LAYERS_FILE = "layers.csv"
+UNCOVERED_FILE = "uncovered.csv"
 RANKS_FILE = "ranks.csv"
 FACTORS_FILE = "factors.safetensors"
 
@@ -59,8 +60,9 @@ def run(config: Config, run: Run) -> None:
 
     Args:
         config: the validated configuration.
-        run: the run's record; gets ``metrics.json``, ``layers.csv``, with ranks ``ranks.csv`` and,
-            where ``kfac.save_factors`` asks for them, ``factors.safetensors``.
+        run: the run's record; gets ``metrics.json``, ``layers.csv``, where parameters are left out
+            ``uncovered.csv``, with ranks ``ranks.csv`` and, where ``kfac.save_factors`` asks for
+            them, ``factors.safetensors``.
 
     Raises:
         ConfigError: text or model cannot be had as configured.
@@ -82,10 +84,11 @@ def run(config: Config, run: Run) -> None:
     _record_loss(workload, batches, run, ranks)
     _time_plain_pass(workload, batches, run)
     gradient, natural = _precondition(engine, workload, batches, run, ranks)
-    if ranks.reduced.size == 1:
-        _verify(gradient, workload, batches)
+    if config.kfac.verify:
+        _verify(gradient, workload, batches, ranks)
     reports = engine.reports()
     run.table(LAYERS_FILE, map(layer_row, reports))
+    record_uncovered(engine.coverage, run)
     run.metrics(layer_metrics(reports))
     run.metrics(curvature_metrics(engine))
     run.note(kfac=_about(engine))
@@ -139,15 +142,23 @@ def _plain_pass(workload: Workload, batches: list[Any]) -> int:
     return labels
 
 
-def _verify(gradient: Mapping[str, Tensor], workload: Workload, batches: list[Any]) -> None:
-    """Compares the gradient that the layers' tokens give with autograd's, untimed.
+def _verify(
+    gradient: Mapping[str, Tensor], workload: Workload, batches: list[Any], ranks: Ranks
+) -> None:
+    """Compares the gradient that the layers' tokens give with autograd's, untimed; collective.
 
     Raises:
-        LayerError: they differ beyond rounding.
+        LayerError: they differ beyond rounding; on all ranks whose tokens are reduced together.
     """
-    labels = max(_plain_pass(workload, batches), 1)
+    (labels,) = ranks.total(_plain_pass(workload, batches))
     named = dict(workload.model.named_parameters())
-    plain = {n: p.grad / labels for n in gradient if (p := named[n]).grad is not None}
+    plain: dict[str, Tensor] = {}
+    for name in gradient:
+        grad = named[name].grad
+        if ranks.reduced.size > 1:
+            grad = ranks.reduced.all_reduce(torch.zeros_like(named[name]) if grad is None else grad)
+        if grad is not None:
+            plain[name] = grad / max(labels, 1)
     workload.model.zero_grad(set_to_none=True)
     compare_gradients(gradient, plain)
 
@@ -251,7 +262,23 @@ def layer_row(report: LayerReport) -> dict[str, Any]:
     row |= {f"ekfac_{k}": value for k, value in _columns(PAIR_COLUMNS, report.pairs).items()}
     dtype, device = f.stored()
     row |= {"storage_dtype": dtype, "storage_device": device, "storage_error": f.storage_error}
-    return row | {"bytes": f.nbytes(), "seconds": report.seconds}
+    row |= {"bytes": f.nbytes(), "seconds": report.seconds}
+    return row | {"parameters": layer.n_parameters}
+
+
+def record_uncovered(coverage: Coverage, run: Run) -> None:
+    """Writes ``uncovered.csv``: a row for each parameter that no layer covers, or not as a whole.
+
+    Args:
+        coverage: of the layers.
+        run: gets the file, where there is such a parameter.
+    """
+    rows = [
+        {"name": name, "parameters": count, "reason": reason}
+        for name, (count, reason) in coverage.by_parameter.items()
+    ]
+    if rows:
+        run.table(UNCOVERED_FILE, rows)
 
 
 def _columns(names: Iterable[str], report: FactorReport | Eigenbasis | None) -> dict[str, Any]:
@@ -305,7 +332,7 @@ def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
         "fisher": engine.last.fisher,
         "core_dtype": str(s.numerics.core_dtype).removeprefix("torch."),
         "apply_dtype": str(s.numerics.apply_dtype).removeprefix("torch."),
-        "coverage": asdict(engine.coverage),
+        "coverage": engine.coverage.summed(),
         "skipped": engine.skipped,
         "uncovered": engine.uncovered,
     }

@@ -7,6 +7,8 @@ a model that would have to be trained first is taken as initialised (its sizes a
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.batch_tokens import count_tokens
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.layers import Kind, Layer, discover
+from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, discover
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import (
     NORM_MAX_DIM,
@@ -30,9 +32,11 @@ from fisher_lab.curvature.kfac.policy import (
     method,
     storage_dtype,
 )
+from fisher_lab.curvature.kfac.refresh import Coverage
 from fisher_lab.runs.record import Run
+from fisher_lab.tasks.analyze import record_uncovered
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.tasks.summary import stdout_console
+from fisher_lab.tasks.summary import fit_names, stdout_console
 from fisher_lab.workload.build import Workload, build
 
 PLAN_FILE = "plan.csv"
@@ -56,20 +60,41 @@ def run(config: Config, run: Run) -> None:
     workload = build(dataclasses.replace(config, model=untrained), track)
     run.note(workbench=workload.record)
     settings = EngineSettings.of(config.kfac, seed=config.seed)
-    layers, tokens = _tokens(workload, settings, config)
-    rows = [_row(layers[n], count, settings, config) for n, count in tokens.items() if count]
+    found, tokens = _tokens(workload, settings, config)
+    rows = [_row(found.layers[n], count, settings, config) for n, count in tokens.items() if count]
+    if not rows:
+        raise LayerError(f"model: no K-FAC layer sees a token{_why(found.skipped)}")
     run.table(PLAN_FILE, rows)
+    coverage = _coverage(workload, found, [row["name"] for row in rows])
+    record_uncovered(coverage, run)
+    run.note(kfac={"coverage": coverage.summed(), "skipped": found.skipped})
     total = _total(rows)
-    run.metrics({"tokens": max(row["tokens"] for row in rows), **total})
+    tokens = {"tokens": max(row["tokens"] for row in rows)}
+    run.metrics({**tokens, "kfac/coverage": coverage.share, **total})
     _show(rows, total, config.kfac.policy)
+
+
+def _why(skipped: Mapping[str, str]) -> str:
+    reasons = Counter(skipped.values()).most_common(3)
+    return ": " + "; ".join(f"{count} {reason}" for reason, count in reasons) if reasons else ""
+
+
+def _coverage(workload: Workload, found: Layers, used: Sequence[str]) -> Coverage:
+    """What the factors of the layers with tokens would cover."""
+    named = dict(workload.model.named_parameters())
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    frozen = sum(p.numel() for p in named.values() if not p.requires_grad)
+    return Coverage.of(trained, frozen, [found.layers[name] for name in used], found.reasons)
 
 
 def _tokens(
     workload: Workload, settings: EngineSettings, config: Config
-) -> tuple[dict[str, Layer], dict[str, int]]:
+) -> tuple[Layers, dict[str, int]]:
     """The layers, and the tokens of each over the batches that the factors would be built from."""
     promised = discover(workload.model, settings)
     layers: dict[str, Layer] = {}
+    skipped: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     totals: dict[str, int] = {}
     for batch in workload.batches("train", config.kfac.n_batches, config.seed):
         prepared = losses.prepare(workload.model, batch)
@@ -78,8 +103,12 @@ def _tokens(
         recording.close()
         found, counts = count_tokens(recording, prepared)
         layers |= found.layers
+        skipped, reasons = {**found.skipped, **skipped}, {**found.reasons, **reasons}
         totals = {name: totals.get(name, 0) + counts.get(name, 0) for name in layers}
-    return layers, totals
+    skipped = {name: why for name, why in skipped.items() if name not in layers}
+    place = {name: n for n, name in enumerate(promised.layers)}
+    totals = {n: totals[n] for n in sorted(totals, key=lambda n: (place.get(n, len(place)), n))}
+    return Layers(layers, skipped, frozenset(), reasons), totals
 
 
 def _row(layer: Layer, tokens: int, settings: EngineSettings, config: Config) -> dict[str, Any]:
@@ -131,23 +160,26 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:
     """Prints the table: Woodbury as ``W``, a layer that a policy refuses as ``!``."""
-    console = stdout_console(pipe_width=100)
+    console = stdout_console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("layer", overflow="ellipsis", no_wrap=True, ratio=1, min_width=12)
-    for heading in ("in", "out", "T"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in POLICIES:
-        table.add_column(name.removesuffix("_only"), no_wrap=True)
-    for heading in ("A MiB", "G MiB", "A GF", "G GF"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    policies = [name.removesuffix("_only") for name in POLICIES]
+    headings = ["layer", "in", "out", "T", *policies, "A MiB", "G MiB", "A GF", "G GF"]
+    for heading in headings:
+        left = heading == "layer" or heading in policies
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    cells = [
+        [
             row["name"],
             *(f"{row[key]:,}" for key in ("in", "out", "tokens")),
             *(_SHORT.get(row[name], row[name]) for name in POLICIES),
             *(f"{row[f'bytes_{side}'] / 2**20:.2f}" for side in "AG"),
             *(f"{(row[f'flops_factor_{s}'] + row[f'flops_apply_{s}']) / 1e9:.2f}" for s in "AG"),
-        )
+        ]
+        for row in rows
+    ]
+    fit_names(cells, headings, console.width)
+    for row in cells:
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"policy {policy}: {total['plan/bytes'] / 2**20:.1f} MiB of factors and decompositions, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -48,7 +48,7 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "ng/heldout_loss_decrease_best": ("the same, best of seven steps", "+.4f"),
     },
     "K-FAC": {
-        "kfac/coverage": ("share of the trained parameters that it covers", ".1%"),
+        "kfac/coverage": ("trained parameters that it covers", ".1%"),
         "kfac/woodbury_layers": ("layers by the Woodbury identity", "d"),
         "kfac/eig_layers": ("layers by eigendecomposition", "d"),
         "kfac/kappa_A_max": ("largest condition number of A", "g"),
@@ -56,6 +56,12 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "kfac/clipped_frac_A": ("eigenvalues of A raised to the floor", ".2%"),
         "kfac/clipped_frac_G": ("eigenvalues of G raised to the floor", ".2%"),
         "kfac/ekfac_clipped_frac": ("pairs that EKFAC raised to its floor", ".2%"),
+    },
+    "Plan": {
+        "plan/layers": ("layers", "d"),
+        "plan/bytes": ("factors and decompositions, MiB", "mib"),
+        "plan/flops_factor": ("operations to factor", ".2e"),
+        "plan/flops_apply": ("operations to apply once", ".2e"),
     },
     "Cost": {
         "kfac/forward_backward_s": ("forward and backward alone, s", ".3f"),
@@ -77,6 +83,9 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """Section -> metric -> its words and its format."""
+
+MAX_REASONS = 6
+"""Reasons for which parameters pass through that are shown; the file has all of them."""
 
 MAX_OTHERS = 20
 """Numbers without words of their own that are shown; metrics.json has all of them."""
@@ -128,20 +137,65 @@ def render(
         counts = ", ".join(f"{count} {method}" for method, count in methods.most_common())
         summed = f"{sum(methods.values())} layers: {counts}" if counts else ""
         parts += [_layer_table(layers, width), Text(summed), Text()]
-    return Group(*parts, _number_table(metrics), Text())
+    about = record.get("provenance", {}).get("kfac") or {}
+    if about.get("coverage"):
+        parts += [coverage_table(about["coverage"], about.get("skipped", {})), Text()]
+    return Group(*parts, _number_table(metrics, width), Text())
 
 
-def _number_table(metrics: Mapping[str, Any]) -> Table:
+def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> Table:
+    """What the factors cover, what they leave to the plain gradient and why, and what is frozen.
+
+    Args:
+        coverage: ``covered``, ``passed`` (reason -> numbers) and ``frozen``, as in the record.
+        skipped: layer -> why it has no factors.
+    """
+    passed = sorted(coverage["passed"].items(), key=lambda item: -item[1])
+    trained = coverage["covered"] + sum(count for _, count in passed)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", style="dim", no_wrap=True)
-    for title, rows in _number_sections(metrics).items():
+    for justify in ("right", "right", "left"):
+        table.add_column("", justify=justify, no_wrap=justify == "right")
+
+    def add(count: int, words: str) -> None:
+        table.add_row(f"  {count:,}", f"{count / max(trained, 1):.1%}", words)
+
+    table.add_row(Text("Coverage", style="bold"))
+    add(coverage["covered"], "of the trained parameters are covered")
+    for reason, count in passed[:MAX_REASONS]:
+        layers = [name for name, why in skipped.items() if why == reason]
+        add(count, f"pass through: {reason}{_in_layers(layers)}")
+    if len(passed) > MAX_REASONS:
+        rest = passed[MAX_REASONS:]
+        add(sum(count for _, count in rest), f"pass through, for {len(rest)} more reasons")
+    if coverage["frozen"]:
+        table.add_row(f"  {coverage['frozen']:,}", "", "more are frozen")
+    return table
+
+
+def _in_layers(names: Sequence[str]) -> str:
+    """The first of the layers that a reason holds for, and how many more there are."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f" ({names[0] or 'the model'}{more})"
+
+
+def _number_table(metrics: Mapping[str, Any], width: int) -> Table:
+    """Words, value and name of every number; the name gives way where a line is too narrow."""
+    sections = _number_sections(metrics)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = list(zip(*(row for rows in sections.values() for row in rows), strict=True))
+    words, values, _ = (max(map(len, column)) for column in columns or [("",)] * 3)
+    table.add_column("", no_wrap=True, min_width=min(words + 2, width - values - 4))
+    table.add_column("", justify="right", no_wrap=True, min_width=values)
+    left = width - words - values - 6
+    table.add_column("", style="dim", no_wrap=True, max_width=max(left, 1))
+    for title, rows in sections.items():
         if table.row_count:
             table.add_row()
         table.add_row(Text(title, style="bold"))
-        for words, text, name in rows:
-            table.add_row(f"  {words}", text, name)
+        for line, text, name in rows:
+            table.add_row(f"  {line}", text, name)
     return table
 
 
@@ -163,6 +217,23 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
     return {title: rows for title, rows in sections.items() if rows}
 
 
+def fit_names(
+    cells: Sequence[list[str]], headings: Sequence[str], width: int, place: int = 0
+) -> None:
+    """Shortens the names in one column of a table, in place, so that its lines fit.
+
+    Args:
+        cells: rows of the table.
+        headings: of its columns, each of which has one blank to its right.
+        width: columns that there are.
+        place: of the names.
+    """
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    limit = max(width - (sum(widths) - widths[place]) - len(widths), MIN_NAME)
+    for row in cells:
+        row[place] = short(row[place], limit)
+
+
 def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
     columns = []
     for name in LAYER_COLUMNS:
@@ -173,13 +244,7 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
     cells = [[number(row.get(name), LAYER_COLUMNS[name][1]) for name in columns] for row in rows]
     headings = [LAYER_COLUMNS[name][0] for name in columns]
     if "name" in columns:
-        # The end of a layer's name tells it from its neighbours; rich cuts off the end.
-        widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-        place = columns.index("name")
-        limit = max(width - (sum(widths) - widths[place]) - len(columns), MIN_NAME)
-        for row in cells:
-            if len(row[place]) > limit:
-                row[place] = "…" + row[place][len(row[place]) - limit + 1 :]
+        fit_names(cells, headings, width, columns.index("name"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name, heading in zip(columns, headings, strict=True):
         justify = "left" if LAYER_COLUMNS[name][1] == "s" else "right"
@@ -189,6 +254,29 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
     if len(rows) > MAX_ROWS:
         table.add_row(f"... {len(rows) - MAX_ROWS} more")
     return table
+
+
+def short(name: str, limit: int) -> str:
+    """Returns a layer's name in at most ``limit`` characters, told apart from its neighbours'.
+
+    Parts of the path become their first letters, from the left, until the rest fits; numbers stay,
+    and of the last part beginning and end. ``model.layers.0.self_attn.q_proj`` may become
+    ``m.l.0.self_attn.q_proj`` or ``m.l.0.s.q_proj``.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= limit:
+            break
+        if not part.isdigit():
+            parts[place] = part[:1]
+    fitted = ".".join(parts)
+    if len(fitted) <= limit:
+        return fitted
+    left = limit - len(fitted) + len(parts[-1]) - 1
+    if left < 4:
+        return "…" + fitted[len(fitted) - limit + 1 :]
+    path, last = fitted[: len(fitted) - len(parts[-1])], parts[-1]
+    return f"{path}{last[: left // 2]}…{last[len(last) - left + left // 2 :]}"
 
 
 def number(value: Any, form: str) -> str:

@@ -88,6 +88,8 @@ def run(config: Config, run: Run) -> None:
         digest = _save(model, inputs, run.directory / MODEL_DIRECTORY, weights)
         run.note(weights_sha256=digest, resumed_at=result.resumed_at)
     run.metrics(metrics(result, config.train.target_loss))
+    if result.curvature:
+        run.note(kfac=result.curvature)
     if ranks.communicator is not None:
         rows, about = ranks.report(parallel.tokens, parallel.labels, memory.growth_mib)
         run.metrics({name: value for name, value in about.items() if name.startswith("dist/")})
@@ -195,6 +197,10 @@ def metrics(result: Result, target: float | None) -> dict[str, float | int | Non
         row = result.reached(target) or {}
         values["train/target_steps"] = row.get("step")
         values["train/target_s"] = row.get("seconds")
+    if result.curvature:
+        about = result.curvature["coverage"]
+        trained = about["covered"] + sum(about["passed"].values())
+        values["kfac/coverage"] = about["covered"] / trained
     return values | _curvature_metrics(rows, result.seconds)
 
 

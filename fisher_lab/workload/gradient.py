@@ -76,6 +76,11 @@ class Updater:
         self.wrapped = parallel.wrap(model)
         self.cut = 1.0
 
+    @property
+    def curvature(self) -> dict[str, Any]:
+        """What the factors cover, for the record; nothing where there are none."""
+        return {}
+
     def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
         """Change the weights by one batch.
 

@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 class KFACUpdater(Updater):
     """Steps of a `KFACOptimizer`, with refreshes of its factors and the reduction ratio."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        kfac = self.run.kfac
+        self._verify = kfac is not None and kfac.verify  # the first refresh alone
+
     @property
     def optimizer(self) -> KFACOptimizer:
         """The only optimiser."""
@@ -42,6 +47,15 @@ class KFACUpdater(Updater):
     def _separate(self) -> bool:
         """Whether each rank has factors of its own."""
         return self.parallel.size > 1 and self.optimizer.kfac.settings.reduce == "none"
+
+    @property
+    @override
+    def curvature(self) -> dict[str, Any]:
+        """What the last factors cover."""
+        kfac = self.optimizer.kfac
+        if not kfac.kfac_factors:
+            return {}
+        return {"coverage": kfac.coverage.summed(), "skipped": kfac.skipped}
 
     @override
     def step(self, batch: Batch, rate: float, later: LaterBatch) -> dict[str, float]:
@@ -81,7 +95,8 @@ class KFACUpdater(Updater):
             engine.forget()  # without a sequence, this rank has no part in the coming steps
             return None
         try:
-            self.optimizer.refresh(batches, self.loss_fn)
+            self.optimizer.refresh(batches, self.loss_fn, verify=self._verify)
+            self._verify = False
             engine.prepare_inverses()
         except (CurvatureError, LinAlgError) as error:
             if self._separate and isinstance(error, BatchError):

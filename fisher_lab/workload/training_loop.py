@@ -217,6 +217,7 @@ class _Loop:
         self.parallel.check_weights(self.model)
         if self.parallel.is_rank_zero:
             result.curve.write(self.directory / CURVE_FILE)
+        result.curvature = self.updater.curvature
         seen = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
         finite = (loss for loss in seen if math.isfinite(loss))
         result.best_heldout_loss = min(finite, default=math.nan)

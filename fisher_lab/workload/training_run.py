@@ -64,6 +64,7 @@ class TrainingRun:
         passes = ("precision", "accumulation", "gradient_checkpointing")
         content["passes"] = {name: content.pop(name) for name in passes}
         content["curvature"] = content.pop("kfac") or {}
+        content["curvature"].pop("verify", None)  # it changes no number
         return cache.key_of({**content, "format": STATE_FORMAT})
 
 
@@ -117,6 +118,7 @@ class Result:
         best_heldout_loss: The lowest held-out loss during the training (over fewer batches) or at
             its end.
         baseline_loss: The trivial model's loss on the same held-out labels.
+        curvature: ``coverage`` and ``skipped`` of the last factors, of a curvature optimiser.
     """
 
     curve: Curve = field(default_factory=Curve)
@@ -127,6 +129,7 @@ class Result:
     heldout_loss: float = math.nan
     best_heldout_loss: float = math.nan
     baseline_loss: float = math.nan
+    curvature: dict[str, Any] = field(default_factory=dict)
 
     def reached(self, target: float) -> dict[str, Any] | None:
         """The first row of the curve whose held-out loss is at or under ``target``, or None."""

@@ -35,6 +35,7 @@ def set_key(plain: dict, key: str, value: object) -> None:
 NEUTRAL = (
     "progress",
     "cache_dir",
+    "kfac.verify",
     "model.name",
     "data.name",
     "data.path",
@@ -55,6 +56,10 @@ def test_every_key_counts_unless_it_cannot_change_a_result(key):
     set_key(changed, key, "something else")
     same = run_id(plain, CONTENT) == run_id(changed, CONTENT)
     assert same == (key in NEUTRAL)
+
+
+def test_a_run_of_the_defaults_is_the_one_that_it_was_before_later_keys_came():
+    assert run_id(config(), CONTENT) == "5333d6bced8788e0"
 
 
 def test_content_counts_and_paths_count_only_without_it():

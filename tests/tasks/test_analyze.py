@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fisher_lab.config.errors import SettingError
+from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, plan
@@ -80,6 +81,53 @@ def test_every_metric_of_the_record_is_there_and_agrees_with_the_engine(tmp_path
     assert metrics["ng/norm"] == pytest.approx(norm, rel=1e-4)
     assert record["provenance"]["kfac"]["uncovered"] == ["transformer.wpe.weight"]
     assert {row["name"] for row in rows} == set(kfac.kfac_factors)
+
+
+def test_the_record_says_what_is_covered_and_what_passes_through(tmp_path):
+    metrics, rows, record = analysed(tmp_path, "kfac.exclude=[*c_fc]", "kfac.damping=0.1")
+    _, workload = collected()
+    sizes = {name: p.numel() for name, p in workload.model.named_parameters()}
+    fc = [name for name in sizes if ".c_fc." in name]
+    covered = sum(sizes.values()) - sum(map(sizes.get, fc)) - sizes["transformer.wpe.weight"]
+    assert sum(int(row["parameters"]) for row in rows) == covered
+    about = record["provenance"]["kfac"]["coverage"]
+    assert about["covered"] == covered
+    assert metrics["kfac/coverage"] == pytest.approx(covered / sum(sizes.values()))
+    with (tmp_path / "uncovered.csv").open() as file:
+        missed = {row["name"]: row for row in csv.DictReader(file)}
+    assert {n: int(r["parameters"]) for n, r in missed.items()} == {
+        name: sizes[name] for name in [*fc, "transformer.wpe.weight"]
+    }
+    assert {missed[name]["reason"] for name in fc} == {"in exclude"}
+    assert sum(about["passed"].values()) == sum(int(r["parameters"]) for r in missed.values())
+
+
+def test_a_plan_says_the_coverage_that_the_analysis_then_has(tmp_path):
+    run = Run.start(tmp_path / "plan", config={})
+    plan.run(config("kfac.norm_layers=false"), run)
+    metrics, _, record = analysed(tmp_path / "run", "kfac.norm_layers=false")
+    assert run.values["kfac/coverage"] == metrics["kfac/coverage"] < 1.0
+    planned = run.record["provenance"]["kfac"]
+    assert planned["coverage"] == record["provenance"]["kfac"]["coverage"]
+    assert run.tables["uncovered.csv"][0]["name"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_gradient_that_is_not_autograds_ends_the_run_unless_nobody_compares(
+    tmp_path, monkeypatch, verify
+):
+    own = KFACNaturalGradient.own_gradients
+
+    def wrong(engine, model):
+        return {name: 1.01 * value for name, value in own(engine, model).items()}
+
+    monkeypatch.setattr(KFACNaturalGradient, "own_gradients", wrong)
+    if not verify:
+        metrics, _, _ = analysed(tmp_path, "kfac.verify=false")
+        assert metrics["ng/decrement"] > 0
+        return
+    with pytest.raises(LayerError, match=r"verify: .* is not autograd's for .* \(off by 1%\)"):
+        analysed(tmp_path)
 
 
 def test_pooled_factors_of_a_tied_head_are_analysed(tmp_path):

@@ -66,6 +66,46 @@ def test_nothing_is_wider_than_eighty_columns_but_the_path(tmp_path):
     assert last.endswith(100 * "x")
 
 
+def test_no_value_is_cut_however_long_its_words_and_its_name(tmp_path):
+    metrics = {"kfac/coverage": 0.583, "ng/heldout_loss_decrease_best": -1.23456, "ng/norm": 9.1e5}
+    text = shown(metrics, tmp_path=tmp_path)
+    assert "58.3%" in text
+    assert "-1.2346" in text
+    assert "9.1e+05" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "text"),
+    [
+        ("lm_head", 7, "lm_head"),
+        ("model.layers.0.self_attn.q_proj", 30, "m.layers.0.self_attn.q_proj"),
+        ("model.layers.11.self_attn.q_proj", 17, "m.l.11.s.q_proj"),
+        ("model.layers.0.post_attention_layernorm", 20, "m.l.0.post_a…yernorm"),
+        ("model.layers.0.mlp.experts.down_proj[3]", 20, "m.l.0.m.e.down…oj[3]"),
+    ],
+)
+def test_a_short_name_keeps_numbers_beginning_and_end(name, limit, text):
+    assert summary.short(name, limit) == text
+    assert len(text) <= limit
+
+
+def test_coverage_is_said_by_reason_with_the_first_layer_and_in_eighty_columns(tmp_path):
+    run = Run.start(tmp_path, config={"task": {"name": "analyze"}})
+    reasons = {
+        f"reason {n} that is a rather long sentence of its own, with words": n for n in range(9)
+    }
+    coverage = {"covered": 100, "passed": {"never used": 300, **reasons}, "frozen": 1234}
+    run.note(kfac={"coverage": coverage, "skipped": {"a.b": "never used", "c": "never used"}})
+    out = io.StringIO()
+    summary.show(run, console=Console(file=out, width=80, highlight=False))
+    *lines, _ = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("100" in line and "22.9%" in line and "are covered" in line for line in lines)
+    assert any("300" in line and "never used (a.b and 1 more)" in line for line in lines)
+    assert any("6  " in line and "4 more reasons" in line for line in lines)
+    assert any("1,234" in line and "frozen" in line for line in lines)
+
+
 def test_layers_are_listed_and_summed_up(tmp_path):
     text = shown(METRICS, layers(3), tmp_path=tmp_path)
     assert text.count("Conv1D") == 3

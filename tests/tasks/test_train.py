@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import KfacConfig
 from fisher_lab.config.workload import ModelConfig, OptimizerConfig, TrainConfig
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.tasks import train
@@ -128,3 +130,33 @@ def test_bad_lengths_are_refused_before_anything_is_trained(config, tmp_path):
     with pytest.raises(ConfigError, match=r"train\.seq_len=64 .* at most 32"):
         start(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_with_kfac_says_what_the_factors_cover_after_a_resume_too(config, tmp_path):
+    cfg = config(optimizer=OptimizerConfig(name="kfac", lr=0.01))
+    run = start(cfg, tmp_path / "run")
+    about = run.record["provenance"]["kfac"]["coverage"]
+    assert about["covered"] > 0
+    assert about["passed"]["in exclude"] > 0  # embeddings and head are AdamW's
+    total = about["covered"] + sum(about["passed"].values())
+    assert run.values["kfac/coverage"] == about["covered"] / total
+    again = start(cfg, tmp_path / "run")
+    assert again.record["provenance"]["resumed_at"] == 4
+    assert again.record["provenance"]["kfac"]["coverage"] == about
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_first_refresh_of_a_training_is_compared_with_autograd(
+    config, tmp_path, monkeypatch, verify
+):
+    asked = []
+    collect = KFACNaturalGradient.collect_kfac_factors
+
+    def recorded(engine, *args, verify=False, **more):
+        asked.append(verify)
+        return collect(engine, *args, verify=verify, **more)
+
+    monkeypatch.setattr(KFACNaturalGradient, "collect_kfac_factors", recorded)
+    kfac = KfacConfig(update_freq=2, verify=verify)
+    start(config(optimizer=OptimizerConfig(name="kfac", lr=0.01), kfac=kfac), tmp_path / "run")
+    assert asked == [verify, False]

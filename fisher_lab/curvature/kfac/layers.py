@@ -73,6 +73,12 @@ class Layer:
         return self.bias is not None and self.kind is not Kind.NORM
 
     @property
+    def n_parameters(self) -> int:
+        """Numbers in its weight and its bias."""
+        weight = self.n_out if self.kind is Kind.NORM else self.n_out * self.n_in
+        return weight + (self.n_out if self.bias is not None else 0)
+
+    @property
     def dim_a(self) -> int:
         """Dimension of the A factor."""
         return self.n_in + int(self.augmented)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,11 +53,55 @@ class Coverage:
         covered: in parameters of layers with factors.
         passed: in other trainable parameters, by the reason.
         frozen: in parameters that are not trained.
+        by_parameter: name of a trainable parameter that is not covered, or not as a whole -> how
+            many of its numbers are not, and the reason.
     """
 
     covered: int = 0
     passed: dict[str, int] = field(default_factory=dict)
     frozen: int = 0
+    by_parameter: dict[str, tuple[int, str]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        trained: Mapping[str, Tensor],
+        frozen: int,
+        layers: Iterable[Layer],
+        reasons: Mapping[str, str],
+    ) -> Coverage:
+        """Returns how much of a model some layers cover.
+
+        Args:
+            trained: the model's trainable parameters, by name.
+            frozen: how many numbers the others have.
+            layers: those that have factors, or would have.
+            reasons: name of a parameter that no layer covers, or not alone -> why.
+        """
+        names = {name for x in layers for name in (x.weight, x.bias) if name is not None}
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            parts.setdefault(base_of(name), []).append(name)
+        missed: dict[str, tuple[int, str]] = {}
+        passed: dict[str, int] = {}
+        for name, parameter in trained.items():
+            size = sum(value_of(trained, part).numel() for part in parts.get(name, ()))
+            if size < parameter.numel():
+                reason = reasons.get(name, NO_TOKEN if size else "not used in the forward pass")
+                missed[name] = parameter.numel() - size, reason
+                passed[reason] = passed.get(reason, 0) + missed[name][0]
+        total = sum(parameter.numel() for parameter in trained.values())
+        return cls(total - sum(passed.values()), passed, frozen, missed)
+
+    @classmethod
+    def restored(cls, entry: Mapping[str, Any]) -> Coverage:
+        """Returns what :func:`dataclasses.asdict` made plain, also by way of JSON."""
+        missed = {name: (count, why) for name, (count, why) in entry["by_parameter"].items()}
+        return cls(entry["covered"], dict(entry["passed"]), entry["frozen"], missed)
+
+    def summed(self) -> dict[str, Any]:
+        """Returns the numbers without the single parameters, for the record."""
+        return {"covered": self.covered, "passed": self.passed, "frozen": self.frozen}
 
     @property
     def share(self) -> float:
@@ -110,27 +154,6 @@ class Refresh:
         return replace(self, gradients={})
 
 
-def coverage_of(sums: Statistics, factors: Mapping[str, LayerFactors]) -> Coverage:
-    """Returns how much of the model the factors cover.
-
-    Args:
-        sums: the statistics of the refresh.
-        factors: by layer name.
-    """
-    trained = sums.uncovered.trained
-    layers = [f.layer for f in factors.values()]
-    names = {name for x in layers for name in (x.weight, x.bias) if name is not None}
-    covered, passed = 0, {}
-    for name, parameter in trained.items():
-        parts = [n for n in names if base_of(n) == name]
-        size = sum(value_of(trained, part).numel() for part in parts)
-        covered += size
-        if size < parameter.numel():
-            reason = sums.reasons.get(name, NO_TOKEN if size else "not used in the forward pass")
-            passed[reason] = passed.get(reason, 0) + parameter.numel() - size
-    return Coverage(covered, passed, sums.uncovered.frozen)
-
-
 @full_precision()
 def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
     """Divides the statistics into factors; nothing can be added to the statistics after it.
@@ -168,7 +191,9 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
         skipped={name: why for name, why in sums.skipped.items() if name not in factors},
         gradients={n: g * scale for n, g in rest.gradients.items() if n not in covered},
         diagonal={n: d / tokens for n, d in rest.diagonal.items() if n not in covered},
-        coverage=coverage_of(sums, factors),
+        coverage=Coverage.of(
+            rest.trained, rest.frozen, [f.layer for f in factors.values()], sums.reasons
+        ),
         fisher=sums.fisher_kind,
         rank_counts=tuple(rank_counts),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from fisher_lab.curvature.kfac.layers import (
 )
 from fisher_lab.curvature.kfac.numerics import DTYPES
 from fisher_lab.curvature.kfac.policy import put_back
-from fisher_lab.curvature.kfac.refresh import Refresh
+from fisher_lab.curvature.kfac.refresh import Coverage, Refresh
 from fisher_lab.curvature.wrappers import device_of, unwrap
 from fisher_lab.runs import atomic
 
@@ -112,6 +112,7 @@ def export(
         "fisher": last.fisher,
         "uncovered": settings.uncovered,
         "skipped": last.skipped,
+        "coverage": asdict(last.coverage),
         "rank_counts": list(last.rank_counts),
         **{f"uncovered_{key}": sorted(named) for key, named in rest.items()},
     }
@@ -201,6 +202,7 @@ def restore(
             factors=factors,
             fisher=str(header["fisher"]),
             skipped=dict(header["skipped"]),
+            coverage=Coverage.restored(header["coverage"]) if "coverage" in header else Coverage(),
             gradients=_uncovered(read, header, model, "own"),
             diagonal=_uncovered(read, header, model, "diagonal"),
             rank_counts=tuple(dict(counts) for counts in header["rank_counts"]),
