@@ -1,0 +1,1 @@
+"""K-FAC on tiny random models of transformers' architectures, against references of its own."""

@@ -1,0 +1,140 @@
+"""Batches for tiny models, padded on a side, and their examples without padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+VOCAB, CLASSES, HEADS = 53, 3, 4
+PAD, START, END = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many real positions each example has, and the side of the padding."""
+
+    side: str
+    lengths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``left-4x4``: side, examples, positions."""
+        return f"{self.side}-{len(self.lengths)}x{max(self.lengths)}"
+
+    def full(self) -> Shape:
+        """The same shape without padding."""
+        return Shape(self.side, (max(self.lengths),) * len(self.lengths))
+
+    def mask(self, side: str | None = None) -> Tensor:
+        """Which positions are real, ``[B, S]``."""
+        positions = torch.arange(max(self.lengths))
+        mask = (positions < torch.tensor(self.lengths)[:, None]).long()
+        return mask if (side or self.side) == "right" else mask.flip(1)
+
+
+# As many examples as positions as heads, and longer sequences.
+SQUARE, LONG = (4, 2, 3, 4), (5, 8, 3)
+SHAPES = tuple(Shape(side, n) for n in (SQUARE, LONG) for side in ("right", "left"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is given.
+
+    Attributes:
+        values: by name of the argument, examples in the first dimension.
+        masks: name of an argument with positions in the second dimension -> name of its mask.
+    """
+
+    values: dict[str, Tensor]
+    masks: Mapping[str, str] = field(default_factory=dict)
+
+    def alone(self) -> Iterator[dict[str, Tensor]]:
+        """Yields every example as a batch of its own, without its padding."""
+        for row in range(len(next(iter(self.values.values())))):
+            single = {}
+            for name, value in self.values.items():
+                mask = self.masks.get(name)
+                one = value[row]
+                single[name] = (one if mask is None else one[self.values[mask][row].bool()])[None]
+            yield single
+
+    @property
+    def padded(self) -> bool:
+        """Whether a mask hides a position."""
+        return any(not bool(self.values[m].bool().all()) for m in set(self.masks.values()))
+
+
+Builder = Callable[[nn.Module, Shape], Batch]
+"""Makes the batch of a model."""
+
+
+def takes(model: nn.Module) -> set[str]:
+    """The names of the arguments of a model's forward pass."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _draw(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sequences(model: nn.Module, shape: Shape) -> Batch:
+    """Ids with their mask, and their positions where the padding is on the left."""
+    mask = shape.mask()
+    values = {"input_ids": _draw(3, VOCAB, tuple(mask.shape), 1) * mask, "attention_mask": mask}
+    if shape.side == "left" and "position_ids" in takes(model):
+        values["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(values, dict.fromkeys(values, "attention_mask"))
+
+
+def every_position(model: nn.Module, shape: Shape, classes: int = VOCAB) -> Batch:
+    """Labels at all real positions but the first of each example, so that a shift changes no count.
+
+    An encoder-decoder gets other lengths on its decoder's side, whose padding is on the right.
+    """
+    batch = sequences(model, shape)
+    if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+        return _with_decoder(model, batch, shape)
+    mask = batch.values["attention_mask"]
+    counts = mask * mask.roll(1, 1)
+    counts[:, 0] = 0
+    labels = _draw(0, classes, tuple(mask.shape), 2).masked_fill(counts == 0, -100)
+    return Batch({**batch.values, "labels": labels}, {**batch.masks, "labels": "attention_mask"})
+
+
+def _with_decoder(model: nn.Module, batch: Batch, shape: Shape) -> Batch:
+    """Labels for a decoder with its mask, or, where no decoder is padded, the labels alone."""
+    longest = max(shape.lengths)
+    square = len(shape.lengths) == longest
+    lengths = (longest,) * len(shape.lengths) if square else (4, 3, 6)
+    mask = Shape("right", lengths).mask()
+    labels = _draw(3, VOCAB, tuple(mask.shape), 2).masked_fill(mask == 0, -100)
+    values, masks = {**batch.values, "labels": labels}, dict(batch.masks)
+    if not square:
+        values["decoder_attention_mask"] = mask
+        masks |= {"labels": "decoder_attention_mask"}
+        masks |= {"decoder_attention_mask": "decoder_attention_mask"}
+    return Batch(values, masks)
+
+
+def tagged(model: nn.Module, shape: Shape) -> Batch:
+    """A class for every real position but the first."""
+    return every_position(model, shape, CLASSES)
+
+
+def classified(model: nn.Module, shape: Shape) -> Batch:
+    """A class for every example, whose last real position is the end of a text."""
+    batch = sequences(model, shape)
+    ids, mask = batch.values["input_ids"], batch.values["attention_mask"]
+    last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
+    ids[torch.arange(len(ids)), last] = END
+    values, masks = {**batch.values, "labels": _draw(0, CLASSES, (len(ids),), 2)}, batch.masks
+    if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+        if "decoder_attention_mask" in takes(model):
+            values["decoder_attention_mask"] = mask
+            masks = {**masks, "decoder_attention_mask": "attention_mask"}
+    return Batch(values, masks)

@@ -1,0 +1,44 @@
+"""Which of transformers' mappings are compared, and what a model of each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from benchmarks.zoo.inputs import SHAPES, Builder, Shape, classified, every_position, tagged
+from benchmarks.zoo.tiny import settle_classes
+
+
+@dataclass(frozen=True)
+class Task:
+    """A mapping of transformers.
+
+    Attributes:
+        classes: type of model -> name of its class.
+        batch: makes a model's batch.
+        shapes: of the batches.
+        settle: sets what the task asks of a configuration.
+    """
+
+    classes: Mapping[str, str]
+    batch: Builder
+    shapes: tuple[Shape, ...] = SHAPES
+    settle: Callable[[PretrainedConfig], None] = lambda _: None
+
+
+TASKS = {
+    "causal": Task(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, every_position),
+    "masked": Task(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, every_position),
+    "seq2seq": Task(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, every_position),
+    "sequences": Task(
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        classified,
+        settle=settle_classes,
+    ),
+    "tokens": Task(
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, tagged, settle=settle_classes
+    ),
+}

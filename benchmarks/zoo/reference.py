@@ -1,0 +1,201 @@
+"""The reference: each example alone, without padding, and what torch's functions are given then.
+
+It shares no code with the engine. A use of a parameter is recognised by its address in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.zoo.inputs import Batch, takes
+
+PRODUCTS = ("linear", "addmm", "matmul", "__matmul__", "mm")
+SCALES = ("mul", "__mul__", "__rmul__")
+COPIES = ("to", "type_as", "double", "float", "add", "__add__", "__radd__", "contiguous", "clone")
+
+
+@dataclass
+class Used:
+    """One use of a parameter: ``table``, ``matrix`` or ``scale``, what it read, and ``g``."""
+
+    name: str
+    kind: str
+    a: Tensor
+    bias: bool = False
+    g: Tensor | None = None
+    keep: Tensor | None = None
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What it read and the gradients of its results, a row a token."""
+        assert self.g is not None
+        a = self.a.reshape(-1) if self.kind == "table" else self.a.reshape(-1, self.a.shape[-1])
+        g = self.g.reshape(-1, self.g.shape[-1])
+        return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
+
+
+class Recorder(TorchFunctionMode):
+    """Records what ``linear``, ``matmul``, ``embedding``, norms and their like are given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters = dict(model.named_parameters())
+        self.starts = {p.data_ptr(): n for n, p in self.parameters.items()}
+        self.stacks = {n: p for n, p in self.parameters.items() if p.dim() == 3}
+        self.copies: dict[int, tuple[Tensor, str]] = {}
+        self.seen: list[Used] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.requires_grad:
+            values = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+            self._note(getattr(func, "__name__", ""), args, kwargs or {}, values, out)
+        return out
+
+    def _note(self, name: str, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
+        if name in COPIES:
+            found = [n for n in map(self.parameter, values) if n is not None]
+            if len(found) == 1 and sum(t.dim() > 0 for t in values) == 1:
+                self.copies[id(out)] = (out, found[0])
+        elif name == "embedding":
+            self._embedding(args, kwargs, values, out)
+        elif name in ("layer_norm", "rms_norm"):
+            self._norm(name, args, kwargs, out)
+        elif name in SCALES and len(values) == 2:
+            for scale, x in (values, values[::-1]):
+                found = self.parameter(scale)
+                if found is not None and scale.dim() == 1 < x.dim() and x.shape == out.shape:
+                    self._keep(Used(found, "scale", x.detach()), out)
+                    return
+        elif name in PRODUCTS:
+            x, weight = values[1:3] if name == "addmm" else values[:2]
+            found = self.parameter(weight)
+            bias = name == "addmm" or (name == "linear" and len(values) > 2)
+            if found is not None and weight.dim() == 2:
+                self._keep(Used(found, "matrix", x.detach(), bias), out)
+        if name in ("bmm", "matmul", "__matmul__") and values[1].dim() == 3 == values[0].dim():
+            found = self.parameter(values[1])
+            for part in range(len(values[1])) if found is not None else ():
+                self._keep(Used(f"{found}[{part}]", "matrix", values[0].detach()[part]), out, part)
+
+    def _embedding(self, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
+        ids = next(t for t in values if not t.is_floating_point())
+        table = next(t for t in values if t.is_floating_point())
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        found = self.parameter(table)
+        if found is not None:
+            keep = None if padding is None or padding < 0 else (ids != padding).reshape(-1)
+            self._keep(Used(found, "table", ids, keep=keep), out)
+
+    def _norm(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        names = names if name == "layer_norm" else (*names[:3], "eps")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        found = self.parameter(given.get("weight"))
+        if found is not None and given["weight"].dim() == 1:
+            eps = {"eps": given["eps"]} if given.get("eps") is not None else {}
+            x = getattr(F, name)(given["input"].detach(), given["normalized_shape"], **eps)
+            self._keep(Used(found, "scale", x, given.get("bias") is not None), out)
+
+    def parameter(self, tensor: Tensor | None) -> str | None:
+        """The parameter, or the part of a stack, that starts where a tensor does."""
+        if tensor is None:
+            return None
+        if id(tensor) in self.copies:
+            return self.copies[id(tensor)][1]
+        start = self.starts.get(tensor.data_ptr())
+        if start is not None and tensor.numel() == self.parameters[start].numel():
+            return start
+        for name, stack in self.stacks.items():
+            size = stack[0].numel() * stack.element_size()
+            part, rest = divmod(tensor.data_ptr() - stack.data_ptr(), size)
+            if tensor.dim() == 2 and tensor.numel() == stack[0].numel():
+                if rest == 0 and 0 <= part < len(stack):
+                    return f"{name}[{part}]"
+        return None
+
+    def _keep(self, used: Used, out: Tensor, part: int | None = None) -> None:
+        self.seen.append(used)
+
+        def note(grad: Tensor) -> None:
+            used.g = grad.detach() if part is None else grad.detach()[part]
+
+        out.register_hook(note)
+
+
+@dataclass
+class Reference:
+    """What the examples of a batch come to.
+
+    Attributes:
+        loss: sum over the labels that count.
+        labels: how many count.
+        gradient: of the mean loss, by parameter.
+        tokens: name and kind of a parameter's use -> what it read and the gradients of its results.
+        biased: name and kind of a use -> whether a bias is added with it.
+    """
+
+    loss: float = 0.0
+    labels: int = 0
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    biased: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+
+def run(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+    """The model's own loss of a batch."""
+    named = takes(model)
+    given = {k: v for k, v in values.items() if k in named}
+    return model(**given, **({"use_cache": False} if "use_cache" in named else {})).loss
+
+
+def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Reference:
+    """The sums over batches without padding, whose losses are means over the labels that count."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = Reference(gradient={n: torch.zeros_like(p) for n, p in trained.items()})
+    uses: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    for values in batches:
+        count = int((values["labels"] != -100).sum())
+        with Recorder(model) as recorder:
+            loss = run(model, values) * count
+        grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        found.loss += float(loss.detach())
+        found.labels += count
+        for name, grad in zip(trained, grads, strict=True):
+            found.gradient[name] += 0.0 if grad is None else grad
+        for used in recorder.seen:
+            if used.g is not None:
+                uses.setdefault((used.name, used.kind), []).append(used.rows())
+                found.biased[used.name, used.kind] = used.bias
+    found.gradient = {n: g / found.labels for n, g in found.gradient.items()}
+    found.tokens = {
+        key: (torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]))
+        for key, pairs in uses.items()
+    }
+    return found
+
+
+def reference(model: nn.Module, batch: Batch) -> Reference:
+    """The sums over the examples of a batch, each alone."""
+    return summed(model, batch.alone())
+
+
+def padding_counts(model: nn.Module, batch: Batch, alone: Reference) -> bool:
+    """Whether the model's own loss of a padded batch is another than that of its examples alone."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = run(model, batch.values)
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    if not abs(float(loss) - alone.loss / alone.labels) <= 1e-8 * abs(float(loss)):
+        return True
+    size = sum(float(g.square().sum()) for g in alone.gradient.values()) ** 0.5
+    return any(
+        float((alone.gradient[n] - (0.0 if g is None else g)).norm())
+        > 1e-7 * float(alone.gradient[n].norm()) + 1e-9 * size
+        for n, g in zip(trained, grads, strict=True)
+    )
