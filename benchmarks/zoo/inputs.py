@@ -133,8 +133,8 @@ def classified(model: nn.Module, shape: Shape) -> Batch:
     last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
     ids[torch.arange(len(ids)), last] = END
     values, masks = {**batch.values, "labels": _draw(0, CLASSES, (len(ids),), 2)}, batch.masks
-    if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
-        if "decoder_attention_mask" in takes(model):
-            values["decoder_attention_mask"] = mask
-            masks = {**masks, "decoder_attention_mask": "attention_mask"}
+    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if decoder and "decoder_attention_mask" in takes(model):
+        values["decoder_attention_mask"] = mask
+        masks = {**masks, "decoder_attention_mask": "attention_mask"}
     return Batch(values, masks)

@@ -115,9 +115,9 @@ class Recorder(TorchFunctionMode):
         for name, stack in self.stacks.items():
             size = stack[0].numel() * stack.element_size()
             part, rest = divmod(tensor.data_ptr() - stack.data_ptr(), size)
-            if tensor.dim() == 2 and tensor.numel() == stack[0].numel():
-                if rest == 0 and 0 <= part < len(stack):
-                    return f"{name}[{part}]"
+            fits = tensor.dim() == 2 and tensor.numel() == stack[0].numel()
+            if fits and rest == 0 and 0 <= part < len(stack):
+                return f"{name}[{part}]"
         return None
 
     def _keep(self, used: Used, out: Tensor, part: int | None = None) -> None:

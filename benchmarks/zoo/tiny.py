@@ -1,10 +1,12 @@
-"""Tiny random models of transformers' classes, in float64 and without noise in their forward pass."""
+"""Tiny random models of transformers' classes, in float64 and without noise."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +23,35 @@ WIDEST = 600
 
 RULES: tuple[tuple[str, int], ...] = (
     (r".*token.*_id|.*_index|.*version.*", -1),
-    (r"(.*_)?vocab(ulary)?_size(_.*)?|n_tokens", VOCAB),
-    (r".*(position|ctx|context).*|max_.*_length|seq_length|max_sequence.*", 64),
-    (r"num_(key_value|kv)_heads|(.*_)?num_key_value_heads|type_vocab_size", 2),
-    (r"num_experts_per_tok(en)?|moe_topk|top_?k(_experts)?|.*_top_k", 2),
+    (r"(.*_)?vocab(ulary)?(_size)?(_.*)?|n_tokens", VOCAB),
+    (r"patch_size|image_patch_tokens", 4),
+    (r"d_rel|rel_extent|num_landmarks|segment_means_seq_len", 16),
+    (r".*(position|ctx|context|bias_max).*|max_.*_len(gth)?|seq_length|max_sequence.*", 64),
+    (r"num_(key_value|kv)_heads|(.*_)?num_key_value_heads|type_vocab_size|kv_n_heads", 2),
+    (r"num_experts_per_tok(en)?|moe_topk|top_?k(_experts)?|.*_top_k|(mamba_)?n_?groups", 2),
     (r"n_group|topk_group|n_shared_experts|first_k_dense_replace|num_.*shared_experts", 1),
-    (r"(encoder|decoder)_layers|num_(encoder|decoder)_layers", 1),
-    (r".*(num|n)_(hidden_)?layers?|n_layers?|depth|.*num_.*blocks", 2),
-    (r".*num_.*heads|n_heads?|.*attention_heads|num_heads|.*_n_heads", HEADS),
-    (r"(num|n)_.*experts|moe_num_experts", HEADS),
+    (r"(encoder|decoder)_layers|num_(encoder|decoder)_layers|(mamba_)?expand|num_dense_layers", 1),
+    (r".*(num|n)_(hidden_)?layers?|n_layers?|depth|.*num_.*blocks|num_self_attends_.*", 2),
+    (r".*num_.*heads|n_(mamba_)?heads?|.*attention_heads|num_heads|.*_n_heads", HEADS),
+    (r"num_query_groups|zero_expert_num", HEADS),
+    (r"(num|n)_.*experts|num_experts|moe_num_experts", HEADS),
     (r".*(state_size|d_state|conv_kernel|d_conv|time_step_rank)", 4),
-    (r"rotary_dim|.*conv_kernel_dim", 4),
-    (r".*(head_dim|d_head|d_kv|dim_head|_rank|head_size)|.*chunk_size", HEAD),
+    (r"rotary_dim|.*conv_kernel_(dim|size)|num_expert_group", 4),
+    (r".*(head_?dim|d_head|d_kv|dim_head|_rank|head_size)|.*chunk_size|kv_channels", HEAD),
     (r"qk_(rope|nope)_head_dim", HEAD),
     (r"(moe|shared_expert).*intermediate_size", 12),
-    (r".*(intermediate|ffn|mlp|inner|d_ff|feed_?forward|hidden_dim$).*", INNER),
-    (r"d_model|n_embd|.*(dim|dims|size|hidden|width|channels|features)", WIDTH),
+    (r".*(intermediate|ffn|mlp|inner|d_ff|dff|feed_?forward|hidden_dim$|dim_ff).*", INNER),
+    (
+        r"d_.*|n_embd|.*(dim|dims|size|hidden|width|channels|features|d_ssm|latents)(_global)?",
+        WIDTH,
+    ),
 )
 """What the options of a configuration become, by their names; -1 leaves them as they are."""
 
 NO_NOISE = ("dropout", "drop_rate", "drop_path", "pdrop", "layerdrop", "_prob")
 TOKENS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+FIRST = {"decoder_start_token_id": PAD, "vocab_size": VOCAB, "default_language": "en_XX"}
+"""Options that have no default and that a model cannot do without."""
 
 
 class Exact(TorchFunctionMode):
@@ -49,6 +59,15 @@ class Exact(TorchFunctionMode):
 
     The model is another one by rounding only, and is the same for the engine and its reference.
     """
+
+    def __enter__(self) -> Exact:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        torch.set_default_dtype(self.before)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "float":
@@ -60,46 +79,85 @@ def _double(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def tiny(name: str, value: int) -> int:
-    """What an option of a configuration becomes that has a value."""
-    size = next((n for pattern, n in RULES if re.fullmatch(pattern, name)), -1)
-    return value if size < 0 else min(value, size)
+@dataclass(frozen=True)
+class Shrinking:
+    """A way to make a configuration tiny.
 
+    Attributes:
+        anew: whether the configuration is made anew of its tiny options, so that what it derives of
+            them follows; otherwise they are set.
+        fill: whether options without a value get one.
+        repeats: how often every kind of layer comes.
+    """
 
-def shrink(config: PretrainedConfig) -> None:
-    """Makes a configuration tiny, without noise, in place; those inside it too."""
-    for name in [*vars(config), *config.attribute_map]:
-        value = getattr(config, name, None)
+    anew: bool = False
+    fill: bool = False
+    repeats: int = 1
+
+    def __call__(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Returns a tiny configuration like this one."""
+        found = self._options(config)
+        if self.anew:
+            return type(config)(**found)
+        for name, value in found.items():
+            with suppress(Exception):  # a property, or a value that the configuration refuses
+                setattr(config, name, value)
+        return config
+
+    def _options(self, config: PretrainedConfig) -> dict[str, Any]:
+        names = [n for n in {**vars(config), **config.attribute_map} if not n.startswith("_")]
+        given = {n: _get(config, n) for n in names}
+        depth, found = given.get("num_hidden_layers"), {}
+        for name, value in given.items():
+            new = self._option(name, value)
+            if new is not value:
+                found[name] = new
+        lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == depth}
+        layers = self.repeats * max([2, *(len(dict.fromkeys(map(str, v))) for v in lists.values())])
+        if isinstance(depth, int) and (depth > 2 or lists):
+            found["num_hidden_layers"] = layers
+        for name, value in lists.items():
+            kinds = [self._option(name, v) for v in {str(v): v for v in value}.values()]
+            found[name] = (kinds * layers)[:layers]
+        nope, rope = found.get("qk_nope_head_dim"), found.get("qk_rope_head_dim")
+        if rope is not None:  # the rotated part is what such models call a head
+            found |= {"head_dim": rope} if "head_dim" in given else {}
+            found |= {"qk_head_dim": nope + rope} if "qk_head_dim" in given else {}
+        if given.get("num_key_value_heads") == given.get("num_attention_heads") is not None:
+            found["num_key_value_heads"] = found.get("num_attention_heads", HEADS)
+        return found
+
+    def _option(self, name: str, value: Any) -> Any:
         if isinstance(value, PretrainedConfig):
-            shrink(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            _set(config, name, tiny(name, value))
-        elif isinstance(value, float) and any(word in name for word in NO_NOISE):
-            _set(config, name, 0.0)
-    for name, value in TOKENS.items():
-        given = getattr(config, name, value)
-        if given is None or (isinstance(given, int) and given >= VOCAB):
-            _set(config, name, value)
-    if hasattr(config, "qk_rope_head_dim"):  # the rotated part is what such models call a head
-        _set(config, "head_dim", config.qk_rope_head_dim)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list):
-        layers = getattr(config, "num_hidden_layers", None) or 2
-        _set(config, "layer_types", (list(dict.fromkeys(kinds)) * layers)[:layers])
+            return self(value)
+        if isinstance(value, float) and any(word in name for word in NO_NOISE):
+            return 0.0
+        if name in TOKENS and (value is None or (isinstance(value, int) and value >= VOCAB)):
+            return TOKENS[name]
+        if value is None and name in FIRST:
+            return FIRST[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        size = next((n for pattern, n in RULES if re.fullmatch(pattern, name)), -1)
+        if (not whole and not (value is None and self.fill)) or size < 0:
+            return value
+        return size if value is None else min(value, size)
 
 
-def _set(config: PretrainedConfig, name: str, value: Any) -> None:
+SHRINKINGS = (
+    Shrinking(),
+    Shrinking(anew=True),
+    Shrinking(fill=True),
+    Shrinking(anew=True, fill=True),
+    Shrinking(repeats=2),
+    Shrinking(anew=True, repeats=2),
+)
+
+
+def _get(config: PretrainedConfig, name: str) -> Any:
     try:
-        setattr(config, name, value)
-    except Exception:  # a property, or a value that the configuration refuses
-        return
-
-
-def configurations(cls: Any) -> Iterator[PretrainedConfig]:
-    """Yields tiny configurations of a model's class, the one that fits most of them first."""
-    config = cls.config_class()
-    shrink(config)
-    yield config
+        return getattr(config, name, None)
+    except Exception:  # it differs from layer to layer
+        return None
 
 
 def build(
@@ -119,8 +177,9 @@ def build(
     """
     cls = getattr(transformers, name)
     first: Exception | None = None
-    for config in configurations(cls):
+    for shrinking in SHRINKINGS:
         try:
+            config = shrinking(cls.config_class())
             settle(config)
             model = _made(cls, config)
             works(model)
