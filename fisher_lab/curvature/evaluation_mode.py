@@ -41,6 +41,32 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
         yield
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers back as they were, also after an error.
+
+    In ``train()`` mode a forward pass moves the running statistics of BatchNorm, and whatever
+    else a module keeps of its passes in buffers.
+
+    Args:
+        model: of which one pass or several are made meanwhile.
+    """
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in kept:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):  # BatchNorm counts no version up
+                    buffer.copy_(before)
+
+
 def seed_generators(seed: int) -> None:
     """Seeds the host's generator and those of all CUDA devices, if CUDA is in use.
 

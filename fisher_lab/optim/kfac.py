@@ -23,6 +23,7 @@ from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from fisher_lab.curvature.kfac.layers import base_of
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
 
@@ -228,8 +229,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         """The parameters in K-FAC's layers; position embeddings are candidates and not covered."""
         found = self.kfac.layers_of(self.model)
         layers = [one for one in found.layers.values() if one.name not in found.candidates]
-        names = [name for one in layers for name in (one.weight, one.bias) if name in trainable]
-        return {name: trainable[name] for name in names}
+        names = [base_of(name) for one in layers for name in (one.weight, one.bias) if name]
+        return {name: trainable[name] for name in names if name in trainable}
 
     # ---- factors and damping -----------------------------------------------------------------
 

@@ -295,6 +295,8 @@ def layer_metrics(reports: Sequence[LayerReport]) -> dict[str, float]:
     methods = [r.factors.method for r in reports]
     for method in ("woodbury", "eig", "norm", "true_head"):
         metrics[f"kfac/{method}_layers"] = methods.count(method)
+    if "channels" in methods:  # depthwise convolutions
+        metrics["kfac/channels_layers"] = methods.count("channels")
     sides = {"A": [r.A for r in reports if r.A is not None], "G": [r.G for r in reports]}
     for side, found in sides.items():
         dims = sum(r.dim for r in found)

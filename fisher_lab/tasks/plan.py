@@ -20,15 +20,14 @@ from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.batch_tokens import count_tokens
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, discover
+from fisher_lab.curvature.kfac.layers import Layer, Layers, discover
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import (
-    NORM_MAX_DIM,
     Cost,
     check,
     cost_a,
+    cost_block,
     cost_g,
-    cost_norm,
     method,
     storage_dtype,
 )
@@ -100,7 +99,6 @@ def _tokens(
         prepared = losses.prepare(workload.model, batch)
         with torch.enable_grad(), Capture(workload.model, promised, settings) as recording:
             losses.forward(workload.model, prepared)
-        recording.close()
         found, counts = count_tokens(recording, prepared)
         layers |= found.layers
         skipped, reasons = {**found.skipped, **skipped}, {**found.reasons, **reasons}
@@ -142,9 +140,8 @@ def _costs(
     layer: Layer, chosen: str, tokens: int, columns: int, settings: EngineSettings
 ) -> tuple[Cost, Cost]:
     core = torch.empty(0, dtype=settings.numerics.core_dtype).element_size()
-    if layer.kind is Kind.NORM:
-        dense = layer.n_out <= NORM_MAX_DIM
-        return Cost(0, 0.0, 0.0), cost_norm(layer, tokens, dense=dense, core_itemsize=core)
+    if layer.one_block:
+        return Cost(0, 0.0, 0.0), cost_block(layer, tokens, core_itemsize=core)
     kept = min(columns, settings.max_columns) if chosen == "woodbury" else columns
     stored = storage_dtype(settings, torch.float32, (kept, layer.n_out))
     return cost_a(layer, tokens, core_itemsize=core), cost_g(

@@ -7,7 +7,8 @@ moves to host memory when the device is full.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import Alone, Communicator, chosen_rows
 from fisher_lab.curvature.errors import NonFiniteError
 from fisher_lab.curvature.kfac.factors import (
+    BlockDiagonalFactor,
     Columns,
     DenseFactor,
     DiagonalFactor,
@@ -26,7 +28,14 @@ from fisher_lab.curvature.kfac.factors import (
 from fisher_lab.curvature.kfac.factors.woodbury import lossless_columns
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import storage_dtype, store_columns, wants_woodbury
-from fisher_lab.curvature.linalg import add_second_moment, all_finite, gram, mirror, symmetric_eigen
+from fisher_lab.curvature.linalg import (
+    add_second_moment,
+    all_finite,
+    blocks,
+    gram,
+    mirror,
+    symmetric_eigen,
+)
 from fisher_lab.curvature.memory import on_device
 
 T = TypeVar("T")
@@ -307,7 +316,33 @@ def norm_gradients(xhat: Tensor, g: Tensor, shift: bool, dtype: torch.dtype) -> 
     return torch.cat([g * xhat, g], dim=1) if shift else g * xhat
 
 
-class NormAccumulator:
+class BlockAccumulator(ABC):
+    """The sum of ``v v^T`` over tokens, ``v`` the gradient of all numbers of a layer by a token.
+
+    Attributes:
+        total: the sum, or the part of it that is kept.
+        dim: how many numbers the layer has.
+        tokens: how many have come.
+    """
+
+    total: Tensor
+    dim: int
+    tokens: int
+
+    @abstractmethod
+    def add(self, a: Tensor, g: Tensor) -> None:
+        """Adds tokens: what the layer reads and the gradients of what it gives, ``[T, ...]``."""
+
+    @abstractmethod
+    def own(self, a: Tensor, g: Tensor) -> Tensor:
+        """Returns ``sum v`` of tokens, ``[dim, 1]`` in the dtype of the sum."""
+
+    @abstractmethod
+    def factor(self, weight: float) -> Factor:
+        """Returns ``weight * sum v v^T``, or what is kept of it; nothing can be added after it."""
+
+
+class NormAccumulator(BlockAccumulator):
     """``sum v v^T`` with ``v = [g * xhat; g]``, the per-token gradient of scale and shift.
 
     Where it is not ``dense``, only its diagonal is kept; without ``shift``, ``v = g * xhat``.
@@ -326,12 +361,12 @@ class NormAccumulator:
     def _what(self) -> str:
         return f"{self._layer}: scale and shift (entries={self.dim}, tokens={self.tokens}), sum"
 
-    def add(self, xhat: Tensor, g: Tensor) -> None:
+    def add(self, a: Tensor, g: Tensor) -> None:
         """Adds tokens: normalised inputs and gradients of the outputs, ``[T, n]`` each."""
 
         def there(device: torch.device) -> None:
             self.total = self.total.to(device)
-            v = norm_gradients(xhat.to(device), g.to(device), self.shift, self.total.dtype)
+            v = norm_gradients(a.to(device), g.to(device), self.shift, self.total.dtype)
             if self.dense:
                 add_second_moment(self.total, v)
             else:
@@ -340,8 +375,75 @@ class NormAccumulator:
         on_device(there, self.total.device, self._what())
         self.tokens += len(g)
 
+    def own(self, a: Tensor, g: Tensor) -> Tensor:
+        """Returns the gradients of scale and shift, ``[dim, 1]``."""
+        return norm_gradients(a, g, self.shift, self.total.dtype).sum(dim=0)[:, None]
+
     def factor(self, weight: float) -> DenseFactor | DiagonalFactor:
         """Returns ``weight * sum v v^T``, or its diagonal; nothing can be added after it."""
         if self.dense:
             return DenseFactor(mirror(self.total).mul_(weight))
         return DiagonalFactor(self.total.mul_(weight))
+
+
+class ChannelAccumulator(BlockAccumulator):
+    """``sum v_c v_c^T`` of every output ``c`` of a depthwise convolution.
+
+    ``v_c = g_c [p_c; 1]``, with ``p_c`` the patch of the one channel that the output reads: the
+    Fisher matrix of the output's own weights and bias, which no product of factors approximates.
+    """
+
+    def __init__(
+        self,
+        n_out: int,
+        size: int,
+        shift: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer: str,
+    ) -> None:
+        self.n_out, self.size, self.shift, self.tokens, self._layer = n_out, size, shift, 0, layer
+        side = size + int(shift)
+        self.dim = n_out * side
+        self.total = on_device(
+            lambda device: torch.zeros(n_out, side, side, dtype=dtype, device=device),
+            device,
+            self._what(),
+        )
+
+    def _what(self) -> str:
+        return f"{self._layer}: weights by channel (entries={self.dim}, tokens={self.tokens}), sum"
+
+    def _gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        """``v`` of tokens, ``[out, T, k]`` or ``[out, T, k + 1]``."""
+        patches = a.reshape(len(a), -1, self.size).transpose(0, 1).to(self.total.dtype)
+        patches = patches.repeat_interleave(self.n_out // len(patches), dim=0)
+        if self.shift:
+            patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1)
+        return patches * g.T[..., None].to(patches)
+
+    def _in_blocks(self, a: Tensor, g: Tensor, device: torch.device) -> Iterator[Tensor]:
+        for rows in blocks(len(g), 3 * self.dim * self.total.element_size()):
+            yield self._gradients(a[rows].to(device), g[rows].to(device))
+
+    def add(self, a: Tensor, g: Tensor) -> None:
+        """Adds patches ``[T, channels * k]`` and gradients ``[T, out]``."""
+
+        def there(device: torch.device) -> None:
+            self.total = self.total.to(device)
+            more = torch.zeros_like(self.total)
+            for v in self._in_blocks(a, g, device):
+                more.baddbmm_(v.mT, v)
+            self.total += more
+
+        on_device(there, self.total.device, self._what())
+        self.tokens += len(g)
+
+    def own(self, a: Tensor, g: Tensor) -> Tensor:
+        """Returns the gradients of weights and biases, output by output, ``[dim, 1]``."""
+        sums = [v.sum(dim=1) for v in self._in_blocks(a, g, g.device)]
+        return torch.stack(sums).sum(dim=0).reshape(-1, 1)
+
+    def factor(self, weight: float) -> BlockDiagonalFactor:
+        """Returns the matrices of the outputs; nothing can be added after it."""
+        return BlockDiagonalFactor(self.total.mul_(weight))

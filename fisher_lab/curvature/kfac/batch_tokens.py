@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import check_finite
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
-from fisher_lab.curvature.kfac.token_ids import ids_of
+from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
 from fisher_lab.curvature.losses import SummedLoss
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ class TokenMasks:
             mask = masks.get(side)
             if mask is not None and mask.shape == shape:
                 table[start : start + mask.numel()] = mask.reshape(-1)
-        for start, ids in capture.rows.pooled:
-            table[start : start + len(ids)] = table[ids].any(dim=1)
+        for start, ids, every in capture.rows.pooled:
+            some = table[ids].any(dim=1)
+            if every:  # but for what is filled in
+                some &= (table[ids] | (ids == FILLED)).all(dim=1)
+            table[start : start + len(ids)] = some
         self._table = table
 
     def select(self, call: Call, x: Tensor, name: str, *, trailing: int = 1) -> Tensor:
@@ -65,12 +68,24 @@ class TokenMasks:
         """
         x = x if call.use.rows is None else x[call.use.rows]
         shape, features = x.shape[: x.dim() - trailing], x.shape[x.dim() - trailing :]
+        keep = self._kept(call, shape, name)
+        return x.reshape(-1, *features) if keep is None else x[keep]
+
+    def count(self, call: Call, name: str) -> int:
+        """Returns how many of a call's rows are tokens; arguments and errors as :meth:`select`."""
+        shape = call.rows
+        if call.use.rows is not None:
+            shape = torch.empty(shape, device="meta")[call.use.rows].shape
+        keep = self._kept(call, shape, name)
+        return shape.numel() if keep is None else int(keep.sum())
+
+    def _kept(self, call: Call, shape: torch.Size, name: str) -> Tensor | None:
         padding = call.use.padding
         keep = None if self._table is None else self._table_of(call, shape, name, self._table)
         if padding is not None:  # autograd gives this row of the table no gradient
             looked_up = call.a != padding
             keep = looked_up if keep is None else keep & looked_up
-        return x.reshape(-1, *features) if keep is None else x[keep]
+        return keep
 
     def _table_of(self, call: Call, shape: torch.Size, name: str, table: Tensor) -> Tensor | None:
         ids = ids_of(call.origin, call.trailing)
@@ -124,6 +139,7 @@ def share_key(call: Call, augmented: bool) -> tuple:
         a.dtype,
         str(call.use.rows),
         call.use.padding,
+        call.use.layout,
         augmented,
     )
 
@@ -165,7 +181,7 @@ class BatchTokens:
 
     def count(self, layer: Layer) -> int:
         """Returns how many tokens a layer saw."""
-        return sum(len(self._rows(call, layer)) for call in self.calls[layer.name])
+        return sum(self._masks.count(call, layer.name) for call in self.calls[layer.name])
 
     def gradients(self, layer: Layer, given: Mapping[int, Tensor | None]) -> Tensor | None:
         """Returns a layer's token gradients, ``[T, out]``; None where none reached it.
@@ -185,13 +201,14 @@ class BatchTokens:
         parts = []
         for call, g in zip(calls, grads, strict=True):
             g = like.new_zeros(call.output) if g is None else g
+            g = g if call.use.layout is None else call.use.layout.outputs(g)
             parts.append(self._masks.select(call, g, layer.name))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def inputs(self, layer: Layer) -> Tensor:
         """Returns a layer's token inputs, ``[T, in]`` (``[T]`` indices for an embedding).
 
-        What a scale multiplies is normalised already.
+        What a scale multiplies is normalised already; a convolution reads patches.
 
         Raises:
             LayerError: it cannot be told which rows are tokens.
@@ -206,6 +223,8 @@ class BatchTokens:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, call: Call, layer: Layer) -> Tensor:
+        if call.use.layout is not None:  # patches take more room than what they are cut out of
+            return self._masks.select(call, call.inputs(), layer.name)
         key = share_key(call, False)
         if key not in self._selected:
             trailing = int(layer.kind is not Kind.EMBEDDING)
@@ -233,7 +252,7 @@ def find_non_finite(
         if layer.kind is Kind.EMBEDDING:
             continue
         for call in capture.calls_of(layer):
-            x = masks.select(call, call.a, layer.name)
+            x = masks.select(call, call.inputs(), layer.name)
             check_finite(x, layer.name, batch, "activations")
     # What no layer reads: the logits, not finite by the weights of the layer that made them.
     if loss.scored is not None:

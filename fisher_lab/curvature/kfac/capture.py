@@ -34,6 +34,7 @@ from fisher_lab.curvature.kfac.layers import (
     UseOf,
     base_of,
     from_uses,
+    part_text,
 )
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, opened
 from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
@@ -73,6 +74,19 @@ class Call:
     def trailing(self) -> int:
         """How many dimensions of ``a`` are features."""
         return int(self.use.kind is not Kind.EMBEDDING)
+
+    @property
+    def rows(self) -> torch.Size:
+        """Shape of the rows, without that of the features; those of all parts of a weight."""
+        layout = self.use.layout
+        if layout is None:
+            return self.a.shape[: self.a.dim() - self.trailing]
+        axis = layout.axis + len(self.output)
+        return self.output[:axis] + self.output[axis + 1 :]
+
+    def inputs(self) -> Tensor:
+        """Returns what the rows read, ``[*rows, features]`` (``[*rows]`` for an embedding)."""
+        return self.a if self.use.layout is None else self.use.layout.inputs(self.a)
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -127,21 +141,23 @@ class Capture:
         if is_encoder_decoder(self.model) and hasattr(self.model, "get_decoder"):
             decoder = self.model.get_decoder()  # type: ignore[operator]
             add(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
-        for path, module in self.model.named_modules():
-            self._watch_module(path, module)
+        self._watch_modules()
         self._watch.__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._watch.__exit__(*exc)
-        if not self._pending or exc[0] is not None:
-            self.close()
+        self.close()
 
     def close(self) -> None:
-        """Removes the hooks; what was recorded stays."""
+        """Removes the hooks, which nothing but the pass needs; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _watch_modules(self) -> None:
+        for path, module in self.model.named_modules():
+            self._watch_module(path, module)
 
     def _watch_module(self, path: str, module: nn.Module) -> None:
         """Notes which of several holders of a parameter runs, and what FSDP2 puts in its place."""
@@ -220,10 +236,12 @@ class Capture:
         self.rows.mark(value, (ids.reshape(*shape, *[1] * (value.dim() - len(shape))),))
 
     def _found(self, use: Use, output: Tensor) -> None:
-        part = "" if use.part is None else f"[{use.part}]"
+        part = part_text(use.part)
         weight, bias = self._names[use.weight] + part, self._names.get(use.bias or 0)
+        if bias is not None and isinstance(use.part, tuple):
+            bias += part
         key = UseOf(self._label(use) + part, use.kind, weight, bias)
-        origin = self.rows.of(use.a)
+        origin = self._origin(use, output)
         if self._replaying:
             self._replay(key, use, output)
         elif not torch.is_grad_enabled():
@@ -234,6 +252,13 @@ class Capture:
             self._calls.setdefault(key, []).append(call)
             if use.kind is Kind.EMBEDDING and origin is Fixed.CONSTANT and _one_value(use.a):
                 self.rows.wait(output, partial(_align, call))
+
+    def _origin(self, use: Use, output: Tensor) -> Origin:
+        """The tokens of a use's rows; those of a convolution are its locations."""
+        if use.layout is None:
+            return self.rows.of(use.a)
+        origin, axis = self.rows.of(output), use.layout.axis
+        return origin if isinstance(origin, Fixed) else tuple(i.movedim(axis, -1) for i in origin)
 
     def _replay(self, key: UseOf, use: Use, output: Tensor) -> None:
         waiting = self._pending.get(key)
@@ -306,7 +331,7 @@ class Capture:
         }
         mixed = {*why, *(use.weight for use in uses if self._constant(use))}
         layers = {
-            name: replace(layer, tied=True) if mixed & {layer.weight, layer.bias} else layer
+            name: replace(layer, tied=True) if mixed & _names_of(layer) else layer
             for name, layer in found.layers.items()
         }
         skipped = {**self.promised.skipped, **absent, **found.skipped, **reasons}
@@ -416,6 +441,7 @@ class Capture:
                 if call.edge is not None:
                     call.edge.node.register_prehook(partial(_receive, call))
         self._replaying = True
+        self._watch_modules()
         try:
             for parameter in kept:
                 parameter.grad = None
@@ -436,6 +462,12 @@ def _in_checkpoint() -> bool:
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def _names_of(layer: Layer) -> set[str]:
+    """What a layer's parameters are called, whole and in part."""
+    names = {name for name in (layer.weight, layer.bias) if name is not None}
+    return names | set(map(base_of, names))
 
 
 def _one_value(indices: Tensor) -> bool:

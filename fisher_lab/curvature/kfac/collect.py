@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fisher_lab.curvature.collectives import Communicator, Progress, together
 from fisher_lab.curvature.errors import BatchError, LayerError, LossError
-from fisher_lab.curvature.kfac.accumulators import NormAccumulator, check_finite, norm_gradients
+from fisher_lab.curvature.evaluation_mode import buffers_kept
+from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, check_finite
 from fisher_lab.curvature.kfac.batch_tokens import (
     BatchTokens,
     TokenMasks,
@@ -160,17 +161,19 @@ class _Collector:
         if self.n_ranks == 1:
             masks_of(batch)  # refused before a pass is spent on it
         recording = Capture(self.model, self.sums.promised, self.settings)
-        with torch.enable_grad(), uncompiled(self.model), recording:
-            summed = compute_loss(
-                self.model, batch, function, n_labels=n_labels, reduction=reduction
-            )
-        try:
-            self.add(recording, batch, summed)
-        finally:
-            recording.close()
+        with buffers_kept(self.model):
+            with torch.enable_grad(), uncompiled(self.model), recording:
+                summed = compute_loss(
+                    self.model, batch, function, n_labels=n_labels, reduction=reduction
+                )
+            self._add(recording, batch, summed)
 
     def add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
-        """Adds one captured, prepared batch."""
+        """Adds one captured, prepared batch; what its pass left in the buffers is the caller's."""
+        with buffers_kept(self.model):  # a re-entrant checkpoint runs parts of the pass once more
+            self._add(capture, batch, loss)
+
+    def _add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
             masks = TokenMasks(capture, batch)
@@ -261,7 +264,7 @@ class _Collector:
             self._add_inputs(taking_part, tokens)
 
     def _add_g(self, layer_sums: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
-        if isinstance(layer_sums.g, NormAccumulator):
+        if isinstance(layer_sums.g, BlockAccumulator):
             layer_sums.g.add(a, g)
             return
         if layer_sums.layer.name == self.sums.head.name:
@@ -283,8 +286,8 @@ class _Collector:
         layer = layer_sums.layer
         if layer.tied:
             return
-        if layer.kind is Kind.NORM:
-            part = norm_gradients(a, g, layer.bias is not None, dtype).sum(dim=0)[:, None]
+        if isinstance(layer_sums.g, BlockAccumulator):
+            part = layer_sums.g.own(a, g)
         elif layer.kind is Kind.EMBEDDING:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T
@@ -300,7 +303,7 @@ class _Collector:
         sums = self.sums
         here: dict[tuple, list[Layer]] = {}
         for layer in taking_part:
-            if layer.kind is Kind.NORM:
+            if layer.one_block:
                 continue
             keys = (layer.kind is Kind.EMBEDDING, layer.n_in)
             keys += tuple(share_key(c, layer.augmented) for c in tokens.calls[layer.name])

@@ -189,25 +189,21 @@ class KFACNaturalGradient:
                 "'with kfac.capture(model):', or give a loss function"
             )
         layers = captured.promised if captured is not None and isinstance(loss, Tensor) else None
-        try:
-            statistics = Statistics(
-                wrappers.unwrap(model),
-                layers or self.layers_of(model),
-                self.settings,
-                wrappers.device_of(model),
-                keep_gradient=keep_gradient or self.track_diagonal or verify,
-                verify=verify,
-                rank=self.communicator.rank,
-            )
-            collect(
-                statistics, model, batch, loss, captured, self.communicator, self.progress,
-                n_labels=n_labels, reduction=loss_reduction,
-            )  # fmt: skip
-            rank_counts = reduce(statistics, self.communicator)
-            self._hold_new(refresh(statistics, rank_counts))
-        finally:
-            if captured is not None:
-                captured.close()
+        statistics = Statistics(
+            wrappers.unwrap(model),
+            layers or self.layers_of(model),
+            self.settings,
+            wrappers.device_of(model),
+            keep_gradient=keep_gradient or self.track_diagonal or verify,
+            verify=verify,
+            rank=self.communicator.rank,
+        )
+        collect(
+            statistics, model, batch, loss, captured, self.communicator, self.progress,
+            n_labels=n_labels, reduction=loss_reduction,
+        )  # fmt: skip
+        rank_counts = reduce(statistics, self.communicator)
+        self._hold_new(refresh(statistics, rank_counts))
         if self.track_diagonal:
             self._update_diagonal(model)
         if statistics.keep_gradient and not keep_gradient:
@@ -224,9 +220,7 @@ class KFACNaturalGradient:
             model: the model whose forward pass runs inside the ``with`` block.
         """
         recording = Capture(model, self.layers_of(model), self.settings)
-        earlier, self.captured = self.captured, None
-        if earlier is not None:
-            earlier.close()
+        self.captured = None
         with recording, uncompiled(model):
             yield recording
         self.captured = recording

@@ -37,10 +37,11 @@ class LayerFactors(Mapping[str, Any]):
 
     Attributes:
         layer: the layer.
-        A: input factor, or None for a norm layer (one block over scale and shift).
+        A: input factor, or None where G is one matrix over all numbers (a norm, depthwise).
         G: output factor.
         method: how G is formed, as in ``layers.csv``: ``woodbury`` (from token columns), ``eig`` (a
-            matrix), ``true_head`` or ``norm``. A factor's ``structure`` says how it is stored.
+            matrix), ``true_head``, ``norm`` or ``channels`` (depthwise). A factor's ``structure``
+            says how it is stored.
         tokens: ``T``.
         n_labels: ``N``.
         n_draws: draws of Monte-Carlo labels.

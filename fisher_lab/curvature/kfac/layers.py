@@ -1,9 +1,9 @@
 """Which modules of a model are K-FAC layers, and how their parameters form one matrix.
 
 A layer is ``s = W a + b`` with ``W`` of shape ``[out, in]``. Hugging Face's ``Conv1D`` and
-``nn.Embedding`` store the transpose; results go back in the stored layout. A layer is known by
-its module's path, its parameters by *identity*, under their name in ``named_parameters()``
-(``docs/math.md``, section 1).
+``nn.Embedding`` store the transpose, a convolution ``[out, in, *kernel]``; results go back in the
+stored layout. A layer is known by its module's path, its parameters by *identity*, under their
+name in ``named_parameters()`` (``docs/math.md``, section 1).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
@@ -33,6 +34,11 @@ class Kind(StrEnum):
     CONV1D = "Conv1D"
     EMBEDDING = "Embedding"
     NORM = "Norm"
+    CONV = "Conv"
+    DEPTHWISE = "Depthwise"
+
+
+_CONVOLUTIONS = (Kind.CONV, Kind.DEPTHWISE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ class Layer:
         labels: names of the modules whose uses of the weight add up: several where they share it.
         weight: name of its weight in ``named_parameters()``.
         bias: name of its bias, or None.
-        n_in: inputs, without the bias column.
+        n_in: inputs, without the bias column; of a convolution the numbers under its kernel.
         n_out: outputs.
+        kernel: shape of one output's weights, as they are stored, of a convolution.
         tied: whether another use of the weight is not among these modules (embedding and head
             share it, or the other use is excluded): its gradient is more than these tokens'.
         partner: the other use of a tied weight where both are pooled (``tied=sum``).
@@ -59,6 +66,7 @@ class Layer:
     bias: str | None
     n_in: int
     n_out: int
+    kernel: tuple[int, ...] = ()
     tied: bool = False
     partner: Layer | None = field(default=None, repr=False)
 
@@ -68,9 +76,14 @@ class Layer:
         return self.kind in (Kind.CONV1D, Kind.EMBEDDING)
 
     @property
+    def one_block(self) -> bool:
+        """Whether all of its numbers have one factor G, and there is no A."""
+        return self.kind in (Kind.NORM, Kind.DEPTHWISE)
+
+    @property
     def augmented(self) -> bool:
         """Whether A carries a row and a column for the bias."""
-        return self.bias is not None and self.kind is not Kind.NORM
+        return self.bias is not None and not self.one_block
 
     @property
     def n_parameters(self) -> int:
@@ -83,11 +96,29 @@ class Layer:
         """Dimension of the A factor."""
         return self.n_in + int(self.augmented)
 
+    @property
+    def dim_g(self) -> int:
+        """Dimension of the G factor."""
+        if not self.one_block:
+            return self.n_out
+        each = self.n_in if self.kind is Kind.DEPTHWISE else 1
+        return self.n_out * (each + int(self.bias is not None))
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the weight as it is stored."""
+        if self.kind is Kind.NORM:
+            return (self.n_out,)
+        if self.kind in _CONVOLUTIONS:
+            return (self.n_out, *self.kernel)
+        return (self.n_in, self.n_out) if self.transposed else (self.n_out, self.n_in)
+
     def to_matrix(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns the gradient as ``[out, in]``, or ``[out, in + 1]`` where there is a bias.
 
-        Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``. A bias that exists but has
-        no gradient counts as zero.
+        Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``; of a depthwise convolution
+        the weights and the bias of each output, one output after the other, as a column as well. A
+        bias that exists but has no gradient counts as zero.
         """
         matrix = weight.detach().to(dtype)
         if self.kind is Kind.NORM:
@@ -95,34 +126,37 @@ class Layer:
                 return matrix[:, None]
             shift = torch.zeros_like(matrix) if bias is None else bias.detach().to(matrix)
             return torch.cat([matrix, shift])[:, None]
-        matrix = matrix.T if self.transposed else matrix
-        if not self.augmented:
-            return matrix
-        column = matrix.new_zeros(self.n_out) if bias is None else bias.detach().to(matrix)
-        return torch.cat([matrix, column[:, None]], dim=1)
+        matrix = matrix.T if self.transposed else matrix.flatten(1)
+        if self.bias is not None:
+            column = matrix.new_zeros(self.n_out) if bias is None else bias.detach().to(matrix)
+            matrix = torch.cat([matrix, column[:, None]], dim=1)
+        return matrix.reshape(-1, 1) if self.one_block else matrix
 
     def from_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits a matrix of :meth:`to_matrix`'s shape into weight and bias, as stored."""
         if self.kind is Kind.NORM:
             shift = matrix[self.n_out :, 0] if self.bias is not None else None
             return matrix[: self.n_out, 0], shift
+        matrix = matrix.reshape(self.n_out, -1) if self.one_block else matrix
         weight = matrix[:, : self.n_in]
         weight = weight.T if self.transposed else weight
-        bias = matrix[:, self.n_in] if self.augmented else None
-        return weight, bias
+        bias = matrix[:, self.n_in] if self.bias is not None else None
+        return weight.reshape(self.stored) if self.kernel else weight, bias
 
 
 def is_norm(module: nn.Module) -> bool:
     """Says whether a module is a norm layer with a scale for each feature.
 
-    Known are ``nn.LayerNorm`` over the last dimension and the RMS norms, those by class name
-    (``LlamaRMSNorm``, ``T5LayerNorm``, ``nn.RMSNorm``): each architecture has its own class.
+    Known are ``nn.LayerNorm`` over the last dimension, the norms of torch by channel, and the RMS
+    norms, those by class name (``LlamaRMSNorm``, ``T5LayerNorm``, ``nn.RMSNorm``): each
+    architecture has its own class.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
     name = class_name(module)
-    return isinstance(module, nn.LayerNorm) or name.endswith("RMSNorm") or name == "T5LayerNorm"
+    known = isinstance(module, nn.LayerNorm | nn.GroupNorm | _NormBase)
+    return known or name.endswith("RMSNorm") or name == "T5LayerNorm"
 
 
 def _kind_of(module: nn.Module) -> Kind | None:
@@ -132,14 +166,42 @@ def _kind_of(module: nn.Module) -> Kind | None:
         return Kind.CONV1D
     if isinstance(module, nn.Embedding):
         return Kind.EMBEDDING
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return groups_of(module.weight.shape, module.groups)[0]
     return Kind.NORM if is_norm(module) else None
+
+
+def groups_of(shape: Sequence[int], groups: int) -> tuple[Kind, Sequence[tuple[int, int] | None]]:
+    """Returns what layers a convolution makes, and which rows of its weight are each one's.
+
+    Where a group reads one channel (a depthwise convolution) all groups are one layer, else each
+    is a layer of its own.
+
+    Args:
+        shape: of the weight, ``[out, in / groups, *kernel]``.
+        groups: how many there are.
+    """
+    if groups == 1:
+        return Kind.CONV, [None]
+    if shape[1] == 1:
+        return Kind.DEPTHWISE, [None]
+    size = shape[0] // groups
+    return Kind.CONV, [(start, start + size) for start in range(0, shape[0], size)]
+
+
+def part_text(part: int | tuple[int, int] | None) -> str:
+    """Returns what stands behind a parameter's name for a part of it: ``[3]``, ``[8:12]``."""
+    if part is None:
+        return ""
+    return f"[{part}]" if isinstance(part, int) else f"[{part[0]}:{part[1]}]"
 
 
 def plain(layer: Layer) -> dict[str, Any]:
     """Returns a layer as strings, numbers and lists, for files and for other ranks."""
     values = {f.name: getattr(layer, f.name) for f in fields(layer)}
     partner = None if layer.partner is None else plain(layer.partner)
-    return {**values, "kind": str(layer.kind), "labels": list(layer.labels), "partner": partner}
+    lists = {"labels": list(layer.labels), "kernel": list(layer.kernel)}
+    return {**values, **lists, "kind": str(layer.kind), "partner": partner}
 
 
 def layer_of(entry: Mapping[str, Any]) -> Layer:
@@ -150,6 +212,7 @@ def layer_of(entry: Mapping[str, Any]) -> Layer:
             **entry,
             "kind": Kind(entry["kind"]),
             "labels": tuple(entry["labels"]),
+            "kernel": tuple(entry.get("kernel", ())),
             "partner": None if partner is None else layer_of(partner),
         }
     )
@@ -194,14 +257,29 @@ def base_of(name: str) -> str:
     return name.partition("[")[0]
 
 
+def _index(name: str) -> int | slice:
+    """Which part of its parameter a name says: ``[3]`` an element, ``[8:12]`` rows."""
+    start, colon, stop = name.partition("[")[2][:-1].partition(":")
+    return slice(int(start), int(stop)) if colon else int(start)
+
+
+def _pieces(name: str, length: int) -> list[str]:
+    """The names of all parts of a parameter of which ``name`` is one."""
+    base, index = base_of(name), _index(name)
+    if isinstance(index, int):
+        return [f"{base}{part_text(n)}" for n in range(length)]
+    size = index.stop - index.start
+    return [f"{base}{part_text((n, n + size))}" for n in range(0, length, size)]
+
+
 def value_of(named: Mapping[str, Tensor], name: str) -> Tensor:
     """Returns what stands for a layer's weight in a mapping by parameter: all of it, or its part.
 
     Raises:
         KeyError: the parameter is not in the mapping.
     """
-    base, _, part = name.partition("[")
-    return named[base][int(part[:-1])] if part else named[base]
+    whole = named[base_of(name)]
+    return whole if base_of(name) == name else whole[_index(name)]
 
 
 def in_parts(named: Mapping[str, Tensor], layers: Iterable[Layer]) -> dict[str, Tensor]:
@@ -211,11 +289,12 @@ def in_parts(named: Mapping[str, Tensor], layers: Iterable[Layer]) -> dict[str, 
         named: by parameter.
         layers: the layers.
     """
-    cut = {base_of(x.weight) for x in layers if base_of(x.weight) != x.weight} & set(named)
+    names = [name for x in layers for name in (x.weight, x.bias) if name is not None]
+    cut = {base_of(name): name for name in names if base_of(name) != name}
     found: dict[str, Tensor] = {}
     for name, value in named.items():
-        parts = {f"{name}[{n}]": part for n, part in enumerate(value)} if name in cut else {}
-        found |= parts or {name: value}
+        pieces = _pieces(cut[name], len(value)) if name in cut else []
+        found |= {piece: value[_index(piece)] for piece in pieces} or {name: value}
     return found
 
 
@@ -234,7 +313,7 @@ def whole_again(named: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
             continue
         if base not in found:
             found[base] = value.new_zeros(shapes[base])
-        found[base][int(name[len(base) + 1 : -1])] = value
+        found[base][_index(name)] = value
     return found
 
 
@@ -273,7 +352,12 @@ def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
         weight = None if kind is None else names.get(id(module.weight))
         if kind is None or weight is None:  # a weight that others are made into has no name
             continue
-        uses.append(UseOf(name, kind, weight, names.get(id(getattr(module, "bias", None)))))
+        bias = names.get(id(getattr(module, "bias", None)))
+        parts: Sequence[tuple[int, int] | None] = [None]
+        if kind is Kind.CONV:
+            parts = groups_of(module.weight.shape, module.groups)[1]  # type: ignore[arg-type]
+        for text in map(part_text, parts):
+            uses.append(UseOf(name + text, kind, weight + text, bias and bias + text))
     layers = from_uses(model, uses, settings)
     if not any(layer.kind is not Kind.NORM for layer in layers.layers.values()):
         raise LayerError(_nothing_found(model, settings, layers.skipped))
@@ -300,13 +384,19 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
         if use.kind is Kind.NORM and not settings.norm_layers:
             continue
         weight = parameters[base_of(use.weight)]
-        bias = use.bias if use.bias is None or parameters[use.bias].requires_grad else None
+        bias = use.bias
+        if bias is not None and not parameters[base_of(bias)].requires_grad:
+            bias = None
         reason = _why_not(use, weight, modules.get(use.label), settings)
         if reason is not None:
             skipped[use.label] = reason
             continue
-        n_in, n_out = sizes(use.kind, value_of(parameters, use.weight))
-        found.append(Layer(use.label, use.kind, (use.label,), use.weight, bias, n_in, n_out))
+        value = value_of(parameters, use.weight)
+        n_in, n_out = sizes(use.kind, value)
+        kernel = kernel_of(use.kind, value)
+        found.append(
+            Layer(use.label, use.kind, (use.label,), use.weight, bias, n_in, n_out, kernel)
+        )
     layers = _join_shared(found, settings.tied, skipped)
     known = input_embeddings(model)
     candidates = {
@@ -321,8 +411,13 @@ def sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:
     """Inputs and outputs of a layer."""
     if kind is Kind.NORM:
         return weight.numel(), weight.numel()
-    rows, columns = weight.shape
-    return (columns, rows) if kind is Kind.LINEAR else (rows, columns)
+    rows, columns = weight.flatten(1).shape
+    return (rows, columns) if kind in (Kind.CONV1D, Kind.EMBEDDING) else (columns, rows)
+
+
+def kernel_of(kind: Kind, weight: Tensor) -> tuple[int, ...]:
+    """Shape of one output's weights, of a convolution."""
+    return tuple(weight.shape[1:]) if kind in _CONVOLUTIONS else ()
 
 
 def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, str]) -> str:
@@ -331,7 +426,8 @@ def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, 
         f"{name or '(the model)'}: {why}" for name, why in list(skipped.items())[:3]
     )
     return (
-        f"model: no K-FAC layer found in {kind} (Linear, Conv1D and Embedding are supported; "
+        f"model: no K-FAC layer found in {kind} (linear layers, convolutions and embeddings are "
+        "supported; "
         f"include={settings.include}, exclude={settings.exclude})"
         + (f"; left out: {reasons}" if reasons else "")
     )
@@ -342,9 +438,10 @@ def _why_not(
 ) -> str | None:
     if not weight.requires_grad:
         return "frozen"
-    if settings.include and not any(fnmatchcase(use.label, p) for p in settings.include):
+    names = {use.label, base_of(use.label)}
+    if settings.include and not any(fnmatchcase(n, p) for p in settings.include for n in names):
         return NOT_INCLUDED
-    if any(fnmatchcase(use.label, p) for p in settings.exclude):
+    if any(fnmatchcase(n, p) for p in settings.exclude for n in names):
         return EXCLUDED
     if use.kind is Kind.EMBEDDING:
         options = ("max_norm", "scale_grad_by_freq", "sparse")
@@ -373,8 +470,10 @@ def _mark_shared(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
                 holders.setdefault(id(parameter), set()).add(path)
     marked = []
     for layer in layers:
-        own = set(layer.labels) | set(layer.partner.labels if layer.partner else ())
-        held = (parameters[name] for name in (layer.weight, layer.bias) if name is not None)
+        labels = (*layer.labels, *(layer.partner.labels if layer.partner else ()))
+        own = set(map(base_of, labels))
+        names = (name for name in (layer.weight, layer.bias) if name is not None)
+        held = (parameters[base_of(name)] for name in names)
         shared = any(holders.get(id(p), own) - own for p in held)
         marked.append(replace(layer, tied=True) if shared else layer)
     return marked
@@ -403,11 +502,14 @@ def _pool(layers: list[Layer]) -> Layer | None:
     if not layers:
         return None
     first = layers[0]
-    biases = {layer.bias for layer in layers}
+    alike = [layer for layer in layers if layer.kind is first.kind]
+    if len(alike) < len(layers):  # a weight that is used in two ways: autograd adds them up
+        first = replace(first, tied=True)
+    biases = {layer.bias for layer in alike}
     if len(biases) > 1:
-        names = ", ".join(layer.name for layer in layers)
+        names = ", ".join(layer.name for layer in alike)
         raise LayerError(f"layers {names}: one weight but different biases; exclude all but one")
-    return replace(first, labels=tuple(dict.fromkeys(x for layer in layers for x in layer.labels)))
+    return replace(first, labels=tuple(dict.fromkeys(x for layer in alike for x in layer.labels)))
 
 
 def every_layer(layers: Iterable[Layer]) -> list[Layer]:

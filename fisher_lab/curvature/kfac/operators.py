@@ -10,9 +10,11 @@ of torch that the forward pass calls.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisher_lab.curvature.kfac.layers import Kind
+from fisher_lab.curvature.kfac.layers import Kind, groups_of
+from fisher_lab.curvature.kfac.layouts import Channels, Patches, RowLayout, window_of
 from fisher_lab.curvature.kfac.token_ids import words
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 
@@ -37,24 +40,28 @@ class Use:
 
     Attributes:
         kind: of the layer that it makes: ``Linear`` for ``W`` as ``[out, in]``, ``Conv1D`` for
-            ``[in, out]``, ``Embedding`` for a look-up, ``Norm`` for a scale.
+            ``[in, out]``, ``Embedding`` for a look-up, ``Norm`` for a scale, ``Conv`` and
+            ``Depthwise`` for a convolution.
         weight: the parameter's identity.
-        part: which part of a stack of matrices it is; None for all of the parameter.
+        part: which matrix of a stack it is, or which rows of the weight (and of the bias) are a
+            group's; None for all of the parameter.
         bias: the identity of the bias that the same operator adds; None without one.
         a: what the operator reads (the indices of a look-up).
         rows: which of the operator's rows (in the first dimension) are this part's; None for all.
         normalise: makes the scaled values of ``a``, where the operator normalises too.
         padding: the index whose row a look-up does not train.
+        layout: how the rows lie, where features are not the last dimension.
     """
 
     kind: Kind
     weight: int
     bias: int | None
     a: Tensor
-    part: int | None = None
+    part: int | tuple[int, int] | None = None
     rows: int | slice | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
     padding: int | None = None
+    layout: RowLayout | None = None
 
 
 class OperatorWatch(TorchFunctionMode):
@@ -306,6 +313,50 @@ def _scale(
     return []
 
 
+def _convolution(
+    watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+) -> list[Use]:
+    """``F.conv2d(x, W, b, stride, padding, dilation, groups)``, a use for each group."""
+    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
+    matrix = watch.parameter(weight)
+    bias = watch.parameter(_argument(args, kwargs, 2, "bias"))
+    stored = matrix is not None and matrix.part is None and not matrix.transposed
+    if matrix is None or not stored or watch.parameter(x) is not None:
+        return []
+    window = window_of(weight.shape[2:], args, kwargs)
+    kind, parts = groups_of(weight.shape, _argument(args, kwargs, 6, "groups") or 1)
+    added, read = None if bias is None else bias.identity, weight.shape[1]
+    found = []
+    for number, part in enumerate(parts):
+        own = None if part is None else (number * read, (number + 1) * read)
+        layout = Patches(window, own, part)
+        found.append(Use(kind, matrix.identity, added, x, part, layout=layout))
+    return found
+
+
+def _channels(
+    norm: Callable[..., Tensor],
+    watch: OperatorWatch,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    out: Tensor,
+) -> list[Use]:
+    """Torch's norms with a scale for each channel, ``[N, channels, *positions]``."""
+    given = inspect.signature(norm).bind(*args, **kwargs).arguments
+    scale, shift = watch.parameter(given.get("weight")), watch.parameter(given.get("bias"))
+    x = given.pop("input")
+    if scale is None or x.dim() < 2:
+        return []
+    own = given.get("training", given.get("use_input_stats", norm is F.instance_norm))
+    none = ("weight", "bias", *(("running_mean", "running_var") if own else ()))
+    given |= dict.fromkeys([name for name in none if name in given])
+    layout = Channels(x.dim() - 2, lambda x: norm(x, **given))
+    bias = None if shift is None else shift.identity
+    return [Use(Kind.NORM, scale.identity, bias, x, layout=layout)]
+
+
+_CHANNEL_NORMS = (F.batch_norm, F.group_norm, F.instance_norm)
+
 _READERS: dict[str, Reader] = {
     "linear": _linear,
     "addmm": _addmm,
@@ -319,6 +370,8 @@ _READERS: dict[str, Reader] = {
     "embedding": _embedding,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
+    **{norm.__name__: partial(_channels, norm) for norm in _CHANNEL_NORMS},
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(_SCALES, _scale),
 }
 

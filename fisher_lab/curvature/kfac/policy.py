@@ -32,13 +32,13 @@ def wants_woodbury(settings: KFACSettings, out: int, columns: int | None) -> boo
 
 
 def method(settings: KFACSettings, layer: Layer, columns: int | None) -> str:
-    """Returns how a layer's G is formed: ``woodbury``, ``eig`` or ``norm``.
+    """Returns how a layer's G is formed: ``woodbury``, ``eig``, ``norm`` or ``channels``.
 
     A layer that a policy sends to the dense path although its dense factor is too large takes
     Woodbury with reduced columns.
     """
-    if layer.kind is Kind.NORM:
-        return "norm"
+    if layer.one_block:
+        return "norm" if layer.kind is Kind.NORM else "channels"
     if wants_woodbury(settings, layer.n_out, columns) or layer.n_out > settings.max_dense_dim:
         return "woodbury"
     return "eig"
@@ -59,7 +59,7 @@ def check(settings: KFACSettings, layer: Layer) -> None:
             f"({gigabytes:.1f} GB), policy small_only; allowed: out <= max_dense_dim = {limit}, "
             "or another policy"
         )
-    if layer.kind in (Kind.LINEAR, Kind.CONV1D) and layer.dim_a > limit:
+    if layer.kind is not Kind.EMBEDDING and not layer.one_block and layer.dim_a > limit:
         raise LayerError(
             f"layer {layer.name}: its A factor is {layer.dim_a} x {layer.dim_a}; allowed: "
             f"in <= max_dense_dim = {limit}, or exclude the layer"
@@ -108,15 +108,18 @@ def cost_a(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
     n = layer.dim_a
     if layer.kind is Kind.EMBEDDING:
         return Cost(n * core_itemsize, float(tokens), float(n) * layer.n_out)
-    if layer.kind is Kind.NORM:
+    if layer.one_block:
         return Cost(0, 0.0, 0.0)
     return _cost_of_matrix(n, tokens, layer.n_out, core_itemsize)
 
 
-def cost_norm(layer: Layer, tokens: int, *, dense: bool, core_itemsize: int = 8) -> Cost:
-    """Returns the cost of a norm layer's block over scale and shift."""
-    n = layer.n_out * (2 if layer.bias is not None else 1)
-    if not dense:
+def cost_block(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
+    """Returns the cost of the one block of a norm layer, or of the blocks of its channels."""
+    n = layer.dim_g
+    if layer.kind is Kind.DEPTHWISE:
+        one = _cost_of_matrix(n // layer.n_out, tokens, 1, core_itemsize)
+        return Cost(*(layer.n_out * value for value in vars(one).values()))
+    if layer.n_out > NORM_MAX_DIM:
         return Cost(n * core_itemsize, 2.0 * n * tokens, float(n))
     return _cost_of_matrix(n, tokens, 1, core_itemsize)
 

@@ -243,7 +243,7 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
                 "does not"
             )
         shape = tuple(value_of(parameters, layer.weight).shape)
-        expected = _stored_shape(layer)
+        expected = layer.stored
         if shape != expected:
             raise LayerError(
                 f"layer {name}: factors for a weight of shape {expected}, the model's has {shape}"
@@ -291,7 +291,7 @@ def matrix_of(layer: Layer, vectors: Mapping[str, Tensor], dtype: torch.dtype) -
     """
     weight = vectors[layer.weight]
     bias = vectors.get(layer.bias) if layer.bias is not None else None
-    checked = [(layer.weight, weight, _stored_shape(layer)), (layer.bias, bias, (layer.n_out,))]
+    checked = [(layer.weight, weight, layer.stored), (layer.bias, bias, (layer.n_out,))]
     for name, vector, shape in checked:
         if vector is not None and tuple(vector.shape) != shape:
             raise LayerError(
@@ -308,9 +308,3 @@ def named_of(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
     if layer.bias is not None and bias is not None:
         named[layer.bias] = bias
     return named
-
-
-def _stored_shape(layer: Layer) -> tuple[int, ...]:
-    if layer.kind is Kind.NORM:
-        return (layer.n_out,)
-    return (layer.n_in, layer.n_out) if layer.transposed else (layer.n_out, layer.n_in)

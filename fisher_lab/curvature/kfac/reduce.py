@@ -25,7 +25,7 @@ from fisher_lab.curvature.collectives import (
     together,
 )
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
+from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
 from fisher_lab.curvature.kfac.inverses import owners
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, layer_of, plain
 from fisher_lab.curvature.kfac.policy import wants_woodbury
@@ -138,7 +138,7 @@ class _Reduction:
         """Sums the A sides; layers share one where they do on every rank."""
         rank, groups = self.communicator.rank, dict[tuple[int, ...], list[Layer]]()
         for layer in present:
-            if layer.kind is not Kind.NORM:
+            if not layer.one_block:
                 groups.setdefault(tuple(self._of(layer.name, "group", -1)), []).append(layer)
         uses = [key[rank] for key in groups]
         result: dict[int, InputSum] = {}
@@ -163,7 +163,7 @@ class _Reduction:
         rows = tuple(self._of(layer.name, "tokens"))
         layer_sums.tokens = sum(rows)
         shape = (layer.n_out, layer.dim_a)
-        if isinstance(layer_sums.g, NormAccumulator):
+        if isinstance(layer_sums.g, BlockAccumulator):
             layer_sums.g.total = self.communicator.all_reduce(layer_sums.g.total)
             shape = (layer_sums.g.dim, 1)
         elif layer.name != sums.head.name:

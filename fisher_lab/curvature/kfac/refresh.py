@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.errors import BatchError, LayerError
-from fisher_lab.curvature.kfac.accumulators import GradientAccumulator, NormAccumulator
+from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
 from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
     DiagonalFactor,
@@ -25,9 +25,11 @@ from fisher_lab.curvature.kfac.layers import (
     Kind,
     Layer,
     base_of,
+    in_parts,
     value_of,
 )
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.policy import method
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
@@ -221,8 +223,9 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
         "layer": layer, "tokens": layer_sums.tokens, "n_labels": sums.n_labels,
         "n_draws": count, "fisher": sums.fisher_kind, "own": own,
     }  # fmt: skip
-    if isinstance(layer_sums.g, NormAccumulator):
-        return LayerFactors(A=None, G=layer_sums.g.factor(weight), method="norm", **common)
+    if isinstance(layer_sums.g, BlockAccumulator):
+        how = method(sums.settings, layer, None)
+        return LayerFactors(A=None, G=layer_sums.g.factor(weight), method=how, **common)
     if layer_sums.group not in shared:
         shared[layer_sums.group] = sums.inputs[layer_sums.group].factor()
     common["A"] = shared[layer_sums.group]
@@ -230,8 +233,8 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
         common["fisher"] = "true"
         return LayerFactors(G=sums.head.factor(layer_sums.tokens), method="true_head", **common)
     g = layer_sums.g.factor(weight)
-    method = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
-    factors = LayerFactors(G=g, method=method, **common)
+    how = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
+    factors = LayerFactors(G=g, method=how, **common)
     _keep_tokens(sums, factors, layer_sums)
     if layer.partner is not None and layer.partner.name in sums.by_layer:
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
@@ -247,7 +250,8 @@ def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     if base_of(layer.weight) not in gradients:
         return None
     weight = value_of(gradients, layer.weight)
-    bias = gradients.get(layer.bias) if layer.bias is not None else None
+    named = in_parts(gradients, [layer])
+    bias = named.get(layer.bias) if layer.bias is not None else None
     return layer.to_matrix(weight, bias, weight.dtype)
 
 

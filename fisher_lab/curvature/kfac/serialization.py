@@ -27,6 +27,7 @@ from fisher_lab.curvature.kfac.layers import (
     Layer,
     Layers,
     base_of,
+    kernel_of,
     layer_of,
     plain,
     sizes,
@@ -226,8 +227,9 @@ def _layer_of(
     if use["kind"] not in set(Kind):
         raise FactorFileError(f"factors: layer {name} is of an unknown kind {use['kind']!r}")
     shown = layer_of(use)
-    n_in, n_out = sizes(shown.kind, value_of(parameters, shown.weight))
-    return replace(shown, n_in=n_in, n_out=n_out)
+    value = value_of(parameters, shown.weight)
+    n_in, n_out = sizes(shown.kind, value)
+    return replace(shown, n_in=n_in, n_out=n_out, kernel=kernel_of(shown.kind, value))
 
 
 def _uncovered(
@@ -246,7 +248,7 @@ def _check_needs(
 ) -> None:
     """Refuses EKFAC without the tokens, and factors without the diagonal of what is uncovered."""
     for name, factors in found.items():
-        kept = factors.tokens_g is not None or factors.method in ("norm", "true_head")
+        kept = factors.tokens_g is not None or factors.A is None or factors.method == "true_head"
         if settings.ekfac and not kept:
             raise FactorFileError(
                 f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
@@ -278,8 +280,7 @@ def _checked_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> 
 def _restore_layer(
     layer: Layer, entry: Mapping[str, Any], read: _Reader, earlier: Mapping[str, LayerFactors]
 ) -> LayerFactors:
-    norm, indices = layer.kind is Kind.NORM, layer.kind is Kind.EMBEDDING
-    dim_g = 2 * layer.n_out if norm and layer.bias is not None else layer.n_out
+    indices = layer.kind is Kind.EMBEDDING
     read = replace(read, prefix=f"{layer.name}/")
     a = entry["A"]
     if a is not None and "same_as" in a:
@@ -290,10 +291,10 @@ def _restore_layer(
     return LayerFactors(
         layer=layer,
         A=input_factor,
-        G=read.factor("G", entry["G"], dim_g),
+        G=read.factor("G", entry["G"], layer.dim_g),
         **{key: entry[key] for key in PLAIN},
         a=read.kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
-        own=read.kept("own", dim_g, 1 if norm else layer.dim_a),
+        own=read.kept("own", layer.dim_g, 1 if layer.one_block else layer.dim_a),
         tokens_g=tokens_g,
         order=read.kept("order", None if tokens_g is None else len(tokens_g)),
     )

@@ -16,6 +16,8 @@ from torch.autograd.graph import get_gradient_edge
 from fisher_lab.curvature.collectives import Communicator, Spread, rank_seed
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.accumulators import (
+    BlockAccumulator,
+    ChannelAccumulator,
     CountAccumulator,
     GradientAccumulator,
     MomentAccumulator,
@@ -216,7 +218,7 @@ class LayerSums:
 
     Attributes:
         layer: the layer.
-        g: the sum of its G side (of its whole block, for a norm layer).
+        g: the sum of its G side (of its whole block, where it has no A).
         group: key of its A side in :attr:`Statistics.inputs`, which layers may share; -1 for none.
         inputs: its tokens ``[T, in]``, a batch each, as long as they may be wanted.
         own: ``sum_t g_t a_t^T``, ``[out, dim_a]`` in the core dtype, where it was asked for.
@@ -227,7 +229,7 @@ class LayerSums:
     """
 
     layer: Layer
-    g: GradientAccumulator | NormAccumulator
+    g: GradientAccumulator | BlockAccumulator
     group: int = -1
     inputs: list[Tensor] = field(default_factory=list)
     own: Tensor | None = None
@@ -308,7 +310,8 @@ class Statistics:
                 check(self.settings, layer)
             elif layer.tied and not before.tied:
                 self._hand_over(name)
-            summed = {base_of(layer.weight), layer.bias} & set(self.uncovered.gradients)
+            names = {base_of(n) for n in (layer.weight, layer.bias) if n is not None}
+            summed = names & set(self.uncovered.gradients)
             tied = layer.tied or bool(summed) or (before is not None and before.tied)
             layers[name] = replace(layer, tied=tied)
         for name, reason in found.skipped.items():
@@ -332,7 +335,7 @@ class Statistics:
         weight, bias = sums.layer.from_matrix(sums.own)
         self.uncovered.add_part(sums.layer.weight, weight)
         if sums.layer.bias is not None and bias is not None:
-            self.uncovered.add_one(sums.layer.bias, bias)
+            self.uncovered.add_part(sums.layer.bias, bias)
         sums.own = None
 
     def own_gradients(self) -> dict[str, Tensor]:
@@ -355,15 +358,20 @@ class Statistics:
     def of(self, layer: Layer) -> LayerSums:
         """Returns what is being summed for a layer; begins it where nothing is there yet."""
         if layer.name not in self.by_layer:
-            n, shift = layer.n_out, layer.bias is not None
-            if layer.kind is Kind.NORM:
-                core, label = self.settings.numerics.core_dtype, f"layer {layer.name}"
-                dense = n <= NORM_MAX_DIM
-                g = NormAccumulator(n, shift, dense, core, self.device, label)
-            else:
-                g = GradientAccumulator(layer.name, n, self.settings, self.seed)
-            self.by_layer[layer.name] = LayerSums(layer, g)
+            self.by_layer[layer.name] = LayerSums(layer, self._output_of(layer))
         return self.by_layer[layer.name]
+
+    def _output_of(self, layer: Layer) -> GradientAccumulator | BlockAccumulator:
+        """An empty sum for a layer's G side."""
+        n, shift = layer.n_out, layer.bias is not None
+        core, label = self.settings.numerics.core_dtype, f"layer {layer.name}"
+        match layer.kind:
+            case Kind.NORM:
+                return NormAccumulator(n, shift, n <= NORM_MAX_DIM, core, self.device, label)
+            case Kind.DEPTHWISE:
+                return ChannelAccumulator(n, layer.n_in, shift, core, self.device, label)
+            case _:
+                return GradientAccumulator(layer.name, n, self.settings, self.seed)
 
     def input_of(self, layer: Layer) -> InputSum:
         """Returns an empty sum for a layer's A side."""

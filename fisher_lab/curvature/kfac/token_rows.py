@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fisher_lab.curvature.kfac.layouts import Window, seen, window_of
 from fisher_lab.curvature.kfac.token_ids import (
     FILLED,
     OWN,
@@ -51,7 +51,17 @@ _RESHAPES = words("view reshape view_as reshape_as flatten ravel")
 _COPIES = words("flip roll repeat tile repeat_interleave index_select pad unfold")
 _JOINS = words("cat concat concatenate")
 _PRODUCTS = words("matmul __matmul__ mm bmm __rmatmul__ linear addmm baddbmm")
-_BY_FIRST = words("scaled_dot_product_attention grouped_mm _grouped_mm grouped_mm_fallback")
+_BY_FIRST = words(
+    "scaled_dot_product_attention grouped_mm _grouped_mm grouped_mm_fallback masked_scatter "
+    "masked_scatter_"
+)
+_RESAMPLINGS = frozenset(
+    f"{name}{n}d"
+    for name in words(
+        "max_pool avg_pool lp_pool adaptive_max_pool adaptive_avg_pool conv_transpose"
+    )
+    for n in (1, 2, 3)
+) | words("interpolate upsample")
 _SUMS = words(
     "sum mean max min amax amin argmax argmin norm prod all any std var logsumexp nanmean "
     "count_nonzero nansum"
@@ -76,7 +86,7 @@ class TokenRows:
         self.count = 0
         self.filled = False
         self._waiting = WeakTensorKeyDictionary()
-        self.pooled: list[tuple[int, Tensor]] = []
+        self.pooled: list[tuple[int, Tensor, bool]] = []
         self._picked: dict[int, Tensor] = {}
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
             (_SAME, self._same),
@@ -90,7 +100,8 @@ class TokenRows:
             (["embedding", "one_hot", "view_as_real"], self._one_more),
             (["view_as_complex"], self._without_last),
             (_BY_FIRST, self._by_first),
-            (["conv1d"], self._convolve),
+            (["conv1d", "conv2d", "conv3d"], self._convolve),
+            (_RESAMPLINGS, self._resample),
             (_SUMS, self._sum),
             (_SORTS, self._sort),
             (["gather", "take_along_dim"], self._gather),
@@ -357,19 +368,40 @@ class TokenRows:
         return union(found)
 
     def _convolve(self, call: Operation) -> Origin:
-        """A convolution over tokens that adds to their right; what it adds belongs to none."""
-        x, out = call.given[0], call.outs[0]
-        origin = self.of(x)
-        if isinstance(origin, Fixed) or x.dim() != 3 or out.size(-1) < x.size(-1):
+        """A location stands for a token, or for those in its window (:func:`.layouts.seen`)."""
+        origin, weight = self.of(call.first), call.argument(1, "weight")
+        if isinstance(origin, Fixed) or self.of(weight) is not Fixed.CONSTANT:
             return Fixed.UNKNOWN
-        more = out.size(-1) - x.size(-1)
-        return union(
-            [
-                i if i.size(2) == 1 else F.pad(i, (0, more), value=FILLED)
-                for i in origin
-                if i.size(1) == 1
-            ]
-        )
+        window, n = window_of(weight.shape[2:], call.args, call.kwargs), weight.dim() - 2
+        found = []
+        for ids in origin:
+            if ids.size(-n - 1) > 1:
+                ids = self._joined(ids.movedim(-n - 1, -1), False).unsqueeze(-n - 1)
+            found.append(self._windows(ids, window, call.outs[0].shape[-n:]))
+        return union(found)
+
+    def _windows(self, ids: Tensor, window: Window, n_out: Sequence[int]) -> Tensor:
+        for d, length in enumerate(n_out):
+            axis = d - len(n_out)
+            if ids.size(axis) > 1:
+                made = seen(ids.movedim(axis, -1), window, d, length)
+                ids = self._joined(made, True).movedim(-1, axis)
+                self.filled = True
+        return ids
+
+    def _joined(self, ids: Tensor, every: bool) -> Tensor:
+        """One id for those along the last dimension; where all are filled in, so is the row."""
+        if ids.size(-1) == 1:
+            return ids[..., 0]
+        return self._pool(ids, 1, every)[..., 0].where((ids != FILLED).any(dim=-1), FILLED)
+
+    def _resample(self, call: Operation) -> Origin:
+        """Positions are mixed, as many as there are: what does not vary along them stays."""
+        origin, out = self.of(call.first), call.outs[0]
+        if isinstance(origin, Fixed) or out.dim() != call.first.dim():
+            return Fixed.UNKNOWN
+        n = int(call.name[-2]) if call.name[-1] == "d" else max(out.dim() - 2, 1)
+        return union([i for i in origin if all(i.size(d) == 1 for d in range(-n, 0))])
 
     def _sum(self, call: Operation) -> Origin:
         x, out = call.first, call.outs[0]
@@ -392,11 +424,14 @@ class TokenRows:
                 found = [i.squeeze(d) for i in found]
         return union(found)
 
-    def _pool(self, ids: Tensor, n_dims: int) -> Tensor:
-        """New ids for rows that several tokens make, which their last ``n_dims`` dimensions are."""
+    def _pool(self, ids: Tensor, n_dims: int, every: bool = False) -> Tensor:
+        """New ids for rows that several tokens make, which their last ``n_dims`` dimensions are.
+
+        Such a row counts if one of them does, or if ``every`` one of them does.
+        """
         shape = ids.shape[: ids.dim() - n_dims]
         made = self.new_tokens(shape, ids.device)
-        self.pooled.append((int(made.reshape(-1)[0]), ids.reshape(shape.numel(), -1)))
+        self.pooled.append((int(made.reshape(-1)[0]), ids.reshape(shape.numel(), -1), every))
         return made.reshape(*shape, *[1] * n_dims)
 
     def _sort(self, call: Operation) -> list[Origin] | Origin:

@@ -167,13 +167,18 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("end", ["failed", "captured again", "own pass"])
+@pytest.mark.parametrize("end", ["never collected", "failed", "captured again", "own pass"])
 def test_no_hook_of_a_reentrant_capture_stays(end):
     model = build(reentrant=True)
     kfac = KFACNaturalGradient(track_diagonal=False)
-    with kfac.capture(model):
+    with kfac.capture(model) as recording:
         loss = squared(model(batch()), None).sum()
-    assert hooks(model) > 0, "they wait for the replay"
+    assert hooks(model) == 0, "the replay adds its own"
+    seen = len(recording.outputs), len(recording.inputs), recording.rows.count
+    model(batch())
+    assert (len(recording.outputs), len(recording.inputs), recording.rows.count) == seen
+    if end == "never collected":
+        return
     if end == "failed":
         with pytest.raises(CurvatureError, match="not finite"):
             kfac.collect_kfac_factors(model, batch(), loss * float("nan"), n_labels=7)

@@ -7,6 +7,7 @@ import torch
 
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.kfac.factors import (
+    BlockDiagonalFactor,
     Columns,
     DenseFactor,
     DiagonalFactor,
@@ -62,6 +63,7 @@ FACTORS = {
         Columns.store(columns(4).data * 1e-3, torch.float16, None), 0.25, DOUBLE
     ),
     "diagonal": lambda: DiagonalFactor(random(DIM).square()),
+    "blocks": lambda: BlockDiagonalFactor(random(3, 3, 2) @ random(3, 3, 2).mT),
     "diagonal and columns": lambda: WoodburyFactor(columns(4), 0.25, DOUBLE).plus_diagonal(
         random(DIM).square()
     ),
