@@ -76,6 +76,12 @@ class KFACSettings:
         "Labels from the data, sampled from the model, or their expectation.",
         one_of("empirical", "mc", "true"),
     )
+    sharing: str = setting(
+        "expand",
+        "The rows of a layer: its tokens, or one an example, its mean input and its summed "
+        "gradient (`docs/math.md`, section 1).",
+        one_of("expand", "reduce"),
+    )
     n_samples: int = setting(1, "Label draws per token for `fisher=mc`.", whole(1))
     true_max_classes: int = setting(
         64, "`fisher=true` is exact for the inner layers up to this many classes.", whole(1)

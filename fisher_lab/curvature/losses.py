@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisher_lab.curvature.errors import BatchError, LossError
+from fisher_lab.curvature.errors import LossError
 from fisher_lab.curvature.labels import (
     IGNORE_INDEX,
     _declared_shift,
@@ -34,89 +33,26 @@ from fisher_lab.curvature.labels import (
     prepare,
     shift_of,
 )
+from fisher_lab.curvature.likelihoods import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Likelihood,
+    Scored,
+    SquaredError,
+    at_least_float32,
+    understood,
+)
 from fisher_lab.curvature.wrappers import unwrap
 
 __all__ = [
-    "IGNORE_INDEX", "CrossEntropy", "LossFunction", "Scored", "SummedLoss", "at_least_float32",
-    "compute_loss", "count_labels", "forward", "gradients_of", "is_empty", "labels_of", "logits_of",
-    "map_tensors", "prepare", "score", "scorer", "shift_of", "sum_of", "summed_loss",
-    "token_losses",
+    "IGNORE_INDEX", "BinaryCrossEntropy", "CrossEntropy", "Likelihood", "LossFunction", "Scored",
+    "SquaredError", "SummedLoss", "at_least_float32", "compute_loss", "count_labels", "forward",
+    "gradients_of", "is_empty", "labels_of", "likelihood_of", "logits_of", "map_tensors", "prepare",
+    "score", "scorer", "shift_of", "sum_of", "summed_loss", "token_losses", "understood",
 ]  # fmt: skip
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, batch)``: a scalar, or unreduced losses (one a token) that are summed."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Logits and targets at the labelled positions of one batch.
-
-    Attributes:
-        logits: ``[N, C]``, with graph, own dtype of the model but at least float32.
-        targets: ``[N]`` int64.
-        rows: ``[N]`` int64, index of the sequence (or example) in the batch.
-        positions: ``[N]`` int64, index of the predicting position within it (0 where the model
-            gives one prediction an example).
-    """
-
-    logits: Tensor
-    targets: Tensor
-    rows: Tensor
-    positions: Tensor
-
-    @property
-    def n_labels(self) -> int:
-        """Number of labels that count, ``N``."""
-        return self.targets.numel()
-
-
-class CrossEntropy:
-    """Cross-entropy of the logits against ``batch["labels"]``, unreduced.
-
-    Args:
-        shift: whether position ``t`` predicts the label at ``t + 1`` (a causal language model).
-    """
-
-    def __init__(self, shift: bool = False) -> None:
-        self.shift = shift
-
-    def score(self, outputs: Any, batch: Any) -> Scored:
-        """Returns the logits and targets at the labelled positions.
-
-        Args:
-            outputs: a tensor of logits ``[B, C]`` or ``[B, S, C]``, or an object with ``.logits``.
-            batch: a mapping with ``labels`` (``[B]`` or ``[B, S]``), or a pair (inputs, labels).
-
-        Raises:
-            LossError: there are no logits or no labels.
-            BatchError: the shapes of logits and labels do not fit.
-        """
-        logits = logits_of(outputs)
-        labels = labels_of(batch)
-        if labels is None:
-            raise LossError("batch: no 'labels' in it, and the loss needs them")
-        if logits.dim() - 1 != labels.dim() or logits.shape[:-1] != labels.shape:
-            raise BatchError(
-                f"labels: shape {tuple(labels.shape)} does not fit logits of shape "
-                f"{tuple(logits.shape)}; allowed: the logits' shape without its last dimension"
-            )
-        labels = labels.to(logits.device)
-        if self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        keep = labels != IGNORE_INDEX
-        where = keep.nonzero()
-        rows = where[:, 0]
-        positions = where[:, 1] if where.shape[1] > 1 else torch.zeros_like(rows)
-        return Scored(at_least_float32(logits[keep]), labels[keep], rows, positions)
-
-    def __call__(self, outputs: Any, batch: Any) -> Tensor:
-        """Returns the losses ``[N]`` of the labelled positions, in nats."""
-        return token_losses(self.score(outputs, batch))
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Returns the tensor itself in float32 and float64, else a float32 copy of it."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def gradients_of(
@@ -143,23 +79,32 @@ def score(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> 
     Args:
         model: any module whose labelling is known (``shift_of``), or any with a ``loss_fn``.
         batch: as for ``forward``; it is not changed.
-        loss_fn: None for a Hugging Face model; else a :class:`CrossEntropy`.
+        loss_fn: None for a Hugging Face model; else a :class:`Likelihood`.
 
     Raises:
-        LossError: the labelling is not known, or the loss is not a cross-entropy of logits.
+        LossError: the labelling is not known, or the loss is no likelihood.
     """
     batch = prepare(model, batch)
-    return scorer(model, loss_fn).score(forward(model, batch), batch)
+    return likelihood_of(model, loss_fn).score(forward(model, batch), batch)
 
 
 def scorer(model: nn.Module, loss_fn: LossFunction | None = None) -> CrossEntropy:
     """Returns the cross-entropy of a model, or the caller's own; errors as :func:`score`."""
-    if isinstance(loss_fn, CrossEntropy):
+    found = likelihood_of(model, loss_fn)
+    if not isinstance(found, CrossEntropy):
+        raise LossError(f"loss: {found.name}; allowed here: a cross-entropy")
+    return found
+
+
+def likelihood_of(model: nn.Module, loss_fn: LossFunction | None = None) -> Likelihood:
+    """Returns the likelihood of a model, or the caller's own; errors as :func:`score`."""
+    loss_fn = understood(loss_fn)
+    if isinstance(loss_fn, Likelihood):
         return loss_fn
     if loss_fn is not None:
         raise LossError(
             f"loss: {loss_fn!r} gives no logits and targets; allowed here: "
-            "fisher_lab.curvature.losses.CrossEntropy"
+            "fisher_lab.curvature.losses.CrossEntropy, SquaredError, BinaryCrossEntropy"
         )
     shift = shift_of(model)
     if shift is None:
@@ -171,15 +116,15 @@ def scorer(model: nn.Module, loss_fn: LossFunction | None = None) -> CrossEntrop
 
 
 def token_losses(scored: Scored) -> Tensor:
-    """Returns the losses ``[N]`` of the labelled tokens, in nats, with graph."""
-    return F.cross_entropy(scored.logits, scored.targets, reduction="none")
+    """Returns the losses ``[M]`` of the labelled tokens, in nats, with graph."""
+    return scored.likelihood.losses(scored)
 
 
 def summed_loss(scored: Scored) -> Tensor:
     """Returns the token-summed loss, a scalar; with no label, a zero that touches the graph."""
     if scored.n_labels == 0:
         return scored.logits.sum() * 0.0
-    return F.cross_entropy(scored.logits, scored.targets, reduction="sum")
+    return scored.likelihood.total(scored)
 
 
 @dataclass(frozen=True)
@@ -189,7 +134,7 @@ class SummedLoss:
     Attributes:
         loss: scalar with graph.
         n_labels: labels that count, ``N``.
-        scored: logits and targets where the loss is a cross-entropy that we computed, else None.
+        scored: logits and targets where the loss is a likelihood that we computed, else None.
         logits: the model's own output of logits behind ``scored``.
     """
 
@@ -233,8 +178,9 @@ def compute_loss(
     if loss_fn is None and labels_of(batch) is None:
         raise LossError("batch: no 'labels' in it; add them or give loss=<function or tensor>")
     outputs = forward(model, batch)
-    if loss_fn is None or isinstance(loss_fn, CrossEntropy):
-        scored = scorer(model, loss_fn).score(outputs, batch)
+    loss_fn = understood(loss_fn)
+    if loss_fn is None or isinstance(loss_fn, Likelihood):
+        scored = likelihood_of(model, loss_fn).score(outputs, batch)
         return SummedLoss(summed_loss(scored), scored.n_labels, scored, logits_of(outputs))
     loss = loss_fn(outputs, batch)
     if loss.dim() > 0:

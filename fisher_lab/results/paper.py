@@ -187,6 +187,8 @@ def _kfac(runs: pd.DataFrame) -> list[str]:
         f"{_damping_by_side(runs, trainings)}; damped eigenvalues were clamped from below at "
         f"lambda_max / kappa, kappa = {kappa}{_clipped(runs)}.",
     ]
+    if "reduce" in map(label, _values(runs, "kfac.sharing")):
+        said.append(f"Tokens shared weights by K-FAC-{_list(runs, 'kfac.sharing')}.")
     if _has(trainings, "kfac.update_freq"):
         which = "" if len(trainings) == len(runs) else " in the trainings"
         freq = _list(trainings, "kfac.update_freq")

@@ -249,6 +249,7 @@ def layer_row(report: LayerReport) -> dict[str, Any]:
         "tokens": f.tokens,
         "method": f.method,
         "fisher": f.fisher,
+        "sharing": f.sharing,
         "bias_augmented": layer.augmented,
         "tied": layer.tied,
         "columns": f["columns"],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fisher_lab.curvature.collectives import Alone, Communicator, chosen_rows
 from fisher_lab.curvature.errors import NonFiniteError
+from fisher_lab.curvature.kfac.examples import ByExample
 from fisher_lab.curvature.kfac.factors import (
     BlockDiagonalFactor,
     Columns,
@@ -330,8 +331,11 @@ class BlockAccumulator(ABC):
     tokens: int
 
     @abstractmethod
-    def add(self, a: Tensor, g: Tensor) -> None:
-        """Adds tokens: what the layer reads and the gradients of what it gives, ``[T, ...]``."""
+    def add(self, a: Tensor, g: Tensor, examples: ByExample | None = None) -> None:
+        """Adds tokens: what the layer reads and the gradients of what it gives, ``[T, ...]``.
+
+        With ``examples``, the sums of their ``v`` over each example (K-FAC-reduce).
+        """
 
     @abstractmethod
     def own(self, a: Tensor, g: Tensor) -> Tensor:
@@ -361,19 +365,20 @@ class NormAccumulator(BlockAccumulator):
     def _what(self) -> str:
         return f"{self._layer}: scale and shift (entries={self.dim}, tokens={self.tokens}), sum"
 
-    def add(self, a: Tensor, g: Tensor) -> None:
+    def add(self, a: Tensor, g: Tensor, examples: ByExample | None = None) -> None:
         """Adds tokens: normalised inputs and gradients of the outputs, ``[T, n]`` each."""
 
         def there(device: torch.device) -> None:
             self.total = self.total.to(device)
             v = norm_gradients(a.to(device), g.to(device), self.shift, self.total.dtype)
+            v = v if examples is None else examples.sums(v)
             if self.dense:
                 add_second_moment(self.total, v)
             else:
                 self.total += v.square().sum(dim=0)
 
         on_device(there, self.total.device, self._what())
-        self.tokens += len(g)
+        self.tokens += len(g if examples is None else examples)
 
     def own(self, a: Tensor, g: Tensor) -> Tensor:
         """Returns the gradients of scale and shift, ``[dim, 1]``."""
@@ -426,7 +431,7 @@ class ChannelAccumulator(BlockAccumulator):
         for rows in blocks(len(g), 3 * self.dim * self.total.element_size()):
             yield self._gradients(a[rows].to(device), g[rows].to(device))
 
-    def add(self, a: Tensor, g: Tensor) -> None:
+    def add(self, a: Tensor, g: Tensor, examples: ByExample | None = None) -> None:
         """Adds patches ``[T, channels * k]`` and gradients ``[T, out]``."""
 
         def there(device: torch.device) -> None:
@@ -436,8 +441,19 @@ class ChannelAccumulator(BlockAccumulator):
                 more.baddbmm_(v.mT, v)
             self.total += more
 
-        on_device(there, self.total.device, self._what())
-        self.tokens += len(g)
+        def by_example(device: torch.device) -> None:
+            assert examples is not None
+            self.total = self.total.to(device)
+            sums = self.total.new_zeros(self.n_out, len(examples), self.total.shape[-1])
+            start = 0
+            for v in self._in_blocks(a, g, device):
+                stop = start + v.shape[1]
+                sums.index_add_(1, examples.index[start:stop].to(device), v)
+                start = stop
+            self.total += sums.mT @ sums
+
+        on_device(there if examples is None else by_example, self.total.device, self._what())
+        self.tokens += len(g if examples is None else examples)
 
     def own(self, a: Tensor, g: Tensor) -> Tensor:
         """Returns the gradients of weights and biases, output by output, ``[dim, 1]``."""

@@ -11,9 +11,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import check_finite
+from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, joined
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
+from fisher_lab.curvature.kfac.policy import sharing_of
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
-from fisher_lab.curvature.losses import SummedLoss
+from fisher_lab.curvature.losses import SummedLoss, labels_of
 
 if TYPE_CHECKING:
     from fisher_lab.curvature.kfac.capture import Call, Capture
@@ -29,12 +31,20 @@ class TokenMasks:
         capture: of the batch's forward pass.
         batch: the prepared batch.
 
+    Attributes:
+        full: whether every position of the batch is a token.
+        examples: of the tokens, where a layer has one row an example (K-FAC-reduce).
+
     Raises:
         BatchError: no position of the batch is active.
     """
 
     def __init__(self, capture: Capture, batch: Any) -> None:
         masks = masks_of(batch)
+        self.examples: Examples | None = None
+        if capture.settings.sharing == "reduce":
+            labels = labels_of(batch)
+            self.examples = capture.examples(None if labels is None else len(labels))
         self.full = all(bool(mask.all()) for mask in masks.values())
         self._table: Tensor | None = None
         if self.full and not capture.rows.filled:
@@ -86,6 +96,22 @@ class TokenMasks:
             looked_up = call.a != padding
             keep = looked_up if keep is None else keep & looked_up
         return keep
+
+    def examples_of(self, call: Call, name: str) -> Tensor:
+        """Returns the examples ``[T]`` of the rows that are tokens.
+
+        Args:
+            call: whose rows they are.
+            name: of the layer, for the error.
+
+        Raises:
+            LayerError: they cannot be told.
+        """
+        assert self.examples is not None
+        found = self.examples.of(call.origin, call.trailing)
+        if found is None:
+            raise LayerError(f"layer {name or '(the model)'}: {NO_EXAMPLE}; exclude the layer")
+        return self.select(call, found.expand(call.rows), name, trailing=0)
 
     def _table_of(self, call: Call, shape: torch.Size, name: str, table: Tensor) -> Tensor | None:
         ids = ids_of(call.origin, call.trailing)
@@ -152,7 +178,7 @@ def count_tokens(capture: Capture, batch: Any) -> tuple[Layers, dict[str, int]]:
         batch: the prepared batch.
     """
     masks = TokenMasks(capture, batch)
-    layers = capture.observe(masks.full)
+    layers = capture.observe(masks.full, masks.examples)
     tokens = BatchTokens(capture, every_layer(layers.layers.values()), masks, 0)
     return layers, {name: tokens.count(layer) for name, layer in layers.layers.items()}
 
@@ -176,12 +202,31 @@ class BatchTokens:
         self, capture: Capture, layers: Iterable[Layer], masks: TokenMasks, batch: int
     ) -> None:
         self.calls = {layer.name: capture.calls_of(layer) for layer in layers}
-        self._masks, self._batch = masks, batch
+        self._masks, self._batch, self._settings = masks, batch, capture.settings
         self._selected: dict[tuple, Tensor] = {}
+        self._examples: dict[tuple, ByExample] = {}
 
     def count(self, layer: Layer) -> int:
-        """Returns how many tokens a layer saw."""
+        """Returns how many rows a layer has: tokens, or examples (K-FAC-reduce)."""
+        examples = self.examples(layer)
+        if examples is not None:
+            return len(examples)
         return sum(self._masks.count(call, layer.name) for call in self.calls[layer.name])
+
+    def examples(self, layer: Layer) -> ByExample | None:
+        """Returns the examples that a layer's tokens belong to; None where each has its own row.
+
+        Raises:
+            LayerError: they cannot be told.
+        """
+        calls = self.calls[layer.name]
+        if not calls or sharing_of(self._settings, layer) == "expand":
+            return None
+        key = tuple(share_key(call, False) for call in calls)
+        if key not in self._examples:
+            parts = [self._masks.examples_of(call, layer.name) for call in calls]
+            self._examples[key] = joined(parts)
+        return self._examples[key]
 
     def gradients(self, layer: Layer, given: Mapping[int, Tensor | None]) -> Tensor | None:
         """Returns a layer's token gradients, ``[T, out]``; None where none reached it.

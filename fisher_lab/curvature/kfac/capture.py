@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, Examples
 from fisher_lab.curvature.kfac.layers import (
     NO_NORMS,
     Kind,
@@ -292,18 +293,23 @@ class Capture:
 
     # ---- what was found ----------------------------------------------------------------------
 
-    def observe(self, full: bool) -> Layers:
+    def examples(self, size: int | None = None) -> Examples:
+        """Returns the examples of the pass's tokens; ``size`` as in :class:`Examples`."""
+        return Examples(self.rows, self.inputs, self.device, size)
+
+    def observe(self, full: bool, examples: Examples | None = None) -> Layers:
         """Returns the K-FAC layers that the forward pass showed, and why others are left out.
 
         Args:
             full: whether every position of the batch is a token.
+            examples: of the tokens, where a layer has one row an example.
 
         Raises:
             LayerError: one weight is used with different biases.
         """
         order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
         uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
-        reasons = {use.label: r for use in uses if (r := self._why_not(use, full)) is not None}
+        reasons = {use.label: r for use in uses if (r := self._why_not(use, full, examples))}
         found = from_uses(self.model, [u for u in uses if u.label not in reasons], self.settings)
         seen = {
             *found.skipped,
@@ -344,16 +350,16 @@ class Capture:
     def _constant(self, use: UseOf) -> bool:
         return Fixed.CONSTANT in self._origins(use)
 
-    def _why_not(self, use: UseOf, full: bool) -> str | None:
+    def _why_not(self, use: UseOf, full: bool, examples: Examples | None) -> str | None:
         """Why a use makes no layer, as far as its inputs say."""
         origins = self._origins(use)
         if all(origin is Fixed.CONSTANT for origin in origins):
             return "not a look-up of tokens" if use.kind is Kind.EMBEDDING else "reads no tokens"
-        if full:
-            return None
         rows = [o for o in origins if o is not Fixed.CONSTANT]
-        if any(ids_of(o, int(use.kind is not Kind.EMBEDDING)) is None for o in rows):
+        if not full and any(ids_of(o, int(use.kind is not Kind.EMBEDDING)) is None for o in rows):
             return HIDDEN
+        if examples is not None and use.kind is not Kind.EMBEDDING:
+            return NO_EXAMPLE if any(examples.of(o, 1) is None for o in rows) else None
         return None
 
     def calls_of(self, layer: Layer) -> list[Call]:

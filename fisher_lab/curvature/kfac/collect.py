@@ -29,6 +29,7 @@ from fisher_lab.curvature.kfac.batch_tokens import (
     share_key,
 )
 from fisher_lab.curvature.kfac.capture import Capture
+from fisher_lab.curvature.kfac.examples import ByExample, by_example
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
@@ -45,6 +46,7 @@ from fisher_lab.curvature.losses import (
     scorer,
     shift_of,
     sum_of,
+    understood,
 )
 from fisher_lab.curvature.wrappers import unwrap
 
@@ -80,6 +82,7 @@ def collect(
     """
     collector = _Collector(unwrap(model), sums, communicator.size)
     batches, total = _batches(batch)
+    loss = understood(loss)
 
     def add_all() -> None:
         if not isinstance(loss, Tensor) and communicator.size == 1 and n_labels is None:
@@ -177,7 +180,7 @@ class _Collector:
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
             masks = TokenMasks(capture, batch)
-            layers = every_layer(capture.observe(masks.full).layers.values())
+            layers = every_layer(capture.observe(masks.full, masks.examples).layers.values())
             find_non_finite(capture, layers, masks, sums.n_batches, loss)
             raise BatchError(
                 f"batch {sums.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
@@ -187,7 +190,8 @@ class _Collector:
             sums.n_batches += 1
             return
         masks = TokenMasks(capture, batch)
-        sums.take(capture.observe(masks.full))
+        loss = by_example(loss, capture.rows, capture.examples)
+        sums.take(capture.observe(masks.full, masks.examples))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
         self._add_passes(capture, masks, loss)
@@ -254,21 +258,31 @@ class _Collector:
             layer_sums = self.sums.of(layer)
             check_finite(g, layer.name, self.sums.n_batches, "gradients")
             a = tokens.inputs(layer)
-            if first:
-                layer_sums.tokens += a.shape[0]
-                taking_part.append(layer)
-            self._add_g(layer_sums, a, g, first)
             if own and self.sums.keep_gradient:
                 self._own(layer_sums, a, g)
+            if first:
+                layer_sums.tokens += tokens.count(layer)
+                taking_part.append(layer)
+            self._add_g(layer_sums, a, g, tokens.examples(layer), first)
         if first:
             self._add_inputs(taking_part, tokens)
 
-    def _add_g(self, layer_sums: LayerSums, a: Tensor, g: Tensor, first: bool) -> None:
+    def _add_g(
+        self,
+        layer_sums: LayerSums,
+        a: Tensor,
+        g: Tensor,
+        examples: ByExample | None,
+        first: bool,
+    ) -> None:
+        """Adds tokens, or one row for each of their examples."""
         if isinstance(layer_sums.g, BlockAccumulator):
-            layer_sums.g.add(a, g)
+            layer_sums.g.add(a, g, examples)
             return
         if layer_sums.layer.name == self.sums.head.name:
             return
+        if examples is not None:
+            a, g = examples.means(a), examples.sums(g)
         layer_sums.g.add(g)
         if self.settings.ekfac:
             # Draws of one batch have the same inputs; batches may differ in their draws.
@@ -313,7 +327,8 @@ class _Collector:
         for (before, _), layers in here.items():
             group = self._group(before, layers, before in used)
             used.add(group)
-            sums.inputs[group].add(tokens.inputs(layers[0]))
+            a, examples = tokens.inputs(layers[0]), tokens.examples(layers[0])
+            sums.inputs[group].add(a if examples is None else examples.means(a))
 
     def _group(self, before: int, layers: list[Layer], taken: bool) -> int:
         """The group of layers that go on together: their old one, a copy of it, or a new one."""

@@ -240,6 +240,11 @@ class KFACNaturalGradient:
                     f"tied: 'sum' with ekfac, and layer {layer.name} is tied: pooled factors have "
                     "no common eigenbasis; allowed with ekfac: head, embedding"
                 )
+            if self.settings.sharing == "reduce" and layer.partner is not None:
+                raise SettingError(
+                    f"tied: 'sum' with sharing=reduce, and layer {layer.name} is tied: its head "
+                    "has a row an example, its embedding one a token; allowed: head, embedding"
+                )
         check_device_supports(self.settings, wrappers.device_of(model))
         return layers
 

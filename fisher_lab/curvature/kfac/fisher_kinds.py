@@ -2,8 +2,8 @@
 
 One backward pass each (``docs/math.md``, section 1). ``empirical`` sends the gradient of the data's
 loss, ``mc`` that of labels drawn from the model. ``true`` sends, for each labelled position and
-class ``c``, ``sqrt(p_c) (p - e_c)``: summed over all of them the outer products are the expectation
-over the model's own distribution.
+class ``c``, column ``c`` of a root of the Hessian (of a cross-entropy ``sqrt(p_c) (p - e_c)``):
+summed over all of them the outer products are the expectation over the model's own distribution.
 
 One pass a class over all positions at once would add cross terms between positions wherever
 layers mix tokens (attention): for positions ``t`` and ``u`` it adds
@@ -13,7 +13,7 @@ of a batch do not mix, so one pass serves the same position of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,14 +63,13 @@ def backward_passes(
     if scored is None or scored.n_labels == 0:
         yield BackwardPass(loss.loss, None, True)
         return
-    with torch.no_grad():
-        probabilities = scored.logits.softmax(dim=-1)
-    if kind_in_use(settings, probabilities.shape[1]) == "mc":
-        for k in range(settings.n_samples):
-            signal = _sampled(probabilities, generator)
+    outputs, likelihood = scored.logits.detach(), scored.likelihood
+    if kind_in_use(settings, outputs.shape[1]) == "mc":
+        signals = likelihood.drawn(outputs, generator, settings.n_samples)
+        for k, signal in enumerate(signals):
             yield BackwardPass(scored.logits, signal, k == settings.n_samples - 1)
     else:
-        yield from _expected(scored, probabilities)
+        yield from _expected(scored, likelihood.root(outputs))
 
 
 def scored_of(loss: SummedLoss, kind: str) -> Scored:
@@ -82,26 +81,17 @@ def scored_of(loss: SummedLoss, kind: str) -> Scored:
     if loss.scored is None:
         raise SettingError(
             f"fisher: {kind!r} needs the logits, and this loss is the caller's own; allowed: "
-            "'empirical', or loss=fisher_lab.curvature.losses.CrossEntropy(...)"
+            "'empirical', or loss=CrossEntropy(...), SquaredError() or BinaryCrossEntropy() of "
+            "fisher_lab.curvature.losses"
         )
     return loss.scored
 
 
-def _sampled(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    labels = torch.multinomial(probabilities.cpu().double(), 1, generator=generator)
-    return probabilities.scatter_add(
-        1, labels.to(probabilities.device), -torch.ones_like(probabilities[:, :1])
-    )
-
-
-def _expected(scored: Scored, probabilities: Tensor) -> Iterator[BackwardPass]:
+def _expected(scored: Scored, root: Callable[[int], Tensor]) -> Iterator[BackwardPass]:
     positions = scored.positions.unique().tolist()
-    n_classes = probabilities.shape[1]
+    n_columns = scored.logits.shape[1]
     for index, position in enumerate(positions):
         here = (scored.positions == position)[:, None]
-        for c in range(n_classes):
-            signal = probabilities.clone()
-            signal[:, c] -= 1.0
-            signal *= probabilities[:, c : c + 1].sqrt() * here
-            last = index == len(positions) - 1 and c == n_classes - 1
-            yield BackwardPass(scored.logits, signal, last)
+        for c in range(n_columns):
+            last = index == len(positions) - 1 and c == n_columns - 1
+            yield BackwardPass(scored.logits, root(c) * here, last)

@@ -46,6 +46,7 @@ class LayerFactors(Mapping[str, Any]):
         n_labels: ``N``.
         n_draws: draws of Monte-Carlo labels.
         fisher: kind of Fisher matrix that this layer got.
+        sharing: ``expand`` where its rows are tokens, ``reduce`` where they are examples.
         a: token inputs ``[T, in]`` for push-through and EKFAC, where they are kept.
         own: the factors' own mean gradient ``[out, in (+ 1)]``, where it was asked for.
         push: whether push-through holds for these factors.
@@ -63,6 +64,7 @@ class LayerFactors(Mapping[str, Any]):
     n_labels: int
     n_draws: int = 1
     fisher: str = "empirical"
+    sharing: str = "expand"
     a: Tensor | None = field(default=None, repr=False)
     own: Tensor | None = field(default=None, repr=False)
     push: bool = False

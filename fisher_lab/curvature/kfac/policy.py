@@ -44,6 +44,14 @@ def method(settings: KFACSettings, layer: Layer, columns: int | None) -> str:
     return "eig"
 
 
+def sharing_of(settings: KFACSettings, layer: Layer) -> str:
+    """Returns what a layer's rows are: tokens (``expand``) or examples (``reduce``).
+
+    Those of an embedding are tokens: the mean of one-hot rows has no diagonal A.
+    """
+    return "expand" if layer.kind is Kind.EMBEDDING else settings.sharing
+
+
 def check(settings: KFACSettings, layer: Layer) -> None:
     """Checks before any work that a layer's factors may be formed.
 

@@ -92,6 +92,7 @@ class _Reduction:
             "gradients": sorted(sums.uncovered.gradients),
             "diagonal": sorted(sums.uncovered.diagonal),
             "rows": sum(len(p) for p in sums.head.parts),
+            "diagonal_head": sums.head.diagonal is not None,
             "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
         }
 
@@ -246,6 +247,11 @@ class _Reduction:
     def _reduce_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
         head, rows = self.sums.head, [summary["rows"] for summary in self.summaries]
+        if any(summary["diagonal_head"] for summary in self.summaries):
+            nothing = torch.zeros(head.classes, dtype=self.core, device=self.device)
+            mine = nothing if head.diagonal is None else head.diagonal
+            head.diagonal = self.communicator.all_reduce(mine)
+            return
         if head.name is None or not any(rows):
             return
         dtype = next(x["logits"] for x in self.summaries if x["logits"] is not None)

@@ -29,7 +29,7 @@ from fisher_lab.curvature.kfac.layers import (
     value_of,
 )
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.policy import method
+from fisher_lab.curvature.kfac.policy import method, sharing_of
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
@@ -222,6 +222,7 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
     common: dict[str, Any] = {
         "layer": layer, "tokens": layer_sums.tokens, "n_labels": sums.n_labels,
         "n_draws": count, "fisher": sums.fisher_kind, "own": own,
+        "sharing": sharing_of(sums.settings, layer),
     }  # fmt: skip
     if isinstance(layer_sums.g, BlockAccumulator):
         how = method(sums.settings, layer, None)
@@ -264,7 +265,8 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums)
         what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={layer_sums.tokens})"
         factors.a, factors.spread = joined(layer_sums.inputs, what), layer_sums.spread
     empirical = sums.fisher_kind == "empirical"
-    factors.push = in_order and empirical and not layer.tied and settings.push_through
+    paired = factors.sharing == "expand"  # rows of examples do not give the gradient
+    factors.push = in_order and empirical and paired and not layer.tied and settings.push_through
     if settings.ekfac:
         empty = torch.empty(0, layer.n_out, device=sums.device)
         factors.tokens_g = joined(layer_sums.tokens_g, g.label) if layer_sums.tokens_g else empty

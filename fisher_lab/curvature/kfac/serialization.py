@@ -52,7 +52,9 @@ CONVENTIONS = "A=(1/T)sum aa^T; G=(1/T)sum gg^T; token-summed loss; row-major ve
 UNCOVERED = "//uncovered"
 """Under this come gradients and diagonal of parameters that belong to no layer."""
 
-PLAIN = ("method", "tokens", "n_labels", "n_draws", "fisher", "push", "storage_error")
+PLAIN = (
+    "method", "tokens", "n_labels", "n_draws", "fisher", "sharing", "push", "storage_error",
+)  # fmt: skip
 """Attributes of a layer's factors that the header has."""
 
 KEPT = ("a", "own", "tokens_g", "order")
@@ -292,7 +294,7 @@ def _restore_layer(
         layer=layer,
         A=input_factor,
         G=read.factor("G", entry["G"], layer.dim_g),
-        **{key: entry[key] for key in PLAIN},
+        **{key: entry[key] for key in PLAIN if key in entry},  # no sharing in older files
         a=read.kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
         own=read.kept("own", layer.dim_g, 1 if layer.one_block else layer.dim_a),
         tokens_g=tokens_g,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +25,12 @@ from fisher_lab.curvature.kfac.accumulators import (
     NormAccumulator,
 )
 from fisher_lab.curvature.kfac.capture import HIDDEN, Call, Capture
-from fisher_lab.curvature.kfac.factors import DiagonalLowRankFactor, ShardedColumns
+from fisher_lab.curvature.kfac.examples import NO_EXAMPLE
+from fisher_lab.curvature.kfac.factors import (
+    DiagonalFactor,
+    DiagonalLowRankFactor,
+    ShardedColumns,
+)
 from fisher_lab.curvature.kfac.fisher_kinds import scored_of
 from fisher_lab.curvature.kfac.layers import (
     Kind,
@@ -38,6 +44,8 @@ from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, check, store_columns
 from fisher_lab.curvature.losses import SummedLoss, token_losses
 from fisher_lab.curvature.memory import on_device
+
+log = logging.getLogger(__name__)
 
 
 class Uncovered:
@@ -124,11 +132,13 @@ class Uncovered:
 
 
 class TrueFisherHead:
-    """Which layer is the softmax head, and the probabilities of its labelled tokens.
+    """Which layer gives the outputs of the loss, and what its exact Fisher factor is made from.
 
     Attributes:
         name: of the layer; None before the first batch, or where no such head is wanted.
-        parts: probabilities ``[labels, classes]``, one tensor per batch.
+        parts: probabilities ``[labels, classes]``, one tensor per batch; of a loss whose Hessian is
+            diagonal none.
+        diagonal: sum ``[classes]`` of the diagonals of such Hessians, in the core dtype.
         weight: labelled tokens that each kept one stands for.
         ranks: the ranks of which each holds a slice of the classes, where that is so.
     """
@@ -138,39 +148,56 @@ class TrueFisherHead:
         self.classes = 0
         self.name: str | None = None
         self.parts: list[Tensor] = []
+        self.diagonal: Tensor | None = None
         self.weight = 1.0
         self.ranks: Communicator | None = None
+        self._sought = False
 
     def find(
         self, loss: SummedLoss, layers: Sequence[Layer], calls: Mapping[str, list[Call]]
     ) -> None:
         """Finds the layer whose output *is* the logits, where the true-Fisher head is wanted.
 
+        Where there is none and ``fisher=true``, all layers get what the inner ones get.
+
         Raises:
             SettingError: the loss has no logits.
-            LayerError: no covered layer's output is the logits.
+            LayerError: no covered layer's output is the logits, and the head was asked for.
         """
         settings = self._settings
-        if not (settings.true_fisher_head or settings.fisher == "true") or self.name is not None:
+        if not (settings.true_fisher_head or settings.fisher == "true") or self._sought:
             return
         scored_of(loss, "true")
-        # By the graph's edge: an address may have been another tensor's before.
+        self._sought = True
+        # By the graph's edge: an address may have been another tensor's before. A layer that is
+        # used a second time has a gradient beside that of the logits.
         wanted = None if loss.logits is None else get_gradient_edge(loss.logits)
         for layer in layers:
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
-            if linear and any(c.edge == wanted for c in calls.get(layer.name, ())):
+            found = [call.edge == wanted for call in calls.get(layer.name, ())]
+            if linear and found == [True]:
                 self.name, self.classes = layer.name, layer.n_out
                 return
-        raise LayerError(
-            "true Fisher head: the output of no covered layer is the logits themselves; allowed: "
-            "kfac_true_fisher_head=False, or a model whose head is covered and ends in the logits"
+        if settings.true_fisher_head:
+            raise LayerError(
+                "true Fisher head: the output of no covered layer is the logits themselves; "
+                "allowed: kfac_true_fisher_head=False, or a model whose head is covered and ends "
+                "in the logits"
+            )
+        log.info(
+            "the output of no covered layer is the logits: no layer is the head of fisher=true"
         )
 
     def add(self, loss: SummedLoss) -> None:
-        """Adds the probabilities of a batch's labelled tokens."""
+        """Adds what a batch's labelled tokens give: probabilities, or diagonals of Hessians."""
         if self.name is None or loss.scored is None or loss.scored.n_labels == 0:
             return
         logits = loss.scored.logits.detach()
+        variances = loss.scored.likelihood.variances(logits)
+        if variances is not None:
+            total = variances.sum(dim=0, dtype=self._settings.numerics.core_dtype)
+            self.diagonal = total if self.diagonal is None else self.diagonal + total
+            return
         first = self.parts[0].device if self.parts else logits.device
         what = f"{self._label(len(logits))}, probabilities"
         p = on_device(lambda device: logits.to(device).softmax(dim=-1), first, what)
@@ -184,8 +211,10 @@ class TrueFisherHead:
         generator = torch.Generator().manual_seed(self._settings.seed)
         return torch.randperm(labels, generator=generator)[:most].sort().values
 
-    def factor(self, tokens: int) -> DiagonalLowRankFactor:
+    def factor(self, tokens: int) -> DiagonalFactor | DiagonalLowRankFactor:
         """Returns the layer's G, whose ``T`` is ``tokens``."""
+        if self.diagonal is not None:
+            return DiagonalFactor(self.diagonal / tokens)
         rows = sum(len(part) for part in self.parts)
         weight, chosen = self.weight, self.chosen(rows)
         if chosen is not None:
@@ -315,7 +344,7 @@ class Statistics:
             tied = layer.tied or bool(summed) or (before is not None and before.tied)
             layers[name] = replace(layer, tied=tied)
         for name, reason in found.skipped.items():
-            if reason == HIDDEN:
+            if reason in (HIDDEN, NO_EXAMPLE):
                 self._hand_over(name)
                 self.left_out[name] = reason
                 self.by_layer.pop(name, None)

@@ -42,6 +42,7 @@ _SAME = words(
     "contiguous clone to float double half bfloat16 type type_as detach data cpu cuda long int "
     "bool alias requires_grad_ detach_"
 )
+_CHANNEL_NORMS = words("batch_norm group_norm instance_norm")
 _VIEWS = words(
     "transpose permute unflatten squeeze unsqueeze expand expand_as select narrow __getitem__ "
     "chunk split unbind t T mT H mH movedim moveaxis swapaxes swapdims adjoint tensor_split "
@@ -89,7 +90,7 @@ class TokenRows:
         self.pooled: list[tuple[int, Tensor, bool]] = []
         self._picked: dict[int, Tensor] = {}
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
-            (_SAME, self._same),
+            (_SAME | _CHANNEL_NORMS, self._same),
             (_VIEWS, self._view),
             (_RESHAPES, self._reshape),
             (_COPIES, self._copy),
