@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisher_lab.curvature.kfac.layers import Kind, groups_of
 from fisher_lab.curvature.kfac.layouts import Channels, Patches, RowLayout, window_of
-from fisher_lab.curvature.kfac.token_ids import words
+from fisher_lab.curvature.kfac.token_ids import tensors_in, words
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 
 _TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
@@ -117,7 +117,7 @@ class OperatorWatch(TorchFunctionMode):
         return self._derived.get(tensor) if identity is None else _Parameter(identity, False)
 
     def _look(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        given = tensors_in([args, kwargs.values()])  # those in lists too: cat, stack, einsum
         ours = [p for p in map(self.parameter, given) if p is not None]
         if not ours or self._derive(name, args, out):
             return

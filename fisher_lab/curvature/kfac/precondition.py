@@ -248,9 +248,12 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
             raise LayerError(
                 f"layer {name}: factors for a weight of shape {expected}, the model's has {shape}"
             )
-        bias = getattr(modules.get(name), "bias", None)
+        module = modules.get(name)
+        bias = parameters.get(base_of(layer.bias)) if layer.bias else getattr(module, "bias", None)
         has_bias = bias is not None and bias.requires_grad
-        if name in modules and has_bias != (layer.bias is not None):
+        # Only torch's own classes say that a bias is added by the layer's operator.
+        knows = layer.bias is not None or type(module) in (nn.Linear, nn.LayerNorm)
+        if knows and has_bias != (layer.bias is not None):
             raise LayerError(
                 f"layer {name}: factors {'with' if layer.bias else 'without'} a bias column, "
                 f"the model's layer {'has a' if has_bias else 'has no'} bias"

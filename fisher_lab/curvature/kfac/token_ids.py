@@ -110,6 +110,14 @@ def compressed(ids: Tensor) -> Tensor:
     return ids
 
 
+def overlapping(ids: Tensor, n_dims: int) -> bool:
+    """Whether a token is in several of the rows that the last ``n_dims`` dimensions are."""
+    rows = ids.reshape(ids.shape[: ids.dim() - n_dims].numel(), -1)
+    row = torch.arange(len(rows), device=ids.device)[:, None].expand(rows.shape)
+    pairs = torch.stack([rows, row])[:, rows > 0].unique(dim=1)
+    return pairs.shape[1] > pairs[0].unique().numel()
+
+
 def reshaped(ids: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """Returns the ids of a tensor of shape ``old`` that is seen as ``new``."""
     kept = 0  # trailing dimensions that stay, and along which nothing varies

@@ -30,6 +30,7 @@ from fisher_lab.curvature.kfac.token_ids import (
     has_tensor,
     indexed_dims,
     narrowed,
+    overlapping,
     picked_axis,
     reshaped,
     tensors_in,
@@ -88,6 +89,7 @@ class TokenRows:
         self.filled = False
         self._waiting = WeakTensorKeyDictionary()
         self.pooled: list[tuple[int, Tensor, bool]] = []
+        self._pooled_first: set[int] = set()
         self._picked: dict[int, Tensor] = {}
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
             (_SAME | _CHANNEL_NORMS, self._same),
@@ -167,7 +169,31 @@ class TokenRows:
                 found = Fixed.UNKNOWN  # an unusual form of the operation
         found = found if isinstance(found, list) else [found] * len(outs)
         for tensor, origin in zip(outs, found, strict=False):
-            self.mark(tensor, Fixed.UNKNOWN if origin == () else origin)
+            self.mark(tensor, Fixed.UNKNOWN if origin == () else self._at_home(origin))
+
+    def _at_home(self, origin: Origin) -> Origin:
+        """The ids without those of other tokens whose vectors were mixed into a token's own.
+
+        A row into which its neighbours were shifted (a time shift, a window) is that of the token
+        that lies at its place in the input.
+        """
+        if isinstance(origin, Fixed) or len(origin) < 2:
+            return origin
+        home = [ids for ids in origin if self._is_home(ids)]
+        if len(home) != 1:
+            return origin
+        pattern = [n > 1 for n in home[0].shape]
+        return tuple(i for i in origin if i is home[0] or [n > 1 for n in i.shape] != pattern)
+
+    def _is_home(self, ids: Tensor) -> bool:
+        """Whether tokens lie as they did in an input (or with examples and positions swapped)."""
+        ids = ids.squeeze()
+        orders = [ids.reshape(-1), ids.T.reshape(-1)] if ids.dim() == 2 else [ids.reshape(-1)]
+        first = int(orders[0][0])
+        if first <= 0 or first in self._pooled_first or ids.dim() > 2:
+            return False
+        home = torch.arange(first, first + ids.numel(), device=ids.device)
+        return any(torch.equal(each, home) for each in orders)
 
     # ---- rules: an operation's arguments -> the origin of its results ------------------------
 
@@ -418,7 +444,7 @@ class TokenRows:
         if not found and len(origin) == 1:
             rest = [d for d in range(x.dim()) if d not in dims]
             moved = origin[0].permute(*rest, *dims)
-            pooled = self._pool(moved, len(dims))
+            pooled = self._pool(moved, len(dims), overlapping(moved, len(dims)))
             found = [pooled.permute([([*rest, *dims]).index(d) for d in range(x.dim())])]
         if not keep:
             for d in reversed(dims):
@@ -432,6 +458,7 @@ class TokenRows:
         """
         shape = ids.shape[: ids.dim() - n_dims]
         made = self.new_tokens(shape, ids.device)
+        self._pooled_first.add(int(made.reshape(-1)[0]))
         self.pooled.append((int(made.reshape(-1)[0]), ids.reshape(shape.numel(), -1), every))
         return made.reshape(*shape, *[1] * n_dims)
 

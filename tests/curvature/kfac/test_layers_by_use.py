@@ -174,6 +174,42 @@ class RmsPlusOne(nn.Module):
         )
 
 
+class ScaleAndShift(nn.Module):
+    """DeBERTa's norm, which adds its bias by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return self.weight * (x - x.mean(-1, keepdim=True)) + self.bias
+
+
+class TimeShift(nn.Module):
+    """RWKV's: every token's vector is mixed with that of the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.up = nn.ZeroPad2d((0, 0, 1, -1)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return torch.tanh(self.up(0.3 * x + 0.7 * self.shift(x)))
+
+
+class Joined(nn.Module):
+    """MobileBERT's head: the word embedding's weight beside another matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH + 2)
+        self.more = nn.Parameter(torch.randn(2, VOCAB))
+
+    def forward(self, input_ids, attention_mask=None):
+        head = torch.cat([self.words.weight.t(), self.more])
+        return torch.tanh(self.up(self.words(input_ids))) @ head
+
+
 def hooked() -> nn.Module:
     linear = nn.Linear(WIDTH, WIDTH)
     linear.register_forward_hook(lambda _module, _args, output: output * 2.0)
@@ -191,6 +227,9 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "experts in one product": lambda: Frame(Grouped()),
     "a bare parameter": lambda: Frame(Matrix()),
     "a scale of one plus w": lambda: Frame(RmsPlusOne()),
+    "a norm that adds its bias itself": lambda: Frame(ScaleAndShift()),
+    "shifted in time": lambda: Frame(TimeShift()),
+    "joined with another matrix": Joined,
     "rescaled by a hook": lambda: Frame(hooked()),
     "padding_idx": lambda: Frame(words=nn.Embedding(VOCAB, WIDTH, padding_idx=2)),
 }
@@ -290,12 +329,12 @@ def tokens_of(
     return torch.cat(a), torch.cat(g)
 
 
-# The test's own attention does not look at the mask: its padding has to lie after the tokens.
+# The test's own attention and shift do not look at the mask: padding has to lie after the tokens.
 CASES = [
     (name, side)
     for name in BUILDS
     for side in ("right", "left")
-    if side == "right" or "heads" not in name
+    if side == "right" or not ("heads" in name or "time" in name)
 ]
 
 
