@@ -65,9 +65,9 @@ def run(task: str, names: list[str]) -> dict[str, dict[str, Any]]:
         signal.alarm(0)
         rows[kind] = row = {"class": name, **row}
         row["seconds"] = round(time.monotonic() - start, 1)
-        share = f"{row['coverage']:.0%}" if "coverage" in row else ""
+        share = f"{row['coverage']:.0%} {row['of_reached']:.0%}" if "coverage" in row else ""
         print(
-            f"{kind:28} {row['status']:10} {share:>5} {row['seconds']:5} {row['why'][:110]}",
+            f"{kind:28} {row['status']:10} {share:>9} {row['seconds']:5} {row['why'][:110]}",
             flush=True,
         )
     return rows

@@ -159,6 +159,7 @@ def compare(model: nn.Module, batch: Batch, expected: Reference) -> dict[str, An
         off += [f"{line} ({policy})" for line in comparison.off]
         found = {
             "coverage": kfac.coverage.share,
+            "of_reached": kfac.coverage.covered / max(expected.reached, 1),
             "passed": dict(kfac.coverage.passed),
             "layers": comparison.layers,
             "unchecked": comparison.unchecked,

@@ -37,8 +37,9 @@ class Shape:
 
 
 # As many examples as positions as heads, and longer sequences.
-SQUARE, LONG = (4, 2, 3, 4), (5, 8, 3)
-SHAPES = tuple(Shape(side, n) for n in (SQUARE, LONG) for side in ("right", "left"))
+SHAPES = tuple(Shape(side, n) for n in ((4, 2, 2, 4), (6, 8, 4)) for side in ("right", "left"))
+WINDOWS = tuple(Shape(side, n) for n in ((4, 4, 4, 4), (4, 8, 4)) for side in ("right", "left"))
+"""For models that fill up their inputs to whole windows of four."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,24 @@ def sequences(model: nn.Module, shape: Shape) -> Batch:
     return Batch(values, dict.fromkeys(values, "attention_mask"))
 
 
-def every_position(model: nn.Module, shape: Shape, classes: int = VOCAB) -> Batch:
-    """Labels at all real positions but the first of each example, so that a shift changes no count.
+def every_position(model: nn.Module, shape: Shape) -> Batch:
+    """A word for every real position but the first of each example.
 
     An encoder-decoder gets other lengths on its decoder's side, whose padding is on the right.
     """
-    batch = sequences(model, shape)
     if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
-        return _with_decoder(model, batch, shape)
+        return _with_decoder(model, sequences(model, shape), shape)
+    return _labelled(model, shape, VOCAB)
+
+
+def tagged(model: nn.Module, shape: Shape) -> Batch:
+    """A class for every real position but the first of each example."""
+    return _labelled(model, shape, CLASSES)
+
+
+def _labelled(model: nn.Module, shape: Shape, classes: int) -> Batch:
+    """Labels at all real positions but the first, so that a shift changes no count."""
+    batch = sequences(model, shape)
     mask = batch.values["attention_mask"]
     counts = mask * mask.roll(1, 1)
     counts[:, 0] = 0
@@ -110,7 +121,7 @@ def _with_decoder(model: nn.Module, batch: Batch, shape: Shape) -> Batch:
     """Labels for a decoder with its mask, or, where no decoder is padded, the labels alone."""
     longest = max(shape.lengths)
     square = len(shape.lengths) == longest
-    lengths = (longest,) * len(shape.lengths) if square else (4, 3, 6)
+    lengths = (longest,) * len(shape.lengths) if square else (4, 2, 6)
     mask = Shape("right", lengths).mask()
     labels = _draw(3, VOCAB, tuple(mask.shape), 2).masked_fill(mask == 0, -100)
     values, masks = {**batch.values, "labels": labels}, dict(batch.masks)
@@ -121,20 +132,16 @@ def _with_decoder(model: nn.Module, batch: Batch, shape: Shape) -> Batch:
     return Batch(values, masks)
 
 
-def tagged(model: nn.Module, shape: Shape) -> Batch:
-    """A class for every real position but the first."""
-    return every_position(model, shape, CLASSES)
-
-
 def classified(model: nn.Module, shape: Shape) -> Batch:
     """A class for every example, whose last real position is the end of a text."""
     batch = sequences(model, shape)
     ids, mask = batch.values["input_ids"], batch.values["attention_mask"]
     last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
-    ids[torch.arange(len(ids)), last] = END
+    ids[torch.arange(len(ids)), last] = getattr(model.config, "eos_token_id", None) or END
     values, masks = {**batch.values, "labels": _draw(0, CLASSES, (len(ids),), 2)}, batch.masks
-    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    if decoder and "decoder_attention_mask" in takes(model):
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_attention_mask" in takes(
+        model
+    ):
         values["decoder_attention_mask"] = mask
         masks = {**masks, "decoder_attention_mask": "attention_mask"}
     return Batch(values, masks)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from benchmarks.zoo.inputs import SHAPES, Builder, Shape, classified, every_position, tagged
-from benchmarks.zoo.tiny import settle_classes
+from benchmarks.zoo.tiny import settle_classes, settle_decoder
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Task:
 
 
 TASKS = {
-    "causal": Task(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, every_position),
+    "causal": Task(
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, every_position, settle=settle_decoder
+    ),
     "masked": Task(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, every_position),
     "seq2seq": Task(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, every_position),
     "sequences": Task(

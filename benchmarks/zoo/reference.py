@@ -29,14 +29,15 @@ class Used:
     kind: str
     a: Tensor
     bias: bool = False
-    g: Tensor | None = None
     keep: Tensor | None = None
+    size: tuple[int, ...] = ()
+    g: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """What it read and the gradients of its results, a row a token."""
-        assert self.g is not None
+        """What it read and the gradients of its results, a row a token; zero where none came."""
+        g = self.a.new_zeros(self.size).double() if self.g is None else self.g
         a = self.a.reshape(-1) if self.kind == "table" else self.a.reshape(-1, self.a.shape[-1])
-        g = self.g.reshape(-1, self.g.shape[-1])
+        g = g.reshape(-1, g.shape[-1])
         return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
 
 
@@ -50,12 +51,16 @@ class Recorder(TorchFunctionMode):
         self.stacks = {n: p for n, p in self.parameters.items() if p.dim() == 3}
         self.copies: dict[int, tuple[Tensor, str]] = {}
         self.seen: list[Used] = []
+        self.fills = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name, x = getattr(func, "__name__", ""), args[0] if args else None
+        if name == "pad" and isinstance(x, Tensor) and x.dim() in (2, 3) and out.shape != x.shape:
+            self.fills = self.fills or not x.is_floating_point() or out.shape[-1] == x.shape[-1]
         if isinstance(out, Tensor) and out.requires_grad:
             values = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
-            self._note(getattr(func, "__name__", ""), args, kwargs or {}, values, out)
+            self._note(name, args, kwargs or {}, values, out)
         return out
 
     def _note(self, name: str, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
@@ -122,6 +127,7 @@ class Recorder(TorchFunctionMode):
 
     def _keep(self, used: Used, out: Tensor, part: int | None = None) -> None:
         self.seen.append(used)
+        used.size = out.shape if part is None else out.shape[1:]
 
         def note(grad: Tensor) -> None:
             used.g = grad.detach() if part is None else grad.detach()[part]
@@ -138,11 +144,15 @@ class Reference:
         labels: how many count.
         gradient: of the mean loss, by parameter.
         tokens: name and kind of a parameter's use -> what it read and the gradients of its results.
+        fills: whether the model fills up positions of an example.
+        reached: how many numbers the parameters have that the loss has a gradient of.
         biased: name and kind of a use -> whether a bias is added with it.
     """
 
     loss: float = 0.0
     labels: int = 0
+    reached: int = 0
+    fills: bool = False
     gradient: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     biased: dict[tuple[str, str], bool] = field(default_factory=dict)
@@ -159,7 +169,8 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
     """The sums over batches without padding, whose losses are means over the labels that count."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = Reference(gradient={n: torch.zeros_like(p) for n, p in trained.items()})
-    uses: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    uses: dict[tuple[str, str], list[Used]] = {}
+    reached: set[str] = set()
     for values in batches:
         count = int((values["labels"] != -100).sum())
         with Recorder(model) as recorder:
@@ -167,17 +178,19 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         found.loss += float(loss.detach())
         found.labels += count
+        found.fills = found.fills or recorder.fills
+        reached |= {n for n, g in zip(trained, grads, strict=True) if g is not None}
         for name, grad in zip(trained, grads, strict=True):
             found.gradient[name] += 0.0 if grad is None else grad
         for used in recorder.seen:
-            if used.g is not None:
-                uses.setdefault((used.name, used.kind), []).append(used.rows())
-                found.biased[used.name, used.kind] = used.bias
+            uses.setdefault((used.name, used.kind), []).append(used)
+    found.reached = sum(trained[n].numel() for n in reached)
     found.gradient = {n: g / found.labels for n, g in found.gradient.items()}
-    found.tokens = {
-        key: (torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs]))
-        for key, pairs in uses.items()
-    }
+    for key, used in uses.items():
+        if any(one.g is not None for one in used):
+            pairs = [one.rows() for one in used]
+            found.tokens[key] = torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
+            found.biased[key] = any(one.bias for one in used)
     return found
 
 

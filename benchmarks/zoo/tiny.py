@@ -25,6 +25,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*token.*_id|.*_index|.*version.*", -1),
     (r"(.*_)?vocab(ulary)?(_size)?(_.*)?|n_tokens", VOCAB),
     (r"patch_size|image_patch_tokens", 4),
+    (r"attention_window|sliding_window.*|block_size", 4),
+    (r"conv_kernel_size", 3),
     (r"d_rel|rel_extent|num_landmarks|segment_means_seq_len", 16),
     (r".*(position|ctx|context|bias_max).*|max_.*_len(gth)?|seq_length|max_sequence.*", 64),
     (r"num_(key_value|kv)_heads|(.*_)?num_key_value_heads|type_vocab_size|kv_n_heads", 2),
@@ -38,7 +40,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r".*(state_size|d_state|conv_kernel|d_conv|time_step_rank)", 4),
     (r"rotary_dim|.*conv_kernel_(dim|size)|num_expert_group", 4),
     (r".*(head_?dim|d_head|d_kv|dim_head|_rank|head_size)|.*chunk_size|kv_channels", HEAD),
-    (r"qk_(rope|nope)_head_dim", HEAD),
+    (r"num_layers_per_.*", 1),
+    (r"qk_(rope|nope)_head_dim|.*multiple_of", HEAD),
     (r"(moe|shared_expert).*intermediate_size", 12),
     (r".*(intermediate|ffn|mlp|inner|d_ff|dff|feed_?forward|hidden_dim$|dim_ff).*", INNER),
     (
@@ -49,9 +52,16 @@ RULES: tuple[tuple[str, int], ...] = (
 """What the options of a configuration become, by their names; -1 leaves them as they are."""
 
 NO_NOISE = ("dropout", "drop_rate", "drop_path", "pdrop", "layerdrop", "_prob")
-TOKENS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
-FIRST = {"decoder_start_token_id": PAD, "vocab_size": VOCAB, "default_language": "en_XX"}
+TOKENS = {
+    "pad_token_id": PAD,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "decoder_start_token_id": START,
+}
+FIRST = {"vocab_size": VOCAB, "default_language": "en_XX"}
 """Options that have no default and that a model cannot do without."""
+WINDOWS = ("attention_window",)
+"""Options with a size for each layer."""
 
 
 class Exact(TorchFunctionMode):
@@ -113,12 +123,19 @@ class Shrinking:
             if new is not value:
                 found[name] = new
         lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == depth}
+        numbers = {n: v for n, v in lists.items() if v == [*range(len(v))]}  # of layers
+        lists = {n: v for n, v in lists.items() if n not in numbers}
+        if self.fill and "layer_types" in given:
+            lists["layer_types"] = [*(given["layer_types"] or ()), "full_attention"]
         layers = self.repeats * max([2, *(len(dict.fromkeys(map(str, v))) for v in lists.values())])
         if isinstance(depth, int) and (depth > 2 or lists):
             found["num_hidden_layers"] = layers
         for name, value in lists.items():
             kinds = [self._option(name, v) for v in {str(v): v for v in value}.values()]
             found[name] = (kinds * layers)[:layers]
+        found |= {name: [n for n in value if n < layers] for name, value in numbers.items()}
+        if given.get("is_encoder_decoder") and "decoder_start_token_id" not in given:
+            found["decoder_start_token_id"] = START
         nope, rope = found.get("qk_nope_head_dim"), found.get("qk_rope_head_dim")
         if rope is not None:  # the rotated part is what such models call a head
             found |= {"head_dim": rope} if "head_dim" in given else {}
@@ -136,6 +153,8 @@ class Shrinking:
             return TOKENS[name]
         if value is None and name in FIRST:
             return FIRST[name]
+        if isinstance(value, list | tuple) and name in WINDOWS:
+            return type(value)(self._option(name, v) for v in value)
         whole = isinstance(value, int) and not isinstance(value, bool)
         size = next((n for pattern, n in RULES if re.fullmatch(pattern, name)), -1)
         if (not whole and not (value is None and self.fill)) or size < 0:
@@ -188,6 +207,12 @@ def build(
             first = first or error
     assert first is not None
     raise first
+
+
+def settle_decoder(config: PretrainedConfig) -> None:
+    """Asks for attention to the past only, where that is an option."""
+    if _get(config, "is_decoder") is False:
+        config.is_decoder = True
 
 
 def settle_classes(config: PretrainedConfig) -> None:
