@@ -22,9 +22,9 @@ from fisher_lab.config.fields import (
 )
 
 MODEL_TYPES = ("gpt2", "llama", "bert", "t5", "mlp", "pretrained")
-DATA_TYPES = ("pydoc", "text_file", "hf")
+DATA_TYPES = ("pydoc", "text_file", "hf", "pictures")
 MODEL_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-TEXT_TASKS = ("causal", "masked", "spans")
+TASKS = ("causal", "masked", "spans", "pictures")
 SPECIAL_TOKENS = 37
 """Tokens of the trained tokenizer that stand for no text; it needs these and 256 bytes at least."""
 
@@ -37,6 +37,18 @@ class RecipeConfig:
     batch_size: int = setting(8, "Sequences a step.", whole(1))
     seq_len: int = setting(128, "Tokens a sequence.", whole(8))
     lr: float = setting(3e-3, "Peak learning rate.", above(0))
+
+
+@dataclass
+class LoraConfig:
+    """A new adapter (Hu et al. 2021), by the package peft; the model itself is frozen."""
+
+    r: int = setting(8, "Rank of the update of each weight.", whole(1))
+    alpha: float = setting(16.0, "The update is multiplied by alpha / r.", above(0))
+    targets: list[str] = setting(
+        [], "Ends of the names of the modules that get one; empty: all linear ones but the head."
+    )
+    dora: bool = setting(False, "Also train the length of each column (DoRA, Liu et al. 2024).")
 
 
 @dataclass
@@ -87,7 +99,7 @@ class ModelConfig:
     task: str | None = setting(
         None,
         "`pretrained` only: what it is used for; null: as its configuration says.",
-        one_of(*TEXT_TASKS) | null,
+        one_of(*TASKS) | null,
     )
     trust_remote_code: bool = setting(
         False, "`pretrained` only: run code that comes with the model."
@@ -100,10 +112,27 @@ class ModelConfig:
     attn_implementation: str | None = setting(
         None, "`eager`, `sdpa`, or whatever the library offers; null: the library's choice."
     )
+    tokenizer: str | None = setting(
+        None,
+        "`pretrained` only: a name on the hub or a local directory; `trained`: the tokenizer that "
+        "is trained on the text, with `data.vocab_size` tokens; null: the model's own.",
+    )
+    adapter: str | None = setting(
+        None,
+        "`lora`: a new adapter of `model.lora`, drawn from `model.train_seed`; else a trained one, "
+        "a name on the hub or a local directory; null: none.",
+    )
+    lora: LoraConfig = section(LoraConfig)
 
     def check(self) -> Problems:
         """Yield what concerns more than one key."""
         kind, width, heads = self.type, self.width, self.heads
+        if self.adapter != "lora" and self.lora != LoraConfig():
+            yield "adapter", "lora where model.lora is given"
+        if self.adapter is not None and kind == "mlp":
+            yield "adapter", "null with model.type=mlp"
+        if kind != "pretrained" and self.tokenizer is not None:
+            yield "tokenizer", f"null with model.type={kind} (choose model=pretrained)"
         if kind == "pretrained":
             if not self.name_or_path:
                 where = "a name on the hub or a local directory"
@@ -127,10 +156,15 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The text, and the batches made of it."""
+    """The text (or pictures), and the batches made of it."""
 
     name: str = setting("pydoc", "A label for tables.")
-    type: str = setting("pydoc", "Where the text comes from.", one_of(*DATA_TYPES))
+    type: str = setting(
+        "pydoc",
+        "Where the text comes from; `pictures`: no text, but a made-up pattern for each class "
+        "under noise, for a pretrained model that tells pictures apart.",
+        one_of(*DATA_TYPES),
+    )
     path: str | None = setting(
         None,
         "`text_file`: a UTF-8 file or a directory of them; "
@@ -149,13 +183,15 @@ class DataConfig:
     heldout_fraction: float = setting(
         0.1, "Share of the text that nothing is trained on.", fraction(0.001, 0.9)
     )
-    batch_size: int = setting(4, "Sequences a batch.", whole(1))
+    batch_size: int = setting(4, "Sequences (or pictures) a batch.", whole(1))
     seq_len: int = setting(128, "Tokens a sequence (of the encoder in t5).", whole(8))
 
     def check(self) -> Problems:
         """Yield what concerns more than one key."""
         if self.type == "pydoc" and self.path is not None:
             yield "path", "null with data.type=pydoc (choose data=text_file or data=hf)"
+        if self.type == "pictures" and self.path is not None:
+            yield "path", "null with data.type=pictures"
         if self.type == "text_file" and not self.path:
             yield "path", "a UTF-8 file or a directory of them with data.type=text_file"
         if self.type == "hf" and not self.path:

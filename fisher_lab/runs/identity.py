@@ -36,12 +36,19 @@ LEFT_OUT = (
 )
 """Keys (with everything under them) that cannot change a result."""
 
-CAME_LATER: dict[str, Any] = {"kfac.sharing": "expand"}
+CAME_LATER: dict[str, Any] = {
+    "kfac.sharing": "expand",
+    "model.adapter": None,
+    "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
+    "model.tokenizer": None,
+}
 """Keys that earlier runs did not have -> the value with which a run is the same as without them."""
 
 BY_CONTENT = {
+    "adapter": ("model.adapter",),
     "data": ("data.path", "data.pattern"),
     "model": ("model.name_or_path",),
+    "tokenizer": ("model.tokenizer",),
 }
 """Keys that a content hash stands for, where the content under this name is known."""
 

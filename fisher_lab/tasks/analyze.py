@@ -114,9 +114,11 @@ def mean_loss(workload: Workload, batches: Iterable[Any], ranks: Ranks | None = 
 def _record_loss(workload: Workload, batches: list[Any], run: Run, ranks: Ranks) -> None:
     about = workload.record.get("model", {})
     run.metrics({"loss": mean_loss(workload, batches, ranks)})
-    for name in ("heldout", "baseline"):
-        if about.get(f"{name}_loss") is not None:
-            run.metrics({f"loss/{name}": about[f"{name}_loss"]})
+    # With a part drawn at random it is not the checkpoint's.
+    heldout = "heldout_drawn" if about.get("drawn") else "heldout"
+    for name, key in ((heldout, "heldout_loss"), ("baseline", "baseline_loss")):
+        if about.get(key) is not None:
+            run.metrics({f"loss/{name}": about[key]})
 
 
 def _time_plain_pass(workload: Workload, batches: list[Any], run: Run) -> None:

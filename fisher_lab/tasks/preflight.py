@@ -23,10 +23,12 @@ def preflight(config: Config) -> Mapping[str, Any]:
         ConfigError: a device that this machine does not have; a text or a model that does not
             exist; a tracker whose package is missing.
     """
+    from fisher_lab.workload import pretrained_files
     from fisher_lab.workload.content_identity import content_identity
 
     tracking.check(config.tracker)
     content = content_identity(config)
+    pretrained_files.check(config)
     check_ranks(config)
     asked = {"device": config.device}
     if config.task.name == "analyze" and config.spectral.enabled:

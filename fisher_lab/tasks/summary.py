@@ -31,6 +31,7 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "tokens": ("tokens", "d"),
         "loss": ("loss, nats a token", ".4f"),
         "loss/heldout": ("held-out loss", ".4f"),
+        "loss/heldout_drawn": ("held-out loss, of a part drawn at random", ".4f"),
         "loss/heldout_best": ("best held-out loss", ".4f"),
         "loss/baseline": ("held-out loss of the trivial model", ".4f"),
         "train/steps": ("training steps", "d"),
@@ -131,6 +132,11 @@ def render(
     names = (config.get(part, {}).get("name") for part in ("task", "model", "data"))
     title = " · ".join([*filter(None, names), f"run {record['run_id']}"])
     parts: list[RenderableType] = [Text(title, style="bold")]
+    workbench = record.get("provenance", {}).get("workbench") or {}
+    drawn = (workbench.get("model") or workbench.get("initial") or {}).get("drawn")
+    if drawn:
+        first = ", ".join(drawn[:2]) + (f" and {len(drawn) - 2} more" if len(drawn) > 2 else "")
+        parts.append(Text(f"drawn at random, since the checkpoint lacks them: {first}"))
     layers = tables.get("layers.csv")
     if layers:
         methods = Counter(str(row["method"]) for row in layers if row.get("method"))
@@ -259,16 +265,16 @@ def _layer_table(rows: list[dict[str, Any]], width: int) -> Table:
 def short(name: str, limit: int) -> str:
     """Returns a layer's name in at most ``limit`` characters, told apart from its neighbours'.
 
-    Parts of the path become their first letters, from the left, until the rest fits; numbers stay,
-    and of the last part beginning and end. ``model.layers.0.self_attn.q_proj`` may become
-    ``m.l.0.self_attn.q_proj`` or ``m.l.0.s.q_proj``.
+    Parts of the path become the first letters of their words, from the left, until the rest fits;
+    numbers stay, and of the last part beginning and end. ``model.layers.0.self_attn.q_proj`` may
+    become ``m.l.0.self_attn.q_proj`` or ``m.l.0.sa.q_proj``.
     """
     parts = name.split(".")
     for place, part in enumerate(parts[:-1]):
         if len(".".join(parts)) <= limit:
             break
         if not part.isdigit():
-            parts[place] = part[:1]
+            parts[place] = "".join(word[0] for word in part.split("_") if word) or part
     fitted = ".".join(parts)
     if len(fitted) <= limit:
         return fitted

@@ -28,7 +28,7 @@ from fisher_lab.runs.record import Run, strict
 from fisher_lab.tasks.analyze import RANKS_FILE
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.workload import build, cache, models, training_loop
+from fisher_lab.workload import build, cache, models, pretrained, training_loop
 from fisher_lab.workload.data_parallel import DataParallel
 from fisher_lab.workload.inputs import Inputs, prepare
 from fisher_lab.workload.training_run import Result, TrainingRun
@@ -153,7 +153,8 @@ def _initial(inputs: Inputs, progress: Progress, run: Run) -> tuple[nn.Module, d
         return model, {**about, "dtype": cfg.model.dtype}
     model = models.with_dtype(inputs.untrained(cfg.seed), cfg.model.dtype)
     models.set_attention(model, cfg.model.attn_implementation)
-    about = {"init": "random", "checkpoint": inputs.checkpoint_key, "seed": cfg.seed}
+    model, adapter = pretrained.with_adapter(model, cfg.model)
+    about = {"init": "random", "checkpoint": inputs.checkpoint_key, "seed": cfg.seed, **adapter}
     return model, {**about, "dtype": cfg.model.dtype}
 
 
@@ -165,7 +166,8 @@ def _save(
         shutil.rmtree(directory)
     with atomic.directory(directory) as temporary:
         models.save(model, temporary, weights)
-        inputs.tokenizer.save_pretrained(str(temporary))
+        if inputs.tokenizer is not None:
+            inputs.tokenizer.save_pretrained(str(temporary))
     return cache.sha256_of(*sorted(directory.glob("*.safetensors")))
 
 

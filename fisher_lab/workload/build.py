@@ -13,7 +13,7 @@ from fisher_lab.config.workload import DataConfig
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Progress, no_progress
 from fisher_lab.runs.signals import Watch
-from fisher_lab.workload import checkpoint, evaluation, models
+from fisher_lab.workload import checkpoint, evaluation, models, pretrained
 from fisher_lab.workload.corpus import Side
 from fisher_lab.workload.inputs import Inputs, prepare
 from fisher_lab.workload.objectives import Batch, Objective
@@ -81,6 +81,8 @@ def build(cfg: Config, progress: Progress = no_progress, signals: Watch | None =
     model = model.to(device).eval()
     objective = inputs.objective
     about = {**about, "parameters": sum(p.numel() for p in model.parameters())}
+    if "adapter" in about:
+        about.pop("heldout_loss", None)  # the checkpoint's, without the adapter
     if "heldout_loss" not in about:
         size: Any = {"batch_size": cfg.data.batch_size, "seq_len": cfg.data.seq_len}
         size["limit"] = evaluation.FEW_BATCHES
@@ -98,9 +100,18 @@ def trained(
     Returns:
         The model on the CPU, and what the record says about it.
     """
+    built, about = _without_adapter(inputs, progress, signals)
+    built, adapter = pretrained.with_adapter(built, inputs.cfg.model)
+    return built, {**about, **adapter}
+
+
+def _without_adapter(
+    inputs: Inputs, progress: Progress, signals: Watch | None
+) -> tuple[nn.Module, dict[str, Any]]:
     model = inputs.cfg.model
     if inputs.pretrained is not None:
-        return inputs.pretrained, {"init": "pretrained", **inputs.content["model"]}
+        loaded = inputs.pretrained
+        return loaded.model, {"init": "pretrained", **inputs.content["model"], **loaded.about}
     if model.init == "random":
         built = models.with_dtype(inputs.untrained(model.train_seed), model.dtype)
         models.set_attention(built, model.attn_implementation)

@@ -122,6 +122,7 @@ def _save(path: Path, inputs: Inputs, model: nn.Module, run: TrainingRun, result
     """Write the trained model, its tokenizer, its curve and its record."""
     with atomic.directory(path, keep_existing=True) as temporary:
         models.save(model, temporary)
+        assert inputs.tokenizer is not None  # a built model's
         inputs.tokenizer.save_pretrained(str(temporary))
         result.curve.write(temporary / training_loop.CURVE_FILE)
         record = {

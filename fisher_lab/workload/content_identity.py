@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from fisher_lab.workload import cache, text, tokenizer
 RECIPE = 1
 """Raised when the same configuration gives another checkpoint than before."""
 
+PICTURES = 1
+"""Raised when the same configuration gives other pictures than before."""
+
+CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+
 _NOT_IN_CHECKPOINT = {
+    "adapter",
+    "lora",
+    "tokenizer",
     "name",
     "init",
     "name_or_path",
@@ -51,15 +60,37 @@ def content_identity(cfg: Config) -> dict[str, Any]:
     Raises:
         ConfigError: The text or the model does not exist, or sequences are longer than the model.
     """
-    loaded = text.load(cfg.data)
-    identity: dict[str, Any] = {"data": {"sha256": loaded.sha256}}
+    identity: dict[str, Any] = {}
+    if cfg.model.adapter not in (None, "lora"):
+        identity["adapter"] = _place("model.adapter", cfg.model.adapter, None, ADAPTER_FILE)
     if cfg.model.type == "pretrained":
-        return {**identity, "model": _pretrained(cfg.model)}
+        return identity | _of_pretrained(cfg, cfg.model)
+    if cfg.data.type == "pictures":
+        allowed = f"a text with model.type={cfg.model.type} (pictures need model=pretrained)"
+        raise ConfigError.value("data.type", "pictures", allowed)
+    loaded = text.load(cfg.data)
+    identity["data"] = {"sha256": loaded.sha256}
     _check_lengths(cfg)
     train, _ = text.split(loaded, cfg.data.heldout_fraction)
     identity["tokenizer"] = tokenizer.key(train, cfg.data.vocab_size)
     key = _checkpoint_key(cfg, loaded.sha256, identity["tokenizer"])
     return {**identity, "model": {"init": cfg.model.init, "checkpoint": key}}
+
+
+def _of_pretrained(cfg: Config, model: ModelConfig) -> dict[str, Any]:
+    assert model.name_or_path is not None  # the schema's check
+    found = _place("model.name_or_path", model.name_or_path, model.revision, CONFIG_FILE)
+    if cfg.data.type == "pictures":
+        return {"data": {"pictures": PICTURES}, "model": found}
+    loaded = text.load(cfg.data)
+    identity: dict[str, Any] = {"data": {"sha256": loaded.sha256}, "model": found}
+    if model.tokenizer == "trained":
+        train, _ = text.split(loaded, cfg.data.heldout_fraction)
+        identity["tokenizer"] = tokenizer.key(train, cfg.data.vocab_size)
+    elif model.tokenizer is not None:
+        name = model.tokenizer
+        identity["tokenizer"] = _place("model.tokenizer", name, None, "tokenizer_config.json")
+    return identity
 
 
 def _checkpoint_key(cfg: Config, text_sha256: str, tokenizer_key: str) -> str:
@@ -100,35 +131,49 @@ def _check_lengths(cfg: Config) -> None:
             )
 
 
-def _pretrained(model: ModelConfig) -> dict[str, Any]:
+def _place(key: str, name: str, revision: str | None, needed: str) -> dict[str, Any]:
     """The files of a directory by content, or the commit of a name on the hub.
 
     The commit comes from the hub or, offline, from its local cache.
+
+    Args:
+        key: Where the name was given.
+        name: A local directory, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        needed: A file that has to be there.
+
+    Raises:
+        ConfigError: It is not.
     """
-    name = model.name_or_path
-    assert name is not None  # the schema's check
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            allowed = "a directory with a config.json, as save_pretrained writes it"
-            raise ConfigError.value("model.name_or_path", name, allowed)
+        if not (path / needed).is_file():
+            adapter = path / ADAPTER_FILE
+            if needed == CONFIG_FILE and adapter.is_file():
+                base = json.loads(adapter.read_text(encoding="utf-8")).get(
+                    "base_model_name_or_path"
+                )
+                allowed = f"the model ({base}) that this adapter is for, with model.adapter={name}"
+            else:
+                allowed = f"a directory with a {needed}, as save_pretrained writes it"
+            raise ConfigError.value(key, name, allowed)
         files = sorted({file for pattern in WEIGHTS for file in path.glob(pattern)})
         return {"files": cache.sha256_of(*files)}
     if path.exists() or name.startswith((".", "/", "~")):
-        raise _no_model(model, "there is no such directory")
+        raise _not_there(key, name, revision, "there is no such directory")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        file = hf_hub_download(name, "config.json", revision=model.revision)
+        file = hf_hub_download(name, needed, revision=revision)
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise _no_model(model, f"{type(error).__name__}: {error}") from error
+        raise _not_there(key, name, revision, f"{type(error).__name__}: {error}") from error
     return {"hub": name, "commit": Path(file).parent.name}
 
 
-def _no_model(model: ModelConfig, why: str) -> ConfigError:
-    revision = "" if model.revision is None else f" (model.revision={model.revision})"
+def _not_there(key: str, name: str, revision: str | None, why: str) -> ConfigError:
+    given = "" if revision is None else f" (model.revision={revision})"
     return ConfigError(
-        f"model.name_or_path={model.name_or_path}{revision} is not allowed: model.name_or_path "
-        f"must be a local directory or a name on the hub that can be reached: {why}"
+        f"{key}={name}{given} is not allowed: {key} must be a local directory or a name on the hub "
+        f"that can be reached: {why}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,8 +68,9 @@ def baseline_loss(
     counts = torch.ones(objective.classes, dtype=torch.float64)
     index = 0
     while counts.sum() < BASELINE_LABELS + objective.classes:
-        batch = objective.batch("train", index, seed=SEED, batch_size=batch_size, seq_len=seq_len)
-        counts += torch.bincount(objective.targets(batch), minlength=objective.classes)
+        size: Any = {"seed": SEED, "batch_size": batch_size, "seq_len": seq_len}
+        labels = objective.label_batch("train", index, **size)
+        counts += torch.bincount(labels, minlength=objective.classes)
         index += 1
     nats = -(counts / counts.sum()).log()
     batches = _heldout(objective, batch_size, seq_len, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,20 @@ from torch import nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.workload import cache, corpus, models, text, tokenizer
+from fisher_lab.workload import (
+    cache,
+    corpus,
+    models,
+    pretrained,
+    pretrained_files,
+    text,
+    tokenizer,
+)
 from fisher_lab.workload.content_identity import content_identity
 from fisher_lab.workload.corpus import Corpus
 from fisher_lab.workload.objectives import Causal, Masked, Objective, Spans, Topics, find
+from fisher_lab.workload.pictures import Pictures
+from fisher_lab.workload.pretrained import Loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,18 +36,18 @@ class Inputs:
     Attributes:
         cfg: The configuration.
         content: The hashes of text, tokenizer and model (`content_identity`).
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer; None where there is no text.
         objective: Makes the batches.
         record: What `Workload.record` says about text, tokenizer and objective.
-        pretrained: The loaded model if ``model.type`` is ``pretrained``, else None.
+        pretrained: The model as loaded if ``model.type`` is ``pretrained``, else None.
     """
 
     cfg: Config
     content: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     objective: Objective
     record: dict[str, Any]
-    pretrained: nn.Module | None
+    pretrained: Loaded | None
 
     @property
     def checkpoint_key(self) -> str | None:
@@ -45,36 +56,42 @@ class Inputs:
 
     def untrained(self, seed: int) -> nn.Module:
         """A new model with weights drawn from ``seed``."""
+        assert self.tokenizer is not None  # only a pretrained model goes without
         return models.build(
             self.cfg.model, self.tokenizer, classes=self.objective.classes, seed=seed
         )
 
 
 def prepare(cfg: Config) -> Inputs:
-    """Read the text, load or train the tokenizer, and tokenize.
+    """Read the text, load or train the tokenizer, and tokenize; load a pretrained model.
 
     Raises:
         ConfigError: The text or the pretrained model is not available as configured.
     """
     content = content_identity(cfg)
+    kind = models.OBJECTIVE_OF.get(cfg.model.type)
+    if kind is None:
+        pretrained_files.check(cfg)
+        kind = pretrained.task(cfg.model)
+    if kind == "pictures":
+        return _of_pictures(cfg, content)
     loaded = text.load(cfg.data)
     sides = text.split(loaded, cfg.data.heldout_fraction)
-    pretrained: nn.Module | None = None
-    if cfg.model.type == "pretrained":
-        kind = models.pretrained_task(cfg.model)
-        pretrained, made = models.load_pretrained(cfg.model, kind)
-        classes = _checked_outputs(cfg, pretrained, len(made))
-        about: dict[str, Any] = {"source": cfg.model.name_or_path}
-    else:
-        kind = models.OBJECTIVE_OF[cfg.model.type]
-        root = cache.directory(cfg.cache_dir)
-        made = tokenizer.load(tokenizer.cached(sides[0], cfg.data.vocab_size, root))
+    made, about = _tokenizer(cfg, sides[0])
+    model = None if cfg.model.type != "pretrained" else pretrained.load(cfg.model, kind)
+    if model is None:
         classes = cfg.model.outputs or len(made)
         if classes < len(made):
             allowed = f"at least {len(made)}, the tokens of data.vocab_size={cfg.data.vocab_size}"
             raise ConfigError.value("model.outputs", classes, f"{allowed}, or null")
-        about = {"key": content["tokenizer"]}
+    else:
+        classes = _checked_outputs(cfg, model.model, len(made))
     tokens = corpus.encode(sides, made)
+    largest = max(int(tokens.side(side).ids.max(initial=0)) for side in ("train", "heldout"))
+    if largest >= classes:
+        key = "name_or_path" if cfg.model.tokenizer is None else "tokenizer"
+        allowed = f"one whose tokens the model knows: it has {classes}, and the text has {largest}"
+        raise ConfigError.value(f"model.{key}", getattr(cfg.model, key), allowed)
     objective = _objective(kind, tokens, made, classes, cfg.model.recipe.seq_len)
     record = {
         "data": {
@@ -88,7 +105,27 @@ def prepare(cfg: Config) -> Inputs:
         "tokenizer": {**about, "sha256": tokenizer.sha256(made), "vocab_size": len(made)},
         "task": objective.name,
     }
-    return Inputs(cfg, content, made, objective, record, pretrained)
+    return Inputs(cfg, content, made, objective, record, model)
+
+
+def _of_pictures(cfg: Config, content: dict[str, Any]) -> Inputs:
+    model = pretrained.load(cfg.model, Pictures.name)
+    objective = Pictures.of(model.model.config)
+    data = {"type": cfg.data.type, "classes": objective.classes, "shape": list(objective.shape)}
+    record = {"data": data, "task": objective.name}
+    return Inputs(cfg, content, None, objective, record, model)
+
+
+def _tokenizer(
+    cfg: Config, train: Sequence[text.Passage]
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """The tokenizer, and what the record says of it; ``train`` is what it may be trained on."""
+    if cfg.model.type == "pretrained" and cfg.model.tokenizer != "trained":
+        source = cfg.model.tokenizer or cfg.model.name_or_path
+        return pretrained.load_tokenizer(cfg.model), {"source": source}
+    root = cache.directory(cfg.cache_dir)
+    made = tokenizer.load(tokenizer.cached(train, cfg.data.vocab_size, root))
+    return made, {"key": tokenizer.key(train, cfg.data.vocab_size)}
 
 
 def _objective(
@@ -125,12 +162,17 @@ def _checked_outputs(cfg: Config, model: nn.Module, tokens: int) -> int:
     """Width of a pretrained model's head; some models pad it beyond the tokenizer's vocabulary.
 
     Raises:
-        ConfigError: The configured sequences are longer than the model's positions.
+        ConfigError: The configured sequences are longer than the model's positions, or the
+            tokenizer that is trained here has more tokens than the model.
     """
     config: Any = model.config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and cfg.data.seq_len > limit:
         raise ConfigError.value(
             "data.seq_len", cfg.data.seq_len, f"at most {limit}, the model's positions"
         )
-    return max(tokens, int(getattr(config.get_text_config(), "vocab_size", tokens)))
+    outputs = int(getattr(config.get_text_config(), "vocab_size", tokens))
+    if cfg.model.tokenizer == "trained" and tokens > outputs:
+        allowed = f"at most {outputs}, the tokens that the model knows"
+        raise ConfigError.value("data.vocab_size", cfg.data.vocab_size, allowed)
+    return outputs

@@ -1,4 +1,4 @@
-"""Models that are built from a configuration, or loaded from the hub or a directory."""
+"""Models that are built from a configuration, saved and loaded again."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ _CLASSES = {
     "t5": "T5ForConditionalGeneration",
 }
 _AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "spans": "AutoModelForSeq2SeqLM",
+    "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "masked": ("AutoModelForMaskedLM",),
+    "spans": ("AutoModelForSeq2SeqLM",),
+    "pictures": ("AutoModelForImageClassification",),
 }
+"""Objective -> the library's classes that load a model for it."""
 
 BASE_WIDTH, BASE_DEVIATION = 768, 0.02
 """Width, and standard deviation of the initial weights, of the published GPT-2 and BERT."""
@@ -97,7 +99,7 @@ def build(
     return built.float().train()
 
 
-def _transformers() -> Any:
+def transformers() -> Any:
     """The library, without its own progress bars."""
     import transformers
     from transformers.utils import logging
@@ -107,7 +109,7 @@ def _transformers() -> Any:
 
 
 def _transformer(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, classes: int) -> nn.Module:
-    hf = _transformers()
+    hf = transformers()
     common = {
         "vocab_size": classes,
         "bos_token_id": tokenizer.bos_token_id,
@@ -204,8 +206,8 @@ def load(directory: Path, model: ModelConfig, task: str) -> nn.Module:
         loaded = TopicMLP(**sizes)
         loaded.load_state_dict(load_file(directory / "model.safetensors"))
     else:
-        auto_class = getattr(_transformers(), _AUTO_CLASSES[task])
-        loaded = auto_class.from_pretrained(str(directory), **_options(model))
+        loader = getattr(transformers(), _AUTO_CLASSES[task][0])
+        loaded = loader.from_pretrained(str(directory), **load_options(model))
     return with_dtype(loaded, model.dtype)
 
 
@@ -225,73 +227,25 @@ def set_attention(model: nn.Module, implementation: str | None) -> None:
     try:
         model.set_attn_implementation(implementation)  # type: ignore[operator]
     except (ValueError, ImportError, KeyError) as error:
-        raise _bad_attention(implementation, error) from error
+        raise bad_attention(implementation, error) from error
 
 
-def _options(model: ModelConfig) -> dict[str, Any]:
+def auto_class(task: str, config: Any) -> str:
+    """The name of the library's class that loads a model with this configuration for a task."""
+    names = _AUTO_CLASSES[task]
+    known = (n for n in names if type(config) in getattr(transformers(), n)._model_mapping)
+    return next(known, names[0])
+
+
+def load_options(model: ModelConfig) -> dict[str, Any]:
+    """The options of a model that is loaded: its dtype and its attention."""
     dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
     attention = model.attn_implementation
     return {"dtype": dtype} | ({} if attention is None else {"attn_implementation": attention})
 
 
-# -- pretrained --------------------------------------------------------------------------------
-
-
-def pretrained_task(model: ModelConfig) -> str:
-    """The objective of a pretrained model: as configured, else from its own configuration.
-
-    Raises:
-        ConfigError: The model's configuration cannot be loaded or names no known language model.
-    """
-    if model.task is not None:
-        return model.task
-    config = _from_pretrained("AutoConfig", model)
-    names = " ".join(getattr(config, "architectures", None) or [])
-    if "ConditionalGeneration" in names and getattr(config, "is_encoder_decoder", False):
-        return "spans"
-    if "MaskedLM" in names:
-        return "masked"
-    if "CausalLM" in names or "LMHeadModel" in names:
-        return "causal"
-    raise ConfigError(
-        f"model.name_or_path={model.name_or_path}: its architecture ({names or 'none given'}) "
-        "does not say what it is for; model.task must be one of causal, masked, spans"
-    )
-
-
-def load_pretrained(model: ModelConfig, task: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a pretrained model and its tokenizer by the library's Auto classes.
-
-    Raises:
-        ConfigError: One of them cannot be loaded.
-    """
-    tokenizer = _from_pretrained("AutoTokenizer", model)
-    loaded = _from_pretrained(_AUTO_CLASSES[task], model, **_options(model))
-    if len(tokenizer) < 2:  # what the library returns for a directory without tokenizer files
-        raise ConfigError(f"model.name_or_path={model.name_or_path} comes without a tokenizer")
-    return loaded, tokenizer
-
-
-def _from_pretrained(auto_class: str, model: ModelConfig, **options: Any) -> Any:
-    assert model.name_or_path is not None  # the schema's check
-    path = Path(model.name_or_path).expanduser()
-    try:
-        return getattr(_transformers(), auto_class).from_pretrained(
-            str(path) if path.is_dir() else model.name_or_path,
-            revision=model.revision or "main",
-            trust_remote_code=model.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if model.attn_implementation is not None and "attention" in str(error).lower():
-            raise _bad_attention(model.attn_implementation, error) from error
-        raise ConfigError(
-            f"model.name_or_path={model.name_or_path} (model.revision={model.revision}) cannot be "
-            f"loaded: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _bad_attention(implementation: str, error: Exception) -> ConfigError:
+def bad_attention(implementation: str, error: Exception) -> ConfigError:
+    """The error for an implementation of attention that a model cannot use."""
     return ConfigError(
         f"model.attn_implementation={implementation} is not allowed for this model: {error}"
     )

@@ -58,6 +58,14 @@ class Objective(ABC):
             and ``attention_mask``, ``[batch_size, seq_len]`` int64 like ``labels``.
         """
 
+    def label_batch(
+        self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int
+    ) -> Tensor:
+        """The labels of `batch` that count, ``[N]``; the arguments are the same."""
+        return self.targets(
+            self.batch(side, index, seed=seed, batch_size=batch_size, seq_len=seq_len)
+        )
+
     def text_length(self, seq_len: int) -> int:
         """Tokens of the text in a sequence of ``seq_len`` tokens."""
         return seq_len

@@ -79,7 +79,8 @@ def test_no_value_is_cut_however_long_its_words_and_its_name(tmp_path):
     [
         ("lm_head", 7, "lm_head"),
         ("model.layers.0.self_attn.q_proj", 30, "m.layers.0.self_attn.q_proj"),
-        ("model.layers.11.self_attn.q_proj", 17, "m.l.11.s.q_proj"),
+        ("model.layers.11.self_attn.q_proj", 17, "m.l.11.sa.q_proj"),
+        ("model.layers.0.q_proj.lora_A.default", 22, "m.l.0.qp.lA.default"),
         ("model.layers.0.post_attention_layernorm", 20, "m.l.0.post_a…yernorm"),
         ("model.layers.0.mlp.experts.down_proj[3]", 20, "m.l.0.m.e.down…oj[3]"),
     ],

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import ModelConfig
 from fisher_lab.curvature import losses
-from fisher_lab.workload import build, content_identity, models
+from fisher_lab.workload import build, content_identity, models, pretrained_files
+from fisher_lab.workload import pretrained as loading
 from fisher_lab.workload.inputs import prepare
 
 KINDS = ["gpt2", "llama", "bert", "t5", "mlp"]
@@ -179,9 +181,11 @@ def test_a_model_that_does_not_say_what_it_is_for(config, tmp_path, inputs):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace("GPT2LMHeadModel", "GPT2Model"))
     cfg = pretrained(config, tmp_path)
-    with pytest.raises(ConfigError, match=r"GPT2Model.*model\.task must be one of causal"):
-        models.pretrained_task(cfg.model)
-    assert models.pretrained_task(replace(cfg.model, task="causal")) == "causal"
+    with pytest.raises(ConfigError) as caught:  # all that is wrong, in one line
+        pretrained_files.check(cfg)
+    assert re.search(r"GPT2Model.*model\.task must be one of causal", str(caught.value))
+    assert "comes without a tokenizer; give model.tokenizer=" in str(caught.value)
+    assert loading.task(replace(cfg.model, task="causal")) == "causal"
     with pytest.raises(ConfigError, match="comes without a tokenizer"):
         build.build(pretrained(config, tmp_path, task="causal"))
 
