@@ -205,6 +205,7 @@ class Check:
     def _memory_of(
         self, build: Callable[[], nn.Module], dtype: torch.dtype, batch: Any, options: Any
     ) -> dict[str, float]:
+        gc.collect()  # the cases before this one have left cycles
         model = made(build, self.device, dtype)
         before = torch.cuda.memory_allocated()
         kfac = KFACNaturalGradient(track_diagonal=False, **options)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import check_finite
+from fisher_lab.curvature.kfac.capture import Call, Capture, edge_of
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, joined
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
 from fisher_lab.curvature.kfac.policy import sharing_of
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
 from fisher_lab.curvature.losses import SummedLoss, labels_of
-
-if TYPE_CHECKING:
-    from fisher_lab.curvature.kfac.capture import Call, Capture
 
 _MASKS = {"decoder": "decoder_attention_mask", "main": "attention_mask"}
 """Which mask of a batch says which positions are tokens, by the side of the model."""
@@ -302,8 +299,7 @@ def find_non_finite(
     # What no layer reads: the logits, not finite by the weights of the layer that made them.
     if loss.scored is not None:
         logits = loss.logits
-        traced = logits is not None and logits.requires_grad
-        edge = get_gradient_edge(logits) if logits is not None and traced else None
+        edge = None if logits is None else edge_of(logits)
         calls = [(layer.name, call) for layer in layers for call in capture.calls_of(layer)]
         same = [name for name, call in calls if edge is not None and call.edge == edge]
         head = same[0] if same else "of the logits"

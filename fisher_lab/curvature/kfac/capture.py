@@ -267,12 +267,12 @@ class Capture:
             return
         call = self._call(use, waiting.pop(), output)
         self._calls.setdefault(key, []).append(call)
-        output.register_hook(lambda grad: setattr(call, "grad", grad))
+        _await(call)
 
     def _call(self, use: Use, origin: Origin, output: Tensor) -> Call:
         # The edge is taken now: an in-place operation on the output later on would move the tensor
         # to another node of the graph, and with it the gradient.
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        edge = edge_of(output)
         a = use.a.detach()
         index = sum(map(len, self._calls.values()))
         return Call(use, a, origin, edge, output.shape, a._version, index)
@@ -417,7 +417,8 @@ class Capture:
             allow_unused=True,
         )
         of_calls: dict[int, Tensor | None] = {}
-        of_calls |= {call.index: grad for call, grad in zip(calls, grads, strict=False)}
+        for call, grad in zip(calls, grads, strict=False):
+            of_calls[call.index] = None if grad is None else grad.reshape(call.output)
         return of_calls, list(grads[len(calls) :])
 
     def _check_versions(self) -> None:
@@ -444,8 +445,7 @@ class Capture:
         kept = {p: p.grad for p in self.model.parameters()}
         for calls in self._calls.values():
             for call in calls:
-                if call.edge is not None:
-                    call.edge.node.register_prehook(partial(_receive, call))
+                _await(call)
         self._replaying = True
         self._watch_modules()
         try:
@@ -487,8 +487,27 @@ def _align(call: Call, origin: Origin) -> None:
         call.origin = tuple(ids[..., 0] for ids in origin if ids.size(-1) == 1)
 
 
-def _receive(call: Call, grads: tuple[Tensor | None, ...]) -> None:
-    call.grad = grads[call.edge.output_nr]  # type: ignore[union-attr]
+def edge_of(tensor: Tensor) -> GradientEdge | None:
+    """Returns where a tensor's gradient arrives in the graph; None where it has none.
+
+    That of a view of a whole tensor is the whole's: what is written into a view later on is written
+    into the whole, and the view's own place is no longer on the way. Shapes may differ.
+    """
+    base = tensor._base
+    if base is not None and base.requires_grad and base.numel() == tensor.numel():
+        tensor = base if base.is_contiguous() and tensor.is_contiguous() else tensor
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _await(call: Call) -> None:
+    """Keeps the gradient of a call's output as a backward pass comes to it."""
+    if call.edge is not None:
+        call.edge.node.register_prehook(partial(_receive, call, call.edge.output_nr))
+
+
+def _receive(call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
+    grad = grads[number]
+    call.grad = None if grad is None else grad.reshape(call.output)
 
 
 def _holders(model: nn.Module) -> dict[int, dict[str, str]]:

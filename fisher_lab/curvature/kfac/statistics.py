@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from fisher_lab.curvature.collectives import Communicator, Spread, rank_seed
 from fisher_lab.curvature.errors import LayerError
@@ -24,7 +23,7 @@ from fisher_lab.curvature.kfac.accumulators import (
     MomentAccumulator,
     NormAccumulator,
 )
-from fisher_lab.curvature.kfac.capture import HIDDEN, Call, Capture
+from fisher_lab.curvature.kfac.capture import HIDDEN, Call, Capture, edge_of
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE
 from fisher_lab.curvature.kfac.factors import (
     DiagonalFactor,
@@ -171,7 +170,7 @@ class TrueFisherHead:
         self._sought = True
         # By the graph's edge: an address may have been another tensor's before. A layer that is
         # used a second time has a gradient beside that of the logits.
-        wanted = None if loss.logits is None else get_gradient_edge(loss.logits)
+        wanted = None if loss.logits is None else edge_of(loss.logits)
         for layer in layers:
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
             found = [call.edge == wanted for call in calls.get(layer.name, ())]

@@ -161,6 +161,19 @@ class Matrix(nn.Module):
         return torch.tanh(x @ self.matrix)
 
 
+class Added(nn.Module):
+    """RoCBert's input: what a linear layer gives is a view, and is added to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.up(x)
+        y += 0.5 * x
+        return y
+
+
 class RmsPlusOne(nn.Module):
     """Gemma's norm: the scale is ``1 + w``."""
 
@@ -226,6 +239,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "experts": lambda: Frame(Experts()),
     "experts in one product": lambda: Frame(Grouped()),
     "a bare parameter": lambda: Frame(Matrix()),
+    "added to in place": lambda: Frame(Added()),
     "a scale of one plus w": lambda: Frame(RmsPlusOne()),
     "a norm that adds its bias itself": lambda: Frame(ScaleAndShift()),
     "shifted in time": lambda: Frame(TimeShift()),
