@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,29 +38,39 @@ class TokenMasks:
     """
 
     def __init__(self, capture: Capture, batch: Any) -> None:
-        masks = masks_of(batch)
+        self._masks, self._capture = masks_of(batch), capture
+        self.full = all(bool(mask.all()) for mask in self._masks.values())
+        self._whole: dict[tuple[int, torch.Size], bool] = {}
         self.examples: Examples | None = None
         if capture.settings.sharing == "reduce":
             labels = labels_of(batch)
             self.examples = capture.examples(None if labels is None else len(labels))
-        self.full = all(bool(mask.all()) for mask in masks.values())
-        self._table: Tensor | None = None
-        if self.full and not capture.rows.filled:
-            return
-        device = capture.device
-        # By id, the row that was filled in first and the model's own row last.
-        table = torch.ones(capture.rows.count + 2, dtype=torch.bool, device=device)
-        table[0] = False
-        for side, shape, start in capture.inputs:
-            mask = masks.get(side)
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """Whether a row counts, by its id: one that was filled in first, the model's own last."""
+        rows, device = self._capture.rows, self._capture.device
+        table = torch.ones(rows.count + 2, dtype=torch.bool, device=device)
+        table[FILLED] = False
+        for side, shape, start in self._capture.inputs:
+            mask = self._masks.get(side)
             if mask is not None and mask.shape == shape:
                 table[start : start + mask.numel()] = mask.reshape(-1)
-        for start, ids, every in capture.rows.pooled:
+        for start, ids, every in rows.pooled:
             some = table[ids].any(dim=1)
             if every:  # but for what is filled in
                 some &= (table[ids] | (ids == FILLED)).all(dim=1)
             table[start : start + len(ids)] = some
-        self._table = table
+        return table
+
+    def _all_count(self, ids: Tensor) -> bool:
+        """Whether there is no padding among rows: none of the batch, and none that was added."""
+        if not self.full:
+            return False
+        key = (ids.data_ptr(), ids.shape)  # most layers share their ids
+        if key not in self._whole:
+            self._whole[key] = bool(self._table[ids].all())
+        return self._whole[key]
 
     def select(self, call: Call, x: Tensor, name: str, *, trailing: int = 1) -> Tensor:
         """Returns the rows of ``x`` that are tokens, ``[T, features]`` (``[T]`` for indices).
@@ -88,7 +99,7 @@ class TokenMasks:
 
     def _kept(self, call: Call, shape: torch.Size, name: str) -> Tensor | None:
         padding = call.use.padding
-        keep = None if self._table is None else self._table_of(call, shape, name, self._table)
+        keep = self._counting(call, shape, name)
         if padding is not None:  # autograd gives this row of the table no gradient
             looked_up = call.a != padding
             keep = looked_up if keep is None else keep & looked_up
@@ -110,18 +121,18 @@ class TokenMasks:
             raise LayerError(f"layer {name or '(the model)'}: {NO_EXAMPLE}; exclude the layer")
         return self.select(call, found.expand(call.rows), name, trailing=0)
 
-    def _table_of(self, call: Call, shape: torch.Size, name: str, table: Tensor) -> Tensor | None:
+    def _counting(self, call: Call, shape: torch.Size, name: str) -> Tensor | None:
         ids = ids_of(call.origin, call.trailing)
-        if ids is None:
-            if self.full:
-                return None
+        if ids is None and not self.full:
             raise LayerError(
                 f"layer {name or '(the model)'}: which of its rows {tuple(shape)} are padding "
                 "cannot be told; exclude the layer, or give batches without padding"
             )
+        if ids is None or self._all_count(ids):
+            return None
         if call.use.rows is not None:
             ids = ids.expand(len(call.a), *ids.shape[1:])[call.use.rows]
-        return table[ids].expand(shape)
+        return self._table[ids].expand(shape)
 
 
 def masks_of(batch: Any) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ _VIEWS = words(
     "chunk split unbind t T mT H mH movedim moveaxis swapaxes swapdims adjoint tensor_split "
     "split_with_sizes broadcast_to diagonal"
 )
+_NEW = words("new_zeros new_ones new_full new_empty new_tensor")
 _RESHAPES = words("view reshape view_as reshape_as flatten ravel")
 _COPIES = words("flip roll repeat tile repeat_interleave index_select pad unfold")
 _JOINS = words("cat concat concatenate")
@@ -86,15 +87,16 @@ class TokenRows:
         self._of = WeakTensorKeyDictionary()
         self._constants = {id(t) for t in constants}
         self.count = 0
-        self.filled = False
         self._waiting = WeakTensorKeyDictionary()
         self.pooled: list[tuple[int, Tensor, bool]] = []
         self._pooled_first: set[int] = set()
+        self._own_rows = WeakTensorKeyDictionary()
         self._picked: dict[int, Tensor] = {}
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
             (_SAME | _CHANNEL_NORMS, self._same),
             (_VIEWS, self._view),
             (_RESHAPES, self._reshape),
+            (_NEW, self._new),
             (_COPIES, self._copy),
             (_JOINS, self._cat),
             (["stack"], self._stack),
@@ -159,7 +161,7 @@ class TokenRows:
         if not outs and name != "__setitem__":
             return
         origins = [self.of(t) for t in given]
-        if all(o is Fixed.CONSTANT for o in origins):
+        if name != "__setitem__" and all(o is Fixed.CONSTANT for o in origins):
             found: Any = [Fixed.CONSTANT] * len(outs)
         else:
             rule = self._rules.get(name, self._each_position)
@@ -221,6 +223,11 @@ class TokenRows:
     def _same(self, call: Operation) -> Origin:
         return self.of(call.given[0])
 
+    def _new(self, call: Operation) -> Origin:
+        """A constant; one of the tensor's own shape stands beside its rows."""
+        same = call.outs[0].shape == call.first.shape
+        return self.of(call.first) if same else Fixed.CONSTANT
+
     def _view(self, call: Operation) -> list[Origin] | Origin:
         x, rest = call.first, call.rest
         origin = self.of(x)
@@ -272,7 +279,6 @@ class TokenRows:
         if isinstance(origin, Fixed):
             return origin
         if call.name == "pad":
-            self.filled = True
             call.rest, call.kwargs = (
                 call.rest[:1],
                 {"value": FILLED} | {k: v for k, v in call.kwargs.items() if k == "pad"},
@@ -413,7 +419,6 @@ class TokenRows:
             if ids.size(axis) > 1:
                 made = seen(ids.movedim(axis, -1), window, d, length)
                 ids = self._joined(made, True).movedim(-1, axis)
-                self.filled = True
         return ids
 
     def _joined(self, ids: Tensor, every: bool) -> Tensor:
@@ -502,10 +507,9 @@ class TokenRows:
 
     def _written(self, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Origin:
         """Rows of ``source`` go to places of ``x``: each place belongs to what is written to it."""
-        before, origin = self.of(x), self.of(source)
-        if isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
+        before, ids, dim = self.of(x), self._single(source), dim % x.dim()
+        if ids is None or before is Fixed.UNKNOWN:
             return Fixed.UNKNOWN
-        ids, dim = origin[0], dim % x.dim()
         start = self._places(x, before)
         shape = [max(a, b) for a, b in zip(start.shape, ids.shape, strict=True)]
         shape[dim] = x.size(dim)
@@ -513,11 +517,19 @@ class TokenRows:
         shape[dim] = index.numel()
         return (start.index_copy_(dim, index.reshape(-1).long(), ids.expand(shape).contiguous()),)
 
+    def _single(self, source: Tensor) -> Tensor | None:
+        """The ids of rows that are to be written; a constant's are the model's own."""
+        origin = self.of(source)
+        if origin is Fixed.CONSTANT:
+            return torch.full([1] * source.dim(), OWN, device=source.device)
+        return None if isinstance(origin, Fixed) or len(origin) != 1 else origin[0]
+
     def _places(self, x: Tensor, before: Origin) -> Tensor:
         """The ids of a tensor that is written to: where nothing was, its places belong to none."""
         if not isinstance(before, Fixed):
             return before[0]
-        return torch.full([1] * x.dim(), FILLED, device=x.device)
+        own = self._own_rows.get(x)
+        return torch.full([1] * x.dim(), FILLED, device=x.device) if own is None else own
 
     def _scatter(self, call: Operation) -> Origin:
         x, dim = call.first, call.argument(1, "dim")
@@ -533,14 +545,18 @@ class TokenRows:
 
     def _assign(self, call: Operation) -> Origin:
         x, index, value = call.args
-        before, origin = self.of(x), self.of(value)
-        if origin is Fixed.CONSTANT:
-            self.mark(x, before)
-        elif isinstance(origin, Fixed) or len(origin) != 1 or before is Fixed.UNKNOWN:
+        before, constant = self.of(x), self.of(value) is Fixed.CONSTANT
+        if constant and not (isinstance(value, Tensor) and value.requires_grad):
+            self.mark(x, before)  # a number says nothing of whose the place is
+            return Fixed.CONSTANT
+        single = self._single(value)
+        if single is None or before is Fixed.UNKNOWN:
             self.mark(x, Fixed.UNKNOWN)
+            return Fixed.CONSTANT
+        ids = self._places(x, before).expand(x.shape).clone()
+        ids[index] = single.expand(value.shape)
+        if constant and before is Fixed.CONSTANT:
+            self._own_rows[x] = compressed(ids)  # a class token, beside which tokens will stand
         else:
-            start = self._places(x, before)
-            ids = start.expand(x.shape).clone()
-            ids[index] = origin[0].expand(value.shape)
             self.mark(x, (compressed(ids),))
         return Fixed.CONSTANT

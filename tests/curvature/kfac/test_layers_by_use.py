@@ -174,6 +174,36 @@ class Added(nn.Module):
         return y
 
 
+class Buffered(nn.Module):
+    """Experts with a capacity: rows are copied into a buffer with room for more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        buffer = rows.new_zeros(2 * len(rows), x.shape[-1])
+        places = 2 * torch.arange(len(rows)) + 1
+        buffer = buffer.index_copy(0, places, rows)
+        return self.up(buffer)[places].reshape(x.shape)
+
+
+class OwnToken(nn.Module):
+    """A class token that is written into the first place of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.up = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        whole = x.new_zeros(len(x), x.shape[1] + 1, x.shape[2])
+        whole[:, 0] = self.own
+        whole[:, 1:] = x
+        y = self.up(whole)
+        return y[:, 1:] + y[:, :1]
+
+
 class RmsPlusOne(nn.Module):
     """Gemma's norm: the scale is ``1 + w``."""
 
@@ -383,6 +413,18 @@ def test_factors_and_own_gradient_are_those_of_each_sequence_alone(name, lengths
     assert checked >= 2
     result = kfac.compute_natural_gradient(own, model)
     assert {n: r.shape for n, r in result.items()} == {n: p.shape for n, p in own.items()}
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    ("body", "extra"), [(Buffered, 0), (OwnToken, 2)], ids=["capacity", "class token"]
+)
+def test_places_of_a_buffer_count_by_what_is_written_to_them(body, extra, lengths):
+    torch.manual_seed(0)
+    model, batch = Frame(body()).double(), batch_of(lengths, "right")
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), verify=True)
+    assert kfac.kfac_factors["body.up"].tokens == sum(lengths) + extra
 
 
 def test_the_parts_of_a_stack_are_layers_of_their_own():
