@@ -36,8 +36,9 @@ from fisher_lab.curvature.kfac.layers import (
     base_of,
     from_uses,
     part_text,
+    trains_bias_alone,
 )
-from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, opened
+from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
 from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
@@ -124,6 +125,7 @@ class Capture:
         self.inputs: list[tuple[str, torch.Size, int]] = []
         self._calls: dict[UseOf, list[Call]] = {}
         self._names = {id(p): name for name, p in self.model.named_parameters()}
+        self._parameters = {id(p): p for p in self.model.parameters()}
         self._holders = _holders(self.model)
         self._inside: list[str] = []
         self._watch = OperatorWatch(self.model, self.rows, self._found)
@@ -237,6 +239,10 @@ class Capture:
         self.rows.mark(value, (ids.reshape(*shape, *[1] * (value.dim() - len(shape))),))
 
     def _found(self, use: Use, output: Tensor) -> None:
+        added = self._parameters.get(use.bias or 0)
+        if added is not None and trains_bias_alone(self._parameters[use.weight], added):
+            rows = use.part if isinstance(use.part, tuple) else None
+            use = bias_alone(use, rows[1] - rows[0] if rows else len(added), rows)
         part = part_text(use.part)
         weight, bias = self._names[use.weight] + part, self._names.get(use.bias or 0)
         if bias is not None and isinstance(use.part, tuple):
@@ -341,7 +347,7 @@ class Capture:
             for name, layer in found.layers.items()
         }
         skipped = {**self.promised.skipped, **absent, **found.skipped, **reasons}
-        return Layers(layers, skipped, frozenset(), why)
+        return Layers(layers, skipped, frozenset(), {**why, **found.reasons})
 
     def _origins(self, use: UseOf) -> list[Origin]:
         calls = self._calls.get(use, [])

@@ -23,6 +23,7 @@ from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.wrappers import class_name, is_conv1d, unwrap
 
 NOT_INCLUDED, EXCLUDED, NO_NORMS = "not in include", "in exclude", "norm_layers=false"
+SHARED_BIAS = "a bias that several layers add"
 LEFT_OUT_BY_CHOICE = (NOT_INCLUDED, EXCLUDED, NO_NORMS)
 """Why a layer is left out that the caller does not want."""
 
@@ -36,6 +37,7 @@ class Kind(StrEnum):
     NORM = "Norm"
     CONV = "Conv"
     DEPTHWISE = "Depthwise"
+    BIAS = "Bias"
 
 
 _CONVOLUTIONS = (Kind.CONV, Kind.DEPTHWISE)
@@ -71,6 +73,11 @@ class Layer:
     partner: Layer | None = field(default=None, repr=False)
 
     @property
+    def elementwise(self) -> bool:
+        """Whether it scales and shifts, or only shifts, feature by feature."""
+        return self.kind in (Kind.NORM, Kind.BIAS)
+
+    @property
     def transposed(self) -> bool:
         """Whether the weight is stored as ``[in, out]``."""
         return self.kind in (Kind.CONV1D, Kind.EMBEDDING)
@@ -78,7 +85,7 @@ class Layer:
     @property
     def one_block(self) -> bool:
         """Whether all of its numbers have one factor G, and there is no A."""
-        return self.kind in (Kind.NORM, Kind.DEPTHWISE)
+        return self.elementwise or self.kind is Kind.DEPTHWISE
 
     @property
     def augmented(self) -> bool:
@@ -88,7 +95,7 @@ class Layer:
     @property
     def n_parameters(self) -> int:
         """Numbers in its weight and its bias."""
-        weight = self.n_out if self.kind is Kind.NORM else self.n_out * self.n_in
+        weight = self.n_out if self.elementwise else self.n_out * self.n_in
         return weight + (self.n_out if self.bias is not None else 0)
 
     @property
@@ -107,7 +114,7 @@ class Layer:
     @property
     def stored(self) -> tuple[int, ...]:
         """Shape of the weight as it is stored."""
-        if self.kind is Kind.NORM:
+        if self.elementwise:
             return (self.n_out,)
         if self.kind in _CONVOLUTIONS:
             return (self.n_out, *self.kernel)
@@ -116,12 +123,12 @@ class Layer:
     def to_matrix(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns the gradient as ``[out, in]``, or ``[out, in + 1]`` where there is a bias.
 
-        Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``; of a depthwise convolution
-        the weights and the bias of each output, one output after the other, as a column as well. A
-        bias that exists but has no gradient counts as zero.
+        Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``; of a bias by itself
+        ``[n, 1]``; of a depthwise convolution the weights and the bias of each output, one output
+        after the other, as a column as well. A bias that exists but has no gradient counts as zero.
         """
         matrix = weight.detach().to(dtype)
-        if self.kind is Kind.NORM:
+        if self.elementwise:
             if self.bias is None:
                 return matrix[:, None]
             shift = torch.zeros_like(matrix) if bias is None else bias.detach().to(matrix)
@@ -134,7 +141,7 @@ class Layer:
 
     def from_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits a matrix of :meth:`to_matrix`'s shape into weight and bias, as stored."""
-        if self.kind is Kind.NORM:
+        if self.elementwise:
             shift = matrix[self.n_out :, 0] if self.bias is not None else None
             return matrix[: self.n_out, 0], shift
         matrix = matrix.reshape(self.n_out, -1) if self.one_block else matrix
@@ -342,10 +349,10 @@ def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
         settings: which layers to take.
 
     Raises:
-        LayerError: no supported layer is found.
+        LayerError: no supported layer is found, and no pass can show one.
     """
     settings = settings or KFACSettings()
-    names = parameter_names(model)
+    names, named = parameter_names(model), dict(unwrap(model).named_parameters())
     uses = []
     for name, module in unwrap(model).named_modules():
         kind = _kind_of(module)
@@ -353,16 +360,28 @@ def discover(model: nn.Module, settings: KFACSettings | None = None) -> Layers:
         if kind is None or weight is None:  # a weight that others are made into has no name
             continue
         bias = names.get(id(getattr(module, "bias", None)))
+        alone = bias is not None and trains_bias_alone(named[weight], named[bias])
         parts: Sequence[tuple[int, int] | None] = [None]
         if kind is Kind.CONV:
             parts = groups_of(module.weight.shape, module.groups)[1]  # type: ignore[arg-type]
         for text in map(part_text, parts):
-            uses.append(UseOf(name + text, kind, weight + text, bias and bias + text))
+            added = None if bias is None else bias + text
+            uses.append(UseOf(name + text, kind, weight + text, None if alone else added))
+            if alone and added is not None:
+                label = f"{name}.bias{text}" if name else f"bias{text}"
+                uses.append(UseOf(label, Kind.BIAS, added, None))
     layers = from_uses(model, uses, settings)
-    if not any(layer.kind is not Kind.NORM for layer in layers.layers.values()):
+    known = {name for use in uses for name in (use.weight, use.bias)}
+    others = [n for n, p in named.items() if p.requires_grad and n not in known]
+    if not others and all(layer.kind is Kind.NORM for layer in layers.layers.values()):
         raise LayerError(_nothing_found(model, settings, layers.skipped))
     marked = _mark_shared(model, layers.layers.values())
     return replace(layers, layers={layer.name: layer for layer in marked})
+
+
+def trains_bias_alone(weight: Tensor, bias: Tensor | None) -> bool:
+    """Says whether of a weight and the bias beside it only the bias is trained."""
+    return bias is not None and bias.requires_grad and not weight.requires_grad
 
 
 def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -> Layers:
@@ -380,14 +399,22 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
     parameters = dict(unwrap(model).named_parameters())
     modules = dict(unwrap(model).named_modules())
     found: list[Layer] = []
+    uses = list(uses)
+    shared, divided = _shared_biases(uses), _unlike_parts(use.weight for use in uses)
     for use in uses:
         if use.kind is Kind.NORM and not settings.norm_layers:
             continue
         weight = parameters[base_of(use.weight)]
-        bias = use.bias
+        bias = None if use.bias in shared else use.bias
         if bias is not None and not parameters[base_of(bias)].requires_grad:
             bias = None
         reason = _why_not(use, weight, modules.get(use.label), settings)
+        if reason is None and use.weight in shared:
+            reason = SHARED_BIAS
+        elif (
+            reason is None and base_of(use.weight) in divided and base_of(use.weight) != use.weight
+        ):
+            reason = "a part of a weight that is used in another way too"
         if reason is not None:
             skipped[use.label] = reason
             continue
@@ -404,12 +431,33 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
         for layer in layers
         if layer.kind is Kind.EMBEDDING and id(parameters[base_of(layer.weight)]) not in known
     }
-    return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates))
+    reasons = dict.fromkeys(shared, SHARED_BIAS)
+    return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates), reasons)
+
+
+def _unlike_parts(names: Iterable[str]) -> set[str]:
+    """The parameters that are used in parts of unlike sizes, or as a whole too."""
+    forms: dict[str, set[int | None]] = {}
+    for name in names:
+        index = None if base_of(name) == name else _index(name)
+        size = index.stop - index.start if isinstance(index, slice) else 1
+        forms.setdefault(base_of(name), set()).add(None if index is None else size)
+    return {name for name, sizes in forms.items() if len(sizes) > 1}
+
+
+def _shared_biases(uses: Iterable[UseOf]) -> set[str]:
+    """The biases that several weights' layers add: no layer's tokens give all of their gradient."""
+    added_with: dict[str, set[str]] = {}
+    for use in uses:
+        name = use.weight if use.kind is Kind.BIAS else use.bias
+        if name is not None:
+            added_with.setdefault(name, set()).add(use.weight)
+    return {name for name, weights in added_with.items() if len(weights) > 1}
 
 
 def sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:
     """Inputs and outputs of a layer."""
-    if kind is Kind.NORM:
+    if kind in (Kind.NORM, Kind.BIAS):
         return weight.numel(), weight.numel()
     rows, columns = weight.flatten(1).shape
     return (rows, columns) if kind in (Kind.CONV1D, Kind.EMBEDDING) else (columns, rows)

@@ -31,6 +31,7 @@ from fisher_lab.curvature.kfac.token_rows import TokenRows
 _TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
 _CASTS = words("to float double half bfloat16 type type_as contiguous clone")
 _SHIFTS = words("add __add__ __radd__ sub __sub__")
+_SUMS = words("add __add__ __radd__ __iadd__ add_")
 _SCALES = words("mul __mul__ __rmul__ multiply")
 
 
@@ -40,8 +41,8 @@ class Use:
 
     Attributes:
         kind: of the layer that it makes: ``Linear`` for ``W`` as ``[out, in]``, ``Conv1D`` for
-            ``[in, out]``, ``Embedding`` for a look-up, ``Norm`` for a scale, ``Conv`` and
-            ``Depthwise`` for a convolution.
+            ``[in, out]``, ``Embedding`` for a look-up, ``Norm`` for a scale, ``Bias`` for a shift,
+            ``Conv`` and ``Depthwise`` for a convolution.
         weight: the parameter's identity.
         part: which matrix of a stack it is, or which rows of the weight (and of the bias) are a
             group's; None for all of the parameter.
@@ -145,7 +146,7 @@ class OperatorWatch(TorchFunctionMode):
             if out is not args[0]:
                 self._derived[out] = source
             return True
-        if name == "__getitem__" and source is not None and args[0].dim() == 3 and out.dim() == 2:
+        if name == "__getitem__" and source is not None and _has_parts(source, args[0], out):
             number = args[1]
             if isinstance(number, int) or (isinstance(number, Tensor) and number.dim() == 0):
                 part = int(number) % len(args[0])
@@ -169,6 +170,12 @@ class _Parameter:
     identity: int
     transposed: bool
     part: int | None = None
+
+
+def _has_parts(source: _Parameter, tensor: Tensor, out: Tensor) -> bool:
+    """Whether one of a tensor's first dimension is a part of the parameter: matrix, or row."""
+    whole = source.part is None and (tensor.dim() == 3 or not source.transposed)
+    return whole and tensor.dim() == out.dim() + 1 > 1
 
 
 Reader = Callable[[OperatorWatch, Sequence[Any], Mapping[str, Any], Tensor], list[Use]]
@@ -212,7 +219,13 @@ def _product(watch: OperatorWatch, a: Tensor, weight: Any, turned: bool, bias: A
     if isinstance(bias, Tensor) and bias.dim() != 1:
         return []
     kind = Kind.LINEAR if turned != matrix.transposed else Kind.CONV1D
-    return [Use(kind, matrix.identity, None if added is None else added.identity, a, matrix.part)]
+    use = Use(kind, matrix.identity, None, a, matrix.part)
+    if added is None:
+        return [use]
+    with_bias = replace(use, bias=added.identity)
+    # A row of a table of biases is a layer by itself.
+    whole = added.part is None
+    return [with_bias] if whole else [use, bias_alone(with_bias, len(bias), added.part)]
 
 
 def _grouped(
@@ -309,7 +322,7 @@ def _scale(
             and x.dim() > 1
             and x.shape == out.shape == (*x.shape[:-1], len(factor))
         ):
-            return [Use(Kind.NORM, found.identity, None, x)]
+            return [Use(Kind.NORM, found.identity, None, x, found.part)]
     return []
 
 
@@ -355,6 +368,42 @@ def _channels(
     return [Use(Kind.NORM, scale.identity, bias, x, layout=layout)]
 
 
+def _shift(
+    watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+) -> list[Use]:
+    """``x + b`` over the last dimension."""
+    if len(args) != 2 or kwargs:
+        return []
+    for added, x in (args, args[::-1]):
+        found = watch.parameter(added)
+        if found is None or not isinstance(x, Tensor) or watch.parameter(x) is not None:
+            continue
+        if added.dim() == 1 < x.dim() and x.shape == out.shape == (*x.shape[:-1], len(added)):
+            use = Use(Kind.BIAS, found.identity, found.identity, x)
+            return [bias_alone(use, len(added), found.part)]
+    return []
+
+
+def bias_alone(use: Use, n: int, part: int | tuple[int, int] | None = None) -> Use:
+    """Returns the use of the bias of length ``n`` that an operator adds, without its weight's."""
+    assert use.bias is not None
+    bias = replace(use, kind=Kind.BIAS, weight=use.bias, bias=None, part=part)
+    return replace(bias, normalise=lambda x: x.new_ones(len(x), n))
+
+
+def _look_up(
+    watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+) -> list[Use]:
+    """``W[indices]`` and ``W.index_select(0, indices)``."""
+    table, indices = args[0], args[-1] if not kwargs else kwargs.get("index")
+    matrix = watch.parameter(table)
+    if matrix is None or matrix.part is not None or matrix.transposed or table.dim() != 2:
+        return []
+    by_row = len(args) != 3 or args[1] in (0, -2)
+    integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
+    return [Use(Kind.EMBEDDING, matrix.identity, None, indices)] if by_row and integers else []
+
+
 _CHANNEL_NORMS = (F.batch_norm, F.group_norm, F.instance_norm)
 
 _READERS: dict[str, Reader] = {
@@ -372,7 +421,10 @@ _READERS: dict[str, Reader] = {
     "rms_norm": _rms_norm,
     **{norm.__name__: partial(_channels, norm) for norm in _CHANNEL_NORMS},
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    "__getitem__": _look_up,
+    "index_select": _look_up,
     **dict.fromkeys(_SCALES, _scale),
+    **dict.fromkeys(_SUMS, _shift),
 }
 
 

@@ -38,7 +38,7 @@ def method(settings: KFACSettings, layer: Layer, columns: int | None) -> str:
     Woodbury with reduced columns.
     """
     if layer.one_block:
-        return "norm" if layer.kind is Kind.NORM else "channels"
+        return "norm" if layer.elementwise else "channels"
     if wants_woodbury(settings, layer.n_out, columns) or layer.n_out > settings.max_dense_dim:
         return "woodbury"
     return "eig"

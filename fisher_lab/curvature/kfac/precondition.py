@@ -8,6 +8,7 @@ parameters to matrices, apply ``G`` on the left and ``A`` on the right, and go b
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -23,6 +24,7 @@ from fisher_lab.curvature.kfac.layers import (
     Layer,
     base_of,
     in_parts,
+    parameter_names,
     value_of,
     whole_again,
 )
@@ -235,6 +237,9 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
         raise CurvatureError("factors: none collected yet; call collect_kfac_factors first")
     modules = dict(unwrap(model).named_modules())
     parameters = dict(unwrap(model).named_parameters())
+    names = parameter_names(model)
+    held = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    others = {f.layer.weight for f in factors.values()}
     for name, f in factors.items():
         layer = f.layer
         if base_of(layer.weight) not in parameters:
@@ -251,6 +256,8 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
         module = modules.get(name)
         bias = parameters.get(base_of(layer.bias)) if layer.bias else getattr(module, "bias", None)
         has_bias = bias is not None and bias.requires_grad
+        if has_bias and (held[id(bias)] > 1 or names.get(id(bias)) in others):
+            continue  # it is no layer's, or one by itself
         # Only torch's own classes say that a bias is added by the layer's operator.
         knows = layer.bias is not None or type(module) in (nn.Linear, nn.LayerNorm)
         if knows and has_bias != (layer.bias is not None):

@@ -180,7 +180,9 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
             continue
         factors[layer.name] = _layer_factors(sums, layer, shared)
     if not factors:
-        raise LayerError("model: no K-FAC layer has a gradient (frozen, or under no_grad?)")
+        why = {**sums.skipped, **sums.reasons} or {"its parameters": "frozen, or under no_grad"}
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(why.items())[:3])
+        raise LayerError(f"model: no K-FAC layer has a gradient: {listed}")
     if sums.settings.include:
         _check_named(sums)
     scale = 1.0 / sums.n_labels

@@ -394,7 +394,7 @@ class Statistics:
         n, shift = layer.n_out, layer.bias is not None
         core, label = self.settings.numerics.core_dtype, f"layer {layer.name}"
         match layer.kind:
-            case Kind.NORM:
+            case Kind.NORM | Kind.BIAS:
                 return NormAccumulator(n, shift, n <= NORM_MAX_DIM, core, self.device, label)
             case Kind.DEPTHWISE:
                 return ChannelAccumulator(n, layer.n_in, shift, core, self.device, label)

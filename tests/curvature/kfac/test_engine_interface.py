@@ -214,7 +214,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.ones(4, dtype=DOUBLE))
 
     def forward(self, x):
-        return x[:, :4] * self.scale
+        return x[:, :4] * self.scale.exp()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ class Scale(nn.Module):
             ValueError,
             "loss_reduction.*avg",
         ),
-        (lambda: collected(Scale()), CurvatureError, "(?i)no .*layer"),
+        (lambda: collected(Scale()), CurvatureError, "no K-FAC layer .*: scale: used by exp"),
         (lambda: collected(exclude=["*"]), CurvatureError, "(?i)no .*layer"),
         (
             lambda: engine().collect_kfac_factors(mlp(), [], loss=cross_entropy),

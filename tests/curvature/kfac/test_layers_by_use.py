@@ -174,6 +174,44 @@ class Added(nn.Module):
         return y
 
 
+class BiasedExperts(nn.Module):
+    """GPT-OSS: rows of a table of biases are added to the products of a stack."""
+
+    def __init__(self, function: bool = False) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, WIDTH, WIDTH))
+        self.shift, self.function = nn.Parameter(torch.randn(2, WIDTH)), function
+
+    def forward(self, x):
+        first = x[..., 0] > 0
+        out = torch.zeros_like(x)
+        for expert, chosen in enumerate((first, ~first)):
+            weight, bias = self.up[expert], self.shift[expert]
+            y = F.linear(x[chosen], weight, bias) if self.function else x[chosen] @ weight + bias
+            out[chosen] = y
+        return out
+
+
+class Sorted(BiasedExperts):
+    """The same with a look-up of each row's bias."""
+
+    def forward(self, x):
+        chosen = (x[..., 0] > 0).long()
+        y = torch.where(chosen[..., None] > 0, x @ self.up[1], x @ self.up[0])
+        return y + self.shift[chosen]
+
+
+class ByHand(nn.Module):
+    """A norm layer that is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return self.scale * (x - x.mean(-1, keepdim=True)) + self.shift
+
+
 class Buffered(nn.Module):
     """Experts with a capacity: rows are copied into a buffer with room for more."""
 
@@ -269,6 +307,10 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "experts": lambda: Frame(Experts()),
     "experts in one product": lambda: Frame(Grouped()),
     "a bare parameter": lambda: Frame(Matrix()),
+    "biases of experts": lambda: Frame(BiasedExperts()),
+    "biases of experts by function": lambda: Frame(BiasedExperts(function=True)),
+    "a look-up of biases": lambda: Frame(Sorted()),
+    "a norm by hand": lambda: Frame(ByHand()),
     "added to in place": lambda: Frame(Added()),
     "a scale of one plus w": lambda: Frame(RmsPlusOne()),
     "a norm that adds its bias itself": lambda: Frame(ScaleAndShift()),
@@ -396,7 +438,7 @@ def test_factors_and_own_gradient_are_those_of_each_sequence_alone(name, lengths
         torch.testing.assert_close(own[parameter], total / labels, rtol=1e-10, atol=1e-14)
     for factors in kfac.kfac_factors.values():
         layer = factors.layer
-        if factors.A is None:
+        if factors.A is None or layer.weight == "body.shift":
             continue
         a, g = tokens_of(model, batch, layer.weight, layer.kind == "Embedding")
         if layer.kind == "Embedding":
@@ -413,6 +455,117 @@ def test_factors_and_own_gradient_are_those_of_each_sequence_alone(name, lengths
     assert checked >= 2
     result = kfac.compute_natural_gradient(own, model)
     assert {n: r.shape for n, r in result.items()} == {n: p.shape for n, p in own.items()}
+
+
+def bias_of_the_body(model: nn.Module) -> str:
+    return next(n for n, _ in model.named_parameters() if n in ("body.shift", "body.bias"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [BiasedExperts, ByHand, lambda: nn.Linear(WIDTH, WIDTH), lambda: nn.LayerNorm(WIDTH)],
+    ids=["experts", "norm by hand", "linear", "norm"],
+)
+def test_a_bias_by_itself_is_a_layer_of_its_gradients(body):
+    torch.manual_seed(0)
+    model, batch = Frame(body()).double(), batch_of((5, 2, 4), "left")
+    name = bias_of_the_body(model)
+    for other, parameter in model.named_parameters():
+        parameter.requires_grad = other == name
+    kfac = KFACNaturalGradient(damping=1e-2, track_diagonal=False)
+    loss = CrossEntropy(shift=True)
+    kfac.collect_kfac_factors(model, batch, loss=loss, keep_gradient=True, verify=True)
+    assert kfac.coverage.share == 1.0
+    moments = []
+    for single in alone(batch):
+        for position in range(single["input_ids"].shape[1]):
+            moments.append(gradient_at(model, name, single, position))
+    given = dict(model.named_parameters())[name].detach()
+    result = kfac.compute_natural_gradient({name: given}, model)[name]
+    rows = torch.stack(moments).reshape(len(moments), -1, WIDTH)
+    expected = torch.zeros_like(given).reshape(-1, WIDTH)
+    for part in range(rows.shape[1]):
+        own = rows[:, part][rows[:, part].abs().sum(-1) > 0]
+        block = own.T @ own / tokens_of_part(model, batch, part, rows.shape[1])
+        damped = block + 1e-2 * torch.eye(WIDTH).double()
+        expected[part] = torch.linalg.solve(damped, given.reshape(-1, WIDTH)[part])
+    torch.testing.assert_close(result, expected.reshape(given.shape), rtol=1e-8, atol=1e-12)
+
+
+def gradient_at(model: nn.Module, name: str, single: dict[str, Tensor], position: int) -> Tensor:
+    """The gradient of a bias that is another parameter at every position, at one of them."""
+    words = model.words(single["input_ids"])
+    parameters = {n.removeprefix("body."): p for n, p in model.named_parameters() if "body." in n}
+    short, length = name.removeprefix("body."), words.shape[1]
+    here = parameters[short].detach().clone().requires_grad_()
+    rows = []
+    for t in range(length):
+        given = {**parameters, short: here if t == position else parameters[short].detach()}
+        rows.append(torch.func.functional_call(model.body, given, (words[:, t : t + 1],)))
+    logits = model.head(torch.tanh(torch.cat(rows, dim=1)))
+    labels = single["labels"][:, 1:].reshape(-1)
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels, reduction="sum")
+    return torch.autograd.grad(loss, here)[0]
+
+
+def tokens_of_part(model: nn.Module, batch: dict[str, Tensor], part: int, parts: int) -> int:
+    rows = torch.cat([model.words(s["input_ids"])[0] for s in alone(batch)])
+    return len(rows) if parts == 1 else int(((rows[:, 0] > 0) == (part == 0)).sum())
+
+
+def test_an_index_into_a_table_is_a_look_up():
+    torch.manual_seed(0)
+    model, batch = Frame(Sorted()).double(), batch_of((5, 2, 4), "left")
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+    factors = kfac.kfac_factors["body.shift (Embedding)"]
+    counts = torch.tensor([tokens_of_part(model, batch, 1 - n, 2) for n in range(2)]).double()
+    assert factors.A is not None
+    torch.testing.assert_close(factors.A.to_dense(), torch.diag(counts / counts.sum()))
+    assert factors.tokens == 11
+
+
+def test_a_row_of_a_matrix_that_is_used_as_a_whole_too_is_no_layer():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x):
+            return self.up(x) + self.up.weight[1]
+
+    model, batch = Frame(Both()).double(), batch_of((5, 2), "right")
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    loss = CrossEntropy(shift=True)
+    kfac.collect_kfac_factors(model, batch, loss=loss, keep_gradient=True, verify=True)
+    assert kfac.kfac_factors["body.up"].layer.tied
+    assert "used in another way" in kfac.skipped["body.up[1]"]
+    own = kfac.own_gradients(model)
+    for name, total in summed_gradients(model, batch).items():
+        torch.testing.assert_close(own[name], total / 5, rtol=1e-10, atol=1e-14)
+
+
+def test_a_bias_that_two_layers_add_is_left_out():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.two.bias = self.one.bias
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x)))
+
+    model, batch = Frame(Both()).double(), batch_of((5, 2), "right")
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(
+        model, batch, loss=CrossEntropy(shift=True), keep_gradient=True, verify=True
+    )
+    assert {"body.one", "body.two"} <= set(kfac.kfac_factors)
+    assert kfac.coverage.passed == {"a bias that several layers add": WIDTH}
+    own = kfac.own_gradients(model)
+    labels = sum(n - 1 for n in (5, 2))
+    for name, total in summed_gradients(model, batch).items():
+        torch.testing.assert_close(own[name], total / labels, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2)], ids=["full", "padded"])
