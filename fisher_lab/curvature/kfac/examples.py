@@ -43,7 +43,6 @@ class Examples:
     ) -> None:
         sizes = {shape[0] for _, shape, _ in inputs if len(shape) > 0}
         self.size = next(iter(sizes)) if len(sizes) == 1 else size if size in sizes else None
-        self._filled = rows.filled
         # By id, the row that was filled in first and the model's own row last.
         table = torch.full((rows.count + 2,), -1, device=device)
         for _, shape, start in inputs:
@@ -71,9 +70,7 @@ class Examples:
         if ids is None or ids.numel() == 0:
             return ids
         found = self._beside(self._table[ids])
-        unknown = found < 0
-        if self._filled:  # such rows never count
-            unknown = unknown & (ids != FILLED)
+        unknown = (found < 0) & (ids != FILLED)  # such rows never count
         return None if bool(unknown.any()) else found
 
     @staticmethod

@@ -411,9 +411,7 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
         reason = _why_not(use, weight, modules.get(use.label), settings)
         if reason is None and use.weight in shared:
             reason = SHARED_BIAS
-        elif (
-            reason is None and base_of(use.weight) in divided and base_of(use.weight) != use.weight
-        ):
+        elif reason is None and base_of(use.weight) in divided - {use.weight}:
             reason = "a part of a weight that is used in another way too"
         if reason is not None:
             skipped[use.label] = reason

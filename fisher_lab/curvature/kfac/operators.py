@@ -32,6 +32,7 @@ _TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
 _CASTS = words("to float double half bfloat16 type type_as contiguous clone")
 _SHIFTS = words("add __add__ __radd__ sub __sub__")
 _SUMS = words("add __add__ __radd__ __iadd__ add_")
+_INTEGERS = (torch.int64, torch.int32)
 _SCALES = words("mul __mul__ __rmul__ multiply")
 
 
@@ -400,8 +401,9 @@ def _look_up(
     if matrix is None or matrix.part is not None or matrix.transposed or table.dim() != 2:
         return []
     by_row = len(args) != 3 or args[1] in (0, -2)
-    integers = isinstance(indices, Tensor) and indices.dtype in (torch.int64, torch.int32)
-    return [Use(Kind.EMBEDDING, matrix.identity, None, indices)] if by_row and integers else []
+    if not by_row or not isinstance(indices, Tensor) or indices.dtype not in _INTEGERS:
+        return []
+    return [Use(Kind.EMBEDDING, matrix.identity, None, indices)]
 
 
 _CHANNEL_NORMS = (F.batch_norm, F.group_norm, F.instance_norm)
