@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
     from fisher_lab.curvature.group_fisher.collector import FisherCollector as FisherCollector
+    from fisher_lab.curvature.kfac.check import ModelCheck as ModelCheck
+    from fisher_lab.curvature.kfac.check import check as check
     from fisher_lab.curvature.kfac.engine import KFACNaturalGradient as KFACNaturalGradient
     from fisher_lab.curvature.spectra.lanczos import FisherLanczos as FisherLanczos
     from fisher_lab.curvature.spectra.spectrum import FisherSpectral as FisherSpectral
@@ -29,6 +31,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "KFACNaturalGradient": "fisher_lab.curvature.kfac.engine",
     "KFACOptimizer": "fisher_lab.optim",
+    "ModelCheck": "fisher_lab.curvature.kfac.check",
+    "check": "fisher_lab.curvature.kfac.check",
     "FisherSpectral": "fisher_lab.curvature.spectra.spectrum",
     "SpectralConfig": "fisher_lab.curvature.spectra.spectrum",
     "FisherLanczos": "fisher_lab.curvature.spectra.lanczos",

@@ -8,6 +8,7 @@ do not carry over.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.layers import base_of
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
+
+log = logging.getLogger(__name__)
 
 COVERED, REST = 0, 1
 """Indices of the two parameter groups."""
@@ -152,7 +155,11 @@ class KFACOptimizer(torch.optim.Optimizer):
         m = momentum * m + u
         W = (1 - lr * weight_decay) W - lr * m    (m shortened by clipping ``trust``)
 
-    There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``.
+    There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``. Which
+    parameters are in which is what the modules promise until the first refresh, and then what its
+    forward pass has shown: experts that are slices of a parameter go to ``kfac``, and layers that
+    the pass does not use, or that cannot be used, to ``adamw``. (With factors of each rank's own
+    the promise stays.)
 
     Args:
         model: the model; its trainable parameters are optimised.
@@ -214,23 +221,58 @@ class KFACOptimizer(torch.optim.Optimizer):
         self._start = kfac.settings.lam_A, kfac.settings.lam_G
         self._done = 0
         trainable = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
-        self._names = self._covered(trainable)
-        covered = list(self._names.values())
-        rest = [p for n, p in trainable.items() if n not in self._names]
-        groups = [{"params": covered, "name": "kfac", "lr": lr, "weight_decay": weight_decay}]
+        self._trainable = trainable
+        self._names = {name: trainable[name] for name in self._promised()}
+        self._adamw: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": 0.0}
+        self._rest_lr = lr if rest_lr is None else rest_lr
         self.rest: torch.optim.AdamW | None = None
-        if rest:
-            rest_lr = lr if rest_lr is None else rest_lr
-            groups.append({"params": rest, "name": "adamw", "lr": rest_lr, "weight_decay": 0.0})
-            self.rest = torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=eps, weight_decay=0.0)
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        first = {"params": list(self._names.values()), "name": "kfac", "lr": lr}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0}
+        super().__init__([{**first, "weight_decay": weight_decay}], defaults)
+        self._leave_the_rest()
 
-    def _covered(self, trainable: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """The parameters in K-FAC's layers; position embeddings are candidates and not covered."""
+    def _promised(self) -> list[str]:
+        """The parameters in layers that modules promise; candidates are not among them."""
         found = self.kfac.layers_of(self.model)
         layers = [one for one in found.layers.values() if one.name not in found.candidates]
         names = [base_of(name) for one in layers for name in (one.weight, one.bias) if name]
-        return {name: trainable[name] for name in names if name in trainable}
+        return [name for name in names if name in self._trainable]
+
+    def _shown(self) -> list[str]:
+        """The parameters that the last refresh has factors of, at least of a part."""
+        missed = self.kfac.coverage.by_parameter
+        return [n for n, p in self._trainable.items() if missed.get(n, (0, ""))[0] < p.numel()]
+
+    def divide(self, covered: Iterable[str]) -> None:
+        """Says which parameters are K-FAC's; the others are AdamW's. Before the first step.
+
+        Args:
+            covered: names in ``named_parameters()``.
+        """
+        wanted = set(covered)
+        if wanted == set(self._names):
+            return
+        moved = sorted(wanted ^ set(self._names))
+        log.info(
+            "%d parameters change between kfac and adamw: %s", len(moved), ", ".join(moved[:9])
+        )
+        self._names = {name: p for name, p in self._trainable.items() if name in wanted}
+        self.param_groups[COVERED]["params"] = list(self._names.values())
+        self._leave_the_rest()
+
+    def _leave_the_rest(self) -> None:
+        """Gives AdamW what is not K-FAC's."""
+        rest = [p for n, p in self._trainable.items() if n not in self._names]
+        self.rest = None
+        if rest:
+            self.rest = torch.optim.AdamW(rest, lr=self._rest_lr, **self._adamw)
+        if len(self.param_groups) > REST:
+            self.param_groups[REST]["params"] = rest
+        elif rest:
+            lr = {"lr": self._rest_lr}
+            if "initial_lr" in self.param_groups[COVERED]:  # a scheduler is there already
+                lr["initial_lr"] = self._rest_lr
+            self.add_param_group({"params": rest, "name": "adamw", "weight_decay": 0.0, **lr})
 
     # ---- factors and damping -----------------------------------------------------------------
 
@@ -266,6 +308,8 @@ class KFACOptimizer(torch.optim.Optimizer):
         if not (force or self.refresh_due):
             return False
         self.kfac.collect_kfac_factors(self.model, batch, loss=loss, verify=verify)
+        if self._done == 0 and self.ranks.size == 1:
+            self.divide(self._shown())
         return True
 
     def adapt(self, before: float, after: float) -> float:
@@ -434,6 +478,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         state["rest"] = None if self.rest is None else self.rest.state_dict()
         state["multiplier"] = self.multiplier
         state["done"] = self._done
+        state["covered"] = list(self._names)
         return state
 
     @torch.no_grad()
@@ -443,6 +488,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         Raises:
             fisher_lab.curvature.errors.CurvatureError: factors of another model.
         """
+        self.divide(state_dict.get("covered", self._names))
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         if self.rest is not None and state_dict["rest"] is not None:
             self.rest.load_state_dict(state_dict["rest"])

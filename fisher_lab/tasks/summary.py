@@ -149,7 +149,7 @@ def render(
     return Group(*parts, _number_table(metrics, width), Text())
 
 
-def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> Table:
+def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> RenderableType:
     """What the factors cover, what they leave to the plain gradient and why, and what is frozen.
 
     Args:
@@ -165,7 +165,6 @@ def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> T
     def add(count: int, words: str) -> None:
         table.add_row(f"  {count:,}", f"{count / max(trained, 1):.1%}", words)
 
-    table.add_row(Text("Coverage", style="bold"))
     add(coverage["covered"], "of the trained parameters are covered")
     for reason, count in passed[:MAX_REASONS]:
         layers = [name for name, why in skipped.items() if why == reason]
@@ -175,7 +174,7 @@ def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> T
         add(sum(count for _, count in rest), f"pass through, for {len(rest)} more reasons")
     if coverage["frozen"]:
         table.add_row(f"  {coverage['frozen']:,}", "", "more are frozen")
-    return table
+    return Group(Text("Coverage", style="bold"), table)
 
 
 def _in_layers(names: Sequence[str]) -> str:

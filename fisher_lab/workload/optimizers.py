@@ -125,6 +125,8 @@ class KFACUpdater(Updater):
 
     @override
     def _load_optimizer_states(self, state: dict[str, Any]) -> None:
+        if "covered" in state["optimizer"]:  # before its numbers are counted by parameter
+            self.optimizer.divide(state["optimizer"]["covered"])
         own = dict(self.parallel.scatter_state(state["optimizer"], self.optimizer))
         if self.optimizer.rest is not None:
             own["rest"] = self.parallel.scatter_state(own["rest"], self.optimizer.rest)

@@ -295,3 +295,71 @@ def test_it_is_an_optimizer_with_a_group_for_each_method():
     optimizer = KFACOptimizer(mlp(), engine(), lr=0.1)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert [group["name"] for group in optimizer.param_groups] == ["kfac"]
+
+
+class Experts(torch.nn.Module):
+    """Two experts as slices of a parameter, and a layer that no forward pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+        self.experts = torch.nn.Parameter(torch.randn(2, 3, 4))
+        self.never = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        half = len(x) // 2
+        linear = torch.nn.functional.linear
+        parts = linear(hidden[:half], self.experts[0]), linear(hidden[half:], self.experts[1])
+        return torch.cat(parts)
+
+
+def expert_batch():
+    draws = torch.Generator().manual_seed(3)
+    x = torch.randn(10, 4, generator=draws, dtype=torch.float64)
+    return x, torch.arange(10) % 3
+
+
+def experts() -> Experts:
+    torch.manual_seed(0)
+    return Experts().double()
+
+
+def named_groups(optimizer, model) -> dict[str, set[str]]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {g["name"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+
+
+def test_the_first_refresh_decides_which_parameters_are_kfacs():
+    model = experts()
+    optimizer = KFACOptimizer(model, engine(), lr=0.1, rest_lr=0.2, clipping=NONE)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    assert named_groups(optimizer, model)["adamw"] == {"experts"}
+    before = values(model)
+    one_step(optimizer, model, expert_batch())
+    scheduler.step()
+    groups = named_groups(optimizer, model)
+    assert groups["kfac"] == {"inner.weight", "inner.bias", "experts"}
+    assert groups["adamw"] == {"never.weight", "never.bias"}
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.1]
+    after = values(model)
+    assert not torch.equal(after["experts"], before["experts"])
+    assert "momentum" in optimizer.state[model.experts]
+
+
+def test_a_training_with_other_groups_than_promised_is_resumed_exactly():
+    straight, data = experts(), expert_batch()
+    optimizer = KFACOptimizer(straight, engine(), lr=0.1, clipping=NONE)
+    for _ in range(3):
+        one_step(optimizer, straight, data)
+    first, second = experts(), experts()
+    optimizer = KFACOptimizer(first, engine(), lr=0.1, clipping=NONE)
+    one_step(optimizer, first, data)
+    state = copy.deepcopy(optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    resumed = KFACOptimizer(second, engine(), lr=0.1, clipping=NONE)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        one_step(resumed, second, data)
+    for name, value in values(straight).items():
+        assert torch.equal(value, values(second)[name]), name

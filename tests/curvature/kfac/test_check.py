@@ -1,0 +1,52 @@
+"""`fisher_lab.check`: coverage, labels and the comparison with autograd in one call."""
+
+import pytest
+import torch
+from torch import nn
+
+import fisher_lab
+from fisher_lab.curvature.errors import LayerError
+from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from tests import models
+
+
+def test_it_says_what_is_covered_and_what_counts_and_changes_nothing():
+    model, batch = models.seeded(models.gpt2, torch.float64), models.language_batch()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = fisher_lab.check(model, batch, exclude=["*c_fc"])
+    kfac = KFACNaturalGradient(exclude=["*c_fc"])
+    kfac.collect_kfac_factors(model, batch)
+    assert found.coverage == kfac.coverage
+    assert found.layers == {name: f.tokens for name, f in kfac.kfac_factors.items()}
+    assert found.n_labels == next(iter(kfac.kfac_factors.values())).n_labels
+    text = str(found)
+    assert str(kfac.coverage) in text
+    assert f"labels: {found.n_labels} of {found.given} count" in text
+    assert "left out: in exclude (transformer.h.0.mlp.c_fc)" in text
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is None
+
+
+class PaddingInTheLoss(nn.Module):
+    """Its loss looks at the padded positions too, which are no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, x, attention_mask=None, labels=None):
+        return self.inner(x)
+
+
+def test_a_layer_whose_tokens_are_not_all_of_its_gradient_is_named():
+    torch.manual_seed(0)
+    model = PaddingInTheLoss().double()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"x": torch.randn(2, 3, 3).double(), "attention_mask": mask, "labels": mask}
+
+    def everything(outputs, batch):
+        return outputs.square().sum()
+
+    with pytest.raises(LayerError, match=r"verify: .* inner\.weight \(off by"):
+        fisher_lab.check(model, batch, everything, n_labels=6, loss_reduction="sum")
