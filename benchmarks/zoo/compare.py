@@ -17,7 +17,7 @@ from fisher_lab.curvature.losses import compute_loss, prepare
 TOLERANCE = 1e-6
 DAMPING, KAPPA = 1e-3, 1e6
 POLICIES = ("all", "small_only")
-KINDS = {"Embedding": "table", "Norm": "scale"}
+KINDS = {"Embedding": "table", "Norm": "scale", "Depthwise": "depthwise"}
 
 
 class Comparison:
@@ -81,6 +81,12 @@ class Comparison:
             return None
         if layer.kind == "Norm":
             a, g = None, torch.cat([a * g, g], 1) if layer.bias is not None else a * g
+        elif layer.kind == "Depthwise":
+            a = a.reshape(*g.shape, -1)
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if layer.bias is not None else a
+            blocks = torch.einsum("to,toi,toj->oij", g.square(), a, a) / len(g)
+            self._side(f"{name}: G", factors.G.to_dense(), torch.block_diag(*blocks))
+            return None, blocks
         elif layer.kind == "Embedding":
             a = F.one_hot(a, layer.n_in).double()
         elif layer.augmented:
@@ -108,7 +114,10 @@ class Comparison:
         natural: Mapping[str, Tensor],
     ) -> None:
         """``G^-1 dW A^-1`` with the damped and floored eigenvalues (``docs/math.md``, 2)."""
-        expected = inverse(sides[1]) @ _matrix(layer, vectors)
+        matrix = _matrix(layer, vectors)
+        if sides[1].dim() == 3:  # a block for each channel
+            matrix = matrix.reshape(*sides[1].shape[:2], 1)
+        expected = (inverse(sides[1]) @ matrix).reshape(-1, matrix.shape[-1])
         expected = expected if sides[0] is None else expected @ inverse(sides[0])
         error = float((_matrix(layer, natural) - expected).norm() / expected.norm())
         if not error <= TOLERANCE:
@@ -122,21 +131,31 @@ def base(name: str) -> str:
 
 def _matrix(layer: Any, named: Mapping[str, Tensor]) -> Tensor:
     """The weight of a layer as ``[out, in]`` with its bias as a column; of a norm, as a column."""
-    part = layer.weight.partition("[")[2].rstrip("]")
-    weight = named[base(layer.weight)]
-    weight = weight[int(part)] if part else weight
+    weight = _part(named, layer.weight)
     if layer.kind == "Norm":
         shift = [] if layer.bias is None else [named[layer.bias]]
         return torch.cat([weight, *shift])[:, None]
-    weight = weight if str(layer.kind) == "Linear" else weight.T
-    return torch.cat([weight, named[layer.bias][:, None]], 1) if layer.augmented else weight
+    turned = str(layer.kind) in ("Conv1D", "Embedding")
+    weight = weight.T if turned else weight.flatten(1)
+    if layer.bias is not None:
+        weight = torch.cat([weight, _part(named, layer.bias)[:, None]], 1)
+    return weight.reshape(-1, 1) if layer.kind == "Depthwise" else weight
+
+
+def _part(named: Mapping[str, Tensor], name: str) -> Tensor:
+    """``experts.up[3]`` or ``conv.weight[4:8]`` of the parameter behind it."""
+    numbers = [int(n) for n in name.partition("[")[2].rstrip("]").split(":") if n]
+    whole = named[base(name)]
+    return (
+        whole if not numbers else whole[numbers[0]] if len(numbers) == 1 else whole[slice(*numbers)]
+    )
 
 
 def inverse(matrix: Tensor) -> Tensor:
     """The inverse with Tikhonov damping and a floor under the eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values + DAMPING
-    return vectors / values.clamp(min=float(values.max()) / KAPPA) @ vectors.T
+    return vectors / values.clamp(min=float(values.max()) / KAPPA)[..., None, :] @ vectors.mT
 
 
 def compare(model: nn.Module, batch: Batch, expected: Reference) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
+from benchmarks.zoo import perception
 from benchmarks.zoo.inputs import SHAPES, Builder, Shape, classified, every_position, tagged
 from benchmarks.zoo.tiny import settle_classes, settle_decoder
 
@@ -29,6 +31,11 @@ class Task:
     settle: Callable[[PretrainedConfig], None] = lambda _: None
 
 
+def _first(classes: Mapping[str, Any]) -> dict[str, str]:
+    """Of several classes of a type the first."""
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in classes.items()}
+
+
 TASKS = {
     "causal": Task(
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, every_position, settle=settle_decoder
@@ -42,5 +49,29 @@ TASKS = {
     ),
     "tokens": Task(
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, tagged, settle=settle_classes
+    ),
+    "images": Task(
+        _first(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        perception.images,
+        perception.IMAGES,
+        perception.settle_images,
+    ),
+    "sounds": Task(
+        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        perception.sounds,
+        perception.SOUNDS,
+        perception.settle_sounds,
+    ),
+    "speech": Task(
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        perception.heard,
+        perception.SOUNDS,
+        perception.settle_sounds,
+    ),
+    "ctc": Task(
+        modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
+        perception.heard,
+        perception.SOUNDS,
+        perception.settle_sounds,
     ),
 }

@@ -6,7 +6,7 @@ It shares no code with the engine. A use of a parameter is recognised by its add
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.zoo.convolutions import NAMES, NORMS, given, normalised, patches
 from benchmarks.zoo.inputs import Batch, takes
 
 PRODUCTS = ("linear", "addmm", "matmul", "__matmul__", "mm")
@@ -72,6 +73,10 @@ class Recorder(TorchFunctionMode):
             self._embedding(args, kwargs, values, out)
         elif name in ("layer_norm", "rms_norm"):
             self._norm(name, args, kwargs, out)
+        elif name in NORMS:
+            self._channel_norm(name, given(NORMS[name], args, kwargs), out)
+        elif name in ("conv1d", "conv2d", "conv3d"):
+            self._convolution(given(NAMES, args, kwargs), out)
         elif name in SCALES and len(values) == 2:
             for scale, x in (values, values[::-1]):
                 found = self.parameter(scale)
@@ -108,6 +113,32 @@ class Recorder(TorchFunctionMode):
             x = getattr(F, name)(given["input"].detach(), given["normalized_shape"], **eps)
             self._keep(Used(found, "scale", x, given.get("bias") is not None), out)
 
+    def _channel_norm(self, name: str, options: dict[str, Any], out: Tensor) -> None:
+        found = self.parameter(options.get("weight"))
+        if found is not None:
+            x = normalised(name, options).movedim(1, -1)
+            self._keep(Used(found, "scale", x, options.get("bias") is not None), out, axis=1)
+
+    def _convolution(self, options: dict[str, Any], out: Tensor) -> None:
+        found, weight = self.parameter(options["weight"]), options["weight"]
+        if found is None or out.dim() != weight.dim():
+            return
+        stands, channels = patches(options, out.shape)
+        keep = stands.expand(len(out), *out.shape[2:]).reshape(-1)
+        groups, n, bias = options.get("groups", 1), weight.shape[1], options.get("bias")
+        used = Used(found, "matrix", torch.zeros(()), bias is not None, keep)
+        if groups > 1 and n == 1:
+            each = torch.stack(channels, dim=-2)
+            each = each.repeat_interleave(len(weight) // groups, dim=-2)
+            self._keep(replace(used, kind="depthwise", a=each.flatten(-2)), out, axis=1)
+            return
+        rows = len(weight) // groups
+        for group in range(groups):
+            a = torch.cat(channels[group * n : (group + 1) * n], dim=-1)
+            own = slice(group * rows, (group + 1) * rows)
+            name = found if groups == 1 else f"{found}[{own.start}:{own.stop}]"
+            self._keep(replace(used, name=name, a=a), out, axis=1, own=own)
+
     def parameter(self, tensor: Tensor | None) -> str | None:
         """The parameter, or the part of a stack, that starts where a tensor does."""
         if tensor is None:
@@ -125,12 +156,20 @@ class Recorder(TorchFunctionMode):
                 return f"{name}[{part}]"
         return None
 
-    def _keep(self, used: Used, out: Tensor, part: int | None = None) -> None:
+    def _keep(
+        self,
+        used: Used,
+        out: Tensor,
+        part: int | None = None,
+        axis: int = -1,
+        own: slice = slice(None),
+    ) -> None:
         self.seen.append(used)
         used.size = out.shape if part is None else out.shape[1:]
 
         def note(grad: Tensor) -> None:
-            used.g = grad.detach() if part is None else grad.detach()[part]
+            grad = grad.detach() if part is None else grad.detach()[part]
+            used.g = grad.movedim(axis, -1)[..., own]
 
         out.register_hook(note)
 

@@ -1,0 +1,217 @@
+"""Images, sounds and speech for tiny models, and what such models ask of a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from benchmarks.zoo.inputs import CLASSES, VOCAB, Batch, Shape, takes
+
+IMAGES = (Shape("right", (1, 1, 1)),)
+SOUNDS = (Shape("right", (70, 90, 61)), Shape("right", (64, 64)))
+SIDE = 32
+FRAMES = 64
+CONVOLUTIONS = {"conv_dim": [16, 24], "conv_kernel": [5, 3], "conv_stride": [3, 2]}
+
+
+def settle_images(config: PretrainedConfig) -> None:
+    """Asks for few classes, small images, and narrow and shallow stages."""
+    for each in (config, getattr(config, "vision_config", None)):
+        if each is None:
+            continue
+        fields = dataclasses.fields(each) if dataclasses.is_dataclass(each) else ()
+        options = {f.name: getattr(each, f.name, None) for f in fields if f.init}
+        if any(name in options for name in STAGED):
+            each.__init__(
+                **{name: _narrow(name, value, options) for name, value in options.items()}
+            )
+        elif isinstance(getattr(each, "patch_size", None), int):
+            each.patch_size = SIDE // 4
+        if getattr(each, "image_size", None) is not None:
+            each.image_size = [SIDE, SIDE] if isinstance(each.image_size, list | tuple) else SIDE
+    if hasattr(config, "width_coefficient"):  # EfficientNet's last width
+        config.hidden_dim = int(1280 * config.width_coefficient)
+    config.num_labels = CLASSES
+
+
+STAGED = ("depths", "hidden_sizes", "embed_dims", "depth_multiplier", "width_coefficient")
+STAGED += ("width_multiplier", "num_block_repeats", "block_configs")
+"""Options of models in stages, which say how wide or deep these are."""
+
+
+def _narrow(name: str, value: Any, options: dict[str, Any]) -> Any:
+    """An option of a model in stages: widths by an eighth, at most two layers each."""
+    if name in ("depth_multiplier", "width_coefficient", "width_multiplier"):
+        return 0.25
+    if name in ("class_expand", "aspp_out_channels"):
+        return 64
+    if re.search("depths|^depth$|blocks|repeats|layers$", name) and _whole(value):
+        return [min(v, 2) for v in value]
+    if name == "dilations":
+        return [list(v)[:2] for v in value]
+    width = re.search("sizes$|dims?$|channels$|embedding_size|groups_width", name)
+    if not width or re.search("patch|kernel|stride|unit|key|num_|window", name):
+        return value
+    step = 8 if isinstance(options.get("num_attention_heads"), int) else 1
+    if isinstance(value, int):
+        return _eighth(value, step)
+    return [_eighth(v, step) for v in value] if _whole(value) else value
+
+
+def _eighth(value: int, step: int) -> int:
+    return -(-(value // 8) // step) * step if value >= 16 else value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+
+
+def settle_sounds(config: PretrainedConfig) -> None:
+    """Asks for few classes, short convolutions, and features whose padding stays where it is."""
+    config.num_labels = CLASSES
+    for each in _all_of(config):
+        if isinstance(getattr(each, "conv_dim", None), list | tuple):
+            for name, value in CONVOLUTIONS.items():
+                setattr(each, name, list(value))
+            each.num_feat_extract_layers = len(CONVOLUTIONS["conv_dim"])
+            each.feat_extract_norm = "layer"
+            each.num_conv_pos_embeddings, each.num_conv_pos_embedding_groups = 8, 4
+        for name, size in (("num_mel_bins", 8), ("max_source_positions", FRAMES // 2)):
+            if isinstance(getattr(each, name, None), int):
+                setattr(each, name, size)
+
+
+def _all_of(config: PretrainedConfig) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _all_of(value)
+
+
+def _noise(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _labels(n: int) -> Tensor:
+    return torch.arange(n) % CLASSES
+
+
+def images(model: nn.Module, shape: Shape) -> Batch:
+    """Images with a class each."""
+    config = model.config
+    config = getattr(config, "vision_config", config)
+    channels = getattr(config, "num_channels", 3)
+    side = getattr(config, "image_size", SIDE) or SIDE
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    n = len(shape.lengths)
+    values = {"pixel_values": _noise(n, channels, height, width), "labels": _labels(n)}
+    return first_that_runs(model, [Batch(values), _patches(model, values)])
+
+
+def _patches(model: nn.Module, values: dict[str, Tensor]) -> Batch:
+    """Images that come as patches already."""
+    config = getattr(model.config, "vision_config", model.config)
+    size, n = int(getattr(config, "patch_size", 4) or 4), len(values["labels"])
+    rows, columns = 3, 4
+    features = _noise(n, rows * columns, 3 * size * size)
+    mask = torch.ones(n, rows * columns, dtype=torch.long)
+    shapes = torch.tensor([[rows, columns]] * n)
+    more = {"pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return Batch({"pixel_values": features, **more, "labels": values["labels"]})
+
+
+def masked_images(model: nn.Module, shape: Shape) -> Batch:
+    """Images of which some patches are hidden; the loss is over all of their pixels."""
+    batch = images(model, shape)
+    config, n = model.config, len(shape.lengths)
+    side = int(config.image_size) // int(config.patch_size)
+    hidden = torch.rand(n, side * side, generator=torch.Generator().manual_seed(5)) < 0.4
+    return Batch({**batch.values, "bool_masked_pos": hidden})
+
+
+def sounds(model: nn.Module, shape: Shape) -> Batch:
+    """Samples or spectra with their mask, and a class each."""
+    return _heard(model, shape, {"labels": _labels(len(shape.lengths))}, {})
+
+
+def frames(model: nn.Module, shape: Shape) -> Batch:
+    """Samples or spectra, and classes of every frame of the model."""
+    batch = sounds(model, shape)
+    with torch.no_grad():
+        given = {k: v for k, v in batch.values.items() if k != "labels" and k in takes(model)}
+        n = model(**given).logits.shape[1]
+    classes = (torch.arange(n) + torch.arange(len(shape.lengths))[:, None]) % CLASSES
+    labels = nn.functional.one_hot(classes, CLASSES)
+    return Batch({**batch.values, "labels": labels}, batch.masks)
+
+
+def heard(model: nn.Module, shape: Shape) -> Batch:
+    """Samples or spectra, and what was said: a text of another length for each."""
+    n = len(shape.lengths)
+    mask = Shape("right", tuple(4 + (3 * i) % 4 for i in range(n))).mask()
+    drawn = torch.Generator().manual_seed(2)
+    labels = torch.randint(3, VOCAB, tuple(mask.shape), generator=drawn)
+    return _heard(model, shape, {"labels": labels.masked_fill(mask == 0, -100)}, {"labels": mask})
+
+
+def _heard(
+    model: nn.Module, shape: Shape, labels: dict[str, Tensor], kept: dict[str, Tensor]
+) -> Batch:
+    n, mask = len(shape.lengths), shape.mask()
+    longest = mask.shape[1]
+    name = "input_features" if "input_features" in takes(model) else "input_values"
+    masked = {"attention_mask": mask}
+    masks = {name: "attention_mask", "attention_mask": "attention_mask"}
+    if kept:
+        masked["decoder_attention_mask"] = kept["labels"]
+        masks |= dict.fromkeys(("labels", "decoder_attention_mask"), "decoder_attention_mask")
+    found = []
+    for channels in dict.fromkeys(_channels(model.config)):
+        wave = _noise(n, longest, channels) * mask[..., None]
+        found.append(Batch({name: wave, **masked, **labels}, masks))
+    samples = Batch({name: _noise(n, longest) * mask, **masked, **labels}, masks)
+    found = [samples, *found] if name == "input_values" else [*found, samples]
+    for channels in dict.fromkeys(_channels(model.config)):
+        for length in (FRAMES, longest):
+            wave = _noise(n, channels, length)
+            rest = {k: v for k, v in masked.items() if k != "attention_mask"}
+            ways = {k: v for k, v in masks.items() if v != "attention_mask"}
+            found.append(Batch({name: wave, **rest, **labels}, ways))
+    return first_that_runs(model, found)
+
+
+def _channels(config: PretrainedConfig) -> Iterator[int]:
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels")
+    for each in _all_of(config):
+        for name in (*names, "feature_size", "input_dim", "d_model", "hidden_size"):
+            if isinstance(getattr(each, name, None), int):
+                yield getattr(each, name)
+
+
+def first_that_runs(model: nn.Module, batches: list[Batch]) -> Batch:
+    """The first batch that a model can be run with.
+
+    Raises:
+        Exception: that of the first, where none can.
+    """
+    first: Exception | None = None
+    for batch in batches:
+        given = {k: v for k, v in batch.values.items() if k in takes(model)}
+        try:
+            with torch.no_grad():
+                loss = model(**given).loss
+            if loss is None or not bool(torch.isfinite(loss).all()):
+                raise ValueError("its loss is none, or not finite")
+        except Exception as error:
+            first = first or error
+            continue
+        return Batch(given, {k: v for k, v in batch.masks.items() if k in given})
+    assert first is not None
+    raise first
