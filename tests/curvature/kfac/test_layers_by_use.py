@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.errors import LayerError
@@ -736,3 +737,42 @@ def test_coverage_counts_parameters_and_says_why_not_more(options, caplog):
     assert kfac.coverage.frozen == VOCAB * WIDTH
     (said,) = [r for r in caplog.records if "K-FAC covers" in r.message]
     assert said.levelname == "WARNING"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_output_that_is_written_to_has_its_gradient_from_before(reentrant):
+    """Wav2Vec2's heads set what is padding to zero in place, in a view of what was computed."""
+
+    class Zeroed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(WIDTH, 5), nn.Linear(5, 3)
+
+        def zeroed(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.up(x)
+            x[mask == 0] = 0
+            return x
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            if reentrant:
+                y = checkpoint(self.zeroed, x, attention_mask, use_reentrant=True)
+            else:
+                y = self.zeroed(x, attention_mask)
+            return self.head(y.sum(1))
+
+    torch.manual_seed(0)
+    model = Zeroed().double()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    batch = {"x": x, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    kfac = KFACNaturalGradient(damping=1e-2)
+    kfac.collect_kfac_factors(
+        model,
+        batch,
+        loss=lambda out, b: F.cross_entropy(out, b["labels"], reduction="none"),
+        keep_gradient=True,
+        verify=not reentrant,
+    )
+    assert {name: f.tokens for name, f in kfac.kfac_factors.items()} == {"up": 5, "head": 2}
+    F.cross_entropy(model(x, mask), batch["labels"]).backward()
+    torch.testing.assert_close(kfac.own_gradients(model)["up.weight"], model.up.weight.grad)
