@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from benchmarks.zoo.inputs import CLASSES, VOCAB, Batch, Shape, takes
 
 IMAGES = (Shape("right", (1, 1, 1)),)
-SOUNDS = (Shape("right", (70, 90, 61)), Shape("right", (64, 64)))
+SOUNDS = (Shape("right", (70, 90, 58)), Shape("right", (70, 70)))
 SIDE = 32
 FRAMES = 64
 CONVOLUTIONS = {"conv_dim": [16, 24], "conv_kernel": [5, 3], "conv_stride": [3, 2]}
@@ -82,7 +82,8 @@ def settle_sounds(config: PretrainedConfig) -> None:
             each.num_feat_extract_layers = len(CONVOLUTIONS["conv_dim"])
             each.feat_extract_norm = "layer"
             each.num_conv_pos_embeddings, each.num_conv_pos_embedding_groups = 8, 4
-        for name, size in (("num_mel_bins", 8), ("max_source_positions", FRAMES // 2)):
+        sizes = {"num_mel_bins": 8, "max_source_positions": FRAMES // 2, "max_length": FRAMES}
+        for name, size in sizes.items():
             if isinstance(getattr(each, name, None), int):
                 setattr(each, name, size)
 
@@ -173,17 +174,17 @@ def _heard(
         masked["decoder_attention_mask"] = kept["labels"]
         masks |= dict.fromkeys(("labels", "decoder_attention_mask"), "decoder_attention_mask")
     found = []
+    rest = {k: v for k, v in masked.items() if k != "attention_mask"}
+    ways = {k: v for k, v in masks.items() if v != "attention_mask"}
     for channels in dict.fromkeys(_channels(model.config)):
         wave = _noise(n, longest, channels) * mask[..., None]
         found.append(Batch({name: wave, **masked, **labels}, masks))
+        found.append(Batch({name: _noise(n, FRAMES, channels), **rest, **labels}, ways))
     samples = Batch({name: _noise(n, longest) * mask, **masked, **labels}, masks)
     found = [samples, *found] if name == "input_values" else [*found, samples]
     for channels in dict.fromkeys(_channels(model.config)):
         for length in (FRAMES, longest):
-            wave = _noise(n, channels, length)
-            rest = {k: v for k, v in masked.items() if k != "attention_mask"}
-            ways = {k: v for k, v in masks.items() if v != "attention_mask"}
-            found.append(Batch({name: wave, **rest, **labels}, ways))
+            found.append(Batch({name: _noise(n, channels, length), **rest, **labels}, ways))
     return first_that_runs(model, found)
 
 
