@@ -70,7 +70,7 @@ TASKS = {
     ),
     "ctc": Task(
         modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
-        perception.heard,
+        perception.transcribed,
         perception.SOUNDS,
         perception.settle_sounds,
     ),

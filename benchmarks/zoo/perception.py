@@ -26,8 +26,9 @@ def settle_images(config: PretrainedConfig) -> None:
         if each is None:
             continue
         fields = dataclasses.fields(each) if dataclasses.is_dataclass(each) else ()
-        options = {f.name: getattr(each, f.name, None) for f in fields if f.init}
-        if any(name in options for name in STAGED):
+        fresh = type(each)()
+        options = {f.name: getattr(fresh, f.name, None) for f in fields if f.init}
+        if any(name in options for name in STAGED) or _whole(options.get("embed_dim")):
             each.__init__(
                 **{name: _narrow(name, value, options) for name, value in options.items()}
             )
@@ -45,12 +46,16 @@ STAGED += ("width_multiplier", "num_block_repeats", "block_configs")
 """Options of models in stages, which say how wide or deep these are."""
 
 
+FIXED = {"class_expand": 64, "aspp_out_channels": 64, "num_groups": 4, "key_dim": [4, 4, 4]}
+FIXED |= {"finegrained_output": False, "window_size": 2}
+
+
 def _narrow(name: str, value: Any, options: dict[str, Any]) -> Any:
     """An option of a model in stages: widths by an eighth, at most two layers each."""
     if name in ("depth_multiplier", "width_coefficient", "width_multiplier"):
         return 0.25
-    if name in ("class_expand", "aspp_out_channels"):
-        return 64
+    if name in FIXED:
+        return FIXED[name]
     if re.search("depths|^depth$|blocks|repeats|layers$", name) and _whole(value):
         return [min(v, 2) for v in value]
     if name == "dilations":
@@ -74,7 +79,7 @@ def _whole(value: Any) -> bool:
 
 def settle_sounds(config: PretrainedConfig) -> None:
     """Asks for few classes, short convolutions, and features whose padding stays where it is."""
-    config.num_labels = CLASSES
+    config.num_labels, config.ctc_loss_reduction = CLASSES, "mean"
     for each in _all_of(config):
         if isinstance(getattr(each, "conv_dim", None), list | tuple):
             for name, value in CONVOLUTIONS.items():
@@ -112,14 +117,19 @@ def images(model: nn.Module, shape: Shape) -> Batch:
     side = getattr(config, "image_size", SIDE) or SIDE
     height, width = side if isinstance(side, list | tuple) else (side, side)
     n = len(shape.lengths)
-    values = {"pixel_values": _noise(n, channels, height, width), "labels": _labels(n)}
-    return first_that_runs(model, [Batch(values), _patches(model, values)])
+    labels = {"labels": _labels(n)}
+    values = {"pixel_values": _noise(n, channels, height, width), **labels}
+    wide = {"pixel_values": _noise(n, channels, 2 * height, 2 * width), **labels}
+    colours = {"input_ids": torch.arange(16 * n).reshape(n, 16), **labels}
+    found = [Batch(values), Batch(wide), _patches(model, values), Batch(colours)]
+    return first_that_runs(model, found)
 
 
 def _patches(model: nn.Module, values: dict[str, Tensor]) -> Batch:
     """Images that come as patches already."""
     config = getattr(model.config, "vision_config", model.config)
-    size, n = int(getattr(config, "patch_size", 4) or 4), len(values["labels"])
+    size, n = getattr(config, "patch_size", 4) or 4, len(values["labels"])
+    size = size[0] if isinstance(size, list | tuple) else size
     rows, columns = 3, 4
     features = _noise(n, rows * columns, 3 * size * size)
     mask = torch.ones(n, rows * columns, dtype=torch.long)
@@ -151,6 +161,12 @@ def frames(model: nn.Module, shape: Shape) -> Batch:
     classes = (torch.arange(n) + torch.arange(len(shape.lengths))[:, None]) % CLASSES
     labels = nn.functional.one_hot(classes, CLASSES)
     return Batch({**batch.values, "labels": labels}, batch.masks)
+
+
+def transcribed(model: nn.Module, shape: Shape) -> Batch:
+    """Samples or spectra, and as many symbols for each: a loss is a mean over symbols."""
+    labels = torch.arange(4) % 2 + 3 + torch.arange(len(shape.lengths))[:, None]
+    return _heard(model, shape, {"labels": labels}, {})
 
 
 def heard(model: nn.Module, shape: Shape) -> Batch:
