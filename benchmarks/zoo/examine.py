@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.zoo.compare import compare
-from benchmarks.zoo.inputs import SHAPES, WINDOWS, Batch, Shape
+from benchmarks.zoo.inputs import Batch, Shape
 from benchmarks.zoo.mappings import TASKS, Task
 from benchmarks.zoo.reference import padding_counts, reference
 from benchmarks.zoo.tiny import Exact, build
@@ -47,8 +47,8 @@ def examined(model: nn.Module, about: Task) -> dict[str, Any]:
     found: dict[str, Any] = {"status": RIGHT, "why": "", "unpadded": [], "parameters": 0}
     found["parameters"] = sum(p.numel() for p in model.parameters())
     shapes = about.shapes
-    if shapes is SHAPES and reference(model, about.batch(model, shapes[-1])).fills:
-        shapes = WINDOWS
+    if about.windows and reference(model, about.batch(model, shapes[-1])).fills:
+        shapes = about.windows
     for shape in shapes:
         try:
             batch, expected, hidden = chosen(model, about, shape)

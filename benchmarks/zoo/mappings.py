@@ -10,7 +10,15 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from benchmarks.zoo import perception
-from benchmarks.zoo.inputs import SHAPES, Builder, Shape, classified, every_position, tagged
+from benchmarks.zoo.inputs import (
+    SHAPES,
+    WINDOWS,
+    Builder,
+    Shape,
+    classified,
+    every_position,
+    tagged,
+)
 from benchmarks.zoo.tiny import settle_classes, settle_decoder
 
 
@@ -22,12 +30,14 @@ class Task:
         classes: type of model -> name of its class.
         batch: makes a model's batch.
         shapes: of the batches.
+        windows: of the batches of a model that fills up windows of positions.
         settle: sets what the task asks of a configuration.
     """
 
     classes: Mapping[str, str]
     batch: Builder
     shapes: tuple[Shape, ...] = SHAPES
+    windows: tuple[Shape, ...] = WINDOWS
     settle: Callable[[PretrainedConfig], None] = lambda _: None
 
 
@@ -54,24 +64,28 @@ TASKS = {
         _first(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         perception.images,
         perception.IMAGES,
+        (),
         perception.settle_images,
     ),
     "sounds": Task(
         modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
         perception.sounds,
         perception.SOUNDS,
+        perception.WINDOWS,
         perception.settle_sounds,
     ),
     "speech": Task(
         modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
         perception.heard,
         perception.SOUNDS,
+        perception.WINDOWS,
         perception.settle_sounds,
     ),
     "ctc": Task(
         modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES,
         perception.transcribed,
         perception.SOUNDS,
+        perception.WINDOWS,
         perception.settle_sounds,
     ),
 }

@@ -210,6 +210,7 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
     found = Reference(gradient={n: torch.zeros_like(p) for n, p in trained.items()})
     uses: dict[tuple[str, str], list[Used]] = {}
     reached: set[str] = set()
+    passes: list[list[Used]] = []
     for values in batches:
         count = int((values["labels"] != -100).sum())
         with Recorder(model) as recorder:
@@ -221,8 +222,10 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
         reached |= {n for n, g in zip(trained, grads, strict=True) if g is not None}
         for name, grad in zip(trained, grads, strict=True):
             found.gradient[name] += 0.0 if grad is None else grad
-        for used in recorder.seen:
-            uses.setdefault((used.name, used.kind), []).append(used)
+        passes.append(recorder.seen)
+    constant = fixed(passes)
+    for used in (used for seen in passes for used in seen if id(used) not in constant):
+        uses.setdefault((used.name, used.kind), []).append(used)
     found.reached = sum(trained[n].numel() for n in reached)
     found.gradient = {n: g / found.labels for n, g in found.gradient.items()}
     for key, used in uses.items():
@@ -230,6 +233,19 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
             pairs = [one.rows() for one in used]
             found.tokens[key] = torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
             found.biased[key] = any(one.bias for one in used)
+    return found
+
+
+def fixed(passes: list[list[Used]]) -> set[int]:
+    """Identities of the uses that read the same for every example, such as relative positions."""
+    found: set[int] = set()
+    if len(passes) < 2 or len({len(seen) for seen in passes}) > 1:
+        return found
+    for same in zip(*passes, strict=True):
+        first = same[0].a
+        alike = all(u.a.shape == first.shape and torch.equal(u.a, first) for u in same)
+        if alike and same[0].kind != "table":
+            found |= set(map(id, same))
     return found
 
 
