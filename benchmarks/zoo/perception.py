@@ -15,7 +15,7 @@ from benchmarks.zoo.inputs import CLASSES, VOCAB, Batch, Shape, takes
 
 IMAGES = (Shape("right", (1, 1, 1)),)
 SOUNDS = (Shape("right", (70, 90, 58)), Shape("right", (70, 70)))
-WINDOWS = (Shape("right", (64, 128, 64)), Shape("right", (128, 128)))
+WINDOWS = (Shape("right", (128, 256, 128)), Shape("right", (128, 128)))
 SIDE = 32
 FRAMES = 64
 CONVOLUTIONS = {"conv_dim": [16, 24], "conv_kernel": [5, 3], "conv_stride": [3, 2]}

@@ -8,7 +8,6 @@ parameters to matrices, apply ``G`` on the left and ``A`` on the right, and go b
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -24,7 +23,6 @@ from fisher_lab.curvature.kfac.layers import (
     Layer,
     base_of,
     in_parts,
-    parameter_names,
     value_of,
     whole_again,
 )
@@ -235,11 +233,7 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
     """
     if not factors:
         raise CurvatureError("factors: none collected yet; call collect_kfac_factors first")
-    modules = dict(unwrap(model).named_modules())
     parameters = dict(unwrap(model).named_parameters())
-    names = parameter_names(model)
-    held = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
-    others = {f.layer.weight for f in factors.values()}
     for name, f in factors.items():
         layer = f.layer
         if base_of(layer.weight) not in parameters:
