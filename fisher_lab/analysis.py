@@ -207,20 +207,21 @@ class AdvancedFisherCollector:
         # Labels of the model's own need its logits, which a caller's loss tensor hides.
         own = self._loss_fn is None or (kfac is not None and kfac.settings.fisher == "empirical")
         shared = due and own
+        prepared = losses.prepare(model, batch, self._loss_fn)
         with kfac.capture(model) if kfac is not None and shared else nullcontext():
-            scored = losses.score(model, batch, self._loss_fn)
-        loss = losses.summed_loss(scored)
+            summed = losses.compute_loss(model, prepared, self._loss_fn)
+        loss, n_labels = summed.loss, summed.n_labels
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         grads = losses.gradients_of(loss, named, retain_graph=shared)
-        self.gradients = {name: g / max(scored.n_labels, 1) for name, g in grads.items()}
+        self.gradients = {name: g / max(n_labels, 1) for name, g in grads.items()}
         if kfac is not None and shared:
             kfac.collect_kfac_factors(
-                model, batch, loss=loss, n_labels=scored.n_labels, loss_reduction="sum"
+                model, batch, loss=loss, n_labels=n_labels, loss_reduction="sum"
             )
         elif kfac is not None and due:
             kfac.collect_kfac_factors(model, batch, loss=self._loss_fn)
         self.n_refreshes += due
-        if self.group is not None and self.group.unit == "batch" and scored.n_labels > 0:
+        if self.group is not None and self.group.unit == "batch" and n_labels > 0:
             self.group.update_fisher_welford(task, self.gradients, active_tokens(model, batch))
         self.n_batches += 1
 
@@ -524,8 +525,9 @@ def summed_loss(
         for batch in batches:
             if losses.is_empty(batch):
                 continue
-            scored = losses.score(model, batch, loss_fn)
-            total, count = total + float(losses.summed_loss(scored)), count + scored.n_labels
+            prepared = losses.prepare(model, batch, loss_fn)
+            summed = losses.compute_loss(model, prepared, loss_fn)
+            total, count = total + float(summed.loss), count + summed.n_labels
     return total, count
 
 

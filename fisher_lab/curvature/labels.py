@@ -1,11 +1,13 @@
-"""Which labels of a batch count, where a model predicts them, and how it is called with them.
+"""Which labels of a batch count, and how a model is called with it.
 
 What this module fixes (``docs/math.md``, section 1):
 
 - labels at masked positions become ``IGNORE_INDEX`` on a *copy* of the batch; in a causal model
-  also where the predicting position is padding (Hugging Face's own loss ignores the mask);
-- how a model aligns labels with logits is measured against its own loss where its class leaves it
-  open.
+  also where the predicting position is padding or belongs to another sequence (Hugging Face's own
+  loss ignores the mask);
+- masks say which positions are tokens, and of which sequence where one row holds several.
+
+How a model aligns labels with its logits is the business of :mod:`.labelling`.
 
 Shapes: ``B`` sequences of ``S`` positions, ``C`` classes.
 """
@@ -15,38 +17,61 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisher_lab.curvature.errors import BatchError, LossError
-from fisher_lab.curvature.wrappers import class_name, device_of, is_sharded, unwrap
+from fisher_lab.curvature.wrappers import unwrap
 
 IGNORE_INDEX = -100
 """Labels with this value do not count (the value that Hugging Face uses)."""
 
+TOKEN_MASKS = {"attention_mask": "token_mask", "decoder_attention_mask": "decoder_token_mask"}
+"""A mask that says who attends to whom -> that of the tokens, which the model is not given."""
 
-_ALIGNED_LOSS_TYPES = frozenset({"ForMaskedLM", "ForTokenClassification"})
+_CLOSED = -5e3
+"""What is added to attention scores below this closes a position."""
+
+
+def named_outputs(outputs: Any) -> dict[Any, Any]:
+    """Returns the entries of a model's output, by name or by place."""
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if isinstance(outputs, list | tuple):
+        return dict(enumerate(outputs))
+    return {} if isinstance(outputs, Tensor) else dict(getattr(outputs, "__dict__", {}))
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Returns the logits in a model's output.
+    """Returns the logits in a model's output: its ``logits``, or the first tensor of a tuple.
 
     Raises:
-        LossError: the output is neither a tensor nor an object or mapping with ``logits``.
+        LossError: the output is no tensor, and there is none in it that could be the logits.
     """
     if isinstance(outputs, Tensor):
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     logits = getattr(outputs, "logits", None) if logits is None else logits
+    if isinstance(outputs, list | tuple) and logits is None:
+        logits = next((x for x in outputs if isinstance(x, Tensor) and x.dim() > 1), None)
     if not isinstance(logits, Tensor):
         raise LossError(
             f"model output: no logits in a {type(outputs).__name__}; "
             "give loss=<function of (outputs, batch)>"
         )
     return logits
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """Returns the loss in a model's output: its ``loss``, or the only scalar of a tuple."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    loss = getattr(outputs, "loss", None) if loss is None else loss
+    if loss is None and isinstance(outputs, list | tuple):
+        tensors = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
+        scalars = [x for x in tensors if x.dim() == 0]
+        loss = scalars[0] if len(scalars) == 1 else None
+    return loss if isinstance(loss, Tensor) else None
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -58,6 +83,13 @@ def labels_of(batch: Any) -> Tensor | None:
     return None
 
 
+def with_labels(batch: Any, labels: Tensor) -> Any:
+    """Returns a copy of the batch with other labels."""
+    if isinstance(batch, Mapping):
+        return {**batch, "labels": labels}
+    return type(batch)((batch[0], labels))
+
+
 def is_empty(batch: Any) -> bool:
     """Says whether a batch has labels, but of no example: many models cannot run on that."""
     labels = labels_of(batch)
@@ -65,13 +97,125 @@ def is_empty(batch: Any) -> bool:
 
 
 def count_labels(batch: Any, *, shift: bool = False) -> int | None:
-    """Returns how many labels of a batch count, or None where it has none to look at."""
+    """Returns how many labels of a batch count, or None where it has none to look at.
+
+    Every number of real-valued labels is a label.
+
+    Args:
+        batch: whose labels are counted.
+        shift: whether the first label of each row does not count (causal).
+    """
     labels = labels_of(batch)
     if labels is None or labels.is_floating_point():
-        return None if labels is None else labels.shape[0]
-    if shift and labels.dim() == 2:
-        labels = labels[:, 1:]
-    return int((labels != IGNORE_INDEX).sum())
+        return None if labels is None else labels.numel()
+    return int((_predicted(labels, shift) != IGNORE_INDEX).sum())
+
+
+def _predicted(labels: Tensor, shift: bool) -> Tensor:
+    """The labels that some position predicts."""
+    return labels[:, 1:] if shift and labels.dim() > 1 else labels
+
+
+def example_count(batch: Any) -> int | None:
+    """Returns the number of examples: the first dimension, if all tensors of a batch share it."""
+    shapes: list[torch.Size] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    map_tensors(note, batch)
+    sizes = {shape[0] if shape else 0 for shape in shapes}
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def token_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:
+    """Returns which positions ``[B, S]`` are tokens: zero at padding, else of which sequence.
+
+    Args:
+        batch: a batch, prepared where its mask is a matrix for each sequence.
+        name: of the attention mask.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    for key in (TOKEN_MASKS[name], name):
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+    return None
+
+
+def tokens_of_attention(mask: Tensor, name: str) -> Tensor:
+    """Returns which positions are tokens ``[B, S]``, of a mask that says who attends to whom.
+
+    A position to which nobody attends is padding. Where a token does not attend to the one before
+    it, another sequence starts: the numbers of the sequences are returned, and 0 for padding.
+
+    Args:
+        mask: ``[B, H, S, S]`` or ``[B, S, S]``: bool, 0 and 1, or what is added to the scores.
+        name: of the mask, for the error.
+
+    Raises:
+        BatchError: it cannot be told, since a position that others do not see attends, or nobody
+            but itself sees it.
+    """
+    ask = f"allowed: such a mask with {TOKEN_MASKS[name]!r} [B, S] beside it (0 at padding)"
+    if mask.dim() not in (3, 4) or mask.shape[-1] != mask.shape[-2]:
+        raise BatchError(f"{name}: shape {tuple(mask.shape)} does not say what is padding; {ask}")
+    added = mask.is_floating_point() and bool((mask <= 0).all()) and bool((mask < 0).any())
+    attends = mask > _CLOSED if added else mask != 0
+    attends = attends if mask.dim() == 3 else attends.any(dim=1)
+    own = attends.diagonal(dim1=-2, dim2=-1)
+    others = attends & ~torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    seen, sees = others.any(dim=-2), others.any(dim=-1)
+    lonely = own & ~seen & ~sees & (mask.shape[-1] > 1)
+    if bool((seen & ~own).any()) or bool(lonely.any()):
+        raise BatchError(f"{name}: which positions are padding cannot be told from it; {ask}")
+    starts = own.clone()
+    starts[:, 1:] &= ~attends.diagonal(-1, dim1=-2, dim2=-1)
+    return starts.cumsum(dim=1) * own
+
+
+def _packed(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """Sequences of rows that hold several, as ``position_ids`` or ``cu_seq_lens_q`` say."""
+    positions, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
+    if isinstance(positions, Tensor) and positions.shape == shape:
+        return (positions == 0).cumsum(dim=1)
+    if isinstance(ends, Tensor) and shape[0] == 1:
+        starts = torch.zeros(shape, dtype=torch.int64, device=ends.device)
+        inside = ends[(ends >= 0) & (ends < shape[1])].long()
+        starts[0, inside] = 1
+        return starts.cumsum(dim=1)
+    return None
+
+
+def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: bool) -> Tensor | None:
+    """Returns a copy of the labels with -100 wherever padding predicts or is predicted.
+
+    With a causal ``shift``, labels whose predicting position is padding, or of another sequence,
+    go as well; in an encoder-decoder model labels and mask are the decoder's.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.dim() != 2 or labels.is_floating_point():
+        return labels
+    mask = token_mask(batch, "decoder_attention_mask" if encoder_decoder else "attention_mask")
+    if mask is None and shift and not encoder_decoder:
+        mask = _packed(batch, labels.shape)
+        mask = None if mask is None else mask + 1  # there is no padding
+    if mask is None or mask.shape != labels.shape:
+        return labels
+    mask = mask.to(labels.device)
+    active = mask != 0
+    if shift:
+        active = active.clone()
+        active[:, 1:] &= mask[:, :-1] == mask[:, 1:]
+    return labels.masked_fill(~active, IGNORE_INDEX)
+
+
+# ---- calling a model -----------------------------------------------------------------------------
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
@@ -85,20 +229,27 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
+_OURS = {"num_items_in_batch", *TOKEN_MASKS.values()}
+"""Entries of a batch that no model needs: its own loss is a mean then."""
+
+
 def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     """Calls the model on a prepared batch, with its ``labels`` where its own loss is wanted.
 
     The batch is a tensor, a sequence of positional arguments, or a mapping. Of a mapping, the
     entries that ``forward`` names are passed by keyword; where it names none, the first tensor is
-    passed by position (a bare ``nn.Linear``).
+    passed by position (a bare ``nn.Linear``). ``num_items_in_batch`` is passed only where it has
+    to be.
     """
     if isinstance(batch, Tensor):
         return model(batch)
     if not isinstance(batch, Mapping):
         return model(batch[0]) if labels_of(batch) is not None else model(*batch)
-    inputs = {k: v for k, v in batch.items() if with_labels or k != "labels"}
     parameters = inspect.signature(unwrap(model).forward).parameters
     every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    needed = {k for k, p in parameters.items() if p.default is p.empty}
+    inputs = {k: v for k, v in batch.items() if with_labels or k != "labels"}
+    inputs = {k: v for k, v in inputs.items() if k not in _OURS or k in needed}
     accepted = {k: v for k, v in inputs.items() if every or k in parameters}
     if not accepted:
         tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -108,148 +259,3 @@ def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     if "use_cache" in parameters and "use_cache" not in accepted:
         accepted["use_cache"] = False
     return model(**accepted)
-
-
-_MEASURED: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
-"""How models align labels with logits, where their own loss has shown it."""
-
-
-def shift_of(model: nn.Module) -> bool | None:
-    """Says how a model aligns labels with logits: as measured, else as Hugging Face's class says.
-
-    True for a causal shift, False for labels at the predicting position itself, None where it is
-    not known (then the model's own ``outputs.loss`` has to be used).
-    """
-    model = unwrap(model)
-    return _MEASURED[model] if model in _MEASURED else _declared_shift(model)
-
-
-def measure_shift(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Measures, once for a model whose class leaves it open, whether its loss shifts the labels.
-
-    The model's loss of the batch is compared with the mean cross-entropy of its logits, with the
-    labels shifted and in place. Where both come out alike, or the output has no loss or no logits,
-    nothing is concluded. The pass has no dropout and draws nothing; modes are put back.
-
-    Args:
-        model: any module; a sharded one is left alone, since its passes are for all ranks.
-        batch: with the caller's own labels, on the model's device.
-    """
-    inner, labels = unwrap(model), labels_of(batch)
-    if inner in _MEASURED or labels is None or labels.numel() == 0 or _is_certain(inner):
-        return
-    if labels.dim() > 2 or labels.is_floating_point() or any(map(is_sharded, inner.modules())):
-        return
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
-    try:
-        with torch.no_grad():
-            outputs = forward(inner, batch, with_labels=True)
-    finally:
-        for module, training in modes:
-            module.training = training
-    loss = getattr(outputs, "loss", None)
-    try:
-        found = {s: _mean_loss(logits_of(outputs), labels, s) for s in (False, True)}
-    except (LossError, BatchError, IndexError, RuntimeError):
-        return
-    if not isinstance(loss, Tensor) or loss.dim() > 0:
-        return
-    close = [s for s, value in found.items() if abs(value - float(loss)) <= 1e-4 * abs(value)]
-    if len(close) == 1:
-        _MEASURED[inner] = close[0]
-    elif not close and bool((labels != IGNORE_INDEX).any()):
-        _MEASURED[inner] = None
-
-
-def _is_certain(model: nn.Module) -> bool:
-    """Whether what the class declares is what it does, or there is no loss of its own to ask.
-
-    Labels in place are declared by classes that have them so. Whoever declares a shift and hands
-    its labels to ``loss_function``, which shifts them, is believed; others compute their own loss.
-    """
-    base = model.get_base_model() if _has_base(model) else model  # type: ignore[operator]
-    declared = _declared_shift(model)
-    if "labels" not in inspect.signature(base.forward).parameters or declared is False:
-        return True
-    try:
-        source = inspect.getsource(type(base).forward)
-    except (OSError, TypeError):
-        return False
-    return declared is True and ".loss_function(" in source
-
-
-def _mean_loss(logits: Tensor, labels: Tensor, shift: bool) -> float:
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    keep = labels != IGNORE_INDEX
-    return float(
-        F.cross_entropy(logits[keep].float(), labels[keep], reduction="none").double().mean()
-    )
-
-
-def _has_base(model: nn.Module) -> bool:
-    """Whether a model hands its arguments on to one inside (PEFT)."""
-    return hasattr(model, "get_base_model")
-
-
-def _declared_shift(model: nn.Module) -> bool | None:
-    if _has_base(model):
-        model = model.get_base_model()  # type: ignore[operator]
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(type(model), "loss_function"):
-        return None
-    name, kind = class_name(model), getattr(model, "loss_type", None)
-    if kind in _ALIGNED_LOSS_TYPES:
-        return False
-    if kind == "ForConditionalGeneration":
-        return False if getattr(config, "is_encoder_decoder", False) else None
-    if kind == "ForSequenceClassification":
-        single = getattr(config, "problem_type", None) in (None, "single_label_classification")
-        return False if single and getattr(config, "num_labels", 0) > 1 else None
-    # GPT2LMHeadModel, BertLMHeadModel and their like have no loss_type and shift; XLNet does not.
-    if kind == "ForCausalLM" or (kind is None and name.endswith("LMHeadModel")):
-        return None if name.startswith("XL") else True
-    return None
-
-
-def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: bool) -> Tensor | None:
-    """Returns a copy of the labels with -100 wherever padding predicts or is predicted.
-
-    With a causal ``shift``, labels whose predicting position is padding go as well; in an
-    encoder-decoder model labels and mask are the decoder's.
-    """
-    labels = batch.get("labels")
-    mask = batch.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
-    if labels is None or mask is None or labels.dim() != 2 or mask.shape != labels.shape:
-        return labels
-    active = mask.to(labels.device) != 0
-    if shift:
-        predicting = torch.ones_like(active)
-        predicting[:, 1:] = active[:, :-1]
-        active = active & predicting
-    return labels.masked_fill(~active, IGNORE_INDEX)
-
-
-def prepare(model: nn.Module, batch: Any, *, measure: bool = True) -> Any:
-    """Returns a copy of the batch, on the model's device, with the labels masked.
-
-    An encoder-decoder model's decoder inputs are made from the caller's labels first, as the model
-    itself would, so that masking the labels does not change what the decoder sees.
-    """
-    device = device_of(model)
-    batch = map_tensors(lambda x: x.to(device), batch)
-    if not isinstance(batch, dict) or batch.get("labels") is None:
-        return batch
-    inner = unwrap(model)
-    encoder_decoder = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
-    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
-    shift_right = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    if encoder_decoder and not given and shift_right is not None:
-        batch["decoder_input_ids"] = shift_right(labels=batch["labels"])
-    if measure:
-        measure_shift(model, batch)
-    batch["labels"] = masked_labels(
-        batch, shift=bool(shift_of(model)), encoder_decoder=encoder_decoder
-    )
-    return batch

@@ -16,7 +16,7 @@ Shapes: ``M`` scored rows (labelled positions) of ``C`` numbers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fisher_lab.curvature.errors import BatchError, LossError
-from fisher_lab.curvature.labels import IGNORE_INDEX, labels_of, logits_of
+from fisher_lab.curvature.labels import IGNORE_INDEX, labels_of, logits_of, token_mask
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _OfNumbers(Likelihood):
         if predictions.dim() == 1:
             predictions, targets = predictions[:, None], targets[:, None]
         keep = torch.ones(predictions.shape[:-1], dtype=torch.bool, device=given.device)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = token_mask(batch)
         if isinstance(mask, Tensor) and mask.dim() == 2 and keep.shape == mask.shape:
             keep = mask.to(keep.device) != 0
         rows, positions = _places(keep)

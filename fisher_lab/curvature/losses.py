@@ -6,7 +6,8 @@ What this module fixes (``docs/math.md``, section 1):
   own dtype but at least float32;
 - with no label at all the loss is a zero that still touches the graph.
 
-Which labels those are is the business of :mod:`.labels`, whose names are here as well.
+Which labels those are is the business of :mod:`.labels` and :mod:`.labelling`, whose names are here
+as well.
 
 Shapes: ``B`` sequences of ``S`` positions, ``C`` classes, ``N`` labelled positions of the batch.
 """
@@ -14,24 +15,25 @@ Shapes: ``B`` sequences of ``S`` positions, ``C`` classes, ``N`` labelled positi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_lab.curvature.errors import LossError
+from fisher_lab.curvature.labelling import Labelling, labelling_of, shift_of
 from fisher_lab.curvature.labels import (
     IGNORE_INDEX,
-    _declared_shift,
     count_labels,
+    example_count,
     forward,
     is_empty,
     labels_of,
     logits_of,
+    loss_of,
     map_tensors,
-    prepare,
-    shift_of,
+    named_outputs,
 )
 from fisher_lab.curvature.likelihoods import (
     BinaryCrossEntropy,
@@ -42,6 +44,8 @@ from fisher_lab.curvature.likelihoods import (
     at_least_float32,
     understood,
 )
+from fisher_lab.curvature.measurement import function_shifts
+from fisher_lab.curvature.preparation import prepare
 from fisher_lab.curvature.wrappers import unwrap
 
 __all__ = [
@@ -84,7 +88,7 @@ def score(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> 
     Raises:
         LossError: the labelling is not known, or the loss is no likelihood.
     """
-    batch = prepare(model, batch)
+    batch = prepare(model, batch, loss_fn)
     return likelihood_of(model, loss_fn).score(forward(model, batch), batch)
 
 
@@ -136,12 +140,14 @@ class SummedLoss:
         n_labels: labels that count, ``N``.
         scored: logits and targets where the loss is a likelihood that we computed, else None.
         logits: the model's own output of logits behind ``scored``.
+        labelling: which labels count and whose loss it is, in words.
     """
 
     loss: Tensor
     n_labels: int
     scored: Scored | None = None
     logits: Tensor | None = None
+    labelling: str = ""
 
 
 def compute_loss(
@@ -165,28 +171,130 @@ def compute_loss(
         LossError: there is neither a loss function nor a loss in the model's output, or the
             number of labels behind a mean loss is not known.
     """
-    if loss_fn is None and shift_of(model) is None:
-        outputs = forward(model, batch, with_labels=True)
-        loss = getattr(outputs, "loss", None)
-        if loss is None:
-            raise LossError(
-                f"model: the output of {type(unwrap(model)).__name__} has no loss; "
-                "give loss=<function of (outputs, batch)>"
-            )
-        touch, shift = logits_of(outputs), bool(_declared_shift(unwrap(model)))
-        return sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch, shift=shift)
+    labelling = labelling_of(model, batch)
+    if loss_fn is None and not labelling.scored:
+        return _own_loss(model, batch, labelling, n_labels)
     if loss_fn is None and labels_of(batch) is None:
         raise LossError("batch: no 'labels' in it; add them or give loss=<function or tensor>")
     outputs = forward(model, batch)
     loss_fn = understood(loss_fn)
     if loss_fn is None or isinstance(loss_fn, Likelihood):
-        scored = likelihood_of(model, loss_fn).score(outputs, batch)
-        return SummedLoss(summed_loss(scored), scored.n_labels, scored, logits_of(outputs))
+        likelihood = CrossEntropy(bool(labelling.shift)) if loss_fn is None else loss_fn
+        scored = likelihood.score(outputs, batch)
+        about = str(labelling) if loss_fn is None else _said(likelihood)
+        logits = logits_of(outputs)
+        return SummedLoss(summed_loss(scored), scored.n_labels, scored, logits, about)
     loss = loss_fn(outputs, batch)
+    about = f"by {getattr(loss_fn, '__name__', type(loss_fn).__name__)}"
     if loss.dim() > 0:
-        count = n_labels if n_labels is not None else count_labels(batch)
-        return SummedLoss(loss.sum(), loss.numel() if count is None else count)
-    return sum_of(loss, batch, n_labels=n_labels, reduction=reduction, touch=loss)
+        count = _count_of_unreduced(loss, batch) if n_labels is None else n_labels
+        return SummedLoss(loss.sum(), count, labelling=about)
+    if n_labels is None:
+        n_labels = _count_of_function(loss_fn, outputs, batch)
+    touch = zero_of(model, outputs)
+    summed = sum_of(loss, batch, n_labels=n_labels, reduction=reduction, touch=touch)
+    return replace(summed, labelling=about)
+
+
+def _said(likelihood: Likelihood) -> str:
+    if isinstance(likelihood, CrossEntropy):
+        return str(Labelling(likelihood.shift, scored=True))
+    return f"by the {likelihood.name}"
+
+
+def _own_loss(
+    model: nn.Module, batch: Any, labelling: Labelling, n_labels: int | None
+) -> SummedLoss:
+    """The loss that the model computes itself, times what it is a mean over."""
+    name = type(unwrap(model)).__name__
+    outputs = forward(model, batch, with_labels=True)
+    loss = loss_of(outputs)
+    if loss is None:
+        raise LossError(
+            f"model: the output of {name} has no loss; give loss=<function of (outputs, batch)>"
+        )
+    if n_labels is None and labelling.count == "examples":
+        n_labels = example_count(batch)
+    elif n_labels is None and labelling.count == "labels":
+        n_labels = count_labels(batch, shift=bool(labelling.shift))
+    if n_labels is None and count_labels(batch) == 0:
+        n_labels = 0
+    if n_labels is None:
+        raise LossError(
+            f"n_labels: what the loss of {name} is a mean over cannot be told from it; give "
+            "n_labels=, or loss=fisher_lab.curvature.losses.CrossEntropy(shift=...)"
+        )
+    loss = loss if loss.dim() == 0 else loss.mean()
+    touch = zero_of(model, outputs)
+    summed = sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch)
+    return replace(summed, labelling=str(labelling))
+
+
+def zero_of(model: nn.Module, outputs: Any) -> Tensor:
+    """Returns a tensor of the graph from which a zero can be made; a mean over no label is none.
+
+    It is one of the output, else the first parameter.
+    """
+    tensors = [outputs] if isinstance(outputs, Tensor) else list(named_outputs(outputs).values())
+    found = [x for x in tensors if isinstance(x, Tensor) and x.requires_grad and x.dim() > 0]
+    parameters = [p for p in model.parameters() if p.requires_grad] or list(model.parameters())
+    return (found or parameters)[0]
+
+
+def _count_of_unreduced(loss: Tensor, batch: Any) -> int:
+    """How many losses of a function count: all, but for those of labels that are -100.
+
+    Raises:
+        LossError: it cannot be told which labels they belong to.
+    """
+    labels = labels_of(batch)
+    if labels is None or labels.is_floating_point():
+        return loss.numel()
+    counts = {shift: count_labels(batch, shift=shift) or 0 for shift in (False, True)}
+    if loss.numel() == labels.numel():
+        fits = _placed(loss.detach().reshape(labels.shape), labels)
+    elif labels.dim() > 1 and loss.shape == labels[:, 1:].shape:
+        fits = [True]
+    else:  # the labelled ones alone, or in one row
+        cut = labels.dim() > 1 and loss.numel() == labels[:, 1:].numel()
+        fits = [s for s, n in counts.items() if loss.numel() == n or (s and cut)]
+    found = {counts[shift] for shift in fits}
+    if len(found) != 1:
+        raise LossError(
+            f"n_labels: losses of shape {tuple(loss.shape)} for labels of shape "
+            f"{tuple(labels.shape)}; which labels count cannot be told; give n_labels="
+        )
+    return found.pop()
+
+
+def _placed(loss: Tensor, labels: Tensor) -> list[bool]:
+    """The shifts for which losses are zero where a label does not count, and there alone if so."""
+    ignored, zero = labels == IGNORE_INDEX, loss == 0
+    if labels.dim() < 2:
+        return [False]
+    moved = torch.ones_like(ignored)
+    moved[:, :-1] = ignored[:, 1:]
+    where = {False: ignored, True: moved}
+    exactly = [shift for shift, x in where.items() if torch.equal(zero, x)]
+    return exactly or [shift for shift, x in where.items() if bool(zero[x].all())]
+
+
+def _count_of_function(function: LossFunction, outputs: Any, batch: Any) -> int | None:
+    """How many labels a function's mean is over."""
+    labels = labels_of(batch)
+    aligned = count_labels(batch)
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return aligned
+    shifted = count_labels(batch, shift=True)
+    if aligned == shifted:
+        return aligned
+    shift = function_shifts(function, outputs, batch)
+    if shift is None:
+        raise LossError(
+            f"n_labels: whether the loss shifts the labels cannot be told ({aligned} or {shifted} "
+            "count); give n_labels="
+        )
+    return shifted if shift else aligned
 
 
 def sum_of(

@@ -138,9 +138,10 @@ def _plain_pass(workload: Workload, batches: list[Any]) -> int:
     """Fills ``.grad`` with the gradient of the summed loss; returns its labels."""
     labels = 0
     for batch in batches:
-        scored = losses.score(workload.model, batch, workload.loss_fn)
-        losses.summed_loss(scored).backward()
-        labels += scored.n_labels
+        prepared = losses.prepare(workload.model, batch, workload.loss_fn)
+        summed = losses.compute_loss(workload.model, prepared, workload.loss_fn)
+        summed.loss.backward()
+        labels += summed.n_labels
     return labels
 
 
@@ -338,6 +339,7 @@ def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
         "core_dtype": str(s.numerics.core_dtype).removeprefix("torch."),
         "apply_dtype": str(s.numerics.apply_dtype).removeprefix("torch."),
         "coverage": engine.coverage.summed(),
+        "labels": vars(engine.labels),
         "skipped": engine.skipped,
         "uncovered": engine.uncovered,
     }

@@ -96,7 +96,7 @@ def _tokens(
     reasons: dict[str, str] = {}
     totals: dict[str, int] = {}
     for batch in workload.batches("train", config.kfac.n_batches, config.seed):
-        prepared = losses.prepare(workload.model, batch)
+        prepared = losses.prepare(workload.model, batch, workload.loss_fn)
         with torch.enable_grad(), Capture(workload.model, promised, settings) as recording:
             losses.forward(workload.model, prepared)
         found, counts = count_tokens(recording, prepared)

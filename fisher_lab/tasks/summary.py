@@ -144,6 +144,10 @@ def render(
         summed = f"{sum(methods.values())} layers: {counts}" if counts else ""
         parts += [_layer_table(layers, width), Text(summed), Text()]
     about = record.get("provenance", {}).get("kfac") or {}
+    if about.get("labels"):
+        labels = about["labels"]
+        words = f"labels: {labels['labelling']}, {labels['counted']:,} of {labels['given']:,}"
+        parts += [Text(words), Text()]
     if about.get("coverage"):
         parts += [coverage_table(about["coverage"], about.get("skipped", {})), Text()]
     return Group(*parts, _number_table(metrics, width), Text())

@@ -47,7 +47,7 @@ def heldout_loss(
     total, count = 0.0, 0
     try:
         for batch in _heldout(objective, batch_size, seq_len, limit):
-            for own in parallel.own_sequences([losses.prepare(model, batch)]):
+            for own in parallel.own_sequences([losses.prepare(model, batch, objective.loss_fn)]):
                 summed = losses.compute_loss(model, own, objective.loss_fn)
                 total += float(summed.loss)
                 count += summed.n_labels

@@ -147,7 +147,7 @@ class _Loop:
     def batch(self, step: int) -> Batch:
         """The batch of a step, on the model's device."""
         batch = self.objective.batch("train", step, seed=self.run.seed, **self.size)
-        return losses.prepare(self.model, batch)
+        return losses.prepare(self.model, batch, self.objective.loss_fn)
 
     def heldout_loss(self, limit: int | None) -> float:
         """The held-out loss; the time that it takes is added up."""

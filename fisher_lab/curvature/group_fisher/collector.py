@@ -39,9 +39,11 @@ from fisher_lab.curvature.errors import (
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.group_fisher.moments import Moments, by_element, overlap
 from fisher_lab.curvature.group_fisher.parameter_groups import GROUPS, Slot, group_scores, layout_of
+from fisher_lab.curvature.labelling import has_decoder
+from fisher_lab.curvature.labels import token_mask
 from fisher_lab.curvature.spectra.per_sample_gradients import Chunk, PerSampleGradients
 from fisher_lab.curvature.spectra.samples import as_batches, draw_samples
-from fisher_lab.curvature.wrappers import plain, unwrap
+from fisher_lab.curvature.wrappers import plain
 from fisher_lab.runs import atomic
 
 SCHEMA = 1
@@ -171,8 +173,9 @@ class FisherCollector:
         """Returns the gradient of a batch's token-summed loss, and how many labels count."""
         if losses.is_empty(batch):
             return {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
-        scored = losses.score(model, batch, self._loss_fn)
-        return losses.gradients_of(losses.summed_loss(scored), parameters), scored.n_labels
+        prepared = losses.prepare(model, batch, self._loss_fn)
+        summed = losses.compute_loss(model, prepared, self._loss_fn)
+        return losses.gradients_of(summed.loss, parameters), summed.n_labels
 
     def update_from(
         self, model: nn.Module, batch: Any, chunks: Iterable[Chunk], task: str = "default"
@@ -483,15 +486,14 @@ def active_tokens(model: nn.Module, batch: Any) -> int:
     Without a mask every position of the labels is active.
     """
     labels = losses.labels_of(batch)
-    config = getattr(unwrap(model), "config", None)
     if not isinstance(batch, Mapping):
         return 0 if labels is None else labels.numel()
-    if getattr(config, "is_encoder_decoder", False):
-        mask = batch.get("decoder_attention_mask")
+    if has_decoder(model):
+        mask = token_mask(batch, "decoder_attention_mask")
         if mask is None and labels is not None:
             mask = labels != losses.IGNORE_INDEX
     else:
-        mask = batch.get("attention_mask")
+        mask = token_mask(batch)
     if mask is None or labels is None or mask.shape != labels.shape:
         return 0 if labels is None else labels.numel()
     return int((mask != 0).sum())

@@ -16,6 +16,7 @@ from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, 
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
 from fisher_lab.curvature.kfac.policy import sharing_of
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
+from fisher_lab.curvature.labels import token_mask
 from fisher_lab.curvature.losses import SummedLoss, labels_of
 
 _MASKS = {"decoder": "decoder_attention_mask", "main": "attention_mask"}
@@ -145,8 +146,8 @@ def masks_of(batch: Any) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
         return found
     for side, name in _MASKS.items():
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = token_mask(batch, name)
+        if mask is not None:
             found[side] = mask != 0
             if not bool(found[side].any()):
                 raise BatchError(f"{name}: no active token in a batch of {tuple(mask.shape)}")
@@ -157,9 +158,8 @@ def any_token(batch: Any) -> bool:
     """Says whether a prepared batch has an active token (a mask without one has not)."""
     if not isinstance(batch, Mapping):
         return True
-    names = list(_MASKS.values())
-    masks = [m for m in map(batch.get, names) if isinstance(m, Tensor) and m.dim() == 2]
-    return all(bool((m != 0).any()) for m in masks)
+    masks = [token_mask(batch, name) for name in _MASKS.values()]
+    return all(bool((m != 0).any()) for m in masks if m is not None)
 
 
 def share_key(call: Call, augmented: bool) -> tuple:

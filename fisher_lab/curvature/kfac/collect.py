@@ -33,6 +33,7 @@ from fisher_lab.curvature.kfac.examples import ByExample, by_example
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
+from fisher_lab.curvature.labelling import Labelling, is_certain
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
     CrossEntropy,
@@ -43,11 +44,12 @@ from fisher_lab.curvature.losses import (
     labels_of,
     logits_of,
     prepare,
-    scorer,
     shift_of,
     sum_of,
     understood,
 )
+from fisher_lab.curvature.measurement import tensor_shifts
+from fisher_lab.curvature.preparation import agreed
 from fisher_lab.curvature.wrappers import unwrap
 
 
@@ -84,19 +86,25 @@ def collect(
     batches, total = _batches(batch)
     loss = understood(loss)
 
+    if loss is None and communicator.size > 1:
+        batches = agreed(model, batches, communicator)
+
     def add_all() -> None:
         if not isinstance(loss, Tensor) and communicator.size == 1 and n_labels is None:
             _check_labels(model, batches, loss)
         for index, one in enumerate(progress(batches, "K-FAC factors", total)):
-            prepared = prepare(model, one, measure=not isinstance(loss, Tensor))
+            prepared = prepare(model, one, loss, measure=communicator.size == 1)
+            before, given = sums.n_labels, count_labels(one)
             if not isinstance(loss, Tensor):
                 collector.run(prepared, loss, n_labels, reduction)
-                continue
-            if index > 0:
+            elif index > 0:
                 raise LossError("loss: one tensor for several batches; allowed: one batch")
-            assert captured is not None
-            summed = _captured_loss(model, loss, captured, one, prepared, n_labels, reduction)
-            collector.add(captured, prepared, summed)
+            else:
+                assert captured is not None
+                summed = _captured_loss(model, loss, captured, one, prepared, n_labels, reduction)
+                collector.add(captured, prepared, summed)
+            counted = sums.n_labels - before
+            sums.labels_given += counted if given is None else given
         if sums.verify:
             compare_gradients(sums.own_gradients(), sums.by_autograd)
 
@@ -199,6 +207,7 @@ class _Collector:
             sums.uncovered.add_diagonal(loss, capture)
         sums.head.add(loss)
         sums.n_labels += loss.n_labels
+        sums.labelling = loss.labelling
         sums.n_batches += 1
 
     def _add_passes(self, capture: Capture, masks: TokenMasks, loss: SummedLoss) -> None:
@@ -360,15 +369,15 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 def _check_labels(model: nn.Module, batches: Iterable[Any], function: LossFunction | None) -> None:
     """Refuses batches of which masks and labels alone say that nothing counts, before a pass."""
-    shift = shift_of(model) if function is None else None
-    if isinstance(function, CrossEntropy):
-        shift = function.shift
-    if not isinstance(batches, list | tuple) or not batches or shift is None:
+    if not isinstance(batches, list | tuple) or not batches:
         return  # an iterator can be read once only
+    if function is not None and not isinstance(function, CrossEntropy):
+        return
     for batch in batches:
-        prepared = prepare(model, batch)
+        prepared = prepare(model, batch, function)
+        shift = shift_of(model, prepared) if function is None else function.shift
         masks_of(prepared)
-        if count_labels(prepared, shift=shift) != 0:
+        if shift is None or count_labels(prepared, shift=shift) != 0:
             return
     raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
 
@@ -391,11 +400,23 @@ def _captured_loss(
             f"capture: {len(captured.outputs)} forward passes of the model in the 'with' block; "
             "allowed: one (of a compiled model, run the uncompiled one: model._orig_mod)"
         )
-    shift = shift_of(model)
+    output = captured.outputs[0]
+    shift = shift_of(model, prepared)
+    if not is_certain(model, prepared) and reduction == "mean":
+        found = tensor_shifts(loss, output, batch)
+        shift = shift if found is None else found
+    if n_labels is None and shift is None:
+        aligned, shifted = count_labels(batch), count_labels(batch, shift=True)
+        if aligned != shifted:
+            raise LossError(
+                "n_labels: whether the loss shifts the labels cannot be told "
+                f"({aligned} or {shifted} count); give n_labels="
+            )
     summed = sum_of(
         loss, batch, n_labels=n_labels, reduction=reduction, touch=loss, shift=bool(shift)
     )
     if shift is None or labels_of(prepared) is None:
-        return summed
-    output = captured.outputs[0]
-    return replace(summed, scored=scorer(model).score(output, prepared), logits=logits_of(output))
+        return replace(summed, labelling="by the caller's loss")
+    scored = CrossEntropy(shift).score(output, prepared)
+    about = str(Labelling(shift, scored=True))
+    return replace(summed, scored=scored, logits=logits_of(output), labelling=about)

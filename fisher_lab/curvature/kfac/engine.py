@@ -37,7 +37,7 @@ from fisher_lab.curvature.kfac.layers import Layers, base_of, discover, whole_ag
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.reduce import reduce
-from fisher_lab.curvature.kfac.refresh import Coverage, Refresh, refresh
+from fisher_lab.curvature.kfac.refresh import Coverage, LabelCount, Refresh, refresh
 from fisher_lab.curvature.kfac.statistics import Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import LossFunction
@@ -122,6 +122,11 @@ class KFACNaturalGradient:
     def coverage(self) -> Coverage:
         """How much of the model the factors cover, and why not more."""
         return self.last.coverage
+
+    @property
+    def labels(self) -> LabelCount:
+        """Which labels the loss is a sum over, and how many."""
+        return self.last.labels
 
     @property
     def kfac_factors(self) -> dict[str, LayerFactors]:
@@ -258,10 +263,12 @@ class KFACNaturalGradient:
         return found
 
     def _hold_new(self, made: Refresh) -> None:
-        """Takes over a refresh, and logs its coverage where that is another than before."""
+        """Takes over a refresh; logs its coverage and labelling where they are new."""
         if made.coverage != self.coverage:
             low = made.coverage.missed > MISSED
             log.log(logging.WARNING if low else logging.INFO, "%s", made.coverage)
+        if made.labels.labelling != self.labels.labelling:
+            log.info("%s", made.labels)
         self._hold(made)
 
     def _hold(self, made: Refresh) -> None:

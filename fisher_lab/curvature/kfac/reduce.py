@@ -83,6 +83,8 @@ class _Reduction:
             "model": hashlib.sha256(text.encode()).hexdigest()[:16],
             "n_labels": sums.n_labels,
             "n_batches": sums.n_batches,
+            "labels_given": sums.labels_given,
+            "labelling": sums.labelling,
             "fisher": sums.fisher_kind,
             "head": sums.head.name,
             "observed": {name: plain(layer) for name, layer in sums.layers.layers.items()},
@@ -126,6 +128,8 @@ class _Reduction:
                 )
         sums.n_labels = sum(other["n_labels"] for other in summaries)
         sums.n_batches = sum(other["n_batches"] for other in summaries)
+        sums.labels_given = sum(other["labels_given"] for other in summaries)
+        sums.labelling = next((x["labelling"] for x in summaries if x["labelling"]), "")
         for other in summaries:
             observed = {name: layer_of(entry) for name, entry in other["observed"].items()}
             sums.take(Layers(observed, other["skipped"], frozenset()))

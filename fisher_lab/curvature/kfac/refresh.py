@@ -127,6 +127,25 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class LabelCount:
+    """How many labels the loss is a sum over.
+
+    Attributes:
+        labelling: which of them count, and whose loss it is.
+        counted: ``N``.
+        given: those of the caller's batches that are not -100.
+    """
+
+    labelling: str = ""
+    counted: int = 0
+    given: int = 0
+
+    def __str__(self) -> str:
+        words = f"{self.labelling}, " if self.labelling else ""
+        return f"labels: {words}{self.counted:,} of {self.given:,}"
+
+
+@dataclass(frozen=True)
 class Refresh:
     """What a refresh ends in.
 
@@ -137,6 +156,7 @@ class Refresh:
             asked for.
         diagonal: diagonal Fisher of these, where it was asked for.
         coverage: how much of the model the factors cover.
+        labels: how many labels the loss is a sum over, and which.
         fisher: kind of Fisher matrix that the inner layers got.
         rank_counts: tokens and labels of each rank.
     """
@@ -146,6 +166,7 @@ class Refresh:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     diagonal: dict[str, Tensor] = field(default_factory=dict)
     coverage: Coverage = Coverage()
+    labels: LabelCount = LabelCount()
     fisher: str = "empirical"
     rank_counts: tuple[dict[str, int], ...] = ()
 
@@ -198,6 +219,7 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
         coverage=Coverage.of(
             rest.trained, rest.frozen, [f.layer for f in factors.values()], sums.reasons
         ),
+        labels=LabelCount(sums.labelling, sums.n_labels, sums.labels_given),
         fisher=sums.fisher_kind,
         rank_counts=tuple(rank_counts),
     )

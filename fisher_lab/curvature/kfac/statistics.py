@@ -281,6 +281,8 @@ class Statistics:
 
     Attributes:
         n_labels: ``N``.
+        labels_given: labels that the caller's batches hold, whether they count or not.
+        labelling: which labels count, in words.
         n_batches: how many have come, those without a token included.
         promised: the layers that the model's modules promise.
         layers: those that the forward passes showed.
@@ -309,7 +311,8 @@ class Statistics:
         self.device, self.verify = device, verify
         self.by_autograd: dict[str, Tensor] = {}
         self.seed = rank_seed(settings.seed, rank)
-        self.n_labels = self.n_batches = 0
+        self.n_labels = self.n_batches = self.labels_given = 0
+        self.labelling = ""
         self.skipped: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.reasons: dict[str, str] = {}

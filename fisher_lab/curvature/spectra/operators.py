@@ -16,7 +16,7 @@ broadcasts the vector of each product; the others answer with their part until i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from fisher_lab.curvature.collectives import (
     together,
 )
 from fisher_lab.curvature.errors import BatchError, CurvatureError, check_one_of
+from fisher_lab.curvature.preparation import agreed
 from fisher_lab.curvature.spectra.samples import as_batches
 
 
@@ -102,19 +103,25 @@ class CurvatureOperator:
         shapes = [[name, list(p.shape)] for name, p in parameters.items()]
         same_everywhere(self._ranks, "operator and parameters", [name, shapes])
         self._parts: list[_Part] = []
-        together(self._ranks, lambda: self._open(batch, loss_fn))
+        batches: list[Any] = []
+        together(self._ranks, lambda: batches.extend(as_batches(batch)))
+        if loss_fn is None:
+            agreed(model, batches, self._ranks)
+        together(self._ranks, lambda: self._open(batches, loss_fn))
         own = sum(part.n_labels for part in self._parts)
         self.n_labels = sum(self._ranks.all_gather_objects(own))
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
         self._all_failed = False
 
-    def _open(self, batch: Any, loss_fn: losses.LossFunction | None) -> None:
-        self._scorer = losses.scorer(self._model, loss_fn)
-        for one in as_batches(batch):
+    def _open(self, batches: Sequence[Any], loss_fn: losses.LossFunction | None) -> None:
+        alone = self._ranks.size == 1
+        for one in batches:
             if losses.is_empty(one):
                 continue
-            part = _Part(self, losses.prepare(self._model, one))
+            prepared = losses.prepare(self._model, one, loss_fn, measure=alone)
+            self._scorer = losses.scorer(self._model, loss_fn)
+            part = _Part(self, prepared)
             if part.n_labels > 0:
                 self._parts.append(part)
 

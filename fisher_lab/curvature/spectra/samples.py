@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fisher_lab.curvature import losses
 from fisher_lab.curvature.collectives import Alone, Communicator, together
 from fisher_lab.curvature.errors import BatchError, CurvatureError
+from fisher_lab.curvature.preparation import agreed
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,12 @@ def draw_samples(
     if n_samples is not None and n_samples < 1:
         raise CurvatureError(f"n_samples: {n_samples}; allowed: 1 or more, or None for all")
     ranks = communicator or Alone()
-    found: list[_Sequence] = []
-    together(ranks, lambda: found.extend(_sequences(model, batch, loss_fn)))
+    found, batches = list[_Sequence](), list[Any]()
+    together(ranks, lambda: batches.extend(as_batches(batch)))
+    if loss_fn is None:
+        agreed(model, batches, ranks)
+    alone = ranks.size == 1
+    together(ranks, lambda: found.extend(_sequences(model, batches, loss_fn, alone)))
     places = [
         (index, number, f"{content}:{position}")
         for index, (one, content) in enumerate(zip(found, _numbered(found, ranks), strict=True))
@@ -174,12 +179,11 @@ class _Sequence:
 
 
 def _sequences(
-    model: nn.Module, batch: Any, loss_fn: losses.LossFunction | None
+    model: nn.Module, batches: Sequence[Any], loss_fn: losses.LossFunction | None, measure: bool
 ) -> Iterator[_Sequence]:
-    shift = losses.scorer(model, loss_fn).shift
-    for group, one in enumerate(as_batches(batch)):
-        prepared = losses.prepare(model, one)
-        positions = _labelled(prepared, shift)
+    for group, one in enumerate(batches):
+        prepared = losses.prepare(model, one, loss_fn, measure=measure)
+        positions = _labelled(prepared, losses.scorer(model, loss_fn).shift)
         for row, where in enumerate(positions):
             content = _digest(_slice(one, row, len(positions)))
             yield _Sequence(group, _slice(prepared, row, len(positions)), content, where)

@@ -1,0 +1,340 @@
+"""Asks a model, or a loss function, how its loss treats the labels of a batch.
+
+A class of Hugging Face's that hands its labels on as they are says it itself (:mod:`.labelling`);
+everything else is asked once for each kind of batch (``docs/math.md``, section 1):
+
+1. the loss is compared with the mean cross-entropy of the logits, with the labels shifted and in
+   place;
+2. where it is neither (smoothed labels, a fused loss without logits), two parts of the labels are
+   given one after the other: a mean over ``n`` labels has ``n L = n_1 L_1 + n_2 L_2``, for the
+   right ``n`` alone;
+3. where there are no labels to leave out, two parts of the batch are.
+
+What fits nothing is not guessed: its count has to be given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisher_lab.curvature.errors import BatchError, LossError
+from fisher_lab.curvature.evaluation_mode import buffers_kept, seed_generators
+from fisher_lab.curvature.labelling import (
+    MEASURED,
+    UNKNOWN,
+    Labelling,
+    certain_of,
+    hf_model,
+    kind_of,
+)
+from fisher_lab.curvature.labels import (
+    IGNORE_INDEX,
+    count_labels,
+    example_count,
+    forward,
+    labels_of,
+    logits_of,
+    loss_of,
+    map_tensors,
+    named_outputs,
+    with_labels,
+)
+from fisher_lab.curvature.wrappers import is_sharded, unwrap
+
+_ROUNDING = 1e-5
+"""Relative difference of two losses that are the same; Hugging Face computes in float32."""
+
+
+_FUNCTIONS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Loss function -> whether it shifts the labels."""
+
+
+def measure_labelling(model: nn.Module, batch: Any) -> None:
+    """Measures, once for a kind of batch whose labelling the class leaves open, how it is.
+
+    The passes are without dropout and a graph; modes, buffers and random state are put back. Where
+    the batch shows nothing (no label, a head that gives every class the same), the next one is
+    asked.
+
+    Args:
+        model: any module; a sharded one is left alone, since its passes are for all ranks
+            (:func:`agreed`).
+        batch: with the caller's own labels, on the model's device.
+    """
+    inner = unwrap(model)
+    if not is_open(inner, batch) or any(map(is_sharded, inner.modules())):
+        return
+    found = found_in(inner, batch)
+    if found is not None:
+        MEASURED.setdefault(inner, {})[kind_of(batch)] = found
+
+
+def is_open(model: nn.Module, batch: Any) -> bool:
+    """Whether a model has a loss of its own that has to be asked about this kind of batch."""
+    if not isinstance(batch, Mapping) or kind_of(batch) in MEASURED.get(model, {}):
+        return False
+    parameters = inspect.signature(model.forward).parameters
+    labels = labels_of(batch)
+    takes = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or "labels" in parameters
+    if labels is not None and (not takes or labels.numel() == 0):
+        return False
+    return certain_of(model, batch) is None
+
+
+def found_in(model: nn.Module, batch: Any) -> Labelling | None:
+    """What the model's own loss of a batch shows; None: nothing yet."""
+    ask, labels = _Asked(model, batch), labels_of(batch)
+    with untouched(model):
+        outputs = ask.outputs(batch)
+        loss = loss_of(outputs)
+        if loss is None:
+            return None if labels is None else UNKNOWN
+        if labels is None or labels.is_floating_point():
+            return ask.by_examples()
+        if not bool((labels != IGNORE_INDEX).any()):
+            return None
+        fits = _as_cross_entropy(model, batch, outputs)
+        if fits:  # a coincidence is none twice
+            other = with_labels(batch, _in_another_order(labels))
+            fits = [x for x in fits if x in _as_cross_entropy(model, other, ask.outputs(other))]
+        if len(fits) == 1:
+            return fits[0]
+        if labels.dim() == 1:
+            return ask.by_examples()
+        means = ask.by_labels()
+        if fits:  # logits that give every class the same fit both
+            return next((x for x in fits if [x.shift] == means), None)
+        if len(means) != 1 or not ask.holds_for_examples(means[0]):
+            return UNKNOWN
+        return Labelling(means[0], count="labels")
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Without dropout and graph; modes, buffers and random state are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(buffers_kept(model))
+        stack.enter_context(torch.no_grad())
+        for module, training in modes:
+            stack.callback(setattr, module, "training", training)
+        model.eval()
+        yield
+
+
+class _Asked:
+    """A model whose own loss is asked, with other labels or with parts of a batch."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self.model, self.batch = model, batch
+
+    def outputs(self, batch: Any) -> Any:
+        """The output with labels, None where the model does not take them."""
+        seed_generators(0)  # a loss that draws is asked with the same draws
+        try:
+            return forward(self.model, batch, with_labels=True)
+        except (TypeError, ValueError, NotImplementedError):
+            return None
+
+    def loss(self, batch: Any) -> float:
+        found = loss_of(self.outputs(batch))
+        return float("nan") if found is None else float(found.double().mean())
+
+    def by_labels(self) -> list[bool]:
+        """The shifts for which the loss is a mean over the labels that count."""
+        return means_over_labels(
+            labels_of(self.batch), lambda labels: self.loss(with_labels(self.batch, labels))
+        )
+
+    def by_examples(self) -> Labelling:
+        """Asks with parts of the batch whether the loss is a mean over labels or examples."""
+        size, labels = example_count(self.batch), labels_of(self.batch)
+        if size is None or size < 2 or not self.holds_for_examples(False):
+            return UNKNOWN
+        return Labelling(count="examples" if labels is None else "labels")
+
+    def holds_for_examples(self, shift: bool) -> bool:
+        """Whether parts of the batch add up too; another loss beside that of the labels does not.
+
+        A batch that cannot be cut shows nothing against it.
+        """
+        size, labels = example_count(self.batch), labels_of(self.batch)
+        for k in range(1, size or 1):
+            cuts = (slice(None), slice(k), slice(k, None))
+            parts = [map_tensors(lambda x, cut=cut: x[cut], self.batch) for cut in cuts]
+            counts = [count_labels(part, shift=shift) or 0 for part in parts]
+            counts = [size or 0, k, (size or 0) - k] if labels is None else counts
+            if min(counts) > 0:
+                return _additive([self.loss(part) for part in parts], counts)
+        return True
+
+
+def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool]:
+    """Returns the shifts for which a loss is a mean over the labels that count.
+
+    Args:
+        labels: ``[B, S, ...]``.
+        loss: of labels of which some are -100.
+    """
+    given = labels != IGNORE_INDEX
+    ignores = labels.dim() == 2 or not labels.is_cuda or not bool(given.all())
+    if labels.shape[1] < 3 or not bool(given.any()) or not ignores:
+        return []
+    first = labels.clone()
+    first[:, 0] = torch.where(given[:, 0], labels[:, 0], labels[given][0])
+    places = (first != IGNORE_INDEX).movedim(1, 0).flatten(1).any(dim=1).nonzero()[:, 0]
+    middle = max(2, int(places[len(places) // 2]))
+    parts = [first, first.clone(), first.clone()]
+    parts[1][:, middle:] = IGNORE_INDEX
+    parts[2][:, :middle] = IGNORE_INDEX
+    try:
+        values = [loss(part) for part in parts]
+    except (IndexError, ValueError, KeyError):  # -100 is a label like others
+        return []
+    if _same(values[1], values[2]):
+        return []
+    counts = {
+        shift: [count_labels({"labels": part}, shift=shift) or 0 for part in parts]
+        for shift in (False, True)
+    }
+    return [shift for shift, n in counts.items() if _additive(values, n)]
+
+
+def _additive(losses: list[float], counts: list[int]) -> bool:
+    """Whether ``n L = n_1 L_1 + n_2 L_2``."""
+    if min(counts) == 0:
+        return False
+    whole, *parts = [n * value for n, value in zip(counts, losses, strict=True)]
+    return _same(whole, sum(parts))
+
+
+def _same(one: float, other: float, rounding: float = _ROUNDING) -> bool:
+    return abs(one - other) <= rounding * max(abs(one), abs(other))
+
+
+def _in_another_order(labels: Tensor) -> Tensor:
+    found, given = labels.clone(), labels != IGNORE_INDEX
+    found[given] = labels[given].flip(0)
+    return found
+
+
+def _as_cross_entropy(model: nn.Module, batch: Any, outputs: Any) -> list[Labelling]:
+    """The ways in which the loss is the cross-entropy of the logits, by a factor at most."""
+    labels, loss = labels_of(batch), loss_of(outputs)
+    logits = _logits(model, batch, outputs)
+    if (
+        logits is None
+        or labels is None
+        or loss is None
+        or loss.dim() > 0
+        or logits.shape[:-1] != labels.shape
+    ):
+        return []
+    rounding = max(_ROUNDING, 4 * torch.finfo(loss.dtype).eps)
+    value, found = float(loss), []
+    for shift in (False, True)[: labels.dim()]:
+        count = count_labels(batch, shift=shift) or 0
+        summed = _cross_entropy(logits, labels, shift)
+        factors = [1.0 / n for n in (count, 1, len(labels), labels.numel()) if n > 0]
+        if any(_same(summed * factor, value, rounding) for factor in factors):
+            found.append(Labelling(shift, scored=True))
+        elif name := _addend(model, outputs, value, value - summed / max(count, 1)):
+            found.append(Labelling(shift, scored=True, besides=name))
+    return found
+
+
+def _logits(model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
+    """The logits of the pass with labels; of one without where it keeps them or is a wrapper's."""
+    wrapper = not hasattr(type(model), "loss_function")
+    for again in (True,) if wrapper else (False, True):
+        try:
+            return logits_of(forward(model, batch) if again else outputs)
+        except (LossError, BatchError, TypeError, ValueError, AttributeError):
+            continue  # it cannot run without labels
+    return None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, shift: bool) -> float:
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    keep = labels != IGNORE_INDEX
+    chosen, wanted = logits[keep], labels[keep]
+    if not len(wanted) or int(wanted.max()) >= chosen.shape[-1] or int(wanted.min()) < 0:
+        return float("nan")
+    precise = chosen if chosen.dtype == torch.float64 else chosen.float()
+    return float(F.cross_entropy(precise, wanted, reduction="none").double().sum())
+
+
+def _addend(model: nn.Module, outputs: Any, loss: float, rest: float) -> str | None:
+    """The name of the output's scalar that, by a factor of the configuration, is the rest."""
+    config = getattr(hf_model(model), "config", None)
+    configs = [] if config is None else [config, config.get_text_config()]
+    factors = {v for one in configs for v in vars(one).values() if isinstance(v, float)} | {1.0}
+    for name, value in named_outputs(outputs).items():
+        if isinstance(value, Tensor) and value.dim() == 0 and name != "loss":
+            parts = [float(value) * factor for factor in factors]
+            if any(part and abs(part - rest) <= _ROUNDING * abs(loss) for part in parts):
+                return str(name)
+    return None
+
+
+def function_shifts(function: Callable[..., Tensor], outputs: Any, batch: Any) -> bool | None:
+    """Says whether a loss function that returns a mean shifts the labels; None: not known.
+
+    Where the first labels do not count in either way there is nothing to tell. Else the function is
+    asked twice more with a part of the labels, once in its life.
+
+    Args:
+        function: ``loss_fn(outputs, batch)``.
+        outputs: of the model, for the batch.
+        batch: with integer labels ``[B, S]``.
+    """
+    try:
+        if function in _FUNCTIONS:
+            return _FUNCTIONS[function]
+    except TypeError:  # it cannot be kept
+        pass
+
+    def loss(labels: Tensor) -> float:
+        with torch.no_grad():
+            return float(function(outputs, with_labels(batch, labels)))
+
+    means = means_over_labels(labels_of(batch), loss)
+    if len(means) != 1:
+        return None
+    with suppress(TypeError):
+        _FUNCTIONS[function] = means[0]
+    return means[0]
+
+
+def tensor_shifts(loss: Tensor, outputs: Any, batch: Any) -> bool | None:
+    """Says whether a mean loss that the caller computed shifts the labels; None: not known.
+
+    Args:
+        loss: the caller's.
+        outputs: of the captured pass.
+        batch: with the labels that it was computed from.
+    """
+    labels = labels_of(batch)
+    try:
+        logits = logits_of(outputs).detach()
+    except LossError:
+        return None
+    if labels is None or logits.shape[:-1] != labels.shape or loss.dim() > 0:
+        return None
+    rounding, fits = max(_ROUNDING, 4 * torch.finfo(loss.dtype).eps), []
+    for shift in (False, True)[: labels.dim()]:
+        count = count_labels(batch, shift=shift) or 0
+        mean = _cross_entropy(logits, labels.to(logits.device), shift) / max(count, 1)
+        fits += [shift] if _same(mean, float(loss.detach()), rounding) else []
+    return fits[0] if len(fits) == 1 else None

@@ -1,0 +1,162 @@
+"""A batch as the engines need it: on the model's device, with its labels masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import chain, islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from fisher_lab.curvature.collectives import Communicator, together
+from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.labelling import (
+    MEASURED,
+    Labelling,
+    declared_of,
+    has_decoder,
+    hf_model,
+    kind_of,
+    labelling_of,
+)
+from fisher_lab.curvature.labels import (
+    TOKEN_MASKS,
+    forward,
+    map_tensors,
+    masked_labels,
+    tokens_of_attention,
+)
+from fisher_lab.curvature.likelihoods import understood
+from fisher_lab.curvature.measurement import found_in, is_open, measure_labelling, untouched
+from fisher_lab.curvature.wrappers import device_of, is_sharded, unwrap
+
+
+def prepare(model: nn.Module, batch: Any, loss_fn: Any = None, *, measure: bool = True) -> Any:
+    """Returns a copy of the batch, on the model's device, with the labels masked.
+
+    An encoder-decoder model's decoder inputs are made from the caller's labels first, as the model
+    itself would, so that masking the labels does not change what the decoder sees. A mask that says
+    who attends to whom gets one of the tokens beside it.
+
+    Args:
+        model: any module.
+        batch: the caller's; it is not changed.
+        loss_fn: the caller's loss; None for the model's own.
+        measure: whether the model may be asked about its loss.
+
+    Raises:
+        BatchError: a mask does not say which positions are padding.
+    """
+    batch = with_inputs(model, batch)
+    if not isinstance(batch, dict):
+        return batch
+    if measure and loss_fn is None:
+        measure_labelling(model, batch)
+    if batch.get("labels") is None:
+        return batch
+    shift = getattr(understood(loss_fn), "shift", None)
+    if not isinstance(shift, bool):
+        shift = bool(labelling_of(model, batch).shift)
+    batch["labels"] = masked_labels(batch, shift=shift, encoder_decoder=has_decoder(model))
+    return batch
+
+
+def agreed(model: nn.Module, batches: Iterable[Any], communicator: Communicator) -> Iterable[Any]:
+    """Measures the kind of the first batch on all ranks, which then agree on it; collective.
+
+    What a rank cannot measure is as another has measured it; what no rank can is as the class says.
+
+    Args:
+        model: any module.
+        batches: this rank's own; none at all is allowed.
+        communicator: of the ranks.
+
+    Returns:
+        The batches.
+
+    Raises:
+        CurvatureError: ranks have measured different things.
+        RankError: another rank has an error.
+    """
+    if communicator.size == 1:
+        return batches
+    inner, first, found = unwrap(model), list[Any](), list[Labelling | None]()
+    rest = batches if isinstance(batches, list | tuple) else iter(batches)
+    together(communicator, lambda: first.extend(islice(rest, 1)))
+    batches = rest if isinstance(rest, list | tuple) else chain(first, rest)
+    asks = any(is_open(inner, one) for one in first)
+    all_ask = communicator.all_gather_objects(asks)
+    if not any(all_ask):
+        return batches
+    # The passes of a sharded model are of all ranks or of none.
+    able = asks and (all(all_ask) or not any(map(is_sharded, inner.modules())))
+    together(
+        communicator,
+        lambda: found.append(found_in(inner, with_inputs(model, first[0])) if able else None),
+    )
+    every = communicator.all_gather_objects([None if x is None else vars(x) for x in found])
+    known = {rank: Labelling(**x) for rank, (x,) in enumerate(every) if x is not None}
+    if len(set(known.values())) > 1:
+        said = "; ".join(f"rank {rank}: {one}" for rank, one in known.items())
+        raise CurvatureError(f"labels: {said}; give loss=CrossEntropy(shift=...) or n_labels=")
+    if asks:
+        decided = next(iter(known.values()), None) or declared_of(inner)
+        MEASURED.setdefault(inner, {})[kind_of(first[0])] = decided
+    return batches
+
+
+def with_inputs(model: nn.Module, batch: Any) -> Any:
+    """A copy on the model's device, with what the model would make of the labels and the mask."""
+    device = device_of(model)
+    batch = map_tensors(lambda x: x.to(device), batch)
+    if not isinstance(batch, dict):
+        return batch
+    for name, ours in TOKEN_MASKS.items():
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.dim() > 2 and ours not in batch:
+            batch[ours] = tokens_of_attention(mask, name)
+    labels = batch.get("labels")
+    given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
+    if labels is None or given or labels.is_floating_point() or not has_decoder(model):
+        return batch
+    base: Any = hf_model(model)
+    shift_right: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    made = shift_right(labels=labels) if shift_right else _decoder_inputs(model, batch)
+    if made is not None:
+        batch["decoder_input_ids"] = made
+    return batch
+
+
+class _Made(Exception):
+    """The decoder's inputs, as the model has made them; the pass ends there."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+
+def _decoder_inputs(model: nn.Module, batch: Any) -> Tensor | None:
+    """What a model makes of the labels for its decoder, where it has no method that says so."""
+    inner = unwrap(model)
+    base: Any = hf_model(model)
+    if batch["labels"].dim() != 2 or any(map(is_sharded, inner.modules())):
+        return None
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("decoder_input_ids")
+        if module is decoder:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
+            raise _Made(ids)
+
+    with ExitStack() as stack:
+        stack.enter_context(untouched(inner))
+        for module in inner.modules():
+            handle = module.register_forward_pre_hook(look, with_kwargs=True)
+            stack.callback(handle.remove)
+        try:
+            forward(inner, batch, with_labels=True)
+        except _Made as made:
+            return made.ids
+    return None
