@@ -235,7 +235,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         """The parameters in layers that modules promise; candidates are not among them."""
         found = self.kfac.layers_of(self.model)
         layers = [one for one in found.layers.values() if one.name not in found.candidates]
-        names = [base_of(name) for one in layers for name in (one.weight, one.bias) if name]
+        names = [base_of(name) for one in layers for name in one.names]
         return [name for name in names if name in self._trainable]
 
     def _shown(self) -> list[str]:

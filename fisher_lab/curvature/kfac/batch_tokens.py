@@ -211,6 +211,7 @@ class BatchTokens:
     ) -> None:
         self.calls = {layer.name: capture.calls_of(layer) for layer in layers}
         self._masks, self._batch, self._settings = masks, batch, capture.settings
+        self._bias_of = capture.bias_of
         self._selected: dict[tuple, Tensor] = {}
         self._examples: dict[tuple, ByExample] = {}
 
@@ -259,9 +260,10 @@ class BatchTokens:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def inputs(self, layer: Layer) -> Tensor:
-        """Returns a layer's token inputs, ``[T, in]`` (``[T]`` indices for an embedding).
+        """Returns a layer's token inputs, ``[T, width]`` (``[T]`` indices for an embedding).
 
-        What a scale multiplies is normalised already; a convolution reads patches.
+        What a scale multiplies is normalised already; a convolution reads patches. Biases that only
+        some of the rows have are columns of ones and zeros.
 
         Raises:
             LayerError: it cannot be told which rows are tokens.
@@ -272,7 +274,11 @@ class BatchTokens:
             x = self._rows(call, layer)
             if layer.kind is not Kind.EMBEDDING:
                 check_finite(x, layer.name, self._batch, "activations")
-            parts.append(x if call.use.normalise is None else call.use.normalise(x))
+            x = x if call.use.normalise is None else call.use.normalise(x)
+            if layer.marked:
+                own = [float(name == self._bias_of(call.use)) for name in layer.marked]
+                x = torch.cat([x, x.new_tensor(own).expand(len(x), -1)], dim=1)
+            parts.append(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, call: Call, layer: Layer) -> Tensor:

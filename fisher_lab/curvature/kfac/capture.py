@@ -244,9 +244,7 @@ class Capture:
             rows = use.part if isinstance(use.part, tuple) else None
             use = bias_alone(use, rows[1] - rows[0] if rows else len(added), rows)
         part = part_text(use.part)
-        weight, bias = self._names[use.weight] + part, self._names.get(use.bias or 0)
-        if bias is not None and isinstance(use.part, tuple):
-            bias += part
+        weight, bias = self._names[use.weight] + part, self.bias_of(use)
         key = UseOf(self._label(use) + part, use.kind, weight, bias)
         origin = self._origin(use, output)
         if self._replaying:
@@ -259,6 +257,11 @@ class Capture:
             self._calls.setdefault(key, []).append(call)
             if use.kind is Kind.EMBEDDING and origin is Fixed.CONSTANT and _one_value(use.a):
                 self.rows.wait(output, partial(_align, call))
+
+    def bias_of(self, use: Use) -> str | None:
+        """Returns the name of the bias that a use adds, as a layer has it."""
+        bias = self._names.get(use.bias or 0)
+        return bias + part_text(use.part) if bias and isinstance(use.part, tuple) else bias
 
     def _origin(self, use: Use, output: Tensor) -> Origin:
         """The tokens of a use's rows; those of a convolution are its locations."""
@@ -310,8 +313,6 @@ class Capture:
             full: whether every position of the batch is a token.
             examples: of the tokens, where a layer has one row an example.
 
-        Raises:
-            LayerError: one weight is used with different biases.
         """
         order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
         uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
@@ -478,8 +479,7 @@ def _in_checkpoint() -> bool:
 
 def _names_of(layer: Layer) -> set[str]:
     """What a layer's parameters are called, whole and in part."""
-    names = {name for name in (layer.weight, layer.bias) if name is not None}
-    return names | set(map(base_of, names))
+    return {*layer.names, *map(base_of, layer.names)}
 
 
 def _one_value(indices: Tensor) -> bool:

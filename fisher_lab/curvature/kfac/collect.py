@@ -328,7 +328,7 @@ class _Collector:
         for layer in taking_part:
             if layer.one_block:
                 continue
-            keys = (layer.kind is Kind.EMBEDDING, layer.n_in)
+            keys = (layer.kind is Kind.EMBEDDING, layer.n_in, layer.name if layer.marked else None)
             keys += tuple(share_key(c, layer.augmented) for c in tokens.calls[layer.name])
             before = sums.by_layer[layer.name].group
             here.setdefault((before, keys), []).append(layer)

@@ -59,6 +59,8 @@ class Layer:
         tied: whether another use of the weight is not among these modules (embedding and head
             share it, or the other use is excluded): its gradient is more than these tokens'.
         partner: the other use of a tied weight where both are pooled (``tied=sum``).
+        marked: names of the biases where the weight's uses have unlike ones, or some none: each has
+            a column in the inputs, 1 in the rows of its uses and else 0; ``bias`` is None then.
     """
 
     name: str
@@ -71,6 +73,17 @@ class Layer:
     kernel: tuple[int, ...] = ()
     tied: bool = False
     partner: Layer | None = field(default=None, repr=False)
+    marked: tuple[str, ...] = ()
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of the biases that are added to its outputs, all or some."""
+        return self.marked if self.bias is None else (self.bias,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its weight and its biases."""
+        return (self.weight, *self.biases)
 
     @property
     def elementwise(self) -> bool:
@@ -96,12 +109,17 @@ class Layer:
     def n_parameters(self) -> int:
         """Numbers in its weight and its bias."""
         weight = self.n_out if self.elementwise else self.n_out * self.n_in
-        return weight + (self.n_out if self.bias is not None else 0)
+        return weight + self.n_out * len(self.biases)
+
+    @property
+    def width(self) -> int:
+        """Numbers in each row of its inputs: a bias that only some rows have is one of them."""
+        return self.n_in + len(self.marked)
 
     @property
     def dim_a(self) -> int:
         """Dimension of the A factor."""
-        return self.n_in + int(self.augmented)
+        return self.width + int(self.augmented)
 
     @property
     def dim_g(self) -> int:
@@ -120,35 +138,38 @@ class Layer:
             return (self.n_out, *self.kernel)
         return (self.n_in, self.n_out) if self.transposed else (self.n_out, self.n_in)
 
-    def to_matrix(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Returns the gradient as ``[out, in]``, or ``[out, in + 1]`` where there is a bias.
+    def to_matrix(self, named: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Returns the gradients as ``[out, in]``, with a column more for each bias.
 
         Of a norm layer scale, then shift, as ``[n, 1]`` or ``[2n, 1]``; of a bias by itself
         ``[n, 1]``; of a depthwise convolution the weights and the bias of each output, one output
-        after the other, as a column as well. A bias that exists but has no gradient counts as zero.
+        after the other, as a column as well.
+
+        Args:
+            named: by parameter; a bias without a gradient counts as zero.
+            dtype: of the result.
         """
-        matrix = weight.detach().to(dtype)
+        matrix = named[self.weight].detach().to(dtype)
+        biases = [named.get(name) for name in self.biases]
+        zero = matrix.new_zeros(self.n_out)
+        columns = [zero if bias is None else bias.detach().to(matrix) for bias in biases]
         if self.elementwise:
-            if self.bias is None:
-                return matrix[:, None]
-            shift = torch.zeros_like(matrix) if bias is None else bias.detach().to(matrix)
-            return torch.cat([matrix, shift])[:, None]
+            return torch.cat([matrix, *columns])[:, None]
         matrix = matrix.T if self.transposed else matrix.flatten(1)
-        if self.bias is not None:
-            column = matrix.new_zeros(self.n_out) if bias is None else bias.detach().to(matrix)
-            matrix = torch.cat([matrix, column[:, None]], dim=1)
+        if columns:
+            matrix = torch.cat([matrix, torch.stack(columns, dim=1)], dim=1)
         return matrix.reshape(-1, 1) if self.one_block else matrix
 
-    def from_matrix(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Splits a matrix of :meth:`to_matrix`'s shape into weight and bias, as stored."""
+    def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Cuts a matrix of :meth:`to_matrix`'s shape into weight and biases, by name, as stored."""
         if self.elementwise:
-            shift = matrix[self.n_out :, 0] if self.bias is not None else None
-            return matrix[: self.n_out, 0], shift
+            parts = matrix[:, 0].split(self.n_out)
+            return dict(zip(self.names, parts, strict=True))
         matrix = matrix.reshape(self.n_out, -1) if self.one_block else matrix
         weight = matrix[:, : self.n_in]
         weight = weight.T if self.transposed else weight
-        bias = matrix[:, self.n_in] if self.bias is not None else None
-        return weight.reshape(self.stored) if self.kernel else weight, bias
+        biases = {name: matrix[:, self.n_in + k] for k, name in enumerate(self.biases)}
+        return {self.weight: weight.reshape(self.stored) if self.kernel else weight} | biases
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -207,7 +228,7 @@ def plain(layer: Layer) -> dict[str, Any]:
     """Returns a layer as strings, numbers and lists, for files and for other ranks."""
     values = {f.name: getattr(layer, f.name) for f in fields(layer)}
     partner = None if layer.partner is None else plain(layer.partner)
-    lists = {"labels": list(layer.labels), "kernel": list(layer.kernel)}
+    lists = {name: list(getattr(layer, name)) for name in ("labels", "kernel", "marked")}
     return {**values, **lists, "kind": str(layer.kind), "partner": partner}
 
 
@@ -220,6 +241,7 @@ def layer_of(entry: Mapping[str, Any]) -> Layer:
             "kind": Kind(entry["kind"]),
             "labels": tuple(entry["labels"]),
             "kernel": tuple(entry.get("kernel", ())),
+            "marked": tuple(entry.get("marked", ())),
             "partner": None if partner is None else layer_of(partner),
         }
     )
@@ -296,7 +318,7 @@ def in_parts(named: Mapping[str, Tensor], layers: Iterable[Layer]) -> dict[str, 
         named: by parameter.
         layers: the layers.
     """
-    names = [name for x in layers for name in (x.weight, x.bias) if name is not None]
+    names = [name for x in layers for name in x.names]
     cut = {base_of(name): name for name in names if base_of(name) != name}
     found: dict[str, Tensor] = {}
     for name, value in named.items():
@@ -391,9 +413,6 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
         model: any module; wrappers are looked through.
         uses: in the order of the layers.
         settings: which layers to take, and how those that share a weight join.
-
-    Raises:
-        LayerError: one weight is used with different biases.
     """
     skipped: dict[str, str] = {}
     parameters = dict(unwrap(model).named_parameters())
@@ -518,8 +537,7 @@ def _mark_shared(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
     for layer in layers:
         labels = (*layer.labels, *(layer.partner.labels if layer.partner else ()))
         own = set(map(base_of, labels))
-        names = (name for name in (layer.weight, layer.bias) if name is not None)
-        held = (parameters[base_of(name)] for name in names)
+        held = (parameters[base_of(name)] for name in layer.names)
         shared = any(holders.get(id(p), own) - own for p in held)
         marked.append(replace(layer, tied=True) if shared else layer)
     return marked
@@ -528,8 +546,8 @@ def _mark_shared(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
 def _join_group(group: list[Layer], tied: str, skipped: dict[str, str]) -> list[Layer]:
     if len(group) == 1:
         return group
-    embeddings = _pool([layer for layer in group if layer.kind is Kind.EMBEDDING])
-    heads = _pool([layer for layer in group if layer.kind is not Kind.EMBEDDING])
+    embeddings = _pool([layer for layer in group if layer.kind is Kind.EMBEDDING], skipped)
+    heads = _pool([layer for layer in group if layer.kind is not Kind.EMBEDDING], skipped)
     if embeddings is None or heads is None:
         return [layer for layer in (embeddings, heads) if layer is not None]
     match tied:
@@ -543,7 +561,7 @@ def _join_group(group: list[Layer], tied: str, skipped: dict[str, str]) -> list[
             return [replace(heads, tied=True, partner=replace(embeddings, tied=True))]
 
 
-def _pool(layers: list[Layer]) -> Layer | None:
+def _pool(layers: list[Layer], skipped: dict[str, str]) -> Layer | None:
     """One layer whose modules are all of these (they share weight and kind)."""
     if not layers:
         return None
@@ -551,10 +569,12 @@ def _pool(layers: list[Layer]) -> Layer | None:
     alike = [layer for layer in layers if layer.kind is first.kind]
     if len(alike) < len(layers):  # a weight that is used in two ways: autograd adds them up
         first = replace(first, tied=True)
-    biases = {layer.bias for layer in alike}
-    if len(biases) > 1:
-        names = ", ".join(layer.name for layer in alike)
-        raise LayerError(f"layers {names}: one weight but different biases; exclude all but one")
+    if len({layer.bias for layer in alike}) > 1:
+        if first.one_block:
+            skipped |= {layer.name: "one weight with unlike biases" for layer in alike}
+            return None
+        given = (layer.bias for layer in alike if layer.bias is not None)
+        first = replace(first, bias=None, marked=tuple(dict.fromkeys(given)))
     return replace(first, labels=tuple(dict.fromkeys(x for layer in alike for x in layer.labels)))
 
 

@@ -105,7 +105,7 @@ def own_gradients(last: Refresh) -> dict[str, Tensor]:
             raise CurvatureError(
                 "own gradient: not kept in the last refresh; collect with keep_gradient=True"
             )
-        result.update(named_of(factors.layer, factors.own))
+        result.update(factors.layer.from_matrix(factors.own))
     return result
 
 
@@ -143,7 +143,7 @@ def _named(
             f"A {settings.lam_A:g}, G {settings.lam_G:g}; allowed: finite "
             "gradients, a larger damping, core_dtype=float64"
         )
-    named = {n: value for n, value in named_of(layer, y).items() if n in given}
+    named = {n: value for n, value in layer.from_matrix(y).items() if n in given}
     return {n: _narrowed(inverses, n, value, given[n]) for n, value in named.items()}
 
 
@@ -287,22 +287,12 @@ def matrix_of(layer: Layer, vectors: Mapping[str, Tensor], dtype: torch.dtype) -
     Raises:
         LayerError: a shape is not that of the layer's parameter.
     """
-    weight = vectors[layer.weight]
-    bias = vectors.get(layer.bias) if layer.bias is not None else None
-    checked = [(layer.weight, weight, layer.stored), (layer.bias, bias, (layer.n_out,))]
-    for name, vector, shape in checked:
+    shapes = {layer.weight: layer.stored} | dict.fromkeys(layer.biases, (layer.n_out,))
+    for name, shape in shapes.items():
+        vector = vectors.get(name)
         if vector is not None and tuple(vector.shape) != shape:
             raise LayerError(
                 f"layer {layer.name}: the gradient of {name} has shape {tuple(vector.shape)}, the "
                 f"factors are for {shape}"
             )
-    return layer.to_matrix(weight, bias, dtype)
-
-
-def named_of(layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-    """Returns a matrix of :func:`matrix_of`'s shape as the layer's parameters, by name."""
-    weight, bias = layer.from_matrix(matrix)
-    named = {layer.weight: weight}
-    if layer.bias is not None and bias is not None:
-        named[layer.bias] = bias
-    return named
+    return layer.to_matrix(vectors, dtype)

@@ -77,7 +77,7 @@ class _Reduction:
 
     def _summary(self) -> dict[str, Any]:
         sums = self.sums
-        layers = [(x.name, x.n_in, x.n_out, x.bias) for x in sums.promised.layers.values()]
+        layers = [(x.name, x.n_in, x.n_out, x.biases) for x in sums.promised.layers.values()]
         text = f"{layers} {sums.settings} {sums.keep_gradient}"
         return {
             "model": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -189,7 +189,7 @@ class _Reduction:
             layer_sums.inputs.clear()
             return
         if not layer_sums.inputs:
-            shape = () if layer.kind is Kind.EMBEDDING else (layer.n_in,)
+            shape = () if layer.kind is Kind.EMBEDDING else (layer.width,)
             layer_sums.inputs = [self._no_rows(layer.name, "a_dtype", *shape)]
         spread = Spread(self.communicator, rows)
         if self.sharded or ekfac:

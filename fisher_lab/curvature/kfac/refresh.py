@@ -80,7 +80,7 @@ class Coverage:
             layers: those that have factors, or would have.
             reasons: name of a parameter that no layer covers, or not alone -> why.
         """
-        names = {name for x in layers for name in (x.weight, x.bias) if name is not None}
+        names = {name for x in layers for name in x.names}
         parts: dict[str, list[str]] = {}
         for name in names:
             parts.setdefault(base_of(name), []).append(name)
@@ -207,7 +207,7 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
     if sums.settings.include:
         _check_named(sums)
     scale = 1.0 / sums.n_labels
-    parameters = [n for f in factors.values() for n in (f.layer.weight, f.layer.bias)]
+    parameters = [n for f in factors.values() for n in f.layer.names]
     covered = {base_of(n) for n in parameters if n is not None}
     tokens = max(f.tokens for f in factors.values())
     rest = sums.uncovered
@@ -274,10 +274,8 @@ def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
     gradients = sums.uncovered.gradients
     if base_of(layer.weight) not in gradients:
         return None
-    weight = value_of(gradients, layer.weight)
     named = in_parts(gradients, [layer])
-    bias = named.get(layer.bias) if layer.bias is not None else None
-    return layer.to_matrix(weight, bias, weight.dtype)
+    return layer.to_matrix(named, named[layer.weight].dtype)
 
 
 def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums) -> None:

@@ -295,7 +295,7 @@ def _restore_layer(
         A=input_factor,
         G=read.factor("G", entry["G"], layer.dim_g),
         **{key: entry[key] for key in PLAIN if key in entry},  # no sharing in older files
-        a=read.kept("a", entry["tokens"], *(() if indices else (layer.n_in,))),
+        a=read.kept("a", entry["tokens"], *(() if indices else (layer.width,))),
         own=read.kept("own", layer.dim_g, 1 if layer.one_block else layer.dim_a),
         tokens_g=tokens_g,
         order=read.kept("order", None if tokens_g is None else len(tokens_g)),

@@ -46,6 +46,9 @@ from fisher_lab.curvature.memory import on_device
 
 log = logging.getLogger(__name__)
 
+UNLIKE = "its biases differ from batch to batch"
+"""Why a layer is left out whose A would have other columns in another batch."""
+
 
 class Uncovered:
     """Sums over the trainable parameters whose gradients do not come from the layers' tokens.
@@ -77,8 +80,7 @@ class Uncovered:
                 base_of(name)
                 for layer in layers.layers.values()
                 if layer.tied is tied
-                for name in (layer.weight, layer.bias)
-                if name is not None
+                for name in layer.names
             }
             for tied in (False, True)
         )
@@ -334,19 +336,20 @@ class Statistics:
         """
         layers = dict(self.layers.layers)
         for name, layer in found.layers.items():
-            if name in self.left_out:
-                continue
             before = layers.get(name)
+            if before is not None and before.biases != layer.biases:
+                found.skipped[name] = UNLIKE
+            if name in self.left_out or found.skipped.get(name) == UNLIKE:
+                continue
             if before is None:
                 check(self.settings, layer)
             elif layer.tied and not before.tied:
                 self._hand_over(name)
-            names = {base_of(n) for n in (layer.weight, layer.bias) if n is not None}
-            summed = names & set(self.uncovered.gradients)
+            summed = {base_of(n) for n in layer.names} & set(self.uncovered.gradients)
             tied = layer.tied or bool(summed) or (before is not None and before.tied)
             layers[name] = replace(layer, tied=tied)
         for name, reason in found.skipped.items():
-            if reason in (HIDDEN, NO_EXAMPLE):
+            if reason in (HIDDEN, NO_EXAMPLE, UNLIKE):
                 self._hand_over(name)
                 self.left_out[name] = reason
                 self.by_layer.pop(name, None)
@@ -363,10 +366,8 @@ class Statistics:
         sums = self.by_layer.get(name)
         if sums is None or sums.own is None:
             return
-        weight, bias = sums.layer.from_matrix(sums.own)
-        self.uncovered.add_part(sums.layer.weight, weight)
-        if sums.layer.bias is not None and bias is not None:
-            self.uncovered.add_part(sums.layer.bias, bias)
+        for part, gradient in sums.layer.from_matrix(sums.own).items():
+            self.uncovered.add_part(part, gradient)
         sums.own = None
 
     def own_gradients(self) -> dict[str, Tensor]:
@@ -377,9 +378,7 @@ class Statistics:
             layer = sums.layer
             if sums.own is None or base_of(layer.weight) not in shapes:
                 continue
-            weight, bias = layer.from_matrix(sums.own)
-            named = {layer.weight: weight} | ({} if bias is None else {layer.bias: bias})
-            found |= {n: g for n, g in named.items() if n is not None}
+            found |= layer.from_matrix(sums.own)
         return whole_again(found, shapes)
 
     def everyone(self) -> list[Layer]:
@@ -410,7 +409,7 @@ class Statistics:
         if layer.kind is Kind.EMBEDDING:
             return CountAccumulator(layer.n_in, dtype, self.device)
         side = f"layer {layer.name}: A side"
-        return MomentAccumulator(layer.n_in, layer.augmented, dtype, self.device, side)
+        return MomentAccumulator(layer.width, layer.augmented, dtype, self.device, side)
 
     def counts(self) -> dict[str, int]:
         """Returns tokens and labels that have been summed."""
