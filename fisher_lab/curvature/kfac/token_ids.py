@@ -127,7 +127,8 @@ def reshaped(ids: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
         kept += 1
     ids = ids.reshape(ids.shape[: ids.dim() - kept])
     made = narrowed(ids.expand(old[: len(old) - kept]).reshape(new[: len(new) - kept]))
-    if sum(n > 1 for n in made.shape) > sum(n > 1 for n in ids.shape):
+    more = sum(n > 1 for n in made.shape) > sum(n > 1 for n in ids.shape)
+    if more or made.numel() > ids.numel():
         made = compressed(made)  # copies that lie side by side now
     return made.reshape(*made.shape, *[1] * kept)
 

@@ -69,7 +69,7 @@ _SUMS = words(
     "sum mean max min amax amin argmax argmin norm prod all any std var logsumexp nanmean "
     "count_nonzero nansum"
 )
-_SORTS = words("sort argsort topk")
+_SORTS = words("sort argsort topk glu")
 _SCATTERS = words("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
 
 _FACTORS = (("input", "other"), ("mat1", "mat2"))

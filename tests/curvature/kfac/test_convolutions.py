@@ -372,3 +372,42 @@ def test_one_weight_in_two_kinds_of_use_keeps_autograds_gradient():
     kfac.collect_kfac_factors(net, batch, loss=loss_of, keep_gradient=True)
     loss_of(net(batch[0]), batch).mean().backward()
     torch.testing.assert_close(kfac.own_gradients(net)["up.weight"], net.up.weight.grad)
+
+
+class Gated(nn.Module):
+    """A conformer's: gated by half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(4, 8, 1), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x), dim=1))
+
+
+class ByHeads(nn.Module):
+    """``F.multi_head_attention_forward``'s order: heads beside examples, after the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, length = x.shape
+        q = self.q(x.permute(2, 0, 1)).view(length, n * 2, 2).transpose(0, 1)
+        past = torch.ones(length, length, dtype=torch.bool).tril()
+        mixed = torch.bmm((q @ q.mT).masked_fill(~past, -torch.inf).softmax(-1), q)
+        mixed = mixed.transpose(0, 1).contiguous().view(length * n, 4)
+        return self.out(mixed).view(length, n, 4).permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("body", [Gated, ByHeads])
+def test_rows_stay_known_through_gates_and_heads(body):
+    torch.manual_seed(0)
+    model, batch = Stack(body()).double(), text()
+    kfac = engine()
+    kfac.collect_kfac_factors(
+        model, batch, loss=CrossEntropy(shift=True), keep_gradient=True, verify=True
+    )
+    assert not kfac.skipped
+    assert {f.tokens for f in kfac.kfac_factors.values()} == {sum(LENGTHS)}
