@@ -42,6 +42,7 @@ from fisher_lab.curvature.likelihoods import (
     Scored,
     SquaredError,
     at_least_float32,
+    behind,
     understood,
 )
 from fisher_lab.curvature.measurement import function_shifts
@@ -227,7 +228,9 @@ def _own_loss(
     loss = loss if loss.dim() == 0 else loss.mean()
     touch = zero_of(model, outputs)
     summed = sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch)
-    return replace(summed, labelling=str(labelling))
+    scored = behind(outputs, batch, loss, n_labels)
+    logits = None if scored is None else logits_of(outputs)
+    return replace(summed, scored=scored, logits=logits, labelling=str(labelling))
 
 
 def zero_of(model: nn.Module, outputs: Any) -> Tensor:

@@ -294,3 +294,32 @@ def test_a_loss_of_the_callers_own_has_no_draws():
         KFACNaturalGradient(fisher="mc").collect_kfac_factors(
             model, (x, x), loss=lambda outputs, batch: outputs.square().sum(-1)
         )
+
+
+@pytest.mark.parametrize("kind", ["squared", "binary"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_own_loss_of_real_valued_labels_is_measured(kind, columns):
+    """Regression and labels of many classes: the own loss gives draws and expectations too."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    problem = {"squared": "regression", "binary": "multi_label_classification"}[kind]
+    config = BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=columns, problem_type=problem,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).double().eval()
+    ids = torch.randint(11, (3, columns))  # as many tokens as labels
+    labels = torch.rand(3, columns, dtype=torch.float64)
+    mask = torch.ones_like(ids)
+    mask[0, 1:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    kfac = KFACNaturalGradient(fisher="true", kfac_policy="small_only", track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, keep_gradient=True)
+    factors = kfac.kfac_factors["classifier"]
+    f = model(input_ids=ids, attention_mask=mask).logits.detach()
+    expected = sum(hessian(kind, row) for row in f) / 3
+    assert relative(factors.G.to_dense(), expected) < 1e-12
+    assert factors.n_labels == 3 * columns
+    gradient = torch.autograd.grad(model(**batch).loss, model.classifier.weight)[0]
+    assert relative(kfac.own_gradients(model)["classifier.weight"], gradient) < 1e-12
