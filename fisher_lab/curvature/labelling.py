@@ -55,12 +55,14 @@ class Labelling:
         scored: whether the loss is the cross-entropy of the logits, and is computed from them.
         count: what a loss that is the model's own is a mean over: ``labels`` or ``examples``;
             None: not known.
+        summed: whether the model's own loss is a sum over ``count``, and no mean.
         besides: what the model adds to the cross-entropy, and what is left out here.
     """
 
     shift: bool | None = None
     scored: bool = False
     count: str | None = None
+    summed: bool = False
     besides: str = ""
 
     def __str__(self) -> str:
@@ -132,8 +134,8 @@ def kind_of(batch: Any) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _source(forward_pass: Any) -> str:
-    """The statements of a forward pass, without its docstring and comments."""
+def source_of(forward_pass: Any) -> str:
+    """Returns the statements of a forward pass, without its docstring and comments."""
     try:
         tree = ast.parse(dedent(inspect.getsource(forward_pass))).body[0]
     except (OSError, TypeError, SyntaxError):
@@ -154,7 +156,7 @@ def certain_of(model: nn.Module, batch: Any) -> Labelling | None:
         batch: with labels or without.
     """
     labels, kind = labels_of(batch), getattr(model, "loss_type", None)
-    source = _source(type(model).forward) if hasattr(type(model), "loss_function") else ""
+    source = source_of(type(model).forward) if hasattr(type(model), "loss_function") else ""
     if _MORE_THAN_ONE.search(source) or {"forward", "_loss_function"} & vars(model).keys():
         return None
     if labels is not None and labels.dim() > 1 and not _one_a_position(batch, labels):
@@ -194,7 +196,7 @@ def declared_of(model: nn.Module) -> Labelling:
     config, kind = getattr(base, "config", None), getattr(base, "loss_type", None)
     if config is None or not hasattr(type(base), "loss_function"):
         return UNKNOWN
-    shifts = ".loss_function(" in _source(type(base).forward)
+    shifts = ".loss_function(" in source_of(type(base).forward)
     if kind in _IN_PLACE:
         return Labelling(False, True)
     if kind == "ForConditionalGeneration" and getattr(config, "is_encoder_decoder", False):

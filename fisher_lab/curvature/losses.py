@@ -227,7 +227,8 @@ def _own_loss(
         )
     loss = loss if loss.dim() == 0 else loss.mean()
     touch = zero_of(model, outputs)
-    summed = sum_of(loss, batch, n_labels=n_labels, reduction="mean", touch=touch)
+    how = "sum" if labelling.summed else "mean"
+    summed = sum_of(loss, batch, n_labels=n_labels, reduction=how, touch=touch)
     scored = behind(outputs, batch, loss, n_labels)
     logits = None if scored is None else logits_of(outputs)
     return replace(summed, scored=scored, logits=logits, labelling=str(labelling))

@@ -112,9 +112,9 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
         means = ask.by_labels()
         if fits:  # logits that give every class the same fit both
             return next((x for x in fits if [x.shift] == means), None)
-        if len(means) != 1 or not ask.holds_for_examples(means[0]):
-            return UNKNOWN
-        return Labelling(means[0], count="labels")
+        if means and len(means) == 1 and ask.holds_for_examples(means[0]):
+            return Labelling(means[0], count="labels")
+        return UNKNOWN if means else ask.by_examples(no_labels=means is not None)
 
 
 @contextmanager
@@ -150,37 +150,55 @@ class _Asked:
         found = loss_of(self.outputs(batch))
         return float("nan") if found is None else float(found.double().mean())
 
-    def by_labels(self) -> list[bool]:
+    def by_labels(self) -> list[bool] | None:
         """The shifts for which the loss is a mean over the labels that count."""
         return means_over_labels(
             labels_of(self.batch), lambda labels: self.loss(with_labels(self.batch, labels))
         )
 
-    def by_examples(self) -> Labelling:
-        """Asks with parts of the batch whether the loss is a mean over labels or examples."""
-        size, labels = example_count(self.batch), labels_of(self.batch)
-        if size is None or size < 2 or not self.holds_for_examples(False):
+    def by_examples(self, no_labels: bool = False) -> Labelling:
+        """Asks with parts of the batch whether the loss is over labels or examples.
+
+        Args:
+            no_labels: whether it is known that it is no mean over labels.
+        """
+        labels, parts = labels_of(self.batch), self._halves()
+        if parts is None:
             return UNKNOWN
-        return Labelling(count="examples" if labels is None else "labels")
+        losses = [self.loss(part) for part in parts]
+        sizes = [example_count(part) or 0 for part in parts]
+        counts = [count_labels(part) or 0 for part in parts]
+        if labels is not None and (labels.is_floating_point() or labels.dim() == 1):
+            return Labelling(count="labels") if _additive(losses, counts) else UNKNOWN
+        if _same(losses[0], losses[1] + losses[2]):
+            return Labelling(count="examples", summed=True)
+        told = labels is None or no_labels or counts[1] * sizes[2] != counts[2] * sizes[1]
+        return Labelling(count="examples") if told and _additive(losses, sizes) else UNKNOWN
 
     def holds_for_examples(self, shift: bool) -> bool:
         """Whether parts of the batch add up too; another loss beside that of the labels does not.
 
         A batch that cannot be cut shows nothing against it.
         """
+        parts = self._halves(shift)
+        if parts is None:
+            return True
+        counts = [count_labels(part, shift=shift) or 0 for part in parts]
+        return _additive([self.loss(part) for part in parts], counts)
+
+    def _halves(self, shift: bool = False) -> list[Any] | None:
+        """The batch and two parts of it with labels each; None where it cannot be cut."""
         size, labels = example_count(self.batch), labels_of(self.batch)
         for k in range(1, size or 1):
             cuts = (slice(None), slice(k), slice(k, None))
             parts = [map_tensors(lambda x, cut=cut: x[cut], self.batch) for cut in cuts]
-            counts = [count_labels(part, shift=shift) or 0 for part in parts]
-            counts = [size or 0, k, (size or 0) - k] if labels is None else counts
-            if min(counts) > 0:
-                return _additive([self.loss(part) for part in parts], counts)
-        return True
+            if labels is None or all(count_labels(part, shift=shift) for part in parts):
+                return parts
+        return None
 
 
-def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool]:
-    """Returns the shifts for which a loss is a mean over the labels that count.
+def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool] | None:
+    """Returns the shifts for which a loss is a mean over the labels that count; None: not shown.
 
     Args:
         labels: ``[B, S, ...]``.
@@ -189,7 +207,7 @@ def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool
     given = labels != IGNORE_INDEX
     ignores = labels.dim() == 2 or not labels.is_cuda or not bool(given.all())
     if labels.shape[1] < 3 or not bool(given.any()) or not ignores:
-        return []
+        return None
     first = labels.clone()
     first[:, 0] = torch.where(given[:, 0], labels[:, 0], labels[given][0])
     places = (first != IGNORE_INDEX).movedim(1, 0).flatten(1).any(dim=1).nonzero()[:, 0]
@@ -200,9 +218,9 @@ def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool
     try:
         values = [loss(part) for part in parts]
     except (IndexError, ValueError, KeyError):  # -100 is a label like others
-        return []
+        return None
     if _same(values[1], values[2]):
-        return []
+        return None
     counts = {
         shift: [count_labels({"labels": part}, shift=shift) or 0 for part in parts]
         for shift in (False, True)
@@ -310,7 +328,7 @@ def function_shifts(function: Callable[..., Tensor], outputs: Any, batch: Any) -
             return float(function(outputs, with_labels(batch, labels)))
 
     means = means_over_labels(labels_of(batch), loss)
-    if len(means) != 1:
+    if means is None or len(means) != 1:
         return None
     with suppress(TypeError):
         _FUNCTIONS[function] = means[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from fisher_lab.curvature.labelling import (
     hf_model,
     kind_of,
     labelling_of,
+    source_of,
 )
 from fisher_lab.curvature.labels import (
     TOKEN_MASKS,
@@ -122,10 +124,16 @@ def with_inputs(model: nn.Module, batch: Any) -> Any:
         return batch
     base: Any = hf_model(model)
     shift_right: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    made = shift_right(labels=labels) if shift_right else _decoder_inputs(model, batch)
+    # FSMT has the method as well, and makes its inputs of something else.
+    says = _FROM_LABELS.search(source_of(type(base).forward))
+    made = shift_right(labels=labels) if shift_right and says else _decoder_inputs(model, batch)
     if made is not None:
         batch["decoder_input_ids"] = made
     return batch
+
+
+_FROM_LABELS = re.compile(r"decoder_input_ids = [\w.]*shift\w*\(labels")
+"""In the source of a forward pass: the decoder's inputs are the labels, moved to the right."""
 
 
 class _Made(Exception):

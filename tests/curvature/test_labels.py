@@ -610,3 +610,32 @@ def test_the_labels_are_said(caplog):
     assert [r.message for r in caplog.records].count("labels: shifted, 21 of 24") == 1
     kfac.collect_kfac_factors(model, batch, loss=CrossEntropy())
     assert str(kfac.labels) == "labels: in place, 24 of 24"
+
+
+class Transcribed(nn.Module):
+    """Labels of another length than the logits, and a loss that is summed, as a CTC loss."""
+
+    def __init__(self, reduction: str = "sum") -> None:
+        super().__init__()
+        self.head, self.reduction = nn.Linear(7, 5, dtype=torch.float64), reduction
+
+    def forward(self, inputs, labels=None):
+        logits = self.head(inputs)
+        if labels is None:
+            return SimpleNamespace(logits=logits, loss=None)
+        lengths = (labels >= 0).sum(dim=1)
+        steps, logs = torch.full((len(labels),), logits.shape[1]), logits.log_softmax(-1)
+        given = logs.transpose(0, 1), labels[labels >= 0], steps, lengths
+        return SimpleNamespace(logits=logits, loss=F.ctc_loss(*given, reduction=self.reduction))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_loss_over_examples_has_examples_for_labels(reduction):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 12, 7, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, 3, 4], [2, 1, -100, -100], [4, 3, 2, -100]])
+    model, batch = Transcribed(reduction), {"inputs": inputs, "labels": labels}
+    found = compute_loss(model, prepare(model, batch))
+    assert found.n_labels == 3
+    mean = model(**batch).loss / (3 if reduction == "sum" else 1)
+    torch.testing.assert_close(found.loss, mean * 3)
