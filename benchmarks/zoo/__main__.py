@@ -20,6 +20,7 @@ import transformers
 
 from benchmarks.zoo.examine import examine
 from benchmarks.zoo.mappings import TASKS
+from benchmarks.zoo.table import write
 
 SECONDS = 120
 
@@ -43,6 +44,7 @@ def main() -> None:
         print(task, dict(Counter(row["status"] for row in rows.values())))
         if options.out:
             keep(options.out / f"{task}.json", rows)
+            write(options.out)
 
 
 def run(task: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -59,7 +61,7 @@ def run(task: str, names: list[str]) -> dict[str, dict[str, Any]]:
         start = time.monotonic()
         signal.alarm(SECONDS)
         try:
-            row = examine(task, name)
+            row = examine(task, kind)
         except Late as error:
             row = {"status": "crashed", "why": str(error)}
         signal.alarm(0)
@@ -77,7 +79,8 @@ def keep(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """Writes the rows of a mapping beside those that are there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**before, **rows}, indent=1) + "\n")
+    text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**before, **rows}.items())
+    path.write_text(f"{{\n{text}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from benchmarks.zoo.compare import compare
+from benchmarks.zoo.compare import DAMPING, compare
 from benchmarks.zoo.inputs import Batch, Shape
 from benchmarks.zoo.mappings import TASKS, Task
 from benchmarks.zoo.reference import padding_counts, reference
 from benchmarks.zoo.tiny import Exact, build
+from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.errors import CurvatureError
 
 NOT_BUILT, REFUSED, CRASHED, WRONG, RIGHT = "not built", "refused", "crashed", "wrong", "right"
 
 
-def examine(task: str, name: str) -> dict[str, Any]:
+def examine(task: str, kind: str) -> dict[str, Any]:
     """Builds a class of transformers and compares the engine with its reference on every batch.
 
     Args:
         task: name of the mapping.
-        name: of the class.
+        kind: type of model.
 
     Returns:
         ``status``, ``why``, ``coverage``, ``passed``, and the shapes whose padding is not hidden.
     """
     with Exact():
-        return _examine(TASKS[task], name)
+        return _examine(TASKS[task], kind)
 
 
-def _examine(about: Task, name: str) -> dict[str, Any]:
+def _examine(about: Task, kind: str) -> dict[str, Any]:
     def works(model: nn.Module) -> None:
         for shape in about.shapes[-1:]:
             reference(model, about.batch(model, shape))
 
     try:
-        model = build(name, works, about.settle)
+        model = build(about.classes[kind], works, about.settle)
+        model = about.adapt.get(kind, lambda model: model)(model)
     except Exception as error:
         return {"status": NOT_BUILT, "why": said(error)}
     return examined(model, about)
@@ -54,9 +57,10 @@ def examined(model: nn.Module, about: Task) -> dict[str, Any]:
             batch, expected, hidden = chosen(model, about, shape)
         except Exception as error:
             return {**found, "status": NOT_BUILT, "why": f"{shape.name}: {said(error)}"}
-        if not hidden:
-            found["unpadded"].append(shape.name)
         try:
+            if not hidden:
+                found["unpadded"].append(shape.name)
+                refuse(model, about.batch(model, shape))
             result = compare(model, batch, expected)
         except CurvatureError as error:
             return {**found, "status": REFUSED, "why": f"{shape.name}: {error}"[:400]}
@@ -82,6 +86,13 @@ def chosen(model: nn.Module, about: Task, shape: Shape) -> tuple[Batch, Any, boo
     if padding_counts(model, batch, expected):
         raise ValueError("the loss of a batch is not the mean of those of its examples")
     return batch, expected, False
+
+
+def refuse(model: nn.Module, batch: Batch) -> None:
+    """Collects a batch whose padding reaches the loss: a line of error, or what autograd has."""
+    kfac = KFACNaturalGradient(damping=DAMPING, track_diagonal=False)
+    with suppress(CurvatureError):
+        kfac.collect_kfac_factors(model, dict(batch.values), verify=True)
 
 
 def said(error: Exception) -> str:

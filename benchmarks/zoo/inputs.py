@@ -76,7 +76,8 @@ Builder = Callable[[nn.Module, Shape], Batch]
 
 def takes(model: nn.Module) -> set[str]:
     """The names of the arguments of a model's forward pass."""
-    return set(inspect.signature(model.forward).parameters)
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inside.forward).parameters)
 
 
 def _draw(low: int, high: int, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from benchmarks.zoo import perception
+from benchmarks.zoo.adapters import ADAPTERS, adapted
 from benchmarks.zoo.inputs import (
     SHAPES,
     WINDOWS,
@@ -32,6 +34,7 @@ class Task:
         shapes: of the batches.
         windows: of the batches of a model that fills up windows of positions.
         settle: sets what the task asks of a configuration.
+        adapt: what becomes of the model of a type before it is compared.
     """
 
     classes: Mapping[str, str]
@@ -39,6 +42,7 @@ class Task:
     shapes: tuple[Shape, ...] = SHAPES
     windows: tuple[Shape, ...] = WINDOWS
     settle: Callable[[PretrainedConfig], None] = lambda _: None
+    adapt: Mapping[str, Callable[[nn.Module], nn.Module]] = field(default_factory=dict)
 
 
 def _first(classes: Mapping[str, Any]) -> dict[str, str]:
@@ -87,5 +91,11 @@ TASKS = {
         perception.SOUNDS,
         perception.WINDOWS,
         perception.settle_sounds,
+    ),
+    "adapters": Task(
+        {name: adapter.base for name, adapter in ADAPTERS.items()},
+        adapted,
+        settle=settle_classes,
+        adapt=ADAPTERS,
     ),
 }

@@ -53,6 +53,7 @@ class Recorder(TorchFunctionMode):
         self.copies: dict[int, tuple[Tensor, str]] = {}
         self.seen: list[Used] = []
         self.fills = False
+        self.constant: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -87,7 +88,9 @@ class Recorder(TorchFunctionMode):
             x, weight = values[1:3] if name == "addmm" else values[:2]
             found = self.parameter(weight)
             bias = name == "addmm" or (name == "linear" and len(values) > 2)
-            if found is not None and weight.dim() == 2:
+            if id(x) in self.constant or _is_unit(x):  # DoRA asks for its own matrix
+                self.constant[id(out)] = out
+            elif found is not None and weight.dim() == 2:
                 self._keep(Used(found, "matrix", x.detach(), bias), out)
         if name in ("bmm", "matmul", "__matmul__") and values[1].dim() == 3 == values[0].dim():
             found = self.parameter(values[1])
@@ -174,6 +177,11 @@ class Recorder(TorchFunctionMode):
         out.register_hook(note)
 
 
+def _is_unit(x: Tensor) -> bool:
+    """Whether a product is with the unit matrix."""
+    return x.dim() == 2 and torch.equal(x, torch.eye(*x.shape, dtype=x.dtype))
+
+
 @dataclass
 class Reference:
     """What the examples of a batch come to.
@@ -186,6 +194,7 @@ class Reference:
         fills: whether the model fills up positions of an example.
         reached: how many numbers the parameters have that the loss has a gradient of.
         biased: name and kind of a use -> whether a bias is added with it.
+        logits: of each example.
     """
 
     loss: float = 0.0
@@ -195,13 +204,14 @@ class Reference:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     biased: dict[tuple[str, str], bool] = field(default_factory=dict)
+    logits: list[Tensor] = field(default_factory=list)
 
 
-def run(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
-    """The model's own loss of a batch."""
+def run(model: nn.Module, values: Mapping[str, Tensor]) -> Any:
+    """The model's outputs for a batch, with its own loss."""
     named = takes(model)
     given = {k: v for k, v in values.items() if k in named}
-    return model(**given, **({"use_cache": False} if "use_cache" in named else {})).loss
+    return model(**given, **({"use_cache": False} if "use_cache" in named else {}))
 
 
 def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Reference:
@@ -214,7 +224,9 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
     for values in batches:
         count = int((values["labels"] != -100).sum())
         with Recorder(model) as recorder:
-            loss = run(model, values) * count
+            outputs = run(model, values)
+            loss = outputs.loss * count
+        found.logits.append(getattr(outputs, "logits", torch.zeros(())).detach())
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         found.loss += float(loss.detach())
         found.labels += count
@@ -255,15 +267,25 @@ def reference(model: nn.Module, batch: Batch) -> Reference:
 
 
 def padding_counts(model: nn.Module, batch: Batch, alone: Reference) -> bool:
-    """Whether the model's own loss of a padded batch is another than that of its examples alone."""
+    """Whether the model's loss or logits of a padded batch are others than its examples' alone."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = run(model, batch.values)
+    outputs = run(model, batch.values)
+    loss = outputs.loss
     grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     if not abs(float(loss) - alone.loss / alone.labels) <= 1e-8 * abs(float(loss)):
         return True
     size = sum(float(g.square().sum()) for g in alone.gradient.values()) ** 0.5
-    return any(
+    if any(
         float((alone.gradient[n] - (0.0 if g is None else g)).norm())
         > 1e-7 * float(alone.gradient[n].norm()) + 1e-9 * size
         for n, g in zip(trained, grads, strict=True)
+    ):
+        return True
+    mask = batch.values.get(batch.masks.get("labels", ""))
+    if mask is None or getattr(outputs, "logits", mask).shape[:2] != mask.shape:
+        return False
+    rows = [logits[real.bool()] for logits, real in zip(outputs.logits, mask, strict=True)]
+    return any(
+        not torch.allclose(one, other[0], rtol=1e-6, atol=1e-8)
+        for one, other in zip(rows, alone.logits, strict=True)
     )
