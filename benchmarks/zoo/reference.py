@@ -149,6 +149,7 @@ class Recorder(TorchFunctionMode):
         if id(tensor) in self.copies:
             return self.copies[id(tensor)][1]
         start = self.starts.get(tensor.data_ptr())
+        start = None if start in self.stacks and tensor.dim() == 2 else start
         if start is not None and tensor.numel() == self.parameters[start].numel():
             return start
         for name, stack in self.stacks.items():
@@ -235,12 +236,12 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
         for name, grad in zip(trained, grads, strict=True):
             found.gradient[name] += 0.0 if grad is None else grad
         passes.append(recorder.seen)
-    constant = fixed(passes)
-    for used in (used for seen in passes for used in seen if id(used) not in constant):
+    for used in (used for seen in passes for used in seen):
         uses.setdefault((used.name, used.kind), []).append(used)
     found.reached = sum(trained[n].numel() for n in reached)
     found.gradient = {n: g / found.labels for n, g in found.gradient.items()}
-    for key, used in uses.items():
+    for key, every in uses.items():
+        used = _of_tokens(every, len(found.logits))
         if any(one.g is not None for one in used):
             pairs = [one.rows() for one in used]
             found.tokens[key] = torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
@@ -248,17 +249,17 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
     return found
 
 
-def fixed(passes: list[list[Used]]) -> set[int]:
-    """Identities of the uses that read the same for every example, such as relative positions."""
-    found: set[int] = set()
-    if len(passes) < 2 or len({len(seen) for seen in passes}) > 1:
-        return found
-    for same in zip(*passes, strict=True):
-        first = same[0].a
-        alike = all(u.a.shape == first.shape and torch.equal(u.a, first) for u in same)
-        if alike and same[0].kind != "table":
-            found |= set(map(id, same))
-    return found
+def _of_tokens(used: list[Used], n: int) -> list[Used]:
+    """The uses that do not read the same for every example, such as relative positions."""
+    if n < 2 or len(used) % n or used[0].kind == "table":
+        return used
+    calls = [used[i :: len(used) // n] for i in range(len(used) // n)]
+    return [
+        one
+        for call in calls
+        if any(c.a.shape != call[0].a.shape or not torch.equal(c.a, call[0].a) for c in call[1:])
+        for one in call
+    ]
 
 
 def reference(model: nn.Module, batch: Batch) -> Reference:

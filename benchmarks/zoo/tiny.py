@@ -28,7 +28,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"attention_window|sliding_window.*|block_size", 4),
     (r"conv_kernel_size", 3),
     (r"d_rel|rel_extent|num_landmarks|segment_means_seq_len", 16),
-    (r".*(position|ctx|context|bias_max).*|max_.*_len(gth)?|seq_length|max_sequence.*", 64),
+    (r".*(position|ctx|context|bias_max).*|max_.*_len(gth)?|seq_length|max_sequence.*", 16),
     (r"num_(key_value|kv)_heads|(.*_)?num_key_value_heads|type_vocab_size|kv_n_heads", 2),
     (r"num_experts_per_tok(en)?|moe_topk|top_?k(_experts)?|.*_top_k|(mamba_)?n_?groups", 2),
     (r"n_group|topk_group|n_shared_experts|first_k_dense_replace|num_.*shared_experts", 1),

@@ -67,8 +67,9 @@ _RESAMPLINGS = frozenset(
 ) | words("interpolate upsample")
 _SUMS = words(
     "sum mean max min amax amin argmax argmin norm prod all any std var logsumexp nanmean "
-    "count_nonzero nansum"
+    "count_nonzero nansum linalg_vector_norm"
 )
+_NORMS = words("norm linalg_vector_norm")
 _SORTS = words("sort argsort topk glu")
 _SCATTERS = words("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
 
@@ -105,6 +106,7 @@ class TokenRows:
             (["embedding", "one_hot", "view_as_real"], self._one_more),
             (["view_as_complex"], self._without_last),
             (_BY_FIRST, self._by_first),
+            (["scaled_dot_product_attention"], self._attend),
             (["conv1d", "conv2d", "conv3d"], self._convolve),
             (_RESAMPLINGS, self._resample),
             (_SUMS, self._sum),
@@ -341,8 +343,20 @@ class TokenRows:
             return origin
         return union([ids[..., 0] for ids in origin if ids.size(-1) == 1])
 
+    def _attend(self, call: Operation) -> Origin:
+        """The rows of the queries; where these are the model's own, those of what they look at."""
+        query, value = call.argument(0, "query"), call.argument(2, "value")
+        of_value = self.of(value)
+        if self.of(query) is not Fixed.CONSTANT or isinstance(of_value, Fixed):
+            rest = self.of(query) is Fixed.CONSTANT and Fixed.CONSTANT not in call.origins[1:]
+            return Fixed.UNKNOWN if rest else self._by_first(call)
+        found = [ids for ids in of_value if ids.size(-2) == ids.size(-1) == 1]
+        if not found and len(of_value) == 1 and of_value[0].size(-1) == 1:
+            found = [self._pool(of_value[0].movedim(-2, -1), 1).movedim(-1, -2)]
+        return union(found)
+
     def _by_first(self, call: Operation) -> Origin:
-        """The rows of the first argument (the queries), whatever its features become."""
+        """The rows of the first argument, whatever its features become."""
         origin = self.of(call.given[0])
         return (
             origin if isinstance(origin, Fixed) else union([i for i in origin if i.size(-1) == 1])
@@ -440,7 +454,7 @@ class TokenRows:
         if call.name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
             return self._broadcast(out, call)
         origin = self.of(x)
-        dim = call.argument(2 if call.name == "norm" else 1, "dim")
+        dim = call.argument(2 if call.name in _NORMS else 1, "dim")
         if isinstance(origin, Fixed) or dim is None:
             return Fixed.UNKNOWN
         dims = sorted(d % x.dim() for d in (dim if isinstance(dim, list | tuple) else [dim]))

@@ -278,6 +278,20 @@ class TimeShift(nn.Module):
         return torch.tanh(self.up(0.3 * x + 0.7 * self.shift(x)))
 
 
+class Summary(nn.Module):
+    """A query of the model's own looks at what each token has: its result is the token's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.up = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        both = torch.stack([x, x.square()], dim=2)
+        query = self.query.view(1, WIDTH).expand(*x.shape[:2], 1, WIDTH)
+        mixed = F.scaled_dot_product_attention(query, both, both)
+        return torch.tanh(self.up(mixed.unbind(2)[0]))
+
+
 class Joined(nn.Module):
     """MobileBERT's head: the word embedding's weight beside another matrix."""
 
@@ -317,6 +331,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "a norm that adds its bias itself": lambda: Frame(ScaleAndShift()),
     "shifted in time": lambda: Frame(TimeShift()),
     "joined with another matrix": Joined,
+    "looked at by a query of its own": lambda: Frame(Summary()),
     "rescaled by a hook": lambda: Frame(hooked()),
     "padding_idx": lambda: Frame(words=nn.Embedding(VOCAB, WIDTH, padding_idx=2)),
 }
