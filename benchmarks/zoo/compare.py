@@ -17,7 +17,7 @@ from fisher_lab.curvature.losses import compute_loss, prepare
 TOLERANCE = 1e-6
 DAMPING, KAPPA = 1e-3, 1e6
 POLICIES = ("all", "small_only")
-KINDS = {"Embedding": "table", "Norm": "scale", "Depthwise": "depthwise"}
+KINDS = {"Embedding": "table", "Norm": "scale", "Bias": "shift", "Depthwise": "depthwise"}
 
 
 class Comparison:
@@ -81,6 +81,8 @@ class Comparison:
             return None
         if layer.kind == "Norm":
             a, g = None, torch.cat([a * g, g], 1) if layer.bias is not None else a * g
+        elif layer.kind == "Bias":
+            a = None
         elif layer.kind == "Depthwise":
             a = a.reshape(*g.shape, -1)
             a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if layer.bias is not None else a
@@ -132,6 +134,8 @@ def base(name: str) -> str:
 def _matrix(layer: Any, named: Mapping[str, Tensor]) -> Tensor:
     """The weight of a layer as ``[out, in]`` with its bias as a column; of a norm, as a column."""
     weight = _part(named, layer.weight)
+    if layer.kind == "Bias":
+        return weight[:, None]
     if layer.kind == "Norm":
         shift = [] if layer.bias is None else [named[layer.bias]]
         return torch.cat([weight, *shift])[:, None]

@@ -19,12 +19,15 @@ from benchmarks.zoo.inputs import Batch, takes
 
 PRODUCTS = ("linear", "addmm", "matmul", "__matmul__", "mm")
 SCALES = ("mul", "__mul__", "__rmul__")
-COPIES = ("to", "type_as", "double", "float", "add", "__add__", "__radd__", "contiguous", "clone")
+COPIES = (
+    *("to", "type_as", "double", "float", "contiguous", "clone"),
+    *("add", "__add__", "__radd__", "__iadd__", "add_"),
+)
 
 
 @dataclass
 class Used:
-    """One use of a parameter: ``table``, ``matrix`` or ``scale``, what it read, and ``g``."""
+    """One use of a parameter as ``table``, ``matrix``, ``scale`` or ``shift``."""
 
     name: str
     kind: str
@@ -50,6 +53,7 @@ class Recorder(TorchFunctionMode):
         self.parameters = dict(model.named_parameters())
         self.starts = {p.data_ptr(): n for n, p in self.parameters.items()}
         self.stacks = {n: p for n, p in self.parameters.items() if p.dim() == 3}
+        self.tables = {n: p for n, p in self.parameters.items() if p.dim() == 2 and "bias" in n}
         self.copies: dict[int, tuple[Tensor, str]] = {}
         self.seen: list[Used] = []
         self.fills = False
@@ -70,6 +74,9 @@ class Recorder(TorchFunctionMode):
             found = [n for n in map(self.parameter, values) if n is not None]
             if len(found) == 1 and sum(t.dim() > 0 for t in values) == 1:
                 self.copies[id(out)] = (out, found[0])
+            self._shift(name, values, out)
+        elif name == "__getitem__":
+            self._looked_up(args, out)
         elif name == "embedding":
             self._embedding(args, kwargs, values, out)
         elif name in ("layer_norm", "rms_norm"):
@@ -92,10 +99,32 @@ class Recorder(TorchFunctionMode):
                 self.constant[id(out)] = out
             elif found is not None and weight.dim() == 2:
                 self._keep(Used(found, "matrix", x.detach(), bias), out)
+                added = values[0] if name == "addmm" else values[-1]
+                if bias and (alone := self.parameter(added)) is not None:
+                    self._keep(Used(alone, "shift", x.detach()), out)
         if name in ("bmm", "matmul", "__matmul__") and values[1].dim() == 3 == values[0].dim():
             found = self.parameter(values[1])
             for part in range(len(values[1])) if found is not None else ():
                 self._keep(Used(f"{found}[{part}]", "matrix", values[0].detach()[part]), out, part)
+
+    def _shift(self, name: str, values: list[Tensor], out: Tensor) -> None:
+        """A bias that is added by itself."""
+        if "add" not in name or len(values) != 2:
+            return
+        for shift, x in (values, values[::-1]):
+            found = self.parameter(shift)
+            if found is not None and shift.dim() == 1 < x.dim() and x.shape == out.shape:
+                self._keep(Used(found, "shift", x.detach()), out)
+                return
+
+    def _looked_up(self, args: Any, out: Tensor) -> None:
+        """Rows of a table by their numbers."""
+        table, index = args
+        whole = isinstance(index, Tensor) and not index.is_floating_point()
+        if whole and index.dtype != torch.bool and table.dim() == 2 and index.dim() > 0:
+            found = self.parameter(table)
+            if found is not None:
+                self._keep(Used(found, "table", index), out)
 
     def _embedding(self, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
         ids = next(t for t in values if not t.is_floating_point())
@@ -115,6 +144,8 @@ class Recorder(TorchFunctionMode):
             eps = {"eps": given["eps"]} if given.get("eps") is not None else {}
             x = getattr(F, name)(given["input"].detach(), given["normalized_shape"], **eps)
             self._keep(Used(found, "scale", x, given.get("bias") is not None), out)
+        if (alone := self.parameter(given.get("bias"))) is not None:
+            self._keep(Used(alone, "shift", given["input"].detach()), out)
 
     def _channel_norm(self, name: str, options: dict[str, Any], out: Tensor) -> None:
         found = self.parameter(options.get("weight"))
@@ -158,6 +189,11 @@ class Recorder(TorchFunctionMode):
             fits = tensor.dim() == 2 and tensor.numel() == stack[0].numel()
             if fits and rest == 0 and 0 <= part < len(stack):
                 return f"{name}[{part}]"
+        for name, table in self.tables.items():
+            size = table[0].numel() * table.element_size()
+            row, rest = divmod(tensor.data_ptr() - table.data_ptr(), size)
+            if tensor.shape == table.shape[1:] and rest == 0 and 0 <= row < len(table):
+                return f"{name}[{row}]"
         return None
 
     def _keep(
