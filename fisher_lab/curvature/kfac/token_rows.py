@@ -93,6 +93,7 @@ class TokenRows:
         self._pooled_first: set[int] = set()
         self._own_rows = WeakTensorKeyDictionary()
         self._picked: dict[int, Tensor] = {}
+        self._picks: dict[tuple, dict[int, list[tuple[int, Tensor]]]] = {}
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
             (_SAME | _CHANNEL_NORMS, self._same),
             (_VIEWS, self._view),
@@ -254,11 +255,19 @@ class TokenRows:
     def _pick(self, ids: Tensor, axis: int, picked: Tensor) -> Tensor:
         """One position of every example (a class token): a row that is the example's.
 
+        But where every position is picked, one after the other, each is its token's.
         Such rows are the positions again where they are put side by side (:meth:`_position`).
         """
         if ids.size(axis) == 1 or picked.numel() != ids.numel() // ids.size(axis):
             return picked
         of_example = self._pool(ids.movedim(axis, -1), 1).reshape(picked.shape)
+        source = (int(ids.reshape(-1)[0]), ids.shape, axis)
+        before = self._picks.setdefault(source, {})
+        before.setdefault(int(picked.reshape(-1)[0]), []).append((len(self.pooled) - 1, picked))
+        if len(before) == ids.size(axis):  # every position, one by one: a scan over the tokens
+            for number, own in (pair for pairs in before.values() for pair in pairs):
+                first, _, every = self.pooled[number]
+                self.pooled[number] = (first, own.reshape(-1, 1), every)
         self._picked[int(of_example.reshape(-1)[0])] = picked
         return of_example
 

@@ -292,6 +292,21 @@ class Summary(nn.Module):
         return torch.tanh(self.up(mixed.unbind(2)[0]))
 
 
+class Scan(nn.Module):
+    """A recurrence that takes the positions one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        state, found = torch.zeros_like(x[:, 0]), []
+        for position in range(x.shape[1]):
+            state = torch.tanh(self.up(x[:, position]) + 0.5 * state)
+            found.append(state)
+        return torch.stack(found, dim=1)
+
+
 class Joined(nn.Module):
     """MobileBERT's head: the word embedding's weight beside another matrix."""
 
@@ -331,6 +346,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "a norm that adds its bias itself": lambda: Frame(ScaleAndShift()),
     "shifted in time": lambda: Frame(TimeShift()),
     "joined with another matrix": Joined,
+    "one by one in time": lambda: Frame(Scan()),
     "looked at by a query of its own": lambda: Frame(Summary()),
     "rescaled by a hook": lambda: Frame(hooked()),
     "padding_idx": lambda: Frame(words=nn.Embedding(VOCAB, WIDTH, padding_idx=2)),
