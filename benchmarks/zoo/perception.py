@@ -92,6 +92,8 @@ def settle_sounds(config: PretrainedConfig) -> None:
         for name, size in sizes.items():
             if isinstance(getattr(each, name, None), int):
                 setattr(each, name, size)
+        for name in (n for n in vars(each) if n.endswith(("encoder_layers", "decoder_layers"))):
+            setattr(each, name, 1)
 
 
 def _all_of(config: PretrainedConfig) -> Iterator[Any]:
@@ -197,8 +199,12 @@ def _heard(
         wave = _noise(n, longest, channels) * mask[..., None]
         found.append(Batch({name: wave, **masked, **labels}, masks))
         found.append(Batch({name: _noise(n, FRAMES, channels), **rest, **labels}, ways))
-    samples = Batch({name: _noise(n, longest) * mask, **masked, **labels}, masks)
-    found = [samples, *found] if name == "input_values" else [*found, samples]
+    many = Shape("right", tuple(16 * length for length in shape.lengths)).mask()
+    samples = [
+        Batch({name: _noise(*m.shape) * m, **masked, "attention_mask": m, **labels}, masks)
+        for m in (mask, many)
+    ]
+    found = [*samples, *found] if name == "input_values" else [*found, *samples]
     for channels in dict.fromkeys(_channels(model.config)):
         for length in (FRAMES, longest):
             found.append(Batch({name: _noise(n, channels, length), **rest, **labels}, ways))
