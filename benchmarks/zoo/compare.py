@@ -166,7 +166,7 @@ def compare(model: nn.Module, batch: Batch, expected: Reference) -> dict[str, An
     """Collects a batch under every policy and compares: what is off, how much is covered."""
     off, found = [], {}
     given = prepare(model, dict(batch.values))
-    loss = compute_loss(model, given)
+    loss = compute_loss(model, given, n_labels=batch.n_labels)
     if loss.n_labels != expected.labels:
         off.append(f"{loss.n_labels} labels for {expected.labels}")
     if abs(float(loss.loss) - expected.loss) > TOLERANCE * abs(expected.loss):
@@ -175,7 +175,13 @@ def compare(model: nn.Module, batch: Batch, expected: Reference) -> dict[str, An
         kfac = KFACNaturalGradient(
             damping=DAMPING, max_condition_number=KAPPA, kfac_policy=policy, track_diagonal=False
         )
-        kfac.collect_kfac_factors(model, dict(batch.values), keep_gradient=True, verify=True)
+        kfac.collect_kfac_factors(
+            model,
+            dict(batch.values),
+            n_labels=batch.n_labels,
+            keep_gradient=True,
+            verify=True,
+        )
         comparison = Comparison(kfac, model, expected)
         comparison.own_gradients()
         comparison.factors()

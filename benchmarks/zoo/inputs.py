@@ -49,10 +49,12 @@ class Batch:
     Attributes:
         values: by name of the argument, examples in the first dimension.
         masks: name of an argument with positions in the second dimension -> name of its mask.
+        n_labels: what the loss is a mean over, where nothing but the caller knows (CTC).
     """
 
     values: dict[str, Tensor]
     masks: Mapping[str, str] = field(default_factory=dict)
+    n_labels: int | None = None
 
     def alone(self) -> Iterator[dict[str, Tensor]]:
         """Yields every example as a batch of its own, without its padding."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def frames(model: nn.Module, shape: Shape) -> Batch:
 def transcribed(model: nn.Module, shape: Shape) -> Batch:
     """Samples or spectra, and as many symbols for each: a loss is a mean over symbols."""
     labels = torch.arange(4) % 2 + 3 + torch.arange(len(shape.lengths))[:, None]
-    return _heard(model, shape, {"labels": labels}, {})
+    return replace(_heard(model, shape, {"labels": labels}, {}), n_labels=labels.numel())
 
 
 def heard(model: nn.Module, shape: Shape) -> Batch:

@@ -208,10 +208,15 @@ class Recorder(TorchFunctionMode):
         used.size = out.shape if part is None else out.shape[1:]
 
         def note(grad: Tensor) -> None:
-            grad = grad.detach() if part is None else grad.detach()[part]
+            grad = grad.detach().reshape(shape)
+            grad = grad if part is None else grad[part]
             used.g = grad.movedim(axis, -1)[..., own]
 
-        out.register_hook(note)
+        # A view that is written to later on has its gradient where the whole tensor has.
+        shape, whole = out.shape, out._base
+        viewed = whole is not None and whole.requires_grad and whole.is_contiguous()
+        viewed = viewed and out.is_contiguous() and whole.numel() == out.numel()
+        (whole if viewed else out).register_hook(note)
 
 
 def _is_unit(x: Tensor) -> bool:

@@ -154,7 +154,7 @@ def _decoder_inputs(model: nn.Module, batch: Any) -> Tensor | None:
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         ids = kwargs.get("decoder_input_ids")
         if module is decoder:
-            ids = kwargs.get("input_ids", args[0] if args else None)
+            ids = kwargs.get("input_ids", kwargs.get("input_values", args[0] if args else None))
         if isinstance(ids, Tensor) and not ids.is_floating_point():
             raise _Made(ids)
 

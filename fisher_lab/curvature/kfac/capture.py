@@ -212,7 +212,7 @@ class Capture:
         """A decoder's inputs that the model makes itself (of the labels)."""
         if not any(side == "decoder" for side, _, _ in self.inputs):
             for name, value in [("input_ids", args[0] if args else None), *kwargs.items()]:
-                if name in ("input_ids", "inputs_embeds"):
+                if name in ("input_ids", "inputs_embeds", "input_values"):
                     self._take_input("decoder", name, value, None)
 
     def _take_input(self, side: str, name: str, value: Any, mask: Any) -> None:
