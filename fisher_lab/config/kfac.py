@@ -82,6 +82,11 @@ class KFACSettings:
         "gradient (`docs/math.md`, section 1).",
         one_of("expand", "reduce"),
     )
+    experts: str = setting(
+        "each",
+        "The matrices of a stack (experts): factors for each, or one pair over the tokens of all.",
+        one_of("each", "pooled"),
+    )
     n_samples: int = setting(1, "Label draws per token for `fisher=mc`.", whole(1))
     true_max_classes: int = setting(
         64, "`fisher=true` is exact for the inner layers up to this many classes.", whole(1)

@@ -38,6 +38,7 @@ LEFT_OUT = (
 
 CAME_LATER: dict[str, Any] = {
     "kfac.sharing": "expand",
+    "kfac.experts": "each",
     "model.adapter": None,
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,

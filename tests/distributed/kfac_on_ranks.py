@@ -19,8 +19,10 @@ from fisher_lab import KFACNaturalGradient
 from fisher_lab.curvature.collectives import Alone
 from fisher_lab.curvature.kfac import accumulators, reduce
 from fisher_lab.curvature.kfac.factors import Columns
+from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import engine, inputs_of, random_like
+from tests.curvature.kfac.test_layers_by_use import Experts, Frame
 from tests.distributed.rank_pool import said
 from tests.reference import Damping, Record, Tokens, Truth
 
@@ -390,3 +392,16 @@ def assert_all(answers: list[dict], key: str, truth: dict[str, Tensor], bound: f
     """Every rank's result against the truth."""
     for rank, answer in enumerate(answers):
         reference.assert_close(answer[key], truth, bound, f"rank {rank}, {key}:")
+
+
+def of_experts(comm: Any, batches: list[dict], mode: str, **settings: Any) -> dict[str, Tensor]:
+    """The natural gradient of a model with experts, and how many tokens each layer saw."""
+    model = models.seeded(lambda: Frame(Experts()), torch.float64)
+    kfac = KFACNaturalGradient(
+        damping=1e-2, communicator=comm, kfac_distributed_reduce=mode, track_diagonal=False,
+        **settings,
+    )  # fmt: skip
+    loss = CrossEntropy(shift=True)
+    kfac.collect_kfac_factors(model, batches, loss=loss, keep_gradient=True)
+    tokens = {n: torch.tensor(f.tokens) for n, f in kfac.kfac_factors.items()}
+    return {**kfac.compute_natural_gradient(None, model), **tokens}

@@ -11,6 +11,7 @@ import torch
 from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, inputs_of, random_like
+from tests.curvature.kfac.test_layers_by_use import batch_of
 from tests.distributed import kfac_on_ranks
 from tests.distributed.kfac_on_ranks import (
     LABELS,
@@ -132,6 +133,28 @@ def test_ekfac(ranks, name, size, dtype):
     found = answers_of(ranks, name, size, settings, dtype=dtype, batches=batches, wants=wants)
     for setting, answers in zip(settings, found, strict=True):
         Joined(name, dtype, answers, sum(LABELS[:size])).check(setting, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("mode", "experts"), [("gather", "each"), ("gram", "each"), ("gather", "pooled")]
+)
+def test_experts_whose_tokens_are_spread_over_the_ranks(ranks, mode, experts):
+    """Each expert, and all of them pooled, as in one process that has all sequences."""
+    whole = batch_of((5, 2, 4, 1), "right")
+    halves = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2)]
+    for settings in ({}, {"kfac_policy": "small_only"}, {"ekfac": True}):
+        given = {"mode": mode, "experts": experts, **settings}
+        (alone,) = ranks.run(kfac_on_ranks.of_experts, 1, [[whole]], **given)
+        for answer in ranks.run(kfac_on_ranks.of_experts, 2, [[h] for h in halves], **given):
+            assert answer.keys() == alone.keys()
+            for name, value in alone.items():
+                torch.testing.assert_close(answer[name], value, rtol=1e-8, atol=1e-12)
+
+
+def test_pooled_experts_and_slices_of_columns_exclude_each_other(ranks):
+    whole = batch_of((5, 2, 4, 1), "right")
+    with pytest.raises(AssertionError, match=r"experts: 'pooled' with .*allowed: gather, none"):
+        ranks.run(kfac_on_ranks.of_experts, 2, [[whole]] * 2, mode="gram", experts="pooled")
 
 
 KINDS = [

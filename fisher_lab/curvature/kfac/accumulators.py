@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.collectives import Alone, Communicator, chosen_rows
-from fisher_lab.curvature.errors import NonFiniteError
+from fisher_lab.curvature.errors import LayerError, NonFiniteError
 from fisher_lab.curvature.kfac.examples import ByExample
 from fisher_lab.curvature.kfac.factors import (
     BlockDiagonalFactor,
@@ -88,6 +88,13 @@ class MomentAccumulator:
             self._sums += sums
         self.tokens += a.shape[0]
 
+    def absorb(self, other: MomentAccumulator) -> None:
+        """Adds another sum of the same kind."""
+        self.total = self.total + other.total.to(self.total.device)
+        if self._sums is not None and other._sums is not None:
+            self._sums = self._sums + other._sums.to(self._sums.device)
+        self.tokens += other.tokens
+
     def reduce(self, ranks: Communicator, tokens: int) -> None:
         """Makes the sums those of all ranks, which have ``tokens`` together; collective."""
         self.total = ranks.all_reduce(self.total)
@@ -115,6 +122,10 @@ class CountAccumulator:
         """Adds token indices ``[T]``."""
         self.total += torch.bincount(indices, minlength=self.total.numel())
         self.tokens += indices.numel()
+
+    def absorb(self, other: CountAccumulator) -> None:
+        """Adds other counts."""
+        self.total, self.tokens = self.total + other.total, self.tokens + other.tokens
 
     def reduce(self, ranks: Communicator, tokens: int) -> None:
         """Makes the counts those of all ranks, as :meth:`MomentAccumulator.reduce`."""
@@ -184,6 +195,28 @@ class GradientAccumulator:
 
         held = self.parts[0] if self.total is None else self.total
         return on_device(there, held.device, f"{self.label}, sum", collective=collective)
+
+    def absorb(self, other: GradientAccumulator) -> None:
+        """Adds the token gradients of another layer of as many outputs; they stay the other's too.
+
+        Raises:
+            LayerError: columns of either have been reduced already.
+        """
+        if self.reduction or other.reduction:
+            raise LayerError(
+                f"layer {self.name}: more than max_columns={self.settings.max_columns} columns "
+                "with experts=pooled; allowed: a larger max_columns, or experts=each"
+            )
+        if self.total is not None and other.total is not None:
+            self.total = self.total + other.total.to(self.total.device)
+            self.seen += other.seen
+            return
+        if other.total is not None:
+            self.to_matrix()
+            self.absorb(other)
+            return
+        for part in other.parts:
+            self.add(part)
 
     def add(self, g: Tensor) -> None:
         """Adds token gradients ``[T, out]`` of one draw."""
@@ -336,6 +369,11 @@ class BlockAccumulator(ABC):
 
         With ``examples``, the sums of their ``v`` over each example (K-FAC-reduce).
         """
+
+    def absorb(self, other: BlockAccumulator) -> None:
+        """Adds the sum of another layer of the same kind and sizes."""
+        self.total = self.total + other.total.to(self.total.device)
+        self.tokens += other.tokens
 
     @abstractmethod
     def own(self, a: Tensor, g: Tensor) -> Tensor:

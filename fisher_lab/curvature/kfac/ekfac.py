@@ -207,7 +207,7 @@ def eigenbasis(
     complement = lam_g * m_a + lam_a * lam_g if missing else None
     before, clipped = _kappa(damped, complement), 0
     if kappa_max is not None:
-        tops = [float(x.max()) for x in (damped, complement) if x is not None]
+        tops = [float(x.max()) for x in (damped, complement) if x is not None and x.numel()]
         floor = max(tops) / kappa_max**2
         clipped = int((damped < floor).sum())
         damped = damped.clamp(min=floor)

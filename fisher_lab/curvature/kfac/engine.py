@@ -237,6 +237,13 @@ class KFACNaturalGradient:
             LayerError: no supported layer, or one whose factors must not be formed.
             SettingError: a setting does not go with the model.
         """
+        several = self.communicator.size > 1 and self.settings.reduce == "gram"
+        if self.settings.experts == "pooled" and several:
+            raise SettingError(
+                "experts: 'pooled' with kfac_distributed_reduce='gram' on several ranks, which "
+                "keep slices of some experts' columns and matrices of others'; allowed: gather, "
+                "none"
+            )
         layers = discover(model, self.settings)
         for layer in layers.layers.values():
             check(self.settings, layer)

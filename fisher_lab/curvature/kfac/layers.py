@@ -286,6 +286,11 @@ def base_of(name: str) -> str:
     return name.partition("[")[0]
 
 
+def is_element(name: str) -> bool:
+    """Says whether a name is that of one matrix of a stack, ``experts.up[3]``."""
+    return base_of(name) != name and isinstance(_index(name), int)
+
+
 def _index(name: str) -> int | slice:
     """Which part of its parameter a name says: ``[3]`` an element, ``[8:12]`` rows."""
     start, colon, stop = name.partition("[")[2][:-1].partition(":")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
+from fisher_lab.curvature.kfac.experts import pool_experts
 from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
     DiagonalFactor,
@@ -193,6 +194,8 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
         raise BatchError("batches: none given; allowed: at least one")
     if sums.n_labels == 0:
         raise BatchError("labels: none counts (all are -100 or masked); allowed: at least one")
+    if sums.settings.experts == "pooled":
+        pool_experts(sums)
     shared: dict[int, Factor] = {}
     factors: dict[str, LayerFactors] = {}
     for layer in sums.layers.layers.values():
@@ -236,11 +239,11 @@ def _check_named(sums: Statistics) -> None:
 def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) -> LayerFactors:
     """A layer's factors, pooled with those of its partner where it has one.
 
-    ``shared`` holds the A factors so far, by group of layers; it takes the layer's own.
+    ``shared`` holds the factors so far that layers may share; it takes the layer's own.
     """
     layer_sums = sums.by_layer[layer.name]
     count = n_draws(sums.fisher_kind, sums.settings)
-    weight = 1.0 / (layer_sums.tokens * count)
+    weight = 1.0 / (layer_sums.rows * count)
     own = _tied_own(sums, layer) if layer.tied else layer_sums.own
     own = None if own is None else own / sums.n_labels
     common: dict[str, Any] = {
@@ -250,14 +253,14 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
     }  # fmt: skip
     if isinstance(layer_sums.g, BlockAccumulator):
         how = method(sums.settings, layer, None)
-        return LayerFactors(A=None, G=layer_sums.g.factor(weight), method=how, **common)
+        return LayerFactors(A=None, G=_g_of(layer_sums, weight, shared), method=how, **common)
     if layer_sums.group not in shared:
         shared[layer_sums.group] = sums.inputs[layer_sums.group].factor()
     common["A"] = shared[layer_sums.group]
     if layer.name == sums.head.name:
         common["fisher"] = "true"
         return LayerFactors(G=sums.head.factor(layer_sums.tokens), method="true_head", **common)
-    g = layer_sums.g.factor(weight)
+    g = _g_of(layer_sums, weight, shared)
     how = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
     factors = LayerFactors(G=g, method=how, **common)
     _keep_tokens(sums, factors, layer_sums)
@@ -265,9 +268,19 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
         # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
         pool(factors, _layer_factors(sums, layer.partner, shared))
         factors.push = False
-    else:
+    elif layer_sums.pooled is None:
         _measure_storage_error(factors, layer_sums.g.exact_factor(weight), sums.settings)
     return factors
+
+
+def _g_of(layer_sums: LayerSums, weight: float, shared: dict[int, Factor]) -> Factor:
+    """The factor of a G side, made once where layers have it together."""
+    if layer_sums.pooled is None:
+        return layer_sums.g.factor(weight)
+    key = -1 - id(layer_sums.g)  # beside the groups of the A sides
+    if key not in shared:
+        shared[key] = layer_sums.g.factor(weight)
+    return shared[key]
 
 
 def _tied_own(sums: Statistics, layer: Layer) -> Tensor | None:
@@ -282,7 +295,7 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums)
     """Keeps the tokens that push-through and EKFAC need."""
     g, layer, settings = layer_sums.g, layer_sums.layer, sums.settings
     assert isinstance(g, GradientAccumulator)
-    in_order = g.tokens_in_order()
+    in_order = g.tokens_in_order() and layer_sums.pooled is None
     if in_order or settings.ekfac:
         what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={layer_sums.tokens})"
         factors.a, factors.spread = joined(layer_sums.inputs, what), layer_sums.spread

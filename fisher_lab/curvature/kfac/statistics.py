@@ -256,6 +256,7 @@ class LayerSums:
         tokens_g: its token gradients ``[T, out]``, a draw each, where EKFAC needs them.
         order: which row of ``inputs`` each row of ``tokens_g`` belongs to, a draw each.
         spread: the other ranks' tokens, where ``inputs`` are this rank's own only.
+        pooled: tokens behind ``g`` and the A side, where other layers have them too; else None.
     """
 
     layer: Layer
@@ -267,6 +268,12 @@ class LayerSums:
     tokens_g: list[Tensor] = field(default_factory=list)
     order: list[Tensor] = field(default_factory=list)
     spread: Spread | None = None
+    pooled: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the factors are averages over."""
+        return self.tokens if self.pooled is None else self.pooled
 
 
 class Statistics:

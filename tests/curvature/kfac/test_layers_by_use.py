@@ -545,6 +545,43 @@ def tokens_of_part(model: nn.Module, batch: dict[str, Tensor], part: int, parts:
     return len(rows) if parts == 1 else int(((rows[:, 0] > 0) == (part == 0)).sum())
 
 
+@pytest.mark.parametrize("settings", [{}, {"kfac_policy": "small_only"}, {"ekfac": True}])
+@pytest.mark.parametrize("name", ["experts", "experts in one product", "biases of experts"])
+def test_pooled_experts_share_the_factors_of_all_their_tokens(name, settings):
+    model, batch, lam = model_of(name), batch_of((5, 2, 4, 4), "left"), 1e-2
+    settings = {"damping": lam, "max_condition_number": None, "track_diagonal": False, **settings}
+    kfac = KFACNaturalGradient(experts="pooled", **settings)
+    each = KFACNaturalGradient(experts="each", **{**settings, "ekfac": False})
+    for engine in (kfac, each):
+        loss = CrossEntropy(shift=True)
+        engine.collect_kfac_factors(model, batch, loss=loss, keep_gradient=True, verify=True)
+    own, result = kfac.own_gradients(model), kfac.compute_natural_gradient(None, model)
+    stacks = {n for n, p in model.named_parameters() if p.dim() == 3 or n == "body.shift"}
+    for stack in stacks:
+        parts = [f for f in each.kfac_factors.values() if f.layer.weight.startswith(f"{stack}[")]
+        assert len(parts) > 1
+        tokens = sum(f.tokens for f in parts)
+        common = sum(f.G.to_dense() * f.tokens for f in parts) / tokens
+        read = [f.A.to_dense() * f.tokens for f in parts if f.A is not None]
+        shared = sum(read) / tokens if read else torch.eye(1).double() * (1 - lam)
+        for f in parts:
+            mine = kfac.kfac_factors[f.layer.name]
+            assert mine.tokens == f.tokens
+            assert not mine.push
+            torch.testing.assert_close(mine.G.to_dense(), common, rtol=1e-9, atol=1e-13)
+            number = int(f.layer.weight.partition("[")[2][:-1])
+            given = f.layer.to_matrix(own[stack][number], None, torch.float64)
+            found = f.layer.to_matrix(result[stack][number], None, torch.float64)
+            (m_g, v_g), (m_a, v_a) = torch.linalg.eigh(common), torch.linalg.eigh(shared)
+            values = (m_g[:, None] + lam) * (m_a + lam)
+            if mine.tokens_g is not None:  # the moments in the common basis are its own tokens'
+                assert mine.a is not None
+                products = (mine.tokens_g @ v_g).square().T @ (mine.a @ v_a).square()
+                values += products / f.tokens - m_g[:, None] * m_a
+            expected = v_g @ (v_g.T @ given @ v_a / values) @ v_a.T
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
 def test_an_index_into_a_table_is_a_look_up():
     torch.manual_seed(0)
     model, batch = Frame(Sorted()).double(), batch_of((5, 2, 4), "left")
