@@ -570,8 +570,8 @@ def test_pooled_experts_share_the_factors_of_all_their_tokens(name, settings):
             assert not mine.push
             torch.testing.assert_close(mine.G.to_dense(), common, rtol=1e-9, atol=1e-13)
             number = int(f.layer.weight.partition("[")[2][:-1])
-            given = f.layer.to_matrix(own[stack][number], None, torch.float64)
-            found = f.layer.to_matrix(result[stack][number], None, torch.float64)
+            given = f.layer.to_matrix({f.layer.weight: own[stack][number]}, torch.float64)
+            found = f.layer.to_matrix({f.layer.weight: result[stack][number]}, torch.float64)
             (m_g, v_g), (m_a, v_a) = torch.linalg.eigh(common), torch.linalg.eigh(shared)
             values = (m_g[:, None] + lam) * (m_a + lam)
             if mine.tokens_g is not None:  # the moments in the common basis are its own tokens'
