@@ -64,7 +64,9 @@ def prepare(model: nn.Module, batch: Any, loss_fn: Any = None, *, measure: bool 
     return batch
 
 
-def agreed(model: nn.Module, batches: Iterable[Any], communicator: Communicator) -> Iterable[Any]:
+def agreed(
+    model: nn.Module, batches: Iterable[Any], communicator: Communicator, loss_fn: Any = None
+) -> Iterable[Any]:
     """Measures the kind of the first batch on all ranks, which then agree on it; collective.
 
     What a rank cannot measure is as another has measured it; what no rank can is as the class says.
@@ -73,6 +75,7 @@ def agreed(model: nn.Module, batches: Iterable[Any], communicator: Communicator)
         model: any module.
         batches: this rank's own; none at all is allowed.
         communicator: of the ranks.
+        loss_fn: the caller's loss on this rank; then there is nothing to measure.
 
     Returns:
         The batches.
@@ -87,7 +90,7 @@ def agreed(model: nn.Module, batches: Iterable[Any], communicator: Communicator)
     rest = batches if isinstance(batches, list | tuple) else iter(batches)
     together(communicator, lambda: first.extend(islice(rest, 1)))
     batches = rest if isinstance(rest, list | tuple) else chain(first, rest)
-    asks = any(is_open(inner, one) for one in first)
+    asks = loss_fn is None and any(is_open(inner, one) for one in first)
     all_ask = communicator.all_gather_objects(asks)
     if not any(all_ask):
         return batches

@@ -86,8 +86,7 @@ def collect(
     batches, total = _batches(batch)
     loss = understood(loss)
 
-    if loss is None and communicator.size > 1:
-        batches = agreed(model, batches, communicator)
+    batches = agreed(model, batches, communicator, loss)
 
     def add_all() -> None:
         if not isinstance(loss, Tensor) and communicator.size == 1 and n_labels is None:

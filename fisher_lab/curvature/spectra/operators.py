@@ -105,8 +105,7 @@ class CurvatureOperator:
         self._parts: list[_Part] = []
         batches: list[Any] = []
         together(self._ranks, lambda: batches.extend(as_batches(batch)))
-        if loss_fn is None:
-            agreed(model, batches, self._ranks)
+        agreed(model, batches, self._ranks, loss_fn)
         together(self._ranks, lambda: self._open(batches, loss_fn))
         own = sum(part.n_labels for part in self._parts)
         self.n_labels = sum(self._ranks.all_gather_objects(own))

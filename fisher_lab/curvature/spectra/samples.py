@@ -119,8 +119,7 @@ def draw_samples(
     ranks = communicator or Alone()
     found, batches = list[_Sequence](), list[Any]()
     together(ranks, lambda: batches.extend(as_batches(batch)))
-    if loss_fn is None:
-        agreed(model, batches, ranks)
+    agreed(model, batches, ranks, loss_fn)
     alone = ranks.size == 1
     together(ranks, lambda: found.extend(_sequences(model, batches, loss_fn, alone)))
     places = [
