@@ -39,8 +39,9 @@ class TokenMasks:
     """
 
     def __init__(self, capture: Capture, batch: Any) -> None:
-        self._masks, self._capture = masks_of(batch), capture
-        self.full = all(bool(mask.all()) for mask in self._masks.values())
+        self._masks, self._capture = {**masks_of(batch), **capture.masks}, capture
+        whole = all(bool(mask.all()) for mask in self._masks.values())
+        self.full = whole and not capture.hidden
         self._whole: dict[tuple[int, torch.Size], bool] = {}
         self.examples: Examples | None = None
         if capture.settings.sharing == "reduce":

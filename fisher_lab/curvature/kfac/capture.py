@@ -114,6 +114,8 @@ class Capture:
         outputs: what the model returned, each time it was called.
         rows: which tokens the rows of the pass's tensors belong to.
         inputs: side of the model, shape and first id of the tokens that it was given.
+        masks: masks of the inputs beside a text (pictures, sounds), as bool, by the input's name.
+        hidden: whether a mask hides rows of an input, and it cannot be told which.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
@@ -123,6 +125,8 @@ class Capture:
         self.outputs: list[Any] = []
         self.rows = TokenRows([*self.model.parameters(), *self.model.buffers()])
         self.inputs: list[tuple[str, torch.Size, int]] = []
+        self.masks: dict[str, Tensor] = {}
+        self.hidden = False
         self._calls: dict[UseOf, list[Call]] = {}
         self._names = {id(p): name for name, p in self.model.named_parameters()}
         self._parameters = {id(p): p for p in self.model.parameters()}
@@ -197,11 +201,16 @@ class Capture:
         if self._depth > 1 or self._replaying:
             return
         names = [n for n in inspect.signature(module.forward).parameters if n not in kwargs]
-        named = [*zip(names, args, strict=False), *kwargs.items()]
-        mask = dict(named).get("attention_mask")
-        for name, value in named:
-            side = "decoder" if name.startswith("decoder_") else "main"
-            self._take_input(side, name, value, mask if side == "main" else None)
+        named = dict([*zip(names, args, strict=False), *kwargs.items()])
+        text = any(named.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+        for name, value in named.items():
+            side, mask = "decoder" if name.startswith("decoder_") else "main", None
+            if side == "main":
+                signal = isinstance(value, Tensor) and value.is_floating_point()
+                beside = text and signal and not name.endswith("embeds")
+                side = name if beside else side  # pictures or sounds beside a text
+                mask = mask_of(name, named) if beside else named.get("attention_mask")
+            self._take_input(side, name, value, mask)
 
     def _end(self, _module: nn.Module, _args: object, output: Any) -> None:
         self._depth -= 1
@@ -230,6 +239,14 @@ class Capture:
         series = isinstance(mask, Tensor) and mask.shape == value.shape  # a value a position
         features = int(value.is_floating_point() and value.dim() > 1 and not series)
         shape = value.shape[: value.dim() - features][:2]
+        if isinstance(mask, Tensor) and mask.dim() > 1 and not bool(mask.all()):
+            signal = side != "main" or value.is_floating_point()
+            if signal and mask.shape != shape:
+                self.hidden = True  # which of its rows the mask hides cannot be told
+                self.rows.mark(value, Fixed.UNKNOWN)
+                return
+            if side != "main":
+                self.masks[side] = mask != 0
         first = next((i for s, n, i in self.inputs if (s, n) == (side, shape)), None)
         if first is None:
             first = self.rows.count + 1
@@ -491,6 +508,20 @@ def _align(call: Call, origin: Origin) -> None:
     """A row that is added to the vector of every token is looked up by every token."""
     if not isinstance(origin, Fixed):
         call.origin = tuple(ids[..., 0] for ids in origin if ids.size(-1) == 1)
+
+
+def mask_of(name: str, named: Mapping[str, Any]) -> Any:
+    """Returns the mask of an input beside a text: of ``pixel_values``, ``pixel_attention_mask``.
+
+    Args:
+        name: of the input.
+        named: all inputs.
+    """
+    words = {word.removesuffix("s") for word in name.split("_")} - {"input", "value"}
+    masks = (other for other in named if other.endswith("mask"))
+    return next(
+        (named[m] for m in masks if words & {w.removesuffix("s") for w in m.split("_")}), None
+    )
 
 
 def edge_of(tensor: Tensor) -> GradientEdge | None:

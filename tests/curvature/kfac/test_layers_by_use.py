@@ -582,6 +582,44 @@ def test_pooled_experts_share_the_factors_of_all_their_tokens(name, settings):
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
 
 
+class WithPictures(nn.Module):
+    """A text beside pictures, whose patches are as many as the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.patches = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids, pixel_values, attention_mask=None, pixel_attention_mask=None):
+        seen = self.patches(pixel_values)
+        if pixel_attention_mask is not None:
+            seen = seen * pixel_attention_mask.reshape(len(seen), -1, 1)
+        return self.head(torch.tanh(self.words(input_ids) + seen.sum(1, keepdim=True)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokens"),
+    [(None, 10), (torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]), 6), ("square", None)],
+    ids=["no mask", "a mask of patches", "a mask of another shape"],
+)
+def test_pictures_beside_a_text_have_a_mask_of_their_own(mask, tokens):
+    torch.manual_seed(0)
+    model, batch = WithPictures().double(), batch_of((5, 2), "right")
+    batch["pixel_values"] = torch.randn(2, 5, WIDTH).double()
+    if mask == "square":
+        mask = torch.ones(2, 5, 1).long()
+        mask[0, 3:] = 0
+    if mask is not None:
+        batch["pixel_attention_mask"] = mask
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True), verify=True)
+    assert kfac.kfac_factors["head"].tokens == 7
+    if tokens is None:
+        assert "cannot be told" in kfac.skipped["patches"]
+    else:
+        assert kfac.kfac_factors["patches"].tokens == tokens
+
+
 def test_an_index_into_a_table_is_a_look_up():
     torch.manual_seed(0)
     model, batch = Frame(Sorted()).double(), batch_of((5, 2, 4), "left")
