@@ -301,7 +301,9 @@ class Capture:
         edge = edge_of(output)
         a = use.a.detach()
         index = sum(map(len, self._calls.values()))
-        return Call(use, a, origin, edge, output.shape, a._version, index)
+        rows, features = output.shape[: -use.features], output.shape[-use.features :]
+        shape = torch.Size((*rows, features.numel()))
+        return Call(use, a, origin, edge, shape, a._version, index)
 
     def _label(self, use: Use) -> str:
         """The name of the layer: of the module that holds the weight and runs, or could."""

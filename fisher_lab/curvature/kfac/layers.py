@@ -134,8 +134,8 @@ class Layer:
         """Shape of the weight as it is stored."""
         if self.elementwise:
             return (self.n_out,)
-        if self.kind in _CONVOLUTIONS:
-            return (self.n_out, *self.kernel)
+        if self.kernel:
+            return (self.n_in if self.transposed else self.n_out, *self.kernel)
         return (self.n_in, self.n_out) if self.transposed else (self.n_out, self.n_in)
 
     def to_matrix(self, named: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -155,7 +155,8 @@ class Layer:
         columns = [zero if bias is None else bias.detach().to(matrix) for bias in biases]
         if self.elementwise:
             return torch.cat([matrix, *columns])[:, None]
-        matrix = matrix.T if self.transposed else matrix.flatten(1)
+        matrix = matrix.flatten(1)
+        matrix = matrix.T if self.transposed else matrix
         if columns:
             matrix = torch.cat([matrix, torch.stack(columns, dim=1)], dim=1)
         return matrix.reshape(-1, 1) if self.one_block else matrix
@@ -486,8 +487,9 @@ def sizes(kind: Kind, weight: Tensor) -> tuple[int, int]:
 
 
 def kernel_of(kind: Kind, weight: Tensor) -> tuple[int, ...]:
-    """Shape of one output's weights, of a convolution."""
-    return tuple(weight.shape[1:]) if kind in _CONVOLUTIONS else ()
+    """Shape of what lies under one index of a weight's first dimension, where it is no vector."""
+    matrix = weight.dim() <= 2 and kind not in _CONVOLUTIONS
+    return () if matrix else tuple(weight.shape[1:])
 
 
 def _nothing_found(model: nn.Module, settings: KFACSettings, skipped: dict[str, str]) -> str:

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisher_lab.curvature.kfac.layers import Kind, groups_of
 from fisher_lab.curvature.kfac.layouts import Channels, Patches, RowLayout, window_of
-from fisher_lab.curvature.kfac.token_ids import tensors_in, words
+from fisher_lab.curvature.kfac.token_ids import Fixed, tensors_in, words
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 
 _TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
@@ -53,6 +53,7 @@ class Use:
         normalise: makes the scaled values of ``a``, where the operator normalises too.
         padding: the index whose row a look-up does not train.
         layout: how the rows lie, where features are not the last dimension.
+        features: how many last dimensions of what the operator gives are features.
     """
 
     kind: Kind
@@ -64,6 +65,7 @@ class Use:
     normalise: Callable[[Tensor], Tensor] | None = None
     padding: int | None = None
     layout: RowLayout | None = None
+    features: int = 1
 
 
 class OperatorWatch(TorchFunctionMode):
@@ -117,6 +119,15 @@ class OperatorWatch(TorchFunctionMode):
             return None
         identity = self._identity.get(id(tensor))
         return self._derived.get(tensor) if identity is None else _Parameter(identity, False)
+
+    def joined(self, x: Tensor, n: int) -> Tensor:
+        """Returns a tensor with its last ``n`` dimensions, which are features, as one."""
+        joined, origin = x.flatten(-n), self._rows.of(x)
+        if not isinstance(origin, Fixed):
+            kept = [ids for ids in origin if all(size == 1 for size in ids.shape[-n:])]
+            origin = tuple(ids.flatten(-n) for ids in kept) or Fixed.UNKNOWN
+        self._rows.mark(joined, origin)
+        return joined
 
     def _look(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
         given = tensors_in([args, kwargs.values()])  # those in lists too: cat, stack, einsum
@@ -385,6 +396,29 @@ def _shift(
     return []
 
 
+def _einsum(
+    watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+) -> list[Use]:
+    """``einsum("ibh,hnd->ibnd", x, W)``: features of ``x`` go, those of ``W`` come, rows stay."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    left, _, result = args[0].replace(" ", "").partition("->")
+    pairs = list(zip(operands, left.split(","), strict=False))
+    if len(pairs) != 2 or "." in left or not result:
+        return []
+    (x, read), (weight, letters) = sorted(pairs, key=lambda p: watch.parameter(p[0]) is not None)
+    matrix = watch.parameter(weight)
+    go = "".join(c for c in letters if c in read and c not in result)
+    come = "".join(c for c in letters if c in result and c not in read)
+    kind = {go + come: Kind.CONV1D, come + go: Kind.LINEAR}.get(letters)
+    first = go if kind is Kind.CONV1D else come
+    plain = matrix is not None and matrix.part is None and not matrix.transposed
+    rows = read.removesuffix(go) == result.removesuffix(come)
+    if matrix is None or not plain or kind is None or len(first) != 1 or not (go and come and rows):
+        return []
+    a = x if len(go) == 1 else watch.joined(x, len(go))
+    return [Use(kind, matrix.identity, None, a, features=len(come))]
+
+
 def bias_alone(use: Use, n: int, part: int | tuple[int, int] | None = None) -> Use:
     """Returns the use of the bias of length ``n`` that an operator adds, without its weight's."""
     assert use.bias is not None
@@ -423,6 +457,7 @@ _READERS: dict[str, Reader] = {
     "rms_norm": _rms_norm,
     **{norm.__name__: partial(_channels, norm) for norm in _CHANNEL_NORMS},
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    "einsum": _einsum,
     "__getitem__": _look_up,
     "index_select": _look_up,
     **dict.fromkeys(_SCALES, _scale),

@@ -213,6 +213,18 @@ class ByHand(nn.Module):
         return self.scale * (x - x.mean(-1, keepdim=True)) + self.shift
 
 
+class ByHeads(nn.Module):
+    """XLNet's projections: products by ``einsum`` with weights that keep heads apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(WIDTH, 2, 3)) for _ in range(2))
+
+    def forward(self, x):
+        heads = torch.tanh(torch.einsum("bih,hnd->bind", x, self.up)).transpose(0, 1)
+        return torch.einsum("ibnd,hnd->ibh", heads, self.down).transpose(0, 1)
+
+
 class Buffered(nn.Module):
     """Experts with a capacity: rows are copied into a buffer with room for more."""
 
@@ -618,6 +630,28 @@ def test_pictures_beside_a_text_have_a_mask_of_their_own(mask, tokens):
         assert "cannot be told" in kfac.skipped["patches"]
     else:
         assert kfac.kfac_factors["patches"].tokens == tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"kfac_policy": "small_only"}, {"ekfac": True}])
+def test_products_by_einsum_are_those_of_linear_layers(settings):
+    torch.manual_seed(0)
+    model, batch = Frame(ByHeads()).double(), batch_of((5, 2, 4), "left")
+    up, down = nn.Linear(WIDTH, 6, bias=False), nn.Linear(6, WIDTH, bias=False)
+    other = Frame(nn.Sequential(up, nn.Tanh(), down)).double()
+    other.words, other.head = model.words, model.head
+    up.weight.data, down.weight.data = model.body.up.flatten(1).T, model.body.down.flatten(1)
+    found = []
+    for one in (model, other):
+        kfac = KFACNaturalGradient(damping=1e-2, track_diagonal=False, **settings)
+        loss = CrossEntropy(shift=True)
+        kfac.collect_kfac_factors(one, batch, loss=loss, keep_gradient=True, verify=True)
+        assert kfac.coverage.share == 1.0
+        found.append(kfac.compute_natural_gradient(None, one))
+    here, there = found
+    pairs = [("body.up", there["body.0.weight"].T), ("body.down", there["body.2.weight"])]
+    for name, expected in pairs:
+        assert here[name].shape == (WIDTH, 2, 3)
+        torch.testing.assert_close(here[name].flatten(1), expected, rtol=1e-9, atol=1e-13)
 
 
 def test_an_index_into_a_table_is_a_look_up():
