@@ -115,6 +115,7 @@ class Capture:
         rows: which tokens the rows of the pass's tensors belong to.
         inputs: side of the model, shape and first id of the tokens that it was given.
         masks: masks of the inputs beside a text (pictures, sounds), as bool, by the input's name.
+            ``made``: that of a decoder's inputs which the model makes of its own.
         hidden: whether a mask hides rows of an input, and it cannot be told which.
     """
 
@@ -126,6 +127,8 @@ class Capture:
         self.rows = TokenRows([*self.model.parameters(), *self.model.buffers()])
         self.inputs: list[tuple[str, torch.Size, int]] = []
         self.masks: dict[str, Tensor] = {}
+        self._given: list[Tensor] = []
+        self._mask: Any = None
         self.hidden = False
         self._calls: dict[UseOf, list[Call]] = {}
         self._names = {id(p): name for name, p in self.model.named_parameters()}
@@ -203,6 +206,8 @@ class Capture:
         names = [n for n in inspect.signature(module.forward).parameters if n not in kwargs]
         named = dict([*zip(names, args, strict=False), *kwargs.items()])
         text = any(named.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+        self._mask = named.get("attention_mask")
+        self._given = [value for value in named.values() if isinstance(value, Tensor)]
         for name, value in named.items():
             side, mask = "decoder" if name.startswith("decoder_") else "main", None
             if side == "main":
@@ -218,11 +223,18 @@ class Capture:
             self.outputs.append(output)
 
     def _enter_decoder(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A decoder's inputs that the model makes itself (of the labels)."""
-        if not any(side == "decoder" for side, _, _ in self.inputs):
-            for name, value in [("input_ids", args[0] if args else None), *kwargs.items()]:
-                if name in ("input_ids", "inputs_embeds", "input_values"):
-                    self._take_input("decoder", name, value, None)
+        """A decoder's inputs that the model makes itself, of the labels or of its own inputs."""
+        if any(side == "decoder" for side, _, _ in self.inputs):
+            return
+        for name, value in [("input_ids", args[0] if args else None), *kwargs.items()]:
+            given = any(value is one for one in self._given)  # what is run is the encoder
+            if name not in ("input_ids", "inputs_embeds", "input_values") or given:
+                continue
+            mask, origin = self._mask, self.rows.of(value)
+            made = not isinstance(origin, Fixed) and isinstance(mask, Tensor)
+            if made and mask.shape == value.shape[:2]:  # of tokens that this mask is for
+                self.masks["made"] = mask != 0
+            self._take_input("made" if made else "decoder", name, value, None)
 
     def _take_input(self, side: str, name: str, value: Any, mask: Any) -> None:
         """Gives ids to the tokens of an input; masks and positions are not data."""

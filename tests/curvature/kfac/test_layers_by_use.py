@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -592,6 +593,27 @@ def test_pooled_experts_share_the_factors_of_all_their_tokens(name, settings):
                 values += products / f.tokens - m_g[:, None] * m_a
             expected = v_g @ (v_g.T @ given @ v_a / values) @ v_a.T
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["UMT5ForTokenClassification", "BartForSequenceClassification"])
+def test_an_encoder_alone_and_a_decoder_of_the_same_words_have_the_mask_of_the_words(kind):
+    small = {"vocab_size": 53, "d_model": 16, "num_labels": 3}
+    sizes = {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    sides = ("encoder", "decoder")
+    sizes |= {f"{s}_{k}": n for s in sides for k, n in (("layers", 1), ("attention_heads", 2))}
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**small, **sizes, dropout=0.0)).double().eval()
+    batch = batch_of((4, 3, 2), "right")
+    batch["input_ids"] = (batch["input_ids"] + 3) * batch["attention_mask"]
+    batch["input_ids"][:, 0] = 5
+    ends = torch.arange(4) == batch["attention_mask"].sum(1, keepdim=True) - 1
+    batch["input_ids"] = batch["input_ids"].masked_fill(ends, model.config.eos_token_id)
+    tags = torch.where(batch["attention_mask"] > 0, batch["input_ids"] % 3, -100)
+    batch["labels"] = tags if "Token" in kind else torch.tensor([0, 1, 2])
+    kfac = KFACNaturalGradient(track_diagonal=False)
+    kfac.collect_kfac_factors(model, batch, verify=True)
+    inside = {f.tokens for name, f in kfac.kfac_factors.items() if ".0." in name}
+    assert inside == {9}
 
 
 class WithPictures(nn.Module):
