@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fisher_lab.curvature.collectives import Communicator, together
@@ -129,7 +130,7 @@ def with_inputs(model: nn.Module, batch: Any) -> Any:
     shift_right: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     # FSMT has the method as well, and makes its inputs of something else.
     says = _FROM_LABELS.search(source_of(type(base).forward))
-    made = shift_right(labels=labels) if shift_right and says else _decoder_inputs(model, batch)
+    made = shift_right(labels=labels) if shift_right and says else _of_labels(model, batch)
     if made is not None:
         batch["decoder_input_ids"] = made
     return batch
@@ -144,6 +145,15 @@ class _Made(Exception):
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
+
+
+def _of_labels(model: nn.Module, batch: Any) -> Tensor | None:
+    """The decoder's inputs where they change with the labels: it may be given the words instead."""
+    made, labels = _decoder_inputs(model, batch), batch["labels"]
+    if made is None:
+        return None
+    other = _decoder_inputs(model, {**batch, "labels": labels.clamp(max=0)})
+    return None if other is not None and torch.equal(made, other) else made
 
 
 def _decoder_inputs(model: nn.Module, batch: Any) -> Tensor | None:
