@@ -42,7 +42,12 @@ class Used:
         g = self.a.new_zeros(self.size).double() if self.g is None else self.g
         a = self.a.reshape(-1) if self.kind == "table" else self.a.reshape(-1, self.a.shape[-1])
         g = g.reshape(-1, g.shape[-1])
-        return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
+        if self.keep is not None:
+            return a[self.keep], g[self.keep]
+        if self.kind == "table":
+            return a, g
+        real = (a != 0).any(dim=1) | (g != 0).any(dim=1)  # what a model fills in is zero
+        return a[real], g[real]
 
 
 class Recorder(TorchFunctionMode):
@@ -233,8 +238,9 @@ class Reference:
         labels: how many count.
         gradient: of the mean loss, by parameter.
         tokens: name and kind of a parameter's use -> what it read and the gradients of its results.
-        fills: whether the model fills up positions of an example.
-        reached: how many numbers the parameters have that the loss has a gradient of.
+        with_own: the same with the rows that are the model's own, equal for every example, where
+            there are some: beside words they count (learned streams), by themselves they do not
+            (positions).
         biased: name and kind of a use -> whether a bias is added with it.
         logits: of each example.
     """
@@ -245,6 +251,7 @@ class Reference:
     fills: bool = False
     gradient: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    with_own: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     biased: dict[tuple[str, str], bool] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -284,10 +291,16 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
     for key, every in uses.items():
         used = _of_tokens(every, len(found.logits))
         if any(one.g is not None for one in used):
-            pairs = [one.rows() for one in used]
-            found.tokens[key] = torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
+            found.tokens[key] = _joined(used)
             found.biased[key] = any(one.bias for one in used)
+            if len(every) > len(used):
+                found.with_own[key] = _joined(every)
     return found
+
+
+def _joined(used: list[Used]) -> tuple[Tensor, Tensor]:
+    pairs = [one.rows() for one in used]
+    return torch.cat([a for a, _ in pairs]), torch.cat([g for _, g in pairs])
 
 
 def _of_tokens(used: list[Used], n: int) -> list[Used]:
