@@ -135,6 +135,8 @@ def base(name: str) -> str:
 def _matrix(layer: Any, named: Mapping[str, Tensor]) -> Tensor:
     """The weight of a layer as ``[out, in]`` with its bias as a column; of a norm, as a column."""
     weight = _part(named, layer.weight)
+    if weight.dim() == 3 and layer.kind in ("Linear", "Conv1D"):  # heads are kept apart
+        weight = weight.flatten(1)
     if layer.kind == "Bias":
         return weight[:, None]
     if layer.kind == "Norm":

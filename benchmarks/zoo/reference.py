@@ -36,18 +36,15 @@ class Used:
     keep: Tensor | None = None
     size: tuple[int, ...] = ()
     g: Tensor | None = None
+    features: int = 1
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """What it read and the gradients of its results, a row a token; zero where none came."""
         g = self.a.new_zeros(self.size).double() if self.g is None else self.g
         a = self.a.reshape(-1) if self.kind == "table" else self.a.reshape(-1, self.a.shape[-1])
+        g = g.flatten(-self.features)
         g = g.reshape(-1, g.shape[-1])
-        if self.keep is not None:
-            return a[self.keep], g[self.keep]
-        if self.kind == "table":
-            return a, g
-        real = (a != 0).any(dim=1) | (g != 0).any(dim=1)  # what a model fills in is zero
-        return a[real], g[real]
+        return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
 
 
 class Recorder(TorchFunctionMode):
@@ -82,6 +79,8 @@ class Recorder(TorchFunctionMode):
             self._shift(name, values, out)
         elif name == "__getitem__":
             self._looked_up(args, out)
+        elif name == "einsum" and len(values) == 2:
+            self._einsum(args[0], values, out)
         elif name == "embedding":
             self._embedding(args, kwargs, values, out)
         elif name in ("layer_norm", "rms_norm"):
@@ -121,6 +120,15 @@ class Recorder(TorchFunctionMode):
             if found is not None and shift.dim() == 1 < x.dim() and x.shape == out.shape:
                 self._keep(Used(found, "shift", x.detach()), out)
                 return
+
+    def _einsum(self, equation: str, values: list[Tensor], out: Tensor) -> None:
+        """A product of features with a weight that keeps heads apart."""
+        operands, _, result = equation.partition("->")
+        read, own = operands.split(",")
+        found, shared = self.parameter(values[1]), set(read) & set(own)
+        if found is not None and not shared & set(result):
+            x = values[0].detach().flatten(-len(shared))
+            self._keep(Used(found, "matrix", x, features=len(own) - len(shared)), out)
 
     def _looked_up(self, args: Any, out: Tensor) -> None:
         """Rows of a table by their numbers."""
