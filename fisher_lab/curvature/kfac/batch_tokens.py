@@ -144,8 +144,6 @@ def masks_of(batch: Any) -> dict[str, Tensor]:
         BatchError: no position of one is active.
     """
     found: dict[str, Tensor] = {}
-    if not isinstance(batch, Mapping):
-        return found
     for side, name in _MASKS.items():
         mask = token_mask(batch, name)
         if mask is not None:
@@ -157,8 +155,6 @@ def masks_of(batch: Any) -> dict[str, Tensor]:
 
 def any_token(batch: Any) -> bool:
     """Says whether a prepared batch has an active token (a mask without one has not)."""
-    if not isinstance(batch, Mapping):
-        return True
     masks = [token_mask(batch, name) for name in _MASKS.values()]
     return all(bool((m != 0).any()) for m in masks if m is not None)
 

@@ -107,15 +107,15 @@ class ByExample:
 
     def sums(self, x: Tensor) -> Tensor:
         """Returns the sums ``[n, features]`` of tokens ``[T, features]``, at least in float32."""
-        wide = x.double()
-        total = wide.new_zeros(len(self), *x.shape[1:]).index_add_(0, self.index, wide)
-        return total.to(at_least_float32(x[:0]).dtype)
+        return self._total(x).to(at_least_float32(x[:0]).dtype)
 
     def means(self, x: Tensor) -> Tensor:
         """Returns the means ``[n, features]`` of tokens ``[T, features]``, at least in float32."""
+        return (self._total(x) / self._counts[:, None]).to(at_least_float32(x[:0]).dtype)
+
+    def _total(self, x: Tensor) -> Tensor:
         wide = x.double()
-        total = wide.new_zeros(len(self), *x.shape[1:]).index_add_(0, self.index, wide)
-        return (total / self._counts[:, None]).to(at_least_float32(x[:0]).dtype)
+        return wide.new_zeros(len(self), *x.shape[1:]).index_add_(0, self.index, wide)
 
 
 def by_example(loss: SummedLoss, rows: TokenRows, known: Callable[[], Examples]) -> SummedLoss:
