@@ -312,6 +312,8 @@ class SpectralEngines:
             lam=None if section.operator == "hessian" else section.dimension_damping,
             n_probes=section.density_probes,
             steps=section.density_steps,
+            max_steps=section.density_max_steps,
+            tol=section.dimension_tol,
         )
 
     def group_fisher(

@@ -143,13 +143,22 @@ class LanczosSection(LanczosConfig):
     enabled: bool = setting(False, "Whether `task=analyze` runs it.")
     block: str | None = setting(None, "A block's name; null: the whole model.")
     density_probes: int = setting(
-        4,
+        10,
         "Random vectors behind density, trace and effective dimension; 0: eigenpairs alone.",
         whole(0),
     )
-    density_steps: int = setting(30, "Lanczos steps a random vector.", whole(2))
+    density_steps: int = setting(30, "Lanczos steps a random vector, at least.", whole(2))
+    density_max_steps: int | None = setting(
+        None,
+        "Steps at most while the bracket of the effective dimension is open; null: 200 in the "
+        "space of the samples, `density_steps` in that of the parameters.",
+        whole(2) | null,
+    )
     dimension_damping: float | None = setting(
         None, "lam of tr(F (F + lam I)^-1); null: none.", above(0) | null
+    )
+    dimension_tol: float = setting(
+        0.01, "The bracket of the effective dimension is to close to this share of it.", above(0)
     )
 
     def check(self) -> Problems:

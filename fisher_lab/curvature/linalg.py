@@ -347,6 +347,14 @@ class KrylovBasis:
         """Returns (values ascending ``[j]``, coordinates ``[j, j]``) of the projected matrix."""
         return torch.linalg.eigh(self.projected[: self.size, : self.size])
 
+    def noise(self) -> float:
+        """Returns how far the products are from those of a symmetric matrix.
+
+        Of a full orthogonalisation without restarts: what ``V A V^T`` has beside its three
+        diagonals, as a norm. In exact arithmetic there is nothing.
+        """
+        return 2**0.5 * float(self.projected[: self.size, : self.size].triu(2).norm())
+
     def restart(self, coordinates: Tensor) -> None:
         """Keeps only the directions with these coordinates ``[j, l]`` (orthonormal columns)."""
         keep = coordinates.shape[1]

@@ -247,7 +247,7 @@ def refused(comm: Any, kind: str, name: str, batches: list[dict]) -> str:
     if kind == "labels" and comm.rank == 1:
         batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     cache = object() if kind == "cache" else None
-    loss = None
+    loss: Any = None
     if comm.rank == 1 and kind in ("loss", "no loss"):
         loss = FailingLoss(True) if kind == "loss" else len
 
@@ -323,7 +323,7 @@ def everything(
     """On a rank: everything else that `FisherLanczos` has to give, of the whole model."""
     model = model_of(name, dtype)
     engine = FisherLanczos(k=2, tol=tol, communicator=comm)
-    steps = {"n_probes": 2, "steps": 5}
+    steps: dict[str, Any] = {"n_probes": 2, "steps": 5}
     result = engine.analyze(model, batches, lam=1e-3, **steps)
     result["slq"] = vars(engine.trace(model, batches, method="slq", n_products=2))
     result["hutch"] = vars(engine.trace(model, batches, n_products=6))
@@ -404,7 +404,7 @@ def products_that_fail(comm: Any, kind: str, name: str, batches: list[dict]) -> 
         step = "fisher_lab.curvature.spectra.operators._Part.product"
         failing = patch(step, side_effect=ValueError("a product failed"))
     elif kind == "basis":
-        failing = patch("fisher_lab.curvature.spectra.lanczos.free_memory", lambda device: 0)
+        failing = patch("fisher_lab.curvature.spectra.matrix_free.free_memory", lambda device: 0)
     with failing:
         text = said(lambda: engine.top_eigenpairs(model, batches))
     if text == "nothing":  # the ranks are still in step

@@ -5,9 +5,9 @@ Definitions are in ``docs/math.md``, section 8.
 
 from __future__ import annotations
 
-import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
@@ -17,29 +17,20 @@ from torch import Tensor, nn
 
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.spectra import LanczosConfig
-from fisher_lab.curvature import losses
-from fisher_lab.curvature.collectives import Alone, Communicator
-from fisher_lab.curvature.errors import CurvatureError, check_one_of, check_options
-from fisher_lab.curvature.evaluation_mode import isolated
+from fisher_lab.curvature.errors import CurvatureError, check_one_of
 from fisher_lab.curvature.linalg import MatVec
-from fisher_lab.curvature.memory import check_device, free_memory
+from fisher_lab.curvature.spectra import estimates
 from fisher_lab.curvature.spectra.blocks import select_parameters
-from fisher_lab.curvature.spectra.krylov import LanczosResult, default_vectors, lanczos_algorithm
-from fisher_lab.curvature.spectra.operators import CurvatureOperator
-from fisher_lab.curvature.spectra.quadrature import (
-    Estimate,
-    Quadrature,
-    damped_share,
-    density_record,
-    hutch_plus_plus,
-    quadrature,
-)
+from fisher_lab.curvature.spectra.conjugate_gradients import conjugate_gradients
+from fisher_lab.curvature.spectra.estimates import Diagonal, Estimate
+from fisher_lab.curvature.spectra.krylov import LanczosResult, lanczos_algorithm
+from fisher_lab.curvature.spectra.matrix_free import MatrixFree
+from fisher_lab.curvature.spectra.operators import CurvatureOperator, in_float64
+from fisher_lab.curvature.spectra.quadrature import Probing, damped_share, log_share
 from fisher_lab.curvature.wrappers import plain
 
-logger = logging.getLogger(__name__)
 
-
-class FisherLanczos:
+class FisherLanczos(MatrixFree):
     """Spectral quantities of the Fisher matrix or the Hessian by matrix-free products.
 
     The model is evaluated in ``eval()`` mode and left as it was found. On several ranks every
@@ -70,23 +61,6 @@ class FisherLanczos:
             a CUDA device.
     """
 
-    def __init__(
-        self,
-        *values: Any,
-        config: LanczosConfig | None = None,
-        loss_fn: losses.LossFunction | None = None,
-        say: Callable[[str], None] | None = None,
-        communicator: Communicator | None = None,
-        **options: Any,
-    ) -> None:
-        given = LanczosConfig(*values, **options)
-        self.config = given if config is None else replace(config, **options)
-        check_options(self.config)
-        check_device("vector_device", self.config.vector_device)
-        self._loss_fn = loss_fn
-        self._say = say or logger.warning
-        self._ranks = communicator or Alone()
-
     # ---- eigenpairs --------------------------------------------------------------------------
 
     def top_eigenpairs(
@@ -116,14 +90,13 @@ class FisherLanczos:
             CurvatureError: no such block, or the basis does not fit into memory.
             BatchError: no label counts.
         """
-        kept: list[Tensor] = []
 
-        def work(matrix: CurvatureOperator) -> dict[str, Any]:
+        def work(matrix: CurvatureOperator) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found = self._eigenpairs(matrix, eigenvectors=eigenvectors)
-            kept.extend([] if found.eigenvectors is None else [found.eigenvectors])
-            return self._pairs(found, matrix, block)
+            vectors = {} if found.eigenvectors is None else {"eigenvectors": found.eigenvectors}
+            return self._pairs(found, matrix, block), vectors
 
-        return self._driven(model, batch, block, work, kept if eigenvectors else None)
+        return self._driven_with_vectors(model, batch, block, work)
 
     def lanczos_algorithm(
         self, matvec: MatVec, n: int, k: int | None = None, *, eigenvectors: bool = True
@@ -150,42 +123,52 @@ class FisherLanczos:
         block: str | None = None,
         *,
         lam: float | None = None,
-        n_probes: int = 4,
+        n_probes: int = 10,
         steps: int = 30,
         n_grid: int = 256,
+        max_steps: int | None = None,
+        tol: float = 0.01,
     ) -> dict[str, Any]:
         """Finds eigenpairs, density, trace and effective dimension from one set of products.
 
         The probes are deflated by the eigenpairs found, which then enter exactly: less variance,
-        and no product is made twice. There are ``n_probes`` of them (0 for eigenpairs alone) with
-        ``steps`` Lanczos steps each; the density's grid has ``n_grid`` points.
+        and no product is made twice. There are ``n_probes`` of them (0 for eigenpairs alone); the
+        density's grid has ``n_grid`` points. The other arguments are those of
+        :meth:`effective_dimension`.
 
         Returns:
             ``top`` (as :meth:`top_eigenpairs`); with probes also ``density`` (as
             :meth:`spectral_density`), ``trace`` and, with a damping ``lam``,
-            ``effective_dimension``.
+            ``effective_dimension``: the entries of an :class:`Estimate`, ``lam``, ``tolerance``,
+            ``closed`` (whether the bracket is closed to it), ``rank_bound``, ``space`` and
+            ``steps``.
 
         Raises:
             CurvatureError: an argument is out of range, or the basis does not fit into memory.
             SettingError: probes without ``reorthogonalize``.
         """
-        self._check(lam, "True, or n_probes=0" if n_probes > 0 else "")
+        self._check(lam, tol, "True, or n_probes=0" if n_probes > 0 else "")
+        share = None if lam is None else partial(damped_share, lam=lam)
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             found = self._eigenpairs(matrix, eigenvectors=n_probes > 0)
             result: dict[str, Any] = {"top": self._pairs(found, matrix, block)}
             if n_probes == 0:
                 return result
-            rule = self._quadrature(matrix, n_probes, steps, found)
+            rule = self._rule(matrix, Probing(n_probes, steps, max_steps, tol), found, share)
             log = self.config.operator != "hessian"
-            result["density"] = {
-                **density_record(rule, self._dtype(matrix), n_grid, None, log),
-                **self._about(matrix, block),
-            }
+            result["density"] = self._density(rule, matrix, block, n_grid, None, log)
             result["trace"] = asdict(rule.trace_of(lambda x: x))
-            if lam is not None:
-                dimension = rule.trace_of(partial(damped_share, lam=lam))
-                result["effective_dimension"] = {**asdict(dimension), "lam": lam}
+            if share is not None:
+                dimension = rule.bracket_of(share, floor=rule.noise, limit=matrix.rank)
+                result["effective_dimension"] = {
+                    **asdict(dimension),
+                    "lam": lam,
+                    "tolerance": tol,
+                    "closed": dimension.closed(tol),
+                    "rank_bound": matrix.rank,
+                    **rule.about(),
+                }
             return result
 
         return self._driven(model, batch, block, work)
@@ -198,7 +181,7 @@ class FisherLanczos:
         batch: Any,
         block: str | None = None,
         *,
-        n_probes: int = 8,
+        n_probes: int = 10,
         steps: int = 40,
         n_grid: int = 256,
         sigma: float | None = None,
@@ -207,27 +190,27 @@ class FisherLanczos:
         """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
 
         ``n_probes`` random vectors make ``steps`` Lanczos steps each, with full
-        reorthogonalisation. The density is given on ``n_grid`` points, smoothed by Gaussians of
-        width ``sigma`` in the grid's unit (None: 1 % of its span). With ``log`` it is over the
-        decimal logarithm of the eigenvalue; what is zero or negative up to rounding is left out,
-        and its weight is ``mass_left_out``.
+        reorthogonalisation; in the space of the samples where that is smaller, and where ``N``
+        products say everything, exactly. The density is given on ``n_grid`` points, smoothed by
+        Gaussians of width ``sigma`` in the grid's unit (None: 1 % of its span). With ``log`` it is
+        over the decimal logarithm of the eigenvalue; what is zero or negative up to rounding is
+        left out, and its weight is ``mass_left_out``.
 
         Returns:
-            ``grid``, ``density``, ``standard_error`` (lists), ``mass_at_zero`` (the fraction of
-            eigenvalues that are zero up to rounding), ``nodes`` and ``weights`` by probe, and
-            ``trace`` with its standard error from the same products.
+            ``grid``, ``density``, ``standard_error``, ``low`` and ``high`` (lists; the interval of
+            confidence 0.95 at every point), ``mass_at_zero`` (the fraction of eigenvalues that are
+            zero up to rounding, which is ``zero_floor``), ``nodes`` and ``weights`` by probe,
+            ``space`` (``samples`` or ``parameters``), ``steps``, ``exact``, and ``trace`` with its
+            standard error from the same products.
 
         Raises:
             CurvatureError: no such block, or the basis does not fit into memory.
         """
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
-            rule = self._quadrature(matrix, n_probes, steps)
-            return {
-                **density_record(rule, self._dtype(matrix), n_grid, sigma, log),
-                "trace": asdict(rule.trace_of(lambda x: x)),
-                **self._about(matrix, block),
-            }
+            rule = self._rule(matrix, Probing(n_probes, steps))
+            trace = {"trace": asdict(rule.trace_of(lambda x: x))}
+            return self._density(rule, matrix, block, n_grid, sigma, log) | trace
 
         return self._driven(model, batch, block, work)
 
@@ -243,30 +226,76 @@ class FisherLanczos:
     ) -> Estimate:
         """Estimates the trace with ``n_products`` products in all.
 
-        ``method`` is ``hutch++`` or ``slq``: stochastic Lanczos quadrature, ``steps`` Lanczos steps
-        a probe (one is exact for the trace).
+        ``method`` is ``hutch++``, ``xtrace`` or ``slq``: stochastic Lanczos quadrature, ``steps``
+        Lanczos steps a probe (one is exact for the trace).
 
         Raises:
             CurvatureError: the method has another name, or an argument is out of range.
         """
-        check_one_of("method", method, ("hutch++", "slq"))
+        check_one_of("method", method, ("hutch++", "slq", "xtrace"))
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             if method == "slq":
-                rule = self._quadrature(matrix, max(n_products // steps, 1), steps)
+                probes = max(n_products // steps, 1)
+                rule = self._rule_of_parameters(matrix, Probing(probes, steps))
                 return asdict(rule.trace_of(lambda x: x))
-            dtype = self._dtype(matrix)
+            if method == "xtrace":
+                # Random vectors, their images, the basis of these, and its images.
+                return asdict(self._estimated(estimates.xtrace, matrix, n_products, 2, 4))
             # The random range, its orthonormal basis and the work space in between.
-            block = max(n_products // 3, 1)
-            device = self._place("n_products", block, matrix.n, dtype, matrix.device, copies=3)
-            seed = self.config.seed
-            return asdict(
-                hutch_plus_plus(
-                    matrix, matrix.n, n_products=n_products, seed=seed, dtype=dtype, device=device
-                )
-            )
+            return asdict(self._estimated(estimates.hutch_plus_plus, matrix, n_products, 3, 3))
 
         return Estimate(**self._driven(model, batch, block, work))
+
+    def frobenius_norm(
+        self, model: nn.Module, batch: Any, block: str | None = None, *, n_products: int = 60
+    ) -> Estimate:
+        """Estimates ``|F|_F`` by Hutch++ on ``F^2`` with ``n_products`` products in all.
+
+        Raises:
+            CurvatureError: an argument is out of range.
+        """
+
+        def work(matrix: CurvatureOperator) -> dict[str, Any]:
+            method = partial(estimates.hutch_plus_plus, squared=True)
+            return asdict(self._estimated(method, matrix, n_products, 3, 3))
+
+        return estimates.frobenius_norm(Estimate(**self._driven(model, batch, block, work)))
+
+    def diagonal(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None = None,
+        *,
+        method: str = "xdiag",
+        n_products: int = 60,
+    ) -> dict[str, Any]:
+        """Estimates the diagonal with ``n_products`` products in all.
+
+        ``method`` is ``xdiag`` or ``hutchinson``, which allocates no block of vectors.
+
+        Returns:
+            ``diagonal`` and ``standard_errors`` by parameter, ``n_probes``, ``n_products``,
+            ``seed``, and what :meth:`top_eigenpairs` says of the operator.
+
+        Raises:
+            CurvatureError: the method has another name, or an argument is out of range.
+        """
+        check_one_of("method", method, ("xdiag", "hutchinson"))
+
+        def work(matrix: CurvatureOperator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            if method == "xdiag":
+                found: Diagonal = self._estimated(estimates.xdiag, matrix, n_products, 2, 4)
+            else:
+                found = self._estimated(
+                    estimates.hutchinson_diagonal, matrix, n_products, n_products, 3
+                )
+            record = {**vars(found), **self._about(matrix, block)}
+            vectors = {"diagonal": record.pop("values")}
+            return record, vectors | {"standard_errors": record.pop("standard_errors")}
+
+        return self._driven_with_vectors(model, batch, block, work)
 
     def effective_dimension(
         self,
@@ -275,32 +304,89 @@ class FisherLanczos:
         lam: float,
         block: str | None = None,
         *,
-        n_probes: int = 8,
+        n_probes: int = 10,
         steps: int = 40,
+        max_steps: int | None = None,
+        tol: float = 0.01,
     ) -> Estimate:
-        """Estimates ``tr(F (F + lam I)^-1)`` for a damping ``lam`` above 0.
+        """Estimates ``tr(F (F + lam I)^-1)`` for a damping ``lam`` above 0, from both sides.
 
         The top ``k`` eigenpairs enter exactly, their complement by quadrature with ``n_probes``
-        random vectors and ``steps`` Lanczos steps each.
+        random vectors: Gauss rules from above, Gauss-Radau rules with a node at zero from below
+        (``docs/math.md``, section 8). The matrix of the samples is taken where it is the smaller
+        one; where the probes would take as many products as there are samples, it is formed and
+        decomposed instead, and nothing is left open.
+
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as for :meth:`top_eigenpairs`.
+            lam: the damping.
+            block: as for :meth:`top_eigenpairs`.
+            n_probes: random vectors.
+            steps: Lanczos steps a probe, at least.
+            max_steps: Lanczos steps a probe until the bracket is closed, at most. None: 200 in the
+                space of the samples, ``steps`` in that of the parameters.
+            tol: the bracket is closed when its ends differ by no more than this share.
 
         Raises:
             CurvatureError: ``lam`` is not above 0, or the operator may be indefinite.
             SettingError: without ``reorthogonalize``.
         """
-        self._check(lam, "True")
+        return self._bracketed(
+            model, batch, block, damped_share, lam, Probing(n_probes, steps, max_steps, tol)
+        )
+
+    def log_determinant(
+        self,
+        model: nn.Module,
+        batch: Any,
+        lam: float,
+        block: str | None = None,
+        *,
+        n_probes: int = 10,
+        steps: int = 40,
+        max_steps: int | None = None,
+        tol: float = 0.01,
+    ) -> Estimate:
+        """Estimates ``log det(F + lam I)``, of which ``n log(lam)`` is known, from both sides.
+
+        Arguments and errors are those of :meth:`effective_dimension`; ``tol`` is relative to
+        ``log det(F / lam + I)``.
+        """
+        found = self._bracketed(
+            model, batch, block, log_share, lam, Probing(n_probes, steps, max_steps, tol)
+        )
+        n = sum(p.numel() for p in select_parameters(plain(model), block).values())
+        return found.shifted(n * math.log(lam))
+
+    def _bracketed(
+        self,
+        model: nn.Module,
+        batch: Any,
+        block: str | None,
+        function: Callable[..., Tensor],
+        lam: float,
+        probing: Probing,
+    ) -> Estimate:
+        """``tr f(F)`` of a function with a damping, as :meth:`effective_dimension` says."""
+        self._check(lam, probing.tol, "True")
+        share = partial(function, lam=lam)
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             found = self._eigenpairs(matrix, eigenvectors=True)
-            rule = self._quadrature(matrix, n_probes, steps, found)
-            dimension = asdict(rule.trace_of(partial(damped_share, lam=lam)))
+            rule = self._rule(matrix, probing, found, share)
+            limit = matrix.rank if function is damped_share else math.inf
+            dimension = asdict(rule.bracket_of(share, floor=rule.noise, limit=limit))
             return {**dimension, "n_products": dimension["n_products"] + found.n_products}
 
         return Estimate(**self._driven(model, batch, block, work))
 
-    def _check(self, lam: float | None, allowed: str) -> None:
+    def _check(self, lam: float | None, tol: float, allowed: str) -> None:
         """Refuses a damping out of range, and copies of eigenvalues that would count as known."""
         if lam is not None and not lam > 0:
             raise CurvatureError(f"lam: {lam}; allowed: above 0")
+        if not tol > 0:
+            raise CurvatureError(f"tol: {tol}; allowed: above 0")
         if lam is not None and self.config.operator == "hessian":
             raise CurvatureError("operator: 'hessian' may be indefinite; allowed: empirical, true")
         if allowed and not self.config.reorthogonalize:
@@ -308,173 +394,70 @@ class FisherLanczos:
                 f"reorthogonalize: False; allowed where eigenpairs count as known: {allowed}"
             )
 
-    # ---- runs --------------------------------------------------------------------------------
+    # ---- linear systems ----------------------------------------------------------------------
 
-    def _driven(
+    def damped_inverse(
         self,
         model: nn.Module,
         batch: Any,
-        block: str | None,
-        work: Callable[[CurvatureOperator], dict[str, Any]],
-        vectors: list[Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Returns what the work makes of the operator on rank 0, on every rank.
-
-        Where the work leaves eigenvectors ``[k, n]`` in ``vectors``, these are sent as well.
-        """
-        model = plain(model)
-        with isolated(model, seed=self.config.seed):
-            matrix = CurvatureOperator(
-                self.config.operator,
-                model,
-                batch,
-                select_parameters(model, block),
-                loss_fn=self._loss_fn,
-                products=self.config.products,
-                communicator=self._ranks,
-            )
-            record = matrix.drive(lambda: work(matrix))
-            if vectors is not None:
-                shape = (len(record["eigenvalues"]), matrix.n)
-                if not vectors:
-                    dtype = self._dtype(matrix)
-                    vectors.append(torch.empty(shape, dtype=dtype, device=matrix.device))
-                record["eigenvectors"] = matrix.unflatten(self._ranks.broadcast(vectors[0], 0))
-            return record
-
-    def _eigenpairs(self, matrix: CurvatureOperator, *, eigenvectors: bool) -> LanczosResult:
-        n, k, dtype = matrix.n, self.config.k, self._dtype(matrix)
-        return self._run(matrix, n, k, eigenvectors, dtype, matrix.device)
-
-    def _run(
-        self,
-        matvec: MatVec,
-        n: int,
-        k: int,
-        eigenvectors: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LanczosResult:
-        config = self.config
-        most = config.max_vectors
-        m = default_vectors(n, min(k, n)) if most is None else min(most, n)
-        more = min(k, n) if eigenvectors else 0
-        return lanczos_algorithm(
-            matvec,
-            n,
-            k,
-            max_vectors=m,
-            max_products=config.max_products,
-            tol=config.tol,
-            seed=config.seed,
-            which=config.which,
-            reorthogonalize=config.reorthogonalize,
-            dtype=dtype,
-            device=self._place("max_vectors", m, n, dtype, device, eigenvectors=more),
-            eigenvectors=eigenvectors,
-        )
-
-    def _quadrature(
-        self,
-        matrix: CurvatureOperator,
-        n_probes: int,
-        steps: int,
-        found: LanczosResult | None = None,
-    ) -> Quadrature:
-        """Quadrature; its probes are deflated by converged pairs, which then enter exactly."""
-        dtype, m, seed = self._dtype(matrix), min(steps, matrix.n), self.config.seed
-        known, deflate = torch.empty(0), None
-        if found is None:
-            device = self._place("steps", m, matrix.n, dtype, matrix.device)
-        else:
-            assert found.eigenvectors is not None
-            keep, seed = torch.tensor(found.converged), seed + 1
-            known, vectors = found.eigenvalues[keep], found.eigenvectors
-            device = vectors.device
-            # The basis that found them is gone; those that are kept are copied unless all are.
-            some = 0 if bool(keep.all()) else len(known)
-            self._place("steps", m, matrix.n, dtype, matrix.device, eigenvectors=some)
-            if len(known):
-                deflate = vectors[keep.to(device)] if some else vectors
-        return quadrature(
-            matrix,
-            matrix.n,
-            n_probes=n_probes,
-            steps=steps,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            deflate=deflate,
-        ).with_known(known)
-
-    def _dtype(self, matrix: CurvatureOperator) -> torch.dtype:
-        named = self.config.vector_dtype
-        return matrix.dtype if named == "auto" else getattr(torch, named)
-
-    def _place(
-        self,
-        setting: str,
-        basis: int,
-        n: int,
-        dtype: torch.dtype,
-        model_device: torch.device,
+        vector: Mapping[str, Tensor],
+        lam: float,
+        block: str | None = None,
         *,
-        copies: int = 1,
-        eigenvectors: int = 0,
-    ) -> torch.device:
-        """Says what vectors ``[n]`` will take that are about to be allocated, and where they fit.
+        tol: float = 1e-10,
+        max_products: int = 1000,
+        preconditioner: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None = None,
+        float64: bool = True,
+    ) -> dict[str, Any]:
+        """Solves ``(F + lam I) x = b`` by conjugate gradients: the exact damped inverse.
 
-        ``copies`` blocks of ``basis`` vectors, a number that follows from the argument ``setting``,
-        and ``eigenvectors`` more; the model is on ``model_device``.
+        Args:
+            model: as for :meth:`top_eigenpairs`.
+            batch: as for :meth:`top_eigenpairs`.
+            vector: ``b``, for example the mean gradient: a tensor for each parameter of the block.
+            lam: damping, 0 or more.
+            block: as for :meth:`top_eigenpairs`.
+            tol: of ``|b - (F + lam I) x| / |b|``.
+            max_products: gives up after so many products.
+            preconditioner: approximates ``(F + lam I)^-1`` of vectors by parameters, such as K-FAC;
+                None: the identity.
+            float64: computes with a copy of the model in float64; False: in the model's dtype,
+                whose rounding then bounds the residual.
+
+        Returns:
+            ``solution`` by parameter, ``residual`` (of a product of its own), ``converged``,
+            ``history`` (residual by step), ``n_products``, ``lam``, ``tol`` and what
+            :meth:`top_eigenpairs` says of the operator.
 
         Raises:
-            CurvatureError: they do not fit.
+            CurvatureError: an argument is out of range, the vector lacks a parameter, the matrix
+                (a Hessian) or the preconditioner is not positive definite, or the vectors do not
+                fit into memory.
+            NonFiniteError: a product holds NaN or infinity.
         """
-        device = self.config.vector_device
-        count, each = basis * copies + eigenvectors, n * dtype.itemsize
-        chosen = model_device if device == "auto" else torch.device(device)
-        if device == "auto" and count * each > free_memory(chosen):
-            chosen = torch.device("cpu")
-        free = free_memory(chosen)
-        what = f"{copies} blocks of {basis} vectors" if copies > 1 else f"{basis} vectors"
-        what = f"({what} + {eigenvectors} eigenvectors)" if eigenvectors else what
-        size, room = count * each / 2**20, f"{free / 2**20:.0f} MiB"
-        self._say(
-            f"Lanczos basis: {what} x {n} parameters x {dtype} = "
-            f"{size:.1f} MiB on {chosen} ({room} free)"
-        )
-        if count * each > free:
-            largest = max((free // max(each, 1) - eigenvectors) // copies, 0)
-            raise CurvatureError(
-                f"{setting}: {what} of {n} parameters take {size:.0f} MiB, and {room} are free on "
-                f"{chosen}; allowed: {largest} or fewer vectors, or a smaller block"
+        if float64:
+            model, batch = in_float64(plain(model), batch)
+
+        def work(matrix: CurvatureOperator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            device = self._place("block", 6, matrix.n, torch.float64, matrix.device)
+            rhs = matrix.flatten(vector).to(device=device, dtype=torch.float64)
+
+            def precondition(v: Tensor) -> Tensor:
+                assert preconditioner is not None
+                return matrix.flatten(preconditioner(matrix.unflatten(v)))
+
+            found = conjugate_gradients(
+                matrix,
+                rhs,
+                lam=lam,
+                tol=tol,
+                max_products=max_products,
+                precondition=None if preconditioner is None else precondition,
             )
-        return chosen
+            record = {**vars(found), **self._about(matrix, block)}
+            return record, {"solution": record.pop("x")}
 
-    # ---- records -----------------------------------------------------------------------------
-
-    def _pairs(
-        self, found: LanczosResult, matrix: CurvatureOperator, block: str | None
-    ) -> dict[str, Any]:
-        record = {
-            **vars(found),
-            "eigenvalues": found.eigenvalues.tolist(),
-            "residuals": found.residuals.tolist(),
-            "converged": list(found.converged),
-        }
-        del record["eigenvectors"]
-        options = {"tolerance": self.config.tol, "seed": self.config.seed}
-        return {**record, **options, **self._about(matrix, block)}
-
-    def _about(self, matrix: CurvatureOperator, block: str | None) -> dict[str, Any]:
-        operator = self.config.operator
-        return {
-            "operator": operator,
-            "block": block,
-            "products": "double_backward" if operator == "hessian" else matrix.used,
-            "n_params": matrix.n,
-            "n_samples": matrix.n_labels,
-        }
+        return self._driven_with_vectors(model, batch, block, work)
 
 
 def _option_of_config(name: str) -> property:

@@ -7,6 +7,11 @@ All three belong to the *mean* loss over the ``N`` labelled tokens of the batche
   logits (for a softmax the true Fisher is the generalised Gauss-Newton matrix);
 - ``hessian``: the second derivative itself.
 
+Both Fisher matrices are ``(1/N) B^T B`` with ``B`` ``[rows, n]``: ``B = J`` (a row for each token
+with a label), and ``B_n = (diag(p_n)^(1/2) - p_n^(1/2) p_n^T) Z_n`` (one for each such token and
+class). Their nonzero eigenvalues are those of ``(1/N) B B^T``, which is the smaller matrix where
+``rows < n`` (:class:`RowOperator`).
+
 The forward pass is made once and its graph kept; a product is a Jacobian-vector pass without graph
 and a vector-Jacobian pass (Fisher), or one second backward pass (Hessian). Vectors are flat,
 ``[n]``, the parameters' elements in the order of ``named_parameters()``. On several ranks each has
@@ -16,6 +21,7 @@ broadcasts the vector of each product; the others answer with their part until i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +43,9 @@ from fisher_lab.curvature.errors import BatchError, CurvatureError, check_one_of
 from fisher_lab.curvature.preparation import agreed
 from fisher_lab.curvature.spectra.samples import as_batches
 
+_PRODUCT, _BY_ROWS, _TO_ROWS = 1, 2, 3
+"""What is asked of the ranks: ``B^T B v``, ``B B^T u``, ``B v``."""
+
 
 class _OnBatch(nn.Module):
     """A model as a function of a whole batch, for ``functional_call``."""
@@ -47,6 +56,23 @@ class _OnBatch(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         return losses.forward(self.inner, batch)
+
+
+def in_float64(model: nn.Module, batch: Any) -> tuple[nn.Module, list[Any]]:
+    """Returns a copy of a model, and its batches, with every floating tensor in float64.
+
+    Tensors that a forward pass itself casts to float32 stay what it makes of them.
+
+    Args:
+        model: without wrappers.
+        batch: one batch or an iterable of batches.
+    """
+
+    def wide(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    batches = [losses.map_tensors(wide, one) for one in as_batches(batch)]
+    return copy.deepcopy(model).double(), batches
 
 
 class CurvatureOperator:
@@ -70,6 +96,8 @@ class CurvatureOperator:
     Attributes:
         n: number of elements, ``n``.
         n_labels: ``N``, of all ranks.
+        n_rows: rows of ``B``, of all ranks; 0 for the Hessian.
+        rank: an upper bound of the matrix's rank: ``N``, ``N (C - 1)`` for ``C`` classes, or ``n``.
         products: the way asked for.
         used: the way in use.
 
@@ -107,22 +135,44 @@ class CurvatureOperator:
         together(self._ranks, lambda: batches.extend(as_batches(batch)))
         agreed(model, batches, self._ranks, loss_fn)
         together(self._ranks, lambda: self._open(batches, loss_fn))
-        own = sum(part.n_labels for part in self._parts)
-        self.n_labels = sum(self._ranks.all_gather_objects(own))
+        own = [[part.index, part.n_rows, part.n_labels, part.rank] for part in self._parts]
+        by_rank = self._ranks.all_gather_objects(own)
+        self.n_labels = sum(labels for parts in by_rank for _, _, labels, _ in parts)
         if self.n_labels == 0:
             raise BatchError("batch: no label counts; a product needs at least one")
+        self.n_rows = self._number_rows(by_rank)
+        bound = sum(rank for parts in by_rank for *_, rank in parts)
+        self.rank = self.n if name == "hessian" else min(self.n, bound)
         self._all_failed = False
 
     def _open(self, batches: Sequence[Any], loss_fn: losses.LossFunction | None) -> None:
         alone = self._ranks.size == 1
-        for one in batches:
+        for index, one in enumerate(batches):
             if losses.is_empty(one):
                 continue
             prepared = losses.prepare(self._model, one, loss_fn, measure=alone)
             self._scorer = losses.scorer(self._model, loss_fn)
-            part = _Part(self, prepared)
+            part = _Part(self, prepared, index)
             if part.n_labels > 0:
                 self._parts.append(part)
+
+    def _number_rows(self, by_rank: list[list[list[int]]]) -> int:
+        """Gives every part its first row, and returns how many there are.
+
+        By batches and then by ranks: one process that has the whole batches counts the same way.
+        """
+        start, starts = 0, {}
+        keys = [
+            (index, rank, place, count)
+            for rank, parts in enumerate(by_rank)
+            for place, (index, count, *_) in enumerate(parts)
+        ]
+        for _, rank, place, count in sorted(keys):
+            starts[rank, place] = start
+            start += count
+        for place, part in enumerate(self._parts):
+            part.first_row = starts[self._ranks.rank, place]
+        return start
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Returns the product with a flat vector, on the vector's device and in its dtype.
@@ -130,13 +180,41 @@ class CurvatureOperator:
         Raises:
             RankError: another rank has an error.
         """
-        here = vector.to(device=self.device, dtype=self.dtype)
-        if self._ranks.size == 1:
-            total = self._own_part(here)
-        else:
-            self._ranks.broadcast(torch.cat([here, here.new_ones(1)]), 0)
-            total = self._sum(here)
+        total = self._answered(_PRODUCT, vector)
         return (total / self.n_labels).to(device=vector.device, dtype=vector.dtype)
+
+    def _answered(self, kind: int, vector: Tensor) -> Tensor:
+        """All ranks' answer to a vector, on the operator's device and in its dtype."""
+        here = vector.to(device=self.device, dtype=self.dtype)
+        if self._ranks.size > 1:
+            message = here.new_zeros(self.n + 1)
+            message[: len(here)], message[-1] = here, kind
+            self._ranks.broadcast(message, 0)
+        return self._answer(kind, here)
+
+    def _answer(self, kind: int, vector: Tensor) -> Tensor:
+        """This rank's share of the answer, and of adding up what all have."""
+        if kind == _PRODUCT:
+            return self._sum(self.n, lambda: self._own_part(vector))
+        if kind == _BY_ROWS:
+            rows = vector[: self.n_rows]
+            vector = self._sum(self.n, lambda: self._own_pull(rows))
+        return self._sum(self.n_rows, lambda: self._own_push(vector))
+
+    def _own_pull(self, rows: Tensor) -> Tensor:
+        """This rank's part of ``B^T u``."""
+        total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        for part in self._parts:
+            total += self._flatten(part.pull_rows(rows[part.first_row :][: part.n_rows]))
+        return total
+
+    def _own_push(self, vector: Tensor) -> Tensor:
+        """This rank's rows of ``B v``, zeros for those of the others."""
+        tangents = list(self.unflatten(vector).values())
+        total = torch.zeros(self.n_rows, dtype=self.dtype, device=self.device)
+        for part in self._parts:
+            total[part.first_row :][: part.n_rows] = part.push_rows(tangents)
+        return total
 
     def _own_part(self, vector: Tensor) -> Tensor:
         """The part of the product that belongs to this rank's samples, not yet divided by ``N``."""
@@ -163,9 +241,9 @@ class CurvatureOperator:
             return work()
         nothing = torch.zeros(self.n + 1, dtype=self.dtype, device=self.device)
         if ranks.rank > 0:
-            # The last element says whether there is a product to make.
-            while bool((message := ranks.broadcast(nothing.clone(), 0))[-1]):
-                self._sum(message[:-1])
+            # The last element says what is to be done, 0 that there is nothing more.
+            while kind := int((message := ranks.broadcast(nothing.clone(), 0))[-1]):
+                self._answer(kind, message[:-1])
             error, result = ranks.all_gather_objects(None)[0]
             raise_others([error])
             return result
@@ -180,12 +258,14 @@ class CurvatureOperator:
         ranks.all_gather_objects([None, result])
         return result
 
-    def _sum(self, vector: Tensor) -> Tensor:
+    def _sum(self, size: int, part: Callable[[], Tensor]) -> Tensor:
         """The sum of all ranks' parts; the last element sent counts those that have an error."""
-        total = torch.zeros(self.n + 1, dtype=self.dtype, device=self.device)
+        if self._ranks.size == 1:
+            return part()
+        total = torch.zeros(size + 1, dtype=self.dtype, device=self.device)
         own: Exception | None = None
         try:
-            total[:-1] = self._own_part(vector)
+            total[:-1] = part()
         except Exception as error:
             own = error
             total[-1] = 1
@@ -207,6 +287,22 @@ class CurvatureOperator:
             for name, part, parameter in zip(self._names, parts, self._parameters, strict=True)
         }
 
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Joins a tensor for each parameter to ``[n]``.
+
+        Raises:
+            CurvatureError: one is missing or of another shape; further ones are left out.
+        """
+        parts = []
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            part = named.get(name)
+            if part is None or part.shape != parameter.shape:
+                given = "none" if part is None else f"shape {list(part.shape)}"
+                allowed = list(parameter.shape)
+                raise CurvatureError(f"vector: {name}: {given}; allowed: shape {allowed}")
+            parts.append(part.detach().flatten())
+        return torch.cat(parts)
+
     def _flatten(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         return torch.cat(
             [
@@ -216,13 +312,53 @@ class CurvatureOperator:
         )
 
 
+class RowOperator:
+    """``(1/N) B B^T``, ``[rows, rows]``: the nonzero eigenvalues of ``(1/N) B^T B``.
+
+    A vector has an element for every row of ``B``: by batches, then by ranks, then as the labelled
+    tokens (and their classes) follow each other.
+
+    Args:
+        operator: a Fisher matrix; on several ranks products are made within its
+            :meth:`CurvatureOperator.drive`.
+
+    Attributes:
+        n: number of rows.
+        n_products: products that were made.
+    """
+
+    def __init__(self, operator: CurvatureOperator) -> None:
+        check_one_of("operator", operator.name, ("empirical", "true"))
+        self.operator, self.n, self.n_products = operator, operator.n_rows, 0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Returns the product with ``[rows]``, on the vector's device and in its dtype."""
+        self.n_products += 1
+        return self._scaled(_BY_ROWS, rows, 1 / self.operator.n_labels)
+
+    def images(self, vectors: Tensor) -> Tensor:
+        """Returns ``N^(-1/2) B v`` of vectors ``[k, n]`` of parameters: ``[k, rows]``.
+
+        An eigenvector of ``(1/N) B^T B`` becomes one of ``(1/N) B B^T``, times the root of the
+        eigenvalue.
+        """
+        scale = self.operator.n_labels**-0.5
+        found = [self._scaled(_TO_ROWS, vector, scale) for vector in vectors]
+        return torch.stack(found) if found else vectors.new_empty(0, self.n)
+
+    def _scaled(self, kind: int, vector: Tensor, scale: float) -> Tensor:
+        found = self.operator._answered(kind, vector)
+        return found.to(device=vector.device, dtype=vector.dtype) * scale
+
+
 class _Part:
     """One batch's part of an operator, not yet divided by ``N``."""
 
-    def __init__(self, operator: CurvatureOperator, batch: Any) -> None:
-        self._operator, self._batch = operator, batch
+    def __init__(self, operator: CurvatureOperator, batch: Any, index: int) -> None:
+        self._operator, self._batch, self.index = operator, batch, index
         scored = operator._scorer.score(losses.forward(operator._model, batch), batch)
         self.n_labels = scored.n_labels
+        self.first_row = self.n_rows = self.rank = 0
         self._cotangent: Tensor | None = None
         self._pulled: tuple[Tensor | None, ...] = ()
         self._adjoint = False
@@ -237,6 +373,10 @@ class _Part:
             case _:
                 self._output = losses.token_losses(scored).sum()
                 self._pulled = self._pull(self._output, None, create_graph=True)
+                return
+        self.n_rows = self._output.numel()
+        # The gradients that a softmax gives a token lie in C - 1 dimensions.
+        self.rank = self.n_rows - (self.n_labels if operator.name == "true" else 0)
 
     def _pull(
         self, output: Tensor, cotangent: Tensor | None, *, create_graph: bool = False
@@ -267,6 +407,28 @@ class _Part:
                 self._give_up("J v and J^T u do not belong together")
                 return self.product(tangents)
         return operator._flatten(grads)
+
+    def push_rows(self, tangents: list[Tensor]) -> Tensor:
+        """The part's rows of ``B v``."""
+        pushed = self._push(tangents)
+        if self._operator.used == "double_backward" and not self._adjoint:
+            self._adjoint = _agree(self._pull(self._output, pushed), tangents, pushed, pushed)
+            if not self._adjoint:
+                self._give_up("J v and J^T u do not belong together")
+                return self.push_rows(tangents)
+        if self._operator.name == "true":
+            p = self._probabilities
+            pushed = p.sqrt() * (pushed - (p * pushed).sum(-1, keepdim=True))
+        return pushed.flatten()
+
+    def pull_rows(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        """The part of ``B^T u`` that its own rows ``u`` give."""
+        cotangent = rows.view_as(self._output).to(self._output.dtype)
+        if self._operator.name == "true":
+            p = self._probabilities
+            rooted = p.sqrt() * cotangent
+            cotangent = rooted - p * rooted.sum(-1, keepdim=True)
+        return self._pull(self._output, cotangent)
 
     def _push(self, tangents: list[Tensor]) -> Tensor:
         if self._operator.used == "double_backward":

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisher_lab.curvature.linalg import KrylovBasis
+from fisher_lab.curvature.spectra.estimates import hutch_plus_plus
 from fisher_lab.curvature.spectra.lanczos import lanczos_algorithm
-from fisher_lab.curvature.spectra.quadrature import hutch_plus_plus, quadrature
+from fisher_lab.curvature.spectra.quadrature import Probing, quadrature
 
 CPU = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -45,6 +46,7 @@ def test_restarts_keep_to_the_memory_and_converge():
     assert found.memory_bytes == m * n * 8
     assert all(found.converged)
     torch.testing.assert_close(found.eigenvalues, values.flip(0)[:k], atol=1e-10, rtol=0)
+    assert found.eigenvectors is not None
     residual = (found.eigenvectors * values - found.eigenvalues[:, None] * found.eigenvectors).norm(
         dim=1
     )
@@ -133,14 +135,14 @@ def test_standard_errors_are_honest():
     runs = [
         (
             lambda s: quadrature(
-                product, 40, n_probes=8, steps=1, seed=s, **CPU
+                product, 40, Probing(8, 1), seed=s, **CPU
             ).trace_of(lambda x: x),
             exact,
         ),
         (lambda s: hutch_plus_plus(product, 40, n_products=24, seed=s, **CPU), exact),
         (
             lambda s: quadrature(
-                product, 40, n_probes=8, steps=15, seed=s, deflate=vectors, **CPU
+                product, 40, Probing(8, 15), seed=s, deflate=vectors, **CPU
             ).with_known(values[:5]).trace_of(lambda x: x / (x + lam)),
             dimension,
         ),
@@ -159,7 +161,7 @@ def test_hutch_plus_plus_is_exact_on_its_range_and_better_than_probes():
     found = hutch_plus_plus(lambda v: low_rank * v, 60, n_products=24, seed=0, **CPU)
     assert found.value == pytest.approx(float(low_rank.sum()), rel=1e-12)
     hutch = hutch_plus_plus(lambda v: matrix @ v, 60, n_products=30, seed=0, **CPU)
-    plain = quadrature(lambda v: matrix @ v, 60, n_probes=30, steps=1, seed=0, **CPU)
+    plain = quadrature(lambda v: matrix @ v, 60, Probing(30, 1), seed=0, **CPU)
     assert hutch.standard_error < 0.1 * plain.trace_of(lambda x: x).standard_error
     whole = hutch_plus_plus(lambda v: matrix @ v, 60, n_products=180, seed=0, **CPU)
     assert whole.value == pytest.approx(exact, rel=1e-12)
@@ -167,6 +169,6 @@ def test_hutch_plus_plus_is_exact_on_its_range_and_better_than_probes():
 
 
 def test_one_probe_states_no_error():
-    found = quadrature(lambda v: v, 4, n_probes=1, steps=1, seed=0, **CPU).trace_of(lambda x: x)
+    found = quadrature(lambda v: v, 4, Probing(1, 1), seed=0, **CPU).trace_of(lambda x: x)
     assert found.value == pytest.approx(4.0)
     assert math.isnan(found.standard_error)
