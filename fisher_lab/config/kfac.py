@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from fisher_lab.config.errors import SettingError, show
 from fisher_lab.config.fields import (
     Allowed,
+    Problems,
     above,
     at_least,
     fraction,
@@ -30,6 +32,7 @@ from fisher_lab.config.fields import (
 POLICIES = ("all", "auto", "hybrid", "small_only")
 STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")
 COMPUTE_DTYPES = ("float64", "float32", "auto")
+DAMPING_MODES = ("absolute", "relative", "pi")
 
 
 @dataclass
@@ -41,14 +44,24 @@ class KFACSettings:
         "Which layers take the Woodbury path on the G side (`docs/math.md`, section 4).",
         one_of(*POLICIES),
     )
-    damping: float = setting(
-        1e-4, "Tikhonov damping added to the eigenvalues of A and of G.", above(0)
+    damping: float | None = setting(
+        1e-4,
+        "Tikhonov damping added to the eigenvalues of A and of G; with `damping_mode=pi` that of "
+        "their product; null: as `damping_A` and `damping_G` say.",
+        above(0) | null,
     )
     damping_A: float | None = setting(
         None, "Damping of the A side alone; null: `damping`.", above(0) | null
     )
     damping_G: float | None = setting(
         None, "Damping of the G side alone; null: `damping`.", above(0) | null
+    )
+    damping_mode: str = setting(
+        "absolute",
+        "What a damping is a multiple of: `absolute`: of 1; `relative`: of the mean eigenvalue of "
+        "each side; `pi`: the damping of the product is split by the sides' mean eigenvalues "
+        "(Martens and Grosse 2015; `docs/math.md`, section 2).",
+        one_of(*DAMPING_MODES),
     )
     max_condition_number: float | None = setting(
         1e6,
@@ -163,15 +176,32 @@ class KFACSettings:
         one_of("none", "gather", "gram"),
     )
 
+    def check(self) -> Problems:
+        """What the dampings ask of each other."""
+        sides = self.damping_A, self.damping_G
+        if self.damping is None and None in sides:
+            yield "damping", "a number, or null with both damping_A and damping_G"
+        if self.damping_mode == "pi" and self.damping is not None and sides != (None, None):
+            yield "damping_mode", "absolute or relative with damping_A or damping_G beside damping"
+
     @property
     def lam_A(self) -> float:
-        """Damping of the A sides."""
-        return self.damping if self.damping_A is None else self.damping_A
+        """Damping of the A sides, in the unit of ``damping_mode``."""
+        return self._side(self.damping_A)
 
     @property
     def lam_G(self) -> float:
-        """Damping of the G sides."""
-        return self.damping if self.damping_G is None else self.damping_G
+        """Damping of the G sides, in the unit of ``damping_mode``."""
+        return self._side(self.damping_G)
+
+    def _side(self, own: float | None) -> float:
+        """A side's own damping, or the common one; half of the product's with ``pi``."""
+        a, g, common = self.damping_A, self.damping_G, self.damping
+        if self.damping_mode == "pi":
+            return math.sqrt((a or 0.0) * (g or 0.0) if common is None else common)
+        found = common if own is None else own
+        assert found is not None  # as check() asks for
+        return found
 
     @property
     def kappa_max(self) -> float | None:
@@ -199,7 +229,7 @@ ARGUMENTS = {
 """Fields whose keyword of the engine's constructor is not the key of the configuration."""
 
 IN_PYTHON = {
-    "damping": at_least(0),
+    "damping": at_least(0) | null,
     "damping_A": at_least(0) | null,
     "damping_G": at_least(0) | null,
 }
@@ -260,7 +290,12 @@ def settings_of(settings: KFACSettings | None, options: Mapping[str, Any]) -> KF
     unknown = set(options) - {ARGUMENTS.get(name, name) for name in values}
     if unknown:
         raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
-    return KFACSettings(**values)
+    made = KFACSettings(**values)
+    for name, allowed in made.check():
+        raise SettingError(
+            f"{name}: {getattr(made, name)!r}; allowed: {allowed}".replace("null", "None")
+        )
+    return made
 
 
 def require(name: str, value: object, allowed: Allowed | None, kind: type = float) -> None:

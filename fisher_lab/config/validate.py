@@ -36,6 +36,14 @@ _TYPE_TEXT = {
 Section = TypeVar("Section")
 
 
+def _unless(given: Any, otherwise: Any) -> Any:
+    """``${unless:${.damping},0.3}`` in a file of ``conf/``: null where another key is given."""
+    return otherwise if given is None else None
+
+
+OmegaConf.register_new_resolver("unless", _unless, replace=True)
+
+
 def validate(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Merge a composed configuration into the schema and check every range.
 

@@ -218,7 +218,6 @@ class KFACOptimizer(torch.optim.Optimizer):
         self.ranks: Communicator = apart or Alone()
         self.multiplier = 1.0
         self.last: dict[str, float] = {}
-        self._start = kfac.settings.lam_A, kfac.settings.lam_G
         self._done = 0
         trainable = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
         self._trainable = trainable
@@ -338,8 +337,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         if multiplier == self.multiplier:
             return
         self.multiplier = multiplier
-        lam_a, lam_g = self._start
-        self.kfac.with_damping(lam_a * multiplier, lam_g * multiplier)
+        self.kfac.scale_damping(multiplier, multiplier)
 
     # ---- the step ----------------------------------------------------------------------------
 

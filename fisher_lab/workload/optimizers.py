@@ -244,7 +244,7 @@ def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOpt
         kfac,
         ekfac=config.name == "ekfac",
         exclude=[*kfac.exclude, *outer],
-        damping_A=kfac.damping_A or kfac.damping * config.damping_ratio,
+        damping_A=_damping_of_inputs(kfac, config),
     )
     adapts = config.damping_schedule == "lm"
     communicator = parallel.communicator
@@ -260,6 +260,16 @@ def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOpt
         eps=config.eps,
         communicator=communicator,
     )
+
+
+def _damping_of_inputs(kfac: KfacConfig, config: OptimizerConfig) -> float | None:
+    """The damping of the A sides: ``damping_ratio`` times that of G, unless it is given.
+
+    With ``damping_mode=pi`` there is one damping, and its split is the factors' own.
+    """
+    if kfac.damping_A is not None or kfac.damping is None or kfac.damping_mode == "pi":
+        return kfac.damping_A
+    return kfac.damping * config.damping_ratio
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

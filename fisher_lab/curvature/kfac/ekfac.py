@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.collectives import dtype_name, exchange_tokens_for_outputs
+from fisher_lab.curvature.kfac.damping import dampings
 from fisher_lab.curvature.kfac.factors import Columns, ShardedColumns
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings, Numerics
@@ -201,7 +202,7 @@ def eigenbasis(
     The ``sums`` of the basis are those over the tokens of all ranks, divided by their number.
     """
     m_g, m_a, s = basis.m_g, basis.m_a, basis.sums
-    lam_a, lam_g, kappa_max = settings.lam_A, settings.lam_G, settings.kappa_max
+    (lam_a, lam_g), kappa_max = dampings(factors, settings), settings.kappa_max
     damped = s + lam_a * m_g[:, None] + lam_g * m_a[None, :] + lam_a * lam_g
     missing = factors.layer.n_out - len(m_g)
     complement = lam_g * m_a + lam_a * lam_g if missing else None

@@ -299,8 +299,18 @@ class KFACNaturalGradient:
         self._log(names)
 
     def with_damping(self, damping_A: float, damping_G: float) -> None:
-        """Changes the damping; factors and their eigendecompositions stay."""
+        """Changes the damping; factors and their eigendecompositions stay.
+
+        With ``damping_mode="pi"`` the product of both is that of the product of the sides.
+        """
         self.settings = replace(self.settings, damping_A=damping_A, damping_G=damping_G)
+        if self.settings.damping_mode == "pi":
+            self.settings.damping = None
+        self._inverses = self._inverses.with_settings(self.settings)
+
+    def scale_damping(self, scale_A: float, scale_G: float) -> None:
+        """Multiplies the dampings of the settings, whatever their mode; factors stay."""
+        self.settings = replace(self.settings, scale_A=scale_A, scale_G=scale_G)
         self._inverses = self._inverses.with_settings(self.settings)
 
     def _log(self, names: Iterable[str]) -> None:
@@ -376,6 +386,25 @@ class KFACNaturalGradient:
             here = result if whole is None else whole
             self._log(n for n, f in self.kfac_factors.items() if base_of(f.layer.weight) in here)
         return wrappers.as_given(result, gradients, model, shards)
+
+    @full_precision()
+    def uncorrected_natural_gradient(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the natural gradient of the factors' own gradient without EKFAC's correction.
+
+        From the same factors; collective where they are those of several ranks.
+
+        Args:
+            model: the model that the factors belong to.
+
+        Raises:
+            CurvatureError: no factors yet, or no own gradient.
+        """
+        precondition.check_model(self.kfac_factors, model)
+        inverses = self._inverses.with_settings(replace(self.settings, ekfac=False))
+        if self.communicator.size > 1:
+            inverses.prepare_together(self.communicator)
+        result, _ = precondition.own_powered(inverses, -1.0)
+        return whole_again(result, _shapes(model))
 
     @full_precision()
     def compute_fisher_vector_product(

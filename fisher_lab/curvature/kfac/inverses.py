@@ -15,6 +15,7 @@ from torch import Tensor
 from fisher_lab.curvature.collectives import Communicator, raise_others
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import ekfac
+from fisher_lab.curvature.kfac.damping import dampings
 from fisher_lab.curvature.kfac.factors import Damped, Factor, FactorReport
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings
@@ -93,11 +94,21 @@ class Inverses:
         self.seconds: dict[str, float] = defaultdict(float)
         self.bases: dict[str, ekfac.Eigenbasis] = {}
         self._damped: dict[tuple[int, float], Damped] = {}
+        self._dampings: dict[str, tuple[float, float]] = {}
 
     def with_settings(self, settings: EngineSettings) -> Inverses:
         """Returns the same factors under another damping; their eigendecompositions stay."""
         other = Inverses(self.refresh, settings)
         other.seconds, other.widened = self.seconds, self.widened
+        if (settings.kappa_max, settings.numerics) == (
+            self.settings.kappa_max,
+            self.settings.numerics,
+        ):
+            for factors in self.factors.values():
+                lam_a, lam_g = other.dampings(factors)
+                for key in ((id(factors.A), lam_a), (id(factors.G), lam_g)):
+                    if key in self._damped:  # this side is damped as it was
+                        other._damped[key] = self._damped[key]
         return other
 
     def corrects(self, factors: LayerFactors) -> bool:
@@ -106,13 +117,19 @@ class Inverses:
 
     def G(self, factors: LayerFactors) -> Damped:
         """Returns a layer's damped output side."""
-        return self._damped_of(factors.G, self.settings.lam_G)
+        return self._damped_of(factors.G, self.dampings(factors)[1])
 
     def A(self, factors: LayerFactors) -> Damped | None:
         """Returns a layer's damped input side; None for a norm layer."""
         if factors.A is None:
             return None
-        return self._damped_of(factors.A, self.settings.lam_A)
+        return self._damped_of(factors.A, self.dampings(factors)[0])
+
+    def dampings(self, factors: LayerFactors) -> tuple[float, float]:
+        """Returns a layer's ``lam_A`` and ``lam_G``; may be collective the first time."""
+        if factors.layer.name not in self._dampings:
+            self._dampings[factors.layer.name] = dampings(factors, self.settings)
+        return self._dampings[factors.layer.name]
 
     def sides(self, factors: LayerFactors) -> list[Damped]:
         """Returns a layer's damped sides: G, then A where it has one."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
+from typing_extensions import override
 
 from fisher_lab.config.kfac import KFACSettings
 
@@ -36,10 +37,24 @@ class EngineSettings(KFACSettings):
     Attributes:
         seed: of drawn labels and of the subsample of columns.
         on_host: as in :class:`Numerics`.
+        scale_A: the dampings of the A sides are multiplied by this, in every ``damping_mode``.
+        scale_G: those of the G sides.
     """
 
     seed: int = 0
     on_host: bool = False
+    scale_A: float = 1.0
+    scale_G: float = 1.0
+
+    @property
+    @override
+    def lam_A(self) -> float:
+        return super().lam_A * self.scale_A
+
+    @property
+    @override
+    def lam_G(self) -> float:
+        return super().lam_G * self.scale_G
 
     @classmethod
     def of(cls, settings: KFACSettings, *, seed: int = 0, on_host: bool = False) -> EngineSettings:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac import ekfac
+from fisher_lab.curvature.kfac.damping import damping_of_diagonal
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import (
@@ -81,10 +82,9 @@ def products(inverses: Inverses, vectors: Mapping[str, Tensor], *, damped: bool)
         LayerError: a vector has another shape than its parameter.
         CurvatureError: a result is not finite.
     """
-    settings = inverses.settings
-    lam_g, lam_a = (settings.lam_G, settings.lam_A) if damped else (0.0, 0.0)
 
     def product(factors: LayerFactors, y: Tensor) -> Tensor:
+        lam_a, lam_g = inverses.dampings(factors) if damped else (0.0, 0.0)
         y = factors.G.product(y) + lam_g * y
         if factors.A is not None:
             y = factors.A.product(y.T).T + lam_a * y
@@ -136,11 +136,13 @@ def _named(
     inverses: Inverses, name: str, y: Tensor, given: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """A layer's result by parameter name, where a vector was given, in the vector's dtype."""
-    settings, layer = inverses.settings, inverses.factors[name].layer
+    factors = inverses.factors[name]
+    layer = factors.layer
     if not all_finite(y):
+        lam_a, lam_g = inverses.dampings(factors)
         raise CurvatureError(
             f"layer {name}: the result is not finite at damping "
-            f"A {settings.lam_A:g}, G {settings.lam_G:g}; allowed: finite "
+            f"A {lam_a:g}, G {lam_g:g}; allowed: finite "
             "gradients, a larger damping, core_dtype=float64"
         )
     named = {n: value for n, value in layer.from_matrix(y).items() if n in given}
@@ -182,7 +184,8 @@ def _by_diagonal(inverses: Inverses, name: str, vector: Tensor, power: float) ->
     settings, diagonal = inverses.settings, inverses.refresh.diagonal.get(name)
     if settings.uncovered != "diagonal" or diagonal is None:
         return vector
-    used = (diagonal + settings.lam_G).to(settings.numerics.apply_dtype)
+    lam = damping_of_diagonal(diagonal, settings)
+    used = (diagonal + lam).to(settings.numerics.apply_dtype)
     return _narrowed(inverses, name, vector.to(used) * used.pow(power), vector)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
+from fisher_lab.curvature.kfac.damping import dampings
 from fisher_lab.curvature.kfac.experts import pool_experts
 from fisher_lab.curvature.kfac.factors import (
     DenseFactor,
@@ -356,9 +357,10 @@ def _measure_storage_error(
     same G with unrounded columns.
     """
     g = factors.G
-    numerics, lam, kappa = settings.numerics, settings.lam_G, settings.kappa_max
+    numerics, kappa = settings.numerics, settings.kappa_max
     if exact is None or factors.a is None or factors.layer.kind is Kind.EMBEDDING:
         return
+    lam = dampings(factors, settings)[1]
     if lam <= 0 or g.n_columns != factors.tokens:
         return
     a = factors.a.to(numerics.apply_dtype)
