@@ -77,6 +77,12 @@ def each_of(*options: str) -> Allowed:
     )
 
 
+def each_above(low: float) -> Allowed:
+    """A list of finite numbers greater than ``low``."""
+    test = above(low).test
+    return Allowed(f"a list of finite numbers above {low:g}", lambda value: all(map(test, value)))
+
+
 def matching(pattern: str, text: str) -> Allowed:
     """Text that a regular expression matches as a whole; ``text`` says so in words."""
     return Allowed(text, lambda value: value is not None and bool(re.fullmatch(pattern, value)))

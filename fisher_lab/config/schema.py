@@ -12,6 +12,7 @@ from fisher_lab.config.fields import (
     Problems,
     above,
     at_least,
+    each_above,
     each_of,
     matching,
     null,
@@ -128,7 +129,16 @@ class TaskConfig:
 
     name: str = setting("analyze", "The task.", one_of(*TASKS))
     heldout_batches: int = setting(
-        4, "Held-out batches on which a step along the natural gradient is judged.", whole(1)
+        4,
+        "Held-out batches: half of them choose the length of a step along each direction, the "
+        "other half judges it (`docs/math.md`, section 10).",
+        whole(1),
+    )
+    damping_scan: list[float] = setting(
+        [],
+        "`task=analyze`: multiples of the run's dampings that are tried on the same factors, each "
+        "of the A side with each of the G side, such as [0.01,0.1,1,10,100]; empty: no scan.",
+        each_above(0),
     )
 
 

@@ -25,7 +25,6 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
     ``deterministic`` turns on ``torch.use_deterministic_algorithms`` and sets
     ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
     """
-    modes = [(module, module.training) for module in model.modules()]
     # All devices, not the model's alone: seeding reaches every one of them.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
@@ -34,11 +33,21 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if deterministic:
             stack.enter_context(deterministic_algorithms())
-        for module, training in modes:
-            stack.callback(setattr, module, "training", training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         seed_generators(seed)
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module of a model into ``eval()`` mode, and back into its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

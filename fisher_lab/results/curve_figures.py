@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
 from fisher_lab.results.figure_style import MOST_SERIES
+from fisher_lab.results.step_figures import scan_figure, step_figure
 from fisher_lab.results.values import ResultsError
 
 SPECTRUM_FILE, LANCZOS_FILE = "spectral.json", "lanczos.json"
@@ -290,6 +291,8 @@ RUN_FIGURES: Mapping[str, Callable[[Any], Figure]] = {
     "lanczos_eigenvalues": eigenvalue_figure,
     "lanczos_density": run_density_figure,
     "group_fisher_layers": importance_figure,
+    "step_curve": step_figure,
+    "damping_scan": scan_figure,
 }
 """Name of a file in the run directory -> what draws the result of its engine."""
 

@@ -198,17 +198,20 @@ def runs_of_sweep(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
 
 # ---- metrics -------------------------------------------------------------------------------------
 
-LESS = ("_s", "seconds", "_mb", "bytes", "error", "fallbacks", "jitter_events", "_max")
-MORE = ("decrease", "decrease_best", "cosine", "per_s", "speedup", "efficiency")
+LESS = ("_s", "seconds", "_mb", "bytes", "error", "fallbacks", "jitter_events", "_max",
+        "_change")  # fmt: skip
+MORE = ("decrease", "decrease_best", "gain", "cosine", "per_s", "speedup", "efficiency")
 LOSSES = ("loss", "heldout_loss", "heldout", "heldout_best")
 
 FIRST = (
+    "step/natural/heldout_change", "step/natural/gain",
     "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best", "ng/cosine",
     "kfac/clipped_frac_A", "kfac/clipped_frac_G", "kfac/total_s", "kfac/peak_mb",
     "kfac/factor_bytes", "loss/heldout", "loss/heldout_best", "train/seconds",
     "spectral/seconds", "lanczos/seconds", "loss",
 )  # fmt: skip
-"""Metrics that a table shows by default, where the runs have them."""
+"""Metrics that a table shows by default, where the runs have them. Records of earlier versions have
+the decreases."""
 
 MOST = 6
 """How many of them it shows at most."""

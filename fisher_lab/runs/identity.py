@@ -37,9 +37,11 @@ LEFT_OUT = (
 """Keys (with everything under them) that cannot change a result."""
 
 CAME_LATER: dict[str, Any] = {
+    "kfac.damping_mode": "absolute",
     "kfac.sharing": "expand",
     "kfac.experts": "each",
     "model.adapter": None,
+    "task.damping_scan": [],
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,
 }

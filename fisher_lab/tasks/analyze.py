@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -23,24 +22,17 @@ from fisher_lab.curvature.kfac.inverses import LayerReport
 from fisher_lab.curvature.kfac.refresh import Coverage
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs.record import Run
+from fisher_lab.tasks import steps
+from fisher_lab.tasks.damping_scan import run_scan
 from fisher_lab.tasks.memory import PeakMemory
 from fisher_lab.tasks.progress import Progress
 from fisher_lab.tasks.spectra import refuse, run_engines
 from fisher_lab.workload.build import Workload, build
 
-log = logging.getLogger(__name__)
-
 LAYERS_FILE = "layers.csv"
 UNCOVERED_FILE = "uncovered.csv"
 RANKS_FILE = "ranks.csv"
 FACTORS_FILE = "factors.safetensors"
-
-MODEL_DECREASE = 0.01
-"""The step along the natural gradient is the one for which the quadratic model promises this."""
-
-STEP_POWERS = range(-3, 4)
-"""``eta * 2^k`` for these ``k`` are tried."""
-
 
 SIDE_COLUMNS = (
     "damping", "dim", "kappa_before", "kappa", "clipped", "clipped_frac", "route", "jitter", "eps",
@@ -60,9 +52,9 @@ def run(config: Config, run: Run) -> None:
 
     Args:
         config: the validated configuration.
-        run: the run's record; gets ``metrics.json``, ``layers.csv``, where parameters are left out
-            ``uncovered.csv``, with ranks ``ranks.csv`` and, where ``kfac.save_factors`` asks for
-            them, ``factors.safetensors``.
+        run: the run's record; gets ``metrics.json``, ``layers.csv``, ``step_curve.csv`` with its
+            figure, where parameters are left out ``uncovered.csv``, with ranks ``ranks.csv`` and,
+            where ``kfac.save_factors`` asks for them, ``factors.safetensors``.
 
     Raises:
         ConfigError: text or model cannot be had as configured.
@@ -73,10 +65,9 @@ def run(config: Config, run: Run) -> None:
     refuse(config, ranks)
     workload = build(config, progress.track, run.signals)
     run.note(workbench=workload.record)
-    batches = ranks.own_batches(workload.batches("train", config.kfac.n_batches, config.seed))
-    heldout = workload.batches("heldout", config.task.heldout_batches, config.seed)
-    if ranks.reduced.size > 1:
-        heldout = ranks.own_batches(heldout)
+    parts = ranks.own_parts(workload.batches("train", config.kfac.n_batches, config.seed))
+    batches = [own for own in parts if own is not None]
+    heldout = steps.heldout_parts(config, workload, ranks)
     engine = KFACNaturalGradient(
         config.kfac, seed=config.seed, track_diagonal=False, progress=progress.track
     )
@@ -95,8 +86,13 @@ def run(config: Config, run: Run) -> None:
     if config.kfac.save_factors:
         engine.save(run.directory / FACTORS_FILE, workload.model)
     metrics = gradient_metrics(gradient, natural)
+    metrics["ng/eta"] = eta = steps.eta_of(metrics["ng/decrement"])
     run.metrics(metrics)
-    run.metrics(_steps(workload, heldout, natural, metrics["ng/decrement"], progress, ranks))
+    directions = steps.directions_of(engine, gradient, natural, workload)
+    steps.run_steps(workload, directions, parts, heldout, eta, run, progress, ranks)
+    if config.task.damping_scan:
+        names, multiples = list(natural), config.task.damping_scan
+        run_scan(engine, workload, names, multiples, heldout, run, progress, ranks)
     run_engines(config, workload, run, progress, ranks)
 
 
@@ -343,54 +339,3 @@ def _about(engine: KFACNaturalGradient) -> dict[str, Any]:
         "skipped": engine.skipped,
         "uncovered": engine.uncovered,
     }
-
-
-# ---- the step ------------------------------------------------------------------------------------
-
-
-def _steps(
-    workload: Workload,
-    heldout: list[Any],
-    natural: Mapping[str, Tensor],
-    decrement: float,
-    progress: Progress,
-    ranks: Ranks,
-) -> dict[str, float]:
-    """Held-out loss before less after a step along the natural gradient, at several lengths."""
-    if not decrement > 0:
-        log.warning("decrement %g is not positive: no step is tried", decrement)
-        return {"ng/heldout_loss_decrease": math.nan, "ng/heldout_loss_decrease_best": math.nan}
-    eta = math.sqrt(2.0 * MODEL_DECREASE / decrement)
-    before = mean_loss(workload, heldout, ranks)
-    decreases = {}
-    for k in progress.track(STEP_POWERS, "held-out steps", len(STEP_POWERS)):
-        decreases[k] = before - loss_after(workload, heldout, natural, eta * 2.0**k, ranks)
-    best = max(decreases, key=lambda k: decreases[k])
-    return {
-        "ng/eta": eta,
-        "ng/heldout_loss": before,
-        "ng/heldout_loss_decrease": decreases[0],
-        "ng/heldout_loss_decrease_best": decreases[best],
-        "ng/eta_best": eta * 2.0**best,
-    }
-
-
-def loss_after(
-    workload: Workload,
-    batches: list[Any],
-    direction: Mapping[str, Tensor],
-    eta: float,
-    ranks: Ranks | None = None,
-) -> float:
-    """Returns the mean loss after ``W - eta * direction``; the model is put back as it was."""
-    parameters = dict(workload.model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in direction}
-    with torch.no_grad():
-        try:
-            for name, value in direction.items():
-                moved = kept[name].double() - eta * value.double()
-                parameters[name].copy_(moved.to(kept[name].dtype))
-            return mean_loss(workload, batches, ranks)
-        finally:
-            for name, value in kept.items():
-                parameters[name].copy_(value)

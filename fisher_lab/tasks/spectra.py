@@ -102,7 +102,7 @@ def _own_parts(
     return ranks.own_parts(workload.batches(side, config.kfac.n_batches, config.seed))
 
 
-def _draw(name: str, result: Mapping[str, Any], run: Run) -> None:
+def draw(name: str, result: Mapping[str, Any], run: Run) -> None:
     """Draws a figure of the run; matplotlib is imported for the first, since few processes draw."""
     from fisher_lab.results import curve_figures
 
@@ -128,7 +128,7 @@ def _spectral(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dic
         for name, record in result["per_block"].items()
     ]
     run.table("spectral.csv", rows)
-    _draw("spectral_decay", result, run)
+    draw("spectral_decay", result, run)
     whole = result["global"]
     metrics = {
         f"spectral/{key}": whole[key] for key in SPECTRAL_METRICS if whole.get(key) is not None
@@ -166,13 +166,13 @@ def _lanczos(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict
             if not math.isnan(result[name]["standard_error"]):
                 metrics[f"lanczos/{name}_se"] = result[name]["standard_error"]
     atomic.write_json(run.directory / "lanczos.json", strict(result))
-    _draw("lanczos_eigenvalues", pairs, run)
+    draw("lanczos_eigenvalues", pairs, run)
     if "density" in result:
         density, columns = result["density"], ("grid", "density", "standard_error")
         metrics["lanczos/mass_at_zero"] = density["mass_at_zero"]
         rows = zip(*(density[name] for name in columns), strict=True)
         run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])
-        _draw("lanczos_density", density, run)
+        draw("lanczos_density", density, run)
     metrics["lanczos/seconds"] = seconds
     return metrics
 
@@ -206,7 +206,7 @@ def _group_fisher(config: Config, workload: Workload, run: Run, ranks: Ranks) ->
     if section.save_state:
         collector.save(run.directory / "group_fisher")
     _export(collector, section, run)
-    _draw("group_fisher_layers", summary["importance"]["layer"], run)
+    draw("group_fisher_layers", summary["importance"]["layer"], run)
     metrics: dict[str, Any] = {
         f"group_fisher/overlap_{key}": value for key, value in overlap.items() if value is not None
     }

@@ -45,8 +45,8 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "grad/norm": ("norm of the gradient", "g"),
         "ng/cosine": ("cosine between the two", ".4f"),
         "ng/decrement": ("decrement <dW, natural gradient>", "g"),
-        "ng/heldout_loss_decrease": ("held-out loss decrease, one step", "+.4f"),
-        "ng/heldout_loss_decrease_best": ("the same, best of seven steps", "+.4f"),
+        "ng/eta": ("step whose quadratic term is 0.01 nats", "g"),
+        "ng/heldout_loss": ("held-out loss before a step", ".4f"),
     },
     "K-FAC": {
         "kfac/coverage": ("trained parameters that it covers", ".1%"),
@@ -84,6 +84,16 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """Section -> metric -> its words and its format."""
+
+STEP_FILE = "step_curve.csv"
+
+DIRECTIONS = {
+    "natural": "natural gradient",
+    "ekfac": "EKFAC",
+    "gradient": "gradient",
+    "sign": "sign",
+}
+"""Direction of a step curve -> its words."""
 
 MAX_REASONS = 6
 """Reasons for which parameters pass through that are shown; the file has all of them."""
@@ -150,7 +160,53 @@ def render(
         parts += [Text(words), Text()]
     if about.get("coverage"):
         parts += [coverage_table(about["coverage"], about.get("skipped", {})), Text()]
-    return Group(*parts, _number_table(metrics, width), Text())
+    parts += [_number_table(metrics, width), Text()]
+    chosen = [row for row in tables.get(STEP_FILE, ()) if row["chosen"]]
+    if chosen:
+        parts += [_step_table(chosen), Text()]
+    step = record.get("provenance", {}).get("step")
+    return Group(*parts, *(Text(line) for line in step_lines(step or {})))
+
+
+def _step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for every direction: the step that was chosen, and what it did to the loss."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("Step along", no_wrap=True)
+    for heading in ("length", "distance", "own batches", "held-out, mnat", "s.e."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        changes = (row[name] for name in ("own_change", "judging_change", "judging_se"))
+        mnat = (None if value is None else 1e3 * value for value in changes)
+        numbers = (number(row["length"], "g"), number(row["distance"], "g"))
+        own, judged, error = (number(value, ".2f") for value in mnat)
+        table.add_row(
+            DIRECTIONS.get(row["direction"], row["direction"]), *numbers, own, judged, error
+        )
+    return table
+
+
+def step_lines(step: Mapping[str, Any]) -> list[str]:
+    """The closing lines of the step curves: what was odd, and which direction is ahead.
+
+    Args:
+        step: the note of the run; empty where it has none.
+    """
+    lines = []
+    for name, edge in step.get("edges", {}).items():
+        said = DIRECTIONS.get(name, name)
+        if edge == "zero":
+            lines.append(f"{said}: no step lowers the loss of the half that chooses")
+        else:
+            lines.append(f"{said}: the loss still falls at the longest step that was tried")
+    if not step.get("rival"):
+        return lines
+    first, rival = (DIRECTIONS.get(step[key], step[key]) for key in ("first", "rival"))
+    if step.get("low") is None:
+        return [*lines, "No winner: too few held-out batches (task.heldout_batches) to judge"]
+    margin, low, high = (f"{1e3 * step[key]:.3g}" for key in ("margin", "low", "high"))
+    percent = f"({100 * step['confidence']:.0f} %)"
+    who = f"Winner: {first}," if step["certain"] else f"No winner: {first}"
+    return [*lines, f"{who} {margin} [{low}, {high}] mnat ahead of {rival} {percent}"]
 
 
 def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> RenderableType:
@@ -219,7 +275,11 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
         for title, numbers in NUMBERS.items()
     }
     known = {name for numbers in NUMBERS.values() for name in numbers}
-    others = [name for name in metrics if name not in known and metrics[name] is not None]
+    others = [
+        name
+        for name, value in metrics.items()
+        if name not in known and not name.startswith("step/") and value is not None
+    ]
     sections["Others"] = [(name, number(metrics[name], "g"), "") for name in others[:MAX_OTHERS]]
     if len(others) > MAX_OTHERS:
         sections["Others"].append((f"... {len(others) - MAX_OTHERS} more", "", ""))

@@ -75,6 +75,10 @@ class Objective(ABC):
         count = max(1, len(self.corpus.heldout) // self.text_length(seq_len))
         return -(-count // batch_size)
 
+    def distinct_batches(self, batch_size: int, seq_len: int) -> int | None:
+        """Number of held-out batches of which no two share a window; None where they are drawn."""
+        return len(self.corpus.heldout) // self.text_length(seq_len) // batch_size
+
     def targets(self, batch: Batch) -> Tensor:
         """The labels that count, ``[N]``."""
         labels = batch["labels"]
@@ -355,6 +359,10 @@ class Topics(Objective):
     def heldout_batches(self, batch_size: int, seq_len: int) -> int:
         """A fixed number: held-out windows are drawn, and overlap."""
         return HELDOUT_BATCHES
+
+    @override
+    def distinct_batches(self, batch_size: int, seq_len: int) -> None:
+        return None
 
 
 def bag(ids: np.ndarray, vocabulary: int) -> np.ndarray:

@@ -81,6 +81,10 @@ class Pictures(Objective):
         return HELDOUT_BATCHES
 
     @override
+    def distinct_batches(self, batch_size: int, seq_len: int) -> None:
+        return None
+
+    @override
     def label_batch(
         self, side: Side, index: int, *, seed: int, batch_size: int, seq_len: int
     ) -> Tensor:

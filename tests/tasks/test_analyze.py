@@ -28,8 +28,10 @@ REQUIRED = [
     "loss", "tokens", "kfac/collect_s", "kfac/factor_s", "kfac/apply_s", "kfac/total_s",
     "kfac/forward_backward_s", "kfac/peak_mb", "kfac/clipped_frac_A", "kfac/clipped_frac_G",
     "kfac/kappa_A_max", "kfac/kappa_G_max", "kfac/woodbury_layers", "kfac/eig_layers", "ng/norm",
-    "ng/cosine", "ng/decrement", "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best",
-    "grad/norm",
+    "ng/cosine", "ng/decrement", "ng/eta", "ng/heldout_loss", "grad/norm",
+    *(f"step/{name}/{key}" for name in ("natural", "gradient", "sign")
+      for key in ("length", "heldout_change", "se", "own_change")),
+    "step/natural/gain", "step/natural/gain_se", "step/sign/gain", "step/batches",
 ]  # fmt: skip
 
 
@@ -88,7 +90,9 @@ def test_the_record_says_what_is_covered_and_what_passes_through(tmp_path):
     _, workload = collected()
     sizes = {name: p.numel() for name, p in workload.model.named_parameters()}
     fc = [name for name in sizes if ".c_fc." in name]
-    covered = sum(sizes.values()) - sum(map(sizes.get, fc)) - sizes["transformer.wpe.weight"]
+    covered = (
+        sum(sizes.values()) - sum(sizes[name] for name in fc) - sizes["transformer.wpe.weight"]
+    )
     assert sum(int(row["parameters"]) for row in rows) == covered
     about = record["provenance"]["kfac"]["coverage"]
     assert about["covered"] == covered
@@ -226,29 +230,9 @@ def test_policies_differ_in_method_and_in_nothing_that_matters(tmp_path):
     }
     methods = {p: tuple(row["method"] for row in rows) for p, (_, rows, _) in found.items()}
     assert len(set(methods.values())) == 4
-    for name in ("ng/norm", "ng/decrement", "ng/heldout_loss_decrease", "kfac/kappa_A_max"):
+    for name in ("ng/norm", "ng/decrement", "ng/eta", "kfac/kappa_A_max"):
         values = [metrics[name] for metrics, _, _ in found.values()]
         assert values == pytest.approx([values[0]] * 4, rel=1e-6), name
-
-
-def test_the_step_is_judged_and_taken_back(tmp_path):
-    cfg = config()
-    workload = build(cfg)
-    before = {n: p.detach().clone() for n, p in workload.model.named_parameters()}
-    heldout = workload.batches("heldout", 2, 0)
-    name = "transformer.h.0.mlp.c_fc.weight"
-    # Not a constant: the input of the layer sums to zero after its LayerNorm.
-    direction = {name: torch.randn(before[name].shape, generator=torch.Generator().manual_seed(0))}
-    start = analyze.mean_loss(workload, heldout)
-    moved = analyze.loss_after(workload, heldout, direction, 0.5)
-    with torch.no_grad():
-        dict(workload.model.named_parameters())[name].sub_(0.5 * direction[name])
-    assert moved == pytest.approx(analyze.mean_loss(workload, heldout), rel=1e-12)
-    assert moved != pytest.approx(start, rel=1e-6)
-    with torch.no_grad():
-        dict(workload.model.named_parameters())[name].copy_(before[name])
-    analyze.loss_after(workload, heldout, direction, 0.5)
-    assert all(torch.equal(p, before[n]) for n, p in workload.model.named_parameters())
 
 
 def test_plan_says_what_analyze_then_does(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The table at the end of a run, at eighty columns."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ METRICS = {
     "loss": 4.3812345,
     "tokens": 512,
     "ng/norm": 12345.678,
-    "ng/heldout_loss_decrease": -0.01234,
+    "ng/heldout_loss": 4.01234,
     "kfac/clipped_frac_A": 0.12345,
     "kfac/kappa_G_max": 1e6,
     "kfac/total_s": 1.23456,
@@ -21,7 +22,9 @@ METRICS = {
 }
 
 
-def shown(metrics, rows=(), width=80, directory="/somewhere/" + 100 * "x", tmp_path=None) -> str:
+def shown(
+    metrics, rows=(), width=80, directory="/somewhere/" + 100 * "x", *, tmp_path: Path
+) -> str:
     run = Run.start(tmp_path / directory.strip("/"), config={"task": {"name": "analyze"}})
     run.metrics(metrics)
     if rows:
@@ -53,7 +56,7 @@ def test_numbers_have_words_and_names(tmp_path):
     text = shown(METRICS, tmp_path=tmp_path)
     lines = text.splitlines()
     assert any("loss, nats a token" in line and "4.3812" in line for line in lines)
-    assert any("-0.0123" in line and "ng/heldout_loss_decrease" in line for line in lines)
+    assert any("4.0123" in line and "ng/heldout_loss" in line for line in lines)
     assert any("12.35%" in line and "kfac/clipped_frac_A" in line for line in lines)
     assert any("some/other" in line and "3.25" in line for line in lines)
     assert "kfac/peak_mb" not in text
@@ -67,7 +70,7 @@ def test_nothing_is_wider_than_eighty_columns_but_the_path(tmp_path):
 
 
 def test_no_value_is_cut_however_long_its_words_and_its_name(tmp_path):
-    metrics = {"kfac/coverage": 0.583, "ng/heldout_loss_decrease_best": -1.23456, "ng/norm": 9.1e5}
+    metrics = {"kfac/coverage": 0.583, "loss/heldout_drawn": -1.23456, "ng/norm": 9.1e5}
     text = shown(metrics, tmp_path=tmp_path)
     assert "58.3%" in text
     assert "-1.2346" in text
@@ -144,3 +147,37 @@ def test_a_run_without_numbers_still_says_where_it_is(tmp_path):
 )
 def test_number(value, form, text):
     assert summary.number(value, form) == text
+
+
+STEP = {
+    "first": "natural", "rival": "sign", "margin": 0.00984, "low": 0.00771, "high": 0.01197,
+    "confidence": 0.95, "certain": True, "batches": 16, "edges": {"gradient": "zero"},
+}  # fmt: skip
+
+
+def test_the_closing_line_says_who_is_ahead_and_by_how_much(tmp_path):
+    run = Run.start(tmp_path, config={"task": {"name": "analyze"}})
+    run.note(step=STEP)
+    row = {"length": 1.5, "distance": 0.25, "own_change": -0.02, "chosen": True}
+    judged = {"judging_change": -0.0144, "judging_se": None}
+    run.table("step_curve.csv", [{"direction": "natural", **row, **judged}])
+    run.metrics({"step/natural/length": 1.5})
+    out = io.StringIO()
+    summary.show(run, console=Console(file=out, width=80, highlight=False))
+    *lines, last, _ = out.getvalue().splitlines()
+    assert last == "Winner: natural gradient, 9.84 [7.71, 12] mnat ahead of sign (95 %)"
+    assert "gradient: no step lowers the loss of the half that chooses" in lines
+    (step,) = [line.split() for line in lines if line.startswith("natural gradient  ")]
+    assert step[2:] == ["1.5", "0.25", "-20.00", "-14.40", "-"]
+    assert not any("step/natural" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_closing_line_names_no_winner_where_the_interval_holds_zero():
+    open_ = {**STEP, "certain": False, "low": -0.0005, "edges": {"sign": "longest"}}
+    edge, line = summary.step_lines(open_)
+    assert line == "No winner: natural gradient 9.84 [-0.5, 12] mnat ahead of sign (95 %)"
+    assert edge == "sign: the loss still falls at the longest step that was tried"
+    (few,) = summary.step_lines({**open_, "edges": {}, "low": None})
+    assert "too few held-out batches" in few
+    assert summary.step_lines({}) == []

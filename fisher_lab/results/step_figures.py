@@ -1,0 +1,121 @@
+"""Figures of the steps of one run: the loss along directions, and the map of a damping scan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fisher_lab.results import figure_style as style
+
+NAMES = {
+    "natural": "natural gradient",
+    "ekfac": "EKFAC",
+    "gradient": "gradient",
+    "sign": "sign (Adam's first step)",
+}
+"""Direction -> its words in a legend; others keep their names."""
+
+PANELS = {"own": "batches of the factors", "judging": "held-out batches that judge"}
+ABOVE = 0.6
+"""Part of the deepest fall that is shown above zero: what rises further leaves the panel."""
+
+
+@style.styled
+def step_figure(result: Mapping[str, Any]) -> Figure:
+    """The change of the loss against the distance moved, for every direction of a run.
+
+    The marks are the lengths that were tried, the bars one standard error; the large mark is the
+    chosen length.
+
+    Args:
+        result: ``rows`` of ``step_curve.csv``, and ``eta``: the distance of the step of the
+            quadratic model along the first direction, or None.
+    """
+    figure, panels = style.new_figure(width=2 * style.WIDTH, height=style.HEIGHT, panels=2)
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    names = list(dict.fromkeys(row["direction"] for row in rows))
+    for axes, (part, title) in zip(panels, PANELS.items(), strict=True):
+        deepest = 0.0
+        for i, name in enumerate(names):
+            own = [row for row in rows if row["direction"] == name]
+            own = [row for row in own if _number(row[f"{part}_change"])]
+            deepest = min([deepest, *(1e3 * row[f"{part}_change"] for row in own)])
+            _draw_direction(axes, own, part, str(NAMES.get(name, name)), style.look(i))
+        axes.axhline(0.0, color="#888888", linewidth=0.6)
+        if deepest < 0:
+            axes.set_ylim(1.25 * deepest, -ABOVE * deepest)
+        if result.get("eta"):
+            axes.axvline(
+                result["eta"], color=style.COLOURS[0], linestyle=":", linewidth=1,
+                label="step whose quadratic term is 0.01 nats",
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel="distance moved, |t d|")
+        axes.set_title(title, **style.NOTE)
+    panels[0].set_ylabel("change of the loss, mnat a token")
+    style.legend(figure, panels[0], len(names) + bool(result.get("eta")))
+    figure.set_label("Change of the loss against the length of the step")
+    return figure
+
+
+def _draw_direction(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], part: str, name: str, look: Mapping[str, Any]
+) -> None:
+    """One curve with its errors, and a larger mark at the chosen length."""
+    rows = sorted(rows, key=lambda row: row["distance"])
+    x = [row["distance"] for row in rows]
+    y = [1e3 * row[f"{part}_change"] for row in rows]
+    error = [1e3 * (row[f"{part}_se"] or 0.0) for row in rows]
+    error = [e if e == e else 0.0 for e in error]
+    axes.errorbar(x, y, yerr=error, label=name, elinewidth=0.7, markersize=3, **look)
+    for row, value in zip(rows, y, strict=True):
+        if row["chosen"]:
+            axes.plot(
+                row["distance"], value, look["marker"], color=look["color"], markersize=8,
+                markerfacecolor="none",
+            )  # fmt: skip
+
+
+def _number(value: Any) -> bool:
+    return value is not None and value == value and abs(value) != float("inf")
+
+
+@style.styled
+def scan_figure(result: Mapping[str, Any]) -> Figure:
+    """The judged change of the loss for every pair of dampings of a scan, the run's own marked.
+
+    Args:
+        result: ``rows`` of ``damping_scan.csv``.
+    """
+    figure, (axes,) = style.new_figure()
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    sides = [sorted({row[f"factor_{side}"] for row in rows}) for side in ("A", "G")]
+    values = {(r["factor_A"], r["factor_G"]): r for r in rows}
+    grid = [[1e3 * values[a, g]["judging_change"] for a in sides[0]] for g in sides[1]]
+    image = axes.imshow(grid, origin="lower", cmap="viridis_r", aspect="auto")
+    for (i, a), (j, g) in itertools.product(enumerate(sides[0]), enumerate(sides[1])):
+        row = values[a, g]
+        text = f"{1e3 * row['judging_change']:.1f}\n±{1e3 * (row['judging_se'] or 0.0):.1f}"
+        dark = grid[j][i] < 0.5 * (min(map(min, grid)) + max(map(max, grid)))
+        axes.text(i, j, text, ha="center", va="center", fontsize=5.5,
+                  color="white" if dark else "black")  # fmt: skip
+        marks = {"own": (row["default"], style.COLOURS[1]), "best": (row["chosen"], "white")}
+        for shown, colour in marks.values():
+            if shown:
+                axes.plot(i, j, "s", markersize=22, markerfacecolor="none", color=colour)
+    for axis, side, numbers in (("x", "A", sides[0]), ("y", "G", sides[1])):
+        names = [f"{values_of(rows, side)[n]:.3g}" for n in numbers]
+        getattr(axes, f"set_{axis}ticks")(range(len(numbers)), names)
+        getattr(axes, f"set_{axis}label")(f"damping of {side}{result.get('unit', '')}")
+    figure.colorbar(image, ax=axes, label="held-out change, mnat a token")
+    axes.set_title("red: the run's own dampings; white: those the other half chose", **style.NOTE)
+    figure.set_label("Held-out change for every pair of dampings")
+    return figure
+
+
+def values_of(rows: Sequence[Mapping[str, Any]], side: str) -> dict[float, float]:
+    """Returns the multiple of the run's own damping -> the damping of one side."""
+    return {row[f"factor_{side}"]: row[f"damping_{side}"] for row in rows}
