@@ -6,7 +6,7 @@ found by a search that encloses the lowest loss of one half of the held-out batc
 the other half, so that the choice does not flatter it. Differences are taken batch by batch, which
 leaves out what makes one batch harder than another. ``docs/math.md``, section 10.
 
-    sums of every batch at theta - t d -> :func:`search` -> a length -> :class:`Estimate`
+    sums of every batch at theta - t d -> :func:`search` -> a length -> :class:`MeanChange`
 
 Shapes: ``B`` batches; sums of losses and labels are float64 arrays ``[B]``, in nats.
 """
@@ -70,7 +70,7 @@ class BatchSums:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanChange:
     """A mean per label with its standard error over batches.
 
     Attributes:
@@ -91,7 +91,7 @@ class Estimate:
         return self.mean - half, self.mean + half
 
 
-def mean_change(changes: Array, labels: Array) -> Estimate:
+def mean_change(changes: Array, labels: Array) -> MeanChange:
     """Returns the mean change per label, and its standard error over batches.
 
     The mean is the ratio ``sum_b c_b / sum_b n_b``, the error that of a ratio estimator (Cochran
@@ -105,19 +105,19 @@ def mean_change(changes: Array, labels: Array) -> Estimate:
     changes, labels = changes[labels > 0], labels[labels > 0]
     n, total = len(labels), float(labels.sum())
     if n == 0:
-        return Estimate(math.nan, math.nan, 0)
+        return MeanChange(math.nan, math.nan, 0)
     mean = float(changes.sum()) / total
     if n == 1:
-        return Estimate(mean, math.nan, 1)
+        return MeanChange(mean, math.nan, 1)
     spread = float(np.square(changes - mean * labels).sum())
-    return Estimate(mean, math.sqrt(n / (n - 1) * spread) / total, n)
+    return MeanChange(mean, math.sqrt(n / (n - 1) * spread) / total, n)
 
 
 # ---- the search ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search ended in.
 
     Attributes:
@@ -132,7 +132,7 @@ class Found:
 
 def search(
     value: Callable[[float], float], start: float, *, scale: float = 0.0, refinements: int = 2
-) -> Found:
+) -> SearchResult:
     """Finds a length at which a function is lowest, between two lengths at which it is higher.
 
     From ``start`` lengths are doubled or halved until the lowest value has a higher one on either
@@ -156,12 +156,12 @@ def search(
 
     best = _first_lower(at, start, scale)
     if best is None:
-        return Found(0.0, "zero")
+        return SearchResult(0.0, "zero")
     strides = 0
     while at(best * STRIDE) < at(best):
         best, strides = best * STRIDE, strides + 1
         if strides == MOST_STRIDES:
-            return Found(best, "longest")
+            return SearchResult(best, "longest")
     while at(best / STRIDE) <= at(best):
         best /= STRIDE
     for _ in range(refinements):
@@ -169,7 +169,7 @@ def search(
         if t is None:
             break
         best = t if at(t) < at(best) else best
-    return Found(best)
+    return SearchResult(best)
 
 
 def _first_lower(at: Callable[[float], float], start: float, scale: float) -> float | None:
@@ -325,7 +325,7 @@ class StepCurve:
         norm: Euclidean norm of the direction: a step of length ``t`` moves the parameters by
             ``t * norm``.
         length: the chosen length; 0 where no step lowers the loss of the half that chooses.
-        edge: as in :class:`Found`.
+        edge: as in :class:`SearchResult`.
         points: every length that was tried, the shortest first.
         labels: set of batches -> labels of each, ``[B]``.
     """
@@ -341,7 +341,7 @@ class StepCurve:
         still = Point(0.0, 1.0, {name: np.zeros(len(n)) for name, n in self.labels.items()})
         return next((p for p in self.points if p.length == length), still)
 
-    def change(self, part: str, length: float | None = None) -> Estimate:
+    def change(self, part: str, length: float | None = None) -> MeanChange:
         """Returns the mean change of a set of batches, at the chosen length or at another one."""
         point = self.at(self.length if length is None else length)
         return mean_change(point.changes[part], self.labels[part])
@@ -360,7 +360,7 @@ class Lead:
 
     first: str
     rival: str
-    margin: Estimate
+    margin: MeanChange
 
     @property
     def certain(self) -> bool:
@@ -380,7 +380,7 @@ class StepCurves:
     curves: Mapping[str, StepCurve]
     before: Mapping[str, BatchSums] = field(repr=False)
 
-    def difference(self, one: str, other: str) -> Estimate:
+    def difference(self, one: str, other: str) -> MeanChange:
         """Returns the judged change of one direction minus that of another, paired by batch."""
         a, b = self.curves[one], self.curves[other]
         taken = a.at(a.length).changes[JUDGING] - b.at(b.length).changes[JUDGING]
@@ -396,7 +396,7 @@ class StepCurves:
         first = min(self.curves, key=lambda name: self.curves[name].change(CHOOSING).mean)
         margins = {n: self.difference(n, first) for n in self.curves if n != first}
         if not margins:
-            return Lead(first, "", Estimate(math.nan, math.nan, 0))
+            return Lead(first, "", MeanChange(math.nan, math.nan, 0))
 
         def closeness(name: str) -> float:
             low = margins[name].interval()[0]

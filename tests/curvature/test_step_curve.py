@@ -16,9 +16,9 @@ from fisher_lab.curvature.step_curve import (
     JUDGING,
     OWN,
     BatchSums,
-    Estimate,
-    Found,
+    MeanChange,
     Point,
+    SearchResult,
     StepCurve,
     StepCurves,
     mean_change,
@@ -156,7 +156,7 @@ def test_a_direction_that_only_leads_up_gets_no_step():
     found = curves_of({"up": -gradient(HELDOUT[0::2]), "zero": torch.zeros(1, 3).double()})
     for curve in found.curves.values():
         assert (curve.length, curve.edge) == (0.0, "zero")
-        assert curve.change(JUDGING) == Estimate(0.0, 0.0, 4)
+        assert curve.change(JUDGING) == MeanChange(0.0, 0.0, 4)
     assert len(found.curves["up"].points) < 20
 
 
@@ -193,7 +193,7 @@ def test_a_search_that_begins_where_the_function_is_flat_goes_on():
         found = search(value, start, scale=1.0, refinements=4)
         assert found.edge == ""
         assert found.length == pytest.approx(2.0, abs=0.02)
-    assert search(lambda t: 1e-3 * t, 5.0, scale=1.0) == Found(0.0, "zero")
+    assert search(lambda t: 1e-3 * t, 5.0, scale=1.0) == SearchResult(0.0, "zero")
 
 
 # ---- the model is left as it was -----------------------------------------------------------------

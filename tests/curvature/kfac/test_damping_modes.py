@@ -22,14 +22,14 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def split(mode, A, G, damping=None, damping_A=None, damping_G=None):
+def split(mode, A, G, damping=0.0, damping_A=0.0, damping_G=0.0):
     """`lam_A`, `lam_G` of dense factors; an A of None stands for a layer that is one block."""
     mean_g = float(G.trace()) / len(G) or 1.0
     mean_a = 1.0 if A is None else float(A.trace()) / len(A) or 1.0
     if mode == "relative":
         return damping_A * mean_a, damping_G * mean_g
     if A is None:
-        return None, damping
+        return 0.0, damping
     pi = math.sqrt(mean_a / mean_g)
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
