@@ -14,6 +14,8 @@ are oriented `[out, in]` whatever the module stores. All of it is float64 and as
 factors are formed whole, inverted whole, multiplied whole. Tiny models only.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -267,6 +269,23 @@ def factors_of(tokens: Tokens) -> Factors:
     return Factors(moment(tokens.augmented), G, tokens.count, tokens.bias is not None)
 
 
+def pooled(head: Factors, table: Factors) -> Factors:
+    """Both uses of a tied weight: factors averaged by the traces of the blocks, section 1.
+
+    Of the sum of both blocks it has the trace; `A` has that of the head's.
+    """
+    width = torch.zeros_like(head.A)
+    n = len(table.G)
+    width[:n, :n] = table.G
+    t_h = head.tokens * head.A.trace() * head.G.trace()
+    t_e = table.tokens * table.A.trace() * table.G.trace()
+    w = t_h / (t_h + t_e)
+    A = w * head.A / head.A.trace() + (1 - w) * width / width.trace()
+    G = w * head.G / head.G.trace() + (1 - w) * table.A / table.A.trace()
+    unit = head.A.trace()
+    return Factors(A * unit, G * (t_h + t_e) / head.tokens / unit, head.tokens, head.bias_column)
+
+
 def norm_block(tokens: Tokens) -> Tensor:
     """`(1/T) sum_t v_t v_t^T`, `v_t = [g xhat; g]` (no shift: `g xhat`) of a norm layer."""
     return moment(norm_rows(tokens))
@@ -331,10 +350,7 @@ class Truth:
             elif table is not None and (head is None or self.tied == "embedding"):
                 result[name] = (table, tables[0])
             elif head is not None and table is not None:
-                if head.bias_column:
-                    raise NotImplementedError("pooling a head that has a bias")
-                pooled = Factors(head.A + table.G, head.G + table.A, head.tokens, False)
-                result[name] = (pooled, lines[0])
+                result[name] = (pooled(head, table), lines[0])
         return result
 
     def _factors(self, group: list[Tokens]) -> Factors:

@@ -115,6 +115,12 @@ class KFACSettings:
         one_of("head", "embedding", "sum"),
     )
     ekfac: bool = setting(False, "Correct the eigenvalues in the Kronecker eigenbasis (EKFAC).")
+    ekfac_unit: str = setting(
+        "token",
+        "Whose gradients EKFAC's eigenvalues are second moments of: each token's, or the sum over "
+        "a sequence's tokens (`docs/math.md`, section 6).",
+        one_of("token", "sequence"),
+    )
     eigenvalue_correction: bool = setting(
         True, "Damped and floored eigenvalues; false: raw damped ones."
     )

@@ -39,6 +39,7 @@ LEFT_OUT = (
 CAME_LATER: dict[str, Any] = {
     "kfac.damping_mode": "absolute",
     "kfac.sharing": "expand",
+    "kfac.ekfac_unit": "token",
     "kfac.experts": "each",
     "model.adapter": None,
     "task.damping_scan": [],

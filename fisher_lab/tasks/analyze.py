@@ -78,7 +78,9 @@ def run(config: Config, run: Run) -> None:
     if config.kfac.verify:
         _verify(gradient, workload, batches, ranks)
     reports = engine.reports()
-    run.table(LAYERS_FILE, map(layer_row, reports))
+    residuals = engine.residuals(gradient, natural, workload.model)
+    run.table(LAYERS_FILE, [layer_row(r, residuals) for r in reports])
+    run.metrics({"kfac/residual_max": max(residuals.values(), default=math.nan)})
     record_uncovered(engine.coverage, run)
     run.metrics(layer_metrics(reports))
     run.metrics(curvature_metrics(engine))
@@ -237,8 +239,13 @@ def gradient_metrics(
     }
 
 
-def layer_row(report: LayerReport) -> dict[str, Any]:
-    """Returns a row of ``layers.csv``; what a layer does not have is None."""
+def layer_row(report: LayerReport, residuals: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Returns a row of ``layers.csv``; what a layer does not have is None.
+
+    Args:
+        report: of the layer.
+        residuals: of the layers' natural gradients, by name.
+    """
     f, layer = report.factors, report.factors.layer
     row: dict[str, Any] = {
         "name": layer.name,
@@ -263,7 +270,7 @@ def layer_row(report: LayerReport) -> dict[str, Any]:
     dtype, device = f.stored()
     row |= {"storage_dtype": dtype, "storage_device": device, "storage_error": f.storage_error}
     row |= {"bytes": f.nbytes(), "seconds": report.seconds}
-    return row | {"parameters": layer.n_parameters}
+    return row | {"parameters": layer.n_parameters, "residual": (residuals or {}).get(layer.name)}
 
 
 def record_uncovered(coverage: Coverage, run: Run) -> None:

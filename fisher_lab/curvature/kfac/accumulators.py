@@ -7,6 +7,7 @@ moves to host memory when the device is full.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -218,16 +219,21 @@ class GradientAccumulator:
         for part in other.parts:
             self.add(part)
 
-    def add(self, g: Tensor) -> None:
-        """Adds token gradients ``[T, out]`` of one draw."""
+    def add(self, g: Tensor, *, expected: bool = False) -> None:
+        """Adds token gradients ``[T, out]`` of one draw.
+
+        Where they are one of the many terms of an expectation, columns beyond the outputs are put
+        together without loss.
+        """
         self.seen += g.shape[0]
         self._compute = self._compute or g.device
         self.parts.append(g.to(self.parts[0].device) if self.parts else g)
         self.kept += g.shape[0]
         woodbury = wants_woodbury(self.settings, self.out, self.seen)
+        together = expected and self.dense_allowed
         if self.total is not None or (self.dense_allowed and not woodbury):
             self.to_matrix()
-        elif self.kept <= self.settings.max_columns:
+        elif self.kept <= min(self.settings.max_columns, self.out if together else math.inf):
             return
         elif self.dense_allowed:
             self.reduction = "lossless"

@@ -14,7 +14,7 @@ from fisher_lab.curvature.kfac.accumulators import check_finite
 from fisher_lab.curvature.kfac.capture import Call, Capture, edge_of
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, joined
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
-from fisher_lab.curvature.kfac.policy import sharing_of
+from fisher_lab.curvature.kfac.policy import sharing_of, wants_examples, wants_sequences
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
 from fisher_lab.curvature.labels import token_mask
 from fisher_lab.curvature.losses import SummedLoss, labels_of
@@ -32,7 +32,8 @@ class TokenMasks:
 
     Attributes:
         full: whether every position of the batch is a token.
-        examples: of the tokens, where a layer has one row an example (K-FAC-reduce).
+        examples: of the tokens, where a layer has one row an example (K-FAC-reduce), or EKFAC's
+            moments are those of sequences.
 
     Raises:
         BatchError: no position of the batch is active.
@@ -44,7 +45,7 @@ class TokenMasks:
         self.full = whole and not capture.hidden
         self._whole: dict[tuple[int, torch.Size], bool] = {}
         self.examples: Examples | None = None
-        if capture.settings.sharing == "reduce":
+        if any(wants_examples(capture.settings, kind) for kind in Kind):
             labels = labels_of(batch)
             self.examples = capture.examples(None if labels is None else len(labels))
 
@@ -225,14 +226,48 @@ class BatchTokens:
         Raises:
             LayerError: they cannot be told.
         """
+        if sharing_of(self._settings, layer) == "expand":
+            return None
+        return self._by_example(layer)
+
+    def sequences(self, layer: Layer) -> ByExample | None:
+        """Returns the sequences that a layer's rows belong to; None where they are not wanted.
+
+        Raises:
+            LayerError: they cannot be told.
+        """
+        return self._by_example(layer) if wants_sequences(self._settings, layer.kind) else None
+
+    def _by_example(self, layer: Layer) -> ByExample | None:
         calls = self.calls[layer.name]
-        if not calls or sharing_of(self._settings, layer) == "expand":
+        if not calls:
             return None
         key = tuple(share_key(call, False) for call in calls)
         if key not in self._examples:
             parts = [self._masks.examples_of(call, layer.name) for call in calls]
             self._examples[key] = joined(parts)
         return self._examples[key]
+
+    def places(self, layer: Layer, rows: Tensor) -> Tensor:
+        """Returns which row of a layer's inputs belongs to each of some rows of its output.
+
+        Args:
+            layer: with one call.
+            rows: ``[M]``, numbers of rows of what the call gave, which are tokens.
+
+        Raises:
+            LayerError: one of them is no token.
+        """
+        (call,) = self.calls[layer.name]
+        numbers = torch.arange(call.rows.numel(), device=rows.device)
+        tokens = self._masks.select(call, numbers.reshape(call.rows), layer.name, trailing=0)
+        table = torch.full_like(numbers, -1)
+        table[tokens] = torch.arange(len(tokens), device=rows.device)
+        found = table[rows]
+        if bool((found < 0).any()):
+            raise LayerError(f"layer {layer.name}: labels at rows that are no tokens of its input")
+        examples = self.examples(layer)
+        return found if examples is None else examples.index[found]
 
     def gradients(self, layer: Layer, given: Mapping[int, Tensor | None]) -> Tensor | None:
         """Returns a layer's token gradients, ``[T, out]``; None where none reached it.

@@ -39,6 +39,7 @@ from fisher_lab.curvature.kfac.layers import (
     trains_bias_alone,
 )
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
+from fisher_lab.curvature.kfac.policy import wants_examples
 from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
@@ -396,8 +397,9 @@ class Capture:
         rows = [o for o in origins if o is not Fixed.CONSTANT]
         if not full and any(ids_of(o, int(use.kind is not Kind.EMBEDDING)) is None for o in rows):
             return HIDDEN
-        if examples is not None and use.kind is not Kind.EMBEDDING:
-            return NO_EXAMPLE if any(examples.of(o, 1) is None for o in rows) else None
+        if examples is not None and wants_examples(self.settings, use.kind):
+            trailing = int(use.kind is not Kind.EMBEDDING)
+            return NO_EXAMPLE if any(examples.of(o, trailing) is None for o in rows) else None
         return None
 
     def calls_of(self, layer: Layer) -> list[Call]:

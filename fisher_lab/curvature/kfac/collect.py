@@ -29,7 +29,7 @@ from fisher_lab.curvature.kfac.batch_tokens import (
     share_key,
 )
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.examples import ByExample, by_example
+from fisher_lab.curvature.kfac.examples import by_example
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
@@ -197,19 +197,39 @@ class _Collector:
             sums.n_batches += 1
             return
         masks = TokenMasks(capture, batch)
-        loss = by_example(loss, capture.rows, capture.examples)
+        given, loss = loss, by_example(loss, capture.rows, capture.examples)
         sums.take(capture.observe(masks.full, masks.examples))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
-        self._add_passes(capture, masks, loss)
+        tokens = self._add_passes(capture, masks, loss)
         if sums.uncovered.wants_diagonal:
             sums.uncovered.add_diagonal(loss, capture)
         sums.head.add(loss)
+        if self.settings.ekfac and tokens is not None:
+            self._keep_head(tokens, given)
         sums.n_labels += loss.n_labels
         sums.labelling = loss.labelling
         sums.n_batches += 1
 
-    def _add_passes(self, capture: Capture, masks: TokenMasks, loss: SummedLoss) -> None:
+    def _keep_head(self, tokens: BatchTokens, loss: SummedLoss) -> None:
+        """Keeps what EKFAC needs of the labelled tokens of a true-Fisher head."""
+        sums = self.sums
+        expected = sums.head.expected(loss)
+        if sums.head.name is None or expected is None:
+            return
+        assert loss.scored is not None
+        assert loss.logits is not None
+        layer_sums = sums.by_layer[sums.head.name]
+        (call,) = tokens.calls[sums.head.name]
+        each = call.rows.numel() // len(loss.logits)
+        places = tokens.places(layer_sums.layer, loss.scored.rows * each + loss.scored.positions)
+        start = sum(len(x) for x in layer_sums.inputs[:-1])
+        layer_sums.order.append(places + start)
+        layer_sums.tokens_g.append(expected)
+
+    def _add_passes(
+        self, capture: Capture, masks: TokenMasks, loss: SummedLoss
+    ) -> BatchTokens | None:
         """Adds every backward pass of a batch, and its own gradient where none of them is that."""
         sums = self.sums
         want_own = sums.keep_gradient and sums.fisher_kind != "empirical"
@@ -229,6 +249,7 @@ class _Collector:
                 g = tokens.gradients(layer_sums.layer, grads)
                 if g is not None and len(g) > 0:
                     self._own(layer_sums, tokens.inputs(layer_sums.layer), g)
+        return tokens
 
     def _backward(
         self, capture: Capture, one: BackwardPass, keep: bool
@@ -271,7 +292,7 @@ class _Collector:
             if first:
                 layer_sums.tokens += tokens.count(layer)
                 taking_part.append(layer)
-            self._add_g(layer_sums, a, g, tokens.examples(layer), first)
+            self._add_g(layer_sums, a, g, tokens, first)
         if first:
             self._add_inputs(taking_part, tokens)
 
@@ -280,23 +301,30 @@ class _Collector:
         layer_sums: LayerSums,
         a: Tensor,
         g: Tensor,
-        examples: ByExample | None,
+        tokens: BatchTokens,
         first: bool,
     ) -> None:
         """Adds tokens, or one row for each of their examples."""
+        layer = layer_sums.layer
+        examples = tokens.examples(layer)
         if isinstance(layer_sums.g, BlockAccumulator):
             layer_sums.g.add(a, g, examples)
             return
-        if layer_sums.layer.name == self.sums.head.name:
-            return
         if examples is not None:
             a, g = examples.means(a), examples.sums(g)
-        layer_sums.g.add(g)
+        if layer.name == self.sums.head.name:  # its G, and EKFAC's moments, have no draws
+            layer_sums.inputs += [a] if first and self.settings.ekfac else []
+            return
+        layer_sums.g.add(g, expected=self.sums.fisher_kind == "true")
         if self.settings.ekfac:
             # Draws of one batch have the same inputs; batches may differ in their draws.
             start = sum(len(x) for x in layer_sums.inputs[: None if first else -1])
             layer_sums.order.append(torch.arange(start, start + len(g), device=g.device))
             layer_sums.tokens_g.append(g)
+            sequences = tokens.sequences(layer)
+            if sequences is not None:
+                layer_sums.sequences.append(sequences.index + layer_sums.n_sequences)
+                layer_sums.n_sequences += len(sequences)
         if self.settings.ekfac or layer_sums.g.tokens_in_order():
             layer_sums.inputs += [a] if first else []
         else:

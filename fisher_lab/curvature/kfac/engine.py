@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 MISSED = 0.1
 """Beyond this share of the trained parameters that no layer covers, the coverage is a warning."""
 
+RESIDUAL_WARNING = 1e-2
+"""Relative residual of a natural gradient past which it is warned about."""
+
 
 @documented
 class KFACNaturalGradient:
@@ -412,6 +415,8 @@ class KFACNaturalGradient:
     ) -> dict[str, Tensor]:
         """Returns ``(T/N) G V A``: no floor, and no damping unless asked for.
 
+        Of a layer that EKFAC corrects, ``(T/N) V_G (S * (V_G^T V V_A)) V_A^T``.
+
         Args:
             vectors: parameter name -> vector of the parameter's shape.
             model: the model that the factors belong to.
@@ -424,6 +429,33 @@ class KFACNaturalGradient:
         self._check(whole, model)
         result, self.uncovered = precondition.products(self._inverses, whole, damped=damped)
         return wrappers.as_given(result, vectors, model)
+
+    @full_precision()
+    def residuals(
+        self, gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, float]:
+        """Returns ``|G X A - Y| / |Y|`` by layer name: how well a natural gradient solves.
+
+        ``G`` and ``A`` are damped and floored. Past 1e-2 it is warned about: the conditioning of
+        the factors, or the dtype of the result, has left too few digits.
+
+        Args:
+            gradients: ``Y``, by parameter name.
+            natural: ``X``, what :meth:`compute_natural_gradient` gave for them.
+            model: the model that the factors belong to.
+        """
+        given, solved = wrappers.whole(gradients), wrappers.whole(natural)
+        self._check(given, model)
+        found = precondition.residuals(self._inverses, given, solved)
+        for name, value in found.items():
+            if not value <= RESIDUAL_WARNING:
+                log.warning(
+                    "layer %s: the natural gradient solves its system to %.1e only (relative "
+                    "residual, damping A %g, G %g); allowed: a larger damping, a smaller "
+                    "max_condition_number, core_dtype and apply_dtype float64",
+                    name, value, self.settings.lam_A, self.settings.lam_G,
+                )  # fmt: skip
+        return found
 
     def own_gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the factors' own mean gradient, by parameter name, in the core dtype.
@@ -450,28 +482,32 @@ class KFACNaturalGradient:
 
     @full_precision()
     def trace(self) -> dict[str, float]:
-        """Returns layer name -> trace ``(T/N) tr(G) tr(A)`` of its block, undamped."""
-        return {name: factors.trace() for name, factors in self.kfac_factors.items()}
+        """Returns layer name -> trace ``(T/N) tr(G) tr(A)`` of its block, undamped.
+
+        Of a layer that EKFAC corrects, ``T/N`` times the sum of its own eigenvalues.
+        """
+        return {n: self._inverses.block(f).trace() for n, f in self.kfac_factors.items()}
 
     @full_precision()
     def log_determinant(self) -> dict[str, float]:
         """Returns layer name -> log-determinant of its block, damped and clipped.
 
-        Of the Kronecker product, whatever EKFAC makes of its eigenvalues.
+        Of a layer that EKFAC corrects, with its own eigenvalues.
         """
-        return {name: self._inverses.logdet(f) for name, f in self.kfac_factors.items()}
+        return {n: self._inverses.block(f).logdet() for n, f in self.kfac_factors.items()}
 
     @full_precision()
     def top_eigenvalues(self, k: int = 1) -> dict[str, Tensor]:
         """Returns layer name -> the ``k`` largest eigenvalues of its block, undamped.
 
-        By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
+        By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``); of a layer
+        that EKFAC corrects, its own.
 
         Args:
             k: how many; fewer where the block has fewer.
         """
         require("k", k, fields.whole(1), int)
-        return {name: factors.top_eigenvalues(k) for name, factors in self.kfac_factors.items()}
+        return {n: self._inverses.block(f).top(k) for n, f in self.kfac_factors.items()}
 
     # ---- the legacy diagonal -----------------------------------------------------------------
 

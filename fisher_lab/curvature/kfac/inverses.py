@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,8 +77,87 @@ class LayerReport:
     pairs: ekfac.Eigenbasis | None = None
 
 
+class Block(Protocol):
+    """A layer's block of the Fisher matrix as it is approximated: all that is done with it.
+
+    Matrices ``y`` are ``[out, dim_a]`` in the apply dtype. Powers and log-determinants are those of
+    the damped and floored block, products and numbers those of the undamped one.
+    """
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """Returns the block to the power ``p`` times ``y``, without ``T/N``."""
+        ...
+
+    def in_use(self, y: Tensor) -> Tensor:
+        """Returns the block in use times ``y``, without ``T/N``, to check an inverse by."""
+        ...
+
+    def product(self, y: Tensor, *, damped: bool = False) -> Tensor:
+        """Returns the block times ``y``, with ``T/N`` and without a floor."""
+        ...
+
+    def trace(self) -> float:
+        """Returns the trace, with ``T/N``."""
+        ...
+
+    def logdet(self) -> float:
+        """Returns the log-determinant, with ``T/N``."""
+        ...
+
+    def top(self, k: int) -> Tensor:
+        """Returns the ``min(k, dim)`` largest eigenvalues, with ``T/N``, descending."""
+        ...
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """``(T/N) G (x) A`` with both sides damped; of a layer without A, ``(T/N) G``.
+
+    Attributes:
+        factors: of the layer.
+        G: the output side.
+        A: the input side.
+    """
+
+    factors: LayerFactors
+    G: Damped
+    A: Damped | None
+
+    def power(self, y: Tensor, p: float) -> Tensor:
+        """See :class:`Block`."""
+        y = self.G.power(y, p)
+        return y if self.A is None else self.A.power(y.T, p).T
+
+    def product(self, y: Tensor, *, damped: bool = False) -> Tensor:
+        """See :class:`Block`."""
+        y = self.G.factor.product(y) + (self.G.lam if damped else 0.0) * y
+        if self.A is not None:
+            y = self.A.factor.product(y.T).T + (self.A.lam if damped else 0.0) * y
+        return y * self.factors.ratio
+
+    def in_use(self, y: Tensor) -> Tensor:
+        """See :class:`Block`."""
+        y = self.G.in_use(y)
+        return y if self.A is None else self.A.in_use(y.T).T
+
+    def trace(self) -> float:
+        """See :class:`Block`."""
+        return self.factors.trace()
+
+    def logdet(self) -> float:
+        """Returns ``dim_A logdet G + dim_G logdet A + dim_G dim_A log(T/N)``."""
+        dim_g, dim_a = self.factors.G.dim, 1 if self.A is None else self.A.factor.dim
+        value = dim_a * self.G.logdet()
+        value += 0.0 if self.A is None else dim_g * self.A.logdet()
+        return value + dim_g * dim_a * math.log(self.factors.ratio)
+
+    def top(self, k: int) -> Tensor:
+        """See :class:`Block`."""
+        return self.factors.top_eigenvalues(k)
+
+
 class Inverses:
-    """Both sides of every layer under one damping; what has been computed of them is kept.
+    """The blocks of all layers under one damping; what has been computed of them is kept.
 
     Attributes:
         factors: of the refresh, by layer name.
@@ -109,11 +188,14 @@ class Inverses:
                 for key in ((id(factors.A), lam_a), (id(factors.G), lam_g)):
                     if key in self._damped:  # this side is damped as it was
                         other._damped[key] = self._damped[key]
+        for name, basis in self.bases.items():
+            lams = other.dampings(self.factors[name])
+            other.bases[name] = basis.damped_by(lams, settings.kappa_max)
         return other
 
     def corrects(self, factors: LayerFactors) -> bool:
         """Says whether EKFAC corrects the eigenvalues of a layer."""
-        return self.settings.ekfac and factors.tokens_g is not None
+        return self.settings.ekfac and factors.correctable
 
     def G(self, factors: LayerFactors) -> Damped:
         """Returns a layer's damped output side."""
@@ -141,6 +223,15 @@ class Inverses:
             self.bases[name] = ekfac.prepared(self.factors[name], self.settings)
         return self.bases[name]
 
+    def block(self, factors: LayerFactors) -> Block:
+        """Returns a layer's block, EKFAC's where that corrects it: where every product comes from.
+
+        Collective the first time under EKFAC.
+        """
+        if self.corrects(factors):
+            return self.basis(factors.layer.name)
+        return KroneckerBlock(factors, self.G(factors), self.A(factors))
+
     def prepare(self, name: str) -> None:
         """Decomposes what is left of a layer."""
         start, factors = perf_counter(), self.factors[name]
@@ -167,16 +258,6 @@ class Inverses:
             spent = _decompose_together([side for _, side in pairs], communicator, eigen=eigen)
             for name, side in pairs:
                 self.seconds[name] += spent.get(id(side), 0.0)
-
-    def logdet(self, factors: LayerFactors) -> float:
-        """Returns the log-determinant of a layer's block, with the factors in use.
-
-        For ``(T/N) G (x) A`` that is ``dim_A logdet G + dim_G logdet A + dim_G dim_A log(T/N)``.
-        """
-        sides = [side.logdet() for side in self.sides(factors)]
-        dim_g, dim_a = factors.G.dim, 1 if factors.A is None else factors.A.dim
-        value = dim_a * sides[0] + (0.0 if factors.A is None else dim_g * sides[1])
-        return value + dim_g * dim_a * float(torch.tensor(factors.ratio).double().log())
 
     def report(self, name: str, *, kappa: bool = True) -> LayerReport:
         """Returns what was done to a layer; ``kappa`` as in :meth:`Damped.report`."""

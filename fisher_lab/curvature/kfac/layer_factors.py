@@ -50,10 +50,15 @@ class LayerFactors(Mapping[str, Any]):
         a: token inputs ``[T, in]`` for push-through and EKFAC, where they are kept.
         own: the factors' own mean gradient ``[out, in (+ 1)]``, where it was asked for.
         push: whether push-through holds for these factors.
-        tokens_g: token gradients ``[T n, out]``, where EKFAC needs them.
+        tokens_g: token gradients ``[T n, out]``, where EKFAC needs them; of a true-Fisher head what
+            :attr:`hessian` says of its labelled tokens.
         storage_error: relative error of ``G^-1 dW`` that rounding the columns costs.
         spread: the other ranks' ``a`` and ``tokens_g``, where these are this rank's own only.
         order: ``[T n]`` which row of ``a`` each row of ``tokens_g`` belongs to.
+        sequences: ``[T n]`` numbers of the sequences, one a draw, that the rows of ``tokens_g``
+            belong to, where EKFAC's moments are those of sequences.
+        hessian: what the Hessians behind a true-Fisher head are, where EKFAC needs them:
+            ``softmax``, of the probabilities in ``tokens_g``, or ``diagonal``, its rows; else "".
     """
 
     layer: Layer
@@ -72,6 +77,8 @@ class LayerFactors(Mapping[str, Any]):
     storage_error: float | None = None
     spread: Spread | None = field(default=None, repr=False)
     order: Tensor | None = field(default=None, repr=False)
+    sequences: Tensor | None = field(default=None, repr=False)
+    hessian: str = ""
 
     def __getitem__(self, key: str) -> Any:
         return _VIEW[key](self)
@@ -101,7 +108,7 @@ class LayerFactors(Mapping[str, Any]):
         return self.tokens / self.n_labels
 
     def gathered(self, key: str) -> Tensor | None:
-        """Returns ``a``, ``own``, ``tokens_g`` or ``order`` of all ranks; collective."""
+        """Returns a tensor of the tokens of all ranks, or ``own``; collective."""
         value: Tensor | None = getattr(self, key)
         if value is None or self.spread is None or key == "own":
             return value
@@ -110,6 +117,9 @@ class LayerFactors(Mapping[str, Any]):
         communicator = self.spread.communicator
         if key == "order":
             value = value + sum(self.spread.rows[: communicator.rank])
+        if key == "sequences":  # those of different ranks are different ones
+            last = communicator.all_gather_objects(int(value.max()) + 1 if len(value) else 0)
+            value = value + sum(last[: communicator.rank])
         return communicator.all_gather(value, communicator.all_gather_objects(len(value)))
 
     def stored(self) -> tuple[str, str]:
@@ -122,12 +132,17 @@ class LayerFactors(Mapping[str, Any]):
         """Returns the bytes that both factors take."""
         return self.G.nbytes() + (0 if self.A is None else self.A.nbytes())
 
+    @property
+    def correctable(self) -> bool:
+        """Whether EKFAC's second moments can be formed: its tokens are kept."""
+        return self.order is not None
+
     def trace(self) -> float:
-        """Returns the trace ``(T/N) tr(G) tr(A)`` of the layer's block."""
+        """Returns the trace ``(T/N) tr(G) tr(A)`` of the Kronecker product."""
         return self.ratio * self.G.trace() * (1.0 if self.A is None else self.A.trace())
 
     def top_eigenvalues(self, k: int) -> Tensor:
-        """Returns the ``k`` largest eigenvalues of the layer's block ``(T/N) G (x) A``.
+        """Returns the ``k`` largest eigenvalues of the Kronecker product ``(T/N) G (x) A``.
 
         By Lanczos where a side has no decomposition (a true-Fisher head, ``tied=sum``).
 

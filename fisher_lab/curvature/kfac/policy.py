@@ -52,6 +52,27 @@ def sharing_of(settings: KFACSettings, layer: Layer) -> str:
     return "expand" if layer.kind is Kind.EMBEDDING else settings.sharing
 
 
+_ONE_BLOCK = (Kind.NORM, Kind.BIAS, Kind.DEPTHWISE)
+"""Kinds of layers with one factor over all of their numbers."""
+
+
+def wants_sequences(settings: KFACSettings, kind: Kind) -> bool:
+    """Says whether a layer of some kind needs to know which sequence each of its rows is of.
+
+    For EKFAC's moments of sequences. A row that is an example (K-FAC-reduce) is a sequence's sum
+    already, and a layer of one block has no second factor to correct.
+    """
+    if not settings.ekfac or settings.ekfac_unit != "sequence" or kind in _ONE_BLOCK:
+        return False
+    return settings.sharing == "expand" or kind is Kind.EMBEDDING
+
+
+def wants_examples(settings: KFACSettings, kind: Kind) -> bool:
+    """Says whether it has to be known which example each row of a layer of some kind is of."""
+    reduced = settings.sharing == "reduce" and kind is not Kind.EMBEDDING
+    return reduced or wants_sequences(settings, kind)
+
+
 def check(settings: KFACSettings, layer: Layer) -> None:
     """Checks before any work that a layer's factors may be formed.
 

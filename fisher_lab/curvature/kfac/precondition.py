@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.errors import CurvatureError, LayerError
-from fisher_lab.curvature.kfac import ekfac
 from fisher_lab.curvature.kfac.damping import damping_of_diagonal
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
@@ -66,7 +65,8 @@ def own_powered(inverses: Inverses, power: float) -> Applied:
     result = {n: _by_diagonal(inverses, n, g, power) for n, g in last.gradients.items()}
     for name, factors in last.factors.items():
         assert factors.own is not None
-        if factors.push and not settings.ekfac and factors.layer.kind is not Kind.EMBEDDING:
+        plain = not inverses.corrects(factors) and factors.layer.kind is not Kind.EMBEDDING
+        if factors.push and plain:
             y = _push_through(inverses, factors, power)
         else:
             y = factors.own.to(settings.numerics.apply_dtype)
@@ -78,19 +78,40 @@ def own_powered(inverses: Inverses, power: float) -> Applied:
 def products(inverses: Inverses, vectors: Mapping[str, Tensor], *, damped: bool) -> Applied:
     """Returns ``(T/N) G V A`` without any floor; ``(T/N) (G + lam_G I) V (A + lam_A I)`` damped.
 
+    Of a layer that EKFAC corrects, the same with its own eigenvalues.
+
     Raises:
         LayerError: a vector has another shape than its parameter.
         CurvatureError: a result is not finite.
     """
 
     def product(factors: LayerFactors, y: Tensor) -> Tensor:
-        lam_a, lam_g = inverses.dampings(factors) if damped else (0.0, 0.0)
-        y = factors.G.product(y) + lam_g * y
-        if factors.A is not None:
-            y = factors.A.product(y.T).T + lam_a * y
-        return y * factors.ratio
+        return inverses.block(factors).product(y, damped=damped)
 
     return _apply(inverses, vectors, product, lambda _, vector: vector)
+
+
+def residuals(
+    inverses: Inverses, vectors: Mapping[str, Tensor], results: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Returns ``|G X A - Y| / |Y|`` by layer name, with ``G`` and ``A`` damped and floored.
+
+    Args:
+        inverses: that gave the results.
+        vectors: ``Y``, by parameter name.
+        results: ``X``, their natural gradient. Layers that lack a parameter in either are left out.
+    """
+    dtype, found = inverses.settings.numerics.apply_dtype, {}
+    layers = [factors.layer for factors in inverses.factors.values()]
+    vectors, results = in_parts(vectors, layers), in_parts(results, layers)
+    for name, factors in inverses.factors.items():
+        if not set(factors.layer.names) <= set(vectors) & set(results):
+            continue
+        y, x = (matrix_of(factors.layer, named, dtype) for named in (vectors, results))
+        x = x / _scale(inverses.settings, factors, -1)
+        error, norm = inverses.block(factors).in_use(x) - y, float(y.norm())
+        found[name] = float(error.norm()) / norm if norm else 0.0
+    return found
 
 
 def own_gradients(last: Refresh) -> dict[str, Tensor]:
@@ -151,14 +172,7 @@ def _named(
 
 def _layer_powered(inverses: Inverses, factors: LayerFactors, y: Tensor, power: float) -> Tensor:
     """``G^p y A^p`` of a layer, with ``y`` ``[out, dim_a]`` in the apply dtype."""
-    if inverses.corrects(factors):
-        y = ekfac.apply(inverses.basis(factors.layer.name), y, power)
-    else:
-        y = inverses.G(factors).power(y, power)
-        a = inverses.A(factors)
-        if a is not None:
-            y = a.power(y.T, power).T
-    return y * _scale(inverses.settings, factors, power)
+    return inverses.block(factors).power(y, power) * _scale(inverses.settings, factors, power)
 
 
 def _push_through(inverses: Inverses, factors: LayerFactors, power: float) -> Tensor:
@@ -186,7 +200,10 @@ def _by_diagonal(inverses: Inverses, name: str, vector: Tensor, power: float) ->
         return vector
     lam = damping_of_diagonal(diagonal, settings)
     used = (diagonal + lam).to(settings.numerics.apply_dtype)
-    return _narrowed(inverses, name, vector.to(used) * used.pow(power), vector)
+    # The diagonal is divided by the most tokens that a layer has, as their factors are by theirs.
+    most = max(inverses.factors.values(), key=lambda factors: factors.tokens)
+    result = vector.to(used) * used.pow(power) * _scale(settings, most, power)
+    return _narrowed(inverses, name, result, vector)
 
 
 def _narrowed(inverses: Inverses, name: str, value: Tensor, like: Tensor) -> Tensor:

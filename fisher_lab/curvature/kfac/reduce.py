@@ -95,6 +95,7 @@ class _Reduction:
             "diagonal": sorted(sums.uncovered.diagonal),
             "rows": sum(len(p) for p in sums.head.parts),
             "diagonal_head": sums.head.diagonal is not None,
+            "hessian": sums.head.hessian,
             "logits": next((dtype_name(p.dtype) for p in sums.head.parts), None),
         }
 
@@ -174,6 +175,8 @@ class _Reduction:
         elif layer.name != sums.head.name:
             self._reduce_gradients(layer.name, layer_sums.g)
             self._reduce_tokens(layer_sums, layer_sums.g, rows)
+        elif sums.settings.ekfac:
+            self._reduce_tokens(layer_sums, layer_sums.g, rows)
         if sums.keep_gradient and not layer.tied:
             own = layer_sums.own
             if own is None:
@@ -251,6 +254,13 @@ class _Reduction:
     def _reduce_head(self) -> None:
         """Probabilities of the head's labelled tokens, subsampled before they are moved."""
         head, rows = self.sums.head, [summary["rows"] for summary in self.summaries]
+        head.hessian = next((x["hessian"] for x in self.summaries if x["hessian"]), "")
+        if head.hessian:
+            side = head.classes
+            nothing = torch.zeros(side, side, dtype=self.core, device=self.device)
+            mine = nothing if head.matrix is None else head.matrix
+            head.matrix = self.communicator.all_reduce(mine)
+            return
         if any(summary["diagonal_head"] for summary in self.summaries):
             nothing = torch.zeros(head.classes, dtype=self.core, device=self.device)
             mine = nothing if head.diagonal is None else head.diagonal

@@ -31,7 +31,7 @@ from fisher_lab.curvature.kfac.layers import (
     value_of,
 )
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.policy import method, sharing_of
+from fisher_lab.curvature.kfac.policy import method, sharing_of, wants_sequences
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.memory import on_device
@@ -260,16 +260,16 @@ def _layer_factors(sums: Statistics, layer: Layer, shared: dict[int, Factor]) ->
     common["A"] = shared[layer_sums.group]
     if layer.name == sums.head.name:
         common["fisher"] = "true"
-        return LayerFactors(G=sums.head.factor(layer_sums.tokens), method="true_head", **common)
-    g = _g_of(layer_sums, weight, shared)
-    how = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
+        g, how = sums.head.factor(layer_sums.tokens), "true_head"
+    else:
+        g = _g_of(layer_sums, weight, shared)
+        how = "woodbury" if isinstance(g, WoodburyFactor) else "eig"
     factors = LayerFactors(G=g, method=how, **common)
     _keep_tokens(sums, factors, layer_sums)
     if layer.partner is not None and layer.partner.name in sums.by_layer:
-        # Both uses of a tied weight: vocabulary side G_head + A_embedding, width side the rest.
         pool(factors, _layer_factors(sums, layer.partner, shared))
         factors.push = False
-    elif layer_sums.pooled is None:
+    elif layer_sums.pooled is None and how != "true_head":
         _measure_storage_error(factors, layer_sums.g.exact_factor(weight), sums.settings)
     return factors
 
@@ -296,7 +296,9 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums)
     """Keeps the tokens that push-through and EKFAC need."""
     g, layer, settings = layer_sums.g, layer_sums.layer, sums.settings
     assert isinstance(g, GradientAccumulator)
-    in_order = g.tokens_in_order() and layer_sums.pooled is None
+    head = layer.name == sums.head.name
+    factors.hessian = sums.head.hessian if head else ""
+    in_order = g.tokens_in_order() and layer_sums.pooled is None and not head
     if in_order or settings.ekfac:
         what = f"layer {layer.name}: A side (in={layer.dim_a}, tokens={layer_sums.tokens})"
         factors.a, factors.spread = joined(layer_sums.inputs, what), layer_sums.spread
@@ -308,6 +310,8 @@ def _keep_tokens(sums: Statistics, factors: LayerFactors, layer_sums: LayerSums)
         factors.tokens_g = joined(layer_sums.tokens_g, g.label) if layer_sums.tokens_g else empty
         nowhere = torch.empty(0, dtype=torch.int64, device=sums.device)
         factors.order = torch.cat([nowhere, *layer_sums.order])
+        if wants_sequences(settings, layer.kind) and not head:
+            factors.sequences = torch.cat([nowhere, *layer_sums.sequences])
 
 
 def joined(parts: Sequence[Tensor], what: str) -> Tensor:
@@ -321,9 +325,12 @@ def joined(parts: Sequence[Tensor], what: str) -> Tensor:
 
 
 def pool(head: LayerFactors, embedding: LayerFactors) -> None:
-    """Adds the factors of an embedding to those of the head that has the same weight, in place.
+    """Pools the factors of an embedding with those of the head that has the same weight, in place.
 
-    The embedding's A is a diagonal over the vocabulary, its G of the model's width.
+    The embedding's A is a diagonal over the vocabulary, its G of the model's width. Its block and
+    the head's add up; the product whose factors are the averages of theirs, weighted by the blocks'
+    traces, has the trace of the sum (``docs/math.md``, section 1). A keeps the trace, and with it
+    the unit, of the head's A.
     """
     a, g, counts, width = head.A, head.G, embedding.A, embedding.G
     assert a is not None
@@ -333,17 +340,34 @@ def pool(head: LayerFactors, embedding: LayerFactors) -> None:
         a.to_host()
         width.to_host()
 
+    sides = (a, g, counts, width)
+    traces = {x: x.on_device("trace", x.trace, x.to_host) for x in sides}
+    of_head = traces[g] * traces[a]
+    of_embedding = traces[counts] * traces[width] * embedding.tokens / head.tokens
+    both = of_head + of_embedding
+    share, unit = (of_head / both if both else 1.0), traces[a] or 1.0
+
+    def part(factor: Factor, weight: float) -> float:
+        """What a factor is multiplied by: its weight over its trace."""
+        return weight / traces[factor] if traces[factor] else 0.0
+
     # Products of a sharded factor are collective: then no rank repeats them by itself.
     guard = width if width.sharded else a
-    head.A = guard.on_device("pooled", lambda: _sum_of(a, width), both_to_host)
-    head.G = g.on_device("pooled", lambda: g.plus_diagonal(counts.diagonal), g.to_host)
+    weights = part(a, share * unit), part(width, (1 - share) * unit)
+    head.A = guard.on_device("pooled", lambda: _sum_of(a, width, *weights), both_to_host)
+    scale = both / unit
+    more, kept = part(counts, (1 - share) * scale), part(g, share * scale)
+    head.G = g.on_device("pooled", lambda: g.plus_diagonal(counts.diagonal * more, kept), g.to_host)
     head.A.label, head.G.label = a.label, g.label
 
 
-def _sum_of(a: Factor, width: Factor) -> Factor:
-    """The head's A plus the embedding's G ``[n, n]``; a bias column of the head stays as it is."""
-    total, n = a.to_dense().clone(), width.dim
-    total[:n, :n] += width.to_dense().to(total.device)
+def _sum_of(a: Factor, width: Factor, of_a: float, of_width: float) -> Factor:
+    """``of_a`` times the head's A plus ``of_width`` times the embedding's G ``[n, n]``.
+
+    A bias column of the head has no part in the embedding's.
+    """
+    total, n = a.to_dense() * of_a, width.dim
+    total[:n, :n] += width.to_dense().to(total.device) * of_width
     return DenseFactor(total)
 
 

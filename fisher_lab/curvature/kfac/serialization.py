@@ -34,7 +34,7 @@ from fisher_lab.curvature.kfac.layers import (
     value_of,
 )
 from fisher_lab.curvature.kfac.numerics import DTYPES
-from fisher_lab.curvature.kfac.policy import put_back
+from fisher_lab.curvature.kfac.policy import put_back, wants_sequences
 from fisher_lab.curvature.kfac.refresh import Coverage, Refresh
 from fisher_lab.curvature.wrappers import device_of, unwrap
 from fisher_lab.runs import atomic
@@ -54,10 +54,11 @@ UNCOVERED = "//uncovered"
 
 PLAIN = (
     "method", "tokens", "n_labels", "n_draws", "fisher", "sharing", "push", "storage_error",
+    "hessian",
 )  # fmt: skip
 """Attributes of a layer's factors that the header has."""
 
-KEPT = ("a", "own", "tokens_g", "order")
+KEPT = ("a", "own", "tokens_g", "order", "sequences")
 """What a layer keeps besides its factors."""
 
 
@@ -250,11 +251,16 @@ def _check_needs(
 ) -> None:
     """Refuses EKFAC without the tokens, and factors without the diagonal of what is uncovered."""
     for name, factors in found.items():
-        kept = factors.tokens_g is not None or factors.A is None or factors.method == "true_head"
-        if settings.ekfac and not kept:
+        if settings.ekfac and not factors.correctable and factors.A is not None:
             raise FactorFileError(
                 f"factors: layer {name} was collected without ekfac; allowed: ekfac=False, or "
                 "factors of an engine with ekfac=True"
+            )
+        needed = wants_sequences(settings, factors.layer.kind) and not factors.hessian
+        if needed and factors.sequences is None:
+            raise FactorFileError(
+                f"factors: layer {name} was collected with ekfac_unit='token'; allowed for "
+                "ekfac_unit='sequence': factors of an engine with it"
             )
     if settings.uncovered == "diagonal" and header.get("uncovered") != "diagonal":
         raise FactorFileError(
@@ -299,6 +305,9 @@ def _restore_layer(
         own=read.kept("own", layer.dim_g, 1 if layer.one_block else layer.dim_a),
         tokens_g=tokens_g,
         order=read.kept("order", None if tokens_g is None else len(tokens_g)),
+        sequences=read.kept("sequences", None if tokens_g is None else len(tokens_g))
+        if wants_sequences(read.settings, layer.kind)
+        else None,
     )
 
 
@@ -316,6 +325,8 @@ def _spread_again(f: LayerFactors, entry: Mapping[str, Any], communicator: Commu
     if f.tokens_g is not None and f.order is not None and rows_g is not None:
         f.tokens_g = f.tokens_g.split(rows_g)[rank].clone()
         f.order = f.order.split(rows_g)[rank] - sum(rows[:rank])
+    if f.sequences is not None and rows_g is not None:
+        f.sequences = f.sequences.split(rows_g)[rank].clone()
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from fisher_lab.curvature.kfac.accumulators import (
 from fisher_lab.curvature.kfac.capture import HIDDEN, Call, Capture, edge_of
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE
 from fisher_lab.curvature.kfac.factors import (
+    DenseFactor,
     DiagonalFactor,
     DiagonalLowRankFactor,
+    Factor,
     ShardedColumns,
 )
 from fisher_lab.curvature.kfac.fisher_kinds import scored_of
@@ -41,6 +43,7 @@ from fisher_lab.curvature.kfac.layers import (
 )
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, check, store_columns
+from fisher_lab.curvature.linalg import add_second_moment, mirror
 from fisher_lab.curvature.losses import SummedLoss, token_losses
 from fisher_lab.curvature.memory import on_device
 
@@ -138,8 +141,11 @@ class TrueFisherHead:
     Attributes:
         name: of the layer; None before the first batch, or where no such head is wanted.
         parts: probabilities ``[labels, classes]``, one tensor per batch; of a loss whose Hessian is
-            diagonal none.
+            diagonal none, and none where there is a matrix.
         diagonal: sum ``[classes]`` of the diagonals of such Hessians, in the core dtype.
+        matrix: sum ``[classes, classes]`` of the Hessians, in the core dtype, where EKFAC needs the
+            eigenvectors.
+        hessian: ``softmax`` or ``diagonal``, what the Hessians are, where a batch has come.
         weight: labelled tokens that each kept one stands for.
         ranks: the ranks of which each holds a slice of the classes, where that is so.
     """
@@ -150,6 +156,8 @@ class TrueFisherHead:
         self.name: str | None = None
         self.parts: list[Tensor] = []
         self.diagonal: Tensor | None = None
+        self.matrix: Tensor | None = None
+        self.hessian = ""
         self.weight = 1.0
         self.ranks: Communicator | None = None
         self._sought = False
@@ -168,7 +176,7 @@ class TrueFisherHead:
         settings = self._settings
         if not (settings.true_fisher_head or settings.fisher == "true") or self._sought:
             return
-        scored_of(loss, "true")
+        scored = scored_of(loss, "true")
         self._sought = True
         # By the graph's edge: an address may have been another tensor's before. A layer that is
         # used a second time has a gradient beside that of the logits.
@@ -176,8 +184,9 @@ class TrueFisherHead:
         for layer in layers:
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
             found = [call.edge == wanted for call in calls.get(layer.name, ())]
-            if linear and found == [True]:
-                self.name, self.classes = layer.name, layer.n_out
+            if linear and found == [True] and layer.n_out == scored.logits.shape[1]:
+                if self._fits(layer):
+                    self.name, self.classes = layer.name, layer.n_out
                 return
         if settings.true_fisher_head:
             raise LayerError(
@@ -189,9 +198,60 @@ class TrueFisherHead:
             "the output of no covered layer is the logits: no layer is the head of fisher=true"
         )
 
+    def _fits(self, layer: Layer) -> bool:
+        """Whether the head's eigenvectors may be formed, where EKFAC needs them.
+
+        Raises:
+            LayerError: they may not, and the head was asked for.
+        """
+        settings = self._settings
+        if not settings.ekfac or layer.n_out <= settings.max_dense_dim:
+            return True
+        text = (
+            f"layer {layer.name}: EKFAC of a true-Fisher head needs its {layer.n_out} x "
+            f"{layer.n_out} eigenvectors; allowed: out <= max_dense_dim = {settings.max_dense_dim}"
+        )
+        if settings.true_fisher_head:
+            raise LayerError(f"{text}, or ekfac=False")
+        log.warning("%s; the head gets the Fisher matrix of the inner layers", text)
+        return False
+
+    def expected(self, loss: SummedLoss) -> Tensor | None:
+        """Returns what EKFAC's moments need of a batch's labelled tokens, ``[labels, classes]``.
+
+        Probabilities, or the diagonals of Hessians; None where there is no head, or no label.
+        """
+        if self.name is None or loss.scored is None or loss.scored.n_labels == 0:
+            return None
+        logits = loss.scored.logits.detach()
+        variances = loss.scored.likelihood.variances(logits)
+        return logits.softmax(dim=-1) if variances is None else variances
+
+    def _add_matrix(self, loss: SummedLoss) -> None:
+        found = self.expected(loss)
+        if found is None or loss.scored is None:
+            return
+        diagonal = loss.scored.likelihood.variances(loss.scored.logits.detach()) is not None
+        self.hessian = "diagonal" if diagonal else "softmax"
+        what = f"{self._label(len(found))}, Hessians"
+
+        def there(device: torch.device) -> Tensor:
+            core = self._settings.numerics.core_dtype
+            total = torch.zeros(self.classes, self.classes, dtype=core, device=device)
+            if self.hessian == "softmax":
+                add_second_moment(total, found.to(device))
+                mirror(total).neg_()
+            total.diagonal().add_(found.to(device).sum(dim=0, dtype=core))
+            return total if self.matrix is None else total.add_(self.matrix.to(device))
+
+        self.matrix = on_device(there, self._device, what)
+
     def add(self, loss: SummedLoss) -> None:
         """Adds what a batch's labelled tokens give: probabilities, or diagonals of Hessians."""
         if self.name is None or loss.scored is None or loss.scored.n_labels == 0:
+            return
+        if self._settings.ekfac:
+            self._add_matrix(loss)
             return
         logits = loss.scored.logits.detach()
         variances = loss.scored.likelihood.variances(logits)
@@ -212,8 +272,10 @@ class TrueFisherHead:
         generator = torch.Generator().manual_seed(self._settings.seed)
         return torch.randperm(labels, generator=generator)[:most].sort().values
 
-    def factor(self, tokens: int) -> DiagonalFactor | DiagonalLowRankFactor:
+    def factor(self, tokens: int) -> Factor:
         """Returns the layer's G, whose ``T`` is ``tokens``."""
+        if self.matrix is not None:
+            return DenseFactor(self.matrix / tokens)
         if self.diagonal is not None:
             return DiagonalFactor(self.diagonal / tokens)
         rows = sum(len(part) for part in self.parts)
@@ -255,6 +317,9 @@ class LayerSums:
         tokens: ``T``.
         tokens_g: its token gradients ``[T, out]``, a draw each, where EKFAC needs them.
         order: which row of ``inputs`` each row of ``tokens_g`` belongs to, a draw each.
+        sequences: numbers of the sequences, one a draw, that the rows of ``tokens_g`` belong to,
+            where EKFAC's moments are those of sequences.
+        n_sequences: how many numbers there are.
         spread: the other ranks' tokens, where ``inputs`` are this rank's own only.
         pooled: tokens behind ``g`` and the A side, where other layers have them too; else None.
     """
@@ -267,6 +332,8 @@ class LayerSums:
     tokens: int = 0
     tokens_g: list[Tensor] = field(default_factory=list)
     order: list[Tensor] = field(default_factory=list)
+    sequences: list[Tensor] = field(default_factory=list)
+    n_sequences: int = 0
     spread: Spread | None = None
     pooled: int | None = None
 

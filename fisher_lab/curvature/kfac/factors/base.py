@@ -161,9 +161,9 @@ class Factor(ABC):
         """Returns the damped and clipped form (``docs/math.md``, section 2)."""
         return Damped(self, lam, kappa_max, numerics)
 
-    def plus_diagonal(self, diagonal: Tensor) -> Factor:
-        """Returns ``M + diag(diagonal)``; ``diagonal`` is ``[dim]``, >= 0."""
-        matrix = self.to_dense().clone()
+    def plus_diagonal(self, diagonal: Tensor, scale: float = 1.0) -> Factor:
+        """Returns ``scale * M + diag(diagonal)``; ``diagonal`` is ``[dim]``, >= 0."""
+        matrix = self.to_dense() * scale
         matrix.diagonal().add_(diagonal.to(matrix))
         return DenseFactor(matrix)
 
@@ -456,6 +456,20 @@ class Damped(Generic[F]):
             return self.factor.multiply(y) + self.lam * y
         used, vectors = self.clipped.used.to(y), self.eigen()[1].to(y)
         return vectors @ (used.pow(p)[:, None] * (vectors.T @ y))
+
+    def in_use(self, y: Tensor) -> Tensor:
+        """Returns ``M_used y`` for ``y`` of shape ``[dim, m]``, to check an inverse by.
+
+        By the matrix itself where no eigenvalue is raised: its decomposition is not asked.
+        """
+        return self._on_device(
+            "residual", lambda: self._in_use(y.to(self.factor.device)).to(y.device)
+        )
+
+    def _in_use(self, y: Tensor) -> Tensor:
+        if self.lower is not None or self.clipped.clipped == 0:
+            return self.factor.multiply(y) + self.lam * y
+        return self._power(y, 1)
 
     # ---- numbers -----------------------------------------------------------------------------
 

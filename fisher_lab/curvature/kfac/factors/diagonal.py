@@ -166,6 +166,12 @@ class DiagonalLowRankFactor(ColumnFactor):
         )
 
     @override
+    def plus_diagonal(self, diagonal: Tensor, scale: float = 1.0) -> Factor:
+        total = self.diagonal * scale + diagonal.to(self.diagonal)
+        weight = scale * self.weight
+        return DiagonalLowRankFactor(total, self.columns, weight, self.sign, self.core_dtype)
+
+    @override
     def damped(
         self, lam: float, kappa_max: float | None, numerics: Numerics
     ) -> DampedDiagonalLowRank:
@@ -247,6 +253,10 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
             inner = vectors @ ((vectors.T @ inner) / values[:, None])
         low = f.columns.transposed_times(inner).mul_(f.weight * f.sign)
         return scaled - inverse * low
+
+    @override
+    def _in_use(self, y: Tensor) -> Tensor:
+        return self.factor.multiply(y) + self.lam * y
 
     @override
     def _report(self, wanted: bool) -> FactorReport:

@@ -19,7 +19,7 @@ from fisher_lab.curvature.kfac.factors.base import ColumnFactor, Damped, Factor,
 from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.factors.diagonal import DiagonalLowRankFactor
 from fisher_lab.curvature.kfac.numerics import Numerics
-from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue
+from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue, upper_bound
 
 
 class WoodburyFactor(ColumnFactor):
@@ -71,8 +71,9 @@ class WoodburyFactor(ColumnFactor):
         return s, self.columns.combined(q * (self.weight / s).sqrt())
 
     @override
-    def plus_diagonal(self, diagonal: Tensor) -> Factor:
-        return DiagonalLowRankFactor(diagonal, self.columns, self.weight, 1, self.core_dtype)
+    def plus_diagonal(self, diagonal: Tensor, scale: float = 1.0) -> Factor:
+        weight = scale * self.weight
+        return DiagonalLowRankFactor(diagonal, self.columns, weight, 1, self.core_dtype)
 
     @override
     def damped(self, lam: float, kappa_max: float | None, numerics: Numerics) -> DampedWoodbury:
@@ -101,8 +102,24 @@ def lossless_columns(values: Tensor, vectors: Tensor) -> Tensor:
     return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
 
 
+CANCELLED = 1e6
+"""Beyond this ratio of the largest eigenvalue to the damping, columns that may span all outputs are
+not factorised by Cholesky: its form takes ``y / lam`` away again, and as many digits with it."""
+
+
 class DampedWoodbury(Damped[WoodburyFactor]):
     """A damped and clipped Woodbury factor (``docs/math.md``, section 3): ``K`` is decomposed."""
+
+    @override
+    def _floor_cannot_bind(self) -> bool:
+        if not super()._floor_cannot_bind():
+            return False
+        if self.factor.n_columns < self.factor.dim:
+            return True
+        core, most = self.core, CANCELLED * self.lam
+        if upper_bound(core) <= most:
+            return True
+        return largest_eigenvalue(lambda v: core @ v, core, len(core))[0] <= most
 
     @override
     def _power(self, y: Tensor, p: float) -> Tensor:
@@ -111,13 +128,15 @@ class DampedWoodbury(Damped[WoodburyFactor]):
         if p == -1 and self.lower is not None:
             inner = torch.cholesky_solve(columns.times(y), self.lower)
             return (y - columns.transposed_times(inner).mul_(w)).div_(self.lam)
-        base = self.clipped.base
         s, q = self.factor.nonzero()
         used = clip_used(s, self.lam, self.kappa_max, self.clipped)
-        weights = ((used.pow(p) - base**p) / s * w).to(y)
+        # Where the columns span all outputs, nothing has the base: adding it to take it away again
+        # would cost its digits.
+        base = 0.0 if len(s) == self.factor.dim else self.clipped.base**p
+        weights = ((used.pow(p) - base) / s * w).to(y)
         q = q.to(y)
-        inner = q @ (weights[:, None] * (q.T @ columns.times(y)))
-        return y * base**p + columns.transposed_times(inner)
+        low = columns.transposed_times(q @ (weights[:, None] * (q.T @ columns.times(y))))
+        return low if base == 0.0 else y * base + low
 
     @override
     def _push_through(self, b: Tensor, p: float) -> Tensor:
