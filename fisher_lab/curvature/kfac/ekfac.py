@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fisher_lab.curvature.collectives import dtype_name, exchange_tokens_for_outputs
-from fisher_lab.curvature.kfac.damping import dampings
 from fisher_lab.curvature.kfac.factors import Columns, ShardedColumns
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.numerics import EngineSettings, Numerics
@@ -203,8 +202,12 @@ def _kappa(parts: list[Tensor]) -> float:
     return top / low if low > 0 else float("inf")
 
 
-def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
+def prepared(
+    factors: LayerFactors, settings: EngineSettings, lams: tuple[float, float]
+) -> Eigenbasis:
     """Computes a layer's basis and its eigenvalues, damped and floored; collective on ranks.
+
+    ``lams`` are the dampings of A and of G.
 
     Where the device is full, what a rank does by itself moves to its host memory; what it does
     together with others is never done twice. The factors were collected with ``ekfac`` on.
@@ -230,13 +233,17 @@ def prepared(factors: LayerFactors, settings: EngineSettings) -> Eigenbasis:
         if device != found.sums.device:
             moved = {k: v.to(device) for k, v in found._asdict().items() if v is not None}
             here = found._replace(**moved)
-        return eigenbasis(factors, here, settings, f"{what}, application")
+        return eigenbasis(factors, here, settings, lams, f"{what}, application")
 
     return on_device(there, found.sums.device, what)
 
 
 def eigenbasis(
-    factors: LayerFactors, basis: Basis, settings: EngineSettings, label: str
+    factors: LayerFactors,
+    basis: Basis,
+    settings: EngineSettings,
+    lams: tuple[float, float],
+    label: str,
 ) -> Eigenbasis:
     """Returns a layer's basis with its damped and floored eigenvalues.
 
@@ -252,7 +259,7 @@ def eigenbasis(
         missing=factors.layer.n_out - len(basis.m_g),
         ratio=factors.ratio,
         label=label,
-    ).damped_by(dampings(factors, settings), settings.kappa_max)
+    ).damped_by(lams, settings.kappa_max)
 
 
 # ---- second moments ------------------------------------------------------------------------------

@@ -220,7 +220,9 @@ class Inverses:
     def basis(self, name: str) -> ekfac.Eigenbasis:
         """Returns a layer's eigenbasis under EKFAC; collective the first time."""
         if name not in self.bases:
-            self.bases[name] = ekfac.prepared(self.factors[name], self.settings)
+            factors = self.factors[name]
+            lams = self.dampings(factors)
+            self.bases[name] = ekfac.prepared(factors, self.settings, lams)
         return self.bases[name]
 
     def block(self, factors: LayerFactors) -> Block:
