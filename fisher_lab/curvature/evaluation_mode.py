@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,25 +56,46 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Puts the model's buffers back as they were, also after an error.
 
     In ``train()`` mode a forward pass moves the running statistics of BatchNorm, and whatever
-    else a module keeps of its passes in buffers.
+    else a module keeps of its passes in buffers, in attributes that are numbers, or in a cache that
+    was None (a rotary embedding that has grown keeps its frequencies and the length that they are
+    for).
 
     Args:
         model: of which one pass or several are made meanwhile.
     """
+    modules = [(m, dict(m._buffers), _plain_attributes(m)) for m in model.modules()]
     kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
+        (buffer, buffer.detach().clone())
+        for _, buffers, _ in modules
+        for buffer in buffers.values()
         if buffer is not None
     ]
     try:
         yield
     finally:
+        for module, buffers, attributes in modules:
+            module._buffers.clear()  # of those that a pass has made
+            module._buffers.update(buffers)
+            vars(module).update(attributes)
         with torch.no_grad():
-            for module, name, buffer, before in kept:
-                module._buffers[name] = buffer
+            for buffer, before in kept:
                 if not torch.equal(buffer, before):  # BatchNorm counts no version up
                     buffer.copy_(before)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps in attributes of its own that are numbers, words or None."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return {}  # its own state of the passes goes on
+    plain = int | float | str | None
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name not in _OF_EVERY_MODULE
+    }
 
 
 def seed_generators(seed: int) -> None:

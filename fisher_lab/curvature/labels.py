@@ -192,6 +192,23 @@ def _packed(batch: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     return None
 
 
+def segments_of(batch: Any) -> Tensor | None:
+    """Returns of which sequence of its row each position is, ``[B, S]``; None: rows hold one each.
+
+    Args:
+        batch: a prepared batch.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    found = token_mask(batch)
+    if found is None:
+        ids = next(
+            (x for k in ("input_ids", "inputs_embeds") if (x := batch.get(k)) is not None), None
+        )
+        found = _packed(batch, ids.shape[:2]) if isinstance(ids, Tensor) else None
+    return found if found is not None and found.numel() and int(found.max()) > 1 else None
+
+
 def masked_labels(batch: Mapping[str, Any], *, shift: bool, encoder_decoder: bool) -> Tensor | None:
     """Returns a copy of the labels with -100 wherever padding predicts or is predicted.
 

@@ -4,7 +4,7 @@ A class of Hugging Face's that hands its labels on as they are says it itself (:
 everything else is asked once for each kind of batch (``docs/math.md``, section 1):
 
 1. the loss is compared with the mean cross-entropy of the logits, with the labels shifted and in
-   place;
+   place, in two passes: one with the labels as they are, one with them in another order;
 2. where it is neither (smoothed labels, a fused loss without logits), two parts of the labels are
    given one after the other: a mean over ``n`` labels has ``n L = n_1 L_1 + n_2 L_2``, for the
    right ``n`` alone;
@@ -47,7 +47,7 @@ from fisher_lab.curvature.labels import (
     named_outputs,
     with_labels,
 )
-from fisher_lab.curvature.wrappers import is_sharded, unwrap
+from fisher_lab.curvature.wrappers import group_of_passes, uncompiled, unwrap
 
 _ROUNDING = 1e-5
 """Relative difference of two losses that are the same; Hugging Face computes in float32."""
@@ -65,12 +65,11 @@ def measure_labelling(model: nn.Module, batch: Any) -> None:
     asked.
 
     Args:
-        model: any module; a sharded one is left alone, since its passes are for all ranks
-            (:func:`agreed`).
+        model: any module; one whose passes are for all ranks is left alone (:func:`agreed`).
         batch: with the caller's own labels, on the model's device.
     """
     inner = unwrap(model)
-    if not is_open(inner, batch) or any(map(is_sharded, inner.modules())):
+    if not is_open(inner, batch) or group_of_passes(inner) is not None:
         return
     found = found_in(inner, batch)
     if found is not None:
@@ -101,10 +100,7 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
             return ask.by_examples()
         if not bool((labels != IGNORE_INDEX).any()):
             return None
-        fits = _as_cross_entropy(model, batch, outputs)
-        if fits:  # a coincidence is none twice
-            other = with_labels(batch, _in_another_order(labels))
-            fits = [x for x in fits if x in _as_cross_entropy(model, other, ask.outputs(other))]
+        fits = ask.by_logits(outputs)
         if len(fits) == 1:
             return fits[0]
         if labels.dim() == 1:
@@ -114,18 +110,19 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
             return next((x for x in fits if [x.shift] == means), None)
         if means and len(means) == 1 and ask.holds_for_examples(means[0]):
             return Labelling(means[0], count="labels")
-        return UNKNOWN if means else ask.by_examples(no_labels=means is not None)
+        return UNKNOWN if means else ask.by_examples()
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Without dropout and graph; modes, buffers and random state are put back."""
+    """Without dropout, graph and compiler; modes, buffers and random state are put back."""
     modes = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(buffers_kept(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(uncompiled(model))
         for module, training in modes:
             stack.callback(setattr, module, "training", training)
         model.eval()
@@ -150,30 +147,70 @@ class _Asked:
         found = loss_of(self.outputs(batch))
         return float("nan") if found is None else float(found.double().mean())
 
+    def by_logits(self, outputs: Any) -> list[Labelling]:
+        """The ways in which the loss is the cross-entropy of the logits, for two orders of labels.
+
+        Logits that come with the loss spare a pass without labels, unless labels change them.
+
+        Args:
+            outputs: of the pass with the labels as they are.
+        """
+        labels, model = labels_of(self.batch), self.model
+        assert labels is not None
+        logits, wrapper = _logits_in(outputs), not hasattr(type(model), "loss_function")
+        fits = _as_cross_entropy(model, self.batch, outputs, logits)
+        if not fits and (logits is None or wrapper):
+            logits = self._unlabelled()
+            fits = _as_cross_entropy(model, self.batch, outputs, logits)
+        if not fits:
+            return []
+        other = with_labels(self.batch, _in_another_order(labels))
+        second = self.outputs(other)
+        moved = _logits_in(second)
+        if moved is not None and logits is not None and not torch.equal(moved, logits):
+            logits = self._unlabelled()
+            fits = _as_cross_entropy(model, self.batch, outputs, logits)
+        # A coincidence is none twice.
+        return [x for x in fits if x in _as_cross_entropy(model, other, second, logits)]
+
+    def _unlabelled(self) -> Tensor | None:
+        """The logits of a pass without labels."""
+        seed_generators(0)
+        try:
+            return _logits_in(forward(self.model, self.batch))
+        except (BatchError, TypeError, ValueError, AttributeError):
+            return None  # it cannot run without labels
+
     def by_labels(self) -> list[bool] | None:
         """The shifts for which the loss is a mean over the labels that count."""
         return means_over_labels(
             labels_of(self.batch), lambda labels: self.loss(with_labels(self.batch, labels))
         )
 
-    def by_examples(self, no_labels: bool = False) -> Labelling:
+    def by_examples(self) -> Labelling:
         """Asks with parts of the batch whether the loss is over labels or examples.
 
-        Args:
-            no_labels: whether it is known that it is no mean over labels.
+        Examples with as many labels each would not tell: then the last one loses some of its own.
         """
         labels, parts = labels_of(self.batch), self._halves()
         if parts is None:
             return UNKNOWN
-        losses = [self.loss(part) for part in parts]
+        one_each = labels is not None and (labels.is_floating_point() or labels.dim() == 1)
+        if labels is not None and not one_each and _alike(parts):
+            parts = _Asked(self.model, with_labels(self.batch, _uneven(labels)))._halves()
+            if parts is None or _alike(parts):
+                return UNKNOWN
         sizes = [example_count(part) or 0 for part in parts]
-        counts = [count_labels(part) or 0 for part in parts]
-        if labels is not None and (labels.is_floating_point() or labels.dim() == 1):
+        try:
+            losses = [self.loss(part) for part in parts]
+        except (IndexError, KeyError):  # -100 is a label like others
+            return UNKNOWN
+        if one_each:
+            counts = [count_labels(part) or 0 for part in parts]
             return Labelling(count="labels") if _additive(losses, counts) else UNKNOWN
         if _same(losses[0], losses[1] + losses[2]):
             return Labelling(count="examples", summed=True)
-        told = labels is None or no_labels or counts[1] * sizes[2] != counts[2] * sizes[1]
-        return Labelling(count="examples") if told and _additive(losses, sizes) else UNKNOWN
+        return Labelling(count="examples") if _additive(losses, sizes) else UNKNOWN
 
     def holds_for_examples(self, shift: bool) -> bool:
         """Whether parts of the batch add up too; another loss beside that of the labels does not.
@@ -205,8 +242,7 @@ def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool
         loss: of labels of which some are -100.
     """
     given = labels != IGNORE_INDEX
-    ignores = labels.dim() == 2 or not labels.is_cuda or not bool(given.all())
-    if labels.shape[1] < 3 or not bool(given.any()) or not ignores:
+    if labels.shape[1] < 3 or not bool(given.any()) or not _may_ignore(labels):
         return None
     first = labels.clone()
     first[:, 0] = torch.where(given[:, 0], labels[:, 0], labels[given][0])
@@ -228,6 +264,29 @@ def means_over_labels(labels: Any, loss: Callable[[Tensor], float]) -> list[bool
     return [shift for shift, n in counts.items() if _additive(values, n)]
 
 
+def _may_ignore(labels: Tensor) -> bool:
+    """Whether a label may become -100: on CUDA a wrong class ends the process."""
+    return labels.dim() == 2 or not labels.is_cuda or bool((labels == IGNORE_INDEX).any())
+
+
+def _alike(parts: list[Any]) -> bool:
+    """Whether two parts of a batch have as many labels for each example, shifted or in place."""
+    sizes = [example_count(part) or 0 for part in parts]
+    counts = [[count_labels(p, shift=shift) or 0 for p in parts] for shift in (False, True)]
+    return any(n[1] * sizes[2] == n[2] * sizes[1] for n in counts)
+
+
+def _uneven(labels: Tensor) -> Tensor:
+    """Labels of which the last example has lost the second half of its own."""
+    found = labels.clone()
+    if not _may_ignore(labels):
+        return found
+    places = (labels[-1] != IGNORE_INDEX).reshape(labels.shape[1], -1).any(1).nonzero()[:, 0]
+    if len(places) > 1:
+        found[-1, int(places[len(places) // 2]) :] = IGNORE_INDEX
+    return found
+
+
 def _additive(losses: list[float], counts: list[int]) -> bool:
     """Whether ``n L = n_1 L_1 + n_2 L_2``."""
     if min(counts) == 0:
@@ -246,10 +305,11 @@ def _in_another_order(labels: Tensor) -> Tensor:
     return found
 
 
-def _as_cross_entropy(model: nn.Module, batch: Any, outputs: Any) -> list[Labelling]:
+def _as_cross_entropy(
+    model: nn.Module, batch: Any, outputs: Any, logits: Tensor | None
+) -> list[Labelling]:
     """The ways in which the loss is the cross-entropy of the logits, by a factor at most."""
     labels, loss = labels_of(batch), loss_of(outputs)
-    logits = _logits(model, batch, outputs)
     if (
         logits is None
         or labels is None
@@ -271,15 +331,12 @@ def _as_cross_entropy(model: nn.Module, batch: Any, outputs: Any) -> list[Labell
     return found
 
 
-def _logits(model: nn.Module, batch: Any, outputs: Any) -> Tensor | None:
-    """The logits of the pass with labels; of one without where it keeps them or is a wrapper's."""
-    wrapper = not hasattr(type(model), "loss_function")
-    for again in (True,) if wrapper else (False, True):
-        try:
-            return logits_of(forward(model, batch) if again else outputs)
-        except (LossError, BatchError, TypeError, ValueError, AttributeError):
-            continue  # it cannot run without labels
-    return None
+def _logits_in(outputs: Any) -> Tensor | None:
+    """The logits of a pass; None where it keeps them."""
+    try:
+        return logits_of(outputs)
+    except LossError:
+        return None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, shift: bool) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.curvature.collectives import Communicator, together
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.collectives import (
+    Communicator,
+    TorchCommunicator,
+    dtype_name,
+    together,
+)
+from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.labelling import (
     MEASURED,
     Labelling,
@@ -25,6 +30,7 @@ from fisher_lab.curvature.labelling import (
 )
 from fisher_lab.curvature.labels import (
     TOKEN_MASKS,
+    count_labels,
     forward,
     map_tensors,
     masked_labels,
@@ -32,7 +38,7 @@ from fisher_lab.curvature.labels import (
 )
 from fisher_lab.curvature.likelihoods import understood
 from fisher_lab.curvature.measurement import found_in, is_open, measure_labelling, untouched
-from fisher_lab.curvature.wrappers import device_of, is_sharded, unwrap
+from fisher_lab.curvature.wrappers import device_of, group_of_passes, unwrap
 
 
 def prepare(model: nn.Module, batch: Any, loss_fn: Any = None, *, measure: bool = True) -> Any:
@@ -60,7 +66,10 @@ def prepare(model: nn.Module, batch: Any, loss_fn: Any = None, *, measure: bool 
         return batch
     shift = getattr(understood(loss_fn), "shift", None)
     if not isinstance(shift, bool):
-        shift = bool(labelling_of(model, batch).shift)
+        found = labelling_of(model, batch)
+        if loss_fn is None and found.count == "examples":
+            return batch  # a transcription has no place among the positions
+        shift = bool(found.shift)
     batch["labels"] = masked_labels(batch, shift=shift, encoder_decoder=has_decoder(model))
     return batch
 
@@ -71,6 +80,7 @@ def agreed(
     """Measures the kind of the first batch on all ranks, which then agree on it; collective.
 
     What a rank cannot measure is as another has measured it; what no rank can is as the class says.
+    Where a pass is one of all ranks (FSDP2), they make the same ones, with the batch of one rank.
 
     Args:
         model: any module.
@@ -85,9 +95,12 @@ def agreed(
         CurvatureError: ranks have measured different things.
         RankError: another rank has an error.
     """
+    inner, first, found = unwrap(model), list[Any](), list[Labelling | None]()
+    group = group_of_passes(inner)
+    if group is not None and communicator.size == 1:  # factors are each rank's own, passes are not
+        communicator = TorchCommunicator(group)
     if communicator.size == 1:
         return batches
-    inner, first, found = unwrap(model), list[Any](), list[Labelling | None]()
     rest = batches if isinstance(batches, list | tuple) else iter(batches)
     together(communicator, lambda: first.extend(islice(rest, 1)))
     batches = rest if isinstance(rest, list | tuple) else chain(first, rest)
@@ -95,11 +108,14 @@ def agreed(
     all_ask = communicator.all_gather_objects(asks)
     if not any(all_ask):
         return batches
-    # The passes of a sharded model are of all ranks or of none.
-    able = asks and (all(all_ask) or not any(map(is_sharded, inner.modules())))
+    own: list[Any] = []
+    together(communicator, lambda: own.extend(with_inputs(model, one) for one in first if asks))
+    asked = own
+    if group is not None:
+        asked = _of_one_rank(own, device_of(model), communicator)
     together(
         communicator,
-        lambda: found.append(found_in(inner, with_inputs(model, first[0])) if able else None),
+        lambda: found.append(found_in(inner, asked[0]) if asked else None),
     )
     every = communicator.all_gather_objects([None if x is None else vars(x) for x in found])
     known = {rank: Labelling(**x) for rank, (x,) in enumerate(every) if x is not None}
@@ -112,6 +128,45 @@ def agreed(
     return batches
 
 
+def _of_one_rank(own: list[Any], device: torch.device, communicator: Communicator) -> list[Any]:
+    """The batch of the rank with the most labels, on all ranks; none where none can be sent.
+
+    Args:
+        own: this rank's batch, or nothing.
+        device: where the batch is wanted.
+        communicator: of the ranks.
+    """
+    about = [_entries(batch) for batch in own]
+    n_labels = [count_labels(batch) or 0 for batch in own]
+    every = communicator.all_gather_objects([about, n_labels])
+    able = {rank: n[0] for rank, (entries, n) in enumerate(every) if any(entries)}
+    if not able:
+        return []
+    source = max(able, key=lambda rank: (able[rank], -rank))
+    batch = {}
+    for name, dtype, given in every[source][0][0]:
+        value = own[0].get(name) if source == communicator.rank else given
+        if dtype is not None:
+            here = source == communicator.rank
+            value = value if here else torch.empty(given, dtype=getattr(torch, dtype)).to(device)
+            value = communicator.broadcast(value, source)
+        batch[name] = value
+    return [batch]
+
+
+def _entries(batch: Any) -> list[tuple[str, str | None, Any]]:
+    """Name, dtype and shape of a batch's tensors, other values; empty: it cannot be sent."""
+    found: list[tuple[str, str | None, Any]] = []
+    for name, value in batch.items() if isinstance(batch, dict) else ():
+        if isinstance(value, Tensor):
+            found.append((name, dtype_name(value.dtype), list(value.shape)))
+        elif value is None or isinstance(value, bool | int | float | str):
+            found.append((name, None, value))
+        else:
+            return []
+    return found
+
+
 def with_inputs(model: nn.Module, batch: Any) -> Any:
     """A copy on the model's device, with what the model would make of the labels and the mask."""
     device = device_of(model)
@@ -120,7 +175,16 @@ def with_inputs(model: nn.Module, batch: Any) -> Any:
         return batch
     for name, ours in TOKEN_MASKS.items():
         mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.dim() > 2 and ours not in batch:
+        if isinstance(mask, Mapping):  # one for each kind of attention; all hide the padding
+            mask = next((one for one in mask.values() if one is not None), None)
+        if mask is None or ours in batch:
+            continue
+        if not isinstance(mask, Tensor):
+            raise BatchError(
+                f"{name}: a {type(mask).__name__} does not say which positions are padding; "
+                f"allowed: {ours!r} [B, S] beside it (0 at padding)"
+            )
+        if mask.dim() > 2:
             batch[ours] = tokens_of_attention(mask, name)
     labels = batch.get("labels")
     given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch
@@ -160,7 +224,7 @@ def _decoder_inputs(model: nn.Module, batch: Any) -> Tensor | None:
     """What a model makes of the labels for its decoder, where it has no method that says so."""
     inner = unwrap(model)
     base: Any = hf_model(model)
-    if batch["labels"].dim() != 2 or any(map(is_sharded, inner.modules())):
+    if batch["labels"].dim() != 2 or group_of_passes(inner) is not None:
         return None
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
 

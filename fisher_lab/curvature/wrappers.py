@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -41,6 +43,33 @@ def class_name(module: nn.Module) -> str:
 def is_sharded(module: nn.Module) -> bool:
     """Says whether ``fully_shard`` was applied to this very module."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__[1:])
+
+
+def group_of_passes(model: nn.Module) -> dist.ProcessGroup | None:
+    """Returns the ranks that a forward pass moves data between; they have to make it together.
+
+    None where each rank's passes are its own.
+    """
+    at_rest(model)  # a pass may have left shards whole
+    shard = next((p for p in model.parameters() if is_shard(p)), None)
+    parallel = nn.parallel.DistributedDataParallel
+    found = [m.process_group for m in model.modules() if isinstance(m, parallel)]
+    if shard is not None:
+        mesh = shard.device_mesh
+        found = [mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD]
+    return found[0] if found and dist.get_world_size(found[0]) > 1 else None
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled blocks run as they were written, so that hooks on what is inside them are called."""
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    # Only then: the import of the compiler takes two seconds.
+    if compiled and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def is_shard(tensor: object) -> TypeGuard[DTensor]:

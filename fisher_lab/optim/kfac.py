@@ -158,8 +158,8 @@ class KFACOptimizer(torch.optim.Optimizer):
     There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``. Which
     parameters are in which is what the modules promise until the first refresh, and then what its
     forward pass has shown: experts that are slices of a parameter go to ``kfac``, and layers that
-    the pass does not use, or that cannot be used, to ``adamw``. (With factors of each rank's own
-    the promise stays.)
+    the pass does not use, or that cannot be used, to ``adamw``. (With factors of each rank's own,
+    from the first step on, what any of the ranks has shown.)
 
     Args:
         model: the model; its trainable parameters are optimised.
@@ -311,6 +311,18 @@ class KFACOptimizer(torch.optim.Optimizer):
             self.divide(self._shown())
         return True
 
+    def _settle(self) -> None:
+        """Divides the parameters by what any rank has factors of; collective, once.
+
+        Ranks with factors of their own may have seen different layers, and step together.
+        """
+        if self._done > 0 or self.ranks.size == 1:
+            return
+        own = self._shown() if self.kfac.kfac_factors else []
+        every = self.ranks.all_gather_objects(own)
+        if any(every):
+            self.divide(set().union(*every))
+
     def adapt(self, before: float, after: float) -> float:
         """Compares the last step with its prediction, and changes the damping accordingly.
 
@@ -369,6 +381,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        self._settle()
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
         named = unwrap(self.model).named_parameters() if predict else ()
         before = {n: p.detach().clone() for n, p in named if p.grad is not None}

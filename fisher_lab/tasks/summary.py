@@ -28,7 +28,7 @@ MAX_ROWS = 40
 
 NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     "Data and loss": {
-        "tokens": ("tokens", "d"),
+        "tokens": ("tokens, of the layer with most", "d"),
         "loss": ("loss, nats a token", ".4f"),
         "loss/heldout": ("held-out loss", ".4f"),
         "loss/heldout_drawn": ("held-out loss, of a part drawn at random", ".4f"),

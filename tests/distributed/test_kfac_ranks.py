@@ -136,7 +136,8 @@ def test_ekfac(ranks, name, size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("mode", "experts"), [("gather", "each"), ("gram", "each"), ("gather", "pooled")]
+    ("mode", "experts"),
+    [(mode, kind) for mode in ("gather", "gram") for kind in ("each", "pooled")],
 )
 def test_experts_whose_tokens_are_spread_over_the_ranks(ranks, mode, experts):
     """Each expert, and all of them pooled, as in one process that has all sequences."""
@@ -151,10 +152,11 @@ def test_experts_whose_tokens_are_spread_over_the_ranks(ranks, mode, experts):
                 torch.testing.assert_close(answer[name], value, rtol=1e-8, atol=1e-12)
 
 
-def test_pooled_experts_and_slices_of_columns_exclude_each_other(ranks):
+def test_pooled_experts_whose_matrices_must_not_be_formed_are_refused_by_gram(ranks):
     whole = batch_of((5, 2, 4, 1), "right")
-    with pytest.raises(AssertionError, match=r"experts: 'pooled' with .*allowed: gather, none"):
-        ranks.run(kfac_on_ranks.of_experts, 2, [[whole]] * 2, mode="gram", experts="pooled")
+    given = {"mode": "gram", "experts": "pooled", "max_dense_dim": 4, "exclude": ["head", "*down*"]}
+    with pytest.raises(AssertionError, match=r"experts='pooled' with .* beyond max_dense_dim=4"):
+        ranks.run(kfac_on_ranks.of_experts, 2, [[whole]] * 2, **given)
 
 
 KINDS = [

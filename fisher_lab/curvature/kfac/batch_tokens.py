@@ -16,7 +16,7 @@ from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, 
 from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
 from fisher_lab.curvature.kfac.policy import sharing_of, wants_examples, wants_sequences
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
-from fisher_lab.curvature.labels import token_mask
+from fisher_lab.curvature.labels import segments_of, token_mask
 from fisher_lab.curvature.losses import SummedLoss, labels_of
 
 _MASKS = {"decoder": "decoder_attention_mask", "main": "attention_mask"}
@@ -47,7 +47,8 @@ class TokenMasks:
         self.examples: Examples | None = None
         if any(wants_examples(capture.settings, kind) for kind in Kind):
             labels = labels_of(batch)
-            self.examples = capture.examples(None if labels is None else len(labels))
+            size = None if labels is None else len(labels)
+            self.examples = capture.examples(size, segments_of(batch))
 
     @cached_property
     def _table(self) -> Tensor:

@@ -334,9 +334,30 @@ class Capture:
 
     # ---- what was found ----------------------------------------------------------------------
 
-    def examples(self, size: int | None = None) -> Examples:
-        """Returns the examples of the pass's tokens; ``size`` as in :class:`Examples`."""
-        return Examples(self.rows, self.inputs, self.device, size)
+    def examples(
+        self, size: int | None = None, segments: Tensor | None = None, axis: int = 0
+    ) -> Examples:
+        """Returns the examples of the pass's tokens; arguments as for :class:`Examples`."""
+        return Examples(self.rows, self.inputs, self.device, size, segments, axis)
+
+    @property
+    def replays(self) -> bool:
+        """Whether a re-entrant checkpoint runs parts of the pass once more, for one backward."""
+        return bool(self._pending)
+
+    def reached(self, part: Tensor, places: Examples) -> set[int]:
+        """Returns the places of the tokens at which a scalar of the pass's graph has a gradient."""
+        grads, _ = self.gradients(part, retain_graph=True)
+        found: set[int] = set()
+        for call in (call for calls in self._calls.values() for call in calls):
+            g, use = grads.get(call.index), call.use
+            where = places.of(call.origin, call.trailing)
+            if g is None or where is None or use.layout is not None or use.rows is not None:
+                continue
+            some = g.ne(0).any(-1)
+            if where.dim() == some.dim():
+                found |= set(where.expand(some.shape)[some].unique().tolist())
+        return found - {-1}
 
     def observe(self, full: bool, examples: Examples | None = None) -> Layers:
         """Returns the K-FAC layers that the forward pass showed, and why others are left out.

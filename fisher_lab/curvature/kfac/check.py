@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
-from fisher_lab.curvature.kfac.refresh import Coverage
+from fisher_lab.curvature.kfac.refresh import Coverage, LabelCount
 from fisher_lab.curvature.labels import IGNORE_INDEX, labels_of
 from fisher_lab.curvature.losses import LossFunction
 
@@ -23,6 +23,7 @@ class ModelCheck:
         skipped: name of a layer without factors -> why.
         n_labels: labels that the loss counts.
         given: entries of the batch's ``labels`` that are not ignored; None where there are none.
+        labelling: which of them count, and whose loss it is: ``shifted``, ``in place``.
     """
 
     coverage: Coverage
@@ -30,9 +31,10 @@ class ModelCheck:
     skipped: dict[str, str] = field(repr=False)
     n_labels: int
     given: int | None
+    labelling: str = ""
 
     def __str__(self) -> str:
-        of = "" if self.given is None else f" of {self.given:,}"
+        given = self.n_labels if self.given is None else self.given
         reasons: dict[str, list[str]] = {}
         for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name or "(the model)")
@@ -40,7 +42,7 @@ class ModelCheck:
         return "\n".join(
             [
                 str(self.coverage),
-                f"labels: {self.n_labels:,}{of} count",
+                str(LabelCount(self.labelling, self.n_labels, given)),
                 f"layers: {len(self.layers)}, whose tokens give the gradient that autograd gives",
                 *left,
             ]
@@ -88,4 +90,5 @@ def check(
         skipped=dict(engine.skipped),
         n_labels=max(factors.n_labels for factors in engine.kfac_factors.values()),
         given=sum(int((x != IGNORE_INDEX).sum()) for x in given) if given else None,
+        labelling=engine.labels.labelling,
     )

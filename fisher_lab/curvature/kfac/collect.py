@@ -8,9 +8,9 @@ that fails leaves the engine as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ from fisher_lab.curvature.kfac.batch_tokens import (
     share_key,
 )
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.examples import by_example
+from fisher_lab.curvature.kfac.examples import by_example, lie_along_the_second
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.labelling import Labelling, is_certain
+from fisher_lab.curvature.labels import segments_of
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.losses import (
     CrossEntropy,
@@ -50,7 +51,7 @@ from fisher_lab.curvature.losses import (
 )
 from fisher_lab.curvature.measurement import tensor_shifts
 from fisher_lab.curvature.preparation import agreed
-from fisher_lab.curvature.wrappers import unwrap
+from fisher_lab.curvature.wrappers import uncompiled, unwrap
 
 
 def collect(
@@ -197,19 +198,47 @@ class _Collector:
             sums.n_batches += 1
             return
         masks = TokenMasks(capture, batch)
+        self._check_dimensions(capture, loss)
         given, loss = loss, by_example(loss, capture.rows, capture.examples)
         sums.take(capture.observe(masks.full, masks.examples))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
         tokens = self._add_passes(capture, masks, loss)
         if sums.uncovered.wants_diagonal:
-            sums.uncovered.add_diagonal(loss, capture)
+            segments = segments_of(batch)
+            known = partial(capture.examples, segments=segments)
+            apart = loss if segments is None else by_example(loss, capture.rows, known, dims=3)
+            sums.uncovered.add_diagonal(apart, capture)
         sums.head.add(loss)
         if self.settings.ekfac and tokens is not None:
             self._keep_head(tokens, given)
         sums.n_labels += loss.n_labels
         sums.labelling = loss.labelling
         sums.n_batches += 1
+
+    def _check_dimensions(self, capture: Capture, loss: SummedLoss) -> None:
+        """Refuses a first batch whose examples lie along the second dimension, where it matters.
+
+        Raises:
+            BatchError: they do.
+        """
+        sums, settings = self.sums, self.settings
+        classes = None if loss.scored is None else loss.scored.logits.shape[1]
+        matters = {
+            "sharing=reduce": settings.sharing == "reduce",
+            "fisher=true": kind_in_use(settings, classes) == "true",
+            "uncovered=diagonal": settings.uncovered == "diagonal",
+        }
+        what = [name for name, does in matters.items() if does]
+        if not what or sums.n_batches > 0 or capture.replays:
+            return
+        places = capture.examples(), capture.examples(axis=1)
+        if lie_along_the_second(loss, places, capture.reached):
+            raise BatchError(
+                f"batch: its examples lie along the second dimension (the loss at one index of the "
+                f"first reaches others); allowed with {', '.join(what)}: examples first, in inputs "
+                "and labels"
+            )
 
     def _keep_head(self, tokens: BatchTokens, loss: SummedLoss) -> None:
         """Keeps what EKFAC needs of the labelled tokens of a true-Fisher head."""
@@ -380,18 +409,6 @@ class _Collector:
         for layer in layers:
             sums.by_layer[layer.name].group = group
         return group
-
-
-def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled blocks run as they were written, so that hooks on what is inside them are called."""
-    compiled = any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-    # Only then: the import of the compiler takes two seconds.
-    if compiled and hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
 
 
 def _check_labels(model: nn.Module, batches: Iterable[Any], function: LossFunction | None) -> None:

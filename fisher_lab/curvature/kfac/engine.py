@@ -28,9 +28,10 @@ from fisher_lab.config.kfac import KFACSettings, documented, named, require, set
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
 from fisher_lab.curvature.errors import FactorFileError, LossError
+from fisher_lab.curvature.evaluation_mode import buffers_kept
 from fisher_lab.curvature.kfac import precondition, serialization
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.collect import collect, uncompiled
+from fisher_lab.curvature.kfac.collect import collect
 from fisher_lab.curvature.kfac.inverses import Inverses, LayerReport, layer_line, same_vectors
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Layers, base_of, discover, whole_again
@@ -229,7 +230,7 @@ class KFACNaturalGradient:
         """
         recording = Capture(model, self.layers_of(model), self.settings)
         self.captured = None
-        with recording, uncompiled(model):
+        with recording, wrappers.uncompiled(model):
             yield recording
         self.captured = recording
 
@@ -240,14 +241,8 @@ class KFACNaturalGradient:
             LayerError: no supported layer, or one whose factors must not be formed.
             SettingError: a setting does not go with the model.
         """
-        several = self.communicator.size > 1 and self.settings.reduce == "gram"
-        if self.settings.experts == "pooled" and several:
-            raise SettingError(
-                "experts: 'pooled' with kfac_distributed_reduce='gram' on several ranks, which "
-                "keep slices of some experts' columns and matrices of others'; allowed: gather, "
-                "none"
-            )
-        layers = discover(model, self.settings)
+        with buffers_kept(wrappers.unwrap(model)):  # a weight may be computed as it is looked at
+            layers = discover(model, self.settings)
         for layer in layers.layers.values():
             check(self.settings, layer)
             if self.settings.ekfac and layer.partner is not None:

@@ -1,6 +1,7 @@
 """Which example of the batch every row of a forward pass belongs to, and K-FAC-reduce with it.
 
-An example is an index of the first dimension of the model's inputs. Which example a row belongs to
+An example is an index of the first dimension of the model's inputs, or a sequence of such a row
+where a row holds several. Which example a row belongs to
 follows from the tokens that it is made of (:mod:`.token_rows`). In K-FAC-reduce (Eschenhagen et al.
 2023, section 3.2; ``docs/math.md``, section 1) a layer has one row an example: the mean of the
 inputs of its tokens, and the sum of their gradients.
@@ -32,6 +33,8 @@ class Examples:
         device: of the ids.
         size: how many examples there are, where the inputs' first dimensions differ; None where
             that is not known.
+        segments: ``[B, S]`` of which sequence of its row each position is, where rows hold several.
+        axis: 1 gives the places in the second dimension of the inputs instead.
     """
 
     def __init__(
@@ -40,15 +43,22 @@ class Examples:
         inputs: Sequence[tuple[str, torch.Size, int]],
         device: torch.device,
         size: int | None = None,
+        segments: Tensor | None = None,
+        axis: int = 0,
     ) -> None:
-        sizes = {shape[0] for _, shape, _ in inputs if len(shape) > 0}
+        sizes = {shape[axis] for _, shape, _ in inputs if len(shape) > axis}
         self.size = next(iter(sizes)) if len(sizes) == 1 else size if size in sizes else None
         # By id, the row that was filled in first and the model's own row last.
         table = torch.full((rows.count + 2,), -1, device=device)
         for _, shape, start in inputs:
-            if len(shape) > 0 and shape[0] == self.size and shape.numel() > 0:
+            if len(shape) > axis and shape[axis] == self.size and shape.numel() > 0:
                 numbers = torch.arange(shape.numel(), device=table.device)
-                table[start : start + len(numbers)] = numbers // (shape.numel() // shape[0])
+                found = numbers // shape[axis + 1 :].numel() % shape[axis]
+                if segments is not None:
+                    of_row = segments.reshape(-1).to(table) if segments.shape == shape else None
+                    among = int(segments.max()) + 1
+                    found = found * among + of_row if of_row is not None else -1
+                table[start : start + len(numbers)] = found
         for start, ids, _ in rows.pooled:
             members = table[ids]
             one = members.max(dim=1).values
@@ -118,19 +128,23 @@ class ByExample:
         return wide.new_zeros(len(self), *x.shape[1:]).index_add_(0, self.index, wide)
 
 
-def by_example(loss: SummedLoss, rows: TokenRows, known: Callable[[], Examples]) -> SummedLoss:
-    """Returns a loss whose scored rows know their example where the outputs are flat, ``[M, C]``.
+def by_example(
+    loss: SummedLoss, rows: TokenRows, known: Callable[[], Examples], dims: int = 2
+) -> SummedLoss:
+    """Returns a loss whose scored rows know their example where the outputs' shape does not say it.
 
-    Rows of one example may reach one another, and need backward passes of their own; where the
-    example of a row cannot be told, every row is taken for one that does.
+    That is so of flat outputs ``[M, C]``: rows of one example may reach one another, and need
+    backward passes of their own; where the example of a row cannot be told, every row is taken for
+    one that does. It is also so of ``[B, S, C]`` where a row of the batch holds several sequences.
 
     Args:
         loss: of the pass.
         rows: of the pass.
         known: gives the examples of the pass.
+        dims: of outputs that do not say it; those of others stay as they are.
     """
     scored, logits = loss.scored, loss.logits
-    if scored is None or logits is None or logits.dim() != 2 or scored.n_labels == 0:
+    if scored is None or logits is None or logits.dim() != dims or scored.n_labels == 0:
         return loss
     examples = known()
     found = examples.of(rows.of(logits), 1)
@@ -138,7 +152,8 @@ def by_example(loss: SummedLoss, rows: TokenRows, known: Callable[[], Examples])
         return loss
     owners = torch.zeros_like(scored.rows)
     if found is not None:
-        owners = found.expand(len(logits))[scored.rows]
+        places = (scored.rows, scored.positions)[: dims - 1]
+        owners = found.expand(logits.shape[:-1])[places]
     return replace(loss, scored=replace(scored, rows=owners, positions=_ranks(owners)))
 
 
@@ -150,6 +165,40 @@ def _ranks(rows: Tensor) -> Tensor:
     ranks = torch.empty_like(rows)
     ranks[order] = torch.arange(len(rows), device=rows.device) - starts
     return ranks
+
+
+def lie_along_the_second(
+    loss: SummedLoss,
+    places: tuple[Examples, Examples],
+    reached: Callable[[Tensor, Examples], set[int]],
+) -> bool:
+    """Whether the examples of a batch lie along the second dimension, and not along the first.
+
+    The loss of one example reaches its own tokens alone. Where that of an index of the first
+    dimension reaches the tokens of other indices, and that of an index of the second does not, the
+    inputs are ``[S, B, ...]``.
+
+    Args:
+        loss: of the pass.
+        places: of the tokens, in the first and in the second dimension of the inputs.
+        reached: gives the places of the tokens at which a part of the loss has a gradient.
+    """
+    scored, logits = loss.scored, loss.logits
+    if scored is None or logits is None or logits.dim() > 3 or scored.n_labels == 0:
+        return False
+    if places[1].size is None:
+        return False
+    losses = scored.likelihood.losses(scored)
+    several = logits.dim() == 3
+    if not several and len(logits) not in (places[0].size, places[1].size):
+        return False
+    of = (scored.rows, scored.positions if several else scored.rows)
+
+    def mixes(axis: int) -> bool:
+        last = of[axis].max()
+        return bool(reached(losses[of[axis] == last].sum(), places[axis]) - {int(last)})
+
+    return mixes(0) and not mixes(1)
 
 
 def joined(parts: Sequence[Tensor]) -> ByExample:

@@ -27,7 +27,7 @@ from fisher_lab.curvature.kfac.layers import (
     whole_again,
 )
 from fisher_lab.curvature.kfac.numerics import EngineSettings
-from fisher_lab.curvature.kfac.refresh import Refresh
+from fisher_lab.curvature.kfac.refresh import Refresh, most_rows
 from fisher_lab.curvature.linalg import all_finite
 from fisher_lab.curvature.wrappers import unwrap
 
@@ -200,8 +200,8 @@ def _by_diagonal(inverses: Inverses, name: str, vector: Tensor, power: float) ->
         return vector
     lam = damping_of_diagonal(diagonal, settings)
     used = (diagonal + lam).to(settings.numerics.apply_dtype)
-    # The diagonal is divided by the most tokens that a layer has, as their factors are by theirs.
-    most = max(inverses.factors.values(), key=lambda factors: factors.tokens)
+    # The diagonal is divided by the rows of this layer, as its factors are.
+    most = most_rows(inverses.factors.values(), settings.sharing)
     result = vector.to(used) * used.pow(power) * _scale(settings, most, power)
     return _narrowed(inverses, name, result, vector)
 

@@ -24,10 +24,17 @@ from fisher_lab.curvature.collectives import (
     exchange_tokens_for_outputs,
     together,
 )
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
 from fisher_lab.curvature.kfac.inverses import owners
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, layer_of, plain
+from fisher_lab.curvature.kfac.layers import (
+    Kind,
+    Layer,
+    Layers,
+    is_element,
+    layer_of,
+    plain,
+)
 from fisher_lab.curvature.kfac.policy import wants_woodbury
 from fisher_lab.curvature.kfac.statistics import InputSum, LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -173,7 +180,7 @@ class _Reduction:
             layer_sums.g.total = self.communicator.all_reduce(layer_sums.g.total)
             shape = (layer_sums.g.dim, 1)
         elif layer.name != sums.head.name:
-            self._reduce_gradients(layer.name, layer_sums.g)
+            self._reduce_gradients(layer, layer_sums.g)
             self._reduce_tokens(layer_sums, layer_sums.g, rows)
         elif sums.settings.ekfac:
             self._reduce_tokens(layer_sums, layer_sums.g, rows)
@@ -200,11 +207,21 @@ class _Reduction:
         else:
             layer_sums.inputs = [spread.gather(torch.cat(layer_sums.inputs))]
 
-    def _reduce_gradients(self, name: str, g: GradientAccumulator) -> None:
-        settings, rows = g.settings, self._of(name, "kept")
+    def _reduce_gradients(self, layer: Layer, g: GradientAccumulator) -> None:
+        name, settings = layer.name, g.settings
+        rows = self._of(name, "kept")
         g.seen = sum(self._of(name, "seen"))
         too_many = sum(rows) > settings.max_columns
         woodbury = wants_woodbury(settings, g.out, g.seen)
+        if self.sharded and settings.experts == "pooled" and is_element(layer.weight):
+            # Slices of some experts' columns do not add up with the matrices of others.
+            if not g.dense_allowed:
+                raise LayerError(
+                    f"layer {name}: experts='pooled' with kfac_distributed_reduce='gram' adds up "
+                    f"matrices of side {g.out}, beyond max_dense_dim={settings.max_dense_dim}; "
+                    "allowed: gather, none, experts='each'"
+                )
+            woodbury = False
         dense = not woodbury or too_many or any(self._of(name, "matrix", False))
         if g.dense_allowed and (dense or (self.sharded and g.seen > g.out)):
             g.reduction = "lossless" if woodbury else ""

@@ -213,7 +213,7 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
     scale = 1.0 / sums.n_labels
     parameters = [n for f in factors.values() for n in f.layer.names]
     covered = {base_of(n) for n in parameters if n is not None}
-    tokens = max(f.tokens for f in factors.values())
+    tokens = most_rows(factors.values(), sums.settings.sharing).tokens
     rest = sums.uncovered
     return Refresh(
         factors=factors,
@@ -227,6 +227,20 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
         fisher=sums.fisher_kind,
         rank_counts=tuple(rank_counts),
     )
+
+
+def most_rows(factors: Iterable[LayerFactors], sharing: str) -> LayerFactors:
+    """Returns the factors by whose ``T`` the diagonal of what no layer covers is divided.
+
+    They are those of a layer that has the rows which were asked for, tokens or examples (an
+    embedding keeps its tokens under ``reduce``), and of these the most (``docs/math.md``, section
+    1).
+
+    Args:
+        factors: of the layers.
+        sharing: ``expand`` or ``reduce``.
+    """
+    return max(factors, key=lambda f: (f.sharing == sharing, f.tokens))
 
 
 def _check_named(sums: Statistics) -> None:

@@ -21,7 +21,7 @@ def test_it_says_what_is_covered_and_what_counts_and_changes_nothing():
     assert found.n_labels == next(iter(kfac.kfac_factors.values())).n_labels
     text = str(found)
     assert str(kfac.coverage) in text
-    assert f"labels: {found.n_labels} of {found.given} count" in text
+    assert f"labels: shifted, {found.n_labels} of {found.given}\n" in text
     assert "left out: in exclude (transformer.h.0.mlp.c_fc)" in text
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])

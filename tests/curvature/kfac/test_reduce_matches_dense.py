@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.config.errors import SettingError
+from fisher_lab.curvature.errors import BatchError
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE
 from fisher_lab.curvature.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from tests import models
@@ -310,6 +311,7 @@ class AcrossExamples(nn.Module):
         self.own, self.everyone, self.head = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, x):
+        x = x + x.mean(1, keepdim=True)
         return self.head(torch.tanh(self.own(x) + self.everyone(x.mean(0, keepdim=True))))
 
 
@@ -411,3 +413,64 @@ def test_grouped_and_depthwise_convolutions_and_their_norms_have_a_row_an_exampl
         start = int(part[5])
         g = torch.stack([e["conv.bias"][start : start + 2] for e in examples])
         assert relative(kfac.kfac_factors[part].G.to_dense(), g.T @ g / 4) < 1e-12
+
+
+def packed(batch: dict[str, Tensor], way: str) -> dict[str, Tensor]:
+    """The sequences of a batch one after the other in one row, and who attends to whom in it."""
+    mask = batch["attention_mask"].bool()
+    of = (torch.arange(len(mask)) + 1)[:, None].expand(mask.shape)[mask][None]
+    places = torch.arange(mask.shape[1]).expand(mask.shape)[mask][None]
+    row = {name: batch[name][mask][None] for name in ("input_ids", "labels")}
+    row["labels"][0, places[0] == 0] = -100
+    attends = (of[:, :, None] == of[:, None, :]) & torch.ones(of.numel(), of.numel()).tril().bool()
+    added = torch.zeros(attends.shape, dtype=DOUBLE).masked_fill(~attends, -1e9)
+    row |= {"attention_mask": added[:, None], "position_ids": places}
+    return row | ({"token_mask": of} if way == "numbered" else {})
+
+
+@pytest.mark.parametrize("way", ["numbered", "blocks"])
+def test_sequences_that_are_packed_into_one_row_are_examples(way):
+    model = models.seeded(models.gpt2, DOUBLE)
+    batch = models.language_batch((5, 3, 4), share=1.0)
+    settings = {"kfac_policy": "small_only", "norm_layers": False, "uncovered": "diagonal"}
+    apart, kfac = engine(**settings), engine(**settings)
+    apart.collect_kfac_factors(model, batch)
+    kfac.collect_kfac_factors(model, packed(batch, way), verify=True)
+    assert {f.tokens for f in kfac.kfac_factors.values() if f.sharing == "reduce"} == {3}
+    for name, factors in apart.kfac_factors.items():
+        found = kfac.kfac_factors[name]
+        assert relative(found.G.to_dense(), factors.G.to_dense()) < 1e-10
+        assert relative(found.A.to_dense(), factors.A.to_dense()) < 1e-10
+    for name, diagonal in apart.last.diagonal.items():
+        assert relative(kfac.last.diagonal[name], diagonal) < 1e-10
+
+
+class SequenceFirst(nn.Module):
+    """Attention along the first dimension: inputs and outputs are `[S, B, ...]`."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.mixes = nn.MultiheadAttention(WIDTH, 2)
+        self.head, self.pooled = nn.Linear(WIDTH, 3), pooled
+
+    def forward(self, x):
+        x = x + self.mixes(x, x, x, need_weights=False)[0]
+        return self.head(torch.tanh(x.mean(0) if self.pooled else x))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 4)])
+def test_examples_along_the_second_dimension_are_refused_where_they_matter(shape, pooled):
+    torch.manual_seed(0)
+    model, x = SequenceFirst(pooled).double(), torch.randn(*shape, WIDTH, dtype=DOUBLE)
+    labels = torch.randint(3, shape[1:] if pooled else shape)
+    asked = [{}, {"sharing": "expand", "fisher": "true"}]
+    asked += [{"sharing": "expand", "uncovered": "diagonal"}]
+    for settings in asked:
+        with pytest.raises(BatchError, match=r"batch: its examples lie along the second dimension"):
+            engine(**settings).collect_kfac_factors(model, (x, labels), loss=CrossEntropy())
+    kfac = engine(sharing="expand")
+    kfac.collect_kfac_factors(model, (x, labels), loss=CrossEntropy(), verify=True)
+    model.mixes.batch_first = True
+    if not pooled:
+        engine().collect_kfac_factors(model, (x, labels), loss=CrossEntropy(), verify=True)
