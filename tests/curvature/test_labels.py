@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    BertConfig,
     BertForPreTraining,
     BertForQuestionAnswering,
     M2M100Config,
@@ -175,12 +176,12 @@ def test_a_loss_that_is_no_mean_of_the_labels_is_the_models_own():
 
 def test_the_measurement_leaves_no_trace():
     model = gpt2().train()
-    model.transformer.h[0].eval()
+    first = model.get_submodule("transformer.h.0").eval()
     before = torch.get_rng_state()
     prepare(model, language_batch((7, 5)))
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
-    assert not model.transformer.h[0].training
+    assert not first.training
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -249,8 +250,9 @@ def test_labels_alone_are_enough_for_an_encoder_decoder(build, make, wrapped):
 def test_a_classifier_of_an_encoder_has_its_mask():
     config = T5Config(
         vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
-        dropout_rate=0.0, classifier_dropout=0.0, num_labels=3,
+        dropout_rate=0.0, classifier_dropout=0.0,
     )  # fmt: skip
+    config.num_labels = 3
     model = seeded(lambda: T5ForTokenClassification(config), torch.float64)
     batch = language_batch((7, 4))
     batch["labels"] = batch["input_ids"] % 3
@@ -303,7 +305,7 @@ def test_a_kind_that_needs_logits_is_refused_in_one_line():
 
 
 def test_answers_have_examples_for_labels():
-    model = seeded(lambda: BertForQuestionAnswering(bert().config), torch.float64)
+    model = seeded(lambda: BertForQuestionAnswering(BertConfig(**BERT)), torch.float64)
     batch = language_batch((7, 7, 7))
     del batch["labels"]
     batch |= {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 5, 6])}
@@ -313,7 +315,7 @@ def test_answers_have_examples_for_labels():
 
 
 def test_several_losses_are_asked_for_their_count():
-    model = seeded(lambda: BertForPreTraining(bert().config), torch.float64)
+    model = seeded(lambda: BertForPreTraining(BertConfig(**BERT)), torch.float64)
     batch = {**language_batch((7, 5)), "next_sentence_label": torch.tensor([0, 1])}
     with pytest.raises(LossError, match="n_labels: what the loss of BertForPreTraining"):
         compute_loss(model, prepare(model, batch))

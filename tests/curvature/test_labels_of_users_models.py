@@ -151,7 +151,7 @@ def wav2vec2(reduction: str) -> nn.Module:
     config = transformers.Wav2Vec2Config(
         vocab_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(4, 2),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
         feat_extract_norm="layer", ctc_loss_reduction=reduction, pad_token_id=0,
         hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
         apply_spec_augment=False,

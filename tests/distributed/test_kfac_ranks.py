@@ -189,7 +189,7 @@ def test_fisher_kinds(ranks, name, kind, dtype, size):
         assert_all(answers, "own", own, bound)
         if kind == "true":
             head = one.truth.tokens["lm_head"]
-            logits = head.a @ head.module.weight.detach().T.to(head.a)
+            logits = head.a @ head.module.get_parameter("weight").detach().T.to(head.a)
             scored = torch.cat([_scored(name, a) for a in batches_of(name, size)])
             G = reference.true_fisher_of_softmax(logits[scored], len(head.a))
             one.truth.G_override["lm_head"] = G
@@ -383,7 +383,9 @@ def test_matrices_in_the_place_of_columns_are_decomposed_once(ranks, size):
     found = ranks.run(kfac_on_ranks.counted_decompositions, size, batches, **arguments)
     tokens = sum(sum(lengths) for lengths in kfac_on_ranks.LENGTHS[:size])
     layers = model_of("gpt2", torch.float64).named_modules()
-    outputs = [m.weight.shape[1] for _, m in layers if type(m).__name__ == "Conv1D"]
+    outputs = [
+        m.get_parameter("weight").shape[1] for _, m in layers if type(m).__name__ == "Conv1D"
+    ]
     narrow = sorted(out for out in [*outputs, models.VOCAB] if out < tokens)
     assert narrow
     assert sorted(n for sizes, _ in found for n in sizes) == narrow

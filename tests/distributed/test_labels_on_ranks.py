@@ -54,7 +54,7 @@ def model_of(name: str) -> nn.Module:
     return seeded(BUILDS[name], torch.float64)
 
 
-def in_wrapper(model: nn.Module, kind: str, comm: Any) -> nn.Module:
+def in_wrapper(model: Any, kind: str, comm: Any) -> Any:
     """The model in DDP, in shards, compiled, or in two of these, the inner one first."""
     for one in kind.split(" inside "):
         if one == "ddp":
