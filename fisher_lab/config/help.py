@@ -89,6 +89,7 @@ fisher_lab: K-FAC, Fisher spectra and their records, on real transformers.
 
 python -m fisher_lab                                    the analysis of the default model
 python -m fisher_lab task=plan                          what it would cost, without running it
+python -m fisher_lab task=ladder                        how near K-FAC comes to the exact Fisher
 python -m fisher_lab kfac/policy=all kfac.damping=1e-5  an option of a group, a key
 python -m fisher_lab -m kfac.damping=1e-5,1e-4          a sweep
 python -m fisher_lab --cfg job                          the configuration, without running it

@@ -103,7 +103,7 @@ class DistributedConfig:
     )
 
 
-TASKS = ("analyze", "train", "plan")
+TASKS = ("analyze", "train", "plan", "ladder")
 TRACKERS = ("wandb", "tensorboard")
 MAX_SEED = 2**32 - 1
 
@@ -139,6 +139,17 @@ class TaskConfig:
         "`task=analyze`: multiples of the run's dampings that are tried on the same factors, each "
         "of the A side with each of the G side, such as [0.01,0.1,1,10,100]; empty: no scan.",
         each_above(0),
+    )
+    ladder_damping: float = setting(
+        100.0,
+        "`task=ladder`: the damping of every rung, in mean eigenvalues of the Fisher matrix.",
+        above(0),
+    )
+    ladder_tol: float = setting(
+        1e-10, "`task=ladder`: relative residual of the exact answers.", above(0)
+    )
+    ladder_products: int = setting(
+        2000, "`task=ladder`: products after which an exact answer is given up.", whole(2)
     )
 
 
@@ -213,6 +224,11 @@ class Config:
 
     def check(self) -> Problems:
         """What sections ask of each other."""
+        if self.task.name == "ladder":
+            if self.kfac.tied == "sum":
+                yield "kfac.tied", "head or embedding with task=ladder"
+            if self.distributed.nproc * self.distributed.nodes > 1:
+                yield "distributed.nproc", "1 with task=ladder"
         if self.distributed.nproc * self.distributed.nodes == 1:
             return
         if self.task.name == "analyze" and self.spectral.sketches:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
 from fisher_lab.results.figure_style import MOST_SERIES
+from fisher_lab.results.ladder_figures import ladder_figure
 from fisher_lab.results.step_figures import scan_figure, step_figure
 from fisher_lab.results.values import ResultsError
 
@@ -293,6 +294,7 @@ RUN_FIGURES: Mapping[str, Callable[[Any], Figure]] = {
     "group_fisher_layers": importance_figure,
     "step_curve": step_figure,
     "damping_scan": scan_figure,
+    "ladder": ladder_figure,
 }
 """Name of a file in the run directory -> what draws the result of its engine."""
 

@@ -43,6 +43,9 @@ CAME_LATER: dict[str, Any] = {
     "kfac.experts": "each",
     "model.adapter": None,
     "task.damping_scan": [],
+    "task.ladder_damping": 100.0,
+    "task.ladder_products": 2000,
+    "task.ladder_tol": 1e-10,
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,
 }

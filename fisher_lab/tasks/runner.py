@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 TASKS = {
     "analyze": "fisher_lab.tasks.analyze",
+    "ladder": "fisher_lab.tasks.ladder",
     "plan": "fisher_lab.tasks.plan",
     "train": "fisher_lab.tasks.train",
 }

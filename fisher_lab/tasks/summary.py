@@ -85,6 +85,16 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Section -> metric -> its words and its format."""
 
+LADDER_FILE = "ladder.csv"
+LADDER_COLUMNS = {
+    "blocks": "blocks", "ekfac_sequence": "EK seq", "ekfac_token": "EK tok", "kfac": "expand",
+    "kfac_reduce": "reduce", "diagonal": "diag", "identity": "ident", "kfac_split": "own",
+}  # fmt: skip
+"""Rung of the ladder -> the heading of its column."""
+
+HAVE_TABLES = ("step/", "ladder/")
+"""How the metrics begin that tables of their own show."""
+
 STEP_FILE = "step_curve.csv"
 
 DIRECTIONS = {
@@ -92,6 +102,15 @@ DIRECTIONS = {
     "ekfac": "EKFAC",
     "gradient": "gradient",
     "sign": "sign",
+    "exact": "exact Fisher",
+    "blocks": "block-diagonal",
+    "ekfac_sequence": "EKFAC, sequences",
+    "ekfac_token": "EKFAC, tokens",
+    "kfac": "K-FAC, expand",
+    "kfac_reduce": "K-FAC, reduce",
+    "diagonal": "diagonal",
+    "identity": "identity",
+    "kfac_split": "K-FAC, own damping",
 }
 """Direction of a step curve -> its words."""
 
@@ -161,11 +180,55 @@ def render(
     if about.get("coverage"):
         parts += [coverage_table(about["coverage"], about.get("skipped", {})), Text()]
     parts += [_number_table(metrics, width), Text()]
+    if tables.get(LADDER_FILE):
+        parts += [_ladder_table(tables[LADDER_FILE], metrics, width), Text()]
     chosen = [row for row in tables.get(STEP_FILE, ()) if row["chosen"]]
     if chosen:
         parts += [_step_table(chosen), Text()]
     step = record.get("provenance", {}).get("step")
     return Group(*parts, *(Text(line) for line in step_lines(step or {})))
+
+
+def _ladder_table(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], width: int
+) -> RenderableType:
+    """Relative error of every rung, over all layers and in each; the cosines over all layers."""
+    by_layer: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], {})[row["rung"]] = row
+    rungs = [name for name in LADDER_COLUMNS if name in by_layer["all"]]
+    headings = ["Relative error", "share", *(LADDER_COLUMNS[name] for name in rungs)]
+    cells = [
+        [layer, number(found["exact"]["share"], ".0%"), *(_near(found[n]["error"]) for n in rungs)]
+        for layer, found in by_layer.items()
+    ]
+    cosines = [_near(by_layer["all"][name]["cosine"]) for name in rungs]
+    cells.insert(1, ["all, cosine", "", *cosines])
+    fit_names(cells, headings, width)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for heading in headings:
+        left = heading == headings[0]
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in cells[: MAX_ROWS + 2]:
+        table.add_row(*row)
+    if len(cells) > MAX_ROWS + 2:
+        table.add_row(f"... {len(cells) - MAX_ROWS - 2} more")
+    exact = by_layer["all"]["exact"]
+    said = (
+        f"damping {number(metrics['ladder/damping'], 'g')}, exact to "
+        f"{number(metrics['ladder/residual'], '.0e')} by {exact['products']} products; share: of "
+        "|x*|^2"
+    )
+    return Group(table, Text(said))
+
+
+def _near(value: float | None) -> str:
+    """An error or a cosine in six characters."""
+    if value is None or value != value:
+        return "-"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 100 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -278,7 +341,7 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
     others = [
         name
         for name, value in metrics.items()
-        if name not in known and not name.startswith("step/") and value is not None
+        if name not in known and not name.startswith(HAVE_TABLES) and value is not None
     ]
     sections["Others"] = [(name, number(metrics[name], "g"), "") for name in others[:MAX_OTHERS]]
     if len(others) > MAX_OTHERS:

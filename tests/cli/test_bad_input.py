@@ -38,7 +38,7 @@ BAD = {
     "kfac/policy=al": ("kfac/policy=al", "one of all, auto, hybrid, small_only"),
     "kfac/polcy=all": ("kfac/polcy=all", "did you mean kfac/policy?"),
     "model=gtp2": ("model=gtp2", "did you mean gpt2?"),
-    "task=analyse": ("task=analyse", "one of analyze, plan, train"),
+    "task=analyse": ("task=analyse", "one of analyze, ladder, plan, train"),
     "tracker=wadnb": ("tracker=wadnb", "tracker must be one of"),
     "tracker.sinks=[wandb,wandb]": ("tracker.sinks=", "a list of wandb, tensorboard"),
     "tracker.sinks=[mlflow]": ("tracker.sinks=[mlflow]", "a list of wandb, tensorboard"),

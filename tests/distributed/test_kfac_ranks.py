@@ -135,6 +135,25 @@ def test_ekfac(ranks, name, size, dtype):
         Joined(name, dtype, answers, sum(LABELS[:size])).check(setting, BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "true", "head"])
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_ekfacs_units_and_its_head(ranks, unit, fisher):
+    """Sequences and labelled tokens are some rank's own; the moments are those of all ranks."""
+    whole = models.language_batch((4, 3, 5), share=0.7, seed=3)
+    parts = [{k: v[i] for k, v in whole.items()} for i in (slice(0, 1), slice(1, 3))]
+    more = {"ekfac_unit": unit, "fisher": "empirical" if fisher == "empirical" else "true"}
+    more |= {"true_max_classes": 2, "n_samples": 1} if fisher == "head" else {}
+    if fisher == "head":  # inner layers are drawn, by every rank on its own
+        more |= {"include": ["lm_head"]}
+    for policy, mode in (("all", "gram"), ("small_only", "gather"), ("all", "gather")):
+        given = {"mode": mode, "kfac_policy": policy, **more}
+        (alone,) = ranks.run(kfac_on_ranks.of_ekfac, 1, [[whole]], **given)
+        for answer in ranks.run(kfac_on_ranks.of_ekfac, 2, [[part] for part in parts], **given):
+            assert answer.keys() == alone.keys()
+            for name, value in alone.items():
+                torch.testing.assert_close(answer[name], value, rtol=1e-7, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("mode", "experts"),
     [(mode, kind) for mode in ("gather", "gram") for kind in ("each", "pooled")],

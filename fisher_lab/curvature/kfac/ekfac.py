@@ -140,6 +140,16 @@ class Eigenbasis:
 
         return self._on_device(work, y)
 
+    def solve(self, y: Tensor, lam: float) -> Tensor:
+        """Returns ``(B + lam I)^-1 y`` for the block ``B`` with ``T/N``: one damping in all."""
+
+        def work(here: Tensor) -> Tensor:
+            outside = torch.full_like(self.m_a, 1.0 / lam).to(y.dtype) if self.missing else None
+            inside = (self.ratio * self.moments + lam).reciprocal()
+            return self._scaled(here, inside.to(y.dtype), outside)
+
+        return self._on_device(work, y)
+
     def in_use(self, y: Tensor) -> Tensor:
         """Returns the block in use times ``y``, without ``T/N``, to check an inverse by."""
         return self.power(y, 1.0)
@@ -260,6 +270,30 @@ def eigenbasis(
         ratio=factors.ratio,
         label=label,
     ).damped_by(lams, settings.kappa_max)
+
+
+def kronecker(factors: LayerFactors, numerics: Numerics) -> Eigenbasis:
+    """Returns a layer's Kronecker product in its eigenbasis: the moments are ``m^G_i m^A_j``.
+
+    Undamped; of a layer without A, the one block G. Collective where G's columns are sharded.
+    """
+    m_g, v_g = factors.G.basis(numerics)
+    if v_g is None:
+        v_g = Columns(torch.eye(len(m_g), dtype=m_g.dtype, device=m_g.device), 1.0, m_g.device)
+    m_a, v_a = m_g.new_ones(1), None
+    if factors.A is not None:
+        m_a, inputs = factors.A.basis(numerics)
+        v_a = None if inputs is None else inputs.data.T.to(numerics.apply_dtype)
+    return Eigenbasis(
+        v_g=v_g.cast(numerics.apply_dtype),
+        v_a=v_a,
+        moments=torch.outer(m_g, m_a.to(m_g.device)),
+        m_g=m_g,
+        m_a=m_a,
+        missing=factors.G.dim - len(m_g),
+        ratio=factors.ratio,
+        label=f"{factors.G.label}, eigenbasis",
+    )
 
 
 # ---- second moments ------------------------------------------------------------------------------

@@ -88,6 +88,10 @@ class Block(Protocol):
         """Returns the block to the power ``p`` times ``y``, without ``T/N``."""
         ...
 
+    def solve(self, y: Tensor, lam: float) -> Tensor:
+        """Returns ``(B + lam I)^-1 y`` for the block ``B`` with ``T/N``: one damping in all."""
+        ...
+
     def in_use(self, y: Tensor) -> Tensor:
         """Returns the block in use times ``y``, without ``T/N``, to check an inverse by."""
         ...
@@ -134,6 +138,10 @@ class KroneckerBlock:
         if self.A is not None:
             y = self.A.factor.product(y.T).T + (self.A.lam if damped else 0.0) * y
         return y * self.factors.ratio
+
+    def solve(self, y: Tensor, lam: float) -> Tensor:
+        """See :class:`Block`."""
+        return ekfac.kronecker(self.factors, self.G.numerics).solve(y, lam)
 
     def in_use(self, y: Tensor) -> Tensor:
         """See :class:`Block`."""

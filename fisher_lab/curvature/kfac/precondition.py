@@ -91,6 +91,20 @@ def products(inverses: Inverses, vectors: Mapping[str, Tensor], *, damped: bool)
     return _apply(inverses, vectors, product, lambda _, vector: vector)
 
 
+def solved(inverses: Inverses, vectors: Mapping[str, Tensor], lam: float) -> dict[str, Tensor]:
+    """Returns ``(F + lam I)^-1 V`` with the blocks of ``F``, ``T/N`` included, undamped.
+
+    What no layer covers is divided by ``lam``.
+    """
+    found, _ = _apply(
+        inverses,
+        vectors,
+        lambda factors, y: inverses.block(factors).solve(y, lam),
+        lambda _, vector: vector / lam,
+    )
+    return found
+
+
 def residuals(
     inverses: Inverses, vectors: Mapping[str, Tensor], results: Mapping[str, Tensor]
 ) -> dict[str, float]:
