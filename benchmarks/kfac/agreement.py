@@ -7,6 +7,8 @@ agree to rounding. Monte-Carlo draws differ between the libraries, so that both 
 the exact Fisher for growing numbers of draws. The exit code is 1 if a bound does not hold.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import math

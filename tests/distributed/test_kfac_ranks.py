@@ -12,7 +12,7 @@ from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, inputs_of, random_like
 from tests.curvature.kfac.test_layers_by_use import batch_of
-from tests.distributed import kfac_on_ranks
+from tests.distributed import ekfac_on_ranks, kfac_on_ranks
 from tests.distributed.kfac_on_ranks import (
     LABELS,
     Joined,
@@ -147,8 +147,8 @@ def test_ekfacs_units_and_its_head(ranks, unit, fisher):
         more |= {"include": ["lm_head"]}
     for policy, mode in (("all", "gram"), ("small_only", "gather"), ("all", "gather")):
         given = {"mode": mode, "kfac_policy": policy, **more}
-        (alone,) = ranks.run(kfac_on_ranks.of_ekfac, 1, [[whole]], **given)
-        for answer in ranks.run(kfac_on_ranks.of_ekfac, 2, [[part] for part in parts], **given):
+        (alone,) = ranks.run(ekfac_on_ranks.of_ekfac, 1, [[whole]], **given)
+        for answer in ranks.run(ekfac_on_ranks.of_ekfac, 2, [[part] for part in parts], **given):
             assert answer.keys() == alone.keys()
             for name, value in alone.items():
                 torch.testing.assert_close(answer[name], value, rtol=1e-7, atol=1e-11)
