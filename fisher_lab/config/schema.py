@@ -134,6 +134,11 @@ class TaskConfig:
         "other half judges it (`docs/math.md`, section 10).",
         whole(1),
     )
+    engine_batches: int | None = setting(
+        None,
+        "Batches of the spectral engines and of group Fisher; null: `kfac.n_batches`.",
+        whole(1) | null,
+    )
     damping_scan: list[float] = setting(
         [],
         "`task=analyze`: multiples of the run's dampings that are tried on the same factors, each "

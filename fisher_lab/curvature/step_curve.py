@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ OWN, CHOOSING, JUDGING = "own", "choosing", "judging"
 CONFIDENCE = 0.95
 """Of the intervals."""
 
-FIRST_MOVE = 2e-3
+FIRST_MOVE = 5e-3
 """A search without a given start begins with a step of this part of the parameters' norm."""
 
 STRIDE = 2.0
@@ -131,7 +131,7 @@ class SearchResult:
 
 
 def search(
-    value: Callable[[float], float], start: float, *, scale: float = 0.0, refinements: int = 2
+    value: Callable[[float], float], start: float, *, scale: float = 0.0, refinements: int = 1
 ) -> SearchResult:
     """Finds a length at which a function is lowest, between two lengths at which it is higher.
 
@@ -309,7 +309,8 @@ class Point:
     Attributes:
         length: ``t``.
         kept: which part of the step was left by rounding; see :func:`moved_along`.
-        changes: set of batches -> changes of their summed losses, ``[B]``.
+        changes: set of batches -> changes of their summed losses, ``[B]``; the half that judges is
+            asked about the chosen length alone.
     """
 
     length: float
@@ -342,8 +343,13 @@ class StepCurve:
         return next((p for p in self.points if p.length == length), still)
 
     def change(self, part: str, length: float | None = None) -> MeanChange:
-        """Returns the mean change of a set of batches, at the chosen length or at another one."""
+        """Returns the mean change of a set of batches, at the chosen length or at another one.
+
+        NaN where the set was not asked about that length.
+        """
         point = self.at(self.length if length is None else length)
+        if part not in point.changes:
+            return MeanChange(math.nan, math.nan, 0)
         return mean_change(point.changes[part], self.labels[part])
 
 
@@ -447,10 +453,10 @@ def step_curves(
         for name, some in sets.items()
     }
 
-    def sums() -> dict[str, BatchSums]:
-        return {n: sums_of_batches(model, some, loss_fn, ranks) for n, some in sets.items()}
+    def sums(names: Sequence[str]) -> dict[str, BatchSums]:
+        return {n: sums_of_batches(model, sets[n], loss_fn, ranks) for n in names}
 
-    before = sums()
+    before = sums(list(sets))
     if not before[CHOOSING].labels.sum() > 0:
         raise BatchError("held-out batches: no label counts; allowed: at least one")
     curves = {}
@@ -464,7 +470,7 @@ def _curve(
     model: nn.Module,
     direction: Direction,
     before: Mapping[str, BatchSums],
-    sums: Callable[[], Mapping[str, BatchSums]],
+    sums: Callable[[Sequence[str]], Mapping[str, BatchSums]],
     start: float | None,
 ) -> StepCurve:
     """The curve of one direction, searched for on the half that chooses."""
@@ -473,12 +479,14 @@ def _curve(
     points: dict[float, Point] = {}
     with moved_along(model, direction) as move:
 
+        def point(t: float, *names: str) -> Point:
+            kept, after = move(t), sums(names)
+            changes = {name: after[name].losses - before[name].losses for name in names}
+            return Point(t, kept, changes)
+
         def value(t: float) -> float:
-            kept = move(t)
-            after = sums()
-            changes = {name: after[name].losses - one.losses for name, one in before.items()}
-            points[t] = Point(t, kept, changes)
-            return mean_change(changes[CHOOSING], labels[CHOOSING]).mean
+            points[t] = point(t, CHOOSING, OWN)
+            return mean_change(points[t].changes[CHOOSING], labels[CHOOSING]).mean
 
         if norm == 0:
             return StepCurve(0.0, 0.0, "zero", (), labels)
@@ -486,6 +494,10 @@ def _curve(
         choosing = before[CHOOSING]
         scale = abs(float(choosing.losses.sum())) / float(choosing.labels.sum())
         found = search(value, first, scale=scale)
+        if found.length in points:
+            judged = point(found.length, JUDGING).changes
+            chosen = points[found.length]
+            points[found.length] = replace(chosen, changes={**chosen.changes, **judged})
     ordered = tuple(points[t] for t in sorted(points))
     return StepCurve(norm, found.length, found.edge, ordered, labels)
 

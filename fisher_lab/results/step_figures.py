@@ -19,7 +19,10 @@ NAMES = {
 }
 """Direction -> its words in a legend; others keep their names."""
 
-PANELS = {"own": "batches of the factors", "judging": "held-out batches that judge"}
+PANELS = {
+    "own": "batches of the factors",
+    "choosing": "held-out: the half that chooses; bars: the other",
+}
 ABOVE = 0.6
 """Part of the deepest fall that is shown above zero: what rises further leaves the panel."""
 
@@ -28,8 +31,8 @@ ABOVE = 0.6
 def step_figure(result: Mapping[str, Any]) -> Figure:
     """The change of the loss against the distance moved, for every direction of a run.
 
-    The marks are the lengths that were tried, the bars one standard error; the large mark is the
-    chosen length.
+    The marks are the lengths that were tried; the large mark is the chosen one. Its bar is what the
+    half of the held-out batches found that judges, with its 95 % interval.
 
     Args:
         result: ``rows`` of ``step_curve.csv``, and ``eta``: the distance of the step of the
@@ -44,6 +47,8 @@ def step_figure(result: Mapping[str, Any]) -> Figure:
             own = [row for row in rows if row["direction"] == name]
             own = [row for row in own if _number(row[f"{part}_change"])]
             deepest = min([deepest, *(1e3 * row[f"{part}_change"] for row in own)])
+            lows = [row["judging_low"] for row in own if part != "own"]
+            deepest = min([deepest, *(1e3 * low for low in lows if _number(low))])
             _draw_direction(axes, own, part, str(NAMES.get(name, name)), style.look(i))
         axes.axhline(0.0, color="#888888", linewidth=0.6)
         if deepest < 0:
@@ -68,14 +73,20 @@ def _draw_direction(
     rows = sorted(rows, key=lambda row: row["distance"])
     x = [row["distance"] for row in rows]
     y = [1e3 * row[f"{part}_change"] for row in rows]
-    error = [1e3 * (row[f"{part}_se"] or 0.0) for row in rows]
-    error = [e if e == e else 0.0 for e in error]
-    axes.errorbar(x, y, yerr=error, label=name, elinewidth=0.7, markersize=3, **look)
+    axes.plot(x, y, label=name, **{**look, "markersize": 3})
     for row, value in zip(rows, y, strict=True):
-        if row["chosen"]:
-            axes.plot(
-                row["distance"], value, look["marker"], color=look["color"], markersize=8,
-                markerfacecolor="none",
+        if not row["chosen"]:
+            continue
+        axes.plot(
+            row["distance"], value, look["marker"], color=look["color"], markersize=8,
+            markerfacecolor="none",
+        )  # fmt: skip
+        if part != "own" and _number(row["judging_low"]):
+            middle, low, high = (1e3 * row[f"judging_{key}"] for key in ("change", "low", "high"))
+            error = [[middle - low], [high - middle]]
+            axes.errorbar(
+                row["distance"], middle, yerr=error, fmt="_", color=look["color"], capsize=2,
+                linewidth=0.9,
             )  # fmt: skip
 
 
@@ -99,19 +110,18 @@ def scan_figure(result: Mapping[str, Any]) -> Figure:
     for (i, a), (j, g) in itertools.product(enumerate(sides[0]), enumerate(sides[1])):
         row = values[a, g]
         text = f"{1e3 * row['judging_change']:.1f}\n±{1e3 * (row['judging_se'] or 0.0):.1f}"
-        dark = grid[j][i] < 0.5 * (min(map(min, grid)) + max(map(max, grid)))
+        dark = grid[j][i] > 0.5 * (min(map(min, grid)) + max(map(max, grid)))
         axes.text(i, j, text, ha="center", va="center", fontsize=5.5,
                   color="white" if dark else "black")  # fmt: skip
-        marks = {"own": (row["default"], style.COLOURS[1]), "best": (row["chosen"], "white")}
-        for shown, colour in marks.values():
-            if shown:
-                axes.plot(i, j, "s", markersize=22, markerfacecolor="none", color=colour)
+        for key, colour, size in (("default", style.COLOURS[1], 22), ("chosen", "black", 26)):
+            if row[key]:
+                axes.plot(i, j, "s", markersize=size, markerfacecolor="none", color=colour)
     for axis, side, numbers in (("x", "A", sides[0]), ("y", "G", sides[1])):
         names = [f"{values_of(rows, side)[n]:.3g}" for n in numbers]
         getattr(axes, f"set_{axis}ticks")(range(len(numbers)), names)
         getattr(axes, f"set_{axis}label")(f"damping of {side}{result.get('unit', '')}")
     figure.colorbar(image, ax=axes, label="held-out change, mnat a token")
-    axes.set_title("red: the run's own dampings; white: those the other half chose", **style.NOTE)
+    axes.set_title("red: the run's own dampings; black: those the other half chose", **style.NOTE)
     figure.set_label("Held-out change for every pair of dampings")
     return figure
 

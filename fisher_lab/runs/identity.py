@@ -46,6 +46,7 @@ CAME_LATER: dict[str, Any] = {
     "task.ladder_damping": 100.0,
     "task.ladder_products": 2000,
     "task.ladder_tol": 1e-10,
+    "task.engine_batches": None,
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,
 }

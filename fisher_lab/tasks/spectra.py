@@ -99,7 +99,8 @@ def _own_parts(
     config: Config, workload: Workload, ranks: Ranks, side: Side
 ) -> Sequence[dict[str, Tensor] | None]:
     """This rank's sequences of every batch, None for a batch of which it holds none."""
-    return ranks.own_parts(workload.batches(side, config.kfac.n_batches, config.seed))
+    n = config.task.engine_batches or config.kfac.n_batches
+    return ranks.own_parts(workload.batches(side, n, config.seed))
 
 
 def draw(name: str, result: Mapping[str, Any], run: Run) -> None:

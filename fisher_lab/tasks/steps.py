@@ -30,6 +30,9 @@ CURVE_FILE = "step_curve.csv"
 MODEL_DECREASE = 0.01
 """The quadratic term of K-FAC's model at the step ``ng/eta``, in nats."""
 
+OWN_BATCHES = 8
+"""Of the batches of the factors, so many are evaluated at every length."""
+
 KEPT = 0.9
 """Rounding that leaves less of a chosen step than this is warned about."""
 
@@ -84,7 +87,7 @@ def run_steps(
     Args:
         workload: the model and its loss.
         directions: by name; the first is the one that ``eta`` belongs to.
-        own: the batches that the directions were computed from.
+        own: the batches that the directions were computed from; the first few are shown.
         heldout: the held-out batches; on ranks both are this rank's parts.
         eta: ``ng/eta``, drawn as a mark; NaN where there is none.
         run: gets the metrics, ``step_curve.csv``, the figure and the note ``step``.
@@ -92,8 +95,8 @@ def run_steps(
         ranks: those of the run; collective.
     """
     curves = step_curve.step_curves(
-        workload.model, directions, heldout, own, loss_fn=workload.loss_fn, ranks=ranks.reduced,
-        progress=progress.track,
+        workload.model, directions, heldout, own[:OWN_BATCHES], loss_fn=workload.loss_fn,
+        ranks=ranks.reduced, progress=progress.track,
     )  # fmt: skip
     run.metrics(step_metrics(curves))
     rows = step_rows(curves)
@@ -151,6 +154,7 @@ def step_rows(curves: StepCurves) -> list[dict[str, Any]]:
             for part in (OWN, CHOOSING, JUDGING):
                 change = curve.change(part, point.length)
                 row |= {f"{part}_change": change.mean, f"{part}_se": change.se}
+            row["judging_low"], row["judging_high"] = change.interval()
             rows.append(row)
     return rows
 

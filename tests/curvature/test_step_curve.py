@@ -101,7 +101,9 @@ def test_changes_and_standard_errors_are_those_of_the_batches():
     sets = {CHOOSING: HELDOUT[0::2], JUDGING: HELDOUT[1::2], OWN: FEW}
     assert len(curve.points) >= 4
     for point in curve.points:
-        for name, batches in sets.items():
+        assert (JUDGING in point.changes) == (point.length == curve.length)
+        for name in point.changes:
+            batches = sets[name]
             coefficients = parabolas(batches, d)
             changes = coefficients[:, 0] * point.length + coefficients[:, 1] * point.length**2
             np.testing.assert_allclose(point.changes[name], changes, rtol=1e-9, atol=1e-9)

@@ -11,6 +11,7 @@ import torch
 from fisher_lab.curvature.collectives import rank_seed
 from tests import models, reference
 from tests.capturing import POLICIES, inputs_of, random_like
+from tests.curvature.kfac.test_damping_modes import split
 from tests.curvature.kfac.test_layers_by_use import batch_of
 from tests.distributed import ekfac_on_ranks, kfac_on_ranks
 from tests.distributed.kfac_on_ranks import (
@@ -26,7 +27,7 @@ from tests.distributed.kfac_on_ranks import (
     with_labels,
 )
 from tests.distributed.rank_pool import Pool
-from tests.reference import Damping
+from tests.reference import Damping, power
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 MODES = ("gather", "gram")
@@ -107,6 +108,32 @@ def test_clipping_and_what_is_derived(ranks, kappa, size):
                 )[-1]  # fmt: skip
                 assert found["top"][tokens.name][0] == pytest.approx(float(top), rel=1e-10)
             assert found == answers[0]["derived"]
+
+
+@pytest.mark.parametrize("mode", ["relative", "pi"])
+def test_dampings_that_follow_the_traces_follow_those_of_all_ranks(ranks, mode):
+    damping = Damping(A=0.3, G=2e-2, kappa=None)
+    settings = [
+        Setting(policy, reduce, damping).also(damping_mode=mode, damping=None)
+        for policy in ("all", "small_only")
+        for reduce in MODES
+    ]
+    numbers = {"damping_A": 0.3, "damping_G": 2e-2, "damping": 0.3 * 2e-2}
+    wants = ("own", "natural", "general")
+
+    def kronecker(factors, tokens, matrix):
+        lam_a, lam_g = split(mode, factors.A, factors.G, **numbers)
+        left, right = power(factors.G, -1, lam_g, None), power(factors.A, -1, lam_a, None)
+        return left @ matrix @ right
+
+    def block(F, tokens, vector):
+        return power(F, -1, split(mode, None, F, **numbers)[1], None) @ vector
+
+    for answers in answers_of(ranks, "llama", 3, settings, wants=wants):
+        one = Joined("llama", torch.float64, answers, sum(LABELS))
+        truth = one.truth._apply(one.own(), kronecker, block)
+        for key in ("natural", "general"):
+            assert_all(answers, key, truth, 1e-9)
 
 
 @pytest.mark.parametrize("labels", [(0, 40, 7), (0, 7)])
