@@ -23,7 +23,7 @@ from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.inverses import Inverses
-from fisher_lab.curvature.kfac.layers import base_of
+from fisher_lab.curvature.kfac.parts import base_of
 from fisher_lab.curvature.kfac.precondition import powered, solved
 from fisher_lab.curvature.kfac.refresh import Refresh
 from fisher_lab.curvature.losses import LossFunction

@@ -24,7 +24,7 @@ from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
 from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
-from fisher_lab.curvature.kfac.layers import base_of
+from fisher_lab.curvature.kfac.parts import base_of
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
 

@@ -20,7 +20,9 @@ from fisher_lab.curvature import losses
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.batch_tokens import count_tokens
 from fisher_lab.curvature.kfac.capture import Capture
-from fisher_lab.curvature.kfac.layers import Layer, Layers, discover
+from fisher_lab.curvature.kfac.layers import Layer
+from fisher_lab.curvature.kfac.layers_by_module import discover
+from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.policy import (
     Cost,

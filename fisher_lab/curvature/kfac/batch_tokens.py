@@ -13,7 +13,8 @@ from fisher_lab.curvature.errors import BatchError, LayerError
 from fisher_lab.curvature.kfac.accumulators import check_finite
 from fisher_lab.curvature.kfac.capture import Call, Capture, edge_of
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, joined
-from fisher_lab.curvature.kfac.layers import Kind, Layer, Layers, every_layer
+from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
+from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.policy import sharing_of, wants_examples, wants_sequences
 from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
 from fisher_lab.curvature.labels import segments_of, token_mask
@@ -173,6 +174,7 @@ def share_key(call: Call, augmented: bool) -> tuple:
         str(call.use.rows),
         call.use.padding,
         call.use.layout,
+        id(call.use.normalise),
         augmented,
     )
 
@@ -289,7 +291,8 @@ class BatchTokens:
         for call, g in zip(calls, grads, strict=True):
             g = like.new_zeros(call.output) if g is None else g
             g = g if call.use.layout is None else call.use.layout.outputs(g)
-            parts.append(self._masks.select(call, g, layer.name))
+            g = self._masks.select(call, g, layer.name)
+            parts.append(g if call.use.gives is None else call.use.gives(g))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def inputs(self, layer: Layer) -> Tensor:
@@ -305,7 +308,7 @@ class BatchTokens:
         parts = []
         for call in self.calls[layer.name]:
             x = self._rows(call, layer)
-            if layer.kind is not Kind.EMBEDDING:
+            if not layer.kind.looks_up:
                 check_finite(x, layer.name, self._batch, "activations")
             x = x if call.use.normalise is None else call.use.normalise(x)
             if layer.marked:
@@ -319,7 +322,7 @@ class BatchTokens:
             return self._masks.select(call, call.inputs(), layer.name)
         key = share_key(call, False)
         if key not in self._selected:
-            trailing = int(layer.kind is not Kind.EMBEDDING)
+            trailing = int(not layer.kind.looks_up)
             rows = self._masks.select(call, call.a, layer.name, trailing=trailing)
             self._selected[key] = rows
         return self._selected[key]
@@ -341,7 +344,7 @@ def find_non_finite(
         NonFiniteError: there is one.
     """
     for layer in layers:
-        if layer.kind is Kind.EMBEDDING:
+        if layer.kind.looks_up:
             continue
         for call in capture.calls_of(layer):
             x = masks.select(call, call.inputs(), layer.name)

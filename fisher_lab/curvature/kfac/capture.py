@@ -27,18 +27,16 @@ from torch.utils.hooks import RemovableHandle
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, Examples
-from fisher_lab.curvature.kfac.layers import (
+from fisher_lab.curvature.kfac.layers import Kind, Layer
+from fisher_lab.curvature.kfac.layers_by_use import (
     NO_NORMS,
-    Kind,
-    Layer,
     Layers,
     UseOf,
-    base_of,
     from_uses,
-    part_text,
     trains_bias_alone,
 )
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
+from fisher_lab.curvature.kfac.parts import base_of, part_text
 from fisher_lab.curvature.kfac.policy import wants_examples
 from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
 from fisher_lab.curvature.kfac.token_rows import TokenRows
@@ -76,7 +74,7 @@ class Call:
     @property
     def trailing(self) -> int:
         """How many dimensions of ``a`` are features."""
-        return int(self.use.kind is not Kind.EMBEDDING)
+        return int(not self.use.kind.looks_up)
 
     @property
     def rows(self) -> torch.Size:
@@ -285,7 +283,7 @@ class Capture:
         else:
             call = self._call(use, origin, output)
             self._calls.setdefault(key, []).append(call)
-            if use.kind is Kind.EMBEDDING and origin is Fixed.CONSTANT and _one_value(use.a):
+            if use.kind.looks_up and origin is Fixed.CONSTANT and _one_value(use.a):
                 self.rows.wait(output, partial(_align, call))
 
     def bias_of(self, use: Use) -> str | None:
@@ -326,8 +324,7 @@ class Capture:
         tables = {
             path: name
             for path, name in holders.items()
-            if isinstance(self.model.get_submodule(path), nn.Embedding)
-            == (use.kind is Kind.EMBEDDING)
+            if isinstance(self.model.get_submodule(path), nn.Embedding) == (use.kind.looks_up)
         }
         path, name = next(iter((tables or holders).items()))
         return _label(path, name) + ("" if tables else f" ({use.kind})")
@@ -414,12 +411,12 @@ class Capture:
         """Why a use makes no layer, as far as its inputs say."""
         origins = self._origins(use)
         if all(origin is Fixed.CONSTANT for origin in origins):
-            return "not a look-up of tokens" if use.kind is Kind.EMBEDDING else "reads no tokens"
+            return "not a look-up of tokens" if use.kind.looks_up else "reads no tokens"
         rows = [o for o in origins if o is not Fixed.CONSTANT]
-        if not full and any(ids_of(o, int(use.kind is not Kind.EMBEDDING)) is None for o in rows):
+        if not full and any(ids_of(o, int(not use.kind.looks_up)) is None for o in rows):
             return HIDDEN
         if examples is not None and wants_examples(self.settings, use.kind):
-            trailing = int(use.kind is not Kind.EMBEDDING)
+            trailing = int(not use.kind.looks_up)
             return NO_EXAMPLE if any(examples.of(o, trailing) is None for o in rows) else None
         return None
 

@@ -31,7 +31,7 @@ from fisher_lab.curvature.kfac.batch_tokens import (
 from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.examples import by_example, lie_along_the_second
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
-from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
+from fisher_lab.curvature.kfac.layers import Layer, every_layer
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.labelling import Labelling, is_certain
 from fisher_lab.curvature.labels import segments_of
@@ -367,7 +367,7 @@ class _Collector:
             return
         if isinstance(layer_sums.g, BlockAccumulator):
             part = layer_sums.g.own(a, g)
-        elif layer.kind is Kind.EMBEDDING:
+        elif layer.kind.looks_up:
             part = torch.zeros(layer.n_in, layer.n_out, dtype=dtype, device=g.device)
             part = part.index_add_(0, a, g.to(dtype)).T
         else:
@@ -384,7 +384,7 @@ class _Collector:
         for layer in taking_part:
             if layer.one_block:
                 continue
-            keys = (layer.kind is Kind.EMBEDDING, layer.n_in, layer.name if layer.marked else None)
+            keys = (layer.kind.looks_up, layer.n_in, layer.name if layer.marked else None)
             keys += tuple(share_key(c, layer.augmented) for c in tokens.calls[layer.name])
             before = sums.by_layer[layer.name].group
             here.setdefault((before, keys), []).append(layer)

@@ -34,8 +34,10 @@ from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.collect import collect
 from fisher_lab.curvature.kfac.inverses import Inverses, LayerReport, layer_line, same_vectors
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import Layers, base_of, discover, whole_again
+from fisher_lab.curvature.kfac.layers_by_module import discover
+from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.parts import base_of, whole_again
 from fisher_lab.curvature.kfac.policy import check, check_device_supports
 from fisher_lab.curvature.kfac.reduce import reduce
 from fisher_lab.curvature.kfac.refresh import Coverage, LabelCount, Refresh, refresh

@@ -2,7 +2,8 @@
 
 The matrices of a stack, ``experts.up[3]``, are layers of their own. ``kfac.experts=pooled`` gives
 them common factors, over the tokens of all of them: an expert that has seen few tokens borrows what
-the others have seen (``docs/math.md``, section 1).
+the others have seen (``docs/math.md``, section 1). Low-rank factors of experts, which are rows or
+columns of one parameter, keep factors of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 
-from fisher_lab.curvature.kfac.layers import base_of, is_element
+from fisher_lab.curvature.kfac.parts import base_of, is_element
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 
 

@@ -21,17 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from fisher_lab.curvature.kfac.derived import Derived, Term, Terms, stack_of
 from fisher_lab.curvature.kfac.layers import Kind, groups_of
 from fisher_lab.curvature.kfac.layouts import Channels, Patches, RowLayout, window_of
+from fisher_lab.curvature.kfac.parts import Part
 from fisher_lab.curvature.kfac.token_ids import Fixed, tensors_in, words
 from fisher_lab.curvature.kfac.token_rows import TokenRows
+from fisher_lab.curvature.likelihoods import at_least_float32
+from fisher_lab.curvature.linalg import full_precision
 
-_TRANSPOSES = words("t T mT transpose adjoint swapaxes permute")
-_CASTS = words("to float double half bfloat16 type type_as contiguous clone")
-_SHIFTS = words("add __add__ __radd__ sub __sub__")
 _SUMS = words("add __add__ __radd__ __iadd__ add_")
+_LIKE = words("to type_as view_as reshape_as expand_as new_zeros new_ones new_full new_empty")
 _INTEGERS = (torch.int64, torch.int32)
 _SCALES = words("mul __mul__ __rmul__ multiply")
 
@@ -46,26 +47,30 @@ class Use:
             ``Conv`` and ``Depthwise`` for a convolution.
         weight: the parameter's identity.
         part: which matrix of a stack it is, or which rows of the weight (and of the bias) are a
-            group's; None for all of the parameter.
+            group's, or which columns; None for all of the parameter.
         bias: the identity of the bias that the same operator adds; None without one.
         a: what the operator reads (the indices of a look-up).
         rows: which of the operator's rows (in the first dimension) are this part's; None for all.
-        normalise: makes the scaled values of ``a``, where the operator normalises too.
+        normalise: makes what the parameter multiplies of ``a``, where the operator normalises too,
+            or where constants stand between them.
         padding: the index whose row a look-up does not train.
         layout: how the rows lie, where features are not the last dimension.
         features: how many last dimensions of what the operator gives are features.
+        gives: makes the gradient of the parameter's own product of that of the operator's, where
+            constants stand between them.
     """
 
     kind: Kind
     weight: int
     bias: int | None
     a: Tensor
-    part: int | tuple[int, int] | None = None
+    part: Part | None = None
     rows: int | slice | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
     padding: int | None = None
     layout: RowLayout | None = None
     features: int = 1
+    gives: Callable[[Tensor], Tensor] | None = None
 
 
 class OperatorWatch(TorchFunctionMode):
@@ -87,7 +92,7 @@ class OperatorWatch(TorchFunctionMode):
         super().__init__()
         self._rows, self._found = rows, found
         self._identity = {id(p): id(p) for p in model.parameters()}
-        self._derived = WeakTensorKeyDictionary()
+        self._derived = Derived(self._identity, rows)
         self.unexplained: dict[int, str] = {}
 
     def stands_for(self, tensor: Tensor, parameter: Tensor) -> None:
@@ -107,18 +112,28 @@ class OperatorWatch(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
+        if name == "__setitem__" and isinstance(args[0], Tensor):
+            self._derived.forget(args[0])
         if name == "__setitem__" or isinstance(out, Tensor | list | tuple):
             self._rows.follow(name, func, args, kwargs, out)
             if isinstance(out, Tensor):
-                self._look(name, args, kwargs, out)
+                self._look(name, func, args, kwargs, out)
         return out
 
+    def terms(self, tensor: Any) -> Terms:
+        """Returns what parameters are to a tensor that is made of them and constants alone."""
+        return self._derived.terms(tensor)
+
     def parameter(self, tensor: Any) -> _Parameter | None:
-        """Returns the parameter that a tensor is, as it is stored or transposed."""
-        if not isinstance(tensor, Tensor):
-            return None
-        identity = self._identity.get(id(tensor))
-        return self._derived.get(tensor) if identity is None else _Parameter(identity, False)
+        """Returns the parameter, or the part of one, that a tensor is: as stored or transposed."""
+        terms = self.terms(tensor)
+        place = terms[0].place() if len(terms) == 1 and terms[0].bare else None
+        return None if place is None else _Parameter(terms[0].identity, place[1], place[0])
+
+    def whole(self, tensor: Any) -> int | None:
+        """Returns the identity of the parameter that a tensor is, maybe with another shape."""
+        terms = self.terms(tensor)
+        return terms[0].identity if len(terms) == 1 and terms[0].whole() else None
 
     def joined(self, x: Tensor, n: int) -> Tensor:
         """Returns a tensor with its last ``n`` dimensions, which are features, as one."""
@@ -129,50 +144,39 @@ class OperatorWatch(TorchFunctionMode):
         self._rows.mark(joined, origin)
         return joined
 
-    def _look(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    def column(self, indices: Tensor) -> Tensor:
+        """Returns indices with a last dimension of size 1, as that of features."""
+        column, origin = indices.unsqueeze(-1), self._rows.of(indices)
+        known = origin if isinstance(origin, Fixed) else tuple(i.unsqueeze(-1) for i in origin)
+        self._rows.mark(column, known)
+        return column
+
+    def _look(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        out: Tensor,
+    ) -> None:
         given = tensors_in([args, kwargs.values()])  # those in lists too: cat, stack, einsum
-        ours = [p for p in map(self.parameter, given) if p is not None]
-        if not ours or self._derive(name, args, out):
+        given = args[:1] if name in _LIKE else given
+        ours = {term.identity for tensor in given for term in self.terms(tensor)}
+        if not ours:
             return
+        made = self._derived.follow(name, func, args, kwargs, out)
+        if made is None and args and out is args[0]:
+            self._derived.forget(out)  # changed in place
         if torch.is_grad_enabled() and not out.requires_grad:
             return  # read, but not trained
-        reader = _READERS.get(name)
+        explained = {term.identity for term in made or ()}
+        reader = _READERS.get(name) if made is None else None
         uses = [] if reader is None else reader(self, args, kwargs, out)
-        explained = {identity for use in uses for identity in (use.weight, use.bias)}
-        for parameter in ours:
-            if parameter.identity not in explained:
-                self.unexplained.setdefault(parameter.identity, name)
+        explained |= {identity for use in uses for identity in (use.weight, use.bias) if identity}
+        for identity in ours - explained:
+            self.unexplained.setdefault(identity, name)
         for use in uses:
             self._found(use, out)
-
-    def _derive(self, name: str, args: Sequence[Any], out: Tensor) -> bool:
-        """Notes what is a parameter still: transposed, in another dtype, or with a number added."""
-        source = self.parameter(args[0]) if args else None
-        if name in _TRANSPOSES and source is not None and 2 <= out.dim() == args[0].dim() <= 3:
-            if out.stride() not in (args[0].stride(), args[0].mT.stride()):
-                return False
-            turned = out.shape != args[0].shape or out.stride() != args[0].stride()
-            self._derived[out] = replace(source, transposed=source.transposed != turned)
-            return True
-        if name in _CASTS and source is not None:
-            if out is not args[0]:
-                self._derived[out] = source
-            return True
-        if name == "__getitem__" and source is not None and _has_parts(source, args[0], out):
-            number = args[1]
-            if isinstance(number, int) or (isinstance(number, Tensor) and number.dim() == 0):
-                part = int(number) % len(args[0])
-                self._derived[out] = replace(source, part=part)
-                return True
-        if name in _SHIFTS and len(args) == 2:
-            numbers = [a for a in args if self.parameter(a) is None]
-            if len(numbers) == 1 and not (isinstance(numbers[0], Tensor) and numbers[0].dim() > 0):
-                parameter = next(p for p in map(self.parameter, args) if p is not None)
-                negative = name.endswith("sub__") and source is None
-                if not negative:
-                    self._derived[out] = parameter
-                    return True
-        return False
 
 
 @dataclass(frozen=True)
@@ -181,13 +185,7 @@ class _Parameter:
 
     identity: int
     transposed: bool
-    part: int | None = None
-
-
-def _has_parts(source: _Parameter, tensor: Tensor, out: Tensor) -> bool:
-    """Whether one of a tensor's first dimension is a part of the parameter: matrix, or row."""
-    whole = source.part is None and (tensor.dim() == 3 or not source.transposed)
-    return whole and tensor.dim() == out.dim() + 1 > 1
+    part: Part | None = None
 
 
 Reader = Callable[[OperatorWatch, Sequence[Any], Mapping[str, Any], Tensor], list[Use]]
@@ -225,19 +223,51 @@ def _matmul(
 
 def _product(watch: OperatorWatch, a: Tensor, weight: Any, turned: bool, bias: Any) -> list[Use]:
     """A product with ``W`` (``turned``: with its transpose), and the bias added to it."""
-    matrix, added = watch.parameter(weight), watch.parameter(bias)
-    if matrix is None or weight.dim() != 2 or watch.parameter(a) is not None or a.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or watch.terms(a) or a.dim() < 2:
         return []
     if isinstance(bias, Tensor) and bias.dim() != 1:
         return []
-    kind = Kind.LINEAR if turned != matrix.transposed else Kind.CONV1D
-    use = Use(kind, matrix.identity, None, a, matrix.part)
+    terms, added = watch.terms(weight), watch.parameter(bias)
+    uses = [use for term in terms if (use := _with(term, term.place(), a, turned)) is not None]
     if added is None:
-        return [use]
-    with_bias = replace(use, bias=added.identity)
-    # A row of a table of biases is a layer by itself.
-    whole = added.part is None
-    return [with_bias] if whole else [use, bias_alone(with_bias, len(bias), added.part)]
+        return uses
+    # A row of a table of biases is a layer by itself, and so is one beside another weight.
+    if len(terms) == len(uses) == 1 and terms[0].bare and added.part is None:
+        return [replace(uses[0], bias=added.identity)]
+    return [*uses, _bias(added, a, len(bias))]
+
+
+def _with(
+    term: Term, place: tuple[Part | None, bool] | None, a: Tensor, turned: bool
+) -> Use | None:
+    """The use of a parameter by a product with a matrix that it is a term of.
+
+    Of ``s = D a`` with ``D = left theta right`` the parameter reads ``right a``, and the gradient
+    of what it gives is ``left^T g`` (``turned``: ``D`` is given as it is, else its transpose).
+    """
+    if place is None or isinstance(term.factor, Tensor):
+        return None
+    kind = Kind.LINEAR if turned != place[1] else Kind.CONV1D
+    read, given = (term.right, term.left) if turned else (term.left, term.right)
+    if read is not None and turned:
+        read = read.mT
+    if given is not None and not turned:
+        given = given.mT
+    use = Use(kind, term.identity, None, a, place[0])
+    return replace(use, normalise=_times(read), gives=_times(given, term.factor))
+
+
+def _times(matrix: Tensor | None, factor: float = 1.0) -> Callable[[Tensor], Tensor] | None:
+    """Multiplies rows by a matrix, and by a number; None where they stay as they are."""
+    if matrix is None:
+        return None if factor == 1 else lambda x: x * factor
+
+    @full_precision()
+    def multiplied(x: Tensor) -> Tensor:
+        x = at_least_float32(x)
+        return (x @ matrix.to(x)) * factor
+
+    return multiplied
 
 
 def _grouped(
@@ -256,15 +286,15 @@ def _stack(
     watch: OperatorWatch, a: Tensor, weights: Tensor, rows: Iterable[int | slice]
 ) -> list[Use]:
     """Products with the matrices of a stack, each with its own rows of ``a``."""
-    stack = watch.parameter(weights)
-    if stack is None or stack.part is not None or watch.parameter(a) is not None:
+    if watch.terms(a):
         return []
-    kind = Kind.LINEAR if stack.transposed else Kind.CONV1D
-    return [
-        Use(kind, stack.identity, None, a, part, own)
-        for part, own in enumerate(rows)
-        if not isinstance(own, slice) or own.stop > own.start
-    ]
+    rows, found = list(rows), []
+    for term in watch.terms(weights):
+        for own, (part, turned, one) in zip(rows, stack_of(term) or (), strict=False):
+            use = _with(one, (part, turned), a, False)
+            if use is not None and (not isinstance(own, slice) or own.stop > own.start):
+                found.append(replace(use, rows=own))
+    return found
 
 
 def _embedding(
@@ -272,14 +302,41 @@ def _embedding(
 ) -> list[Use]:
     """``F.embedding(indices, W)``; ``torch.embedding`` has them the other way round."""
     given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    table = next((t for t in given if watch.parameter(t) is not None), None)
+    table = next((t for t in given if watch.terms(t)), None)
     indices = next((t for t in given if not t.is_floating_point()), None)
-    matrix = watch.parameter(table)
-    if matrix is None or indices is None or matrix.transposed or table.dim() != 2:  # type: ignore[union-attr]
+    if table is None or indices is None or table.dim() != 2:
         return []
     padding = _argument(args, kwargs, 2, "padding_idx")
-    padding = None if padding is None or padding == -1 else padding % len(table)  # type: ignore[arg-type]
-    return [Use(Kind.EMBEDDING, matrix.identity, None, indices, padding=padding)]
+    padding = None if padding is None or padding == -1 else padding % len(table)
+    return _rows_of(watch, table, indices, padding)
+
+
+def _rows_of(
+    watch: OperatorWatch, table: Tensor, indices: Tensor, padding: int | None = None
+) -> list[Use]:
+    """A look-up in a table; of the transpose of a parameter it looks up columns.
+
+    Where constants are multiplied on its left, a parameter reads the rows of those.
+    """
+    found = []
+    for term in watch.terms(table):
+        place = term.place()
+        if place is None or place[0] is not None or isinstance(term.factor, Tensor):
+            continue
+        if term.left is None:
+            kind = Kind.COLUMNS if place[1] else Kind.EMBEDDING
+            right = None if term.right is None else term.right.mT
+            use = Use(kind, term.identity, None, indices, padding=padding)
+            found.append(replace(use, gives=_times(right, term.factor)))
+        elif padding is None:
+            use = _with(replace(term, left=None), place, watch.column(indices), False)
+            if use is not None:
+                found.append(replace(use, normalise=partial(_taken, term.left)))
+    return found
+
+
+def _taken(table: Tensor, indices: Tensor) -> Tensor:
+    return table[indices[:, 0]]
 
 
 def _layer_norm(
@@ -322,20 +379,38 @@ def _norm(
 def _scale(
     watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
 ) -> list[Use]:
-    """``w * x`` over the last dimension."""
-    if len(args) != 2:
-        return []
-    for factor, x in (args, args[::-1]):
-        found = watch.parameter(factor)
-        if found is None or not isinstance(x, Tensor) or watch.parameter(x) is not None:
+    """``w * x`` over one dimension."""
+    return [] if len(args) != 2 or kwargs else _along(watch, args, out, Kind.NORM)
+
+
+def _along(watch: OperatorWatch, args: Sequence[Any], out: Tensor, kind: Kind) -> list[Use]:
+    """A scale or a shift of one dimension, the features, by a vector of parameters."""
+    for vector, x in (args, args[::-1]):
+        terms = watch.terms(vector)
+        if not terms or not isinstance(x, Tensor) or watch.terms(x) or x.shape != out.shape:
             continue
-        if (
-            factor.dim() == 1
-            and x.dim() > 1
-            and x.shape == out.shape == (*x.shape[:-1], len(factor))
-        ):
-            return [Use(Kind.NORM, found.identity, None, x, found.part)]
+        axes = [d - vector.dim() for d, n in enumerate(vector.shape) if n > 1]
+        axis, n = axes[0] if axes else -1, vector.numel()
+        if len(axes) > 1 or out.size(axis) != n or vector.dim() > x.dim() or x.dim() < 2:
+            return []
+        layout = None if axis == -1 else Channels(-axis - 1, lambda x: x)
+        found = []
+        for term in terms:
+            place = replace(term, lies=term.lies.squeeze().reshape(-1)).place()
+            if place is None or term.left is not None or term.right is not None:
+                continue
+            scaled = _each(term.factor, n, kind)
+            found.append(Use(kind, term.identity, None, x, place[0], None, scaled, layout=layout))
+        return found
     return []
+
+
+def _each(factor: float | Tensor, n: int, kind: Kind) -> Callable[[Tensor], Tensor] | None:
+    """What a vector multiplies: what it scales, or 1 where it is added, with its constants."""
+    by = factor.reshape(-1) if isinstance(factor, Tensor) else factor
+    if kind is Kind.BIAS:
+        return lambda x: x.new_ones(len(x), n) * by
+    return None if not isinstance(by, Tensor) and by == 1 else lambda x: x * by
 
 
 def _convolution(
@@ -343,19 +418,21 @@ def _convolution(
 ) -> list[Use]:
     """``F.conv2d(x, W, b, stride, padding, dilation, groups)``, a use for each group."""
     x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-    matrix = watch.parameter(weight)
-    bias = watch.parameter(_argument(args, kwargs, 2, "bias"))
-    stored = matrix is not None and matrix.part is None and not matrix.transposed
-    if matrix is None or not stored or watch.parameter(x) is not None:
+    given = _argument(args, kwargs, 2, "bias")
+    matrix, bias = watch.whole(weight), watch.parameter(given)
+    if watch.terms(x):
         return []
     window = window_of(weight.shape[2:], args, kwargs)
+    if matrix is None:  # a weight that is made of others: its bias is a layer by itself
+        layout = Patches(window, (0, 1))
+        return [] if bias is None else [replace(_bias(bias, x, len(given)), layout=layout)]
     kind, parts = groups_of(weight.shape, _argument(args, kwargs, 6, "groups") or 1)
     added, read = None if bias is None else bias.identity, weight.shape[1]
     found = []
     for number, part in enumerate(parts):
         own = None if part is None else (number * read, (number + 1) * read)
         layout = Patches(window, own, part)
-        found.append(Use(kind, matrix.identity, added, x, part, layout=layout))
+        found.append(Use(kind, matrix, added, x, part, layout=layout))
     return found
 
 
@@ -383,17 +460,8 @@ def _channels(
 def _shift(
     watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
 ) -> list[Use]:
-    """``x + b`` over the last dimension."""
-    if len(args) != 2 or kwargs:
-        return []
-    for added, x in (args, args[::-1]):
-        found = watch.parameter(added)
-        if found is None or not isinstance(x, Tensor) or watch.parameter(x) is not None:
-            continue
-        if added.dim() == 1 < x.dim() and x.shape == out.shape == (*x.shape[:-1], len(added)):
-            use = Use(Kind.BIAS, found.identity, found.identity, x)
-            return [bias_alone(use, len(added), found.part)]
-    return []
+    """``x + b`` over one dimension."""
+    return [] if len(args) != 2 or kwargs else _along(watch, args, out, Kind.BIAS)
 
 
 def _einsum(
@@ -405,21 +473,31 @@ def _einsum(
     pairs = list(zip(operands, left.split(","), strict=False))
     if len(pairs) != 2 or "." in left or not result:
         return []
-    (x, read), (weight, letters) = sorted(pairs, key=lambda p: watch.parameter(p[0]) is not None)
-    matrix = watch.parameter(weight)
+    (x, read), (weight, letters) = sorted(pairs, key=lambda p: bool(watch.terms(p[0])))
+    matrix, stored = watch.whole(weight), _stored_shape(watch, weight)
     go = "".join(c for c in letters if c in read and c not in result)
     come = "".join(c for c in letters if c in result and c not in read)
     kind = {go + come: Kind.CONV1D, come + go: Kind.LINEAR}.get(letters)
     first = go if kind is Kind.CONV1D else come
-    plain = matrix is not None and matrix.part is None and not matrix.transposed
+    plain = weight.shape == stored and not watch.terms(x)
     rows = read.removesuffix(go) == result.removesuffix(come)
     if matrix is None or not plain or kind is None or len(first) != 1 or not (go and come and rows):
         return []
     a = x if len(go) == 1 else watch.joined(x, len(go))
-    return [Use(kind, matrix.identity, None, a, features=len(come))]
+    return [Use(kind, matrix, None, a, features=len(come))]
 
 
-def bias_alone(use: Use, n: int, part: int | tuple[int, int] | None = None) -> Use:
+def _stored_shape(watch: OperatorWatch, tensor: Tensor) -> torch.Size | None:
+    terms = watch.terms(tensor)
+    return terms[0].shape if len(terms) == 1 else None
+
+
+def _bias(added: _Parameter, a: Tensor, n: int) -> Use:
+    """A bias of length ``n`` by itself, that is added to what an operator makes of ``a``."""
+    return bias_alone(Use(Kind.BIAS, added.identity, added.identity, a), n, added.part)
+
+
+def bias_alone(use: Use, n: int, part: Part | None = None) -> Use:
     """Returns the use of the bias of length ``n`` that an operator adds, without its weight's."""
     assert use.bias is not None
     bias = replace(use, kind=Kind.BIAS, weight=use.bias, bias=None, part=part)
@@ -431,13 +509,12 @@ def _look_up(
 ) -> list[Use]:
     """``W[indices]`` and ``W.index_select(0, indices)``."""
     table, indices = args[0], args[-1] if not kwargs else kwargs.get("index")
-    matrix = watch.parameter(table)
-    if matrix is None or matrix.part is not None or matrix.transposed or table.dim() != 2:
+    if not isinstance(table, Tensor) or table.dim() != 2:
         return []
     by_row = len(args) != 3 or args[1] in (0, -2)
     if not by_row or not isinstance(indices, Tensor) or indices.dtype not in _INTEGERS:
         return []
-    return [Use(Kind.EMBEDDING, matrix.identity, None, indices)]
+    return _rows_of(watch, table, indices)
 
 
 _CHANNEL_NORMS = (F.batch_norm, F.group_norm, F.instance_norm)

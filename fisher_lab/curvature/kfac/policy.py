@@ -49,7 +49,7 @@ def sharing_of(settings: KFACSettings, layer: Layer) -> str:
 
     Those of an embedding are tokens: the mean of one-hot rows has no diagonal A.
     """
-    return "expand" if layer.kind is Kind.EMBEDDING else settings.sharing
+    return "expand" if layer.kind.looks_up else settings.sharing
 
 
 _ONE_BLOCK = (Kind.NORM, Kind.BIAS, Kind.DEPTHWISE)
@@ -64,12 +64,12 @@ def wants_sequences(settings: KFACSettings, kind: Kind) -> bool:
     """
     if not settings.ekfac or settings.ekfac_unit != "sequence" or kind in _ONE_BLOCK:
         return False
-    return settings.sharing == "expand" or kind is Kind.EMBEDDING
+    return settings.sharing == "expand" or kind.looks_up
 
 
 def wants_examples(settings: KFACSettings, kind: Kind) -> bool:
     """Says whether it has to be known which example each row of a layer of some kind is of."""
-    reduced = settings.sharing == "reduce" and kind is not Kind.EMBEDDING
+    reduced = settings.sharing == "reduce" and not kind.looks_up
     return reduced or wants_sequences(settings, kind)
 
 
@@ -88,7 +88,7 @@ def check(settings: KFACSettings, layer: Layer) -> None:
             f"({gigabytes:.1f} GB), policy small_only; allowed: out <= max_dense_dim = {limit}, "
             "or another policy"
         )
-    if layer.kind is not Kind.EMBEDDING and not layer.one_block and layer.dim_a > limit:
+    if not layer.kind.looks_up and not layer.one_block and layer.dim_a > limit:
         raise LayerError(
             f"layer {layer.name}: its A factor is {layer.dim_a} x {layer.dim_a}; allowed: "
             f"in <= max_dense_dim = {limit}, or exclude the layer"
@@ -135,7 +135,7 @@ def cost_g(
 def cost_a(layer: Layer, tokens: int, *, core_itemsize: int = 8) -> Cost:
     """Returns the cost of a layer's A side; an embedding's is a diagonal."""
     n = layer.dim_a
-    if layer.kind is Kind.EMBEDDING:
+    if layer.kind.looks_up:
         return Cost(n * core_itemsize, float(tokens), float(n) * layer.n_out)
     if layer.one_block:
         return Cost(0, 0.0, 0.0)

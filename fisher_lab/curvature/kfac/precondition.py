@@ -18,15 +18,9 @@ from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac.damping import damping_of_diagonal
 from fisher_lab.curvature.kfac.inverses import Inverses
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import (
-    Kind,
-    Layer,
-    base_of,
-    in_parts,
-    value_of,
-    whole_again,
-)
+from fisher_lab.curvature.kfac.layers import Layer
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.parts import base_of, in_parts, value_of, whole_again
 from fisher_lab.curvature.kfac.refresh import Refresh, most_rows
 from fisher_lab.curvature.linalg import all_finite
 from fisher_lab.curvature.wrappers import unwrap
@@ -65,7 +59,7 @@ def own_powered(inverses: Inverses, power: float) -> Applied:
     result = {n: _by_diagonal(inverses, n, g, power) for n, g in last.gradients.items()}
     for name, factors in last.factors.items():
         assert factors.own is not None
-        plain = not inverses.corrects(factors) and factors.layer.kind is not Kind.EMBEDDING
+        plain = not inverses.corrects(factors) and not factors.layer.kind.looks_up
         if factors.push and plain:
             y = _push_through(inverses, factors, power)
         else:

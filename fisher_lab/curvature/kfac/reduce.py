@@ -27,14 +27,9 @@ from fisher_lab.curvature.collectives import (
 from fisher_lab.curvature.errors import CurvatureError, LayerError
 from fisher_lab.curvature.kfac.accumulators import BlockAccumulator, GradientAccumulator
 from fisher_lab.curvature.kfac.inverses import owners
-from fisher_lab.curvature.kfac.layers import (
-    Kind,
-    Layer,
-    Layers,
-    is_element,
-    layer_of,
-    plain,
-)
+from fisher_lab.curvature.kfac.layers import Layer, layer_of, plain
+from fisher_lab.curvature.kfac.layers_by_use import Layers
+from fisher_lab.curvature.kfac.parts import is_element
 from fisher_lab.curvature.kfac.policy import wants_woodbury
 from fisher_lab.curvature.kfac.statistics import InputSum, LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -199,7 +194,7 @@ class _Reduction:
             layer_sums.inputs.clear()
             return
         if not layer_sums.inputs:
-            shape = () if layer.kind is Kind.EMBEDDING else (layer.width,)
+            shape = () if layer.kind.looks_up else (layer.width,)
             layer_sums.inputs = [self._no_rows(layer.name, "a_dtype", *shape)]
         spread = Spread(self.communicator, rows)
         if self.sharded or ekfac:

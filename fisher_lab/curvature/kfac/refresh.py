@@ -22,15 +22,10 @@ from fisher_lab.curvature.kfac.factors import (
 )
 from fisher_lab.curvature.kfac.fisher_kinds import n_draws
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import (
-    LEFT_OUT_BY_CHOICE,
-    Kind,
-    Layer,
-    base_of,
-    in_parts,
-    value_of,
-)
+from fisher_lab.curvature.kfac.layers import Layer
+from fisher_lab.curvature.kfac.layers_by_use import LEFT_OUT_BY_CHOICE
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.parts import base_of, in_parts, value_of
 from fisher_lab.curvature.kfac.policy import method, sharing_of, wants_sequences
 from fisher_lab.curvature.kfac.statistics import LayerSums, Statistics
 from fisher_lab.curvature.linalg import full_precision
@@ -214,14 +209,18 @@ def refresh(sums: Statistics, rank_counts: Sequence[dict[str, int]]) -> Refresh:
     parameters = [n for f in factors.values() for n in f.layer.names]
     covered = {base_of(n) for n in parameters if n is not None}
     tokens = most_rows(factors.values(), sums.settings.sharing).tokens
-    rest = sums.uncovered
+    rest, layers = sums.uncovered, sums.layers.layers
+    untouched = {base_of(n) for name, x in layers.items() if name not in factors for n in x.names}
     return Refresh(
         factors=factors,
         skipped={name: why for name, why in sums.skipped.items() if name not in factors},
         gradients={n: g * scale for n, g in rest.gradients.items() if n not in covered},
         diagonal={n: d / tokens for n, d in rest.diagonal.items() if n not in covered},
         coverage=Coverage.of(
-            rest.trained, rest.frozen, [f.layer for f in factors.values()], sums.reasons
+            rest.trained,
+            rest.frozen,
+            [f.layer for f in factors.values()],
+            {**dict.fromkeys(untouched, NO_TOKEN), **sums.reasons},
         ),
         labels=LabelCount(sums.labelling, sums.n_labels, sums.labels_given),
         fisher=sums.fisher_kind,
@@ -396,7 +395,7 @@ def _measure_storage_error(
     """
     g = factors.G
     numerics, kappa = settings.numerics, settings.kappa_max
-    if exact is None or factors.a is None or factors.layer.kind is Kind.EMBEDDING:
+    if exact is None or factors.a is None or factors.layer.kind.looks_up:
         return
     lam = dampings(factors, settings)[1]
     if lam <= 0 or g.n_columns != factors.tokens:

@@ -22,18 +22,10 @@ from fisher_lab.curvature.collectives import Communicator, Spread
 from fisher_lab.curvature.errors import FactorFileError, LayerError
 from fisher_lab.curvature.kfac.factors import ColumnFactor, Columns, Factor
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
-from fisher_lab.curvature.kfac.layers import (
-    Kind,
-    Layer,
-    Layers,
-    base_of,
-    kernel_of,
-    layer_of,
-    plain,
-    sizes,
-    value_of,
-)
+from fisher_lab.curvature.kfac.layers import Kind, Layer, kernel_of, layer_of, plain, sizes
+from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.numerics import DTYPES
+from fisher_lab.curvature.kfac.parts import base_of, value_of
 from fisher_lab.curvature.kfac.policy import put_back, wants_sequences
 from fisher_lab.curvature.kfac.refresh import Coverage, Refresh
 from fisher_lab.curvature.wrappers import device_of, unwrap
@@ -288,7 +280,7 @@ def _checked_layer(name: str, entry: Mapping[str, Any], layer: Layer | None) -> 
 def _restore_layer(
     layer: Layer, entry: Mapping[str, Any], read: _Reader, earlier: Mapping[str, LayerFactors]
 ) -> LayerFactors:
-    indices = layer.kind is Kind.EMBEDDING
+    indices = layer.kind.looks_up
     read = replace(read, prefix=f"{layer.name}/")
     a = entry["A"]
     if a is not None and "same_as" in a:

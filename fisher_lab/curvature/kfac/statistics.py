@@ -33,15 +33,10 @@ from fisher_lab.curvature.kfac.factors import (
     ShardedColumns,
 )
 from fisher_lab.curvature.kfac.fisher_kinds import scored_of
-from fisher_lab.curvature.kfac.layers import (
-    Kind,
-    Layer,
-    Layers,
-    base_of,
-    every_layer,
-    whole_again,
-)
+from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
+from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.numerics import EngineSettings
+from fisher_lab.curvature.kfac.parts import base_of, in_order, whole_again
 from fisher_lab.curvature.kfac.policy import NORM_MAX_DIM, check, store_columns
 from fisher_lab.curvature.linalg import add_second_moment, mirror
 from fisher_lab.curvature.losses import SummedLoss, token_losses
@@ -183,7 +178,8 @@ class TrueFisherHead:
         wanted = None if loss.logits is None else edge_of(loss.logits)
         for layer in layers:
             linear = layer.kind in (Kind.LINEAR, Kind.CONV1D)
-            found = [call.edge == wanted for call in calls.get(layer.name, ())]
+            uses = calls.get(layer.name, ())
+            found = [call.edge == wanted and call.use.gives is None for call in uses]
             if linear and found == [True] and layer.n_out == scored.logits.shape[1]:
                 if self._fits(layer):
                     self.name, self.classes = layer.name, layer.n_out
@@ -431,7 +427,7 @@ class Statistics:
         self.skipped = {**found.skipped, **self.skipped, **self.left_out}
         self.reasons = {**found.reasons, **self.reasons}
         place = {name: n for n, name in enumerate(self.promised.layers)}
-        order = sorted(layers, key=lambda name: (place.get(name, len(place)), name))
+        order = sorted(layers, key=lambda name: (place.get(name, len(place)), in_order(name)))
         self.layers = Layers({name: layers[name] for name in order}, {}, frozenset())
         self.uncovered.leave(self.layers)
 
@@ -480,7 +476,7 @@ class Statistics:
     def input_of(self, layer: Layer) -> InputSum:
         """Returns an empty sum for a layer's A side."""
         dtype = self.settings.numerics.core_dtype
-        if layer.kind is Kind.EMBEDDING:
+        if layer.kind.looks_up:
             return CountAccumulator(layer.n_in, dtype, self.device)
         side = f"layer {layer.name}: A side"
         return MomentAccumulator(layer.width, layer.augmented, dtype, self.device, side)

@@ -310,6 +310,10 @@ class TokenRows:
         dim = (call.argument(1, "dim") or 0) % parts[0].dim()
         origins = [self._position(self.of(p)) for p in parts]
         known = [o for o in origins if not isinstance(o, Fixed)]
+        if self._waiting and known and dim == parts[0].dim() - 1:
+            for part in parts:  # constants beside the vectors of tokens
+                if part in self._waiting:
+                    self._waiting.pop(part)(union([ids for o in known for ids in o]))
         across = union([ids for o in known for ids in o if ids.size(dim) == 1])
         if Fixed.UNKNOWN in origins or any(len(o) != 1 for o in known):
             return across  # scores beside scores: what does not vary there stays

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fisher_lab.curvature.kfac import ekfac
-from fisher_lab.curvature.kfac.layers import discover
+from fisher_lab.curvature.kfac.layers_by_module import discover
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
 from tests.capturing import (
