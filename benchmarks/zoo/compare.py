@@ -17,7 +17,13 @@ from fisher_lab.curvature.losses import compute_loss, prepare
 TOLERANCE = 1e-6
 DAMPING, KAPPA = 1e-3, 1e6
 POLICIES = ("all", "small_only")
-KINDS = {"Embedding": "table", "Norm": "scale", "Bias": "shift", "Depthwise": "depthwise"}
+KINDS = {
+    "Embedding": "table",
+    "Columns": "table",
+    "Norm": "scale",
+    "Bias": "shift",
+    "Depthwise": "depthwise",
+}
 
 
 class Comparison:
@@ -90,7 +96,7 @@ class Comparison:
             blocks = torch.einsum("to,toi,toj->oij", g.square(), a, a) / len(g)
             self._side(f"{name}: G", factors.G.to_dense(), torch.block_diag(*blocks))
             return None, blocks
-        elif layer.kind == "Embedding":
+        elif layer.kind in ("Embedding", "Columns"):
             a = F.one_hot(a, layer.n_in).double()
         elif layer.augmented:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
@@ -150,7 +156,9 @@ def _matrix(layer: Any, named: Mapping[str, Tensor]) -> Tensor:
 
 
 def _part(named: Mapping[str, Tensor], name: str) -> Tensor:
-    """``experts.up[3]`` or ``conv.weight[4:8]`` of the parameter behind it."""
+    """``experts.up[3]``, ``conv.weight[4:8]``, ``lora_B[:,1:12:4]`` of the parameter behind it."""
+    if "[:," in name:
+        return named[base(name)][:, slice(*map(int, name.partition("[:,")[2][:-1].split(":")))]
     numbers = [int(n) for n in name.partition("[")[2].rstrip("]").split(":") if n]
     whole = named[base(name)]
     return (

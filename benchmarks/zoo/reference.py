@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.zoo.convolutions import NAMES, NORMS, given, normalised, patches
 from benchmarks.zoo.inputs import Batch, takes
+from benchmarks.zoo.made import Made
 
 PRODUCTS = ("linear", "addmm", "matmul", "__matmul__", "mm")
 SCALES = ("mul", "__mul__", "__rmul__")
@@ -37,6 +38,7 @@ class Used:
     size: tuple[int, ...] = ()
     g: Tensor | None = None
     features: int = 1
+    times: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """What it read and the gradients of its results, a row a token; zero where none came."""
@@ -44,6 +46,7 @@ class Used:
         a = self.a.reshape(-1) if self.kind == "table" else self.a.reshape(-1, self.a.shape[-1])
         g = g.flatten(-self.features)
         g = g.reshape(-1, g.shape[-1])
+        g = g if self.times is None else g @ self.times
         return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
 
 
@@ -58,6 +61,7 @@ class Recorder(TorchFunctionMode):
         self.tables = {n: p for n, p in self.parameters.items() if p.dim() == 2 and "bias" in n}
         self.copies: dict[int, tuple[Tensor, str]] = {}
         self.seen: list[Used] = []
+        self.made = Made(self.parameter)
         self.fills = False
         self.constant: dict[int, Tensor] = {}
 
@@ -72,6 +76,7 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _note(self, name: str, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
+        self.made.note(name, args, kwargs, out)
         if name in COPIES:
             found = [n for n in map(self.parameter, values) if n is not None]
             if len(found) == 1 and sum(t.dim() > 0 for t in values) == 1:
@@ -90,18 +95,18 @@ class Recorder(TorchFunctionMode):
         elif name in ("conv1d", "conv2d", "conv3d"):
             self._convolution(given(NAMES, args, kwargs), out)
         elif name in SCALES and len(values) == 2:
-            for scale, x in (values, values[::-1]):
-                found = self.parameter(scale)
-                if found is not None and scale.dim() == 1 < x.dim() and x.shape == out.shape:
-                    self._keep(Used(found, "scale", x.detach()), out)
-                    return
+            self._scale(values, out)
         elif name in PRODUCTS:
             x, weight = values[1:3] if name == "addmm" else values[:2]
             found = self.parameter(weight)
             bias = name == "addmm" or (name == "linear" and len(values) > 2)
+            if self.parameter(x) is not None:
+                return  # a matrix that is made of two
             if id(x) in self.constant or _is_unit(x):  # DoRA asks for its own matrix
                 self.constant[id(out)] = out
-            elif found is not None and weight.dim() == 2:
+            for factor, read, times in self.made.pairs(weight, x):
+                self._keep(Used(factor, "matrix", read, times=times), out)
+            if found is not None and weight.dim() == 2 and id(out) not in self.constant:
                 self._keep(Used(found, "matrix", x.detach(), bias), out)
                 added = values[0] if name == "addmm" else values[-1]
                 if bias and (alone := self.parameter(added)) is not None:
@@ -116,9 +121,23 @@ class Recorder(TorchFunctionMode):
         if "add" not in name or len(values) != 2:
             return
         for shift, x in (values, values[::-1]):
-            found = self.parameter(shift)
-            if found is not None and shift.dim() == 1 < x.dim() and x.shape == out.shape:
-                self._keep(Used(found, "shift", x.detach()), out)
+            found, axis = self.parameter(shift), _one_axis(shift)
+            if found is not None and axis is not None and shift.dim() <= x.dim() > 1:
+                if x.shape == out.shape and shift.numel() == out.shape[axis]:
+                    self._keep(Used(found, "shift", x.detach().movedim(axis, -1)), out, axis=axis)
+                return
+
+    def _scale(self, values: list[Tensor], out: Tensor) -> None:
+        """A scale over one dimension."""
+        for scale, x in (values, values[::-1]):
+            found, axis = self.parameter(scale), _one_axis(scale)
+            if axis is None or x.shape != out.shape or not scale.dim() <= x.dim() > 1:
+                continue
+            if (made := self.made.scaled(scale, x)) is not None:
+                self._keep(Used(made[0], "scale", made[1]), out)
+                return
+            if found is not None and scale.numel() == out.shape[axis]:
+                self._keep(Used(found, "scale", x.detach().movedim(axis, -1)), out, axis=axis)
                 return
 
     def _einsum(self, equation: str, values: list[Tensor], out: Tensor) -> None:
@@ -168,6 +187,12 @@ class Recorder(TorchFunctionMode):
 
     def _convolution(self, options: dict[str, Any], out: Tensor) -> None:
         found, weight = self.parameter(options["weight"]), options["weight"]
+        alone = self.parameter(options.get("bias"))
+        if found is None and alone is not None:  # its weight is made of others
+            stands, _ = patches({**options, "input": options["input"][:, :1]}, out.shape)
+            keep = stands.expand(len(out), *out.shape[2:]).reshape(-1)
+            read = torch.zeros_like(out.detach()).movedim(1, -1)
+            self._keep(Used(alone, "shift", read, keep=keep), out, axis=1)
         if found is None or out.dim() != weight.dim():
             return
         stands, channels = patches(options, out.shape)
@@ -230,6 +255,12 @@ class Recorder(TorchFunctionMode):
         viewed = whole is not None and whole.requires_grad and whole.is_contiguous()
         viewed = viewed and out.is_contiguous() and whole.numel() == out.numel()
         (whole if viewed else out).register_hook(note)
+
+
+def _one_axis(x: Tensor) -> int | None:
+    """The only dimension of a tensor that is longer than 1, counted from the end."""
+    axes = [d - x.dim() for d, n in enumerate(x.shape) if n > 1]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _is_unit(x: Tensor) -> bool:
