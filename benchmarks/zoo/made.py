@@ -40,7 +40,7 @@ class Made:
 
     def note(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         """Notes what an operation makes."""
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if name == "baddbmm":
             self._matrices[id(out)] = (out, self._stack(args, kwargs))
         elif name in ("matmul", "__matmul__") and all(isinstance(x, Tensor) for x in args):

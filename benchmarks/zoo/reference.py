@@ -251,8 +251,8 @@ class Recorder(TorchFunctionMode):
             used.g = grad.movedim(axis, -1)[..., own]
 
         # A view that is written to later on has its gradient where the whole tensor has.
-        shape, whole = out.shape, out._base
-        viewed = whole is not None and whole.requires_grad and whole.is_contiguous()
+        shape, whole = out.shape, out if out._base is None else out._base
+        viewed = whole.requires_grad and whole.is_contiguous()
         viewed = viewed and out.is_contiguous() and whole.numel() == out.numel()
         (whole if viewed else out).register_hook(note)
 
