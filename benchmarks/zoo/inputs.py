@@ -92,6 +92,8 @@ def sequences(model: nn.Module, shape: Shape) -> Batch:
     values = {"input_ids": _draw(3, VOCAB, tuple(mask.shape), 1) * mask, "attention_mask": mask}
     if shape.side == "left" and "position_ids" in takes(model):
         values["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    for name in {"input_shape_ids", "input_pronunciation_ids"} & takes(model):  # of characters
+        values[name] = _draw(3, VOCAB, tuple(mask.shape), len(name)) * mask
     return Batch(values, dict.fromkeys(values, "attention_mask"))
 
 
