@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ Builder = Callable[[nn.Module, Shape], Batch]
 
 def takes(model: nn.Module) -> set[str]:
     """The names of the arguments of a model's forward pass."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return set(inspect.signature(inside.forward).parameters)
 
 
