@@ -51,7 +51,10 @@ class Verdict:
         why: the reason in a sentence, with the numbers.
         test: the test that was made.
         seeds: how many seeds (or runs) the smallest comparison has.
-        seeds_needed: how many would decide; None where none are missing or no number would.
+        seeds_needed: how many would decide if means and spreads stay as they are; None where none
+            are missing or no number would.
+        seeds_range: the numbers between which the right one lies (:func:`stats.seeds_range`); its
+            second is None where it may be above :data:`stats.MAX_SEEDS`.
         findings: the comparisons.
     """
 
@@ -63,14 +66,18 @@ class Verdict:
     test: str = ""
     seeds: int = 0
     seeds_needed: int | None = None
+    seeds_range: stats.Range | None = None
     findings: tuple[Finding, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``claims.json``."""
-        names = "sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "claim"
-        about = {name: getattr(self, name) for name in names}
-        names = "about", "verdict", "n", "says", "p_holds", "p_fails", "needed", "values", "lost"
-        written = {"p_fails": "p_does_not_hold", "needed": "seeds_needed"}
+        names = ("sweep", "text", "verdict", "why", "test", "seeds", "seeds_needed", "seeds_range")
+        about = {name: getattr(self, name) for name in (*names, "claim")}
+        names = ("about", "verdict", "n", "says", "p_holds", "p_fails", "needed", "between")
+        names = (*names, "values", "lost")
+        written = {
+            "p_fails": "p_does_not_hold", "needed": "seeds_needed", "between": "seeds_range",
+        }  # fmt: skip
         findings = [{written.get(n, n): getattr(f, n) for n in names} for f in self.findings]
         return strict({**about, "findings": findings})
 
@@ -123,10 +130,12 @@ def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:
     _, words = TESTS[hypothesis.type]
     if "t test" not in words:
         return words
+    ties = any(f.exact and f.tested for f in found)
     exact = "pairs that do not vary compared as numbers" if any(f.exact for f in found) else ""
-    if any(f.tested for f in found):
+    exact += ", with the chance of ties of a coarse metric" if ties else ""
+    if any(f.tested and not f.exact for f in found):
         return f"{words}; {exact}" if exact else words
-    return f"no test: {exact}" if exact else "no test"
+    return f"{'' if ties else 'no test: '}{exact}" if exact else "no test"
 
 
 def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: str) -> Verdict:
@@ -142,8 +151,7 @@ def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: s
     if incomplete:
         verdict = OPEN
     unit = "runs" if hypothesis.type in ("fails", "share") else "seeds"
-    wanted = [f.needed for f in corrected if f.verdict == OPEN]
-    decided = None if incomplete or None in wanted else max(filter(None, wanted), default=None)
+    following = None if incomplete else _next_decided([f for f in corrected if f.verdict == OPEN])
     if hypothesis.get("not", False):
         verdict = {HOLDS: FAILS, FAILS: HOLDS}.get(verdict, verdict)
     return Verdict(
@@ -151,12 +159,28 @@ def _decide(sweep: str, hypothesis: Hypothesis, found: Sequence[Finding], why: s
         hypothesis.stated,
         hypothesis.text,
         verdict,
-        why or _why(corrected, verdict, lost, decided, "" if incomplete else unit),
+        why or _why(corrected, verdict, lost, following, "" if incomplete else unit),
         _test_made(hypothesis, corrected),
         min((f.n for f in corrected), default=0),
-        decided if verdict == OPEN else None,
+        following.needed if following and verdict == OPEN else None,
+        following.between if following and verdict == OPEN else None,
         tuple(corrected),
     )
+
+
+def _next_decided(undecided: Sequence[Finding]) -> Finding | None:
+    """The comparison whose number of seeds decides the claim, None where no number is known to.
+
+    One that fails is enough, so that of those that lean to it the quickest counts; all have to
+    hold, so that else the slowest one does.
+    """
+
+    def seeds(finding: Finding) -> float:
+        return math.inf if finding.needed is None else finding.needed
+
+    failing = [f for f in undecided if f.p_holds > 0.5]  # what was measured lies outside
+    found = min(failing, key=seeds) if failing else max(undecided, key=seeds, default=None)
+    return found if found and (found.needed or found.between) else None
 
 
 def _corrected(hypothesis: Hypothesis, found: Sequence[Finding]) -> list[Finding]:
@@ -166,12 +190,13 @@ def _corrected(hypothesis: Hypothesis, found: Sequence[Finding]) -> list[Finding
     corrected = []
     for finding, value in zip(found, p, strict=True):
         if finding.tested:
-            verdict, needed = finding.verdict, finding.needed
+            verdict, needed, between = finding.verdict, finding.needed, None
             if verdict == FAILS and value >= hypothesis.alpha:
                 verdict = OPEN
             if verdict == OPEN and finding.seeds_at:
-                needed = finding.seeds_at(many)
-            finding = replace(finding, verdict=verdict, p_fails=value, needed=needed)
+                needed, between = finding.seeds_at(many)
+            changed = {"verdict": verdict, "p_fails": value, "needed": needed, "between": between}
+            finding = replace(finding, **changed)
         corrected.append(finding)
     return corrected
 
@@ -180,7 +205,7 @@ def _why(
     found: Sequence[Finding],
     verdict: str,
     lost: dict[str, int],
-    needed: int | None,
+    following: Finding | None,
     unit: str,
 ) -> str:
     """The comparison that decided, in words."""
@@ -194,11 +219,24 @@ def _why(
     if lost:
         parts.append("runs lost: " + ", ".join(f"{n} {state}" for state, n in lost.items()))
     if verdict == OPEN and unit:
-        if needed is not None:
-            parts.append(f"about {needed} {unit} would decide")
+        guess = following and seeds_words(following.needed, following.between)
+        if guess:
+            parts.append(f"{guess} {unit} would decide")
         elif all(f.n > 1 for f in undecided):
             parts.append(f"not decided by {stats.MAX_SEEDS} {unit} either")
     return "; ".join(parts)
+
+
+def seeds_words(needed: int | None, between: stats.Range | None) -> str:
+    """How many seeds would decide, in words: ``6 to 40``; empty where nothing is known."""
+    if between is None:
+        return "" if needed is None else f"{needed} or more"
+    least, most = between
+    if least is None:
+        return ""
+    if least == most:
+        return str(least)
+    return f"{least} to {most}" if most else f"{least} to over {stats.MAX_SEEDS}"
 
 
 def _doubt(finding: Finding) -> tuple[float, float]:

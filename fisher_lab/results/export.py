@@ -25,6 +25,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fisher_lab.results.stats import Paired
 from fisher_lab.results.table import CellKey, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
 from fisher_lab.runs import atomic
@@ -44,7 +45,8 @@ class CellText:
 
     Attributes:
         number: the number and half its interval; None where there is no number.
-        quartiles: digits of both quartiles, where the number is a median.
+        ends: digits of both quartiles, where the number is a median, or of the interval where it
+            does not lie in its middle.
         state: the runs that are lost, in words.
         mark: :data:`BEST`, :data:`TIE` or nothing.
         deviation: the standard deviation, where it is asked for.
@@ -54,7 +56,7 @@ class CellText:
     """
 
     number: Rounded | None
-    quartiles: tuple[str, str] | None = None
+    ends: tuple[str, str] | None = None
     state: str = ""
     mark: str = ""
     deviation: Rounded | None = None
@@ -73,9 +75,9 @@ class CellText:
         if self.number is None:
             return self.state or NONE
         text = self.number.plain
-        if self.quartiles:
+        if self.ends:
             power = f"e{self.number.exponent}" if self.number.exponent else ""
-            text = f"{self.number.value}{power} [{', '.join(self.quartiles)}]{power}"
+            text = f"{self.number.value}{power} [{', '.join(self.ends)}]{power}"
         details = [f"sd {self.deviation.plain}"] if self.deviation else []
         details += [f"n {self.runs}"] if self.runs else []
         beside = "; ".join(part for part in (", ".join(details), self.state) if part)
@@ -89,8 +91,9 @@ def cell_text(table: Table, key: CellKey) -> CellText:
     if s.n == 0:
         return CellText(None, state=cell.state or Status.MISSING, reasons=cell.reasons)
     number, ends, deviation = cell.rounded(statistic), None, None
-    if statistic != "mean" and number.spread is not None:
-        ends = (_like(number, s.q1), _like(number, s.q3))
+    _, low, high = table.point(key)
+    if (statistic != "mean" or cell.method == "log") and number.spread is not None:
+        ends = (_like(number, low), _like(number, high))
     if table.details and statistic == "mean" and s.n > 1:
         deviation = Rounded(s.std, digits=2)
     mark = BEST if key in table.best else TIE if key in table.ties else ""
@@ -152,13 +155,17 @@ def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     d = comparison.difference
     if d is None:
         return ("no pairs", "", "", "0")
+    times = " times" if d.as_ratio else ""
     if d.exact:
-        return ("identical" if d.identical else f"{d.mean:.4g} (exact)", "", "", str(d.n))
+        return ("identical" if d.identical else f"{d.mean:.4g}{times} (exact)", "", "", str(d.n))
     if d.n == 1:
-        return (f"{d.mean:.4g} (one pair)", "", "", "1")
+        return (f"{d.mean:.4g}{times} (one pair)", "", "", "1")
     p = comparison.p_holm
     p_words = "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return (Rounded(d.mean, (d.high - d.low) / 2).plain, p_words, f"{d.effect:.2f}", str(d.n))
+    words = Rounded(d.mean, (d.high - d.low) / 2).plain
+    if d.as_ratio:
+        words = f"{d.mean:.3g} times [{d.low:.3g}, {d.high:.3g}]"
+    return (words, p_words, f"{d.effect:.2f}", str(d.n))
 
 
 def write_table(table: Table, full: Table, directory: Path, *, siunitx: bool = False) -> list[Path]:
@@ -244,7 +251,10 @@ NUMBERS = (
     "n", "expected", "mean", "std", "low", "high", "median", "q1", "q3", "statistic", "state",
     "best",
 )  # fmt: skip
-COMPARED = ("difference", "difference_low", "difference_high", "p", "p_holm", "effect", "pairs")
+COMPARED = (
+    "difference", "difference_low", "difference_high", "p", "p_holm", "effect", "pairs",
+    "ratio", "ratio_low", "ratio_high",
+)  # fmt: skip
 
 
 def to_csv(table: Table) -> str:
@@ -261,16 +271,19 @@ def to_csv(table: Table) -> str:
         if comparison is not None:
             d = comparison.difference
             words = "baseline" if comparison.is_baseline else ""
-            line += (
-                [words, *[None] * 6]
-                if d is None
-                else [d.mean, d.low, d.high, d.p, comparison.p_holm, d.effect, d.n]
-            )
+            line += [words, *[None] * 9] if d is None else _compared(comparison, d)
         lines.append(list(map(_safe, line)))
     names = [*table.row_names, *table.col_names, "metric", *NUMBERS]
     names += COMPARED if table.comparisons else ()
     frame = pd.DataFrame(lines, columns=names, dtype=object)
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _compared(comparison: Comparison, d: Paired) -> list[Any]:
+    """The columns :data:`COMPARED`; of a ratio those of the difference are empty."""
+    ends, none = [d.mean, d.low, d.high], [None] * 3
+    tested = [d.p, comparison.p_holm, d.effect, d.n]
+    return [*none, *tested, *ends] if d.as_ratio else [*ends, *tested, *none]
 
 
 def _safe(value: Any) -> Any:
@@ -484,7 +497,7 @@ def _latex_cell(cell: CellText, siunitx: bool) -> str:
 def _number(cell: CellText, siunitx: bool) -> str:
     assert cell.number is not None
     value, spread, exponent = cell.number.value, cell.number.spread, cell.number.exponent
-    ends = cell.quartiles
+    ends = cell.ends
     if siunitx:
         power = f"e{exponent}" if exponent else ""
         if ends:

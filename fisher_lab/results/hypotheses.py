@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from fisher_lab.results import stats
+from fisher_lab.results.coarse import resolution
 from fisher_lab.results.table import TableCell, latest, make_cell
 from fisher_lab.results.values import (
     ResultsError,
@@ -202,11 +203,13 @@ class Finding:
         says: the numbers in words.
         p_holds: p of the test that it holds; NaN where there was no test.
         p_fails: p of the test that it does not hold; NaN likewise.
-        needed: how many seeds would decide; None where that is not known.
+        needed: how many seeds would decide if mean and spread stay; None where that is not known.
+        between: the numbers of seeds between which the right one lies; None likewise.
         values: the numbers themselves.
         lost: state of the runs that are lost -> how many.
-        seeds_at: number of comparisons that the level is divided by -> how many seeds would decide.
-        exact: the pairs do not vary and were compared as numbers, without a test.
+        seeds_at: number of comparisons that the level is divided by -> ``needed``, ``between``.
+        exact: the pairs do not vary: they were compared as numbers, without a test but for chance
+            ties of a coarse metric.
     """
 
     about: str
@@ -218,7 +221,8 @@ class Finding:
     needed: int | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     lost: Mapping[str, int] = field(default_factory=dict)
-    seeds_at: Callable[[int], int | None] | None = None
+    between: stats.Range | None = None
+    seeds_at: Callable[[int], tuple[int | None, stats.Range]] | None = None
     exact: bool = False
 
     @property
@@ -374,9 +378,10 @@ def _within(
     lost, margin, alpha = _lost(a, b), hypothesis.get("margin"), hypothesis.alpha
     if x.size == 0:
         return _nothing(about, lost)
+    step = resolution(x, y)
     if margin is not None:
-        return _tested(about, x - y, (-margin, margin), stats.size(x, y), alpha, lost)
-    if np.array_equal(x, y) and x.size > 1:
+        return _tested(about, x - y, (-margin, margin), stats.size(x, y), alpha, lost, step)
+    if np.array_equal(x, y) and x.size > 1 and not step:
         values = {"difference": 0.0}
         return Finding(about, HOLDS, x.size, "identical", values=values, lost=lost, exact=True)
     if (x * y <= 0).any():
@@ -385,7 +390,8 @@ def _within(
         return Finding(about, FAILS if apart else OPEN, x.size, words, lost=lost)
     d = np.log(np.abs(x)) - np.log(np.abs(y))
     bound = math.log(hypothesis.get("ratio") or hypothesis.get("factor"))
-    return _tested(about, d, (-bound, bound), 1.0, alpha, lost, as_ratio=True)
+    step /= float(min(np.abs(x).min(), np.abs(y).min()))
+    return _tested(about, d, (-bound, bound), 1.0, alpha, lost, step, as_ratio=True)
 
 
 def _tested(
@@ -395,10 +401,11 @@ def _tested(
     scale: float,
     alpha: float,
     lost: Mapping[str, int],
+    step: float,
     as_ratio: bool = False,
 ) -> Finding:
-    """Two one-sided tests of differences, or of logarithms of ratios."""
-    e = stats.equivalence(d, *bounds, alpha, scale)
+    """Two one-sided tests of differences, or of logarithms of ratios, of a metric with a step."""
+    e = stats.equivalence(d, *bounds, alpha, scale, step)
     scaled = math.exp if as_ratio else float
     values = {name: scaled(getattr(e, name)) for name in ("mean", "low", "high")}
     values["std"] = e.std
@@ -407,21 +414,27 @@ def _tested(
         # Nothing is known of the spread yet: two are the least that can be tested.
         says = f"{name} {values['mean']:.4g}: one seed, no test"
         return Finding(about, OPEN, 1, says, needed=2, values=values, lost=lost)
+    verdict = HOLDS if e.p_inside < alpha else FAILS if e.p_outside < alpha else OPEN
+    p = (e.p_inside, e.p_outside)
     if e.exact:
-        verdict = HOLDS if e.p_inside < alpha else FAILS
         worst = float(np.abs(d).max())
         says = f"{name} {values['mean']:.6g}, exact"
         if verdict == HOLDS and not (as_ratio and worst > 1e-9):
             says = f"exact to {worst:.2g}"
-        return Finding(about, verdict, e.n, says, values=values, lost=lost, exact=True)
-    verdict = HOLDS if e.p_inside < alpha else FAILS if e.p_outside < alpha else OPEN
-    ends = f"[{values['low']:.4g}, {values['high']:.4g}]"
-    says = f"{name} {values['mean']:.4g}, {_interval(alpha)} {ends}"
+        if verdict == OPEN:
+            says = f"{name} {values['mean']:.6g} {e.n} times, which may be chance: a coarse metric"
+        p = p if step > 0 else (math.nan, math.nan)
+    else:
+        ends = f"[{values['low']:.4g}, {values['high']:.4g}]"
+        says = f"{name} {values['mean']:.4g}, {_interval(alpha)} {ends}"
 
-    def seeds_at(many: int) -> int | None:
-        return stats.seeds_for(e, *bounds, alpha, many)
+    def seeds_at(many: int) -> tuple[int | None, stats.Range]:
+        known = (e, *bounds, alpha, many)
+        return stats.seeds_for(*known), stats.seeds_range(*known)
 
-    return Finding(about, verdict, e.n, says, e.p_inside, e.p_outside, None, values, lost, seeds_at)
+    return Finding(
+        about, verdict, e.n, says, *p, values=values, lost=lost, seeds_at=seeds_at, exact=e.exact
+    )
 
 
 def _interval(alpha: float) -> str:
@@ -441,7 +454,8 @@ def _faster(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
         return [Finding(about, OPEN, x.size, "not all numbers are above 0: no ratio", lost=lost)]
     most = hypothesis.get("at_most")
     bounds = (math.log(hypothesis.get("at_least", 1.0)), math.log(most) if most else math.inf)
-    return [_tested(about, np.log(y / x), bounds, 1.0, hypothesis.alpha, lost, as_ratio=True)]
+    step = resolution(x, y) / float(min(x.min(), y.min()))
+    return [_tested(about, np.log(y / x), bounds, 1.0, hypothesis.alpha, lost, step, as_ratio=True)]
 
 
 def _matches(hypothesis: Hypothesis, stratum: _Stratum) -> list[Finding]:
@@ -533,19 +547,26 @@ def _proportion(
     if n == 0:
         return _nothing(about, lost)
     verdict, low, high = _proportion_verdict(count, n, bounds, alpha, alpha)
-    p_holds, p_fails = stats.proportion_tests(count, n, *bounds)
+    p = tuple(map(float, stats.proportion_tests(count, n, *bounds)))
     says = f"{count} of {n} {words}: {count / n:.0%}, {_interval(alpha)} [{low:.0%}, {high:.0%}]"
     values = {"share": count / n, "low": low, "high": high}
 
-    def runs_at(many: int) -> int | None:
-        """How many runs would decide if the proportion stays what it is."""
-        for number in range(n + 1, stats.MAX_SEEDS + 1):
-            expected = round(count / n * number)
-            if _proportion_verdict(expected, number, bounds, alpha, alpha / many)[0] != OPEN:
-                return number
-        return None
+    def runs_at(share: float, many: int) -> int | None:
+        """How many runs would decide if that is the proportion."""
+        numbers = np.arange(n + 1, stats.MAX_SEEDS + 1)
+        p_holds, p_fails = stats.proportion_tests(np.round(share * numbers), numbers, *bounds)
+        decided = (p_holds < alpha) | (p_fails < alpha / many)
+        return int(numbers[decided.argmax()]) if decided.any() else None
 
-    return Finding(about, verdict, n, says, p_holds, p_fails, None, values, lost, runs_at)
+    def seeds_at(many: int) -> tuple[int | None, stats.Range]:
+        ends = stats.proportion_interval(count, n, (1 - stats.GUESS) / 2)
+        some = [runs_at(share, many) for share in (*ends, count / n)]
+        # Where a bound lies within the interval no number is enough for a proportion near it.
+        open_ended = None in some or any(ends[0] <= bound <= ends[1] for bound in bounds)
+        least = min(filter(None, some), default=None)
+        return some[-1], (least, None if open_ended else max(filter(None, some), default=None))
+
+    return Finding(about, verdict, n, says, *p, values=values, lost=lost, seeds_at=seeds_at)
 
 
 def _proportion_verdict(

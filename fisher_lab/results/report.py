@@ -118,7 +118,7 @@ def _counts(frame: pd.DataFrame, verdicts: Iterable[claims.Verdict]) -> list[tup
 
 
 def _verdict_row(v: claims.Verdict, places: Places) -> list[str]:
-    needed = "" if v.seeds_needed is None else str(v.seeds_needed)
+    needed = claims.seeds_words(v.seeds_needed, v.seeds_range)
     return [v.verdict, v.text, places.short(v.why), str(v.seeds), needed, v.test, v.sweep]
 
 

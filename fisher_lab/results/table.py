@@ -7,6 +7,7 @@ taken over seeds alone, or over what ``over`` names.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -59,7 +60,7 @@ class TableCell:
             that failed for that reason. A run that was killed, timed out or ran out of memory says
             nothing about its numbers.
         confidence: of the interval.
-        method: of the interval, ``t`` or ``bootstrap``.
+        method: of the interval, ``t``, ``log`` or ``bootstrap``.
     """
 
     values: pd.Series
@@ -79,7 +80,8 @@ class TableCell:
         """The mean, to the digits that its interval leaves, or the median by its quartiles."""
         s = self.summary
         if statistic == "mean":
-            return Rounded(s.mean, s.half_width)
+            skewed = self.method == "log"  # the nearer end says where the digits begin
+            return Rounded(s.mean, min(s.mean - s.low, s.high - s.mean) if skewed else s.half_width)
         return Rounded(s.median, (s.q3 - s.q1) / 2 if s.n > 1 else None)
 
     @property
@@ -163,7 +165,8 @@ class Comparison:
     """A cell against its baseline cell.
 
     Attributes:
-        difference: paired by everything but the baseline's settings; None where there is no pair.
+        difference: paired by everything but the baseline's settings, of times their ratio; None
+            where there is no pair.
         p_holm: p after Holm's correction over all comparisons of the table; NaN where not tested.
         is_baseline: the cell is the baseline itself.
     """
@@ -261,15 +264,17 @@ def tabulate(
         baseline: settings of the cell that the others are compared with.
         statistic: ``mean`` with its interval, ``median`` with the quartiles, or ``auto``: median
             for times.
-        interval: ``t`` or ``bootstrap``.
-        confidence: of the intervals, and of the tests behind the marks.
+        interval: ``t`` (of times from their logarithms) or ``bootstrap``, which needs ten runs per
+            cell.
+        confidence: of the intervals, and of all marks of a metric together.
         directions: metric -> which is best, ``min``, ``max`` or ``none``; by default by its name.
         first: metrics that are chosen first where none are named.
         title: of the table; by default the sweeps' names.
         details: show the standard deviation and the number of runs in every cell.
 
     Raises:
-        ResultsError: no run, or a setting or metric that the runs do not have.
+        ResultsError: no run, a setting or metric that the runs do not have, or too few runs for
+            the bootstrap.
     """
     _check_choice("statistic", statistic, ("auto", "mean", "median"))
     _check_choice("interval", interval, ("t", "bootstrap"))
@@ -293,6 +298,7 @@ def tabulate(
         details,
     )
     _fill(table, runs, interval)
+    _check_bootstrap(table, interval)
     _mark(table, directions or {})
     if baseline:
         _compare(table, {resolve(runs, name): value for name, value in baseline.items()})
@@ -303,6 +309,22 @@ def tabulate(
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ResultsError(f"{name}={value} is not allowed: one of {', '.join(allowed)}")
+
+
+def _check_bootstrap(table: Table, interval: str) -> None:
+    """Refuse the bootstrap where no cell has enough runs, and note that some have not."""
+    if interval != "bootstrap":
+        return
+    numbers = {cell.summary.n for cell in table.cells.values()}
+    few = {n for n in numbers if 1 < n < stats.BOOTSTRAP_RUNS}
+    why = (
+        f"a bootstrap interval needs {stats.BOOTSTRAP_RUNS} runs per cell: of three runs it would "
+        "cover the mean in 73 % of cases instead of 95 %"
+    )
+    if few and max(numbers) < stats.BOOTSTRAP_RUNS:
+        raise ResultsError(f"interval=bootstrap: there are {max(numbers)} runs, and {why}; use t")
+    if few:
+        table.notes.append(f"cells with fewer runs have no interval: {why}")
 
 
 def _place_settings(
@@ -364,8 +386,9 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
         # The seed itself where cells are over nothing else: an index of tuples takes far longer.
         keys = [key[0] if len(key) == 1 else key for key in members]
         for metric in table.metrics:
+            method = "log" if interval == "t" and is_time(metric) else interval
             table.cells[row, metric, col] = make_cell(
-                chosen, metric, keys, expected, table.confidence, interval
+                chosen, metric, keys, expected, table.confidence, method
             )
 
 
@@ -406,9 +429,9 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
     for metric, wanted in directions.items():
         _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
 
-    def tied(key: CellKey, best: CellKey) -> bool:
+    def tied(best: CellKey, key: CellKey, confidence: float) -> bool:
         one, other = table.cells[key].values, table.cells[best].values
-        return stats.overlap(one, other, table.confidence, table.statistic[key[1]])
+        return stats.overlap(one, other, confidence, table.statistic[key[1]])
 
     for metric in table.metrics:
         direction = directions.get(metric, better(metric))
@@ -422,7 +445,10 @@ def _mark(table: Table, directions: Mapping[str, str]) -> None:
         if len(alike) == len(keys):
             continue  # nothing to choose between
         table.best.add(best)
-        table.ties |= {k for k in keys if k != best and (k in alike or tied(k, best))}
+        others = [k for k in keys if k not in alike]
+        test = functools.partial(tied, best)
+        alike |= stats.contenders(others, len(keys), test, table.confidence)
+        table.ties |= alike - {best}
 
 
 def _looks_like(table: Table, key: CellKey, best: CellKey) -> bool:
@@ -459,7 +485,8 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
             one, other = table.cells[key].values, table.cells[base].values
             both = one.index.intersection(other.index)
             if len(both):
-                difference = stats.paired(one[both], other[both], table.confidence)
+                compare = stats.paired_ratio if is_time(metric) else stats.paired
+                difference = compare(one[both], other[both], table.confidence)
         table.comparisons[key] = Comparison(difference, is_baseline=base == key)
     tested = {k: c.difference for k, c in table.comparisons.items() if c.difference is not None}
     corrected = stats.holm([difference.p for difference in tested.values()])
@@ -477,8 +504,12 @@ def _add_notes(table: Table) -> None:
     elif numbers:
         runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
         shown = []
-        if "mean" in table.statistic.values():
+        means = [metric for metric, statistic in table.statistic.items() if statistic == "mean"]
+        logs = {key[1] for key, cell in table.cells.items() if cell.method == "log"}
+        if not logs.issuperset(means):
             shown.append(f"mean ± half the {100 * table.confidence:g}% interval")
+        if logs.intersection(means):
+            shown.append(f"mean [{100 * table.confidence:g}% interval, from logarithms] of times")
         if "median" in table.statistic.values():
             shown.append("median [quartiles] of times")
         if table.details:
@@ -491,12 +522,20 @@ def _add_notes(table: Table) -> None:
             f"{lost} of {len(table.cells)} cells lack runs; missing runs are shown in the cell"
         )
     if table.best:
-        tied = "; ~ not significantly different from the best" if table.ties else ""
+        tied = (
+            f"; ~ not significantly different from the best ({100 * table.confidence:g}% for all "
+            "cells of a metric together)"
+            if table.ties
+            else ""
+        )
         single = " (single runs)" if numbers == {1} else ""
         table.notes.append(f"* best of its metric{tied}{single}")
     if table.baseline:
+        compared = [c.difference for c in table.comparisons.values()]
+        ratios = any(d is not None and d.as_ratio for d in compared)
         cell = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
         table.notes.append(
             f"differences to {cell}: mean ± half the {100 * table.confidence:g}% interval, "
             "paired t test, Holm over the table; d is Cohen's d_z"
+            + ("; of times the ratio [interval], from logarithms" if ratios else "")
         )

@@ -50,6 +50,8 @@ SHARE = {"type": "share", "metric": "m", "above": 0.0, "at_most": 0.5}
 
 NEAR, SAME, FAR = [1.01, 1.19, 1.12, 1.0], [1.0, 1.2, 1.1, 1.0], [2.0, 2.5, 2.2, 1.9]
 NOISY = [0.6, 1.7, 0.4, 1.9]
+FINE = [1.0123746182, 2.0371829467]
+"""Too many digits to differ by the same number by chance."""
 
 CASES = [
     # type and case, claim, numbers of the groups, verdict, words of the answer
@@ -57,9 +59,13 @@ CASES = [
     ("equivalent ratio", {**EQUIVALENT, "ratio": 1.1}, {"all": SAME, "auto": NEAR}, HOLDS, "rat"),
     ("equivalent exact", CLOSE, {"all": SAME, "auto": SAME}, HOLDS, "exact to 0"),
     ("equivalent constant shift", {**EQUIVALENT, "margin": 0.5},
-     {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, HOLDS, "exact to 0.25"),
+     {"all": FINE, "auto": [v + 0.25 for v in FINE]}, HOLDS, "exact to 0.25"),
     ("equivalent exact outside", CLOSE,
-     {"all": [1.0, 2.0], "auto": [1.25, 2.25]}, FAILS, "0.25, exact"),
+     {"all": FINE, "auto": [v + 0.25 for v in FINE]}, FAILS, "0.25, exact"),
+    ("equivalent coarse", {**EQUIVALENT, "margin": 0.5},
+     {"all": [1.0, 2.0], "auto": [1.0, 2.0]}, OPEN, "may be chance: a coarse metric; 5 seeds"),
+    ("equivalent coarse enough", {**EQUIVALENT, "margin": 0.5},
+     {"all": [1.0, 2.0] * 3, "auto": [1.0, 2.0] * 3}, HOLDS, "exact to 0"),
     ("equivalent fails", CLOSE, {"all": SAME, "auto": FAR}, FAILS, "diff"),
     ("equivalent open", {**EQUIVALENT, "margin": 0.5}, {"all": SAME, "auto": NOISY}, OPEN,
      "seeds would decide"),
@@ -69,11 +75,13 @@ CASES = [
      {"all": SAME, "auto": [*NEAR[:3], math.nan]}, OPEN, "1 diverged"),
     ("equivalent missing cell", CLOSE, {"all": SAME, "auto": [*NEAR[:3], None]}, OPEN, "1 missing"),
     ("equivalent one seed", CLOSE, {"all": [1.0], "auto": [1.0]}, OPEN,
-     "one seed, no test; about 2 seeds would decide"),
+     "one seed, no test; 2 or more seeds would decide"),
     ("equivalent no pairs", CLOSE, {"all": SAME, "auto": ["failed"] * 4},
      OPEN, "nothing to compare"),
-    ("stable holds", STEADY, {"all": SAME, "auto": NEAR, "hybrid": SAME}, HOLDS, "ratio"),
-    ("stable identical", STEADY, {"all": [0.0, 0.0], "auto": [0.0, 0.0]}, HOLDS, "identical"),
+    ("stable holds", STEADY, {"all": SAME, "auto": NEAR, "hybrid": SAME}, HOLDS, "exact to 0"),
+    ("stable identical", STEADY, {"all": [0.0, FINE[0]], "auto": [0.0, FINE[0]]},
+     HOLDS, "identical"),
+    ("stable zeros", STEADY, {"all": [0.0] * 4, "auto": [0.0] * 4}, OPEN, "give a margin"),
     ("stable fails", STEADY, {"all": SAME, "auto": FAR}, FAILS, "ratio"),
     ("stable open", STEADY, {"all": SAME, "auto": NOISY}, OPEN, "would decide"),
     ("stable sign", STEADY, {"all": SAME, "auto": [-1.0, -1.1, -0.9, -1.0]},
@@ -92,11 +100,12 @@ CASES = [
     ("faster fails", FASTER, {"all": [1.0, 1.1, 1.05], "auto": [1.0, 1.09, 1.06]}, FAILS, "ratio"),
     ("faster open", FASTER, {"all": [1.0, 1.9, 1.6], "auto": [1.0] * 3}, OPEN, "would decide"),
     ("faster zero", FASTER, {"all": [1.0, 1.0], "auto": [0.0, 1.0]}, OPEN, "no ratio"),
-    ("faster exact", FASTER, {"all": [2.0, 4.0], "auto": [1.0, 2.0]}, HOLDS, "ratio 2, exact"),
+    ("faster exact", FASTER, {"all": [2 * v for v in FINE], "auto": FINE}, HOLDS, "ratio 2, exact"),
     ("faster failed cell", FASTER, {"all": [2.0, 2.1, "failed"], "auto": [1.0, 1.1, 1.05]}, OPEN,
      "1 failed"),
     ("smaller holds", SMALLER, {"all": [200.0] * 3, "auto": [1.0] * 3}, HOLDS, "exact"),
-    ("smaller fails", SMALLER, {"all": [1.0] * 3, "auto": [1.0] * 3}, FAILS, "ratio 1, exact"),
+    ("smaller fails", SMALLER, {"all": [4096.0] * 3, "auto": [4096.0] * 3}, FAILS, "1, exact"),
+    ("smaller coarse", SMALLER, {"all": [3.0] * 2, "auto": [2.0] * 2}, OPEN, "which may be chance"),
     ("smaller open", SMALLER, {"all": [3.0, 1.2, 1.1], "auto": [1.0] * 3}, OPEN, "would decide"),
     ("smaller failed cell", SMALLER, {"all": ["failed"] * 3, "auto": [1.0] * 3}, OPEN, "3 failed"),
     ("matches holds", MATCHES, {"all": [1.0, 2.0], "auto": [1.0001, 2.0]}, HOLDS, "to 0.0001"),
@@ -113,7 +122,7 @@ CASES = [
     ("fails holds", BROKEN, {"auto": [6.0, math.nan, "failed", 9.0, 7.0], "all": SAME}, HOLDS,
      "5 of 5 failed or diverged"),
     ("fails does not", BROKEN, {"auto": [1.0] * 5, "all": SAME}, FAILS, "0 of 5"),
-    ("fails open", BROKEN, {"auto": [6.0, 6.0, 6.0], "all": SAME}, OPEN, "about 5 runs would"),
+    ("fails open", BROKEN, {"auto": [6.0, 6.0, 6.0], "all": SAME}, OPEN, "5 to over 1000 runs"),
     ("fails running", BROKEN, {"auto": [6.0] * 5 + ["running"], "all": SAME}, OPEN, "1 missing"),
     ("share holds", SHARE, {"all": [0.0] * 8}, HOLDS, "0 of 8"),
     ("share fails", SHARE, {"all": [1.0] * 8}, FAILS, "8 of 8"),
@@ -282,6 +291,9 @@ def test_the_answer_names_the_test_that_was_made_and_its_interval(tmp_path):
     strict = evaluate_one({**CLOSE, "alpha": 0.01}, load(tmp_path / "a"))
     assert ", 98% interval [" in strict.why
     exact = evaluate_one(CLOSE, load(sweep_of(tmp_path / "b", {"all": SAME, "auto": SAME})))
+    assert exact.test.endswith("as numbers, with the chance of ties of a coarse metric")
+    fine = {"all": FINE, "auto": FINE}
+    exact = evaluate_one(CLOSE, load(sweep_of(tmp_path / "f", fine)))
     assert exact.test == "no test: pairs that do not vary compared as numbers"
     both = {**CLOSE, "groups": {"kfac.policy": ["all", "auto", "hybrid"]}}
     groups = {"all": SAME, "auto": SAME, "hybrid": NEAR}
@@ -295,12 +307,36 @@ def test_the_answer_names_the_test_that_was_made_and_its_interval(tmp_path):
 
 def test_claims_of_a_sweep_are_about_its_own_runs(tmp_path):
     axes = {"kfac.policy": ("all", "auto"), "seed": (1, 2)}
-    cells = crossed(axes, lambda p, s: {"m": float(s)})
+    cells = crossed(axes, lambda p, s: {"m": s / 7919.0})
     make_sweep(tmp_path / "r" / "one", cells, claims=[{**EQUIVALENT, "margin": 1, "text": "same"}])
     make_sweep(tmp_path / "r" / "two", [({"seed": 0}, {"m": 99.0})], claims=[BOUNDED])
     verdicts = evaluate(load(tmp_path / "r"))
     assert [(v.sweep, v.verdict) for v in verdicts] == [("one", HOLDS), ("two", FAILS)]
     assert verdicts[0].text == "same"
+
+
+def test_a_range_of_seeds_is_named_and_of_many_comparisons_the_one_that_decides(tmp_path):
+    """Ten comparisons that lean to fail: the quickest one decides the claim, not the slowest."""
+    gains = {f"{i}": 0.3 + 0.2 * i for i in range(10)}
+    rng = np.random.default_rng(3)
+    axes = {"kfac.policy": ["base", *gains], "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda p, s: {"m": gains.get(p, 0.0) + rng.normal(0, 1)})
+    claim = {**STABLE, "margin": 0.1, "at": "base"}
+    answer = evaluate_one(claim, frame)
+    undecided = [f for f in answer.findings if f.verdict == OPEN]
+    assert answer.verdict == OPEN
+    assert answer.seeds_needed == min(f.needed or math.inf for f in undecided if f.p_holds > 0.5)
+    assert answer.seeds_needed < max(f.needed or math.inf for f in undecided)
+    low, high = answer.seeds_range
+    assert low <= answer.seeds_needed <= (high or math.inf)
+    assert f"{low} to " in answer.why
+    written = answer.as_dict()
+    assert written["seeds_range"] == [low, high]
+    # Where all have to hold, the slowest one decides.
+    answer = evaluate_one({**claim, "margin": 6.0}, frame)
+    undecided = [f for f in answer.findings if f.verdict == OPEN]
+    assert all(f.p_holds < 0.5 for f in undecided)
+    assert answer.seeds_needed == max(f.needed for f in undecided)
 
 
 def test_where_narrows_and_nothing_left_is_open(tmp_path):

@@ -16,6 +16,7 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
 from fisher_lab.results import stats
+from fisher_lab.results.coarse import resolution
 
 RNG = 20261122
 
@@ -51,11 +52,44 @@ def test_the_summary_is_scipys():
     assert s.half_width == pytest.approx((high - low) / 2)
 
 
-def test_the_bootstrap_is_scipys():
+def test_the_bootstrap_is_scipys_at_the_level_of_students_interval():
     x = np.random.default_rng(RNG).exponential(2, 30)
     s = stats.summarise(x, method="bootstrap")
-    known = scipy_stats.bootstrap((x,), np.mean, confidence_level=0.95, rng=0).confidence_interval
+    wider = scipy_stats.t.ppf(0.975, 29) * math.sqrt(30 / 29)
+    level = 1 - 2 * scipy_stats.norm.sf(wider)
+    known = scipy_stats.bootstrap((x,), np.mean, confidence_level=level, rng=0).confidence_interval
     assert (s.low, s.high) == (pytest.approx(known.low), pytest.approx(known.high))
+
+
+def test_few_runs_have_no_bootstrap_interval():
+    """Of three runs it would cover the mean in three quarters of cases."""
+    nine, ten = (stats.summarise(np.sqrt(np.arange(n)), method="bootstrap") for n in (9, 10))
+    assert math.isnan(nine.low)
+    assert ten.low < ten.mean < ten.high
+    samples = np.random.default_rng(RNG).normal(size=(200, 3))
+    ends = [scipy_stats.bootstrap((x,), np.mean, n_resamples=999, rng=0).confidence_interval
+            for x in samples]  # fmt: skip
+    assert np.mean([low <= 0 <= high for low, high in ends]) < 0.85
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_the_interval_of_mean_times_covers(spread):
+    """Log-normal seconds of mean 1, where Student's interval covers in 88 % of cases and fewer."""
+    samples = np.random.default_rng(RNG).lognormal(-(spread**2) / 2, spread, (2000, 5))
+    by_logs = rate(covers(1.0, method="log"), samples)
+    assert by_logs >= binomial(0.935, 2000)[0]
+    if spread == 1.0:
+        assert rate(covers(1.0), samples) < 0.87
+
+
+def test_the_interval_of_a_ratio_of_times_covers():
+    rng = np.random.default_rng(RNG)
+    pairs = rng.lognormal(0.0, 1.0, (1500, 2, 4))
+    found = [stats.paired_ratio(3.0 * a, b) for a, b in pairs]
+    low, high = binomial(0.95, 1500)
+    assert low <= np.mean([p.low <= 3.0 <= p.high for p in found]) <= high
+    below = stats.paired_ratio([1.0, -1.0], [2.0, 2.5])
+    assert (below.as_ratio, below.mean) == (False, -2.25)
 
 
 def test_one_number_and_none_have_no_interval_and_equal_ones_one_of_no_width():
@@ -181,6 +215,24 @@ def test_the_number_of_seeds_gives_the_power_that_is_asked():
     assert stats.seeds_for(on_the_margin, -1.0, 1.0, 0.05) is None
 
 
+@pytest.mark.parametrize(("effect", "n"), [(0.4, 4), (0.5, 8)])
+def test_the_range_of_seeds_holds_the_right_number_as_often_as_it_says(effect, n):
+    """A single guess is above twice or below half of it in more than a third of cases.
+
+    The range is that of a mean on the side of the bound that was seen, and covers a little more.
+    """
+    bounds = (0.0, math.inf, 0.05)
+    true = stats.Equivalence(n, effect, 1.0, 0.0, 0.0, 0.5, 0.5, exact=False)
+    number = stats.seeds_for(true, *bounds)
+    found = [stats.equivalence(x, *bounds, scale=1.0)
+             for x in np.random.default_rng(RNG).normal(effect, 1.0, (150, n))]  # fmt: skip
+    ranges = [stats.seeds_range(e, *bounds) for e in found]
+    held = np.mean([(low or math.inf) <= number <= (high or math.inf) for low, high in ranges])
+    assert held >= binomial(stats.GUESS, 150)[0]
+    single = [stats.seeds_for(e, *bounds) or math.inf for e in found]
+    assert np.mean([number / 2 <= one <= 2 * number for one in single]) < 0.67
+
+
 def test_the_number_of_seeds_beyond_the_margin_is_statsmodels():
     d = np.array([1.9, 1.0, 1.4, 1.2])
     e = stats.equivalence(d, -math.inf, 1.0, 0.05, scale=1.0)
@@ -194,6 +246,41 @@ def test_exact_differences_are_decided_without_a_test():
     inside = stats.equivalence([0.25] * 3, -1.0, 1.0, 0.05, scale=1.0)
     outside = stats.equivalence([2.0] * 3, -1.0, 1.0, 0.05, scale=1.0)
     assert (inside.exact, inside.p_inside, outside.p_inside) == (True, 0.0, 1.0)
+
+
+def test_the_step_of_a_coarse_metric_is_found_and_that_of_a_fine_one_is_none():
+    for samples, step in (
+        (([1.0, 3.0], [2.0, 2.0]), 2.0),
+        (([5.0, 5.0], [8.0, 8.0]), 1.0),
+        (([0.25, 0.5], [0.25, 0.75]), 0.25),
+        (([1 / 7, 3 / 7], [2 / 7, 2 / 7]), 2 / 7),
+        (([300 / 7, 400 / 7], [300 / 7, 500 / 7]), 100 / 7),
+        (([0.0, 0.0], [0.0, 0.0]), 1.0),
+        (([0.52, 0.55], [0.58, 0.58]), 0.03),
+        (([3e-7, 5e-7], [4e-7, 4e-7]), 2e-7),
+        (([math.pi, 2.0], [2.0, 2.0]), 0.0),
+        (([0.1 + 0.2, 0.3], [0.3, 0.3]), 0.1),
+        (([2.718281828, 3.0],), 0.0),
+    ):
+        assert resolution(*samples) == pytest.approx(step)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("steps", [0.5, 1.5, 6.0])
+def test_ties_of_a_coarse_metric_decide_nothing_by_chance(n, steps):
+    """The margin is so many steps from 0, and the mean is on it; spreads of 0.3 to 2 steps."""
+    rng = np.random.default_rng([RNG, n])
+    for spread in (0.3, 0.5, 1.0, 2.0):
+        d = np.round(rng.normal(steps, spread, (20_000, n)))
+        d = d[(d == d[:, :1]).all(1)]  # those that do not vary; of others the t test decides
+        values, counts = np.unique(d[:, 0], return_counts=True)
+        wrong = {0: 0, 1: 0}
+        for value, count in zip(values, counts, strict=True):
+            e = stats.equivalence([value] * n, -steps, steps, 0.05, 1.0, step=1.0)
+            wrong[0] += count * (e.p_inside < 0.05)
+            wrong[1] += count * (e.p_outside < 0.05)
+        assert max(wrong.values()) / 20_000 <= binomial(0.05, 20_000)[1]
+    assert stats.equivalence([0.0, 0.0], -1.0, 1.0, 0.05, 1.0, step=0.0).p_inside == 0.0
 
 
 def test_the_interval_of_a_share_covers():
@@ -216,11 +303,25 @@ def test_cells_that_cannot_be_told_apart():
 def test_a_share_is_tested_as_its_interval_says():
     for count, low, high in ((9, 0.5, 1.0), (1, 0.5, 1.0), (7, -1.0, 0.3), (4, 0.1, 0.9)):
         inside, beyond = stats.proportion_tests(count, 10, low, high)
+        sides = (low >= 0) + (high < 1)
         for alpha in (0.001, 0.01, 0.05, 0.2):
             ends = stats.proportion_interval(count, 10, alpha)
             held = (low < 0 or ends[0] > low) and (high >= 1 or ends[1] < high)
             assert (inside < alpha) == held
+            ends = stats.proportion_interval(count, 10, alpha / sides)
             assert (beyond < alpha) == (ends[0] > high or ends[1] < low)
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(50, 0.4, 0.5), (100, 0.45, 0.5), (30, 0.1, 0.3)])
+def test_a_share_on_one_of_two_bounds_is_called_wrongly_at_its_level(n, low, high):
+    """By enumeration of all counts; both sides together."""
+    counts = np.arange(n + 1)
+    p = np.array([stats.proportion_tests(int(c), n, low, high) for c in counts])
+    for share in (low, (low + high) / 2, high):
+        pmf = scipy_stats.binom.pmf(counts, n, share)
+        assert pmf[p[:, 1] < 0.05].sum() <= 0.05
+        if share != (low + high) / 2:
+            assert pmf[p[:, 0] < 0.05].sum() <= 0.05
 
 
 BASE = pd.Series([0.52, 0.55, 0.546, 0.58, 0.50, 0.541, 0.56])
@@ -273,3 +374,42 @@ def test_ranks_with_ties_and_zeros_are_exact():
     assert known < 0.05
     assert not stats.overlap(base + shift, base, statistic="median")
     assert stats.overlap(base + shift, base, 1 - 0.9 * known, "median")
+
+
+@pytest.mark.parametrize("spreads", [[1.0] * 8, [10.0, *[1.0] * 7], np.geomspace(0.1, 10, 8)])
+def test_cells_as_good_as_the_best_keep_their_mark_together(spreads):
+    """Eight equal cells: each against the one that looks best loses one in 41 % of cases."""
+    rng = np.random.default_rng(RNG)
+    lost, before = [], []
+    for _ in range(150):
+        x = np.array(spreads)[:, None] * rng.normal(size=(8, 5)) + rng.normal(0, 9, 5)
+        best = int(x.mean(1).argmax())
+        p = {k: stats.paired(x[k], x[best]).p for k in range(8) if k != best}
+        kept = stats.contenders(p, 8, lambda k, confidence, p=p: p[k] >= 1 - confidence, 0.95)
+        lost.append(len(kept) < 7)
+        before.append(min(p.values()) < 0.05)
+    assert np.mean(lost) <= binomial(0.05, 150)[1]
+    assert np.mean(before) > 0.15
+
+
+def test_for_two_cells_the_mark_is_the_plain_test_and_worse_cells_go_in_steps():
+    asked = []
+
+    def alike(key: int, confidence: float) -> bool:
+        asked.append(round(1 - confidence, 6))
+        return key < 1
+
+    assert stats.contenders([0], 2, alike, 0.95) == {0}
+    assert asked == [0.05]
+    asked.clear()
+    assert stats.contenders([0, 1, 2], 4, alike, 0.95) == {0}
+    assert set(asked) == {round(2 * 0.05 / (m * 3), 6) for m in (4, 2)}
+
+
+def test_coarse_numbers_that_differ_by_chance_are_tied():
+    one, other = pd.Series([3.0, 4.0]), pd.Series([4.0, 5.0])
+    assert stats.overlap(one, other)
+    assert stats.overlap(one, other, statistic="median")
+    assert not stats.overlap(one / 7919.0, other / 7919.0 + 1.0)
+    many = pd.Series(range(12)) + 0.0
+    assert not stats.overlap(many, many + 5.0)

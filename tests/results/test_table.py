@@ -93,7 +93,7 @@ def test_best_and_ties_are_marked(sweep):
 
 
 def test_the_confidence_goes_for_marks_and_differences_too(sweep):
-    """The second best is told from the best at 95 %, and not at 99.9 %."""
+    """The others are told from the best at 95 %, and not at 99.9 %."""
     frame = load(sweep)
     marked = {}
     for confidence in (0.95, 0.999):
@@ -107,7 +107,7 @@ def test_the_confidence_goes_for_marks_and_differences_too(sweep):
         percent = {0.95: "95%", 0.999: "99.9%"}[confidence]
         assert f"mean ± half the {percent} interval; over seed, n = 3" in text
         assert f"mean ± half the {percent} interval, paired t test" in text
-    assert marked == {0.95: 0, 0.999: 1}
+    assert marked == {0.95: 0, 0.999: 3}
 
 
 def marks(tmp_path, metric, cells, **more):
@@ -150,6 +150,56 @@ def test_times_are_tied_by_what_they_show(tmp_path):
     assert marks(tmp_path / "a", "kfac/total_s", cells) == {1e-5: "*", 1e-4: "", 1e-3: "~"}
     means = marks(tmp_path / "a", "kfac/total_s", cells, statistic="mean")
     assert means[1e-4] == "~"
+
+
+def test_the_mean_of_times_has_an_interval_from_logarithms(tmp_path):
+    """It is not symmetric, and so both ends are shown."""
+    times = [1.0, 2.0, 6.0]
+    frame = swept(tmp_path, {"seed": range(3)}, lambda s: {"kfac/total_s": times[s]})
+    table = tabulate(frame, statistic="mean")
+    (key,) = table.cells
+    s = table.cells[key].summary
+    logs = np.log(times)
+    m, v = logs.mean(), logs.var(ddof=1)
+    half = scipy_stats.t.ppf(0.975, 2) * math.sqrt(v / 3 + v**2 / 4)
+    assert (s.low, s.high) == pytest.approx(tuple(np.exp([m + v / 2 - half, m + v / 2 + half])))
+    shown = export.cell_text(table, key)
+    assert shown.plain.startswith("3.0 [")
+    assert "from logarithms] of times" in table.notes[0]
+    assert "[" in export.to_latex(table)
+
+
+def test_times_are_compared_with_a_baseline_by_their_ratio(tmp_path):
+    values = {"all": [1.0, 1.5, 2.5], "auto": [2.1, 2.9, 5.2]}
+    axes = {"kfac.policy": values, "seed": range(3)}
+    frame = swept(tmp_path, axes, lambda p, s: {"kfac/total_s": values[p][s]})
+    table = tabulate(frame, baseline={"kfac.policy": "all"})
+    (found,) = (c.difference for c in table.comparisons.values() if not c.is_baseline)
+    known = scipy_stats.ttest_1samp(np.log(values["auto"]) - np.log(values["all"]), 0.0)
+    ends = known.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((math.exp(ends.low), math.exp(ends.high)))
+    assert found.p == pytest.approx(known.pvalue)
+    (row,) = export.differences(table).rows
+    assert row[2] == f"{found.mean:.3g} times [{found.low:.3g}, {found.high:.3g}]"
+    (line,) = [r for r in csv.DictReader(io.StringIO(export.to_csv(table)))
+               if r["kfac.policy"] == "auto"]  # fmt: skip
+    assert (float(line["ratio"]), line["difference"]) == (found.mean, "")
+    assert any("of times the ratio" in note for note in table.notes)
+
+
+def test_the_bootstrap_is_refused_for_few_runs(tmp_path):
+    axes = {"kfac.policy": ("all",), "seed": range(9)}
+    frame = swept(tmp_path, axes, lambda p, s: {"ng/cosine": math.sqrt(s + 1)})
+    with pytest.raises(ResultsError, match="there are 9 runs, and a bootstrap interval needs 10"):
+        tabulate(frame, interval="bootstrap")
+    axes = {"kfac.policy": ("auto",), "seed": range(10)}
+    more = crossed(axes, lambda p, s: {"ng/cosine": math.sqrt(s + 1)})
+    make_sweep(tmp_path / "s" / "more", more)
+    table = tabulate(load(tmp_path / "s"), interval="bootstrap")
+    widths = {row[0]: table.cells[row, "ng/cosine", ()].summary.half_width for row in table.rows}
+    assert math.isnan(widths["all"])
+    assert widths["auto"] > 0
+    assert any("cells with fewer runs have no interval" in note for note in table.notes)
 
 
 def test_standard_deviation_and_n_are_shown_on_demand(sweep):
