@@ -546,8 +546,9 @@ def _proportion(
     """Whether the proportion of some runs lies between two bounds."""
     if n == 0:
         return _nothing(about, lost)
-    verdict, low, high = _proportion_verdict(count, n, bounds, alpha, alpha)
-    p = tuple(map(float, stats.proportion_tests(count, n, *bounds)))
+    verdict, low, high = _proportion_verdict(count, n, bounds, alpha)
+    tests = stats.proportion_tests(count, n, *bounds)
+    p = float(tests[0]), float(tests[1])
     says = f"{count} of {n} {words}: {count / n:.0%}, {_interval(alpha)} [{low:.0%}, {high:.0%}]"
     values = {"share": count / n, "low": low, "high": high}
 
@@ -562,21 +563,21 @@ def _proportion(
         ends = stats.proportion_interval(count, n, (1 - stats.GUESS) / 2)
         some = [runs_at(share, many) for share in (*ends, count / n)]
         # Where a bound lies within the interval no number is enough for a proportion near it.
-        open_ended = None in some or any(ends[0] <= bound <= ends[1] for bound in bounds)
-        least = min(filter(None, some), default=None)
-        return some[-1], (least, None if open_ended else max(filter(None, some), default=None))
+        past = any(0 <= one < 1 and ends[0] <= one <= ends[1] for one in bounds)
+        known = sorted(filter(None, some)) or [None]
+        return some[-1], (known[0], None if past or None in some else known[-1])
 
     return Finding(about, verdict, n, says, *p, values=values, lost=lost, seeds_at=seeds_at)
 
 
 def _proportion_verdict(
-    count: int, n: int, bounds: tuple[float, float], alpha: float, fails_at: float
+    count: int, n: int, bounds: tuple[float, float], alpha: float
 ) -> tuple[str, float, float]:
-    """The verdict on a proportion and its interval; ``fails_at`` is the level of failing."""
+    """The verdict on a proportion and its interval, of one comparison."""
     low, high = stats.proportion_interval(count, n, alpha)
     if (low > bounds[0] or bounds[0] < 0) and (high < bounds[1] or bounds[1] >= 1):
         return HOLDS, low, high
-    if stats.proportion_tests(count, n, *bounds)[1] < fails_at:
+    if stats.proportion_tests(count, n, *bounds)[1] < alpha:
         return FAILS, low, high
     return OPEN, low, high
 

@@ -208,7 +208,7 @@ def _compared(d: Floats, scale: float, confidence: float) -> Paired:
     if _constant(d, scale):
         same = float(np.abs(d).max()) <= ROUNDING * scale
         return Paired(d.size, mean, mean, mean, math.nan, math.nan, exact=True, identical=same)
-    test = stats.ttest_1samp(d, 0.0)
+    test: Any = stats.ttest_1samp(d, 0.0)
     interval = test.confidence_interval(confidence)
     effect = mean / float(d.std(ddof=1))
     return Paired(
@@ -390,7 +390,8 @@ def seeds_range(d: Equivalence, lower: float, upper: float, alpha: float, many: 
     distribution (confidence :data:`GUESS`; exact for one bound, near the bounds for two).
     """
     if d.exact:
-        return (seeds_for(d, lower, upper, alpha, many),) * 2
+        number = seeds_for(d, lower, upper, alpha, many)
+        return number, number
     gap = _gap(d.mean, lower, upper)
     if not (d.n > 1 and d.std > 0 and gap > 0):
         return None, None
@@ -415,7 +416,8 @@ def _noncentrality(t: float, df: int, p: float) -> float:
     def excess(noncentrality: float) -> float:
         return 1 - _reaches(t, df, noncentrality) - p
 
-    return float(optimize.brentq(excess, t - far, t + far, xtol=1e-6))
+    found: Any = optimize.brentq(excess, t - far, t + far, xtol=1e-6)
+    return float(found)
 
 
 def _first(power: Callable[[int], float]) -> int | None:
