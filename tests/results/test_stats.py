@@ -1,5 +1,8 @@
 """The statistics against scipy and statsmodels, and by simulation where the answer is a rate."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportOptionalIterable=false
+
 from __future__ import annotations
 
 import gc

@@ -1,5 +1,8 @@
 """The ablation table: what stands in a cell, what is marked, and what every output says."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportOptionalIterable=false
+
 from __future__ import annotations
 
 import csv
