@@ -191,7 +191,7 @@ class Recorder(TorchFunctionMode):
         if found is None and alone is not None:  # its weight is made of others
             stands, _ = patches({**options, "input": options["input"][:, :1]}, out.shape)
             keep = stands.expand(len(out), *out.shape[2:]).reshape(-1)
-            read = torch.zeros_like(out.detach()).movedim(1, -1)
+            read = out.detach().movedim(1, -1)
             self._keep(Used(alone, "shift", read, keep=keep), out, axis=1)
         if found is None or out.dim() != weight.dim():
             return
