@@ -39,6 +39,7 @@ class Used:
     g: Tensor | None = None
     features: int = 1
     times: Tensor | None = None
+    filled: bool = False
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """What it read and the gradients of its results, a row a token; zero where none came."""
@@ -47,7 +48,12 @@ class Used:
         g = g.flatten(-self.features)
         g = g.reshape(-1, g.shape[-1])
         g = g if self.times is None else g @ self.times
-        return (a, g) if self.keep is None else (a[self.keep], g[self.keep])
+        keep = self.keep
+        if self.filled and self.kind in ("matrix", "scale"):
+            # What a model fills in, and no gradient reaches, is no row.
+            real = (a != 0).any(1) | (g != 0).any(1)
+            keep = real if keep is None else keep & real
+        return (a, g) if keep is None else (a[keep], g[keep])
 
 
 class Recorder(TorchFunctionMode):
@@ -62,14 +68,16 @@ class Recorder(TorchFunctionMode):
         self.copies: dict[int, tuple[Tensor, str]] = {}
         self.seen: list[Used] = []
         self.made = Made(self.parameter)
-        self.fills = False
+        self.fills = self.rows_filled = False
         self.constant: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, x = getattr(func, "__name__", ""), args[0] if args else None
         if name == "pad" and isinstance(x, Tensor) and x.dim() in (2, 3) and out.shape != x.shape:
-            self.fills = self.fills or not x.is_floating_point() or out.shape[-1] == x.shape[-1]
+            rows = x.is_floating_point() and out.shape[-1] == x.shape[-1]
+            self.rows_filled = self.rows_filled or rows
+            self.fills = self.fills or not x.is_floating_point() or rows
         if isinstance(out, Tensor) and out.requires_grad:
             values = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
             self._note(name, args, kwargs or {}, values, out)
@@ -322,10 +330,10 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
         reached |= {n for n, g in zip(trained, grads, strict=True) if g is not None}
         for name, grad in zip(trained, grads, strict=True):
             found.gradient[name] += 0.0 if grad is None else grad
-        passes.append(recorder.seen)
+        passes.append([replace(used, filled=recorder.rows_filled) for used in recorder.seen])
     for used in (used for seen in passes for used in seen):
         uses.setdefault((used.name, used.kind), []).append(used)
-    found.reached = sum(trained[n].numel() for n in reached)
+    found.reached = sum(_reached(trained[n], n, uses) for n in reached)
     found.gradient = {n: g / found.labels for n, g in found.gradient.items()}
     for key, every in uses.items():
         used = _of_tokens(every, len(found.logits))
@@ -335,6 +343,17 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
             if len(every) > len(used):
                 found.with_own[key] = _joined(every)
     return found
+
+
+def _reached(parameter: Tensor, name: str, uses: Mapping[tuple[str, str], list[Used]]) -> int:
+    """How many numbers of a parameter the loss reaches: of a stack, those of matrices in use."""
+    parts = {used: every for (used, _), every in uses.items() if used.startswith(f"{name}[")}
+    if not parts or any(":" in used for used in parts):
+        return parameter.numel()
+    size = parameter[0].numel()
+    return size * sum(
+        any(one.g is not None and one.g.numel() > 0 for one in x) for x in parts.values()
+    )
 
 
 def _joined(used: list[Used]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, ByExample, Examples, 
 from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.policy import sharing_of, wants_examples, wants_sequences
-from fisher_lab.curvature.kfac.token_ids import FILLED, ids_of
+from fisher_lab.curvature.kfac.token_ids import Origin, Standing, ids_of
 from fisher_lab.curvature.labels import segments_of, token_mask
 from fisher_lab.curvature.losses import SummedLoss, labels_of
 
@@ -41,10 +41,10 @@ class TokenMasks:
     """
 
     def __init__(self, capture: Capture, batch: Any) -> None:
-        self._masks, self._capture = {**masks_of(batch), **capture.masks}, capture
+        self._masks, self._capture = {**masks_of(batch), **capture.given.masks}, capture
         whole = all(bool(mask.all()) for mask in self._masks.values())
-        self.full = whole and not capture.hidden
-        self._whole: dict[tuple[int, torch.Size], bool] = {}
+        self.full = whole and not capture.given.hidden
+        self._found: dict[tuple, Tensor | None] = {}
         self.examples: Examples | None = None
         if any(wants_examples(capture.settings, kind) for kind in Kind):
             labels = labels_of(batch)
@@ -53,29 +53,77 @@ class TokenMasks:
 
     @cached_property
     def _table(self) -> Tensor:
-        """Whether a row counts, by its id: one that was filled in first, the model's own last."""
-        rows, device = self._capture.rows, self._capture.device
-        table = torch.ones(rows.count + 2, dtype=torch.bool, device=device)
-        table[FILLED] = False
-        for side, shape, start in self._capture.inputs:
-            mask = self._masks.get(side)
-            if mask is not None and mask.shape == shape:
-                table[start : start + mask.numel()] = mask.reshape(-1)
-        for start, ids, every in rows.pooled:
-            some = table[ids].any(dim=1)
-            if every:  # but for what is filled in
-                some &= (table[ids] | (ids == FILLED)).all(dim=1)
-            table[start : start + len(ids)] = some
-        return table
+        """The standing of every row by its id."""
+        capture = self._capture
+        masks = [
+            (start, mask)
+            for side, shape, start in capture.given.inputs
+            if (mask := self._masks.get(side)) is not None and mask.shape == shape
+        ]
+        return capture.rows.standings(masks, capture.device)
 
-    def _all_count(self, ids: Tensor) -> bool:
-        """Whether there is no padding among rows: none of the batch, and none that was added."""
-        if not self.full:
-            return False
-        key = (ids.data_ptr(), ids.shape)  # most layers share their ids
-        if key not in self._whole:
-            self._whole[key] = bool(self._table[ids].all())
-        return self._whole[key]
+    def _standing(self, ids: Tensor) -> Tensor | None:
+        """The standing of rows; None where all of them are tokens."""
+        key = (ids.data_ptr(), ids.shape, ids.stride())  # most layers share their ids
+        if key not in self._found:
+            standing = self._table[ids]
+            self._found[key] = None if bool((standing == Standing.TOKEN).all()) else standing
+        return self._found[key]
+
+    def knows(self, origin: Origin, trailing: int) -> bool:
+        """Says whether it can be told which rows of a tensor are padding.
+
+        Args:
+            origin: of the tensor.
+            trailing: 1 where its last dimension holds features, else 0.
+        """
+        if self.full:
+            return True
+        ids = ids_of(origin, trailing)
+        standing = None if ids is None else self._standing(ids)
+        return ids is not None and (
+            standing is None or not bool((standing == Standing.UNTOLD).any())
+        )
+
+    def undecided(self, calls: Iterable[Call]) -> bool:
+        """Says whether some calls have rows that count only where a gradient reaches them."""
+        return any(self._wait_for_gradient(call) is not None for call in calls)
+
+    def settle(self, calls: Iterable[Call], grads: Mapping[int, Tensor | None]) -> None:
+        """Finds which of these rows the gradient of the loss reaches.
+
+        Args:
+            calls: of the layers.
+            grads: index of a call -> the gradient of its output.
+        """
+        for call in calls:
+            waiting = self._wait_for_gradient(call)
+            g = grads.get(call.index)
+            if waiting is None or g is None:
+                continue
+            g = g if call.use.layout is None else call.use.layout.outputs(g)
+            g = g if call.use.rows is None else g[call.use.rows]
+            call.reached = waiting & (g != 0).any(dim=-1)
+
+    def _wait_for_gradient(self, call: Call) -> Tensor | None:
+        """Which rows count only where a gradient reaches them; None where none does."""
+        standing = self._standing_of(call)
+        if standing is None:
+            return None
+        waiting = standing == Standing.REACHED
+        return waiting if bool(waiting.any()) else None
+
+    def _standing_of(self, call: Call) -> Tensor | None:
+        """The standing of a call's rows, in their shape; None where all are tokens, or none."""
+        ids = ids_of(call.origin, call.trailing)
+        standing = None if ids is None else self._standing(ids)
+        if standing is None:
+            return None
+        shape = call.rows
+        if call.use.rows is not None:
+            standing = standing.expand(len(call.a), *standing.shape[1:])[call.use.rows]
+            shape = torch.empty(shape, device="meta")[call.use.rows].shape
+        return standing.expand(shape)
 
     def select(self, call: Call, x: Tensor, name: str, *, trailing: int = 1) -> Tensor:
         """Returns the rows of ``x`` that are tokens, ``[T, features]`` (``[T]`` for indices).
@@ -124,20 +172,23 @@ class TokenMasks:
         found = self.examples.of(call.origin, call.trailing)
         if found is None:
             raise LayerError(f"layer {name or '(the model)'}: {NO_EXAMPLE}; exclude the layer")
-        return self.select(call, found.expand(call.rows), name, trailing=0)
+        examples = self.select(call, found.expand(call.rows), name, trailing=0)
+        if bool((examples < 0).any()):
+            raise LayerError(f"layer {name or '(the model)'}: {NO_EXAMPLE}; exclude the layer")
+        return examples
 
     def _counting(self, call: Call, shape: torch.Size, name: str) -> Tensor | None:
-        ids = ids_of(call.origin, call.trailing)
-        if ids is None and not self.full:
+        if not self.knows(call.origin, call.trailing):
             raise LayerError(
                 f"layer {name or '(the model)'}: which of its rows {tuple(shape)} are padding "
                 "cannot be told; exclude the layer, or give batches without padding"
             )
-        if ids is None or self._all_count(ids):
+        standing = self._standing_of(call)
+        if standing is None:
             return None
-        if call.use.rows is not None:
-            ids = ids.expand(len(call.a), *ids.shape[1:])[call.use.rows]
-        return self._table[ids].expand(shape)
+        counts = standing == Standing.TOKEN
+        counts = counts | (standing == Standing.UNTOLD) if self.full else counts
+        return counts if call.reached is None else counts | call.reached
 
 
 def masks_of(batch: Any) -> dict[str, Tensor]:
@@ -175,6 +226,7 @@ def share_key(call: Call, augmented: bool) -> tuple:
         call.use.padding,
         call.use.layout,
         id(call.use.normalise),
+        None if call.reached is None else call.reached.cpu().numpy().tobytes(),
         augmented,
     )
 
@@ -187,7 +239,7 @@ def count_tokens(capture: Capture, batch: Any) -> tuple[Layers, dict[str, int]]:
         batch: the prepared batch.
     """
     masks = TokenMasks(capture, batch)
-    layers = capture.observe(masks.full, masks.examples)
+    layers = capture.observe(masks.knows, masks.examples)
     tokens = BatchTokens(capture, every_layer(layers.layers.values()), masks, 0)
     return layers, {name: tokens.count(layer) for name, layer in layers.layers.items()}
 

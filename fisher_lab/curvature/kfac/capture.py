@@ -11,9 +11,8 @@ Shapes: ``B`` sequences of ``S`` positions; a layer's tokens come out as ``[T, f
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,9 +26,11 @@ from torch.utils.hooks import RemovableHandle
 from fisher_lab.config.kfac import KFACSettings
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.examples import NO_EXAMPLE, Examples
+from fisher_lab.curvature.kfac.given import GivenInputs
 from fisher_lab.curvature.kfac.layers import Kind, Layer
 from fisher_lab.curvature.kfac.layers_by_use import (
     NO_NORMS,
+    NOT_USED,
     Layers,
     UseOf,
     from_uses,
@@ -38,13 +39,17 @@ from fisher_lab.curvature.kfac.layers_by_use import (
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
 from fisher_lab.curvature.kfac.parts import base_of, part_text
 from fisher_lab.curvature.kfac.policy import wants_examples
-from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, ids_of
+from fisher_lab.curvature.kfac.token_ids import Fixed, Origin
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.wrappers import device_of, is_shard, unwrap
 
 HIDDEN = "which of its rows are padding cannot be told"
 """Why a layer is left out whose rows an operation has hidden from the batch's masks."""
+
+
+NO_LOOK_UP, SHARED = "not a look-up of tokens", "reads no tokens, but what all examples share"
+"""Why a layer is left out whose rows are the model's own (``docs/math.md``, section 1)."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class Call:
         version: of ``a``, to see that nothing has changed it since.
         index: its place among the calls of the pass.
         grad: gradient of the output, where a re-computing backward pass has delivered it.
+        reached: which rows count since a gradient reaches them (:mod:`.batch_tokens`), bool in
+            their shape; None where no row depends on that.
     """
 
     use: Use
@@ -70,6 +77,7 @@ class Call:
     version: int
     index: int
     grad: Tensor | None = None
+    reached: Tensor | None = None
 
     @property
     def trailing(self) -> int:
@@ -112,10 +120,7 @@ class Capture:
     Attributes:
         outputs: what the model returned, each time it was called.
         rows: which tokens the rows of the pass's tensors belong to.
-        inputs: side of the model, shape and first id of the tokens that it was given.
-        masks: masks of the inputs beside a text (pictures, sounds), as bool, by the input's name.
-            ``made``: that of a decoder's inputs which the model makes of its own.
-        hidden: whether a mask hides rows of an input, and it cannot be told which.
+        given: what the model was given, and its masks.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
@@ -124,11 +129,7 @@ class Capture:
         self.promised, self.settings = layers, settings
         self.outputs: list[Any] = []
         self.rows = TokenRows([*self.model.parameters(), *self.model.buffers()])
-        self.inputs: list[tuple[str, torch.Size, int]] = []
-        self.masks: dict[str, Tensor] = {}
-        self._given: list[Tensor] = []
-        self._mask: Any = None
-        self.hidden = False
+        self.given = GivenInputs(self.rows)
         self._calls: dict[UseOf, list[Call]] = {}
         self._names = {id(p): name for name, p in self.model.named_parameters()}
         self._parameters = {id(p): p for p in self.model.parameters()}
@@ -149,7 +150,7 @@ class Capture:
         add(self.model.register_forward_hook(self._end))
         if is_encoder_decoder(self.model) and hasattr(self.model, "get_decoder"):
             decoder = self.model.get_decoder()  # type: ignore[operator]
-            add(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+            add(decoder.register_forward_pre_hook(self.given.take_decoder, with_kwargs=True))
         self._watch_modules()
         self._watch.__enter__()
         return self
@@ -202,69 +203,12 @@ class Capture:
         self._depth += 1
         if self._depth > 1 or self._replaying:
             return
-        names = [n for n in inspect.signature(module.forward).parameters if n not in kwargs]
-        named = dict([*zip(names, args, strict=False), *kwargs.items()])
-        text = any(named.get(name) is not None for name in ("input_ids", "inputs_embeds"))
-        self._mask = named.get("attention_mask")
-        self._given = [value for value in named.values() if isinstance(value, Tensor)]
-        for name, value in named.items():
-            side, mask = "decoder" if name.startswith("decoder_") else "main", None
-            if side == "main":
-                signal = isinstance(value, Tensor) and value.is_floating_point()
-                beside = text and signal and not name.endswith("embeds")
-                side = name if beside else side  # pictures or sounds beside a text
-                mask = mask_of(name, named) if beside else named.get("attention_mask")
-            self._take_input(side, name, value, mask)
+        self.given.take(module, args, kwargs)
 
     def _end(self, _module: nn.Module, _args: object, output: Any) -> None:
         self._depth -= 1
         if not self._replaying:
             self.outputs.append(output)
-
-    def _enter_decoder(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A decoder's inputs that the model makes itself, of the labels or of its own inputs."""
-        if any(side == "decoder" for side, _, _ in self.inputs):
-            return
-        for name, value in [("input_ids", args[0] if args else None), *kwargs.items()]:
-            given = any(value is one for one in self._given)  # what is run is the encoder
-            if name not in ("input_ids", "inputs_embeds", "input_values") or given:
-                continue
-            mask, origin = self._mask, self.rows.of(value)
-            made = not isinstance(origin, Fixed) and isinstance(mask, Tensor)
-            if made and mask.shape == value.shape[:2]:  # of tokens that this mask is for
-                self.masks["made"] = mask != 0
-            self._take_input("made" if made else "decoder", name, value, None)
-
-    def _take_input(self, side: str, name: str, value: Any, mask: Any) -> None:
-        """Gives ids to the tokens of an input; masks and positions are not data."""
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            for one in value:
-                self._take_input(side, name, one, mask)
-        if not isinstance(value, Tensor):
-            return
-        if "mask" in name or "position" in name or name == "labels":
-            self.rows.mark(value, Fixed.CONSTANT)
-            return
-        series = isinstance(mask, Tensor) and mask.shape == value.shape  # a value a position
-        features = int(value.is_floating_point() and value.dim() > 1 and not series)
-        shape = value.shape[: value.dim() - features][:2]
-        if isinstance(mask, Tensor) and mask.dim() > 1 and not bool(mask.all()):
-            signal = side != "main" or value.is_floating_point()
-            if signal and mask.shape != shape:
-                self.hidden = True  # which of its rows the mask hides cannot be told
-                self.rows.mark(value, Fixed.UNKNOWN)
-                return
-            if side != "main":
-                self.masks[side] = mask != 0
-        first = next((i for s, n, i in self.inputs if (s, n) == (side, shape)), None)
-        if first is None:
-            first = self.rows.count + 1
-            self.inputs.append((side, shape, first))
-            self.rows.new_tokens(shape, value.device)
-        ids = torch.arange(first, first + shape.numel(), device=value.device).reshape(shape)
-        self.rows.mark(value, (ids.reshape(*shape, *[1] * (value.dim() - len(shape))),))
 
     def _found(self, use: Use, output: Tensor) -> None:
         added = self._parameters.get(use.bias or 0)
@@ -294,7 +238,12 @@ class Capture:
     def _origin(self, use: Use, output: Tensor) -> Origin:
         """The tokens of a use's rows; those of a convolution are its locations."""
         if use.layout is None:
-            return self.rows.of(use.a)
+            origin = self.rows.of(use.a)
+            if origin is not Fixed.UNKNOWN or not use.a.is_floating_point():
+                return origin
+            origin = self.rows.name(use.a)
+            self.rows.mark(output, with_features(origin, use.features))
+            return origin
         origin, axis = self.rows.of(output), use.layout.axis
         return origin if isinstance(origin, Fixed) else tuple(i.movedim(axis, -1) for i in origin)
 
@@ -335,7 +284,7 @@ class Capture:
         self, size: int | None = None, segments: Tensor | None = None, axis: int = 0
     ) -> Examples:
         """Returns the examples of the pass's tokens; arguments as for :class:`Examples`."""
-        return Examples(self.rows, self.inputs, self.device, size, segments, axis)
+        return Examples(self.rows, self.given.inputs, self.device, size, segments, axis)
 
     @property
     def replays(self) -> bool:
@@ -356,17 +305,19 @@ class Capture:
                 found |= set(where.expand(some.shape)[some].unique().tolist())
         return found - {-1}
 
-    def observe(self, full: bool, examples: Examples | None = None) -> Layers:
+    def observe(
+        self, known: Callable[[Origin, int], bool], examples: Examples | None = None
+    ) -> Layers:
         """Returns the K-FAC layers that the forward pass showed, and why others are left out.
 
         Args:
-            full: whether every position of the batch is a token.
+            known: says of an origin, and of how many dimensions are features, whether it can be
+                told which of the rows are padding.
             examples: of the tokens, where a layer has one row an example.
-
         """
         order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
         uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
-        reasons = {use.label: r for use in uses if (r := self._why_not(use, full, examples))}
+        reasons = {use.label: r for use in uses if (r := self._why_not(use, known, examples))}
         found = from_uses(self.model, [u for u in uses if u.label not in reasons], self.settings)
         seen = {
             *found.skipped,
@@ -388,7 +339,7 @@ class Capture:
         for identity, function in self._watch.unexplained.items():
             why[self._names[identity]] = f"used by {function}, which is no linear operator"
         absent = {
-            name: why.get(layer.weight, "not used in the forward pass")
+            name: why.get(layer.weight, NOT_USED)
             for name, layer in self.promised.layers.items()
             if name not in seen
         }
@@ -407,13 +358,18 @@ class Capture:
     def _constant(self, use: UseOf) -> bool:
         return Fixed.CONSTANT in self._origins(use)
 
-    def _why_not(self, use: UseOf, full: bool, examples: Examples | None) -> str | None:
+    def _why_not(
+        self,
+        use: UseOf,
+        known: Callable[[Origin, int], bool],
+        examples: Examples | None,
+    ) -> str | None:
         """Why a use makes no layer, as far as its inputs say."""
         origins = self._origins(use)
         if all(origin is Fixed.CONSTANT for origin in origins):
-            return "not a look-up of tokens" if use.kind.looks_up else "reads no tokens"
+            return NO_LOOK_UP if use.kind.looks_up else SHARED
         rows = [o for o in origins if o is not Fixed.CONSTANT]
-        if not full and any(ids_of(o, int(not use.kind.looks_up)) is None for o in rows):
+        if not all(known(o, int(not use.kind.looks_up)) for o in rows):
             return HIDDEN
         if examples is not None and wants_examples(self.settings, use.kind):
             trailing = int(not use.kind.looks_up)
@@ -533,6 +489,13 @@ def _names_of(layer: Layer) -> set[str]:
     return {*layer.names, *map(base_of, layer.names)}
 
 
+def with_features(origin: Origin, n: int) -> Origin:
+    """The origin of vectors as that of tensors whose last ``n`` dimensions are features."""
+    if isinstance(origin, Fixed):
+        return origin
+    return tuple(ids.reshape(*ids.shape[:-1], *[1] * n) for ids in origin)
+
+
 def _one_value(indices: Tensor) -> bool:
     """Whether a look-up is of one row, as that of token types that a model fills in itself."""
     return indices.dim() > 1 and bool((indices == indices.reshape(-1)[:1]).all())
@@ -542,20 +505,6 @@ def _align(call: Call, origin: Origin) -> None:
     """A row that is added to the vector of every token is looked up by every token."""
     if not isinstance(origin, Fixed):
         call.origin = tuple(ids[..., 0] for ids in origin if ids.size(-1) == 1)
-
-
-def mask_of(name: str, named: Mapping[str, Any]) -> Any:
-    """Returns the mask of an input beside a text: of ``pixel_values``, ``pixel_attention_mask``.
-
-    Args:
-        name: of the input.
-        named: all inputs.
-    """
-    words = {word.removesuffix("s") for word in name.split("_")} - {"input", "value"}
-    masks = (other for other in named if other.endswith("mask"))
-    return next(
-        (named[m] for m in masks if words & {w.removesuffix("s") for w in m.split("_")}), None
-    )
 
 
 def edge_of(tensor: Tensor) -> GradientEdge | None:

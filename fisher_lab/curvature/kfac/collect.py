@@ -28,7 +28,7 @@ from fisher_lab.curvature.kfac.batch_tokens import (
     masks_of,
     share_key,
 )
-from fisher_lab.curvature.kfac.capture import Capture
+from fisher_lab.curvature.kfac.capture import Call, Capture
 from fisher_lab.curvature.kfac.examples import by_example, lie_along_the_second
 from fisher_lab.curvature.kfac.fisher_kinds import BackwardPass, backward_passes, kind_in_use
 from fisher_lab.curvature.kfac.layers import Layer, every_layer
@@ -188,7 +188,7 @@ class _Collector:
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
             masks = TokenMasks(capture, batch)
-            layers = every_layer(capture.observe(masks.full, masks.examples).layers.values())
+            layers = every_layer(capture.observe(masks.knows, masks.examples).layers.values())
             find_non_finite(capture, layers, masks, sums.n_batches, loss)
             raise BatchError(
                 f"batch {sums.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
@@ -200,7 +200,7 @@ class _Collector:
         masks = TokenMasks(capture, batch)
         self._check_dimensions(capture, loss)
         given, loss = loss, by_example(loss, capture.rows, capture.examples)
-        sums.take(capture.observe(masks.full, masks.examples))
+        sums.take(capture.observe(masks.knows, masks.examples))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
         tokens = self._add_passes(capture, masks, loss)
@@ -263,10 +263,11 @@ class _Collector:
         sums = self.sums
         want_own = sums.keep_gradient and sums.fisher_kind != "empirical"
         diagonal = sums.uncovered.wants_diagonal
-        first, tokens = True, None
+        first, tokens, decided = True, None, self._decided(capture, masks, loss)
         for one in backward_passes(loss, self.settings, self._generator):
             grads = self._backward(capture, one, not one.last or want_own or diagonal)
             if first:  # a re-entrant checkpoint's calls are there only now
+                masks.settle(self._calls(capture), grads if decided is None else decided)
                 tokens = BatchTokens(capture, sums.everyone(), masks, sums.n_batches)
                 sums.head.find(loss, list(sums.layers.layers.values()), tokens.calls)
             assert tokens is not None
@@ -279,6 +280,18 @@ class _Collector:
                 if g is not None and len(g) > 0:
                     self._own(layer_sums, tokens.inputs(layer_sums.layer), g)
         return tokens
+
+    def _decided(
+        self, capture: Capture, masks: TokenMasks, loss: SummedLoss
+    ) -> Mapping[int, Tensor | None] | None:
+        """The gradient of the loss, where rows depend on it that the first pass does not reach."""
+        by_position = self.sums.fisher_kind == "true"
+        if not by_position or not masks.undecided(self._calls(capture)):
+            return None
+        return capture.gradients(loss.loss, retain_graph=True)[0]
+
+    def _calls(self, capture: Capture) -> list[Call]:
+        return [call for layer in self.sums.everyone() for call in capture.calls_of(layer)]
 
     def _backward(
         self, capture: Capture, one: BackwardPass, keep: bool

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fisher_lab.curvature.kfac.token_ids import FILLED, Origin, ids_of
+from fisher_lab.curvature.kfac.token_ids import FILLED, OWN, Origin, ids_of
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.likelihoods import at_least_float32
 from fisher_lab.curvature.losses import SummedLoss
@@ -59,11 +59,14 @@ class Examples:
                     among = int(segments.max()) + 1
                     found = found * among + of_row if of_row is not None else -1
                 table[start : start + len(numbers)] = found
-        for start, ids, _ in rows.pooled:
-            members = table[ids]
-            one = members.max(dim=1).values
-            alone = ((members == one[:, None]) | (members < 0)).all(dim=1)
-            table[start : start + len(ids)] = one.where(alone, -1)
+        for _ in range(2 if rows.unnamed else 1):  # some have their names from later ones
+            for start, names in rows.unnamed:
+                table[start : start + len(names)] = table[names.clamp(min=OWN)]
+            for start, ids, _ in rows.pooled:
+                members = table[ids]
+                one = members.max(dim=1).values
+                alone = ((members == one[:, None]) | (members < 0)).all(dim=1)
+                table[start : start + len(ids)] = one.where(alone, -1)
         self._table = table
 
     def of(self, origin: Origin, trailing: int) -> Tensor | None:
@@ -80,7 +83,7 @@ class Examples:
         if ids is None or ids.numel() == 0:
             return ids
         found = self._beside(self._table[ids])
-        unknown = (found < 0) & (ids != FILLED)  # such rows never count
+        unknown = (found < 0) & (ids != FILLED)  # few such rows count
         return None if bool(unknown.any()) else found
 
     @staticmethod

@@ -19,6 +19,9 @@ from fisher_lab.curvature.wrappers import unwrap
 
 NOT_INCLUDED, EXCLUDED, NO_NORMS = "not in include", "in exclude", "norm_layers=false"
 SHARED_BIAS = "a bias that several layers add"
+NOT_USED, NO_TOKEN = "not used in the forward pass", "no token with a gradient in this batch"
+UNREACHED = (NOT_USED, NO_TOKEN)
+"""Why a parameter has no part in the loss of these batches: another part of the model has."""
 LEFT_OUT_BY_CHOICE = (NOT_INCLUDED, EXCLUDED, NO_NORMS)
 """Why a layer is left out that the caller does not want."""
 

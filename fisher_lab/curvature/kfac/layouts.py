@@ -163,12 +163,13 @@ class Channels:
         return g.movedim(self.axis, -1)
 
 
-def seen(ids: Tensor, window: Window, d: int, n_out: int) -> Tensor:
+def seen(ids: Tensor, window: Window, d: int, n_out: int) -> tuple[Tensor, bool]:
     """Returns the tokens for which the locations of a convolution stand.
 
     Where a convolution is padded so that every position of its stride has a location (what was
     filled in before counts as padding), a location stands for the token at its place, whatever
-    else is under its window. Otherwise it stands for all of its window.
+    else is under its window; with more padding than the window is long, the first locations have
+    no place. Otherwise a location stands for all of its window.
 
     Args:
         ids: ``[..., n]`` along the dimension ``d`` of the window.
@@ -177,7 +178,8 @@ def seen(ids: Tensor, window: Window, d: int, n_out: int) -> Tensor:
         n_out: how many locations there are.
 
     Returns:
-        ``[..., n_out, k]``, with ``k`` 1 for the first and the size of the window for the second.
+        ``[..., n_out, k]``, with ``k`` 1 for the first and the size of the window for the second;
+        and whether there are locations with nothing but padding under them.
     """
     size, step, apart = window.size[d], window.stride[d], window.dilation[d]
     before, after = window.padding[d]
@@ -185,11 +187,13 @@ def seen(ids: Tensor, window: Window, d: int, n_out: int) -> Tensor:
     first, last = (real[0], real[-1]) if real else (0, ids.size(-1) - 1)
     left, right = before + first, after + ids.size(-1) - 1 - last
     place = step * torch.arange(n_out, device=ids.device)[:, None]
-    fits = left <= (size - 1) * apart and n_out * step > last - first
-    if left + right and fits:
-        index = place + first
-        inside = index <= last
+    early = max(left - (size - 1) * apart, 0)
+    placed = bool(left + right) and n_out * step - early > last - first
+    if placed:
+        index = place + first - early
+        inside = (index >= first) & (index <= last)
     else:
         index = place - before + apart * torch.arange(size, device=ids.device)
         inside = (index >= 0) & (index < ids.size(-1))
-    return ids[..., index.clamp(0, ids.size(-1) - 1)].where(inside, FILLED)
+    under = ids[..., index.clamp(0, ids.size(-1) - 1)].where(inside, FILLED)
+    return under, bool(early) if placed else bool(left + right)

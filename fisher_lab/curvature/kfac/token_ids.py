@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any
 
 import torch
@@ -21,10 +21,61 @@ Origin = tuple[Tensor, ...] | Fixed
 """The ids of a tensor (every way in which its rows belong to tokens), or why there are none."""
 
 FILLED = 0
-"""Id of a row that belongs to no token: padding that the model adds, a place not written to."""
+"""Id of a row that belongs to no token: padding that the model adds, a place not written to.
+
+It counts where a gradient reaches it.
+"""
 
 OWN = -1
 """Id of a row of the model's own, such as a class token: it counts, whatever the masks say."""
+
+
+class Standing(IntEnum):
+    """Whether a row counts."""
+
+    PADDING = 0
+    TOKEN = 1
+    REACHED = 2
+    """It counts where a gradient reaches it."""
+    UNTOLD = 3
+
+
+class Made(Enum):
+    """When a row counts that is made of several."""
+
+    OF_SOME = "if one of them does"
+    OF_EVERY = "if every one of them does"
+    OF_FILLED = "the same, where a model fills in what lies around its tokens"
+    OF_ALIKE = "if they do, and it cannot be told where some do and some do not"
+
+    def standing(self, members: Tensor, ids: Tensor) -> Tensor:
+        """Returns the standing of rows.
+
+        What is made of filling alone, or in part of padding where every one has to count, counts
+        where a gradient reaches it: nothing but padding never does.
+
+        Args:
+            members: standing of what each row is made of, ``[n, m]``.
+            ids: their ids, the same.
+        """
+        token, padding, untold = (
+            (members == each).any(dim=1)
+            for each in (Standing.TOKEN, Standing.PADDING, Standing.UNTOLD)
+        )
+        found = torch.full_like(members[:, 0], Standing.REACHED)
+        if self is Made.OF_ALIKE:
+            alike = (members == members[:, :1]).all(dim=1)
+            return members[:, 0].where(alike, Standing.UNTOLD)
+        if self is Made.OF_SOME:
+            found = found.masked_fill(padding, Standing.PADDING)
+            found = found.masked_fill(untold, Standing.UNTOLD)
+            return found.masked_fill(token, Standing.TOKEN)
+        filled = ids == FILLED
+        whole = ((members == Standing.TOKEN) | filled).all(dim=1) & token
+        if self is Made.OF_EVERY:
+            nothing = ((members == Standing.PADDING) | filled).all(dim=1) & padding
+            found = found.masked_fill(nothing, Standing.PADDING)
+        return found.masked_fill(untold, Standing.UNTOLD).masked_fill(whole, Standing.TOKEN)
 
 
 def words(text: str) -> frozenset[str]:

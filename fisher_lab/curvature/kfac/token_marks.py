@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fisher_lab.curvature.kfac.token_ids import Fixed, Origin
+from fisher_lab.curvature.kfac.token_ids import FILLED, OWN, Fixed, Made, Origin, Standing
+
+_UNNAMED, _SEVERAL = OWN - 1, OWN - 2
 
 
 class TokenMarks:
@@ -25,8 +27,11 @@ class TokenMarks:
 
     Attributes:
         count: how many ids there are; they start at 1.
-        pooled: first id of rows that several tokens make, the ids of these, a row each, and whether
-            such a row counts only if all of them do.
+        pooled: first id of rows that several tokens make, the ids of these, a row each, and when
+            such a row counts.
+        homes: first id and shape of the tokens of every input.
+        unnamed: first id of rows whose tokens an operation has hidden, and the id of that of each
+            (:meth:`name`).
     """
 
     def __init__(self, constants: Iterable[Tensor] = ()) -> None:
@@ -34,8 +39,11 @@ class TokenMarks:
         self._constants = {id(t) for t in constants}
         self.count = 0
         self._waiting = WeakTensorKeyDictionary()
-        self.pooled: list[tuple[int, Tensor, bool]] = []
+        self.pooled: list[tuple[int, Tensor, Made]] = []
+        self.unnamed: list[tuple[int, Tensor]] = []
         self._pooled_first: set[int] = set()
+        self.homes: list[tuple[int, torch.Size]] = []
+        self._joint: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def new_tokens(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Returns ids of new tokens, int64 of this shape."""
@@ -65,25 +73,137 @@ class TokenMarks:
         """
         self._waiting[tensor] = then
 
-    def _pool(self, ids: Tensor, n_dims: int, every: bool = False) -> Tensor:
-        """New ids for rows that several tokens make, which their last ``n_dims`` dimensions are.
+    def pool(self, ids: Tensor, n_dims: int, made: Made = Made.OF_SOME) -> Tensor:
+        """Returns new ids for rows that several tokens make.
 
-        Such a row counts if one of them does, or if ``every`` one of them does.
+        Args:
+            ids: of the tokens; the rows are its last ``n_dims`` dimensions.
+            n_dims: see above.
+            made: when such a row counts.
         """
         shape = ids.shape[: ids.dim() - n_dims]
-        made = self.new_tokens(shape, ids.device)
-        self._pooled_first.add(int(made.reshape(-1)[0]))
-        self.pooled.append((int(made.reshape(-1)[0]), ids.reshape(shape.numel(), -1), every))
-        return made.reshape(*shape, *[1] * n_dims)
+        new = self.new_tokens(shape, ids.device)
+        self._pooled_first.add(int(new.reshape(-1)[0]))
+        self.pooled.append((int(new.reshape(-1)[0]), ids.reshape(shape.numel(), -1), made))
+        return new.reshape(*shape, *[1] * n_dims)
 
-    def _at_home(self, origin: Origin) -> Origin:
+    # ---- rows whose tokens are told by what they are added to --------------------------------
+
+    def name(self, tensor: Tensor) -> Origin:
+        """Gives ids to the vectors of a tensor whose tokens an operation has hidden.
+
+        They become those of the tokens to whose vectors they are added, one to one
+        (``docs/math.md``, section 1).
+
+        Args:
+            tensor: ``[..., features]``.
+        """
+        rows = tensor.shape[:-1]
+        ids = self.new_tokens(rows, tensor.device)
+        self.unnamed.append((int(ids.reshape(-1)[0]), torch.full_like(ids.reshape(-1), _UNNAMED)))
+        self.mark(tensor, (ids.unsqueeze(-1),))
+        return self.of(tensor)
+
+    def _named(self, found: list[Tensor]) -> list[Tensor]:
+        """The ids of a result, whose rows name those of its parts that have no name yet."""
+        if not self.unnamed or len(found) < 2:
+            return found
+        kept = [ids for ids in found if not self._is_unnamed(ids)]
+        for ids in found:
+            if any(ids is other for other in kept):
+                continue
+            alike = [other for other in kept if other.shape == ids.shape]
+            for other in alike[:1]:
+                self._give(ids.reshape(-1), other.reshape(-1))
+            kept += [] if alike else [ids]
+        return kept
+
+    def _is_unnamed(self, ids: Tensor) -> bool:
+        highest = int(ids.max())
+        return any(start <= highest < start + len(names) for start, names in self.unnamed)
+
+    def _give(self, ids: Tensor, names: Tensor) -> None:
+        for start, before in self.unnamed:
+            here = (ids >= start) & (ids < start + len(before)) & (ids != names)
+            places, new = ids[here] - start, names[here]
+            old = before[places]
+            before[places] = new.where((old == _UNNAMED) | (old == new), _SEVERAL)
+
+    def shifted(self, ids: Tensor) -> Tensor:
+        """Returns ids of rows that were moved on by some positions, as those of their places.
+
+        A time shift puts rows before (or behind) the tokens of an input and drops as many at the
+        other end: every row then lies at the place of the token to whose vector it belongs.
+        """
+        for start, shape in self.homes:
+            if len(shape) != 2 or [n for n in ids.shape if n > 1] != [n for n in shape if n > 1]:
+                continue
+            home = torch.arange(start, start + shape.numel(), device=ids.device).reshape(shape)
+            here = ids.reshape(shape)
+            by = int(home[0, -1] - here[0, -1]) or int(home[0, 0] - here[0, 0])
+            if not 0 < abs(by) < shape[1]:
+                continue
+            moved, real = home.roll(by, dims=1), slice(by, None) if by > 0 else slice(None, by)
+            if torch.equal(here[:, real], moved[:, real]):
+                return home.reshape(ids.shape)
+        return ids
+
+    # ---- which rows count --------------------------------------------------------------------
+
+    def standings(self, masks: Iterable[tuple[int, Tensor]], device: torch.device) -> Tensor:
+        """Returns the :class:`Standing` of every row by its id, int8.
+
+        What is filled in comes first, the model's own row last.
+
+        Args:
+            masks: first id of the tokens of an input, and which of them are no padding.
+            device: of the result.
+        """
+        table = torch.full((self.count + 2,), Standing.TOKEN, dtype=torch.int8, device=device)
+        table[FILLED] = Standing.REACHED
+        for start, mask in masks:
+            table[start : start + mask.numel()] = mask.reshape(-1)
+        while True:
+            before = table.clone()
+            for start, names in self.unnamed:
+                found = table[names.clamp(min=OWN)].where(names >= OWN, Standing.UNTOLD)
+                table[start : start + len(names)] = found
+            for start, ids, made in self.pooled:
+                table[start : start + len(ids)] = made.standing(table[ids], ids)
+            if not self.unnamed or torch.equal(before, table):
+                return table
+
+    # ---- several ids for one row -------------------------------------------------------------
+
+    def settled(self, origin: Origin) -> Origin:
+        """Returns an origin without ids that say of the same rows what others do."""
+        if isinstance(origin, Fixed) or len(origin) < 2:
+            return origin
+        origin = self._at_home(origin)
+        alike: dict[tuple[bool, ...], list[Tensor]] = {}
+        for ids in origin:
+            alike.setdefault(tuple(n > 1 for n in ids.shape), []).append(ids)
+        return tuple(self._together(every) for every in alike.values())
+
+    def _together(self, every: list[Tensor]) -> Tensor:
+        """Ids of rows each of which belongs to several tokens."""
+        if len(every) == 1:
+            return every[0]
+        key = tuple(int(ids.reshape(-1)[0]) for ids in every)
+        members = torch.stack(every, dim=-1)
+        for ids, before in self._joint.get(key, ()):
+            if torch.equal(before, members):
+                return ids
+        ids = self.pool(members, 1, Made.OF_ALIKE)[..., 0]
+        self._joint.setdefault(key, []).append((ids, members))
+        return ids
+
+    def _at_home(self, origin: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The ids without those of other tokens whose vectors were mixed into a token's own.
 
         A row into which its neighbours were shifted (a time shift, a window) is that of the token
         that lies at its place in the input.
         """
-        if isinstance(origin, Fixed) or len(origin) < 2:
-            return origin
         home = [ids for ids in origin if self._is_home(ids)]
         if len(home) != 1:
             return origin

@@ -24,6 +24,7 @@ from fisher_lab.curvature.kfac.token_ids import (
     FILLED,
     OWN,
     Fixed,
+    Made,
     Operation,
     Origin,
     compressed,
@@ -94,6 +95,7 @@ class TokenRows(TokenMarks):
             (_SAME | _CHANNEL_NORMS, self._same),
             (_VIEWS, self._view),
             (_RESHAPES, self._reshape),
+            (["as_strided"], self._strided),
             (_NEW, self._new),
             (_COPIES, self._copy),
             (_JOINS, self._cat),
@@ -140,7 +142,7 @@ class TokenRows(TokenMarks):
                 found = Fixed.UNKNOWN  # an unusual form of the operation
         found = found if isinstance(found, list) else [found] * len(outs)
         for tensor, origin in zip(outs, found, strict=False):
-            self.mark(tensor, Fixed.UNKNOWN if origin == () else self._at_home(origin))
+            self.mark(tensor, Fixed.UNKNOWN if origin == () else self.settled(origin))
 
     # ---- rules: an operation's arguments -> the origin of its results ------------------------
 
@@ -159,11 +161,15 @@ class TokenRows(TokenMarks):
                 return Fixed.UNKNOWN
             if not isinstance(origin, Fixed):
                 found += [with_leading(ids, out.dim()) for ids in origin]
-        origin = union(found)
-        for tensor in call.given if self._waiting else ():
-            if tensor.shape == out.shape and tensor in self._waiting:
-                self._waiting.pop(tensor)(origin)
+        origin = union(self._named(found))
+        self._meet(origin, [tensor for tensor in call.given if tensor.shape == out.shape])
         return origin
+
+    def _meet(self, origin: Origin, given: list[Tensor]) -> None:
+        """Says of constants that they stand in, or beside, the vectors of tokens."""
+        for tensor in given if self._waiting else ():
+            if tensor in self._waiting and not isinstance(origin, Fixed):
+                self._waiting.pop(tensor)(origin)
 
     def _same(self, call: Operation) -> Origin:
         return self.of(call.given[0])
@@ -202,14 +208,14 @@ class TokenRows(TokenMarks):
         """
         if ids.size(axis) == 1 or picked.numel() != ids.numel() // ids.size(axis):
             return picked
-        of_example = self._pool(ids.movedim(axis, -1), 1).reshape(picked.shape)
+        of_example = self.pool(ids.movedim(axis, -1), 1).reshape(picked.shape)
         source = (int(ids.reshape(-1)[0]), ids.shape, axis)
         before = self._picks.setdefault(source, {})
         before.setdefault(int(picked.reshape(-1)[0]), []).append((len(self.pooled) - 1, picked))
         if len(before) == ids.size(axis):  # every position, one by one: a scan over the tokens
             for number, own in (pair for pairs in before.values() for pair in pairs):
-                first, _, every = self.pooled[number]
-                self.pooled[number] = (first, own.reshape(-1, 1), every)
+                first, _, made = self.pooled[number]
+                self.pooled[number] = (first, own.reshape(-1, 1), made)
         self._picked[int(of_example.reshape(-1)[0])] = picked
         return of_example
 
@@ -226,16 +232,24 @@ class TokenRows(TokenMarks):
             return origin
         return union([reshaped(ids, tuple(x.shape), tuple(out.shape)) for ids in origin])
 
+    def _strided(self, call: Operation) -> Origin:
+        """A view by strides, which are those of the whole only where it lies in one piece."""
+        origin, start = self.of(call.first), call.argument(3, "storage_offset")
+        if isinstance(origin, Fixed) or start is not None or not call.first.is_contiguous():
+            return Fixed.UNKNOWN
+        shape = call.first.shape
+        return union([compressed(call.again(i.expand(shape).contiguous())) for i in origin])
+
     def _copy(self, call: Operation) -> Origin:
         x = call.first
         origin = self.of(x)
         if isinstance(origin, Fixed):
             return origin
         if call.name == "pad":
-            call.rest, call.kwargs = (
-                call.rest[:1],
-                {"value": FILLED} | {k: v for k, v in call.kwargs.items() if k == "pad"},
-            )
+            added = list(call.argument(1, "pad"))
+            if x.is_floating_point() and all(ids.size(-1) == 1 for ids in origin):
+                added[:2] = 0, 0  # more features of the same rows
+            call.rest, call.kwargs = [added], {"value": FILLED}
         shape = list(x.shape)
         if call.name == "index_select":  # the other dimensions stay as they are
             dim = call.argument(1, "dim") % x.dim()
@@ -245,31 +259,31 @@ class TokenRows(TokenMarks):
                     for i in origin
                 ]
             )
-        return union([compressed(call.again(i.expand(shape))) for i in origin])
+        copies = [compressed(call.again(i.expand(shape))) for i in origin]
+        return union([self.shifted(ids) for ids in copies] if call.name == "pad" else copies)
 
     def _cat(self, call: Operation) -> Origin:
         parts = list(call.argument(0, "tensors"))
         dim = (call.argument(1, "dim") or 0) % parts[0].dim()
         origins = [self._position(self.of(p)) for p in parts]
         known = [o for o in origins if not isinstance(o, Fixed)]
-        if self._waiting and known and dim == parts[0].dim() - 1:
-            for part in parts:  # constants beside the vectors of tokens
-                if part in self._waiting:
-                    self._waiting.pop(part)(union([ids for o in known for ids in o]))
-        across = union([ids for o in known for ids in o if ids.size(dim) == 1])
+        across = union(self._named([i for o in known for i in o if i.size(dim) == 1]))
+        self._meet(across, [p for p in parts if p.shape[:-1] == call.outs[0].shape[:-1]])
         if Fixed.UNKNOWN in origins or any(len(o) != 1 for o in known):
             return across  # scores beside scores: what does not vary there stays
         varies = any(ids.size(dim) > 1 for o in known for ids in o)
         if not varies and (dim == parts[0].dim() - 1 or len(known) == len(parts) == 1):
             return across  # features beside features
-        own = torch.full([1] * parts[0].dim(), OWN, device=parts[0].device)
-        pieces = [own if isinstance(o, Fixed) else o[0] for o in origins]
+        pieces = [
+            self._of_model(p) if isinstance(o, Fixed) else o[0]
+            for p, o in zip(parts, origins, strict=True)
+        ]
         shape = torch.broadcast_shapes(*[(*p.shape[:dim], 1, *p.shape[dim + 1 :]) for p in pieces])
         whole = [
             ids.expand(*shape[:dim], part.size(dim), *shape[dim + 1 :])
             for ids, part in zip(pieces, parts, strict=True)
         ]
-        return (compressed(torch.cat(whole, dim)),)
+        return (self.shifted(compressed(torch.cat(whole, dim))),)
 
     def _stack(self, call: Operation) -> Origin:
         parts = list(call.argument(0, "tensors"))
@@ -307,7 +321,7 @@ class TokenRows(TokenMarks):
             return Fixed.UNKNOWN if rest else self._by_first(call)
         found = [ids for ids in of_value if ids.size(-2) == ids.size(-1) == 1]
         if not found and len(of_value) == 1 and of_value[0].size(-1) == 1:
-            found = [self._pool(of_value[0].movedim(-2, -1), 1).movedim(-1, -2)]
+            found = [self.pool(of_value[0].movedim(-2, -1), 1).movedim(-1, -2)]
         return union(found)
 
     def _by_first(self, call: Operation) -> Origin:
@@ -346,7 +360,7 @@ class TokenRows(TokenMarks):
         if not found and summed and known and left.dim() == right.dim() == dim:
             ids, axis = summed[0]  # keys times values, summed over the tokens of an example
             other = ids.movedim(axis, -1)
-            found.append(self._pool(other, 1).reshape(*ids.shape[:-2], 1, 1))
+            found.append(self.pool(other, 1).reshape(*ids.shape[:-2], 1, 1))
         return union(found)
 
     def _einsum(self, call: Operation) -> Origin:
@@ -378,7 +392,7 @@ class TokenRows(TokenMarks):
         found = []
         for ids in origin:
             if ids.size(-n - 1) > 1:
-                ids = self._joined(ids.movedim(-n - 1, -1), False).unsqueeze(-n - 1)
+                ids = self._joined(ids.movedim(-n - 1, -1), Made.OF_SOME).unsqueeze(-n - 1)
             found.append(self._windows(ids, window, call.outs[0].shape[-n:]))
         return union(found)
 
@@ -386,15 +400,22 @@ class TokenRows(TokenMarks):
         for d, length in enumerate(n_out):
             axis = d - len(n_out)
             if ids.size(axis) > 1:
-                made = seen(ids.movedim(axis, -1), window, d, length)
-                ids = self._joined(made, True).movedim(-1, axis)
+                under, filled = seen(ids.movedim(axis, -1), window, d, length)
+                if filled:  # padding, too, is what was filled in
+                    ids = self._joined(under, Made.OF_FILLED, always=True)
+                else:
+                    ids = self._joined(under, Made.OF_EVERY)
+                ids = ids.movedim(-1, axis)
         return ids
 
-    def _joined(self, ids: Tensor, every: bool) -> Tensor:
-        """One id for those along the last dimension; where all are filled in, so is the row."""
-        if ids.size(-1) == 1:
+    def _joined(self, ids: Tensor, made: Made, always: bool = False) -> Tensor:
+        """One id for those along the last dimension; where all are filled in, so is the row.
+
+        ``always`` a new one, if it is but one, too.
+        """
+        if ids.size(-1) == 1 and not always:
             return ids[..., 0]
-        return self._pool(ids, 1, every)[..., 0].where((ids != FILLED).any(dim=-1), FILLED)
+        return self.pool(ids, 1, made)[..., 0].where((ids != FILLED).any(dim=-1), FILLED)
 
     def _resample(self, call: Operation) -> Origin:
         """Positions are mixed, as many as there are: what does not vary along them stays."""
@@ -418,7 +439,8 @@ class TokenRows(TokenMarks):
         if not found and len(origin) == 1:
             rest = [d for d in range(x.dim()) if d not in dims]
             moved = origin[0].permute(*rest, *dims)
-            pooled = self._pool(moved, len(dims), overlapping(moved, len(dims)))
+            made = Made.OF_EVERY if overlapping(moved, len(dims)) else Made.OF_SOME
+            pooled = self.pool(moved, len(dims), made)
             found = [pooled.permute([([*rest, *dims]).index(d) for d in range(x.dim())])]
         if not keep:
             for d in reversed(dims):
@@ -475,11 +497,17 @@ class TokenRows(TokenMarks):
         shape[dim] = index.numel()
         return (start.index_copy_(dim, index.reshape(-1).long(), ids.expand(shape).contiguous()),)
 
+    @staticmethod
+    def _of_model(constant: Tensor) -> Tensor:
+        """The ids of a constant's rows: the model's own, or, where it is zero, filled in."""
+        zero = not constant.requires_grad and not bool(constant.any())
+        return torch.full([1] * constant.dim(), FILLED if zero else OWN, device=constant.device)
+
     def _single(self, source: Tensor) -> Tensor | None:
         """The ids of rows that are to be written; a constant's are the model's own."""
         origin = self.of(source)
         if origin is Fixed.CONSTANT:
-            return torch.full([1] * source.dim(), OWN, device=source.device)
+            return self._of_model(source)
         return None if isinstance(origin, Fixed) or len(origin) != 1 else origin[0]
 
     def _places(self, x: Tensor, before: Origin) -> Tensor:
@@ -495,11 +523,28 @@ class TokenRows(TokenMarks):
         where = narrowed(index)
         if isinstance(source, Tensor) and where.numel() == where.size(dim) < index.numel():
             return self._written(x, dim, where, source)
+        if isinstance(source, Tensor) and where.numel() < index.numel():
+            return self._gathered_up(x, dim % x.dim(), where, source)
         for tensor in (x, index):  # into features: the rows stay
             origin = self.of(tensor)
             if not isinstance(origin, Fixed) and all(i.size(dim) == 1 for i in origin):
                 return origin
         return Fixed.UNKNOWN
+
+    def _gathered_up(self, x: Tensor, dim: int, where: Tensor, source: Tensor) -> Origin:
+        """Rows that are summed at places of an empty ``x``: each is made of those sent to it."""
+        ids = self._single(source)
+        if ids is None or self.of(x) is not Fixed.CONSTANT:
+            return Fixed.UNKNOWN
+        shape = torch.broadcast_shapes(where.shape, ids.shape)
+        ids, where = (t.expand(shape).movedim(dim, -1).flatten(0, -2) for t in (ids, where))
+        sent = where[:, None] == torch.arange(x.size(dim), device=where.device)[:, None]
+        order = sent.int().argsort(dim=-1, descending=True, stable=True)
+        order = order[..., : int(sent.sum(dim=-1).max())]
+        members = ids[:, None].expand(sent.shape).where(sent, FILLED).gather(-1, order)
+        rows = [*shape[:dim], *shape[dim + 1 :], x.size(dim)]
+        made = self._joined(members, Made.OF_SOME).reshape(rows)
+        return (made.movedim(-1, dim),)
 
     def _assign(self, call: Operation) -> Origin:
         x, index, value = call.args
