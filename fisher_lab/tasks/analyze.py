@@ -203,6 +203,7 @@ def _precondition(
             "tokens": max(f.tokens for f in engine.kfac_factors.values()),
             "labels": max(f.n_labels for f in engine.kfac_factors.values()),
             "kfac/coverage": engine.coverage.share,
+            "kfac/coverage_of_reached": engine.coverage.share_of_reached,
             "kfac/collect_s": collect,
             "kfac/factor_s": factor,
             "kfac/apply_s": apply,

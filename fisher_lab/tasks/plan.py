@@ -71,7 +71,11 @@ def run(config: Config, run: Run) -> None:
     run.note(kfac={"coverage": coverage.summed(), "skipped": found.skipped})
     total = _total(rows)
     tokens = {"tokens": max(row["tokens"] for row in rows)}
-    run.metrics({**tokens, "kfac/coverage": coverage.share, **total})
+    shares = {
+        "kfac/coverage": coverage.share,
+        "kfac/coverage_of_reached": coverage.share_of_reached,
+    }
+    run.metrics({**tokens, **shares, **total})
     _show(rows, total, config.kfac.policy)
 
 

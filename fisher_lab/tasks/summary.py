@@ -50,6 +50,7 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "K-FAC": {
         "kfac/coverage": ("trained parameters that it covers", ".1%"),
+        "kfac/coverage_of_reached": ("of those that the batches reach", ".1%"),
         "kfac/woodbury_layers": ("layers by the Woodbury identity", "d"),
         "kfac/eig_layers": ("layers by eigendecomposition", "d"),
         "kfac/kappa_A_max": ("largest condition number of A", "g"),
@@ -276,7 +277,8 @@ def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> R
     """What the factors cover, what they leave to the plain gradient and why, and what is frozen.
 
     Args:
-        coverage: ``covered``, ``passed`` (reason -> numbers) and ``frozen``, as in the record.
+        coverage: ``covered``, ``passed`` (reason -> numbers), ``frozen`` and ``unreached``, as in
+            the record.
         skipped: layer -> why it has no factors.
     """
     passed = sorted(coverage["passed"].items(), key=lambda item: -item[1])
@@ -289,6 +291,12 @@ def coverage_table(coverage: Mapping[str, Any], skipped: Mapping[str, str]) -> R
         table.add_row(f"  {count:,}", f"{count / max(trained, 1):.1%}", words)
 
     add(coverage["covered"], "of the trained parameters are covered")
+    if unreached := coverage.get("unreached", 0):
+        reached = trained - unreached
+        share = f"{coverage['covered'] / max(reached, 1):.1%}"
+        table.add_row(
+            f"  {reached:,}", share, "are reached by these batches, and of these are covered"
+        )
     for reason, count in passed[:MAX_REASONS]:
         layers = [name for name, why in skipped.items() if why == reason]
         add(count, f"pass through: {reason}{_in_layers(layers)}")

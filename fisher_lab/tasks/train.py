@@ -203,6 +203,8 @@ def metrics(result: Result, target: float | None) -> dict[str, float | int | Non
         about = result.curvature["coverage"]
         trained = about["covered"] + sum(about["passed"].values())
         values["kfac/coverage"] = about["covered"] / trained
+        reached = max(trained - about["unreached"], 1)
+        values["kfac/coverage_of_reached"] = about["covered"] / reached
     return values | _curvature_metrics(rows, result.seconds)
 
 

@@ -23,7 +23,12 @@ from fisher_lab.curvature.kfac.factors import (
 from fisher_lab.curvature.kfac.fisher_kinds import n_draws
 from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.kfac.layers import Layer
-from fisher_lab.curvature.kfac.layers_by_use import LEFT_OUT_BY_CHOICE
+from fisher_lab.curvature.kfac.layers_by_use import (
+    LEFT_OUT_BY_CHOICE,
+    NO_TOKEN,
+    NOT_USED,
+    UNREACHED,
+)
 from fisher_lab.curvature.kfac.numerics import EngineSettings
 from fisher_lab.curvature.kfac.parts import base_of, in_parts, value_of
 from fisher_lab.curvature.kfac.policy import method, sharing_of, wants_sequences
@@ -38,10 +43,6 @@ STORAGE_ERROR_WARNING = 1e-2
 
 STORAGE_PROBES = 8
 """Columns on which that error is estimated."""
-
-
-NO_TOKEN = "no token with a gradient in this batch"
-"""Why a layer that the forward pass uses has no factors."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Coverage:
         for name, parameter in trained.items():
             size = sum(value_of(trained, part).numel() for part in parts.get(name, ()))
             if size < parameter.numel():
-                reason = reasons.get(name, NO_TOKEN if size else "not used in the forward pass")
+                reason = reasons.get(name, NO_TOKEN if size else NOT_USED)
                 missed[name] = parameter.numel() - size, reason
                 passed[reason] = passed.get(reason, 0) + missed[name][0]
         total = sum(parameter.numel() for parameter in trained.values())
@@ -100,12 +101,24 @@ class Coverage:
 
     def summed(self) -> dict[str, Any]:
         """Returns the numbers without the single parameters, for the record."""
-        return {"covered": self.covered, "passed": self.passed, "frozen": self.frozen}
+        counts = {"covered": self.covered, "passed": self.passed, "frozen": self.frozen}
+        return counts | {"unreached": self.unreached}
 
     @property
     def share(self) -> float:
         """The covered share of what is trained."""
         return self.covered / max(self.covered + sum(self.passed.values()), 1)
+
+    @property
+    def unreached(self) -> int:
+        """Numbers of what is trained that have no part in the loss of these batches."""
+        return sum(self.passed.get(reason, 0) for reason in UNREACHED)
+
+    @property
+    def share_of_reached(self) -> float:
+        """The covered share of what the loss of these batches reaches."""
+        total = self.covered + sum(self.passed.values())
+        return self.covered / max(total - self.unreached, 1)
 
     @property
     def missed(self) -> float:
@@ -117,6 +130,8 @@ class Coverage:
     def __str__(self) -> str:
         total = self.covered + sum(self.passed.values())
         text = f"K-FAC covers {self.share:.1%} of {total:,} trained parameters"
+        if self.unreached:
+            text += f", {self.share_of_reached:.1%} of those that these batches reach"
         largest = sorted(self.passed.items(), key=lambda item: -item[1])
         passed = "; ".join(f"{count / total:.1%} {reason}" for reason, count in largest)
         frozen = f" ({self.frozen:,} are frozen)" if self.frozen else ""
