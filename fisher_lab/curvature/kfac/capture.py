@@ -280,11 +280,16 @@ class Capture:
 
     # ---- what was found ----------------------------------------------------------------------
 
+    @property
+    def inputs(self) -> list[tuple[str, torch.Size, int]]:
+        """Side of the model, shape and first id of the tokens that it was given."""
+        return self.given.inputs
+
     def examples(
         self, size: int | None = None, segments: Tensor | None = None, axis: int = 0
     ) -> Examples:
         """Returns the examples of the pass's tokens; arguments as for :class:`Examples`."""
-        return Examples(self.rows, self.given.inputs, self.device, size, segments, axis)
+        return Examples(self.rows, self.inputs, self.device, size, segments, axis)
 
     @property
     def replays(self) -> bool:

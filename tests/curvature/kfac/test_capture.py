@@ -174,9 +174,9 @@ def test_no_hook_of_a_reentrant_capture_stays(end):
     with kfac.capture(model) as recording:
         loss = squared(model(batch()), None).sum()
     assert hooks(model) == 0, "the replay adds its own"
-    seen = len(recording.outputs), len(recording.given.inputs), recording.rows.count
+    seen = len(recording.outputs), len(recording.inputs), recording.rows.count
     model(batch())
-    assert (len(recording.outputs), len(recording.given.inputs), recording.rows.count) == seen
+    assert (len(recording.outputs), len(recording.inputs), recording.rows.count) == seen
     if end == "never collected":
         return
     if end == "failed":

@@ -33,7 +33,7 @@ class Scaled(nn.Embedding):
 class Router(nn.Linear):
     """Llama 4's router, which returns a tuple."""
 
-    def forward(self, input):
+    def forward(self, input):  # type: ignore
         scores = super().forward(input)
         return torch.sigmoid(scores), scores
 
@@ -336,7 +336,7 @@ class Joined(nn.Module):
 
 def hooked() -> nn.Module:
     linear = nn.Linear(WIDTH, WIDTH)
-    linear.register_forward_hook(lambda _module, _args, output: output * 2.0)
+    linear.register_forward_hook(lambda _module, _args, output: output * 2.0)  # type: ignore
     return linear
 
 
@@ -539,22 +539,23 @@ def test_a_bias_by_itself_is_a_layer_of_its_gradients(body):
 
 def gradient_at(model: nn.Module, name: str, single: dict[str, Tensor], position: int) -> Tensor:
     """The gradient of a bias that is another parameter at every position, at one of them."""
-    words = model.words(single["input_ids"])
+    words = model.words(single["input_ids"])  # type: ignore
     parameters = {n.removeprefix("body."): p for n, p in model.named_parameters() if "body." in n}
     short, length = name.removeprefix("body."), words.shape[1]
     here = parameters[short].detach().clone().requires_grad_()
     rows = []
     for t in range(length):
         given = {**parameters, short: here if t == position else parameters[short].detach()}
-        rows.append(torch.func.functional_call(model.body, given, (words[:, t : t + 1],)))
-    logits = model.head(torch.tanh(torch.cat(rows, dim=1)))
+        read = (words[:, t : t + 1],)
+        rows.append(torch.func.functional_call(model.body, given, read))  # type: ignore
+    logits = model.head(torch.tanh(torch.cat(rows, dim=1)))  # type: ignore
     labels = single["labels"][:, 1:].reshape(-1)
     loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels, reduction="sum")
     return torch.autograd.grad(loss, here)[0]
 
 
 def tokens_of_part(model: nn.Module, batch: dict[str, Tensor], part: int, parts: int) -> int:
-    rows = torch.cat([model.words(s["input_ids"])[0] for s in alone(batch)])
+    rows = torch.cat([model.words(s["input_ids"])[0] for s in alone(batch)])  # type: ignore
     return len(rows) if parts == 1 else int(((rows[:, 0] > 0) == (part == 0)).sum())
 
 
@@ -661,7 +662,8 @@ def test_products_by_einsum_are_those_of_linear_layers(settings):
     up, down = nn.Linear(WIDTH, 6, bias=False), nn.Linear(6, WIDTH, bias=False)
     other = Frame(nn.Sequential(up, nn.Tanh(), down)).double()
     other.words, other.head = model.words, model.head
-    up.weight.data, down.weight.data = model.body.up.flatten(1).T, model.body.down.flatten(1)
+    stacks = model.body.up.flatten(1), model.body.down.flatten(1)  # type: ignore
+    up.weight.data, down.weight.data = stacks[0].T, stacks[1]
     found = []
     for one in (model, other):
         kfac = KFACNaturalGradient(damping=1e-2, track_diagonal=False, **settings)
@@ -760,7 +762,7 @@ def test_the_parts_of_a_stack_are_layers_of_their_own():
         factors = kfac.kfac_factors[name]
         eye_g, eye_a = torch.eye(5).double() * 1e-2, torch.eye(WIDTH).double() * 1e-2
         left = torch.linalg.solve(factors.G.to_dense() + eye_g, given)
-        expected = torch.linalg.solve(factors.A.to_dense() + eye_a, left.T).T
+        expected = torch.linalg.solve(factors.A.to_dense() + eye_a, left.T).T  # type: ignore
         torch.testing.assert_close(result[expert], expected, rtol=1e-9, atol=1e-13)
 
 
@@ -804,7 +806,7 @@ def test_rows_that_an_operation_hides_are_left_out_where_there_is_padding():
     loss = CrossEntropy(shift=True)
     masked = padded["labels"].masked_fill(padded["attention_mask"] == 0, -100)
     mean = loss(model(padded["input_ids"]), {"labels": masked}).mean()
-    (expected,) = torch.autograd.grad(mean, [model.body.up.weight])
+    (expected,) = torch.autograd.grad(mean, [model.body.up.weight])  # type: ignore
     torch.testing.assert_close(kfac.own_gradients(model)["body.up.weight"], expected)
     kfac.collect_kfac_factors(model, batch_of((5, 5), "right"), loss=loss)
     assert kfac.kfac_factors["body.up"].tokens == 10
@@ -819,7 +821,7 @@ class Double(torch.autograd.Function):
         return x @ weight
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # type: ignore
         x, weight = ctx.saved_tensors
         return grad @ weight.T, (x.transpose(-1, -2) @ grad).sum(0)
 
