@@ -31,9 +31,10 @@ def ladder_figure(result: Mapping[str, Any]) -> Figure:
     """
     figure, panels = style.new_figure(width=2 * style.WIDTH, height=style.HEIGHT, panels=2)
     rows: Sequence[Mapping[str, Any]] = result["rows"]
-    names = [n for n in WORDS if any(row["rung"] == n for row in rows)]
     labels = {"error": "relative error, |x - x*| / |x*|", "cosine": "cosine with the exact answer"}
     for axes, key in zip(panels, labels, strict=True):
+        shown = {row["rung"] for row in rows if row[key] is not None}
+        names = [name for name in WORDS if name in shown]
         for place, name in enumerate(names):
             own = [row for row in rows if row["rung"] == name]
             known = [row for row in own if row[key] is not None and row[key] == row[key]]
@@ -43,7 +44,7 @@ def ladder_figure(result: Mapping[str, Any]) -> Figure:
                       label="a layer" if place == 0 else None)  # fmt: skip
             axes.plot([place] * len(whole), whole, "s", color=style.COLOURS[0], markersize=6,
                       label="all layers" if place == 0 else None)  # fmt: skip
-        axes.set_xticks(range(len(names)), [WORDS[n] for n in names], fontsize=5.5)
+        axes.set_xticks(range(len(names)), [WORDS[n] for n in names], fontsize=5)
         axes.set_ylabel(labels[key])
     panels[0].set_yscale("log")
     panels[0].axhline(1.0, color="#888888", linewidth=0.6)

@@ -21,8 +21,8 @@ PUBLIC = [
     "kfac_true_fisher_head", "kfac_eps", "woodbury_store_device", "woodbury_dtype",
     "use_eigenvalue_correction", "update_freq", "ema_decay", "use_gpu_eigh", "show_progress",
     "kfac_distributed_reduce", "core_dtype", "apply_dtype", "push_through", "fisher", "sharing",
-    "experts",
-    "n_samples", "seed", "true_max_classes", "fisher_scale", "ekfac", "max_columns",
+    "experts", "damping_mode",
+    "n_samples", "seed", "true_max_classes", "fisher_scale", "ekfac", "ekfac_unit", "max_columns",
     "max_dense_dim", "column_reduction", "store_limit_mb", "include", "exclude", "tied",
     "norm_layers", "uncovered", "track_diagonal", "progress", "communicator",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fisher_lab.curvature.collectives import Communicator, raise_others
 from fisher_lab.curvature.errors import CurvatureError
@@ -114,7 +115,7 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True)
-class KroneckerBlock:
+class KroneckerBlock(Block):
     """``(T/N) G (x) A`` with both sides damped; of a layer without A, ``(T/N) G``.
 
     Attributes:
@@ -127,40 +128,41 @@ class KroneckerBlock:
     G: Damped
     A: Damped | None
 
+    @override
     def power(self, y: Tensor, p: float) -> Tensor:
-        """See :class:`Block`."""
         y = self.G.power(y, p)
         return y if self.A is None else self.A.power(y.T, p).T
 
+    @override
     def product(self, y: Tensor, *, damped: bool = False) -> Tensor:
-        """See :class:`Block`."""
         y = self.G.factor.product(y) + (self.G.lam if damped else 0.0) * y
         if self.A is not None:
             y = self.A.factor.product(y.T).T + (self.A.lam if damped else 0.0) * y
         return y * self.factors.ratio
 
+    @override
     def solve(self, y: Tensor, lam: float) -> Tensor:
-        """See :class:`Block`."""
         return ekfac.kronecker(self.factors, self.G.numerics).solve(y, lam)
 
+    @override
     def in_use(self, y: Tensor) -> Tensor:
-        """See :class:`Block`."""
         y = self.G.in_use(y)
         return y if self.A is None else self.A.in_use(y.T).T
 
+    @override
     def trace(self) -> float:
-        """See :class:`Block`."""
         return self.factors.trace()
 
+    @override
     def logdet(self) -> float:
-        """Returns ``dim_A logdet G + dim_G logdet A + dim_G dim_A log(T/N)``."""
+        # dim_A logdet G + dim_G logdet A + dim_G dim_A log(T/N)
         dim_g, dim_a = self.factors.G.dim, 1 if self.A is None else self.A.factor.dim
         value = dim_a * self.G.logdet()
         value += 0.0 if self.A is None else dim_g * self.A.logdet()
         return value + dim_g * dim_a * math.log(self.factors.ratio)
 
+    @override
     def top(self, k: int) -> Tensor:
-        """See :class:`Block`."""
         return self.factors.top_eigenvalues(k)
 
 
