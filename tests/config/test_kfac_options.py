@@ -1,5 +1,7 @@
 """The options of K-FAC stand once: Python, the command line and the docstring agree."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses
