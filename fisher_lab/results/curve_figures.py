@@ -248,16 +248,19 @@ def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | Non
 
 
 def run_density_figure(found: Mapping[str, Any]) -> Figure:
-    """What ``spectral_density`` found of one run, with a band of one standard error."""
+    """What ``spectral_density`` found of one run; the band is its interval of confidence 0.95."""
     density = np.asarray(found["density"], dtype=float)
-    error = np.nan_to_num(np.asarray(found["standard_error"] or 0.0, dtype=float))
-    curve = pd.DataFrame(
-        {"mean": density, "min": (density - error).clip(min=0.0), "max": density + error},
-        index=found["grid"],
+    # Of one probe there is no interval.
+    low, high = (
+        np.where(np.isnan(end), density, end)
+        for end in (np.asarray(found[name], dtype=float) for name in ("low", "high"))
     )
+    curve = pd.DataFrame({"mean": density, "min": low, "max": high}, index=found["grid"])
     log = found["scale"] == "log10"
-    note = f"{found['operator']}, {len(found['nodes'])} probes"
-    note += f"; {found['mass_left_out']:.1%} at zero left out" if log else ""
+    zeros = round(found["mass_left_out"] * found["n_params"])
+    probes = "all eigenvalues" if found["exact"] else f"{len(found['nodes'])} probes"
+    note = f"{found['operator']}, {probes}, {found['n_samples']:,} samples"
+    note += f"; {zeros:,} of {found['n_params']:,} eigenvalues are zero" if log else ""
     x = "log10 eigenvalue" if log else "eigenvalue"
     scale = "y" if (density > 0).any() else ""
     return draw_curves({"density": curve}, x, "density", note, log=scale, decades=DECADES)

@@ -50,6 +50,13 @@ SPECTRAL_METRICS = (
 """Numbers of the union of the blocks that become metrics."""
 
 
+ESTIMATE_METRICS = {
+    "value": "", "standard_error": "_se", "low": "_low", "high": "_high",
+    "bracket_low": "_bracket_low", "bracket_high": "_bracket_high",
+}  # fmt: skip
+"""Entry of an estimate -> the end of its metric's name; what is not a number is left out."""
+
+
 def refuse(config: Config, ranks: Ranks) -> None:
     """Says what several ranks cannot do, before any work.
 
@@ -162,14 +169,15 @@ def _lanczos(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict
         "lanczos/bytes_per_parameter": pairs["memory_bytes"] / pairs["n_params"],
     }
     for name in ("trace", "effective_dimension"):
-        if name in result:
-            metrics[f"lanczos/{name}"] = result[name]["value"]
-            if not math.isnan(result[name]["standard_error"]):
-                metrics[f"lanczos/{name}_se"] = result[name]["standard_error"]
+        found = result.get(name, {"value": math.nan})
+        for key, suffix in ESTIMATE_METRICS.items():
+            if isinstance(found.get(key), float) and not math.isnan(found[key]):
+                metrics[f"lanczos/{name}{suffix}"] = found[key]
     atomic.write_json(run.directory / "lanczos.json", strict(result))
     draw("lanczos_eigenvalues", pairs, run)
     if "density" in result:
-        density, columns = result["density"], ("grid", "density", "standard_error")
+        density = result["density"]
+        columns = ("grid", "density", "standard_error", "low", "high")
         metrics["lanczos/mass_at_zero"] = density["mass_at_zero"]
         rows = zip(*(density[name] for name in columns), strict=True)
         run.table("density.csv", [dict(zip(columns, row, strict=True)) for row in rows])

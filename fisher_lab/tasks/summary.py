@@ -59,6 +59,14 @@ NUMBERS: dict[str, dict[str, tuple[str, str]]] = {
         "kfac/clipped_frac_G": ("eigenvalues of G raised to the floor", ".2%"),
         "kfac/ekfac_clipped_frac": ("pairs that EKFAC raised to its floor", ".2%"),
     },
+    "Spectra": {
+        "spectral/largest_eigenvalue": ("largest eigenvalue of a block", "g"),
+        "spectral/n_nonzero": ("nonzero eigenvalues of all blocks", "d"),
+        "lanczos/eigenvalue_0": ("largest eigenvalue", "g"),
+        "lanczos/trace": ("trace (95 % interval)", "g"),
+        "lanczos/effective_dimension": ("effective dimension (95 % interval)", "g"),
+        "lanczos/effective_dimension_bracket_low": ("  of it left open by Lanczos", "g"),
+    },
     "Plan": {
         "plan/layers": ("layers", "d"),
         "plan/bytes": ("factors and decompositions, MiB", "mib"),
@@ -339,13 +347,13 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
     """Section -> (words, value, name) of every number that the run has."""
     sections = {
         title: [
-            (words, number(metrics[name], form), name)
+            (words, _with_ends(metrics, name, form), name)
             for name, (words, form) in numbers.items()
             if metrics.get(name) is not None
         ]
         for title, numbers in NUMBERS.items()
     }
-    known = {name for numbers in NUMBERS.values() for name in numbers}
+    known = {name + end for numbers in NUMBERS.values() for name in numbers for end in ENDS}
     others = [
         name
         for name, value in metrics.items()
@@ -355,6 +363,21 @@ def _number_sections(metrics: Mapping[str, Any]) -> dict[str, list[tuple[str, st
     if len(others) > MAX_OTHERS:
         sections["Others"].append((f"... {len(others) - MAX_OTHERS} more", "", ""))
     return {title: rows for title, rows in sections.items() if rows}
+
+
+ENDS = ("", "_se", "_low", "_high", "_bracket_low", "_bracket_high")
+"""What follows the name of a number in the names of its standard error, interval and bracket."""
+
+
+def _with_ends(metrics: Mapping[str, Any], name: str, form: str) -> str:
+    """A number, with its interval where it has one; of a bracket both ends."""
+    text = number(metrics[name], form)
+    if name.endswith("_bracket_low"):
+        return f"{text} to {number(metrics[name.removesuffix('low') + 'high'], form)}"
+    low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return text
+    return f"{text} ({'exact' if low == high else f'{number(low, form)} to {number(high, form)}'})"
 
 
 def fit_names(

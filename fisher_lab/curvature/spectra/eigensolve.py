@@ -35,6 +35,8 @@ class Solved:
         regularization: what was added to the diagonal after a failure, else 0.
         exact: False for a sketch, whose derived numbers see only the top eigenvalues.
         extra: further entries of the record.
+        rounding: relative to the largest eigenvalue, what the others are off by at most.
+        second: the second eigenvalue, where a sketch found it and does not keep it.
     """
 
     eigenvalues: Tensor
@@ -42,6 +44,18 @@ class Solved:
     regularization: float = 0.0
     exact: bool = True
     extra: Mapping[str, Any] | None = None
+    rounding: float = 0.0
+    second: float | None = None
+
+    @property
+    def threshold(self) -> float:
+        """Up to where an eigenvalue cannot be told from zero."""
+        return self.rounding * float(self.eigenvalues[0]) if len(self.eigenvalues) else 0.0
+
+    @property
+    def nonzero(self) -> Tensor:
+        """The eigenvalues above it."""
+        return self.eigenvalues[self.eigenvalues > self.threshold]
 
 
 class SolveError(RuntimeError):
@@ -49,7 +63,13 @@ class SolveError(RuntimeError):
 
 
 def solve(
-    matrix: Tensor, size: int, *, dtype: torch.dtype, device: torch.device, regularization: float
+    matrix: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype,
+    rows: torch.dtype,
+    device: torch.device,
+    regularization: float,
 ) -> Solved:
     """Decomposes ``(1/N) J J^T`` or ``(1/N) J^T J``, of which ``size`` eigenvalues can be nonzero.
 
@@ -57,6 +77,7 @@ def solve(
         matrix: symmetric, float64.
         size: ``min(N, P)``.
         dtype: of the eigensolver.
+        rows: dtype in which the rows of ``J`` were computed.
         device: of the eigensolver.
         regularization: added to the diagonal, times the mean diagonal, only after a failure.
 
@@ -79,10 +100,21 @@ def solve(
     if not bool(torch.isfinite(values).all()):
         raise SolveError("the eigensolver returned non-finite eigenvalues")
     values = values.flip(0)[:size].clamp(min=0.0)
-    return Solved(values.double().cpu(), trace, used)
+    rounding = relative_rounding(len(matrix), dtype, rows)
+    return Solved(values.double().cpu(), trace, used, rounding=rounding)
 
 
-def sketch(rows: Tensor, rank: int) -> Solved:
+def relative_rounding(side: int, solver: torch.dtype, rows: torch.dtype) -> float:
+    """What an eigenvalue is off by at most, relative to the largest one.
+
+    ``10 side^(1/2) eps`` of the solver for the matrix ``[side, side]`` that it decomposes, whatever
+    the other dimension of ``J`` is; and ``eps^2`` of the rows of ``J``, whose rounding alone makes
+    eigenvalues of that size (``docs/math.md``, section 8).
+    """
+    return 10 * side**0.5 * torch.finfo(solver).eps + torch.finfo(rows).eps ** 2
+
+
+def sketch(rows: Tensor, rank: int, dtype: torch.dtype) -> Solved:
     """Approximates the top eigenvalues of ``(1/N) J^T J`` by a randomised SVD.
 
     Eight further columns and four power iterations (Halko et al. 2011, algorithm 4.4). The error
@@ -92,6 +124,7 @@ def sketch(rows: Tensor, rank: int) -> Solved:
     Args:
         rows: ``J`` ``[N, P]`` float64, centred already where asked for.
         rank: eigenvalues wanted.
+        dtype: in which the rows were computed.
 
     Raises:
         SolveError: the SVD failed.
@@ -112,26 +145,36 @@ def sketch(rows: Tensor, rank: int) -> Solved:
         "error_estimate": float(residuals.max()) / largest if largest > 0 else None,
         "discarded_trace": max(trace - float(values.sum()), 0.0),
     }
-    return Solved(values.cpu(), trace, exact=False, extra=extra)
+    return Solved(
+        values.cpu(),
+        trace,
+        exact=False,
+        extra=extra,
+        rounding=relative_rounding(q, rows.dtype, dtype),
+        second=float(singular[1].square()) if q > 1 else None,
+    )
 
 
-def describe(
-    solved: Solved, *, n: int, p: int, top_k: int | None, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
+def describe(solved: Solved, *, n: int, p: int, top_k: int | None) -> dict[str, Any]:
     """Returns the record of a spectrum of ``n`` samples and ``p`` parameters.
 
-    ``top_k`` eigenvalues are kept in it (None: all); ``dtype`` is the eigensolver's, whose rounding
-    decides what is zero.
+    ``top_k`` eigenvalues are kept in it (None: all).
     """
     values = solved.eigenvalues
     if len(values) == 0 or float(values[0]) <= 0.0:
         return degenerate("every per-sample gradient is zero", n=n, p=p)
-    threshold = max(n, p) * torch.finfo(dtype).eps * float(values[0])
-    # In float32 with 8 million parameters the threshold passes the largest one itself.
-    nonzero = values[values > threshold] if threshold < float(values[0]) else values[:1]
+    return _record(solved, solved.nonzero, solved.threshold, n=n, p=p, top_k=top_k)
+
+
+def _record(
+    solved: Solved, nonzero: Tensor, threshold: float, *, n: int, p: int, top_k: int | None
+) -> dict[str, Any]:
+    values = solved.eigenvalues
     weights = nonzero / nonzero.sum()
     # The second eigenvalue of a P x P matrix of rank one is zero, if there is a second one.
-    second = float(values[1]) if len(values) > 1 else (0.0 if p > 1 else None)
+    second = solved.second
+    if second is None:
+        second = float(values[1]) if len(values) > 1 else 0.0 if p > 1 and solved.exact else None
     return {
         "status": "ok",
         "reason": None,
@@ -166,32 +209,34 @@ def degenerate(reason: str, *, n: int, p: int) -> dict[str, Any]:
 
 
 def union(
-    solved: Iterable[Solved],
-    *,
-    n: int,
-    p: int,
-    top_k: int | None,
-    n_degenerate: int,
-    dtype: torch.dtype = torch.float64,
+    solved: Iterable[Solved], *, n: int, p: int, top_k: int | None, n_degenerate: int
 ) -> dict[str, Any]:
     """Returns the record of the block-diagonal matrix: the blocks' eigenvalues together.
 
     ``solved`` are the blocks that are not degenerate, with ``p`` parameters in all, and
-    ``n_degenerate`` those that were left out; the rest is as for :func:`describe`.
+    ``n_degenerate`` those that were left out; the rest is as for :func:`describe`. Every block
+    decides by its own rounding what is nonzero; ``threshold`` is the largest of theirs.
     """
     parts = list(solved)
     counts = {"n_blocks": len(parts), "n_degenerate": n_degenerate}
     if not parts:
         return {**degenerate("every block is degenerate", n=n, p=p), **counts}
-    joined = torch.cat([part.eigenvalues for part in parts]).sort(descending=True).values
+    joined, nonzero = (
+        torch.cat(values).sort(descending=True).values
+        for values in ([part.eigenvalues for part in parts], [part.nonzero for part in parts])
+    )
+    # A block that keeps one eigenvalue of its sketch may still have the second one of all.
+    hidden = [x.second for x in parts if len(x.eigenvalues) == 1 and x.second is not None]
     whole = Solved(
         joined,
         sum(part.trace for part in parts),
         max(part.regularization for part in parts),
         all(part.exact for part in parts),
+        second=max([*joined[1:2].tolist(), *hidden], default=None),
     )
-    record = describe(whole, n=n, p=p, top_k=top_k, dtype=dtype)
-    return {**record, "eigenvalues": joined[:top_k].tolist(), **counts}
+    threshold = max(part.threshold for part in parts)
+    record = _record(whole, nonzero, threshold, n=n, p=p, top_k=top_k)
+    return {**record, **counts}
 
 
 Found = Solved | str

@@ -275,7 +275,7 @@ class FisherSpectral:
             p = call.sizes[block]
             if samples.total == 0 or p == 0:
                 continue
-            dtype = functools.reduce(torch.promote_types, (parameters[n].dtype for n in names))
+            dtype = call.dtype(block)
             if mode in ("full", "sketch"):
                 result[block] = RowMatrix(spread, every, mode, device, dtype)
             elif mode == "streaming" and p < samples.total:
@@ -315,13 +315,14 @@ class FisherSpectral:
         config, n = self.config, call.samples.total
 
         def solver(block: str, matrix: Tensor) -> Solved:
-            p = call.sizes[block]
+            p, rows = call.sizes[block], call.dtype(block)
             if not bool(torch.isfinite(matrix).all()):
                 raise eigensolve.SolveError("non-finite gradients")
             if config.storage_mode == "sketch":
                 # Each block starts from the seed, so that blocks do not depend on one another.
                 seed_generators(config.seed)
-                return eigensolve.sketch(matrix, min(config.top_k or config.sketch_rank, n, p))
+                rank = min(config.top_k or config.sketch_rank, n, p)
+                return eigensolve.sketch(matrix, rank, rows)
             device = torch.device(config.eigensolve_device.replace("auto", "cpu"))
             if config.eigensolve_device == "auto" and len(matrix) >= 2048:
                 device = matrix.device
@@ -329,6 +330,7 @@ class FisherSpectral:
                 matrix,
                 min(n, p),
                 dtype=self._solver_dtype,
+                rows=rows,
                 device=device,
                 regularization=config.regularization,
             )
@@ -352,7 +354,7 @@ class FisherSpectral:
         cache_exact: bool | None,
         factored: set[str],
     ) -> dict[str, Any]:
-        n, top_k, dtype = call.samples.total, self.config.top_k, self._solver_dtype
+        n, top_k = call.samples.total, self.config.top_k
         per_block: dict[str, dict[str, Any]] = {}
         solved: dict[str, Solved] = {}
         for block, p in call.sizes.items():
@@ -366,7 +368,7 @@ class FisherSpectral:
             if isinstance(one, str):
                 record = eigensolve.degenerate(one, n=n, p=p)
             else:
-                record = eigensolve.describe(one, n=n, p=p, top_k=top_k, dtype=dtype)
+                record = eigensolve.describe(one, n=n, p=p, top_k=top_k)
                 if record["status"] == "ok":
                     solved[block] = one
             per_block[block] = {**record, "method": getattr(collectors.get(block), "method", None)}
@@ -376,7 +378,6 @@ class FisherSpectral:
             p=sum(call.sizes[block] for block in solved),
             top_k=top_k,
             n_degenerate=len(call.blocks) - len(solved),
-            dtype=dtype,
         )
         metadata = self._metadata(call, cache_exact, factored, per_block)
         return {"metadata": metadata, "per_block": per_block, "global": whole}
@@ -405,8 +406,8 @@ class FisherSpectral:
             "block_structure": call.structure,
             "center_gradients": call.center,
             "architecture": architecture_of(call.model),
-            "nonzero_threshold": f"max(N, P) * eps({dtype_name(self._solver_dtype)}) * "
-            "largest eigenvalue",
+            "nonzero_threshold": f"(10 side^(1/2) eps({dtype_name(self._solver_dtype)}) + "
+            "eps(gradients)^2) * largest eigenvalue, side: of the matrix decomposed",
             "gradient_source": "backward" if cache_exact is None else "cache",
             "cache_exact": cache_exact,
             "factored_weights": sorted(factored),
@@ -434,6 +435,12 @@ class _Call:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that require a gradient, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def dtype(self, block: str) -> torch.dtype:
+        """The dtype of a block's rows of ``J``."""
+        parameters = dict(self.model.named_parameters())
+        dtypes = (parameters[name].dtype for name in self.blocks[block])
+        return functools.reduce(torch.promote_types, dtypes)
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
