@@ -347,6 +347,13 @@ class KrylovBasis:
         """Returns (values ascending ``[j]``, coordinates ``[j, j]``) of the projected matrix."""
         return torch.linalg.eigh(self.projected[: self.size, : self.size])
 
+    def first_product(self) -> Tensor:
+        """Returns the product with the first vector, of length one, without a new one."""
+        found = self.projected[: self.size, 0].to(self.vectors) @ self.vectors[: self.size]
+        if self.size == 1 and self._next is not None:
+            found += self.beta * self._next
+        return found
+
     def noise(self) -> float:
         """Returns how far the products are from those of a symmetric matrix.
 

@@ -7,7 +7,7 @@ Woodruff 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace, XDiag).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,8 @@ class Estimate:
         n_products: operator products.
         seed: of the probes.
         low: lower end of the interval of confidence 0.95: quantiles of Student's t with
-            ``n_probes - 1`` degrees of freedom, and all of the bracket where there is one.
+            ``n_probes - 1`` degrees of freedom, times the standard error or what :class:`Spread`
+            says, whichever is larger, and all of the bracket where there is one.
         high: its upper end.
         bracket_low: mean over the probes of a lower bound of what Lanczos leaves open; None where
             nothing is left open.
@@ -73,10 +74,37 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), error
 
 
-def estimate(values: Sequence[float], products: int, seed: int, known: float = 0.0) -> Estimate:
-    """Returns the mean of one value a probe, and what is ``known`` without chance."""
+class Spread:
+    """The standard error of a mean of ``z^T M z`` over random signs, from the products ``M z``.
+
+    Of independent signs ``Var(z^T M z) = 2 sum_{j != k} M_jk^2 = 2 sum_k Var(z_k (M z)_k)``. The
+    right side is a sum over all elements, which ten probes tell far better than the ten values of
+    ``z^T M z`` do, above all where one eigenvalue outweighs the others and the values are skewed.
+    """
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self._running = _Running(n, device)
+
+    def add(self, signs: Tensor, product: Tensor) -> None:
+        """Takes a probe ``z`` and ``M z``, both ``[n]``."""
+        self._running.add(signs * product)
+
+    def error(self) -> float:
+        """The standard error, NaN for a single probe."""
+        if self._running.count < 2:
+            return math.nan
+        return math.sqrt(2 * float(self._running.errors().square().sum()))
+
+
+def estimate(
+    values: Sequence[float], products: int, seed: int, known: float = 0.0, spread: float = 0.0
+) -> Estimate:
+    """Returns the mean of one value a probe, and what is ``known`` without chance.
+
+    ``spread`` is a standard error from :class:`Spread`.
+    """
     mean, error = (float(x) for x in mean_and_error(torch.tensor(values, dtype=torch.float64)))
-    value, half = known + mean, t_quantile(len(values)) * error
+    value, half = known + mean, t_quantile(len(values)) * max(error, spread)
     return Estimate(value, error, len(values), products, seed, value - half, value + half)
 
 
@@ -94,11 +122,12 @@ def bracketed(
     *,
     least: float,
     most: float,
+    spread: float = 0.0,
 ) -> Estimate:
     """Returns the middle of a bracket, one lower and one upper bound a probe.
 
     The interval reaches from the lower end of the lower bounds' one to the upper end of the upper
-    bounds' one. ``least`` and ``most`` are certain.
+    bounds' one. ``least`` and ``most`` are certain; ``spread`` is as for :func:`estimate`.
     """
     ends = torch.tensor([lower, upper], dtype=torch.float64)
     (low, high), (low_error, high_error) = mean_and_error(ends.T)
@@ -114,8 +143,8 @@ def bracketed(
         n_probes=len(lower),
         n_products=products,
         seed=seed,
-        low=within(low - t * low_error),
-        high=within(high + t * high_error),
+        low=within(low - t * max(float(low_error), spread)),
+        high=within(high + t * max(float(high_error), spread)),
         bracket_low=within(low),
         bracket_high=within(high),
     )
@@ -153,42 +182,46 @@ def hutch_plus_plus(
     """Estimates the trace: exactly on a random range of the operator, by probes on the rest.
 
     A third of the products finds the range, a third evaluates it, a third probes the rest; the
-    standard error is that of the probes.
+    standard error is that of the probes. Of a square, a quarter each does so, and a quarter is for
+    the interval.
 
     Args:
         matvec: the operator ``A``.
         n: its size.
-        n_products: products in all, at least 6: the standard error takes two probes.
+        n_products: products in all, at least 6, of a square 8: a standard error takes two probes.
         seed: of the random vectors.
         dtype: of the vectors; ``n_products / 3`` of them are allocated.
         device: of the vectors.
         squared: takes the trace of ``A^2``, the squared Frobenius norm, instead.
 
     Raises:
-        CurvatureError: fewer than 6 products.
+        CurvatureError: fewer products.
     """
-    _check_products(n_products, 6)
+    shares = 4 if squared else 3
+    _check_products(n_products, 2 * shares)
     generator = torch.Generator().manual_seed(seed)
-    third = n_products // 3
+    third = n_products // shares
     size = min(third, n)
 
     def signs() -> Tensor:
         return rademacher(n, generator).to(device=device, dtype=dtype)
 
-    def form(v: Tensor) -> float:
-        product = matvec(v.clone()).double()
-        return float(product @ product if squared else v.double() @ product)
-
     basis = torch.linalg.qr(torch.stack([matvec(signs()) for _ in range(size)]).T).Q.T.contiguous()
-    known = sum(form(row) for row in basis)
+    known = 0.0
+    for row in basis:
+        product = matvec(row.clone()).double()
+        known += float(product @ (product if squared else row.double()))
     if len(basis) == n:
         return Estimate(known, 0.0, 0, 2 * size, seed, known, known)
-    rest = []
+    rest, spread = [], Spread(n, device)
     for _ in range(third):
-        probe = signs()
-        probe -= (basis @ probe) @ basis
-        rest.append(form(probe))
-    return estimate(rest, 2 * size + third, seed, known)
+        drawn = signs()
+        probe = drawn - (basis @ drawn) @ basis
+        product = matvec(probe.clone())
+        rest.append(float(product.double() @ (product if squared else probe).double()))
+        product = matvec(product) if squared else product
+        spread.add(drawn, product - (basis @ product) @ basis)
+    return estimate(rest, 2 * size + (shares - 2) * third, seed, known, spread.error())
 
 
 def frobenius_norm(squared: Estimate) -> Estimate:
@@ -201,9 +234,8 @@ def frobenius_norm(squared: Estimate) -> Estimate:
 class _LeaveOneOut:
     """A random range of a symmetric operator, and what it is without each of its vectors.
 
-    Rows are vectors: ``omega``, ``images`` ``= omega A`` and ``q`` ``[r, n]``, orthonormal, with
-    the span of ``images``; ``q_images`` ``= q A``. Column ``i`` of ``out`` ``[r, m]`` has the
-    coordinates of the direction that leaves the span with ``omega_i`` (zero if none does).
+    Rows are vectors: ``omega``, ``images = omega A`` and ``q`` ``[m, n]``, orthonormal, with the
+    span of ``images``; ``q_images = q A``. All that follows is in coordinates of ``q``, float64.
     """
 
     def __init__(
@@ -216,24 +248,59 @@ class _LeaveOneOut:
         device: torch.device,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        signs = [rademacher(n, generator).to(device=device, dtype=dtype) for _ in range(size)]
-        self.omega = torch.stack(signs)
-        self.images = torch.stack([matvec(v.clone()) for v in signs])
+        self.size, self.eps = size, torch.finfo(dtype).eps
+        self.omega = torch.empty(size, n, dtype=dtype, device=device)
+        for row in self.omega:
+            row.copy_(rademacher(n, generator))
+        self.images = torch.stack([matvec(row.clone()) for row in self.omega])
         q, r = torch.linalg.qr(self.images.T)
-        turn, lengths, _ = torch.linalg.svd(r.double())
-        rounding = 10 * size * torch.finfo(dtype).eps * float(lengths.max())
-        rank = int((lengths > rounding).sum())
-        if rank == size:
-            out = torch.linalg.inv(r.double()).T
-            self.out, self.q = out / out.norm(dim=0), q.T.contiguous()
-        else:  # each vector lies in the span of the others
-            self.out = torch.zeros(rank, size, dtype=torch.float64, device=device)
-            self.q = turn[:, :rank].T.to(dtype) @ q.T
-        self.q_images = torch.stack([matvec(row.clone()) for row in self.q]) if rank else self.q
+        self.q, self.r = q.T.contiguous(), r.double()
+        self.q_images = torch.stack([matvec(row.clone()) for row in self.q])
+        self.inner = (self.q @ self.q_images.T).double()
+        self.inside = (self.q @ self.omega.T).double()
+        self.mixed = (self.q_images @ self.omega.T).double()
+        self.whole = (self.omega * self.images).double().sum(1)
 
-    def projected(self, coordinates: Tensor) -> Tensor:
-        """Coordinates ``[r, m]`` less, in column ``i``, their part along ``out_i``."""
-        return coordinates - self.out * (self.out * coordinates).sum(0)
+    def range(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the vectors ``keep``, the projector on their images and what each adds to the span.
+
+        Returns:
+            ``[m, m]``, and ``[m, len(keep)]``: column ``i`` is the direction that leaves the span
+            with vector ``i``, zero if none does.
+        """
+        turn, lengths, back = torch.linalg.svd(self.r[:, keep], full_matrices=False)
+        rank = int((lengths > 10 * self.size * self.eps * lengths.max()).sum())
+        out = torch.zeros(self.size, len(keep), dtype=torch.float64, device=self.r.device)
+        if rank == len(keep):
+            out = (turn / lengths) @ back
+            out = out / out.norm(dim=0)
+        turn = turn[:, :rank]
+        return turn @ turn.T, out
+
+    def trace(self, keep: Tensor) -> float:
+        """XTrace of the vectors ``keep``."""
+        onto, out = self.range(keep)
+        inside = self.inside[:, keep]
+        inside = onto @ inside - out * (out * inside).sum(0)
+        known = (onto * self.inner).sum() - (out * (self.inner @ out)).sum(0)
+        rest = self.whole[keep] - 2 * (inside * self.mixed[:, keep]).sum(0)
+        return float((known + rest + (inside * (self.inner @ inside)).sum(0)).mean())
+
+    def diagonal(self, keep: Tensor) -> Tensor:
+        """XDiag of the vectors ``keep``, ``[n]``."""
+        onto, out = self.range(keep)
+        images = self.r[:, keep] - out * (out * self.r[:, keep]).sum(0)
+        core = (onto - out @ out.T / len(keep)).to(self.q)
+        taken = (images / len(keep)).to(self.q) @ self.omega[keep]
+        probed = (self.omega[keep] * self.images[keep]).double().mean(0)
+        found = self.q * (core @ self.q_images - taken)
+        return found.double().sum(0) + probed
+
+    def replicates(self) -> Iterator[Tensor]:
+        """Yields all vectors but one."""
+        every = torch.arange(self.size, device=self.r.device)
+        for i in range(self.size):
+            yield every[every != i]
 
 
 def xtrace(
@@ -247,31 +314,31 @@ def xtrace(
 ) -> Estimate:
     """Estimates the trace by XTrace: every vector serves both the range and, left out, the rest.
 
+    The standard error is the jackknife's, which leaves out one vector in all (Epperly and Tropp
+    2024): the estimates whose mean XTrace is share a range, and their spread is too small.
+
     Args:
         matvec: the operator.
         n: its size.
-        n_products: products in all, at least 4: half of them are with random vectors.
+        n_products: products in all, at least 6: half of them are with random vectors.
         seed: of the random vectors.
         dtype: of the vectors; ``2 n_products`` of them are allocated.
         device: of the vectors.
 
     Raises:
-        CurvatureError: fewer than 4 products.
+        CurvatureError: fewer than 6 products.
     """
-    _check_products(n_products, 4)
+    _check_products(n_products, 6)
     size = min(n_products // 2, n)
     span = _LeaveOneOut(matvec, n, size, seed, dtype, device)
-    inner = (span.q @ span.q_images.T).double()
-    known = float(inner.diagonal().sum())
-    products = size + len(span.q)
-    if len(span.q) == n:
-        return Estimate(known, 0.0, 0, products, seed, known, known)
-    lost = (span.out * (inner @ span.out)).sum(0)
-    inside = span.projected((span.q @ span.omega.T).double())
-    mixed = (inside * (span.q_images @ span.omega.T).double()).sum(0)
-    whole = (span.omega * span.images).double().sum(1)
-    rest = whole - 2 * mixed + (inside * (inner @ inside)).sum(0)
-    return estimate((rest - lost).tolist(), products, seed, known)
+    if size == n:
+        known = float(span.inner.diagonal().sum())
+        return Estimate(known, 0.0, 0, 2 * size, seed, known, known)
+    value = span.trace(torch.arange(size, device=device))
+    others = torch.tensor([span.trace(keep) for keep in span.replicates()], dtype=torch.float64)
+    error = math.sqrt((size - 1) * float(others.var(correction=0)))
+    half = t_quantile(size) * error
+    return Estimate(value, error, size, 2 * size, seed, value - half, value + half)
 
 
 def hutchinson_diagonal(
@@ -294,7 +361,7 @@ def hutchinson_diagonal(
     for _ in range(n_products):
         probe = rademacher(n, generator).to(device=device, dtype=dtype)
         running.add(probe * matvec(probe.clone()))
-    return running.result(n_products, seed)
+    return Diagonal(running.mean, running.errors(), n_products, n_products, seed)
 
 
 def xdiag(
@@ -308,41 +375,39 @@ def xdiag(
 ) -> Diagonal:
     """Estimates the diagonal by XDiag: exactly on a random range, by probes on the rest.
 
-    Arguments and errors are those of :func:`xtrace`.
+    Arguments, errors and standard errors are those of :func:`xtrace`.
     """
-    _check_products(n_products, 4)
+    _check_products(n_products, 6)
     size = min(n_products // 2, n)
     span = _LeaveOneOut(matvec, n, size, seed, dtype, device)
-    known = (span.q * span.q_images).double().sum(0)
-    inside = span.projected((span.q @ span.images.T).double()).to(dtype)
+    if size == n:
+        values = (span.q * span.q_images).double().sum(0)
+        return Diagonal(values, torch.zeros_like(values), 0, 2 * size, seed)
     running = _Running(n, device)
-    for i in range(size):
-        out = span.out[:, i].to(dtype)
-        rest = span.omega[i] * (span.images[i] - inside[:, i] @ span.q)
-        running.add(rest - (out @ span.q) * (out @ span.q_images))
-    found = running.result(size + len(span.q), seed)
-    return replace(found, values=known + found.values)
+    for keep in span.replicates():
+        running.add(span.diagonal(keep))
+    values = span.diagonal(torch.arange(size, device=device))
+    return Diagonal(values, (size - 1) * running.errors(), size, 2 * size, seed)
 
 
 class _Running:
     """Mean and spread of vectors ``[n]`` that come one by one (Welford 1962), in float64."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self._count = 0
-        self._mean = torch.zeros(n, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._mean)
+        self.count = 0
+        self.mean = torch.zeros(n, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self.mean)
 
     def add(self, x: Tensor) -> None:
         """Takes the next one."""
-        self._count += 1
-        off = x.double() - self._mean
-        self._mean += off / self._count
-        self._squares += off * (x.double() - self._mean)
+        self.count += 1
+        off = x.double() - self.mean
+        self.mean += off / self.count
+        self._squares += off * (x.double() - self.mean)
 
-    def result(self, products: int, seed: int) -> Diagonal:
-        """Returns the mean and its standard error, of two vectors or more."""
-        error = (self._squares / (self._count - 1) / self._count).sqrt()
-        return Diagonal(self._mean, error, self._count, products, seed)
+    def errors(self) -> Tensor:
+        """The standard errors of the mean of two vectors or more."""
+        return (self._squares / (self.count - 1) / self.count).sqrt()
 
 
 def _check_products(n_products: int, least: int) -> None:

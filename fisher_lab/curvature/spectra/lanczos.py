@@ -158,7 +158,7 @@ class FisherLanczos(MatrixFree):
             rule = self._rule(matrix, Probing(n_probes, steps, max_steps, tol), found, share)
             log = self.config.operator != "hessian"
             result["density"] = self._density(rule, matrix, block, n_grid, None, log)
-            result["trace"] = asdict(rule.trace_of(lambda x: x))
+            result["trace"] = asdict(rule.trace())
             if share is not None:
                 dimension = rule.bracket_of(share, floor=rule.noise, limit=matrix.rank)
                 result["effective_dimension"] = {
@@ -209,7 +209,7 @@ class FisherLanczos(MatrixFree):
 
         def work(matrix: CurvatureOperator) -> dict[str, Any]:
             rule = self._rule(matrix, Probing(n_probes, steps))
-            trace = {"trace": asdict(rule.trace_of(lambda x: x))}
+            trace = {"trace": asdict(rule.trace())}
             return self._density(rule, matrix, block, n_grid, sigma, log) | trace
 
         return self._driven(model, batch, block, work)
@@ -238,7 +238,7 @@ class FisherLanczos(MatrixFree):
             if method == "slq":
                 probes = max(n_products // steps, 1)
                 rule = self._rule_of_parameters(matrix, Probing(probes, steps))
-                return asdict(rule.trace_of(lambda x: x))
+                return asdict(rule.trace())
             if method == "xtrace":
                 # Random vectors, their images, the basis of these, and its images.
                 return asdict(self._estimated(estimates.xtrace, matrix, n_products, 2, 4))

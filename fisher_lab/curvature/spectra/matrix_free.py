@@ -293,6 +293,7 @@ class MatrixFree:
                 dtype=dtype,
                 device=self._place("steps", m, rows.n, dtype, home, what="samples"),
                 deflate=deflate,
+                normalized=deflate is not None,
                 closing=Closing.of(function, known, probing.tol),
                 max_products=rows.n if forms else None,
             )

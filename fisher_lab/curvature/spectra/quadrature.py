@@ -18,6 +18,7 @@ from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.linalg import KrylovBasis, MatVec
 from fisher_lab.curvature.spectra.estimates import (
     Estimate,
+    Spread,
     bracketed,
     estimate,
     mean_and_error,
@@ -56,6 +57,10 @@ class Rule:
         return Rule(torch.cat([nodes, self.nodes]), torch.cat([weights, self.weights]))
 
 
+NOTHING = Rule(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+"""The rule of a probe of which deflation leaves nothing."""
+
+
 @dataclass(frozen=True)
 class Quadrature:
     """The rules of all probes; the weights of each sum to one.
@@ -71,6 +76,8 @@ class Quadrature:
         exact: whether the nodes are the eigenvalues; then nothing is left to chance.
         known: eigenvalues that were added by :meth:`with_known`.
         space: of the probes, ``parameters`` or ``samples``.
+        trace_error: standard error of the trace, from :class:`~.estimates.Spread`.
+        closing_error: the same of the function whose bracket was to close.
     """
 
     gauss: tuple[Rule, ...]
@@ -83,6 +90,8 @@ class Quadrature:
     exact: bool = False
     known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     space: str = "parameters"
+    trace_error: float = 0.0
+    closing_error: float = 0.0
 
     @property
     def largest(self) -> float:
@@ -93,19 +102,24 @@ class Quadrature:
         """Returns where the probes were drawn and how far they went, for the record."""
         return {"space": self.space, "steps": max(self.steps, default=0), "exact": self.exact}
 
-    def trace_of(self, function: Function) -> Estimate:
-        """Estimates ``tr f(A)`` by the Gauss rules."""
+    def trace(self) -> Estimate:
+        """Estimates the trace."""
+        return self.trace_of(lambda x: x, self.trace_error)
+
+    def trace_of(self, function: Function, spread: float = 0.0) -> Estimate:
+        """Estimates ``tr f(A)`` by the Gauss rules; ``spread`` is as for :func:`estimate`."""
         values = [self.n * rule.of(function) for rule in self.gauss]
         if self.exact:
             return Estimate(values[0], 0.0, 0, self.n_products, self.seed, values[0], values[0])
-        return estimate(values, self.n_products, self.seed)
+        return estimate(values, self.n_products, self.seed, spread=spread)
 
     def bracket_of(self, function: Function, *, floor: float, limit: float = math.inf) -> Estimate:
         """Estimates ``tr f(A)`` of a positive semi-definite ``A`` from above and from below.
 
         Every even derivative of ``f`` must be negative or zero and every odd one positive or zero,
         and ``f(0) = 0`` (``x / (x + lam)``, ``log(1 + x / lam)``): a Gauss rule then lies above the
-        integral and a Gauss-Radau rule with a node at zero below it.
+        integral and a Gauss-Radau rule with a node at zero below it. It is the function that the
+        brackets were to close for, if for any.
 
         Args:
             function: ``f``, for nodes of at least zero.
@@ -121,7 +135,10 @@ class Quadrature:
         if self.exact:
             value = min(upper[0], limit)
             return Estimate(value, 0.0, 0, self.n_products, self.seed, value, value)
-        return bracketed(lower, upper, self.n_products, self.seed, least=least, most=limit)
+        spread = self.closing_error
+        return bracketed(
+            lower, upper, self.n_products, self.seed, least=least, most=limit, spread=spread
+        )
 
     def with_known(self, values: Tensor) -> Quadrature:
         """Adds known eigenvalues ``[l]``, each with weight ``1/n``, to every probe.
@@ -219,6 +236,7 @@ def quadrature(
     dtype: torch.dtype,
     device: torch.device,
     deflate: Tensor | None = None,
+    normalized: bool = False,
     closing: Closing | None = None,
     max_products: int | None = None,
 ) -> Quadrature:
@@ -233,6 +251,8 @@ def quadrature(
         device: of the vectors.
         deflate: ``[l, n]`` orthonormal rows, removed from every probe; its weights then sum to its
             remaining squared length over ``n``.
+        normalized: gives every deflated probe the mean of its squared length, ``n - l``: functions
+            that hardly vary then have hardly any variance. The bias is of order ``l / n^2``.
         closing: adds steps until the bracket is closed.
         max_products: gives up where a probe shows that all of them will take more.
 
@@ -245,25 +265,35 @@ def quadrature(
     generator = torch.Generator().manual_seed(seed)
     products, noise = 0, 0.0
     gauss, radau, made = list[Rule](), list[Rule](), list[int]()
+    spreads = [Spread(n, device) for _ in range(1 if closing is None else 2)]
     for _ in range(probing.n_probes):
-        probe = rademacher(n, generator).to(device=device, dtype=dtype)
-        if deflate is not None:
-            probe -= (deflate @ probe) @ deflate
+        signs = rademacher(n, generator).to(device=device, dtype=dtype)
+        probe = signs if deflate is None else signs - (deflate @ signs) @ deflate
         share = float(probe.double().square().sum()) / n
         if share <= 1e-12:
-            nothing = Rule(torch.zeros(1, dtype=torch.float64), torch.zeros(1).double())
-            gauss, radau, made = [*gauss, nothing], [*radau, nothing], [*made, 0]
+            gauss, radau, made = [*gauss, NOTHING], [*radau, NOTHING], [*made, 0]
             continue
         basis = KrylovBasis(
             matvec, n, probing.most, dtype=dtype, device=device, generator=generator
         )
         basis.start(probe)
-        upper, lower = _probed(basis, share, n, probing.steps, closing)
+        weight = 1.0 - (0 if deflate is None else len(deflate)) / n if normalized else share
+        upper, lower = _probed(basis, weight, n, probing.steps, closing)
+        length = (share * n) ** 0.5
+        mean = float(basis.projected[0, 0]) if normalized else 0.0
+        spreads[0].add(signs, length * (basis.first_product() - mean * basis.vectors[0]))
+        if closing is not None:
+            applied = _applied(basis, closing.function, normalized)
+            spreads[1].add(signs, length * applied)
         gauss, radau, made = [*gauss, upper], [*radau, lower], [*made, basis.size]
         products, noise = products + basis.n_products, max(noise, basis.noise())
         if max_products is not None and probing.n_probes * basis.size > max_products:
             raise ProductsExceeded(f"quadrature: more than {max_products} products")
-    return Quadrature(tuple(gauss), tuple(radau), n, products, seed, tuple(made), noise)
+    errors = [spread.error() for spread in spreads]
+    return Quadrature(
+        tuple(gauss), tuple(radau), n, products, seed, tuple(made), noise,
+        trace_error=errors[0], closing_error=errors[-1],
+    )  # fmt: skip
 
 
 def _probed(
@@ -283,6 +313,20 @@ def _probed(
             return upper, lower
 
 
+def _applied(basis: KrylovBasis, function: Function, normalized: bool) -> Tensor:
+    """``f(A) v`` of the vector of length one that a basis began with, ``[n]``.
+
+    Normalised, less its part along ``v``: the integral over a probe of a given length does not
+    change with it.
+    """
+    values, coordinates = basis.ritz()
+    found = function(values)
+    if normalized:
+        found = found - (coordinates[0].square() * found).sum()
+    turned = coordinates @ (found * coordinates[0])
+    return turned.to(basis.vectors) @ basis.vectors[: basis.size]
+
+
 def gauss_radau(values: Tensor, coordinates: Tensor, beta: float) -> Rule:
     """Returns the Gauss-Radau rule with a node at zero, of a positive semi-definite operator.
 
@@ -297,8 +341,8 @@ def gauss_radau(values: Tensor, coordinates: Tensor, beta: float) -> Rule:
     m, ends = len(values), coordinates[-1].double()
     if beta == 0.0:
         return Rule(values.clamp(min=0.0), coordinates[0].square())
-    # A Ritz value at zero would make the last entry infinite: the rule is then Gauss's, with this
-    # value for its node at zero, which large entries come to as well without loss of digits.
+    # A Ritz value at zero would make the last entry infinite, and the rule that of Gauss. Entries
+    # that are large come to the same up to 1e-6 of the integral, and cost fewer digits.
     top = float(values.abs().max())
     clean = values.clamp(min=max(1e-10 * top, 1e-300))
     arrow = torch.zeros(m + 1, m + 1, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,20 @@ def test_log_determinant(policy, tokens, kappa):
         assert found[layer_tokens.name] == pytest.approx(expected, rel=1e-8), layer_tokens.name
         checked += 1
     assert checked >= 5
+
+
+def test_the_tokens_for_each_label_are_not_rounded():
+    """``log(T/N)`` of 512 tokens and 508 labels, in float64, in every element of a layer."""
+    one = captured("gpt2_untied", "many", "auto", Damping(1e-3, 1e-2, None))
+    inverses = one.kfac._inverses
+    factors = next(f for f in one.kfac.kfac_factors.values() if f.A is not None)
+    elements = factors.G.dim * factors.A.dim
+    found = [
+        inverses.logdet(replace(factors, tokens=tokens, n_labels=labels))
+        for tokens, labels in ((512, 508), (512, 512))
+    ]
+    exact = elements * (math.log(512) - math.log(508))
+    assert found[0] - found[1] == pytest.approx(exact, rel=1e-9)
 
 
 def test_uncovered_parameters_by_their_diagonal():
