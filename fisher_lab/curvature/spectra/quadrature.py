@@ -279,12 +279,7 @@ def quadrature(
         basis.start(probe)
         weight = 1.0 - (0 if deflate is None else len(deflate)) / n if normalized else share
         upper, lower = _probed(basis, weight, n, probing.steps, closing)
-        length = (share * n) ** 0.5
-        mean = float(basis.projected[0, 0]) if normalized else 0.0
-        spreads[0].add(signs, length * (basis.first_product() - mean * basis.vectors[0]))
-        if closing is not None:
-            applied = _applied(basis, closing.function, normalized)
-            spreads[1].add(signs, length * applied)
+        _watch(spreads, basis, signs, (share * n) ** 0.5, closing, normalized)
         gauss, radau, made = [*gauss, upper], [*radau, lower], [*made, basis.size]
         products, noise = products + basis.n_products, max(noise, basis.noise())
         if max_products is not None and probing.n_probes * basis.size > max_products:
@@ -311,6 +306,21 @@ def _probed(
         lower = gauss_radau(values, coordinates, basis.beta).scaled(share)
         if ended or closing is None or closing.reached(upper, lower, n):
             return upper, lower
+
+
+def _watch(
+    spreads: Sequence[Spread],
+    basis: KrylovBasis,
+    signs: Tensor,
+    length: float,
+    closing: Closing | None,
+    normalized: bool,
+) -> None:
+    """Shows a probe to the spread of the trace, and to that of the function to close for."""
+    mean = float(basis.projected[0, 0]) if normalized else 0.0
+    spreads[0].add(signs, length * (basis.first_product() - mean * basis.vectors[0]))
+    if closing is not None:
+        spreads[1].add(signs, length * _applied(basis, closing.function, normalized))
 
 
 def _applied(basis: KrylovBasis, function: Function, normalized: bool) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def test_the_tokens_for_each_label_are_not_rounded():
     """``log(T/N)`` of 512 tokens and 508 labels, in float64, in every element of a layer."""
     one = captured("gpt2_untied", "many", "auto", Damping(1e-3, 1e-2, None))
     inverses = one.kfac._inverses
-    factors = next(f for f in one.kfac.kfac_factors.values() if f.A is not None)
-    elements = factors.G.dim * factors.A.dim
+    factors, a = next((f, f.A) for f in one.kfac.kfac_factors.values() if f.A is not None)
+    elements = factors.G.dim * a.dim
     found = [
         inverses.logdet(replace(factors, tokens=tokens, n_labels=labels))
         for tokens, labels in ((512, 508), (512, 512))
@@ -89,7 +90,8 @@ def test_storage_error_is_estimated_and_warned_about(dtype, caplog):
         if given.storage_error is None:
             continue
         g, t = tokens.g[0], tokens.count
-        rounded = given.G.columns.data.double() * given.G.columns.scale
+        columns: Any = given.G
+        rounded = columns.columns.data.double() * columns.columns.scale
         a = tokens.a
         eye = lam * torch.eye(g.shape[1], dtype=torch.float64)
         exact = torch.linalg.solve(factors.G + eye, g.T @ a)

@@ -142,12 +142,11 @@ def embedded(n_tokens, width=3, seed=0):
 def test_nothing_is_zero_because_there_are_many_parameters():
     """Nine million float32 parameters: ``n eps`` of the largest is above the largest."""
     model, batch = embedded(3_000_000)
+    table, weight, bias = (p.detach().double() for p in model.parameters())
     rows = []
     for x, y in zip(*batch, strict=True):
-        hidden = model[0].weight[x].detach().double()
-        p = torch.softmax(hidden @ model[1].weight.double().T + model[1].bias.double(), -1)
-        p = p.detach() - torch.nn.functional.one_hot(y, 4)
-        rows.append((x, p @ model[1].weight.detach().double(), p, hidden))
+        p = torch.softmax(table[x] @ weight.T + bias, -1) - torch.nn.functional.one_hot(y, 4)
+        rows.append((x, p @ weight, p, table[x]))
     gram = torch.tensor(
         [
             [float((x == u) * (a @ b) + (p @ q) * (h @ k + 1)) for u, b, q, k in rows]
@@ -249,7 +248,8 @@ def test_a_product_that_is_zero_by_a_lost_derivative_is_noticed():
     rows = []
     for x, y in zip(inputs, labels, strict=True):
         loss = -torch.log_softmax(model(x), -1)[y]
-        grads = torch.autograd.grad(loss, list(model["inner"].parameters()))
+        below = [p for name, p in model.named_parameters() if name.startswith("inner.")]
+        grads = torch.autograd.grad(loss, below)
         rows.append(torch.cat([g.flatten() for g in grads]))
     wanted = np.linalg.eigvalsh((torch.stack(rows).T @ torch.stack(rows) / 5).numpy())[::-1]
     engine = FisherLanczos(k=3, loss_fn=CrossEntropy(), say=lambda line: None)

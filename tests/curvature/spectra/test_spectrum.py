@@ -308,7 +308,7 @@ def test_a_layer_called_twice_and_an_operation_without_batching_rule():
             return x * x
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
             (x,) = ctx.saved_tensors
             return 2 * x * grad
 
