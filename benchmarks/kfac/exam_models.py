@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,84 @@ MODELS = {
                         losses=("mse",), sizes=(1,), shared=True),
     "ignored": Model("labels in one dimension, some left out", net(n_out=3), (4,), losses=("ce",),
                      sizes=(4, 5), ignored=IGNORED),
+}  # fmt: skip
+
+
+# ---- the sizes that curvlinops' own tests have -------------------------------------------------
+
+
+def straight(*widths: int, activation: Any = nn.Identity) -> Callable[[str], nn.Module]:
+    """Layers of these widths in a row; classes come second where the loss wants that."""
+
+    def build(loss: str) -> nn.Module:
+        layers = [nn.Linear(n, m) for n, m in itertools.pairwise(widths)]
+        between = [(layer, activation()) for layer in layers[:-1]]
+        rest = [module for pair in between for module in pair]
+        return nn.Sequential(*rest, layers[-1], ClassesSecond(loss))
+
+    return build
+
+
+def named_input(data: Any) -> Tensor:
+    return data["x"]
+
+
+def as_named(inner: Callable[[str], nn.Module]) -> Callable[[str], nn.Module]:
+    """A model whose input is under a name."""
+    return lambda loss: nn.Sequential(Do(named_input), inner(loss))
+
+
+def then(*more: Callable[[], nn.Module], before: Callable[[str], nn.Module]) -> Any:
+    """A model with more modules behind it."""
+    return lambda loss: nn.Sequential(before(loss), *(make() for make in more))
+
+
+def locations(loss: str) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 4, padding=2), ChannelsLast(loss))
+
+
+def pooled(_: str) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 2, 4, padding=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(start_dim=1)
+    )
+
+
+def lenet(_: str) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def published(about: str, build: Any, inputs: tuple[int, ...], sizes: tuple[int, ...],
+              **more: Any) -> Model:  # fmt: skip
+    return Model(about, build, inputs, sizes=sizes, **more)
+
+
+MSE, REAL = ("mse",), ("mse", "bce")
+FLAT = straight(5, 4, 3)
+MODELS |= {
+    "p_6_1": published("6-1", straight(6, 1), (6,), (5, 5), losses=REAL),
+    "p_5_3": published("5-3", straight(5, 3), (5,), (7, 7)),
+    "p_6_3_1": published("6-3-1", straight(6, 3, 1), (6,), (2, 5), losses=REAL),
+    "p_5_4_3": published("5-4-3", FLAT, (5,), (1, 7)),
+    "p_named": published("10-5-3, named", as_named(straight(10, 5, 3)), (10,), (1, 7), named=True),
+    "p_one": published("5-4-3, one example", FLAT, (5,), (1,)),
+    "p_4_3_2": published("4-3-2, one example", straight(4, 3, 2), (4,), (1,)),
+    "p_10_5_3": published("10-5-3, ReLU", straight(10, 5, 3, activation=nn.ReLU), (10,), (3, 4)),
+    "p_10_5_1": published("10-5-1, ReLU", straight(10, 5, 1, activation=nn.ReLU), (10,), (3, 4),
+                          losses=REAL),
+    "p_8_5_3": published("8-5-3, ReLU", straight(8, 5, 3, activation=nn.ReLU), (8,), (2, 6)),
+    "p_tokens": published("10-5-3, ReLU, five tokens", straight(10, 5, 3, activation=nn.ReLU),
+                          (5, 10), (3, 4)),
+    "p_single": published("5-3, tokens in two dimensions", straight(5, 3), (4, 8, 5), (7, 7)),
+    "p_grid": published("5-4-3, tokens in two dimensions", FLAT, (4, 8, 5), (2, 7)),
+    "p_square": published("5-4-3, seven by five tokens", FLAT, (7, 5, 5), (2, 4)),
+    "p_mean": published("5-4-3, the mean over tokens", then(mean, before=FLAT), (4, 8, 5), (1, 7),
+                        losses=REAL),
+    "p_conv": published("a convolution of 32 x 32", locations, (3, 32, 32), (2, 7), losses=MSE),
+    "p_pooled": published("the same, averaged", pooled, (3, 32, 32), (1, 8)),
+    "p_lenet": published("LeNet", lenet, (1, 28, 28), (5, 5), losses=("ce",)),
 }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ ADAPTERS = {
 
 def adapted(model: nn.Module, shape: Shape) -> Batch:
     """The batch of the task that the adapted model is for."""
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    base: Any = getattr(model, "get_base_model", lambda: model)
+    name = type(base()).__name__
     if name.endswith("ForSequenceClassification"):
         return classified(model, shape)
     if name.endswith("ForTokenClassification"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,10 +23,11 @@ CONVOLUTIONS = {"conv_dim": [16, 24], "conv_kernel": [5, 3], "conv_stride": [3, 
 
 def settle_images(config: PretrainedConfig) -> None:
     """Asks for few classes, small images, and narrow and shallow stages."""
-    for each in (config, getattr(config, "vision_config", None)):
+    both: tuple[Any, Any] = (config, getattr(config, "vision_config", None))
+    for each in both:
         if each is None:
             continue
-        fields = dataclasses.fields(each) if dataclasses.is_dataclass(each) else ()
+        fields = getattr(each, "__dataclass_fields__", {}).values()
         fresh = type(each)()
         options = {f.name: getattr(fresh, f.name, None) for f in fields if f.init}
         if any(name in options for name in STAGED) or _whole(options.get("embed_dim")):
@@ -62,7 +62,13 @@ def _narrow(name: str, value: Any, options: dict[str, Any]) -> Any:
         return [min(v, 2) for v in value]
     if name == "dilations":
         return [list(v)[:2] for v in value]
-    width = re.search("sizes$|dims?$|channels$|embedding_size|groups_width", name)
+    if name == "patch_size" and "window_size" in options:  # the last stage has a window left
+        return 2
+    if "block_configs" in options and name in ("scale", "stem_channels"):
+        return 0.5 if name == "scale" else value
+    width = re.search(
+        "sizes$|decoder_hidden_size|dims?$|channels$|embedding_size|groups_width", name
+    )
     if not width or re.search("patch|kernel|stride|unit|key|num_|window", name):
         return value
     step = 8 if isinstance(options.get("num_attention_heads"), int) else 1
@@ -93,6 +99,8 @@ def settle_sounds(config: PretrainedConfig) -> None:
         for name, size in sizes.items():
             if isinstance(getattr(each, name, None), int):
                 setattr(each, name, size)
+        if isinstance(getattr(each, "tdnn_dim", None), list | tuple):
+            each.tdnn_dim, each.xvector_output_dim = [16] * len(each.tdnn_dim), 16
         for name in (n for n in vars(each) if n.endswith(("encoder_layers", "decoder_layers"))):
             setattr(each, name, 1)
 
@@ -104,7 +112,8 @@ def _all_of(config: PretrainedConfig) -> Iterator[Any]:
             yield from _all_of(value)
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
+    """Standard normal numbers."""
     generator = torch.Generator().manual_seed(4)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -113,8 +122,8 @@ def _labels(n: int) -> Tensor:
     return torch.arange(n) % CLASSES
 
 
-def images(model: nn.Module, shape: Shape) -> Batch:
-    """Images with a class each."""
+def images(model: nn.Module, shape: Shape, plain: bool = False) -> Batch:
+    """Images with a class each, in a form that the model takes; or plain ones."""
     config = model.config
     config = getattr(config, "vision_config", config)
     channels = getattr(config, "num_channels", 3)
@@ -122,8 +131,10 @@ def images(model: nn.Module, shape: Shape) -> Batch:
     height, width = side if isinstance(side, list | tuple) else (side, side)
     n = len(shape.lengths)
     labels = {"labels": _labels(n)}
-    values = {"pixel_values": _noise(n, channels, height, width), **labels}
-    wide = {"pixel_values": _noise(n, channels, 2 * height, 2 * width), **labels}
+    values = {"pixel_values": noise(n, channels, height, width), **labels}
+    if plain:
+        return Batch(values)
+    wide = {"pixel_values": noise(n, channels, 2 * height, 2 * width), **labels}
     colours = {"input_ids": torch.arange(16 * n).reshape(n, 16), **labels}
     found = [Batch(values), Batch(wide), _patches(model, values), Batch(colours)]
     return first_that_runs(model, found)
@@ -135,20 +146,30 @@ def _patches(model: nn.Module, values: dict[str, Tensor]) -> Batch:
     size, n = getattr(config, "patch_size", 4) or 4, len(values["labels"])
     size = size[0] if isinstance(size, list | tuple) else size
     rows, columns = 3, 4
-    features = _noise(n, rows * columns, 3 * size * size)
+    features = noise(n, rows * columns, 3 * size * size)
     mask = torch.ones(n, rows * columns, dtype=torch.long)
     shapes = torch.tensor([[rows, columns]] * n)
     more = {"pixel_attention_mask": mask, "spatial_shapes": shapes}
     return Batch({"pixel_values": features, **more, "labels": values["labels"]})
 
 
-def masked_images(model: nn.Module, shape: Shape) -> Batch:
-    """Images of which some patches are hidden; the loss is over all of their pixels."""
-    batch = images(model, shape)
-    config, n = model.config, len(shape.lengths)
-    side = int(config.image_size) // int(config.patch_size)
-    hidden = torch.rand(n, side * side, generator=torch.Generator().manual_seed(5)) < 0.4
-    return Batch({**batch.values, "bool_masked_pos": hidden})
+def segments(model: nn.Module, shape: Shape) -> Batch:
+    """Images with a class for every pixel."""
+    batch = images(model, shape, plain=True)
+    pixels = batch.values["pixel_values"]
+    size = (len(pixels), *pixels.shape[2:])
+    labels = torch.randint(0, CLASSES, size, generator=torch.Generator().manual_seed(6))
+    return Batch({"pixel_values": pixels, "labels": labels}, n_labels=labels.numel())
+
+
+def films(model: nn.Module, shape: Shape) -> Batch:
+    """A few pictures after each other, with a class for all of them."""
+    config: Any = model.config
+    n = len(shape.lengths)
+    side = int(getattr(config, "image_size", None) or config.crop_size)
+    frames = int(getattr(config, "num_frames", 4))
+    name = "pixel_values" if "pixel_values" in takes(model) else "pixel_values_videos"
+    return Batch({name: noise(n, frames, 3, side, side), "labels": _labels(n)})
 
 
 def sounds(model: nn.Module, shape: Shape) -> Batch:
@@ -158,13 +179,12 @@ def sounds(model: nn.Module, shape: Shape) -> Batch:
 
 def frames(model: nn.Module, shape: Shape) -> Batch:
     """Samples or spectra, and classes of every frame of the model."""
-    batch = sounds(model, shape)
+    batch = _heard(model, shape, {}, {})
     with torch.no_grad():
-        given = {k: v for k, v in batch.values.items() if k != "labels" and k in takes(model)}
-        n = model(**given).logits.shape[1]
+        n = model(**batch.values).logits.shape[1]
     classes = (torch.arange(n) + torch.arange(len(shape.lengths))[:, None]) % CLASSES
     labels = nn.functional.one_hot(classes, CLASSES)
-    return Batch({**batch.values, "labels": labels}, batch.masks)
+    return Batch({**batch.values, "labels": labels}, batch.masks, n_labels=classes.numel())
 
 
 def transcribed(model: nn.Module, shape: Shape) -> Batch:
@@ -197,22 +217,22 @@ def _heard(
     rest = {k: v for k, v in masked.items() if k != "attention_mask"}
     ways = {k: v for k, v in masks.items() if v != "attention_mask"}
     for channels in dict.fromkeys(_channels(model.config)):
-        wave = _noise(n, longest, channels) * mask[..., None]
+        wave = noise(n, longest, channels) * mask[..., None]
         found.append(Batch({name: wave, **masked, **labels}, masks))
-        found.append(Batch({name: _noise(n, FRAMES, channels), **rest, **labels}, ways))
+        found.append(Batch({name: noise(n, FRAMES, channels), **rest, **labels}, ways))
     many = Shape("right", tuple(16 * length for length in shape.lengths)).mask()
     samples = [
-        Batch({name: _noise(*m.shape) * m, **masked, "attention_mask": m, **labels}, masks)
+        Batch({name: noise(*m.shape) * m, **masked, "attention_mask": m, **labels}, masks)
         for m in (mask, many)
     ]
     found = [*samples, *found] if name == "input_values" else [*found, *samples]
     for channels in dict.fromkeys(_channels(model.config)):
         for length in (FRAMES, longest):
-            found.append(Batch({name: _noise(n, channels, length), **rest, **labels}, ways))
+            found.append(Batch({name: noise(n, channels, length), **rest, **labels}, ways))
     return first_that_runs(model, found)
 
 
-def _channels(config: PretrainedConfig) -> Iterator[int]:
+def _channels(config: Any) -> Iterator[int]:
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels")
     for each in _all_of(config):
         for name in (*names, "feature_size", "input_dim", "d_model", "hidden_size"):
@@ -231,7 +251,7 @@ def first_that_runs(model: nn.Module, batches: list[Batch]) -> Batch:
         given = {k: v for k, v in batch.values.items() if k in takes(model)}
         try:
             with torch.no_grad():
-                loss = model(**given).loss
+                loss = model(**given).loss if "labels" in given else torch.zeros(())
             if loss is None or not bool(torch.isfinite(loss).all()):
                 raise ValueError("its loss is none, or not finite")
         except Exception as error:

@@ -5,9 +5,10 @@ It shares no code with the engine. A use of a parameter is recognised by its add
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,6 @@ class Used:
     name: str
     kind: str
     a: Tensor
-    bias: bool = False
     keep: Tensor | None = None
     size: tuple[int, ...] = ()
     g: Tensor | None = None
@@ -72,8 +72,12 @@ class Recorder(TorchFunctionMode):
         self.constant: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name, x = getattr(func, "__name__", ""), args[0] if args else None
+        if name == "multi_head_attention_forward":  # it would be one call, without what is in it
+            plain = mock.patch.dict(func.__globals__, {"has_torch_function": lambda _: False})
+            with plain, self:
+                return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if name == "pad" and isinstance(x, Tensor) and x.dim() in (2, 3) and out.shape != x.shape:
             rows = x.is_floating_point() and out.shape[-1] == x.shape[-1]
             self.rows_filled = self.rows_filled or rows
@@ -115,7 +119,7 @@ class Recorder(TorchFunctionMode):
             for factor, read, times in self.made.pairs(weight, x):
                 self._keep(Used(factor, "matrix", read, times=times), out)
             if found is not None and weight.dim() == 2 and id(out) not in self.constant:
-                self._keep(Used(found, "matrix", x.detach(), bias), out)
+                self._keep(Used(found, "matrix", x.detach()), out)
                 added = values[0] if name == "addmm" else values[-1]
                 if bias and (alone := self.parameter(added)) is not None:
                     self._keep(Used(alone, "shift", x.detach()), out)
@@ -183,7 +187,7 @@ class Recorder(TorchFunctionMode):
         if found is not None and given["weight"].dim() == 1:
             eps = {"eps": given["eps"]} if given.get("eps") is not None else {}
             x = getattr(F, name)(given["input"].detach(), given["normalized_shape"], **eps)
-            self._keep(Used(found, "scale", x, given.get("bias") is not None), out)
+            self._keep(Used(found, "scale", x), out)
         if (alone := self.parameter(given.get("bias"))) is not None:
             self._keep(Used(alone, "shift", given["input"].detach()), out)
 
@@ -191,7 +195,7 @@ class Recorder(TorchFunctionMode):
         found = self.parameter(options.get("weight"))
         if found is not None:
             x = normalised(name, options).movedim(1, -1)
-            self._keep(Used(found, "scale", x, options.get("bias") is not None), out, axis=1)
+            self._keep(Used(found, "scale", x), out, axis=1)
 
     def _convolution(self, options: dict[str, Any], out: Tensor) -> None:
         found, weight = self.parameter(options["weight"]), options["weight"]
@@ -205,8 +209,8 @@ class Recorder(TorchFunctionMode):
             return
         stands, channels = patches(options, out.shape)
         keep = stands.expand(len(out), *out.shape[2:]).reshape(-1)
-        groups, n, bias = options.get("groups", 1), weight.shape[1], options.get("bias")
-        used = Used(found, "matrix", torch.zeros(()), bias is not None, keep)
+        groups, n = options.get("groups", 1), weight.shape[1]
+        used = Used(found, "matrix", torch.zeros(()), keep)
         if groups > 1 and n == 1:
             each = torch.stack(channels, dim=-2)
             each = each.repeat_interleave(len(weight) // groups, dim=-2)
@@ -288,7 +292,6 @@ class Reference:
         with_own: the same with the rows that are the model's own, equal for every example, where
             there are some: beside words they count (learned streams), by themselves they do not
             (positions).
-        biased: name and kind of a use -> whether a bias is added with it.
         logits: of each example.
     """
 
@@ -299,7 +302,6 @@ class Reference:
     gradient: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     with_own: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    biased: dict[tuple[str, str], bool] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
 
 
@@ -310,15 +312,14 @@ def run(model: nn.Module, values: Mapping[str, Tensor]) -> Any:
     return model(**given, **({"use_cache": False} if "use_cache" in named else {}))
 
 
-def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Reference:
-    """The sums over batches without padding, whose losses are means over the labels that count."""
+def reference(model: nn.Module, batch: Batch) -> Reference:
+    """The sums over the examples of a batch, each alone, whose losses are means over its labels."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = Reference(gradient={n: torch.zeros_like(p) for n, p in trained.items()})
     uses: dict[tuple[str, str], list[Used]] = {}
     reached: set[str] = set()
     passes: list[list[Used]] = []
-    for values in batches:
-        count = int((values["labels"] != -100).sum())
+    for values, count in batch.alone():
         with Recorder(model) as recorder:
             outputs = run(model, values)
             loss = outputs.loss * count
@@ -339,9 +340,8 @@ def summed(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Referen
         used = _of_tokens(every, len(found.logits))
         if any(one.g is not None for one in used):
             found.tokens[key] = _joined(used)
-            found.biased[key] = any(one.bias for one in used)
-            if len(every) > len(used):
-                found.with_own[key] = _joined(every)
+        if len(every) > len(used) and any(one.g is not None for one in every):
+            found.with_own[key] = _joined(every)
     return found
 
 
@@ -374,11 +374,6 @@ def _of_tokens(used: list[Used], n: int) -> list[Used]:
     ]
 
 
-def reference(model: nn.Module, batch: Batch) -> Reference:
-    """The sums over the examples of a batch, each alone."""
-    return summed(model, batch.alone())
-
-
 def padding_counts(model: nn.Module, batch: Batch, alone: Reference) -> bool:
     """Whether the model's loss or logits of a padded batch are others than its examples' alone."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -395,7 +390,8 @@ def padding_counts(model: nn.Module, batch: Batch, alone: Reference) -> bool:
     ):
         return True
     mask = batch.values.get(batch.masks.get("labels", ""))
-    if mask is None or getattr(outputs, "logits", mask).shape[:2] != mask.shape:
+    logits = getattr(outputs, "logits", None)
+    if mask is None or logits is None or logits.shape[:2] != mask.shape:
         return False
     rows = [logits[real.bool()] for logits, real in zip(outputs.logits, mask, strict=True)]
     return any(

@@ -12,12 +12,12 @@ from benchmarks.zoo.examine import CRASHED, NOT_BUILT, REFUSED, RIGHT, WRONG
 
 HEAD = """# The zoo
 
-`python -m benchmarks.zoo --out benchmarks/results/zoo` builds every architecture of transformers'
-mappings tiny, random and in float64, collects padded batches (four examples of four positions
-with four heads, three of eight; padding on the right and on the left) under the policies `all`
-and `small_only` with `verify`, and compares loss, labels, tokens, A, G, natural gradient and own
-gradient with those of every example alone, without padding (`benchmarks/zoo/reference.py`, which
-shares no code with the engine). Labels are the models' own.
+`python -m benchmarks.zoo --jobs 2 --out benchmarks/results/zoo` builds every architecture of
+transformers' mappings tiny, random and in float64, collects padded batches (four examples of four
+positions with four heads, three of eight; padding on the right and on the left) under the policies
+`all` and `small_only` with `verify`, and compares loss, labels, tokens, A, G, natural gradient and
+own gradient with those of every example alone, without padding (`benchmarks/zoo/reference.py`,
+which shares no code with the engine). Labels are the models' own.
 
 *Right* is right in everything that is covered. *In part*: less than 90 % of the parameters that
 the loss reaches are covered; the reasons are in the rows. *Coverage* is the share of all trained
@@ -37,7 +37,7 @@ def status_of(row: Mapping[str, Any]) -> str:
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The table as Markdown: task -> type of model -> row."""
-    text = [HEAD, *_counts(rows)]
+    text = [HEAD, *_sources(rows), "", *_counts(rows)]
     for task, models in rows.items():
         text += [f"\n## {task}\n", "| model | status | coverage | reached | remarks |"]
         text.append("|---|---|---|---|---|")
@@ -47,6 +47,14 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             remarks = _remarks(row).replace("|", "/").replace("<", "&lt;")
             text.append(f"| {kind} | {status_of(row)} | {shares[0]} | {shares[1]} | {remarks} |")
     return "\n".join(text) + "\n"
+
+
+def _sources(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Which code the rows come from; of several, how many come from each."""
+    found = Counter(row.get("code", "unknown code") for m in rows.values() for row in m.values())
+    if len(found) == 1:
+        return [f"All rows: {next(iter(found))}."]
+    return [f"Rows of several commits: {'; '.join(f'{n} of {c}' for c, n in found.items())}."]
 
 
 def _counts(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig
 from benchmarks.zoo.inputs import CLASSES, END, HEADS, PAD, START, VOCAB
 
 HEAD, WIDTH, INNER = 8, 8 * HEADS, 48
-WIDEST = 600
+WIDEST = 1100
 """The largest dimension of a model that is taken, beside its positions."""
 
 RULES: tuple[tuple[str, int], ...] = (
@@ -26,6 +27,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?vocab(ulary)?(_size)?(_.*)?|n_tokens", VOCAB),
     (r"patch_size|image_patch_tokens", 4),
     (r"attention_window|sliding_window.*|block_size", 4),
+    (r"(prompt|segment)_(types|length)", 4),
+    (r"num_hash_buckets", VOCAB),
     (r"conv_kernel_size", 3),
     (r"d_rel|rel_extent|num_landmarks|segment_means_seq_len", 16),
     (r".*(position|ctx|context|bias_max).*|max_.*_len(gth)?|seq_length|max_sequence.*", 16),
@@ -50,6 +53,12 @@ RULES: tuple[tuple[str, int], ...] = (
     ),
 )
 """What the options of a configuration become, by their names; -1 leaves them as they are."""
+STACKED: tuple[tuple[str, int], ...] = (
+    (r"attn_layer_period", 2),
+    (r"attn_layer_offset", 1),
+    (r"num_kv_shared_layers", 0),
+)
+"""The same where what an option says of the layers is left to the configuration."""
 
 NO_NOISE = ("dropout", "drop_rate", "drop_path", "pdrop", "layerdrop", "_prob")
 TOKENS = {
@@ -98,11 +107,13 @@ class Shrinking:
             them follows; otherwise they are set.
         fill: whether options without a value get one.
         repeats: how often every kind of layer comes.
+        rules: what options become by their names.
     """
 
     anew: bool = False
     fill: bool = False
     repeats: int = 1
+    rules: tuple[tuple[str, int], ...] = RULES
 
     def __call__(self, config: PretrainedConfig) -> PretrainedConfig:
         """Returns a tiny configuration like this one."""
@@ -119,7 +130,7 @@ class Shrinking:
         given = {n: _get(config, n) for n in names}
         depth, found = given.get("num_hidden_layers"), {}
         for name, value in given.items():
-            new = self._option(name, value)
+            new = self.option(name, value)
             if new is not value:
                 found[name] = new
         lists = {n: v for n, v in given.items() if isinstance(v, list) and len(v) == depth}
@@ -131,7 +142,7 @@ class Shrinking:
         if isinstance(depth, int) and (depth > 2 or lists):
             found["num_hidden_layers"] = layers
         for name, value in lists.items():
-            kinds = [self._option(name, v) for v in {str(v): v for v in value}.values()]
+            kinds = [self.option(name, v) for v in {str(v): v for v in value}.values()]
             found[name] = (kinds * layers)[:layers]
         found |= {name: [n for n in value if n < layers] for name, value in numbers.items()}
         if given.get("is_encoder_decoder") and "decoder_start_token_id" not in given:
@@ -144,7 +155,8 @@ class Shrinking:
             found["num_key_value_heads"] = found.get("num_attention_heads", HEADS)
         return found
 
-    def _option(self, name: str, value: Any) -> Any:
+    def option(self, name: str, value: Any) -> Any:
+        """Returns what an option becomes."""
         if isinstance(value, PretrainedConfig):
             return self(value)
         if isinstance(value, float) and any(word in name for word in NO_NOISE):
@@ -154,12 +166,46 @@ class Shrinking:
         if value is None and name in FIRST:
             return FIRST[name]
         if isinstance(value, list | tuple) and name in WINDOWS:
-            return type(value)(self._option(name, v) for v in value)
+            return type(value)(self.option(name, v) for v in value)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        size = next((n for pattern, n in RULES if re.fullmatch(pattern, name)), -1)
+        size = next((n for pattern, n in self.rules if re.fullmatch(pattern, name)), -1)
         if (not whole and not (value is None and self.fill)) or size < 0:
             return value
         return size if value is None else min(value, size)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A configuration made anew of the options that have a value of their own, made tiny.
+
+    What follows from them (kinds of layers, sizes of heads) is left to the configuration.
+
+    Attributes:
+        layers: how many there are.
+        rules: about options, before all others.
+    """
+
+    layers: int
+    rules: tuple[tuple[str, int], ...] = STACKED
+
+    def __call__(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Returns a tiny configuration like this one."""
+        shrinking, options = Shrinking(rules=(*self.rules, *RULES)), {}
+        for field in dataclasses.fields(config):
+            value = _get(config, field.name)
+            if isinstance(value, PretrainedConfig):
+                options[field.name] = self(value)
+            elif field.init and field.default not in (None, dataclasses.MISSING):
+                options[field.name] = shrinking.option(field.name, field.default)
+            elif field.name in TOKENS:
+                options[field.name] = TOKENS[field.name]
+        kv, heads = "num_key_value_heads", "num_attention_heads"
+        if getattr(type(config), kv, None) == getattr(type(config), heads, 0):
+            options[kv] = options[heads]
+        depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        if isinstance(options.get(depth), int):
+            options[depth] = self.layers
+        return type(config)(**options)
 
 
 SHRINKINGS = (
@@ -169,6 +215,8 @@ SHRINKINGS = (
     Shrinking(anew=True, fill=True),
     Shrinking(repeats=2),
     Shrinking(anew=True, repeats=2),
+    *(Derived(layers) for layers in (2, 4, 6)),
+    Derived(2, ((r"hidden_size_per_layer_input", 0), *STACKED)),
 )
 
 

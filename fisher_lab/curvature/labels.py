@@ -148,6 +148,23 @@ def token_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:
     return None
 
 
+def position_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:
+    """Returns which positions are tokens, as :func:`token_mask` or in the shape of the ids.
+
+    A batch of several texts for each example (``[B, C, S]``) has a mask of that shape.
+    """
+    mask = token_mask(batch, name)
+    return batch[name] if mask is None and masks_ids(batch, name) else mask
+
+
+def masks_ids(batch: Any, name: str) -> bool:
+    """Says whether a mask has a flag for each of the ids that it belongs to."""
+    if not isinstance(batch, Mapping):
+        return False
+    mask, ids = batch.get(name), batch.get(name.replace("attention_mask", "input_ids"))
+    return isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape
+
+
 def tokens_of_attention(mask: Tensor, name: str) -> Tensor:
     """Returns which positions are tokens ``[B, S]``, of a mask that says who attends to whom.
 

@@ -34,6 +34,7 @@ from fisher_lab.curvature.labels import (
     forward,
     map_tensors,
     masked_labels,
+    masks_ids,
     tokens_of_attention,
 )
 from fisher_lab.curvature.likelihoods import understood
@@ -184,7 +185,7 @@ def with_inputs(model: nn.Module, batch: Any) -> Any:
                 f"{name}: a {type(mask).__name__} does not say which positions are padding; "
                 f"allowed: {ours!r} [B, S] beside it (0 at padding)"
             )
-        if mask.dim() > 2:
+        if mask.dim() > 2 and not masks_ids(batch, name):
             batch[ours] = tokens_of_attention(mask, name)
     labels = batch.get("labels")
     given = "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch

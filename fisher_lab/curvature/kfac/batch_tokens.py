@@ -17,7 +17,7 @@ from fisher_lab.curvature.kfac.layers import Kind, Layer, every_layer
 from fisher_lab.curvature.kfac.layers_by_use import Layers
 from fisher_lab.curvature.kfac.policy import sharing_of, wants_examples, wants_sequences
 from fisher_lab.curvature.kfac.token_ids import Origin, Standing, ids_of
-from fisher_lab.curvature.labels import segments_of, token_mask
+from fisher_lab.curvature.labels import position_mask, segments_of
 from fisher_lab.curvature.losses import SummedLoss, labels_of
 
 _MASKS = {"decoder": "decoder_attention_mask", "main": "attention_mask"}
@@ -192,14 +192,14 @@ class TokenMasks:
 
 
 def masks_of(batch: Any) -> dict[str, Tensor]:
-    """Returns the two-dimensional masks of a prepared batch by the side of the model, as bool.
+    """Returns the masks of a prepared batch by the side of the model, as bool.
 
     Raises:
         BatchError: no position of one is active.
     """
     found: dict[str, Tensor] = {}
     for side, name in _MASKS.items():
-        mask = token_mask(batch, name)
+        mask = position_mask(batch, name)
         if mask is not None:
             found[side] = mask != 0
             if not bool(found[side].any()):
@@ -209,7 +209,7 @@ def masks_of(batch: Any) -> dict[str, Tensor]:
 
 def any_token(batch: Any) -> bool:
     """Says whether a prepared batch has an active token (a mask without one has not)."""
-    masks = [token_mask(batch, name) for name in _MASKS.values()]
+    masks = [position_mask(batch, name) for name in _MASKS.values()]
     return all(bool((m != 0).any()) for m in masks if m is not None)
 
 

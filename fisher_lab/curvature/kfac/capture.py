@@ -39,7 +39,7 @@ from fisher_lab.curvature.kfac.layers_by_use import (
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
 from fisher_lab.curvature.kfac.parts import base_of, part_text
 from fisher_lab.curvature.kfac.policy import wants_examples
-from fisher_lab.curvature.kfac.token_ids import Fixed, Origin
+from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, is_one_value
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.wrappers import device_of, is_shard, unwrap
@@ -219,6 +219,9 @@ class Capture:
         weight, bias = self._names[use.weight] + part, self.bias_of(use)
         key = UseOf(self._label(use) + part, use.kind, weight, bias)
         origin = self._origin(use, output)
+        waits = origin is Fixed.CONSTANT and is_one_value(use.a)
+        if use.kind.looks_up and self.rows.is_coarse(origin, use.a.shape):
+            origin, waits = Fixed.UNKNOWN, True
         if self._replaying:
             self._replay(key, use, output)
         elif not torch.is_grad_enabled():
@@ -227,7 +230,7 @@ class Capture:
         else:
             call = self._call(use, origin, output)
             self._calls.setdefault(key, []).append(call)
-            if use.kind.looks_up and origin is Fixed.CONSTANT and _one_value(use.a):
+            if use.kind.looks_up and waits:
                 self.rows.wait(output, partial(_align, call))
 
     def bias_of(self, use: Use) -> str | None:
@@ -499,11 +502,6 @@ def with_features(origin: Origin, n: int) -> Origin:
     if isinstance(origin, Fixed):
         return origin
     return tuple(ids.reshape(*ids.shape[:-1], *[1] * n) for ids in origin)
-
-
-def _one_value(indices: Tensor) -> bool:
-    """Whether a look-up is of one row, as that of token types that a model fills in itself."""
-    return indices.dim() > 1 and bool((indices == indices.reshape(-1)[:1]).all())
 
 
 def _align(call: Call, origin: Origin) -> None:

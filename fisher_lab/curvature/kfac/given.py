@@ -109,7 +109,12 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def _positions(value: Tensor, mask: Any) -> torch.Size:
-    """The shape of an input's positions: its first two dimensions, but for that of features."""
+    """The shape of an input's positions: its first two dimensions, but for that of features.
+
+    Where an example has several texts, as their mask says, it is the mask's.
+    """
+    if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape == value.shape[: mask.dim()]:
+        return mask.shape
     series = isinstance(mask, Tensor) and mask.shape == value.shape  # a value a position
     features = int(value.is_floating_point() and value.dim() > 1 and not series)
     return value.shape[: value.dim() - features][:2]

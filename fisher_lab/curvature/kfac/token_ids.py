@@ -139,6 +139,11 @@ def ids_of(origin: Origin, trailing: int) -> Tensor | None:
     return ids[..., 0] if ids.size(-1) == 1 else None
 
 
+def is_one_value(indices: Tensor) -> bool:
+    """Whether a look-up is of one row, as that of token types that a model fills in itself."""
+    return indices.dim() > 1 and bool((indices == indices.reshape(-1)[:1]).all())
+
+
 def with_leading(ids: Tensor, dim: int) -> Tensor:
     """Ids with dimensions of size 1 before theirs, ``dim`` in all."""
     return ids.reshape(*[1] * (dim - ids.dim()), *ids.shape)

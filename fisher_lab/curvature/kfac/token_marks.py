@@ -64,6 +64,12 @@ class TokenMarks:
         origin: Origin | None = self._of.get(tensor)
         return Fixed.UNKNOWN if origin is None else origin
 
+    def is_coarse(self, origin: Origin, shape: Sequence[int]) -> bool:
+        """Says whether rows vary by positions, of which only whole examples are known."""
+        each = () if isinstance(origin, Fixed) else [i for i in origin if i.numel()]
+        coarse = any(ids.shape != shape for ids in each)
+        return coarse and all(int(ids.reshape(-1)[0]) in self._pooled_first for ids in each)
+
     def wait(self, tensor: Tensor, then: Callable[[Origin], None]) -> None:
         """Says what to do when a constant is added to the vectors of tokens, one to one.
 

@@ -94,6 +94,7 @@ class TokenRows(TokenMarks):
         rules: list[tuple[Iterable[str], Callable[..., Any]]] = [
             (_SAME | _CHANNEL_NORMS, self._same),
             (_VIEWS, self._view),
+            (words("unsqueeze_ transpose_ swapaxes_ swapdims_ t_"), self._turned),
             (_RESHAPES, self._reshape),
             (["as_strided"], self._strided),
             (_NEW, self._new),
@@ -199,6 +200,11 @@ class TokenRows(TokenMarks):
             pairs = zip(origin, parts, strict=True)
             return union([self._pick(ids, axis, narrowed(part[0])) for ids, part in pairs])
         return [union([narrowed(p[n]) for p in parts]) for n in range(len(call.outs))]
+
+    def _turned(self, call: Operation) -> Origin:
+        """A view in place: the ids still have the dimensions from before."""
+        origin, call.func = self.of(call.first), getattr(Tensor, call.name[:-1])
+        return origin if isinstance(origin, Fixed) else tuple(map(call.again, origin))
 
     def _pick(self, ids: Tensor, axis: int, picked: Tensor) -> Tensor:
         """One position of every example (a class token): a row that is the example's.
