@@ -41,7 +41,7 @@ class Made:
     def note(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         """Notes what an operation makes."""
         first: Any = args[0] if args else None
-        if name == "baddbmm":
+        if name == "baddbmm" and len(args) > 2 and all(map(self._name_of, args[1:3])):
             self._matrices[id(out)] = (out, self._stack(args, kwargs))
         elif name in ("matmul", "__matmul__") and all(isinstance(x, Tensor) for x in args):
             names = [self._name_of(x) for x in args]
