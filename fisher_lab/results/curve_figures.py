@@ -257,10 +257,10 @@ def run_density_figure(found: Mapping[str, Any]) -> Figure:
     )
     curve = pd.DataFrame({"mean": density, "min": low, "max": high}, index=found["grid"])
     log = found["scale"] == "log10"
-    zeros = round(found["mass_left_out"] * found["n_params"])
-    probes = "all eigenvalues" if found["exact"] else f"{len(found['nodes'])} probes"
+    nonzero = round((1 - found["mass_left_out"]) * found["n_params"])
+    probes = "exact" if found["exact"] else f"{len(found['nodes'])} probes"
     note = f"{found['operator']}, {probes}, {found['n_samples']:,} samples"
-    note += f"; {zeros:,} of {found['n_params']:,} eigenvalues are zero" if log else ""
+    note += f"; {nonzero:,} nonzero eigenvalues" if log else ""
     x = "log10 eigenvalue" if log else "eigenvalue"
     scale = "y" if (density > 0).any() else ""
     return draw_curves({"density": curve}, x, "density", note, log=scale, decades=DECADES)

@@ -52,6 +52,22 @@ def layers(count: int) -> list[dict]:
     ]
 
 
+def test_intervals_and_brackets_are_beside_their_numbers(tmp_path):
+    numbers = {"": 494.0, "_se": 0.9, "_low": 492.2, "_high": 495.8}
+    ends = {"_bracket_low": 492.8, "_bracket_high": 495.2}
+    metrics = {f"lanczos/effective_dimension{k}": v for k, v in (numbers | ends).items()}
+    metrics |= dict.fromkeys(("lanczos/trace", "lanczos/trace_low", "lanczos/trace_high"), 673.9)
+    text = shown(metrics, tmp_path=tmp_path)
+    assert "effective dimension (95 % interval)  494 (492.2 to 495.8)" in text
+    assert "of it left open by Lanczos" in text
+    assert "492.8 to 495.2" in text
+    assert "673.9 (exact)" in text
+    assert "_se" not in text
+    assert "Others" not in text
+    table = text.split("run directory")[0]
+    assert max(len(line.rstrip()) for line in table.splitlines()) <= 80
+
+
 def test_numbers_have_words_and_names(tmp_path):
     text = shown(METRICS, tmp_path=tmp_path)
     lines = text.splitlines()
