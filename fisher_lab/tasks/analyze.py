@@ -73,10 +73,11 @@ def run(config: Config, run: Run) -> None:
     )
     engine.layers_of(workload.model)  # what does not go with the model is said before the work
     _record_loss(workload, batches, run, ranks)
-    _time_plain_pass(workload, batches, run)
+    plain = _time_plain_pass(workload, batches, run, keep=config.kfac.verify)
     gradient, natural = _precondition(engine, workload, batches, run, ranks)
     if config.kfac.verify:
-        _verify(gradient, workload, batches, ranks)
+        _verify(gradient, plain, workload, ranks)
+    del plain
     reports = engine.reports()
     residuals = engine.residuals(gradient, natural, workload.model)
     run.table(LAYERS_FILE, [layer_row(r, residuals) for r in reports])
@@ -119,17 +120,29 @@ def _record_loss(workload: Workload, batches: list[Any], run: Run, ranks: Ranks)
             run.metrics({f"loss/{name}": about[key]})
 
 
-def _time_plain_pass(workload: Workload, batches: list[Any], run: Run) -> None:
-    """A plain forward and backward pass over the same batches, after one over the first."""
+Sums = tuple[dict[str, Tensor], int]
+"""Gradient of the summed loss of this rank's batches by parameter, and their labels."""
+
+
+def _time_plain_pass(workload: Workload, batches: list[Any], run: Run, *, keep: bool) -> Sums:
+    """A plain forward and backward pass over the same batches, after one over the first.
+
+    Returns what it found, or nothing unless ``keep``.
+    """
     seconds = 0.0
+    found: Sums = {}, 0
     for some in (batches[:1], batches):
         _wait(workload)
         start = perf_counter()
-        _plain_pass(workload, some)
+        labels = _plain_pass(workload, some)
         _wait(workload)
         seconds = perf_counter() - start
+        if keep:
+            named = workload.model.named_parameters()
+            found = {n: p.grad for n, p in named if p.grad is not None}, labels
         workload.model.zero_grad(set_to_none=True)
     run.metrics({"kfac/forward_backward_s": seconds})
+    return found
 
 
 def _plain_pass(workload: Workload, batches: list[Any]) -> int:
@@ -143,24 +156,27 @@ def _plain_pass(workload: Workload, batches: list[Any]) -> int:
     return labels
 
 
-def _verify(
-    gradient: Mapping[str, Tensor], workload: Workload, batches: list[Any], ranks: Ranks
-) -> None:
-    """Compares the gradient that the layers' tokens give with autograd's, untimed; collective.
+def _verify(gradient: Mapping[str, Tensor], sums: Sums, workload: Workload, ranks: Ranks) -> None:
+    """Compares the gradient that the layers' tokens give with autograd's; collective.
+
+    Args:
+        gradient: of the mean loss, from the factors' tokens.
+        sums: of the plain pass.
+        workload: of both.
+        ranks: those of the run.
 
     Raises:
         LayerError: they differ beyond rounding; on all ranks whose tokens are reduced together.
     """
-    (labels,) = ranks.total(_plain_pass(workload, batches))
+    (labels,) = ranks.total(sums[1])
     named = dict(workload.model.named_parameters())
     plain: dict[str, Tensor] = {}
     for name in gradient:
-        grad = named[name].grad
+        grad = sums[0].get(name)
         if ranks.reduced.size > 1:
             grad = ranks.reduced.all_reduce(torch.zeros_like(named[name]) if grad is None else grad)
         if grad is not None:
             plain[name] = grad / max(labels, 1)
-    workload.model.zero_grad(set_to_none=True)
     compare_gradients(gradient, plain)
 
 
