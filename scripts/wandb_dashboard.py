@@ -11,6 +11,7 @@ Needs ``pip install 'fisher-lab[dashboard]'``.
 
 from __future__ import annotations
 
+# pyright: reportPrivateImportUsage=false
 import argparse
 import json
 import sys
@@ -21,7 +22,7 @@ from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.runs import atomic
 
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
-METRICS = ("loss/heldout", "ng/heldout_loss_decrease")
+METRICS = ("loss/heldout", "step/natural/heldout_change")
 SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimizer.name", "seed")
 
 
@@ -130,7 +131,7 @@ def dumped(entity: str, project: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Do what was asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--entity", default="", help="user or team")
     parser.add_argument("--project", default=TrackerConfig().project)
     what = parser.add_mutually_exclusive_group(required=True)

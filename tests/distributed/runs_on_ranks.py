@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "model.init=random", "model.layers=1", "model.width=32", "model.heads=2",
     "data.batch_size=4", "data.seq_len=16", "task.heldout_batches=1", "device=cpu",
+    "kfac/damping=paper",
 )  # fmt: skip
 DEVICES = "5,3"
 """`CUDA_VISIBLE_DEVICES` of all programs."""

@@ -12,7 +12,7 @@ ENGINES = (
     "spectral=layer", "lanczos=top10", "lanczos.k=4", "lanczos.density_probes=2",
     "lanczos.density_steps=8", "group_fisher=default", "task=analyze",
 )  # fmt: skip
-UNEVEN = ("data.batch_size=3", "kfac.n_batches=2")
+UNEVEN = ("data.batch_size=3", "kfac.n_batches=2", "task.engine_batches=2")
 """Two sequences of every batch on rank 0, one on rank 1: the ranks' order is not that of one."""
 
 
@@ -53,9 +53,11 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path, dtype, bound):
         if name.startswith(("spectral/", "lanczos/", "group_fisher/")):
             assert found[name] == pytest.approx(value, rel=loose.get(name, bound)), name
         else:  # K-FAC: its own tests have its tolerances
-            # A decrease is a difference of losses, which are in float32 here.
-            least = 5e-6 if "decrease" in name else 0
-            assert found[name] == pytest.approx(value, rel=1e-5, abs=least), name
+            # A change is a difference of losses, which are in float32 here; where it is lowest, it
+            # hardly depends on the length.
+            least = 5e-6 if name.endswith("_change") else 0
+            width = 1e-2 if name.startswith("step/") and name.endswith("/length") else 1e-5
+            assert found[name] == pytest.approx(value, rel=width, abs=least), name
     moved = metrics_of(two)
     for engine in ("spectral", "lanczos", "group_fisher"):
         assert moved[f"{engine}/sent_bytes_max"] > 0

@@ -95,7 +95,10 @@ ON_TEXT = [
     *("data.vocab_size=293", "data.seq_len=8", "threads=1"),
 ]
 """The smallest model on ``text.txt``."""
-ANALYSIS = ["task=analyze", *ON_TEXT, "model.init=random", "task.heldout_batches=1"]
+ANALYSIS = [
+    *("task=analyze", *ON_TEXT, "model.init=random", "task.heldout_batches=1"),
+    "kfac/damping=paper",
+]
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
 TRAINING = [
     *("task=train", *ON_TEXT, "train.seq_len=8", "train.batch_size=2", "train.steps=400"),

@@ -21,7 +21,7 @@ from tests.config.test_groups import composed
 TINY = [
     "model.init=random", "model.layers=1", "model.width=16", "model.heads=2",
     "model.recipe.seq_len=32", "data.vocab_size=300", "data.batch_size=2", "data.seq_len=32",
-    "kfac.big_threshold=100", "progress=false",
+    "kfac.big_threshold=100", "progress=false", "kfac/damping=paper", "task.heldout_batches=4",
 ]  # fmt: skip
 
 REQUIRED = [
