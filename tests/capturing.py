@@ -28,6 +28,8 @@ def cross_entropy(outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 def engine(policy: str = "all", damping: Damping | None = None, **settings) -> KFACNaturalGradient:
     damping = Damping() if damping is None else damping
+    if settings.get("damping_mode") == "pi":
+        settings["damping"] = None  # the two sides' product is the damping of the product
     return KFACNaturalGradient(
         damping_A=damping.A,
         damping_G=damping.G,
@@ -135,6 +137,7 @@ def assert_natural(
     bound: float = 1e-9,
 ) -> None:
     """The natural gradient of the batch's own gradient is the dense one."""
+    assert truth.labels is not None
     own = truth.own_gradient(truth.labels)
     result = kfac.compute_natural_gradient(own, model)
     assert set(result) >= set(own)

@@ -114,7 +114,7 @@ def test_clipping_and_what_is_derived(ranks, kappa, size):
 def test_dampings_that_follow_the_traces_follow_those_of_all_ranks(ranks, mode):
     damping = Damping(A=0.3, G=2e-2, kappa=None)
     settings = [
-        Setting(policy, reduce, damping).also(damping_mode=mode, damping=None)
+        Setting(policy, reduce, damping).also(damping_mode=mode)
         for policy in ("all", "small_only")
         for reduce in MODES
     ]
