@@ -39,7 +39,7 @@ class Used:
     g: Tensor | None = None
     features: int = 1
     times: Tensor | None = None
-    filled: bool = False
+    filled: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """What it read and the gradients of its results, a row a token; zero where none came."""
@@ -49,18 +49,17 @@ class Used:
         g = g.reshape(-1, g.shape[-1])
         g = g if self.times is None else g @ self.times
         keep = self.keep
-        if self.filled and self.kind in ("matrix", "scale"):
-            # What a model fills in, and no gradient reaches, is no row.
-            real = (a != 0).any(1) | (g != 0).any(1)
-            keep = real if keep is None else keep & real
+        if self.filled is not None:
+            keep = ~self.filled if keep is None else keep & ~self.filled
         return (a, g) if keep is None else (a[keep], g[keep])
 
 
 class Recorder(TorchFunctionMode):
     """Records what ``linear``, ``matmul``, ``embedding``, norms and their like are given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fill: torch.Generator | None = None) -> None:
         super().__init__()
+        self.fill = fill
         self.parameters = dict(model.named_parameters())
         self.starts = {p.data_ptr(): n for n, p in self.parameters.items()}
         self.stacks = {n: p for n, p in self.parameters.items() if p.dim() == 3}
@@ -82,10 +81,23 @@ class Recorder(TorchFunctionMode):
             rows = x.is_floating_point() and out.shape[-1] == x.shape[-1]
             self.rows_filled = self.rows_filled or rows
             self.fills = self.fills or not x.is_floating_point() or rows
+            if rows:
+                out = self._other(out, func(torch.ones_like(x), *args[1:], **(kwargs or {})) == 0)
+        untouched = name == "scatter_reduce" and not (kwargs or {}).get("include_self", True)
+        if untouched and isinstance(x, Tensor):
+            self.rows_filled = True
+            out = self._other(out, _untouched(x, kwargs or {}))
         if isinstance(out, Tensor) and out.requires_grad:
             values = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
             self._note(name, args, kwargs or {}, values, out)
         return out
+
+    def _other(self, out: Tensor, places: Tensor) -> Tensor:
+        """Puts other numbers where a model filled in some, in a pass that asks for it."""
+        if self.fill is None:
+            return out
+        other = torch.randn(out.shape, generator=self.fill, dtype=out.dtype)
+        return torch.where(places, other, out)
 
     def _note(self, name: str, args: Any, kwargs: Any, values: list[Tensor], out: Tensor) -> None:
         self.made.note(name, args, kwargs, out)
@@ -269,6 +281,12 @@ class Recorder(TorchFunctionMode):
         (whole if viewed else out).register_hook(note)
 
 
+def _untouched(x: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Where a scatter left a tensor as it was."""
+    sent = torch.ones_like(options["src"])
+    return torch.zeros_like(x).scatter(options["dim"], options["index"], sent) == 0
+
+
 def _one_axis(x: Tensor) -> int | None:
     """The only dimension of a tensor that is longer than 1, counted from the end."""
     axes = [d - x.dim() for d, n in enumerate(x.shape) if n > 1]
@@ -331,7 +349,7 @@ def reference(model: nn.Module, batch: Batch) -> Reference:
         reached |= {n for n, g in zip(trained, grads, strict=True) if g is not None}
         for name, grad in zip(trained, grads, strict=True):
             found.gradient[name] += 0.0 if grad is None else grad
-        passes.append([replace(used, filled=recorder.rows_filled) for used in recorder.seen])
+        passes.append(_without_filling(model, values, recorder))
     for used in (used for seen in passes for used in seen):
         uses.setdefault((used.name, used.kind), []).append(used)
     found.reached = sum(_reached(trained[n], n, uses) for n in reached)
@@ -343,6 +361,35 @@ def reference(model: nn.Module, batch: Batch) -> Reference:
         if len(every) > len(used) and any(one.g is not None for one in every):
             found.with_own[key] = _joined(every)
     return found
+
+
+def _without_filling(
+    model: nn.Module, values: Mapping[str, Tensor], recorder: Recorder
+) -> list[Used]:
+    """The uses of a pass without the rows that a model fills in and no gradient reaches.
+
+    Such a row is zero still, or it is another when other numbers are filled in, here or in a use
+    of rows that lie alike.
+    """
+    if not recorder.rows_filled:
+        return recorder.seen
+    with Recorder(model, torch.Generator().manual_seed(5)) as second:
+        run(model, values)
+    alike = [(one.name, one.a.shape) for one in second.seen]
+    alike = alike == [(one.name, one.a.shape) for one in recorder.seen]  # no other experts, say
+    others = second.seen if alike else recorder.seen
+    reached: dict[int, Tensor] = {}
+    filled: dict[tuple[int, ...], Tensor] = {}
+    for i, (one, other) in enumerate(zip(recorder.seen, others, strict=True)):
+        if one.kind in ("matrix", "scale"):
+            (a, g), b = replace(one, keep=None).rows(), other.a.reshape(-1, other.a.shape[-1])
+            made = torch.isclose(a, b, rtol=1e-9, atol=1e-12).all(1) & (a != 0).any(1)
+            reached[i], place = (g != 0).any(1), one.a.shape[:-1]
+            filled[place] = filled.get(place, ~made & ~reached[i]) | (~made & ~reached[i])
+    return [
+        replace(one, filled=filled[one.a.shape[:-1]] & ~reached[i]) if i in reached else one
+        for i, one in enumerate(recorder.seen)
+    ]
 
 
 def _reached(parameter: Tensor, name: str, uses: Mapping[tuple[str, str], list[Used]]) -> int:
