@@ -151,10 +151,15 @@ def theirs(asked: Question, **options: Any) -> Tensor:
         asked.model, asked.loss, list(asked.parameters().values()), asked.batches,
         fisher_type=asked.fisher, kfac_approx=asked.sharing, check_deterministic=False,
         separate_weight_and_bias=not asked.joint, mc_samples=DRAWS if asked.fisher == "mc" else 1,
-        batch_size_fn=lambda x: len(x if isinstance(x, Tensor) else x["x"]), **options,
+        batch_size_fn=examples_of, **options,
     )  # fmt: skip
     operator.draws = Draws(asked.loss)
     return operator @ torch.eye(operator.shape[0], dtype=torch.float64)
+
+
+def examples_of(x: Any) -> int:
+    """How many examples there are in a batch's inputs."""
+    return len(x if isinstance(x, Tensor) else x["x"])
 
 
 Change = Callable[[Any], Any]
@@ -211,11 +216,12 @@ def ours(asked: Question, change: Change = lambda x: x, moments: Moments | None 
         start += p.numel()
     total = torch.zeros(start, start, dtype=torch.float64)
     kfac = collected(asked, change)
-    if asked.ekfac and not asked.joint:
+    joint = asked.joint and any(name.endswith("weight") for name in asked.names)
+    if asked.ekfac and not joint:
         # A bias's own basis is that of G, whose eigenvalues need no correction.
         biases = [name for name in asked.names if name.endswith("bias")]
         _place(total, places, collected(replace(asked, ekfac=False, joint=True)), asked, biases)
-    names = [n for n in asked.names if asked.joint or not asked.ekfac or not n.endswith("bias")]
+    names = [n for n in asked.names if joint or not asked.ekfac or not n.endswith("bias")]
     _place(total, places, kfac, asked, names, moments)
     return total
 
@@ -259,7 +265,7 @@ def _block(
     assert basis.v_a is not None
     values = basis.moments
     if moments is not None:
-        values = moments(f, basis, sum(len(y) for _, y in asked.batches))
+        values = moments(f, basis, sum(map(examples_of, (x for x, _ in asked.batches))))
     vectors = torch.kron(outputs_basis(basis), basis.v_a.contiguous())
     return scale * (vectors * values.flatten()) @ vectors.T
 

@@ -19,6 +19,7 @@ import csv
 import hashlib
 import inspect
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -126,7 +127,7 @@ def plain(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def recorded(folder: Path) -> dict[str, Asked]:
+def recorded(folder: Path, select: str = "") -> dict[str, Asked]:
     """Runs the suite without computing anything, and returns its cases."""
     recorder = Recorder()
     sys.path.insert(0, str(folder.parent))
@@ -140,6 +141,7 @@ def recorded(folder: Path) -> dict[str, Asked]:
         stack.enter_context(put(PyTorchLinearOperator, "__matmul__", lambda _, other: other))
         paths = [str(folder / name) for name in FILES]
         options = ["-q", "--no-header", "--no-summary", "-p", "no:cacheprovider"]
+        options += ["-k", select] if select else []
         pytest.main([*options, f"--rootdir={folder.parent}", *paths], plugins=[recorder])
     return recorder.asked
 
@@ -147,26 +149,39 @@ def recorded(folder: Path) -> dict[str, Asked]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suite", type=Path, help="the folder `test` of curvlinops' sources")
+    parser.add_argument("--select", default="", help="as pytest's -k")
+    parser.add_argument("--minutes", type=float, default=60.0, help="the smallest cases come first")
     parser.add_argument("--out", type=Path, help="directory of exam_suite.csv and exam_suite.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = list(recorded(given.suite.resolve()).values())
-    results = []
+    found = sorted(recorded(given.suite.resolve(), given.select).values(), key=size)
+    results, start = [], time.monotonic()
     for asked in found:
+        if time.monotonic() - start > 60 * given.minutes:
+            break
         results.append((asked, answered(asked.question)))
         print(f"\r{len(results)} of {len(found)}", end="", file=sys.stderr)
-    report(results, given.out)
+    note = f" The largest {len(found) - len(results)} of {len(found)} were left out for time."
+    chosen = f" Tests that match `{given.select}`." if given.select else ""
+    report(results, given.out, chosen + (note if len(results) < len(found) else ""))
     return int(any(outcome.verdict == "different" for _, outcome in results))
 
 
-def report(results: list[tuple[Asked, Outcome]], out: Path | None) -> None:
+def size(asked: Asked) -> int:
+    """Numbers of a case's data and parameters."""
+    question = asked.question
+    data = sum(_of(x).numel() for x, _ in question.batches)
+    return data + sum(p.numel() for p in question.model.parameters()) ** 2
+
+
+def report(results: list[tuple[Asked, Outcome]], out: Path | None, note: str = "") -> None:
     """Prints the table, and writes it with every case."""
     tests = {test for asked, _ in results for test in asked.tests}
     version = metadata.version("curvlinops-for-pytorch")
     lines = ["# curvlinops' own cases", "", *(__doc__ or "").split("\n\n")[2].split("\n")]
     lines += [
         "",
-        f"curvlinops {version}; {len(tests)} of its tests ask for a matrix. They have:",
+        f"curvlinops {version}; {len(tests)} of its tests ask for a matrix.{note} They have:",
         "",
     ]
     lines += summary(outcome for _, outcome in results)

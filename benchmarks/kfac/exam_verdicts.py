@@ -22,6 +22,7 @@ from exam_matrices import (
 )
 from torch import Tensor
 
+from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.kfac import collect
 from fisher_lab.curvature.likelihoods import Scored, understood
 
@@ -84,7 +85,10 @@ def answered(asked: Question, ignored: int | None = None, shared: bool = False) 
     except ValueError as error:
         flat = "Only 2d output" in str(error)
         return Outcome("excluded", reason=FLAT if flat else f"it refuses: {error}")
-    error = relative(ours(asked), expected)
+    try:
+        error = relative(ours(asked), expected)
+    except CurvatureError as refused:
+        return Outcome("excluded", reason=f"refused here: {refused}")
     if error < EXACT:
         return Outcome("equal", error)
     reason = _reason(asked, expected, ignored)
