@@ -275,7 +275,10 @@ def step_lines(step: Mapping[str, Any]) -> list[str]:
     first, rival = (DIRECTIONS.get(step[key], step[key]) for key in ("first", "rival"))
     if step.get("low") is None:
         return [*lines, "No winner: too few held-out batches (task.heldout_batches) to judge"]
-    margin, low, high = (f"{1e3 * step[key]:.3g}" for key in ("margin", "low", "high"))
+    ahead = [1e3 * step[key] for key in ("margin", "low", "high")]
+    if ahead[0] < 0:  # the half that judges has them the other way round
+        first, rival, ahead = rival, first, [-ahead[0], -ahead[2], -ahead[1]]
+    margin, low, high = (f"{x:.3g}" for x in ahead)
     percent = f"({100 * step['confidence']:.0f} %)"
     who = f"Winner: {first}," if step["certain"] else f"No winner: {first}"
     return [*lines, f"{who} {margin} [{low}, {high}] mnat ahead of {rival} {percent}"]
