@@ -193,13 +193,13 @@ def test_the_closing_line_names_no_winner_where_the_interval_holds_zero():
     open_ = {**STEP, "certain": False, "low": -0.0005, "edges": {"sign": "longest"}}
     edge, line = summary.step_lines(open_)
     assert line == "No winner: natural gradient 9.84 [-0.5, 12] mnat ahead of sign (95 %)"
+    assert edge == "sign: the loss still falls at the longest step that was tried"
+    (few,) = summary.step_lines({**open_, "edges": {}, "low": None})
+    assert "too few held-out batches" in few
+    assert summary.step_lines({}) == []
 
 
 def test_the_closing_line_puts_first_who_is_ahead_where_it_is_judged():
     turned = {**STEP, "certain": False, "margin": -0.002, "low": -0.0051, "high": 0.001}
     *_, line = summary.step_lines(turned)
     assert line == "No winner: sign 2 [-1, 5.1] mnat ahead of natural gradient (95 %)"
-    assert edge == "sign: the loss still falls at the longest step that was tried"
-    (few,) = summary.step_lines({**open_, "edges": {}, "low": None})
-    assert "too few held-out batches" in few
-    assert summary.step_lines({}) == []
