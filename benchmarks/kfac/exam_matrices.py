@@ -218,9 +218,13 @@ def ours(asked: Question, change: Change = lambda x: x, moments: Moments | None 
     kfac = collected(asked, change)
     joint = asked.joint and any(name.endswith("weight") for name in asked.names)
     if asked.ekfac and not joint:
-        # A bias's own basis is that of G, whose eigenvalues need no correction.
         biases = [name for name in asked.names if name.endswith("bias")]
-        _place(total, places, collected(replace(asked, ekfac=False, joint=True)), asked, biases)
+        if moments is None:
+            # A bias's own basis is that of G, whose eigenvalues need no correction by tokens.
+            plain = collected(replace(asked, ekfac=False, joint=True), change)
+            _place(total, places, plain, asked, biases)
+        else:
+            _place_biases(total, places, collected(replace(asked, joint=True), change), asked)
     names = [n for n in asked.names if joint or not asked.ekfac or not n.endswith("bias")]
     _place(total, places, kfac, asked, names, moments)
     return total
@@ -253,6 +257,25 @@ def _place(
                 total[at[:, None], to] = block[own[:, None], others]
 
 
+def _place_biases(
+    total: Tensor,
+    places: Mapping[str, Tensor],
+    kfac: KFACNaturalGradient,
+    asked: Question,
+) -> None:
+    """Adds the blocks of biases by themselves, with the moments of whole examples."""
+    n = sum(map(examples_of, (x for x, _ in asked.batches)))
+    for f in kfac.kfac_factors.values():
+        basis = ekfac.prepared(f, kfac.settings, (0.0, 0.0))
+        values = by_example(f, basis, n, inputs=False).flatten()
+        scale = f.ratio * (f.n_labels if asked.summed else 1)
+        vectors = outputs_basis(basis)
+        for name in f.layer.biases:
+            if name in asked.names:
+                at = places[name].flatten()
+                total[at[:, None], at] = scale * (vectors * values) @ vectors.T
+
+
 def _block(
     f: LayerFactors, kfac: KFACNaturalGradient, asked: Question, moments: Moments | None
 ) -> Tensor:
@@ -276,8 +299,10 @@ def outputs_basis(basis: ekfac.Eigenbasis) -> Tensor:
     return basis.v_g.transposed_times(unit).contiguous()
 
 
-def by_example(f: LayerFactors, basis: ekfac.Eigenbasis, n: int) -> Tensor:
+def by_example(f: LayerFactors, basis: ekfac.Eigenbasis, n: int, inputs: bool = True) -> Tensor:
     """EKFAC's moments of the gradients of examples, summed over their tokens, ``[r, dim_a]``.
+
+    Without ``inputs`` they are those of a bias by itself, ``[r, 1]``.
 
     ``(1/T) sum_e (sum_{t of e} (V_G^T g_t)_i (V_A^T a_t)_j)^2``; ``docs/math.md`` has the squares
     inside of the sum over tokens. Tokens lie example by example, as many for each of the ``n``.
@@ -292,7 +317,8 @@ def by_example(f: LayerFactors, basis: ekfac.Eigenbasis, n: int) -> Tensor:
     starts = torch.searchsorted(tokens, tokens)
     times = torch.empty_like(order)  # which draw, or class, of its token
     times[place] = torch.arange(len(order)) - starts
-    x, y = (a[order] @ basis.v_a), g.double() @ outputs_basis(basis)
+    x = a[order] @ basis.v_a if inputs else a.new_ones(len(order), 1)
+    y = g.double() @ outputs_basis(basis)
     group = times * n + order // (len(a) // n)
     sums = y.new_zeros(int(group.max()) + 1, y.shape[1], x.shape[1])
     sums.index_add_(0, group, y[:, :, None] * x[:, None, :])

@@ -35,7 +35,7 @@ CROSS = (
 )
 SUMS = (
     "its EKFAC squares the gradient of an example, summed over its tokens, in the eigenbasis; here "
-    "EKFAC squares the gradient of each token (docs/math.md, section 6)"
+    "that is ekfac_unit=sequence, and EKFAC by token was asked (docs/math.md, section 6)"
 )
 COUNT = "its mean counts the labels that ignore_index leaves out, which torch's mean does not"
 UNSEEN = "its type-2 and mc do not look at the labels: those that ignore_index leaves out count"

@@ -32,8 +32,9 @@ class Estimate:
         n_products: operator products.
         seed: of the probes.
         low: lower end of the interval of confidence 0.95: quantiles of Student's t with
-            ``n_probes - 1`` degrees of freedom, times the standard error or what :class:`Spread`
-            says, whichever is larger, and all of the bracket where there is one.
+            ``n_probes - 1`` degrees of freedom, times the standard error or what
+            :class:`SignSpread` says, whichever is larger, and all of the bracket where there
+            is one.
         high: its upper end.
         bracket_low: mean over the probes of a lower bound of what Lanczos leaves open; None where
             nothing is left open.
@@ -74,7 +75,7 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), error
 
 
-class Spread:
+class SignSpread:
     """The standard error of a mean of ``z^T M z`` over random signs, from the products ``M z``.
 
     Of independent signs ``Var(z^T M z) = 2 sum_{j != k} M_jk^2 = 2 sum_k Var(z_k (M z)_k)``. The
@@ -101,7 +102,7 @@ def estimate(
 ) -> Estimate:
     """Returns the mean of one value a probe, and what is ``known`` without chance.
 
-    ``spread`` is a standard error from :class:`Spread`.
+    ``spread`` is a standard error from :class:`SignSpread`.
     """
     mean, error = (float(x) for x in mean_and_error(torch.tensor(values, dtype=torch.float64)))
     value, half = known + mean, t_quantile(len(values)) * max(error, spread)
@@ -213,7 +214,7 @@ def hutch_plus_plus(
         known += float(product @ (product if squared else row.double()))
     if len(basis) == n:
         return Estimate(known, 0.0, 0, 2 * size, seed, known, known)
-    rest, spread = [], Spread(n, device)
+    rest, spread = [], SignSpread(n, device)
     for _ in range(third):
         drawn = signs()
         probe = drawn - (basis @ drawn) @ basis

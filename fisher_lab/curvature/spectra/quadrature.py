@@ -18,7 +18,7 @@ from fisher_lab.curvature.errors import CurvatureError
 from fisher_lab.curvature.linalg import KrylovBasis, MatVec
 from fisher_lab.curvature.spectra.estimates import (
     Estimate,
-    Spread,
+    SignSpread,
     bracketed,
     estimate,
     mean_and_error,
@@ -76,7 +76,7 @@ class Quadrature:
         exact: whether the nodes are the eigenvalues; then nothing is left to chance.
         known: eigenvalues that were added by :meth:`with_known`.
         space: of the probes, ``parameters`` or ``samples``.
-        trace_error: standard error of the trace, from :class:`~.estimates.Spread`.
+        trace_error: standard error of the trace, from :class:`~.estimates.SignSpread`.
         closing_error: the same of the function whose bracket was to close.
     """
 
@@ -265,7 +265,7 @@ def quadrature(
     generator = torch.Generator().manual_seed(seed)
     products, noise = 0, 0.0
     gauss, radau, made = list[Rule](), list[Rule](), list[int]()
-    spreads = [Spread(n, device) for _ in range(1 if closing is None else 2)]
+    spreads = [SignSpread(n, device) for _ in range(1 if closing is None else 2)]
     for _ in range(probing.n_probes):
         signs = rademacher(n, generator).to(device=device, dtype=dtype)
         probe = signs if deflate is None else signs - (deflate @ signs) @ deflate
@@ -309,7 +309,7 @@ def _probed(
 
 
 def _watch(
-    spreads: Sequence[Spread],
+    spreads: Sequence[SignSpread],
     basis: KrylovBasis,
     signs: Tensor,
     length: float,

@@ -12,7 +12,7 @@ from fisher_lab.curvature.evaluation_mode import isolated
 from fisher_lab.curvature.losses import CrossEntropy
 from fisher_lab.curvature.spectra import matrix_free
 from fisher_lab.curvature.spectra.blocks import select_parameters
-from fisher_lab.curvature.spectra.estimates import Spread, estimate, rademacher
+from fisher_lab.curvature.spectra.estimates import SignSpread, estimate, rademacher
 from fisher_lab.curvature.spectra.lanczos import FisherLanczos
 from fisher_lab.curvature.spectra.operators import CurvatureOperator, RowOperator
 from fisher_lab.curvature.spectra.quadrature import (
@@ -109,7 +109,7 @@ def test_the_spread_of_signs_follows_from_their_products():
     found = []
     for seed in range(400):
         generator.manual_seed(seed)
-        spread = Spread(7, torch.device("cpu"))
+        spread = SignSpread(7, torch.device("cpu"))
         for _ in range(5):
             probe = rademacher(7, generator)
             spread.add(probe, matrix @ probe)
