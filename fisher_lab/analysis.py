@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_lab.config.kfac import KFACSettings
+from fisher_lab.config.kfac import DAMPING, KFACSettings
 from fisher_lab.config.schema import Config
 from fisher_lab.config.spectra import (
     GroupFisherConfig,
@@ -86,7 +86,7 @@ class AdvancedFisherCollector:
         use_true_fisher: bool = False,
         use_kfac: bool = True,
         kfac_update_freq: int = 1,
-        damping: float = KFACSettings.damping,
+        damping: float = DAMPING,
         kfac_show_progress: bool = False,
         *,
         use_group_fisher: bool = True,
@@ -373,7 +373,7 @@ class UnifiedConfig:
     seq_len: int = 64
     n_batches: int = 1
     seed: int = 42
-    damping: float = KFACSettings.damping
+    damping: float = DAMPING
     kfac_policy: str = KFACSettings.policy
     sample_unit: str = "sequence"
     block_structure: str = "layer"

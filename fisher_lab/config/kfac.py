@@ -33,6 +33,8 @@ POLICIES = ("all", "auto", "hybrid", "small_only")
 STORAGE_DTYPES = ("auto", "fp64", "fp32", "bf16", "fp16")
 COMPUTE_DTYPES = ("float64", "float32", "auto")
 DAMPING_MODES = ("absolute", "relative", "pi")
+DAMPING = 1e-4
+"""Of A and of G, where nothing else is said."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class KFACSettings:
         one_of(*POLICIES),
     )
     damping: float | None = setting(
-        1e-4,
+        DAMPING,
         "Tikhonov damping added to the eigenvalues of A and of G; with `damping_mode=pi` that of "
         "their product; null: as `damping_A` and `damping_G` say.",
         above(0) | null,
