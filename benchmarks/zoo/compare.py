@@ -98,7 +98,7 @@ class Comparison:
             self._side(f"{name}: G", factors.G.to_dense(), torch.block_diag(*blocks))
             return None, blocks
         elif layer.kind in ("Embedding", "Columns"):
-            a = F.one_hot(a, layer.n_in).double()
+            a = F.one_hot(a.long(), layer.n_in).double()
         elif layer.augmented:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
         sides = (None if a is None else a.T @ a / len(a), g.T @ g / len(g))
