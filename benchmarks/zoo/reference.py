@@ -369,7 +369,8 @@ def _without_filling(
     """The uses of a pass without the rows that a model fills in and no gradient reaches.
 
     Such a row is zero still, or it is another when other numbers are filled in, here or in a use
-    of rows that lie alike.
+    of rows that lie alike; the latter among more rows than the example has positions, since what
+    is filled in beside a position changes its row too.
     """
     if not recorder.rows_filled:
         return recorder.seen
@@ -378,12 +379,14 @@ def _without_filling(
     alike = [(one.name, one.a.shape) for one in second.seen]
     alike = alike == [(one.name, one.a.shape) for one in recorder.seen]  # no other experts, say
     others = second.seen if alike else recorder.seen
+    positions = max(x.shape[1] for x in values.values() if x.dim() > 1)
     reached: dict[int, Tensor] = {}
     filled: dict[tuple[int, ...], Tensor] = {}
     for i, (one, other) in enumerate(zip(recorder.seen, others, strict=True)):
         if one.kind in ("matrix", "scale"):
             (a, g), b = replace(one, keep=None).rows(), other.a.reshape(-1, other.a.shape[-1])
-            made = torch.isclose(a, b, rtol=1e-9, atol=1e-12).all(1) & (a != 0).any(1)
+            same = torch.isclose(a, b, rtol=1e-9, atol=1e-12).all(1) | (len(a) <= positions)
+            made = same & (a != 0).any(1)
             reached[i], place = (g != 0).any(1), one.a.shape[:-1]
             filled[place] = filled.get(place, ~made & ~reached[i]) | (~made & ~reached[i])
     return [

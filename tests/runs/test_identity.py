@@ -59,7 +59,8 @@ def test_every_key_counts_unless_it_cannot_change_a_result(key):
 
 
 def test_a_run_of_the_defaults_is_the_one_that_it_was_before_later_keys_came():
-    assert run_id(config(), CONTENT) == "5333d6bced8788e0"
+    # Another one since the settings of Lanczos' estimates, whose numbers are others, count.
+    assert run_id(config(), CONTENT) == "d33882778193b80a"
 
 
 def test_content_counts_and_paths_count_only_without_it():

@@ -186,7 +186,16 @@ class Derived:
         return found or None
 
     def _constant(self, x: Any) -> bool:
-        return not isinstance(x, Tensor) or self._rows.of(x) is Fixed.CONSTANT
+        """Whether no parameter has a part in it: what requires a gradient may be made of any."""
+        if not isinstance(x, Tensor):
+            return True
+        return self._rows.of(x) is Fixed.CONSTANT and not x.requires_grad
+
+    def _held(self, c: Any, terms: Terms) -> bool:
+        """Whether a factor stays as it is while the parameters of some terms change."""
+        own = self.terms(c)
+        apart = {t.identity for t in own}.isdisjoint(t.identity for t in terms)
+        return self._constant(c) or (len(own) > 0 and apart)
 
     # ---- rules: an operation and its arguments -> the terms of its result --------------------
 
@@ -252,7 +261,7 @@ class Derived:
             return None
         for x, c in (args, args[::-1])[: 1 if name in _QUOTIENTS else 2]:
             terms = self.terms(x)
-            if terms and x.shape == out.shape and self._constant(c):
+            if terms and x.shape == out.shape and self._held(c, terms):
                 c = c.detach() if isinstance(c, Tensor) else c
                 c = 1 / c if name in _QUOTIENTS else c
                 found = [_scaled(term, c, out.shape) for term in terms]

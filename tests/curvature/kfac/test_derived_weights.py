@@ -498,7 +498,32 @@ class Cube(Body):
         return F.linear(x, 2 * self.weight**3)
 
 
-@pytest.mark.parametrize("body", [Changed, Cube])
+class Length(Body):
+    """A weight that is divided by a length of its own, which follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = matrix(OUT, WIDTH)
+
+    def forward(self, x):
+        return F.linear(x, self.weight / self.weight.norm())
+
+
+class Square(Length):
+    """A weight that is multiplied by itself."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * (2 * self.weight))
+
+
+class Sum(Length):
+    """A weight that something is added to that is made of it."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.weight.exp())
+
+
+@pytest.mark.parametrize("body", [Changed, Cube, Length, Square, Sum])
 def test_what_is_not_linear_in_a_parameter_keeps_the_gradient_of_autograd(body):
     torch.manual_seed(3)
     model: Any = Frame(body()).double()
