@@ -369,8 +369,8 @@ def _without_filling(
     """The uses of a pass without the rows that a model fills in and no gradient reaches.
 
     Such a row is zero still, or it is another when other numbers are filled in, here or in a use
-    of rows that lie alike; the latter among more rows than the example has positions, since what
-    is filled in beside a position changes its row too.
+    of rows that lie alike, example by example. There are such among more rows than the example has
+    positions; what is filled in beside a position changes its row too, and experts give zeros.
     """
     if not recorder.rows_filled:
         return recorder.seen
@@ -382,15 +382,18 @@ def _without_filling(
     positions = max(x.shape[1] for x in values.values() if x.dim() > 1)
     reached: dict[int, Tensor] = {}
     filled: dict[tuple[int, ...], Tensor] = {}
+    places: dict[int, tuple[int, ...]] = {}
     for i, (one, other) in enumerate(zip(recorder.seen, others, strict=True)):
         if one.kind in ("matrix", "scale"):
             (a, g), b = replace(one, keep=None).rows(), other.a.reshape(-1, other.a.shape[-1])
-            same = torch.isclose(a, b, rtol=1e-9, atol=1e-12).all(1) | (len(a) <= positions)
-            made = same & (a != 0).any(1)
-            reached[i], place = (g != 0).any(1), one.a.shape[:-1]
-            filled[place] = filled.get(place, ~made & ~reached[i]) | (~made & ~reached[i])
+            made = torch.isclose(a, b, rtol=1e-9, atol=1e-12).all(1) & (a != 0).any(1)
+            made = made | (len(a) <= positions)
+            reached[i] = (g != 0).any(1)
+            places[i] = one.a.shape[:-1] if one.a.dim() > 2 else (i,)
+            empty = ~made & ~reached[i]
+            filled[places[i]] = filled.get(places[i], empty) | empty
     return [
-        replace(one, filled=filled[one.a.shape[:-1]] & ~reached[i]) if i in reached else one
+        replace(one, filled=filled[places[i]] & ~reached[i]) if i in reached else one
         for i, one in enumerate(recorder.seen)
     ]
 
