@@ -379,7 +379,11 @@ def _without_filling(
     alike = [(one.name, one.a.shape) for one in second.seen]
     alike = alike == [(one.name, one.a.shape) for one in recorder.seen]  # no other experts, say
     others = second.seen if alike else recorder.seen
-    positions = max(x.shape[1] for x in values.values() if x.dim() > 1)
+    positions = max(
+        x.shape[1] if x.is_floating_point() else x[0].numel()
+        for x in values.values()
+        if x.dim() > 1
+    )
     reached: dict[int, Tensor] = {}
     filled: dict[tuple[int, ...], Tensor] = {}
     places: dict[int, tuple[int, ...]] = {}
