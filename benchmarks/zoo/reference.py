@@ -77,7 +77,7 @@ class Recorder(TorchFunctionMode):
             with plain, self:
                 return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if name == "pad" and isinstance(x, Tensor) and x.dim() in (2, 3) and out.shape != x.shape:
+        if name == "pad" and isinstance(x, Tensor) and 1 < x.dim() < 6 and out.shape != x.shape:
             rows = x.is_floating_point() and out.shape[-1] == x.shape[-1]
             self.rows_filled = self.rows_filled or rows
             self.fills = self.fills or not x.is_floating_point() or rows

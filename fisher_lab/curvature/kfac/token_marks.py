@@ -185,6 +185,8 @@ class TokenMarks:
         """Returns an origin without ids that say of the same rows what others do."""
         if isinstance(origin, Fixed) or len(origin) < 2:
             return origin
+        if any(ids.numel() == 0 for ids in origin):
+            return tuple(ids for ids in origin if ids.numel() == 0)[:1]  # there is no row
         origin = self._at_home(origin)
         alike: dict[tuple[bool, ...], list[Tensor]] = {}
         for ids in origin:

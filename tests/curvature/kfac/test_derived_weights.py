@@ -538,6 +538,25 @@ def test_what_is_not_linear_in_a_parameter_keeps_the_gradient_of_autograd(body):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
+class Nothing(Body):
+    """Rows of several origins, of which none is taken: a chunk past the end, an idle expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = matrix(OUT, WIDTH)
+
+    def forward(self, x):
+        mixed = x[:, :0] + x[:, 1:1].flip(1)
+        return F.linear(x, self.weight) + F.linear(mixed, self.weight).sum()
+
+
+def test_no_rows_of_several_tokens_are_no_rows():
+    torch.manual_seed(3)
+    kfac = collected(Frame(Nothing()).double(), batch_of((5, 4), "right"))
+    (name,) = (n for n in kfac.kfac_factors if n.startswith("body"))
+    assert kfac.kfac_factors[name].tokens == 9
+
+
 def test_names_are_sorted_by_their_numbers():
     from fisher_lab.curvature.kfac.parts import in_order
 
