@@ -9,17 +9,16 @@ not in it: they compare numbers, without a test.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import optimize
 from scipy import stats as scipy_stats
+from simulations import simulated
 
 from fisher_lab.results import stats
 from fisher_lab.results.sequential import (
@@ -241,28 +240,17 @@ PARTS: tuple[tuple[str, Row, Callable[[int], Iterator[Row]]], ...] = (
 )  # fmt: skip
 
 
-def main() -> None:
-    """Simulate, print the table and write it."""
-    parser = argparse.ArgumentParser(
-        description="Simulate claims that are looked at after every seed."
-    )
-    parser.add_argument("--sweeps", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, help="directory for claims.md")
-    args = parser.parse_args()
+def head(sweeps: int) -> list[str]:
+    """The lines above the tables."""
     boundary = ", ".join(f"{t:.2f}" for t in t_boundary(DESIGN)[[0, 2, 7, 17, 47]])
-    lines = ["# Sequential claims by simulation", ""]
-    lines += [
-        f"`python benchmarks/claims.py --sweeps {args.sweeps}`; looks with 3 to {SEEDS} seeds."
+    return [
+        "# Sequential claims by simulation",
+        "",
+        f"`python benchmarks/claims.py --sweeps {sweeps}`; looks with 3 to {SEEDS} seeds.",
+        f"The t boundary of the default design with 3, 5, 10, 20 and 50 seeds: {boundary}.",
     ]
-    lines += [f"The t boundary of the default design with 3, 5, 10, 20 and 50 seeds: {boundary}."]
-    for title, names, rows in PARTS:
-        lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in rows(args.sweeps):
-            lines.append(f"| {' | '.join(row)} |")
-            print(lines[-1], flush=True)
-    if args.out:
-        (args.out / "claims.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    about = "Simulate claims that are looked at after every seed."
+    simulated("claims", about, 10_000, head, PARTS)

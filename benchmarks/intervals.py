@@ -9,15 +9,14 @@ The sequential tests have a benchmark of their own, `benchmarks/claims.py`.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats as scipy_stats
+from simulations import simulated
 
 from fisher_lab.results import stats
 from fisher_lab.results.coarse import tie_chance
@@ -265,22 +264,14 @@ PARTS: tuple[tuple[str, Row, Callable[[int], Iterator[Row]]], ...] = (
 )  # fmt: skip
 
 
-def main() -> None:
-    """Simulate, print the table and write it."""
-    parser = argparse.ArgumentParser(description="Simulate intervals, verdicts and marks.")
-    parser.add_argument("--sweeps", type=int, default=4000)
-    parser.add_argument("--out", type=Path, help="directory for intervals.md")
-    args = parser.parse_args()
-    lines = ["# Intervals, verdicts and marks by simulation", ""]
-    lines += [f"`python benchmarks/intervals.py --sweeps {args.sweeps}`; rates ± standard errors."]
-    for title, names, rows in PARTS:
-        lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in rows(args.sweeps):
-            lines.append(f"| {' | '.join(row)} |")
-            print(lines[-1], flush=True)
-    if args.out:
-        (args.out / "intervals.md").write_text("\n".join(lines) + "\n")
+def head(sweeps: int) -> list[str]:
+    """The lines above the tables."""
+    return [
+        "# Intervals, verdicts and marks by simulation",
+        "",
+        f"`python benchmarks/intervals.py --sweeps {sweeps}`; rates ± standard errors.",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    simulated("intervals", "Simulate intervals, verdicts and marks.", 4000, head, PARTS)
