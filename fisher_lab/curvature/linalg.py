@@ -164,6 +164,20 @@ def symmetric_eigen(matrix: Tensor, *, on_host: bool = False) -> tuple[Tensor, T
     return values.clamp(min=0.0), vectors
 
 
+def at_rounding(values: Tensor) -> float:
+    """Returns what computed eigenvalues ``[n]`` may be off by: ``10 n^(1/2) eps`` of the largest.
+
+    ``n eps``, the bound for the worst matrix, is a thousandth of the largest at 8192 in float32
+    (``docs/math.md``, section 8).
+    """
+    return relative_rounding(len(values), values.dtype) * float(values.max())
+
+
+def relative_rounding(side: int, dtype: torch.dtype) -> float:
+    """Returns :func:`at_rounding` over the largest eigenvalue, for a solver in ``dtype``."""
+    return 10 * side**0.5 * torch.finfo(dtype).eps
+
+
 def _decomposed_again(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`symmetric_eigen` tries last; ascending, float64, on the host."""
     work = matrix.cpu().double()

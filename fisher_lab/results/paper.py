@@ -42,6 +42,12 @@ FISHER = {
     "true": "the true Fisher matrix (expectation over the model's distribution)",
 }
 
+DAMPING_MODES = {
+    "absolute": "",
+    "relative": "in mean eigenvalues of each factor",
+    "pi": "of the product, split by the factors' mean eigenvalues (Martens and Grosse 2015)",
+}
+
 NOTHING = "No run has completed."
 
 
@@ -175,7 +181,7 @@ def _trained(runs: pd.DataFrame) -> pd.Series:
 def _kfac(runs: pd.DataFrame) -> list[str]:
     if "optimizer.name" in runs:  # other optimisers have no use for the section kfac
         runs = filter_runs(runs, ~_trained(runs) | runs["optimizer.name"].isin(["kfac", "ekfac"]))
-    if not _has(runs, "kfac.damping"):
+    if not _has(runs, "kfac.policy"):
         return []
     trainings = filter_runs(runs, _trained(runs))
     kinds = [FISHER.get(str(kind), str(kind)) for kind in _values(runs, "kfac.fisher")]
@@ -183,9 +189,8 @@ def _kfac(runs: pd.DataFrame) -> list[str]:
     said = [
         f"The curvature was K-FAC with {join(kinds)}; layers used the Woodbury identity according "
         f"to the policy {_list(runs, 'kfac.policy')}.",
-        f"Tikhonov damping was {_list(runs, 'kfac.damping')} on each factor"
-        f"{_damping_by_side(runs, trainings)}; damped eigenvalues were clamped from below at "
-        f"lambda_max / kappa, kappa = {kappa}{_clipped(runs)}.",
+        f"Tikhonov damping was {_damping(runs, trainings)}; damped eigenvalues were clamped from "
+        f"below at lambda_max / kappa, kappa = {kappa}{_clipped(runs)}.",
     ]
     if "reduce" in map(label, _values(runs, "kfac.sharing")):
         said.append(f"Tokens shared weights by K-FAC-{_list(runs, 'kfac.sharing')}.")
@@ -195,24 +200,37 @@ def _kfac(runs: pd.DataFrame) -> list[str]:
         said.append(f"The factors were refreshed every {freq} steps{which}.")
     if _has(runs, "kfac.reduce", "dist/world_size"):
         said.append(f"Several ranks were reduced by {_list(runs, 'kfac.reduce')}.")
-    ekfac = "eigenvalues were corrected in the Kronecker eigenbasis (EKFAC)"
     chosen = list(map(label, _values(runs, "kfac.ekfac")))
     if "true" in chosen:
-        said.append(f"{'In some runs, e' if 'false' in chosen else 'E'}{ekfac[1:]}.")
+        corrected = filter_runs(runs, column(runs, "kfac.ekfac").astype(bool))
+        said.append(
+            f"{'In some runs, e' if 'false' in chosen else 'E'}igenvalues were corrected in the "
+            "Kronecker eigenbasis (EKFAC) by the gradients of each "
+            f"{' or '.join(map(label, _values(corrected, 'kfac.ekfac_unit'))) or 'token'}."
+        )
     return said
 
 
-def _damping_by_side(runs: pd.DataFrame, trainings: pd.DataFrame) -> str:
-    sides = [
-        f"{_list(runs, f'kfac.damping_{side}')} on the {side} side"
-        for side in ("A", "G")
-        if _has(runs, f"kfac.damping_{side}")
-    ]
-    words = f" ({join(sides)} where set separately)" if sides else ""
+def _damping(runs: pd.DataFrame, trainings: pd.DataFrame) -> str:
+    """``1e-4 on each factor``, or what each side has; with its unit."""
+    sides = {}
+    for side in ("A", "G"):
+        own = f"kfac.damping_{side}"
+        common = column(runs, "kfac.damping")
+        sides[side] = column(runs, own).fillna(common) if own in runs else common
+    same = sides["A"].equals(sides["G"])
+    shown = runs.assign(**sides)
+    words = (
+        f"{_list(shown, 'A')} on each factor"
+        if same
+        else f"{_list(shown, 'A')} on A and {_list(shown, 'G')} on G"
+    )
+    modes = [DAMPING_MODES[mode] for mode in map(label, _values(runs, "kfac.damping_mode"))]
+    words += f" ({', or '.join(modes)})" if any(modes) else ""
     ratios = [r for r in _values(trainings, "optimizer.damping_ratio") if r != 1]
-    if ratios:
+    if ratios and same:
         times = join(list(map(label, ratios)))
-        words += f", and on the G side of the trainings {times} times that on the A side"
+        words += f", in the trainings {times} times as much on the A side"
     return words
 
 

@@ -105,9 +105,26 @@ def test_a_training_is_told_as_one_and_other_optimisers_have_no_curvature(tmp_pa
         make_run(tmp_path / name / "0", {"task.name": "train", "seed": 0, **settings}, numbers)
     text = " ".join(paper.sentences(load(tmp_path / "kfac")))
     assert "optimiser kfac (learning rate 0.03) for 5 steps of 1,024 tokens." in text
-    assert "on each factor, and on the G side of the trainings 300 times that on the A side" in text
+    assert "on each factor, in the trainings 300 times as much on the A side;" in text
     assert "factors were computed from" not in text
     assert "K-FAC" not in " ".join(paper.sentences(load(tmp_path / "sgd")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kfac.damping": None, "kfac.damping_A": 0.3, "kfac.damping_G": 1e-3},
+         "damping was 0.3 on A and 0.001 on G;"),
+        ({"kfac.damping_A": 0.3}, "damping was 0.3 on A and 1e-4 on G;"),
+        ({"kfac.damping_mode": "relative"},
+         "damping was 1e-4 on each factor (in mean eigenvalues of each factor);"),
+        ({"kfac.ekfac": True, "kfac.ekfac_unit": "sequence"},
+         "Kronecker eigenbasis (EKFAC) by the gradients of each sequence."),
+    ],
+)  # fmt: skip
+def test_the_methods_name_the_damping_of_each_side_and_ekfacs_unit(settings, said, tmp_path):
+    make_run(tmp_path / "s" / "0", {**settings, "seed": 0})
+    assert said in " ".join(paper.sentences(load(tmp_path / "s")))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +140,7 @@ def test_factors_are_refreshed_in_trainings_alone(tasks, said, tmp_path):
         settings = {"task.name": task, "optimizer.name": "kfac", "kfac.ekfac": True}
         make_run(tmp_path / "s" / str(i), {**settings, "seed": i})
     text = " ".join(paper.sentences(load(tmp_path / "s")))
-    assert "(EKFAC)." in text
+    assert "(EKFAC) by the gradients of each token." in text
     assert said in text if said else "refreshed" not in text
 
 

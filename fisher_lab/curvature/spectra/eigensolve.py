@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisher_lab.curvature import linalg
 from fisher_lab.curvature.collectives import Communicator, together
 from fisher_lab.curvature.spectra.block_matrices import BlockMatrix
 
@@ -111,7 +112,7 @@ def relative_rounding(side: int, solver: torch.dtype, rows: torch.dtype) -> floa
     the other dimension of ``J`` is; and ``eps^2`` of the rows of ``J``, whose rounding alone makes
     eigenvalues of that size (``docs/math.md``, section 8).
     """
-    return 10 * side**0.5 * torch.finfo(solver).eps + torch.finfo(rows).eps ** 2
+    return linalg.relative_rounding(side, solver) + torch.finfo(rows).eps ** 2
 
 
 def sketch(rows: Tensor, rank: int, dtype: torch.dtype) -> Solved:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fisher_lab.curvature.kfac.factors import Columns, WoodburyFactor
+from fisher_lab.curvature.kfac.factors.woodbury import lossless_columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.losses import CrossEntropy
 from tests import models, reference
@@ -125,3 +126,14 @@ def test_a_result_without_a_digit_says_so(caplog):
         found = kfac.residuals(y, kfac.compute_natural_gradient(y, model), model)
         assert found["0"] < worst if worst else found["0"] > 1e-2
         assert ("layer 0: the natural gradient solves its system to" in caplog.text) != bool(worst)
+
+
+def test_eigenvalues_far_above_rounding_are_kept_on_large_sides():
+    """``n eps`` is 2.4e-4 at 2048 in float32, where a solver's error is 2e-6 of the largest."""
+    values = torch.full((2048,), 1e-4)
+    values[-1] = 1.0
+    columns = lossless_columns(values, torch.eye(2048))
+    assert columns.shape == (2048, 2048)
+    assert torch.equal(columns.diagonal(), values.sqrt())
+    values[0] = 1e-6  # under 10 n^(1/2) eps
+    assert len(lossless_columns(values, torch.eye(2048))) == 2047

@@ -28,6 +28,7 @@ from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.numerics import Numerics
 from fisher_lab.curvature.linalg import (
     Cholesky,
+    at_rounding,
     largest_eigenvalue,
     largest_eigenvalues,
     robust_cholesky,
@@ -215,8 +216,7 @@ class DampedDiagonalLowRank(Damped[DiagonalLowRankFactor]):
         """Eigenvalues, above rounding, and eigenvectors of ``S``: where Cholesky fails."""
         identity = torch.eye(len(self.core), dtype=self.core.dtype, device=self.core.device)
         values, vectors = symmetric_eigen(self.core + identity, on_host=self.numerics.on_host)
-        least = len(values) * torch.finfo(values.dtype).eps * float(values.max())
-        return values.clamp(min=least), vectors
+        return values.clamp(min=at_rounding(values)), vectors
 
     @override
     def eigen(self) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from fisher_lab.curvature.kfac.factors.base import ColumnFactor, Damped, Factor,
 from fisher_lab.curvature.kfac.factors.columns import Columns
 from fisher_lab.curvature.kfac.factors.diagonal import DiagonalLowRankFactor
 from fisher_lab.curvature.kfac.numerics import Numerics
-from fisher_lab.curvature.linalg import Clipped, largest_eigenvalue, upper_bound
+from fisher_lab.curvature.linalg import Clipped, at_rounding, largest_eigenvalue, upper_bound
 
 
 class WoodburyFactor(ColumnFactor):
@@ -60,8 +60,7 @@ class WoodburyFactor(ColumnFactor):
         s, q = self.eigen()
         if s.numel() == 0:
             return s, q
-        cut = s.numel() * torch.finfo(s.dtype).eps * float(s.max())
-        keep = (s > cut).nonzero()[:, 0][-self.dim :]
+        keep = (s > at_rounding(s)).nonzero()[:, 0][-self.dim :]
         return s[keep], q[:, keep]
 
     @override
@@ -98,7 +97,7 @@ def lossless_columns(values: Tensor, vectors: Tensor) -> Tensor:
 
     Eigenvalues at rounding are left out.
     """
-    keep = values > values.numel() * torch.finfo(values.dtype).eps * values.max()
+    keep = values > at_rounding(values)
     return (vectors[:, keep] * values[keep].sqrt()).T.contiguous()
 
 
