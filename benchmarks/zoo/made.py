@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class Made:
         self._name_of = name_of
         self._matrices: dict[int, tuple[Tensor, list[LowRank]]] = {}
         self._vectors: dict[int, tuple[Tensor, str, Tensor]] = {}
+        self._below: dict[int, tuple[Tensor, list[tuple[str, int, int]]]] = {}
 
     def note(self, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         """Notes what an operation makes."""
@@ -52,6 +54,13 @@ class Made:
             found = self._name_of(first)
             if found is not None and first.dim() == 1:
                 self._vectors[id(out)] = (out, found, 1 / args[1].detach())
+        elif name == "cat" and out.dim() == 2 and len(out.T) == len(first[0].T):
+            ends = np.cumsum([len(x) for x in first]).tolist()
+            below = zip(map(self._name_of, first), [0, *ends], ends, strict=False)
+            self._below[id(out)] = (
+                out,
+                [(n, i, j) for n, i, j in below if n is not None and j > i],
+            )
         else:
             self._follow(name, args, out)
 
@@ -90,6 +99,8 @@ class Made:
     def pairs(self, weight: Tensor, x: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """Of a product with a weight: a factor's name, what it reads, and what ``g`` is times."""
         found = []
+        for name, start, stop in self._below.get(id(weight), (weight, []))[1]:
+            found.append((name, x.detach()[..., start:stop], torch.eye(weight.shape[1]).to(x)))
         for one in self._matrices.get(id(weight), (weight, []))[1]:
             unit = torch.eye(len(one.b), dtype=x.dtype)
             found.append((one.down, x.detach(), one.scale * one.b))

@@ -131,8 +131,8 @@ class TaskConfig:
     heldout_batches: int = setting(
         4,
         "Held-out batches: half of them choose the length of a step along each direction, the "
-        "other half judges it (`docs/math.md`, section 10).",
-        whole(1),
+        "other half judges it (`docs/math.md`, section 10); 0: no step is tried.",
+        whole(0),
     )
     engine_batches: int | None = setting(
         None,
@@ -229,6 +229,8 @@ class Config:
 
     def check(self) -> Problems:
         """What sections ask of each other."""
+        if self.task.damping_scan and not self.task.heldout_batches:
+            yield "task.heldout_batches", "at least 1 with task.damping_scan"
         if self.task.name == "ladder":
             if self.kfac.tied == "sum":
                 yield "kfac.tied", "head or embedding with task=ladder"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -266,9 +267,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 _OURS = {"num_items_in_batch", *TOKEN_MASKS.values()}
 """Entries of a batch that no model needs: its own loss is a mean then."""
 
+NEED_LABELS: WeakSet[nn.Module] = WeakSet()
+"""Models whose pass without labels fails, as was measured."""
+
 
 def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     """Calls the model on a prepared batch, with its ``labels`` where its own loss is wanted.
+
+    A model that cannot run without labels has them too.
 
     The batch is a tensor, a sequence of positional arguments, or a mapping. Of a mapping, the
     entries that ``forward`` names are passed by keyword; where it names none, the first tensor is
@@ -282,6 +288,7 @@ def forward(model: nn.Module, batch: Any, *, with_labels: bool = False) -> Any:
     parameters = inspect.signature(unwrap(model).forward).parameters
     every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     needed = {k for k, p in parameters.items() if p.default is p.empty}
+    with_labels |= "labels" in needed or unwrap(model) in NEED_LABELS
     inputs = {k: v for k, v in batch.items() if with_labels or k != "labels"}
     inputs = {k: v for k, v in inputs.items() if k not in _OURS or k in needed}
     accepted = {k: v for k, v in inputs.items() if every or k in parameters}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisher_lab.curvature.errors import BatchError, LossError
+from fisher_lab.curvature.errors import LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept, seed_generators
 from fisher_lab.curvature.labelling import (
     MEASURED,
@@ -37,6 +37,7 @@ from fisher_lab.curvature.labelling import (
 )
 from fisher_lab.curvature.labels import (
     IGNORE_INDEX,
+    NEED_LABELS,
     count_labels,
     example_count,
     forward,
@@ -101,6 +102,8 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
         if not bool((labels != IGNORE_INDEX).any()):
             return None
         fits = ask.by_logits(outputs)
+        if fits and ask.unlabelled() is None:
+            NEED_LABELS.add(model)
         if len(fits) == 1:
             return fits[0]
         if labels.dim() == 1:
@@ -160,7 +163,7 @@ class _Asked:
         logits, wrapper = _logits_in(outputs), not hasattr(type(model), "loss_function")
         fits = _as_cross_entropy(model, self.batch, outputs, logits)
         if not fits and (logits is None or wrapper):
-            logits = self._unlabelled()
+            logits = self.unlabelled()
             fits = _as_cross_entropy(model, self.batch, outputs, logits)
         if not fits:
             return []
@@ -168,18 +171,20 @@ class _Asked:
         second = self.outputs(other)
         moved = _logits_in(second)
         if moved is not None and logits is not None and not torch.equal(moved, logits):
-            logits = self._unlabelled()
+            logits = self.unlabelled()
             fits = _as_cross_entropy(model, self.batch, outputs, logits)
         # A coincidence is none twice.
         return [x for x in fits if x in _as_cross_entropy(model, other, second, logits)]
 
-    def _unlabelled(self) -> Tensor | None:
-        """The logits of a pass without labels."""
+    def unlabelled(self) -> Tensor | None:
+        """The logits of a pass without labels; None: it fails without them."""
         seed_generators(0)
         try:
             return _logits_in(forward(self.model, self.batch))
-        except (BatchError, TypeError, ValueError, AttributeError):
-            return None  # it cannot run without labels
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model's own code meets where there are none
+            return None
 
     def by_labels(self) -> list[bool] | None:
         """The shifts for which the loss is a mean over the labels that count."""

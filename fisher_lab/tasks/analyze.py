@@ -91,8 +91,9 @@ def run(config: Config, run: Run) -> None:
     metrics = gradient_metrics(gradient, natural)
     metrics["ng/eta"] = eta = steps.eta_of(metrics["ng/decrement"])
     run.metrics(metrics)
-    directions = steps.directions_of(engine, gradient, natural, workload)
-    steps.run_steps(workload, directions, parts, heldout, eta, run, progress, ranks)
+    if config.task.heldout_batches:
+        directions = steps.directions_of(engine, gradient, natural, workload)
+        steps.run_steps(workload, directions, parts, heldout, eta, run, progress, ranks)
     if config.task.damping_scan:
         names, multiples = list(natural), config.task.damping_scan
         run_scan(engine, workload, names, multiples, heldout, run, progress, ranks)

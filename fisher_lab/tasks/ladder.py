@@ -62,6 +62,8 @@ def run(config: Config, run: Run) -> None:
                 found.rungs[name].products,
             )  # fmt: skip
     draw("ladder", {"rows": rows}, run)
+    if not task.heldout_batches:
+        return
     heldout = heldout_parts(config, workload, ranks)
     directions = {name: rung.solution for name, rung in found.rungs.items()}
     run_steps(workload, directions, batches, heldout, math.nan, run, progress, ranks)

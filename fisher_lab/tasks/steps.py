@@ -65,7 +65,7 @@ def heldout_parts(config: Config, workload: Workload, ranks: Ranks) -> list[Any]
     """
     wanted = config.task.heldout_batches
     most = workload.objective.distinct_batches(config.data.batch_size, config.data.seq_len)
-    n = wanted if most is None else max(min(wanted, most), 1)
+    n = wanted if most is None else min(wanted, max(most, 1))
     if n < wanted:
         log.warning("the held-out text has %d batches; task.heldout_batches asks for %d", n, wanted)
     batches = workload.batches("heldout", n, config.seed)

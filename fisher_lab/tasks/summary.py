@@ -276,6 +276,8 @@ def step_lines(step: Mapping[str, Any]) -> list[str]:
     if step.get("low") is None:
         return [*lines, "No winner: too few held-out batches (task.heldout_batches) to judge"]
     ahead = [1e3 * step[key] for key in ("margin", "low", "high")]
+    if not any(ahead):
+        return [*lines, "No winner: along no direction a step lowers the held-out loss"]
     if ahead[0] < 0:  # the half that judges has them the other way round
         first, rival, ahead = rival, first, [-ahead[0], -ahead[2], -ahead[1]]
     margin, low, high = (f"{x:.3g}" for x in ahead)

@@ -512,7 +512,7 @@ def test_a_model_is_asked_once_for_a_kind_of_batch():
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     for seed in range(3):
         prepare(model, language_batch((7, 5), seed=seed))
-    assert len(calls) == 2  # two orders of the labels; the logits come with the loss
+    assert len(calls) == 3  # two orders of the labels, and a pass without any
 
 
 class Noisy(nn.Module):

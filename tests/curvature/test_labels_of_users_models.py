@@ -309,13 +309,44 @@ def test_logits_that_labels_change_are_not_those_of_the_pass_without_labels():
         compute_loss(model, prepare(model, batch))
 
 
+class Insists(nn.Module):
+    """Computes its loss whatever it is given, as many training scripts' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = seeded(gpt2, DOUBLE)
+
+    def forward(self, input_ids, attention_mask, labels: Any = None):
+        logits = self.base(input_ids=input_ids, attention_mask=attention_mask).logits
+        every = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"logits": logits, "loss": every}
+
+
+class Demands(Insists):
+    def forward(self, input_ids, attention_mask, labels):  # type: ignore[override]
+        return super().forward(input_ids, attention_mask, labels)
+
+
+@pytest.mark.parametrize("kind", [Insists, Demands])
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "true"])
+def test_a_model_that_cannot_run_without_labels_has_them(kind, fisher):
+    model, batch = kind(), language_batch((7, 7))
+    kfac = checked(model, batch, fisher=fisher, true_max_classes=VOCAB)
+    assert kfac.labels.labelling == "shifted"
+    other = KFACNaturalGradient(damping=1e-2, fisher=fisher, true_max_classes=VOCAB)
+    other.collect_kfac_factors(model.base, batch)
+    for name, factors in other.kfac_factors.items():
+        mine = kfac.kfac_factors[f"base.{name}"]
+        torch.testing.assert_close(mine.G.to_dense(), factors.G.to_dense(), rtol=1e-5, atol=1e-9)
+
+
 # ---- passes of the measurement -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("build", "passes"),
     [
-        (lambda: Wrapped(seeded(gpt2, DOUBLE)), 2),  # the logits come with the loss
+        (lambda: Wrapped(seeded(gpt2, DOUBLE)), 3),  # two orders of labels, and without
         (lambda: Losses("by_sequence"), 8),  # labels left out, then examples
     ],
 )

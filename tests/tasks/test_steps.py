@@ -10,6 +10,7 @@ import torch
 from fisher_lab.analysis import summed_loss
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.tasks.steps import eta_of, heldout_parts
+from fisher_lab.tasks.summary import step_lines
 from tests.tasks.test_analyze import analysed, collected, config
 
 SMALL = ("kfac.damping=0.1", "task.heldout_batches=6")
@@ -90,6 +91,20 @@ def test_one_heldout_batch_chooses_and_nothing_judges(tmp_path):
     assert metrics["step/natural/own_change"] < 0
     text = json.dumps(record["provenance"]["step"])
     assert '"low": null' in text
+
+
+def test_no_heldout_batch_tries_no_step(tmp_path):
+    metrics, _, record = analysed(tmp_path, "task.heldout_batches=0")
+    assert metrics["ng/decrement"] > 0
+    assert not [name for name in metrics if name.startswith("step/")]
+    assert "step" not in record["provenance"]
+    assert not (tmp_path / "step_curve.csv").exists()
+
+
+def test_steps_that_are_all_zero_have_no_margin():
+    both = {"first": "natural", "rival": "sign", "margin": 0.0, "low": 0.0, "high": 0.0}
+    (line,) = step_lines({"edges": {}, "confidence": 0.95, "certain": False, **both})
+    assert line == "No winner: along no direction a step lowers the held-out loss"
 
 
 def test_eta_fixes_the_quadratic_term():

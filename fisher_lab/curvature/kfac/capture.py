@@ -345,7 +345,7 @@ class Capture:
             if name is not None
         }
         for identity, function in self._watch.unexplained.items():
-            why[self._names[identity]] = f"used by {function}, which is no linear operator"
+            why[self._names[identity]] = f"its use by {function} makes no layer"
         absent = {
             name: why.get(layer.weight, NOT_USED)
             for name, layer in self.promised.layers.items()

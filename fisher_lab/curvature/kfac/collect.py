@@ -150,7 +150,10 @@ def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor])
             wrong[name] = error / norm if norm else float("inf")
     if wrong:
         worst = sorted(wrong, key=lambda name: -wrong[name])[:5]
-        listed = ", ".join(f"{name} (off by {wrong[name]:.0%})" for name in worst)
+        listed = ", ".join(
+            f"{name} (off by {f'{wrong[name]:.0%}' if wrong[name] < 10 else 'more than 1000%'})"
+            for name in worst
+        )
         more = f" and {len(wrong) - len(worst)} more" if len(wrong) > len(worst) else ""
         raise LayerError(
             f"verify: the gradient of the captured tokens is not autograd's for {listed}{more}; "

@@ -25,6 +25,9 @@ _VIEWS = words(
     "t T mT transpose adjoint swapaxes swapdims permute movedim view reshape flatten unflatten "
     "squeeze unsqueeze __getitem__ select narrow view_as reshape_as"
 )
+PIECES = words("chunk split split_with_sizes tensor_split unbind hsplit vsplit")
+"""Operations that give several views."""
+_JOINS = words("cat concat concatenate vstack row_stack stack hstack")
 _SUMS = words("add __add__ __radd__")
 _DIFFERENCES = words("sub __sub__ __rsub__ rsub")
 _SCALES = words("mul __mul__ __rmul__ multiply")
@@ -140,7 +143,8 @@ class Derived:
         self._terms = WeakTensorKeyDictionary()
         rules: list[tuple[frozenset[str], Callable[..., Terms | None]]] = [
             (_CASTS, self._cast),
-            (_VIEWS, self._view),
+            (_VIEWS | PIECES, self._view),
+            (_JOINS, self._join),
             (_SUMS | _DIFFERENCES, self._sum),
             (_SCALES | _QUOTIENTS, self._scale),
             (words("neg negative __neg__"), self._negative),
@@ -234,6 +238,23 @@ class Derived:
             return term.element(int(made.storage_offset()) // max(blank.stride(0), 1))
         return None
 
+    def _join(self, name: str, func: Any, args: Any, kwargs: Any, out: Tensor) -> Terms | None:
+        """Matrices below or beside each other: ``D = sum_i E_i D_i``, ``E_i`` rows of the unit."""
+        parts = args[0]
+        if out.dim() != 2 or any(x.dim() != 2 for x in parts):
+            return None
+        axis = next(d for d in (0, 1) if out.shape[1 - d] == parts[0].shape[1 - d])
+        unit = torch.eye(out.size(axis), dtype=out.dtype, device=out.device)
+        found: list[Term] = []
+        for x, place in zip(parts, unit.split([x.size(axis) for x in parts]), strict=True):
+            terms = self.terms(x)
+            if not terms and not self._constant(x):
+                return None
+            if any(isinstance(t.factor, Tensor) for t in terms):
+                return None
+            found += [_placed(term, place, axis) for term in terms]
+        return tuple(found)
+
     def _sum(self, name: str, func: Any, args: Any, kwargs: Any, out: Tensor) -> Terms | None:
         scale = kwargs.get("alpha", 1)
         if len(args) != 2 or set(kwargs) - {"alpha"} or isinstance(scale, Tensor):
@@ -311,6 +332,13 @@ def _shares(view: Tensor, whole: Tensor) -> bool:
     """Whether a tensor without data is a view of another."""
     base = whole if whole._base is None else whole._base
     return view is whole or view._base is base
+
+
+def _placed(term: Term, rows: Tensor, axis: int) -> Term:
+    """A term of a matrix that stands at these rows of the unit in a larger one."""
+    if axis == 0:
+        return replace(term, left=rows.mT if term.left is None else rows.mT @ term.left)
+    return replace(term, right=rows if term.right is None else term.right @ rows)
 
 
 def _times(term: Term, number: float) -> Term:

@@ -115,9 +115,13 @@ class OperatorWatch(TorchFunctionMode):
         if name == "__setitem__" and isinstance(args[0], Tensor):
             self._derived.forget(args[0])
         if name == "__setitem__" or isinstance(out, Tensor | list | tuple):
+            args, kwargs = _by_place(name, args, kwargs)
             self._rows.follow(name, func, args, kwargs, out)
             if isinstance(out, Tensor):
                 self._look(name, func, args, kwargs, out)
+            for number, piece in enumerate(out if isinstance(out, tuple | list) else ()):
+                if isinstance(piece, Tensor):
+                    self._look(name, _piece_of(func, number), args, kwargs, piece)
         return out
 
     def terms(self, tensor: Any) -> Terms:
@@ -167,7 +171,9 @@ class OperatorWatch(TorchFunctionMode):
         made = self._derived.follow(name, func, args, kwargs, out)
         if made is None and args and out is args[0]:
             self._derived.forget(out)  # changed in place
-        if torch.is_grad_enabled() and not out.requires_grad:
+        wrapped = torch._C._functorch  # type: ignore[attr-defined]  # what vmap hides
+        inside = wrapped.is_functorch_wrapped_tensor(out)
+        if torch.is_grad_enabled() and not out.requires_grad and not inside:
             return  # read, but not trained
         explained = {term.identity for term in made or ()}
         reader = _READERS.get(name) if made is None else None
@@ -206,9 +212,11 @@ def _linear(
 def _addmm(
     watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
 ) -> list[Use]:
-    """``torch.addmm(b, a, W)``."""
+    """``torch.addmm(b, a, W)``, and ``torch.baddbmm`` with a stack of matrices."""
     if len(args) < 3 or any(kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         return []
+    if args[2].dim() == 3:  # its biases are no rows of a table
+        return _stack(watch, args[1], args[2], range(len(args[2])))
     return _product(watch, args[1], args[2], False, args[0])
 
 
@@ -508,7 +516,7 @@ def _look_up(
     watch: OperatorWatch, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
 ) -> list[Use]:
     """``W[indices]`` and ``W.index_select(0, indices)``."""
-    table, indices = args[0], args[-1] if not kwargs else kwargs.get("index")
+    table, indices = args[0], args[-1]
     if not isinstance(table, Tensor) or table.dim() != 2:
         return []
     by_row = len(args) != 3 or args[1] in (0, -2)
@@ -522,6 +530,7 @@ _CHANNEL_NORMS = (F.batch_norm, F.group_norm, F.instance_norm)
 _READERS: dict[str, Reader] = {
     "linear": _linear,
     "addmm": _addmm,
+    "baddbmm": _addmm,
     "matmul": _matmul,
     "__matmul__": _matmul,
     "mm": _matmul,
@@ -540,6 +549,33 @@ _READERS: dict[str, Reader] = {
     **dict.fromkeys(_SCALES, _scale),
     **dict.fromkeys(_SUMS, _shift),
 }
+
+
+_BY_NAME = {
+    **dict.fromkeys(("matmul", "mul", "multiply", "add"), ("input", "other")),
+    **dict.fromkeys(("mm", "bmm"), ("input", "mat2")),
+    "addmm": ("input", "mat1", "mat2"),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "index_select": ("input", "dim", "index"),
+    **dict.fromkeys(("cat", "concat", "stack"), ("tensors",)),
+}
+"""What functions of torch that are written in C call their first arguments."""
+
+
+def _by_place(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Returns the arguments with those by place that were given by name and could be."""
+    names = _BY_NAME.get(name, ())[len(args) :]
+    if not kwargs or not all(n in kwargs for n in names):
+        return args, kwargs
+    rest = {key: value for key, value in kwargs.items() if key not in names}
+    return (*args, *(kwargs[n] for n in names)), rest
+
+
+def _piece_of(func: Callable[..., Any], number: int) -> Callable[..., Tensor]:
+    """One of the tensors that a function gives."""
+    return lambda *args, **kwargs: func(*args, **kwargs)[number]
 
 
 def _name_of(func: Callable[..., Any]) -> str:

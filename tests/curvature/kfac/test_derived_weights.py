@@ -210,6 +210,51 @@ class Stacked(Routed):
         return s.mean(0).view_as(x)
 
 
+class Fused(Body):
+    """Rows of one product: two parameters with a constant between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = matrix(1, WIDTH), matrix(2, WIDTH)
+        self.fixed = nn.Buffer(torch.randn(1, WIDTH))
+
+    def forward(self, x):
+        weight = torch.cat(tensors=[self.query, self.fixed, 2 * self.value])
+        return self.keep(x, torch.matmul(input=x, other=weight.T))
+
+    def pairs(self, a, g, use):
+        return {"query": (a, g[:, :1]), "value": (a, 2 * g[:, 2:])}
+
+
+class Beside(Body):
+    """Columns of one product: what each parameter reads is a part of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = matrix(OUT, 1), matrix(OUT, WIDTH - 1)
+
+    def forward(self, x):
+        return self.keep(x, F.linear(x, torch.hstack((self.first, self.rest))))
+
+    def pairs(self, a, g, use):
+        return {"first": (a[:, :1], g), "rest": (a[:, 1:], g)}
+
+
+class Pieces(Body):
+    """One parameter whose halves, cut by one call, are used apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = matrix(2 * OUT, WIDTH)
+
+    def forward(self, x):
+        first, second = self.weight.chunk(2)
+        return self.keep(x, F.linear(x, first)) + self.keep(x.sin(), x.sin() @ second.T)
+
+    def pairs(self, a, g, use):
+        return {f"weight[{use * OUT}:{(use + 1) * OUT}]": (a, g)}
+
+
 def words_of(body: nn.Module) -> nn.Module:
     return Frame(words=body)
 
@@ -221,6 +266,9 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "columns": lambda: words_of(Columns()),
     "magnitude": lambda: Frame(Magnitude()),
     "skip": lambda: Frame(Skip()),
+    "fused": lambda: Frame(Fused()),
+    "beside": lambda: Frame(Beside()),
+    "pieces": lambda: Frame(Pieces()),
     "experts": lambda: Frame(Routed()),
     "experts in one product": lambda: Frame(Stacked()),
 }
@@ -531,7 +579,7 @@ def test_what_is_not_linear_in_a_parameter_keeps_the_gradient_of_autograd(body):
     kfac = collected(model, batch)
     assert "body" not in {n.partition(".")[0] for n in kfac.kfac_factors}
     (reason,) = kfac.coverage.passed
-    assert reason.startswith("used by ")
+    assert reason.startswith("its use by ")
     loss = CrossEntropy(shift=True)(model(batch["input_ids"]), batch).mean()
     (expected,) = torch.autograd.grad(loss, [model.body.weight])
     found = kfac.own_gradients(model)["body.weight"]
@@ -563,3 +611,29 @@ def test_names_are_sorted_by_their_numbers():
     names = ["up[10]", "up[2]", "h.11.up", "h.2.up", "up", "up[8:12]", "up[0:4]"]
     expected = ["h.2.up", "h.11.up", "up", "up[0:4]", "up[2]", "up[8:12]", "up[10]"]
     assert sorted(names, key=in_order) == expected
+
+
+def test_a_use_that_makes_no_layer_is_said_to_be_one():
+    """Not "not used": a function that gives several tensors, and one that is mapped over rows."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.up = nn.LSTMCell(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x):
+            state: Any = None
+            for position in range(x.shape[1]):
+                state = self.cell(x[:, position], state)
+            return x + torch.vmap(self.up)(state[0])[:, None]
+
+    torch.manual_seed(3)
+    model: Any = Frame(Recurrent()).double()
+    batch = batch_of((4, 4), "right")
+    kfac = engine(exclude=["words"])
+    kfac.collect_kfac_factors(model, batch, loss=CrossEntropy(shift=True))
+    reasons = kfac.coverage.passed
+    cell = sum(p.numel() for p in model.body.cell.parameters())
+    assert reasons["its use by lstm_cell makes no layer"] == cell
+    assert not any(reason.startswith("not used") for reason in reasons)
+    assert kfac.coverage.share_of_reached == kfac.coverage.share

@@ -228,7 +228,7 @@ class Scale(nn.Module):
             ValueError,
             "loss_reduction.*avg",
         ),
-        (lambda: collected(Scale()), CurvatureError, "no K-FAC layer .*: scale: used by exp"),
+        (lambda: collected(Scale()), CurvatureError, "no K-FAC layer .*: scale: its use by exp"),
         (lambda: collected(exclude=["*"]), CurvatureError, "(?i)no .*layer"),
         (
             lambda: engine().collect_kfac_factors(mlp(), [], loss=cross_entropy),
