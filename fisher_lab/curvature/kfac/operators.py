@@ -115,7 +115,8 @@ class OperatorWatch(TorchFunctionMode):
         if name == "__setitem__" and isinstance(args[0], Tensor):
             self._derived.forget(args[0])
         if name == "__setitem__" or isinstance(out, Tensor | list | tuple):
-            args, kwargs = _by_place(name, args, kwargs)
+            if kwargs and name in _BY_NAME:
+                args, kwargs = _by_place(_BY_NAME[name], args, kwargs)
             self._rows.follow(name, func, args, kwargs, out)
             if isinstance(out, Tensor):
                 self._look(name, func, args, kwargs, out)
@@ -563,11 +564,11 @@ _BY_NAME = {
 
 
 def _by_place(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Returns the arguments with those by place that were given by name and could be."""
-    names = _BY_NAME.get(name, ())[len(args) :]
-    if not kwargs or not all(n in kwargs for n in names):
+    names = names[len(args) :]
+    if not all(n in kwargs for n in names):
         return args, kwargs
     rest = {key: value for key, value in kwargs.items() if key not in names}
     return (*args, *(kwargs[n] for n in names)), rest
