@@ -32,11 +32,14 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "cancel": "fisher_lab.sweeps.status:cancel",
+    "capsule": "fisher_lab.results.capsule:capsule_command",
     "claims": "fisher_lab.results.commands:claims_command",
     "diff": "fisher_lab.results.commands:diff_command",
     "report": "fisher_lab.results.commands:report_command",
+    "reproduce": "fisher_lab.sweeps.reproduce:reproduce_command",
     "status": "fisher_lab.sweeps.status:status",
     "table": "fisher_lab.results.commands:table_command",
+    "verify": "fisher_lab.results.verify:verify_command",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
 

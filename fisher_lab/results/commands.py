@@ -32,7 +32,9 @@ OK, BAD_INPUT = 0, 2
 FORMATS = ("terminal", "csv", "md", "tex", "html")
 
 
-def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+def guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Decorator: bad input is one line on standard error and exit code 2."""
+
     @functools.wraps(command)
     def run(argv: Sequence[str]) -> int:
         try:
@@ -49,13 +51,15 @@ def _guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
     return run
 
 
-def _parser(name: str, what: str) -> argparse.ArgumentParser:
+def make_parser(name: str, what: str, *, paths: bool = True) -> argparse.ArgumentParser:
+    """The parser of a sub-command, whose errors are one line; with ``paths`` as its arguments."""
+
     def fail(message: str) -> NoReturn:
         raise ResultsError(f"{name}: {message}")
 
     parser = argparse.ArgumentParser(prog=f"fisher-lab {name}", description=what)
     parser.error = fail
-    if name != "diff":
+    if paths:
         parser.add_argument("paths", nargs="+", help="sweeps, runs, or directories that hold them")
     return parser
 
@@ -98,7 +102,7 @@ def _loaded(paths: Sequence[str]) -> pd.DataFrame:
 
 
 def _table_parser() -> argparse.ArgumentParser:
-    parser = _parser("table", "The table of a sweep: swept settings by metrics, over seeds.")
+    parser = make_parser("table", "The table of a sweep: swept settings by metrics, over seeds.")
     add = parser.add_argument
     add("--rows", help="settings, comma-separated; default: what was swept")
     add("--cols", default="", help="settings whose values become columns")
@@ -120,7 +124,7 @@ def _table_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@_guarded
+@guarded
 def table_command(argv: Sequence[str]) -> int:
     """Run ``fisher-lab table``."""
     args = _table_parser().parse_args(list(argv))
@@ -173,10 +177,10 @@ def _print_table(table: Table, args: argparse.Namespace) -> None:
 # ---- claims --------------------------------------------------------------------------------------
 
 
-@_guarded
+@guarded
 def claims_command(argv: Sequence[str]) -> int:
     """Run ``fisher-lab claims``."""
-    parser = _parser("claims", "The claims of the sweep files, tested with their runs.")
+    parser = make_parser("claims", "The claims of the sweep files, tested with their runs.")
     parser.add_argument(
         "--claims", metavar="FILE", help="claims from this JSON or YAML file instead"
     )
@@ -229,10 +233,10 @@ def read_claims(path: Path) -> list[Any]:
 # ---- report --------------------------------------------------------------------------------------
 
 
-@_guarded
+@guarded
 def report_command(argv: Sequence[str]) -> int:
     """Run ``fisher-lab report``."""
-    parser = _parser("report", "One self-contained HTML file, and the methods paragraph.")
+    parser = make_parser("report", "One self-contained HTML file, and the methods paragraph.")
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
     parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
     args = parser.parse_args(list(argv))
@@ -244,7 +248,9 @@ def report_command(argv: Sequence[str]) -> int:
     if args.appendix:
         from fisher_lab.results.paper import write_appendix
 
-        files.append(write_appendix(frame, Path(args.appendix))[-1])
+        folder, page = Path(args.appendix), Path(args.output)
+        inside = page.absolute().parent == folder.absolute()
+        files.append(write_appendix(frame, folder, report=page if inside else None)[-1])
     for file in files:
         standard_output().print(Text(str(file)), soft_wrap=True)
     return OK
@@ -377,10 +383,10 @@ def _differences(found: Differences) -> RenderableType:
     return Group(*parts)
 
 
-@_guarded
+@guarded
 def diff_command(argv: Sequence[str]) -> int:
     """Run ``fisher-lab diff``."""
-    parser = _parser("diff", "What differs between two runs.")
+    parser = make_parser("diff", "What differs between two runs.", paths=False)
     parser.add_argument("a", metavar="RUN_A")
     parser.add_argument("b", metavar="RUN_B")
     words = "numbers that differ by less than this fraction are equal"

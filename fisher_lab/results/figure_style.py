@@ -52,6 +52,8 @@ STYLE: Any = {
     "axes.spines.right": False,
 }
 DPI = 200
+TYPES = (".pdf", ".png")
+"""How the files of a figure end."""
 
 # fontTools logs every table of every font that it subsets.
 logging.getLogger("fontTools").setLevel(logging.WARNING)

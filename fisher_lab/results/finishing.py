@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from fisher_lab.results import claims, export
+from fisher_lab.results import claims, export, manifest
 from fisher_lab.results.figures import complete, draw
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
@@ -28,8 +29,11 @@ from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
 from fisher_lab.runs.status import UNFINISHED
 
-STAMP_FILE = ".finished.json"
+STAMP_FILE = manifest.FINISHED_FILE
 """Records the state of the runs that the files were made from."""
+
+WRITTEN = re.compile(r"table\.\w+|claims\.json|figures/.*")
+"""The names of what is written."""
 
 MOST_LEFT_OUT = 5
 PIPE_WIDTH = 120
@@ -73,18 +77,24 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
     frame = load(root)
     if frame.empty:
         raise ResultsError(f"{root}: there is no run")
+    done = judge(root, frame)
+    if console is not None:
+        show(done, console)
+    stamp = _stamp(frame)
+    if not _is_up_to_date(root, stamp):
+        write(done, root)
+        about = manifest.of(frame, root, done.files)
+        manifest.write(root, STAMP_FILE, {"stamp": stamp, **about})
+    return done
+
+
+def judge(root: Path, frame: pd.DataFrame) -> Finished:
+    """The table and the verdicts of the runs of a sweep; nothing is written."""
     done = Finished(root, None, claims.evaluate(frame), [], frame)
     try:
         done.table = tabulate(frame, first=claimed_metrics(frame))
     except ResultsError as error:
         done.problems.append(str(error))
-    if console is not None:
-        show(done, console)
-    stamp = _stamp(frame)
-    if not _is_up_to_date(root, stamp):
-        _write(done)
-        names = [file.relative_to(root).as_posix() for file in done.files]
-        atomic.write_json(root / STAMP_FILE, {"runs": stamp, "files": names})
     return done
 
 
@@ -147,8 +157,8 @@ def left_out_lines(frame: pd.DataFrame) -> list[str]:
     return [*lines, f"left out {more} more"] if more > 0 else lines
 
 
-def _write(done: Finished) -> None:
-    root = done.directory
+def write(done: Finished, root: Path) -> None:
+    """Write table, claims and figures into a directory."""
     atomic.write_text(root / claims.CLAIMS_FILE, claims.to_json(done.verdicts))
     done.files.append(root / claims.CLAIMS_FILE)
     if done.table is not None:
@@ -160,11 +170,11 @@ def _write(done: Finished) -> None:
 
 
 def _stamp(frame: pd.DataFrame) -> str:
-    """A hash that changes with any run's end, metrics or status, and with the claims."""
+    """A hash that changes with any run's end, metrics or status, and with what lies beside them."""
     columns = ["directory", "run_id", "status", "finished", "not_finite"]
     runs = frame[[*columns, *frame.attrs.get("metrics", [])]].to_csv()
-    stated = [s.claims for s in frame.attrs.get("sweeps", {}).values()]
-    text = runs + json.dumps(stated, sort_keys=True, default=str)
+    beside = [manifest.sweep_files(Path(d)) for d in frame.attrs.get("sweeps", {})]
+    text = runs + json.dumps(beside)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -172,6 +182,6 @@ def _is_up_to_date(root: Path, stamp: str) -> bool:
     """Whether the files were made of these runs and claims, and are all there."""
     try:
         noted = json.loads((root / STAMP_FILE).read_bytes())
-        return noted["runs"] == stamp and all((root / name).is_file() for name in noted["files"])
+        return noted["stamp"] == stamp and all((root / name).is_file() for name in noted["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

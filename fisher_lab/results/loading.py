@@ -165,11 +165,12 @@ def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
         such as ``ng/norm`` (``metric/`` stands before a name that is taken); ``provenance.*``. A
         cell of a sweep that was never run is a row with the status ``missing``. The frame's
         ``attrs`` hold ``config`` and ``metrics``, the names of these columns; ``sweeps``: directory
-        to :class:`Sweep`; ``left_out``: a list of :class:`LeftOut`.
+        to :class:`Sweep`; ``left_out``: a list of :class:`LeftOut`; ``paths``: what was read.
 
     Raises:
         ResultsError: a path that does not exist.
     """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if use_cache is not None:
         what = "use_cache: without effect; nothing is cached any more"
         warnings.warn(what, DeprecationWarning, stacklevel=2)
@@ -183,7 +184,7 @@ def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
         except ResultsError as error:
             left.append(LeftOut(str(one.directory), str(error)))
     frame = _frame([*rows, *_not_run(rows, sweeps)], sweeps)
-    frame.attrs.update(left_out=Shared(left), sweeps=sweeps)
+    frame.attrs.update(left_out=Shared(left), sweeps=sweeps, paths=Shared(map(str, paths)))
     return frame
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from fisher_lab.results import claims, export, figures
+from fisher_lab.results import claims, export, figures, manifest
 from fisher_lab.results.export import breakable, escape
 from fisher_lab.results.figure_style import file_name
 from fisher_lab.results.hypotheses import claimed_metrics
@@ -315,14 +315,21 @@ class Places:
     Args:
         frame: of runs; the directories above its sweeps are the results directories.
         home: the home directory; by default that of the user.
+        roots: the directories that were the working and the home directory of whoever wrote a
+            text first, in the place of those of now.
     """
 
-    def __init__(self, frame: pd.DataFrame, home: Path | None = None) -> None:
+    def __init__(
+        self, frame: pd.DataFrame, home: Path | None = None, roots: manifest.Roots | None = None
+    ) -> None:
         above = {Path(directory).absolute().parent for directory in frame.attrs.get("sweeps", {})}
-        self._typed = {str(Path.cwd()): ".", str(Path.home() if home is None else home): "~"}
-        roots = dict.fromkeys(map(str, above), ".") | self._typed
-        longest = sorted(roots.items(), key=lambda item: -len(item[0]))
-        self._roots = [(root, short) for root, short in longest if Path(root).parent != Path(root)]
+        if roots is None:
+            user = str(Path.home() if home is None else home)
+            roots = {str(Path.cwd()): (".", True), user: ("~", True)}
+        self.roots = dict.fromkeys(map(str, above), (".", False)) | roots
+        self._typed = {root: short for root, (short, typed) in roots.items() if typed}
+        longest = sorted(self.roots.items(), key=lambda item: -len(item[0]))
+        self._roots = [(root, short) for root, (short, _) in longest if root != os.sep]
 
     def run(self, directory: str) -> str:
         """A run directory, relative to the results directory."""
@@ -408,18 +415,28 @@ DOCUMENT = "appendix.tex"
 PARAGRAPH = "\\par\\medskip\\noindent"
 
 
-def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = False) -> list[Path]:
+def write_appendix(
+    frame: pd.DataFrame,
+    directory: Path,
+    *,
+    siunitx: bool = False,
+    places: Places | None = None,
+    report: Path | None = None,
+) -> list[Path]:
     """Write ``appendix.tex``, which compiles in its directory, and everything that it shows.
 
     Args:
         frame: from :func:`fisher_lab.results.load`.
         directory: made where it is missing; each sweep has a directory in it.
         siunitx: whether LaTeX formats the numbers by that package.
+        places: how paths are shortened; by default by the working and the home directory.
+        report: the page that was written into the directory before, if one was.
 
     Returns:
-        The files that were written, ``appendix.tex`` last.
+        The files that were written: ``appendix.json``, by which ``fisher-lab verify`` checks the
+        others, last but one, ``appendix.tex`` last.
     """
-    places = Places(frame)
+    places, measured = places or Places(frame), frame
     verdicts = claims.evaluate(places.reasons(frame))
     frame = places.shown(frame)
     texts = {"methods.tex": latex(frame), "methods.md": markdown(frame)}
@@ -434,7 +451,11 @@ def write_appendix(frame: pd.DataFrame, directory: Path, *, siunitx: bool = Fals
         body += lines
         files += written
     document = export.document("\n".join(body), "Appendix")
-    return [*files, *_write(directory, {DOCUMENT: document})]
+    last = _write(directory, {DOCUMENT: document})
+    page = [report] if report is not None else []
+    about = manifest.of(measured, directory, [*files, *last, *page], places.roots)
+    about["options"] = {"siunitx": siunitx, "report": report.name if report else None}
+    return [*files, manifest.write(directory, manifest.APPENDIX_FILE, about), *last]
 
 
 def _write(directory: Path, texts: dict[str, str]) -> list[Path]:

@@ -67,9 +67,9 @@ def write_report(frame: pd.DataFrame, output: Path) -> list[Path]:
     return list(texts)
 
 
-def page(frame: pd.DataFrame) -> str:
-    """The report as text."""
-    places = Places(frame)
+def page(frame: pd.DataFrame, places: Places | None = None) -> str:
+    """The report as text, with paths shortened as ``places`` says."""
+    places = places or Places(frame)
     verdicts = claims.evaluate(places.reasons(frame))
     frame = places.shown(frame)
     sweeps = list(dict.fromkeys(frame["sweep"]))

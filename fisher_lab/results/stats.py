@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
@@ -222,12 +221,17 @@ def size(x: Floats, y: Floats) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """P values after Holm's correction; those that are NaN are left out of it and stay NaN."""
+    """P values after Holm's correction; those that are NaN are left out of it and stay NaN.
+
+    statsmodels' function collects garbage first, which takes as long as all else of a claim.
+    """
     values = np.asarray(p, dtype=float)
     known = ~np.isnan(values)
     corrected = np.full(values.shape, math.nan)
     if known.any():
-        corrected[known] = multipletests(values[known], method="holm")[1]
+        order = np.flatnonzero(known)[np.argsort(values[known])]
+        raised = np.maximum.accumulate(values[order] * np.arange(order.size, 0, -1))
+        corrected[order] = np.minimum(raised, 1.0)
     return [float(v) for v in corrected]
 
 

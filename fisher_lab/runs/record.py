@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.runs import atomic
+from fisher_lab.runs import atomic, digests
 from fisher_lab.runs.identity import run_id
 from fisher_lab.runs.signals import Watch
 from fisher_lab.runs.status import Status
 
 SCHEMA = "fisher_lab.run/1"
-RUN_FILE = "run.json"
+RUN_FILE = digests.RUN_FILE
 METRICS_FILE = "metrics.json"
 
 
@@ -175,6 +175,7 @@ class Run:
         self._write()
 
     def _write(self) -> None:
+        self.record = digests.sealed(self.directory, self.record)
         atomic.write_json(self.directory / RUN_FILE, self.record)
 
 
@@ -242,7 +243,7 @@ def end_from_outside(
     # The error of an earlier attempt is none of a run that was cancelled or preempted.
     kept = found.get("error") if status == Status.FAILED else None
     found["error"] = kept if error is None else strict(error)
-    atomic.write_json(Path(directory) / RUN_FILE, found)
+    atomic.write_json(Path(directory) / RUN_FILE, digests.sealed(Path(directory), found))
 
 
 def strict(value: Any) -> Any:

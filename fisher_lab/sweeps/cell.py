@@ -145,7 +145,7 @@ class Cell:
     def settle(self, status: Status, reason: str, error: Mapping[str, Any] | None = None) -> None:
         """End ``run.json`` and note it in the journal; only for the holder of the lock."""
         self.end_record(status, reason, error)
-        self.layout.journal.append(status, run_id=self.run_id, reason=reason)
+        self.layout.journal_end(self.run_id, status, reason=reason)
 
     def settle_lost(
         self, status: Status, reason: str, error: Mapping[str, Any] | None = None

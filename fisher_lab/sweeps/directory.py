@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.runs import record
+from fisher_lab.runs import digests, record
 from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
 
@@ -69,6 +69,11 @@ class Layout:
         return self.directory / ".sweep" / "submissions"
 
     @property
+    def repeated(self) -> Path:
+        """Run directories whose times were measured again."""
+        return self.directory / ".sweep" / "repeated"
+
+    @property
     def journal(self) -> Journal:
         """What happened."""
         return Journal(self.directory / EVENTS_FILE, self.locks)
@@ -106,7 +111,13 @@ class Layout:
         """Append how a cell ended, where its worker was killed before it could do so itself."""
         events = [e["event"] for e in self.journal.read() if e.get("run_id") == run_id]
         if not events or events[-1] != status:
-            self.journal.append(status, run_id=run_id, late=True)
+            self.journal_end(run_id, status, late=True)
+
+    def journal_end(self, run_id: str, status: Status, **more: Any) -> None:
+        """Append how a cell ended, with the digest of its record, which no later edit reaches."""
+        file = self.run_directory(run_id) / record.RUN_FILE
+        digest = digests.of_file(file) if file.is_file() else None
+        self.journal.append(status, run_id=run_id, record=digest, **more)
 
     def frozen(self) -> dict[str, Path]:
         """Identity -> the cell as it was last submitted."""

@@ -131,7 +131,7 @@ def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
         # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
         return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
-    cell.layout.journal.append(status, run_id=cell.run_id, **reason)
+    cell.layout.journal_end(cell.run_id, status, **reason)
     if stopped is not None and status is not Status.COMPLETED:
         raise stopped
     return COMPLETED if status is Status.COMPLETED else FAILED
