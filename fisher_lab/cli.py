@@ -10,6 +10,7 @@ flags (``get_args_parser``) or to call the user's callbacks (``Callbacks``).
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import sys
 from collections.abc import Sequence
@@ -44,13 +45,27 @@ COMMANDS = {
 """Sub-command -> the function that takes the arguments after its name and returns the exit code."""
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
+
+OF_THE_DISK = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    errno.ESTALE,
+)  # fmt: skip
+"""What is wrong with a disk or a folder, and not with the program: one line says it."""
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 
 
 def entry() -> NoReturn:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    from fisher_lab.runs import screen
+
+    screen.install()
+    code = main(sys.argv[1:])
+    if (problem := screen.problem()) is not None:
+        print(f"fisher_lab: {problem}", file=sys.stderr)
+        code = code or FAILED
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +89,24 @@ def main(argv: Sequence[str]) -> int:
         return BAD_INPUT
     except Interrupted as stop:
         return 128 + stop.signum
+    except Exception as error:
+        if (line := _of_the_disk(error)) is None:
+            raise
+        print(f"fisher_lab: {line}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _of_the_disk(error: BaseException | None) -> str | None:
+    """What was wrong with a disk or a folder, in one line; None where an error is of another kind.
+
+    Logging, for one, raises another error from that of the file that it could not open.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if error is None or error.errno not in OF_THE_DISK:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}"
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -40,13 +41,17 @@ _OPTIONS: WeakKeyDictionary[ConfigLoader, dict[str, list[str]]] = WeakKeyDiction
 # ---- overrides -----------------------------------------------------------------------------------
 
 
-def parse(overrides: Sequence[str]) -> list[Override]:
+def parse(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
     """Parse overrides as Hydra does.
+
+    Args:
+        overrides: as typed.
+        loader: Hydra's configuration loader, which knows what ``glob(*)`` stands for.
 
     Raises:
         ConfigError: an override that is not of the form ``key=value``.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for text in overrides:
         try:
@@ -72,10 +77,15 @@ def check(loader: ConfigLoader, overrides: Sequence[str], *, multirun: bool) -> 
     Raises:
         ConfigError: the first override that cannot be right.
     """
-    for override in parse(overrides):
+    for override in parse(overrides, loader):
         key = override.key_or_group
         if not key:
             raise ConfigError(f"{override.input_line!r} is not an override (it names no key)")
+        if override.is_delete() and find(key) is not None:
+            raise ConfigError(
+                f"{override.input_line} is not allowed: every key has a value; leave {key} out for "
+                "its default"
+            )
         if override.is_sweep_override() and not multirun:
             raise ConfigError(
                 f"{override.input_line} gives several values: add -m to sweep over them, or write "
@@ -190,6 +200,8 @@ def requested(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if override.key_or_group != GROUP:
             others.append(text)
             continue
+        if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            raise ConfigError(f"{text} is not allowed: name the sweeps, as in +{GROUP}=[a,b]")
         given = [str(name) for name in _values(override)]
         if override.is_sweep_override():
             raise ConfigError(
@@ -200,23 +212,31 @@ def requested(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, others
 
 
-def cells(params: Mapping[str, object] | None, arguments: Sequence[str]) -> list[list[str]]:
+def cells(
+    params: Mapping[str, object] | None,
+    arguments: Sequence[str],
+    loader: ConfigLoader | None = None,
+) -> list[list[str]]:
     """The overrides of every cell: the product of all sweeps, the last argument varying fastest.
 
     Args:
         params: ``hydra.sweeper.params`` of a sweep file; the command line wins over it.
         arguments: the overrides of the command line.
+        loader: Hydra's configuration loader; without it there is no ``glob(*)``.
 
     Raises:
         ConfigError: an override that cannot be parsed, or a sweep that is not a list of values.
     """
     axes: dict[str, list[str]] = {}
-    for one in parse([*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]):
+    given = [*(f"{key}={value}" for key, value in (params or {}).items()), *arguments]
+    for one in parse(given, loader):
         key = one.get_key_element()
         if not one.is_sweep_override():
             axes[key] = [f"{key}={one.get_value_element_as_str()}"]
         elif one.is_discrete_sweep():
             axes[key] = [f"{key}={value}" for value in one.sweep_string_iterator()]
+            if not axes[key]:
+                raise ConfigError(f"{one.input_line}: a sweep over no values")
         else:
             raise ConfigError(
                 f"{one.input_line}: a sweep does not support sweep type "
@@ -247,7 +267,7 @@ class Composer:
         Raises:
             ConfigError: in one line that ends with the cell's overrides.
         """
-        with _one_line_errors(f" (in the cell {' '.join(overrides)})"):
+        with _one_line_errors(f" (in the cell {shlex.join(overrides)})"):
             check(self._loader, overrides, multirun=False)
             parsed = parse(overrides)
             plain = [

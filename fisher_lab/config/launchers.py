@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fisher_lab.config.errors import ConfigError
-from fisher_lab.config.fields import above, null, one_of, setting, whole
+from fisher_lab.config.fields import Problems, above, null, one_of, setting, whole
 from fisher_lab.config.validate import build
 
 
@@ -75,6 +75,12 @@ class SlurmSettings:
     additional_parameters: dict[str, Any] | None = setting(
         None, "Any other option of sbatch: {reservation: mine, nice: 100}."
     )
+
+    def check(self) -> Problems:
+        """A job of another cluster could not be asked for by its number here."""
+        if {"clusters", "M"} & set(self.additional_parameters or {}):
+            allowed = "without clusters: submit where SLURM_CONF is that cluster's"
+            yield "additional_parameters", allowed
 
 
 Settings = SerialSettings | LocalSettings | SlurmSettings

@@ -26,8 +26,8 @@ from fisher_lab.config.spectra import GroupFisherSection, LanczosSection, Spectr
 from fisher_lab.config.workload import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 file_name = matching(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]*",
-    "letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}",
+    "at most 128 letters, digits, dots, dashes and underscores, beginning with a letter or a digit",
 )
 service_name = matching(r"[A-Za-z0-9._-]{1,128}", "letters, digits, '.', '_' and '-', at most 128")
 

@@ -19,12 +19,16 @@ Hydra configuration that is merged at the top level, but for these keys, which a
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -69,12 +73,17 @@ class SweepFile:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
+"""What a sweep file may be called, without its ending; others are none."""
+
+
 def all_files() -> dict[str, Path]:
     """Every sweep by name; the user's own come first."""
     found: dict[str, Path] = {}
     for folder in (Path.cwd() / "sweeps", paths.sweeps()):
         for file in sorted(folder.glob("*.yaml")):
-            found.setdefault(file.stem, file)
+            if NAME.fullmatch(file.stem) and file.is_file():
+                found.setdefault(file.stem, file)
     return dict(sorted(found.items()))
 
 
@@ -86,8 +95,9 @@ def load(path: Path) -> SweepFile:
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read as a sweep file: {error}") from None
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} cannot be read as a sweep file: {why}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a sweep file: it must hold keys such as params")
     found = {str(key): value for key, value in content.items() if value is not None}
@@ -106,8 +116,32 @@ def load(path: Path) -> SweepFile:
 
 
 def values(value: Any) -> str:
-    """The values of an axis in Hydra's notation: text as it is, a list with commas between."""
-    return ",".join(map(show, value)) if isinstance(value, list) else show(value)
+    """The values of an axis in Hydra's notation: text as it is, a list with commas between.
+
+    The items of a list keep their types: ``"1e-3"`` stays text, and ``"a,b"`` one value.
+    """
+    return ",".join(map(_written, value)) if isinstance(value, list) else show(value)
+
+
+def _written(value: Any) -> str:
+    """A value in the notation from which Hydra makes the same value again."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
+    if not isinstance(value, str) or _is_bare(value):
+        return show(value)
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _is_bare(text: str) -> bool:
+    """Whether Hydra reads a text as that text where it has no quotes."""
+    try:
+        (one,) = OverridesParser.create().parse_overrides([f"key={text}"])
+    except HydraException:
+        return False
+    read = None if one.is_sweep_override() else one.value()
+    return isinstance(read, str) and read == text
 
 
 def expand(names: Sequence[str]) -> list[SweepFile]:
@@ -124,7 +158,10 @@ def expand(names: Sequence[str]) -> list[SweepFile]:
             raise ConfigError(f"the sweep {name} holds itself: {' -> '.join([*above, name])}")
         if name not in known:
             listed = ", ".join(known)
-            raise ConfigError(f"+sweeps={name}: there is no such sweep; there are {listed}")
+            why = "there is no such sweep" if NAME.fullmatch(name) else (
+                "a sweep's name has letters, digits, dashes and underscores alone"
+            )  # fmt: skip
+            raise ConfigError(f"+sweeps={name}: {why}; there are {listed}")
         file = load(known[name])
         if not file.sweeps:
             found[name] = file

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from fisher_lab.distributed.nodes import NodeError, Nodes, Place
-from fisher_lab.runs import provenance
+from fisher_lab.runs import environment
 from fisher_lab.runs.signals import STATUS, Interrupted
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def start(module: str, arguments: Sequence[str], where: Place, nodes: Nodes | No
             signals_to_handle=",".join(signum.name for signum in SIGNALS),
             shutdown_timeout=SHUTDOWN_S,
         )
-        os.environ["PYTHONPATH"] = provenance.python_path()  # the ranks import this package
+        os.environ["PYTHONPATH"] = environment.python_path()  # the ranks import this package
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except ChildFailedError as error:

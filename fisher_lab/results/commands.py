@@ -128,7 +128,6 @@ def _table_parser() -> argparse.ArgumentParser:
 def table_command(argv: Sequence[str]) -> int:
     """Run ``fisher-lab table``."""
     args = _table_parser().parse_args(list(argv))
-    from fisher_lab.results.finishing import finish_if_due
     from fisher_lab.results.hypotheses import claimed_metrics
     from fisher_lab.results.table import tabulate
 
@@ -150,8 +149,6 @@ def table_command(argv: Sequence[str]) -> int:
         details=args.sd,
     )
     _print_table(table, args)
-    for path in args.paths:
-        finish_if_due(Path(path))
     return OK
 
 

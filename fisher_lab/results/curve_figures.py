@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fisher_lab.results.figure_style import MOST_SERIES
 from fisher_lab.results.ladder_figures import ladder_figure
 from fisher_lab.results.step_figures import scan_figure, step_figure
 from fisher_lab.results.values import ResultsError
+from fisher_lab.runs import atomic
 
 SPECTRUM_FILE, LANCZOS_FILE = "spectral.json", "lanczos.json"
 MOST_BLOCKS = 12
@@ -152,7 +152,7 @@ def decay_makers(
         if not file.is_file():
             continue
         try:
-            blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
+            blocks = atomic.read_object(file)["per_block"]
             for name, values in _positive(blocks).items():
                 found += [(path, name, i, value) for i, value in enumerate(values, 1)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -240,7 +240,7 @@ def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | Non
     words = "grid"  # where no ``lanczos.json`` says what the density is over
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         file = Path(str(rows["directory"].iloc[0])) / LANCZOS_FILE
-        log = json.loads(file.read_text(encoding="utf-8"))["density"]["scale"] == "log10"
+        log = atomic.read_object(file)["density"]["scale"] == "log10"
         words = "log10 eigenvalue" if log else "eigenvalue"
     figure.axes[0].set_xlabel(words)
     figure.set_label(f"Spectral density against {words}")

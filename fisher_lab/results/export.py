@@ -240,7 +240,7 @@ def _blocks(
 def to_text(table: Table, width: int = 100) -> str:
     """The table as plain text, as a terminal without colours shows it."""
     out = io.StringIO()
-    console = Console(file=out, width=width, no_color=True, highlight=False)
+    console = Console(file=out, width=width, no_color=True, highlight=False, markup=False)
     console.print(to_terminal(table, width))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
@@ -347,6 +347,9 @@ def to_html(table: Table) -> str:
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
+    "[": "{[}",  # after the end of a line it would begin a length
+    "]": "{]}",
+    "*": "{*}",
     "{": r"\{",
     "}": r"\}",
     "$": r"\$",

@@ -7,7 +7,6 @@ same sweep at once write the same files.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,11 +22,10 @@ from rich.text import Text
 from fisher_lab.results import claims, export, manifest
 from fisher_lab.results.figures import complete, draw
 from fisher_lab.results.hypotheses import claimed_metrics
-from fisher_lab.results.loading import MULTIRUN_FILE, SWEEP_FILE, load
+from fisher_lab.results.loading import load
 from fisher_lab.results.table import Table, tabulate
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
-from fisher_lab.runs.status import UNFINISHED
 
 STAMP_FILE = manifest.FINISHED_FILE
 """Records the state of the runs that the files were made from."""
@@ -111,30 +109,10 @@ def at_end(directory: str | os.PathLike[str]) -> None:
 
 def standard_output() -> Console:
     """A console on standard output, wide enough where that is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
-
-
-def finish_if_due(directory: Path, *, console: Console | None = None) -> Finished | None:
-    """Finish the sweep of a directory, if there is one and its last cell is done.
-
-    Args:
-        directory: any other directory is left alone.
-        console: where table and verdicts are printed if this call finishes the sweep.
-
-    Returns:
-        None where cells have not ended, or where the directory cannot be read or written.
-    """
-    if not any((directory / name).is_file() for name in (SWEEP_FILE, MULTIRUN_FILE)):
-        return None
-    with contextlib.suppress(ResultsError, OSError):
-        states = set(load(directory)["status"])
-        if states and not states & set(UNFINISHED):
-            done = finish(directory)
-            if done.files and console is not None:
-                show(done, console)
-            return done
-    return None
+    console = Console(highlight=False, markup=False)
+    return (
+        console if console.is_terminal else Console(highlight=False, markup=False, width=PIPE_WIDTH)
+    )
 
 
 def show(done: Finished, console: Console) -> None:

@@ -6,6 +6,7 @@ A directory that cannot be read is left out and named with the reason, never sil
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from typing import Any
 import pandas as pd
 
 from fisher_lab.results.values import ResultsError, Shared, column
+from fisher_lab.runs import atomic, identity
+from fisher_lab.runs.provenance import code_of
 from fisher_lab.runs.record import METRICS_FILE, RUN_FILE, SCHEMA, headline
 from fisher_lab.runs.status import Status
 
@@ -27,6 +30,8 @@ SWEEP_FILE = "sweep.json"
 MULTIRUN_FILE = "multirun.yaml"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
+MOST_DEEP = 32
+"""How many directories below the one that is named runs are looked for."""
 WRITTEN_HERE = ("figures",)
 """Directories that this package writes beside the runs."""
 
@@ -75,7 +80,7 @@ class Sweep:
     def cells(self) -> dict[str, dict[str, Any]]:
         """``run_id`` -> what ``sweep.json`` says of a cell: its overrides and settings."""
         cells = [c for c in self.about.get("cells") or [] if isinstance(c, dict)]
-        return {str(c["run_id"]): c for c in cells if "run_id" in c}
+        return {c["run_id"]: c for c in cells if atomic.is_name(c.get("run_id"))}
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,17 @@ def find(paths: Paths) -> tuple[list[Found], list[LeftOut]]:
     return list(runs.values()), list(left.values())
 
 
-def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:
+def _walk(directory: Path, sweep: Path | None, depth: int = 0) -> Iterator[Found | LeftOut]:
     """Everything under a directory; ``sweep`` is the nearest one above that holds a sweep."""
+    if depth > MOST_DEEP:
+        yield LeftOut(str(directory), f"more than {MOST_DEEP} directories deep")
+        return
     try:
         entries = sorted(os.scandir(directory), key=_natural)
     except OSError as error:
         yield LeftOut(str(directory), f"cannot be listed: {error.strerror or error}")
         return
-    files = {entry.name for entry in entries if entry.is_file()}
+    files = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
     if RUN_FILE in files:
         yield Found(directory, sweep or directory.parent)
         return
@@ -132,7 +140,7 @@ def _walk(directory: Path, sweep: Path | None) -> Iterator[Found | LeftOut]:
         return
     for name in folders:
         if not name.startswith(".") and name not in WRITTEN_HERE:
-            yield from _walk(directory / name, sweep)
+            yield from _walk(directory / name, sweep, depth + 1)
 
 
 def _natural(entry: os.DirEntry[str]) -> tuple[int, int, str]:
@@ -183,6 +191,9 @@ def load(paths: Paths, *, use_cache: bool | None = None) -> pd.DataFrame:
             rows.append((one, read_run(one.directory)))
         except ResultsError as error:
             left.append(LeftOut(str(one.directory), str(error)))
+        except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            why = f"{RUN_FILE}: not the record of a run ({type(error).__name__})"
+            left.append(LeftOut(str(one.directory), why))
     frame = _frame([*rows, *_not_run(rows, sweeps)], sweeps)
     frame.attrs.update(left_out=Shared(left), sweeps=sweeps, paths=Shared(map(str, paths)))
     return frame
@@ -194,7 +205,7 @@ def _sweeps(found: Iterable[Found]) -> dict[str, Sweep]:
     for directory in {one.sweep: None for one in found}:
         sweep = Sweep(directory.resolve().name, directory)
         try:
-            sweep.about = _object(directory / SWEEP_FILE)
+            sweep.about = atomic.read_object(directory / SWEEP_FILE)
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
@@ -226,7 +237,7 @@ def load_table(paths: Paths, name: str) -> pd.DataFrame:
     for one in found:
         file = one.directory / name
         try:
-            record = _object(one.directory / RUN_FILE)
+            record = atomic.read_object(one.directory / RUN_FILE)
             about = {"sweep": names[str(one.sweep)], "directory": str(one.directory)}
             about |= {key: record.get(key) for key in ("run_id", "status")}
             rows += [{**about, **row} for row in _csv(file)] if file.is_file() else []
@@ -273,8 +284,14 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
         "meta": meta,
         "config": _flat(record["config"]),
         "metrics": finite,
-        "provenance": _flat(record.get("provenance") or {}, "provenance."),
+        "provenance": _provenance(record.get("provenance")),
     }
+
+
+def _provenance(recorded: Any) -> dict[str, Any]:
+    known = recorded if isinstance(recorded, dict) else {}
+    code = code_of(known)
+    return _flat({**known, "code": code} if code else known, "provenance.")
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -282,7 +299,7 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
 
 def _record(directory: Path) -> dict[str, Any]:
     try:
-        record = _object(directory / RUN_FILE)
+        record = atomic.read_object(directory / RUN_FILE)
     except OSError as error:
         raise ResultsError(f"{RUN_FILE} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -296,30 +313,20 @@ def _record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON (line {error.lineno}: {error.msg})") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
 def _metrics(path: Path) -> dict[str, float]:
     """Names to numbers. The record writes what is not finite as null."""
-    values = {k: math.nan if v is None else v for k, v in _object(path).items()}
+    values = {k: math.nan if v is None else v for k, v in atomic.read_object(path).items()}
     for name, value in values.items():
         if not isinstance(value, int | float):
             raise ValueError(f"{name} is not a number")
-    return {name: float(value) for name, value in values.items()}
+    try:
+        return {name: float(value) for name, value in values.items()}
+    except OverflowError as error:
+        raise ValueError("a number is too large") from error
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))
+    lines = list(csv.reader(io.StringIO(atomic.read_text(path), newline="")))
     if not lines:
         return []
     for number, line in enumerate(lines[1:], 2):
@@ -336,7 +343,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat.update(_flat(value, f"{prefix}{name}."))
         elif isinstance(value, list | dict):
-            flat[f"{prefix}{name}"] = json.dumps(value)
+            flat[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -389,13 +396,22 @@ def _frame(rows: Sequence[Row], sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
         for _, run in rows
         for name in run["metrics"]
     }
+    # Runs of an earlier version lack keys that came later, and were made with what these are now.
+    known = {name: later for name in settings if (later := identity.before(name)) is not None}
     lines = []
     for found, run in rows:
         about = {"sweep": sweeps[str(found.sweep)].name, "directory": str(found.directory)}
         lost = " ".join(metrics[name] for name in (run["meta"]["not_finite"] or "").split())
         numbers = {metrics[name]: value for name, value in run["metrics"].items()}
         lines.append(
-            {**run["config"], **numbers, **run["provenance"], **run["meta"], **about}
+            {
+                **(known if run["config"] else {}),
+                **run["config"],
+                **numbers,
+                **run["provenance"],
+                **run["meta"],
+                **about,
+            }
             | {"not_finite": lost}
         )
     provenance = dict.fromkeys(name for _, run in rows for name in run["provenance"])

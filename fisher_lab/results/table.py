@@ -21,6 +21,7 @@ import pandas as pd
 from fisher_lab.results import stats
 from fisher_lab.results.stats import CONFIDENCE, Summary, summarise
 from fisher_lab.results.values import (
+    CODE,
     SEED,
     ResultsError,
     Rounded,
@@ -303,6 +304,7 @@ def tabulate(
     if baseline:
         _compare(table, {resolve(runs, name): value for name, value in baseline.items()})
     _add_notes(table)
+    _note_code(table, runs)
     return table
 
 
@@ -356,6 +358,19 @@ def _place_settings(
     return [*named, *rest], columns, across, notes
 
 
+def _note_code(table: Table, runs: pd.DataFrame) -> None:
+    """Say so where the numbers of a table were made by several versions of the code."""
+    name = f"provenance.{CODE}"
+    if name not in runs or name in (*table.row_names, *table.col_names):
+        return
+    codes = runs[name][runs["status"] == Status.COMPLETED].dropna().value_counts(sort=False)
+    if len(codes) > 1:
+        several = ", ".join(f"{code} ({number} runs)" for code, number in codes.items())
+        table.notes.append(
+            f"made by several versions of the code: {several}; --rows {CODE} splits by it"
+        )
+
+
 # ---- cells ---------------------------------------------------------------------------------------
 
 
@@ -378,7 +393,7 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
             "the latest completed one of each counts"
         )
     table.rows, table.cols = (_sorted(set(side)) for side in zip(*groups, strict=True))
-    expected = len({key for members in groups.values() for key in members})
+    expected = _expected(runs, rows, cols, over)
     numbers = runs.loc[:, ["status", "reason", "not_finite", *table.metrics]]
     for row, col in itertools.product(table.rows, table.cols):
         members = groups.get((row, col), {})
@@ -388,8 +403,26 @@ def _fill(table: Table, runs: pd.DataFrame, interval: str) -> None:
         for metric in table.metrics:
             method = "log" if interval == "t" and is_time(metric) else interval
             table.cells[row, metric, col] = make_cell(
-                chosen, metric, keys, expected, table.confidence, method
+                chosen, metric, keys, expected[row, col], table.confidence, method
             )
+
+
+def _expected(
+    runs: pd.DataFrame, rows: Sequence[Key], cols: Sequence[Key], over: Sequence[Key]
+) -> dict[tuple[Key, Key], int]:
+    """How many runs each cell should have: one for each seed of the sweeps that it is part of.
+
+    A cell of no sweep should have one for every seed that there is.
+    """
+    seeds: dict[str, set[Key]] = {}
+    parts: dict[tuple[Key, Key], set[str]] = {}
+    for sweep, row, col, key in zip(runs["sweep"], rows, cols, over, strict=True):
+        seeds.setdefault(sweep, set()).add(key)
+        parts.setdefault((row, col), set()).add(sweep)
+    return {
+        at: len(set[Key]().union(*(seeds[sweep] for sweep in parts.get(at, seeds))))
+        for at in itertools.product(set(rows), set(cols))
+    }
 
 
 def latest(runs: pd.DataFrame, keys: Sequence[Any]) -> dict[Any, int]:

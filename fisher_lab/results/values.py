@@ -47,7 +47,7 @@ def parse_value(value: Any) -> Any:
     if isinstance(value, int | float):
         return None if value != value else float(value)
     if not isinstance(value, str):
-        return json.dumps(value, sort_keys=True)
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
     text = value.strip()
     if text.lower() in WORDS:
         return WORDS[text.lower()]
@@ -283,8 +283,10 @@ def hint(name: str, names: Iterable[str]) -> str:
 # ---- swept settings ------------------------------------------------------------------------------
 
 SEED = "seed"
+CODE = "code"
+"""Stands for the version of the code that made a run, in the place of a setting."""
 UNINTERESTING = ("cache_dir", "progress", "tracker", "hydra", "resume", "sweep", "launcher")
-"""Settings that cannot change a result, with everything under them."""
+"""Settings that cannot change a result, with everything under them; besides `identity.LEFT_OUT`."""
 
 GROUP_KEYS = {"kfac/kappa": "kfac.max_condition_number"}
 """Configuration groups that set a key of another name."""
@@ -388,11 +390,13 @@ def setting_of(name: str, settings: Sequence[str]) -> str | None:
 
 
 def resolve(frame: pd.DataFrame, name: str) -> str:
-    """The column of a key (``kfac.damping``), a group (``kfac/policy``, ``model``) or ``seed``.
+    """The column of a key (``kfac.damping``), a group (``kfac/policy``), or :data:`CODE`.
 
     Raises:
         ResultsError: there is no such setting.
     """
+    if name == CODE and f"provenance.{CODE}" in frame:
+        return f"provenance.{CODE}"
     settings = list(frame.attrs.get("config", frame.columns))
     found = setting_of(name, settings)
     if found is None:

@@ -8,14 +8,16 @@ begins with a dot and ends in ``.tmp`` (see `remove_leftovers`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -51,8 +53,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` atomically, as UTF-8 with the newlines it has."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write ``text`` to ``path`` atomically, as UTF-8 with the newlines it has.
+
+    Half of a pair of surrogates, as names of files may hold, is written as its escape.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -65,13 +70,81 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+MOST_BYTES = 256 * 2**20
+"""A file of a run that is read whole is no larger than this."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file that anybody may have put there, for reading.
+
+    A link, a pipe, a device and a directory are refused: nothing outside its directory is read,
+    and nothing is waited for.
+
+    Raises:
+        OSError: there is no such file, or it is refused.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    # What has taken its place since is not followed or waited for.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return file
+
+
+def read_text(
+    path: str | os.PathLike[str], most: int = MOST_BYTES, *, errors: str = "strict"
+) -> str:
+    """The text of a file of :func:`open_regular`.
+
+    Args:
+        path: of the file.
+        most: bytes.
+        errors: what is done about what is not UTF-8, as for `bytes.decode`.
+
+    Raises:
+        OSError: as :func:`open_regular`, or it is larger.
+        ValueError: it is not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most / 2**20:g} MiB", os.fspath(path))
+    return content.decode("utf-8", errors)
+
+
+def read_object(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: as :func:`read_text`.
+        ValueError: it is not one; the text says why, in one line.
+    """
+    try:
+        found = json.loads(read_text(path, most))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file or it cannot be read."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def is_name(text: Any) -> bool:
+    """Whether a text that was read is the name of something in a directory, and no way out."""
+    return isinstance(text, str) and text not in ("", ".", "..") and not set("/\0") & set(text)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,12 @@ CAME_LATER: dict[str, Any] = {
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,
 }
-"""Keys that earlier runs did not have -> the value with which a run is the same as without them."""
+"""Keys that earlier runs did not have -> the value with which a run is the same as without them.
+
+With this value a key stays out of the identity, whatever its default becomes, so that a new version
+finds what earlier ones have completed. Every key that is added to the schema goes in here (a test
+holds it).
+"""
 
 BY_CONTENT = {
     "adapter": ("model.adapter",),
@@ -79,6 +84,19 @@ def run_id(config: Mapping[str, Any], content: Mapping[str, Any] | None = None) 
     identity = {"version": VERSION, "config": _without(config, out), "content": content}
     text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def before(key: str) -> Any:
+    """What a setting was in runs that were made before it came; None where that is unknown.
+
+    Args:
+        key: such as ``kfac.sharing``, also within a section of :data:`CAME_LATER`.
+    """
+    if key in CAME_LATER:
+        return CAME_LATER[key]
+    above, _, last = key.rpartition(".")
+    section = before(above) if above else None
+    return section.get(last) if isinstance(section, Mapping) else None
 
 
 def _without(config: Mapping[str, Any], out: set[str], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,7 @@ from pathlib import Path
 from fisher_lab.runs import atomic
 
 STALE_AFTER = 60.0
+_MOST_BYTES = 4096
 _STATE, _START_TIME = 0, 19
 """Positions in ``/proc/<pid>/stat``, counted from the field after the program's name."""
 _PAUSE_FIRST_S, _PAUSE_LAST_S = 0.005, 0.5
@@ -76,12 +77,12 @@ class Holder:
     def read(cls, path: Path) -> Holder | None:
         """The holder that a lock file names; None where the file has gone."""
         try:
-            with open(path, encoding="utf-8") as file:  # opened, so that NFS looks afresh
-                touched, text = os.fstat(file.fileno()).st_mtime, file.read()
+            with atomic.open_regular(path) as file:  # opened, so that NFS looks afresh
+                touched, text = os.fstat(file.fileno()).st_mtime, file.read(_MOST_BYTES)
         except FileNotFoundError:
             return None
         # The file is empty for a moment after its create.
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             return cls(**json.loads(text), touched=touched)
         return cls(f"unreadable: {path.name}", touched=touched)
 
@@ -92,6 +93,9 @@ class Holder:
                 json.dump({k: v for k, v in vars(self).items() if k != "touched"}, file)
         except FileExistsError:
             return False
+        except OSError:  # the disk is full: an empty file would hold the lock
+            path.unlink(missing_ok=True)
+            raise
         return True
 
     def is_here(self) -> bool:
@@ -142,7 +146,7 @@ class Lock:
             raise RuntimeError(f"the lock on {self.path} is held by this object already")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self._holders()
-        if before and not self._are_stale(before.values()):
+        if before and not self._are_stale(before.values(), self._now()):
             return False
         mine, me = self._generation(max(before, default=-1) + 1), Holder.here()
         if not me.write(mine):
@@ -177,12 +181,21 @@ class Lock:
             self._file.unlink(missing_ok=True)
         self._file = None
 
-    def holder(self) -> Holder | None:
-        """Who holds the lock now; None where it is free or stale."""
+    def holder(self, *, probe: bool = False) -> Holder | None:
+        """Who holds the lock now; None where it is free or stale.
+
+        Args:
+            probe: make and remove a file, as :meth:`acquire` does, to ask the file system for its
+                time. Without it nothing is written, and where the clock of the file system and that
+                of this host differ, a holder may seem stale too early or too late.
+        """
         holders = self._holders()
-        if not holders or self._are_stale(holders.values()):
+        if not holders:
             return None
-        return holders[max(holders)]
+        now = time.time()
+        with contextlib.suppress(OSError):  # a folder that nobody may write to
+            now = self._now() if probe else now
+        return None if self._are_stale(holders.values(), now) else holders[max(holders)]
 
     def __enter__(self) -> Lock:
         if self._file is None:
@@ -206,8 +219,7 @@ class Lock:
         found = {int(n): Holder.read(self._generation(int(n))) for n in numbers if n.isdecimal()}
         return {number: holder for number, holder in found.items() if holder is not None}
 
-    def _are_stale(self, holders: Iterable[Holder]) -> bool:
-        now = self._now()
+    def _are_stale(self, holders: Iterable[Holder], now: float) -> bool:
         return all(now - one.touched > self.stale_after or one.is_gone() for one in holders)
 
     def _now(self) -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fisher_lab.runs import atomic
 
 PACKAGES = (
     "fisher-lab",
@@ -30,7 +34,14 @@ PACKAGES = (
 )
 """Distributions whose versions are recorded, where they are installed."""
 
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The directory of this package."""
+SNAPSHOT_FILE = "code.json"
+"""What :func:`code` said of a copy that :func:`snapshot` has made, beside the package."""
+
 _GIT_TIMEOUT_S = 10
+_OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+"""Variables that git sets for its hooks, which are about the repository that these belong to."""
 
 
 def collect() -> dict[str, Any]:
@@ -40,15 +51,76 @@ def collect() -> dict[str, Any]:
     what the process runs.
 
     Returns:
-        JSON-able: ``git``, ``versions``, ``host``, ``pid``. The task adds device, threads and
-        dtypes, which it alone knows.
+        JSON-able: ``code``, ``git``, ``versions``, ``host``, ``pid``. The task adds device, threads
+        and dtypes, which it alone knows.
     """
     return {**copy.deepcopy(_code()), "host": host(), "pid": os.getpid()}
 
 
 @functools.cache
 def _code() -> dict[str, Any]:
-    return {"git": git(), "versions": versions()}
+    return {**code(), "versions": versions()}
+
+
+def code(package: Path | None = None) -> dict[str, Any]:
+    """Which code a process runs.
+
+    Args:
+        package: the package's directory; by default fisher_lab's own.
+
+    Returns:
+        ``git`` as from :func:`git`; ``code``: the commit where the package is as in it, else the
+        commit or the installed version with a digest of the package's files. Two processes with
+        the same one run the same code.
+    """
+    folder = package or PACKAGE
+    noted = atomic.read_json(folder.parent / SNAPSHOT_FILE)
+    if noted:
+        return noted
+    found = git(folder)
+    commit = (found["commit"] or "")[:12]
+    if commit and not _git(folder, "status", "--porcelain", "--", "."):
+        return {"code": commit, "git": found}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        commit = commit or metadata.version("fisher-lab")
+    return {"code": f"{commit or 'unknown'}+{_digest(folder)}", "git": found}
+
+
+def code_of(recorded: Mapping[str, Any]) -> str | None:
+    """``code`` of a record's provenance; of earlier records what their commit tells."""
+    found = recorded.get("git") or {}
+    commit = found.get("commit")
+    before = f"{commit[:12]}{'+unknown' if found.get('dirty') else ''}" if commit else None
+    return recorded.get("code") or before
+
+
+def snapshot(folder: Path) -> Path:
+    """Copy this package, so that a process which starts later runs the code of now.
+
+    Args:
+        folder: of all copies; one of the same code serves again.
+
+    Returns:
+        The directory in ``folder`` that holds the copy, for `environment.child`.
+    """
+    about = {key: value for key, value in _code().items() if key != "versions"}
+    target = folder / about["code"]
+    if not target.exists():
+        with atomic.directory(target, keep_existing=True) as made:
+            own = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(PACKAGE, made / PACKAGE.name, ignore=own)
+            atomic.write_json(made / SNAPSHOT_FILE, about)
+    return target
+
+
+def _digest(package: Path) -> str:
+    """A hash of the files of a package, by name and content."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in package.rglob("*") if path.is_file()):
+        if "__pycache__" not in file.parts:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.relative_to(package).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:12]
 
 
 def git(package: Path | None = None) -> dict[str, Any]:
@@ -62,7 +134,7 @@ def git(package: Path | None = None) -> dict[str, Any]:
     Returns:
         ``commit`` (None outside a checkout) and ``dirty`` (tracked files differ from it, or None).
     """
-    folder = package or Path(__file__).resolve().parents[1]
+    folder = package or PACKAGE
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
     commit = _git(folder, "rev-parse", "HEAD") if tracked is not None else None
     if commit is None:
@@ -75,8 +147,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(folder), *arguments]
     try:
         text = subprocess.check_output(
-            command, text=True, stderr=subprocess.DEVNULL, timeout=_GIT_TIMEOUT_S
-        )
+            command, text=True, stderr=subprocess.DEVNULL, timeout=_GIT_TIMEOUT_S,
+            env={k: v for k, v in os.environ.items() if k not in _OF_ANOTHER_REPOSITORY},
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return text.strip()
@@ -116,13 +189,6 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
-
-
-def python_path() -> str:
-    """``PYTHONPATH`` with which another process imports this very package, wherever it is run."""
-    root = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join([root, *(path for path in known if path and path != root)])
 
 
 def allowed_cpus() -> int | None:

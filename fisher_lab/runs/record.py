@@ -206,7 +206,7 @@ def brief(directory: Path) -> str:
 
 def read(directory: Path) -> dict[str, Any]:
     """The contents of ``run.json`` in a run directory."""
-    return json.loads((Path(directory) / RUN_FILE).read_text(encoding="utf-8"))
+    return atomic.read_object(Path(directory) / RUN_FILE)
 
 
 def status_of(directory: Path) -> Status | None:
@@ -270,7 +270,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | dict):
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
     return "" if value is None else value
 
 

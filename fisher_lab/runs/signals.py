@@ -15,14 +15,18 @@ A signal that is still pending when the block ends is raised there.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,18 +40,43 @@ STATUS = {
 """What a signal makes of the run: a cancelled run must not come back, a preempted one may."""
 
 
+AGAIN_S = 0.05
+"""Seconds after which a signal is raised again that something has swallowed."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run. No ``Exception``, so that no ``except Exception`` swallows it.
+
+    Args:
+        signum: the signal.
+        swallowed: called once nothing refers to this exception any more: it has been dealt with,
+            or something on its way has swallowed it.
 
     Attributes:
         signum: the signal.
         status: ``cancelled`` or ``preempted``.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, swallowed: Callable[[], None] | None = None) -> None:
         self.signum = signal.Signals(signum)
         self.status = STATUS[self.signum]
         super().__init__(f"{self.status} by {self.signum.name}")
+        if swallowed is not None:
+            weakref.finalize(self, swallowed).atexit = False
+
+
+def interruption(error: BaseException | None) -> Interrupted | None:
+    """The interruption that an error is, or that it was raised on account of, if any.
+
+    A library on the way may have put an error of its own in its place.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Interrupted):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class Pending:
@@ -78,12 +107,21 @@ class Watch:
 
     Python allows handlers in the main thread only; in any other thread nothing is installed. Where
     the context is not open, :meth:`deferred` installs them for as long as it lasts.
+
+    An exception that is raised while Python runs a ``__del__`` or the callback of a weak reference
+    is printed and goes no further; others swallow what they should not. So it is raised
+    again, until the context is left or :meth:`ending` is called.
+
+    Attributes:
+        received: the first signal that came, also where nothing was raised for it, or 0.
     """
 
     def __init__(self) -> None:
         self._pending: Pending | None = None
         self._before: dict[int, Any] = {}
         self._ending = False
+        self._seen = False
+        self.received = 0
 
     def __enter__(self) -> Watch:
         if not self._before and threading.current_thread() is threading.main_thread():
@@ -92,13 +130,23 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._seen = True
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def ending(self) -> None:
         """From here on the run is being brought to its end: only SIGINT still breaks in."""
-        self._ending = True
+        self._ending = self._seen = True
+
+    def check(self) -> None:
+        """Where a signal came, and nobody has ended for it.
+
+        Raises:
+            Interrupted: it did, here or in a context inside this one.
+        """
+        if self.received and self._pending is None:
+            raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[Pending]:
@@ -128,13 +176,35 @@ class Watch:
             pending.stop()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        self._note(signum)
         if self._pending is not None:
             self._pending.note(signum)
         elif signum == signal.SIGINT or not self._ending:
             # Schedulers repeat themselves; a second signal must not break into the ending of the
             # run. Whoever presses the interrupt key again means it.
-            self._ending = True
-            raise Interrupted(signum)
+            self._ending, self._seen = True, False
+            raise Interrupted(signum, functools.partial(self._swallowed, signum))
+
+    def _note(self, signum: int) -> None:
+        """Keep the signal, for the contexts around this one too."""
+        self.received = self.received or signum
+        outer = getattr(self._before.get(signum), "__self__", None)
+        if isinstance(outer, Watch):
+            outer._note(signum)
+
+    def _swallowed(self, signum: int) -> None:
+        """Raise again, in a moment, unless somebody has seen the signal by then.
+
+        In a thread of its own, and a plain one: this is called wherever an object happens to go.
+        """
+        if not self._seen:
+            _thread.start_new_thread(self._raise_again, (signum,))
+
+    def _raise_again(self, signum: int) -> None:
+        time.sleep(AGAIN_S)
+        if not self._seen:
+            self._ending = False
+            _thread.interrupt_main(signum)  # without effect where the handler is no longer ours
 
 
 def leave(code: int) -> NoReturn:

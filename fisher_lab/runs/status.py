@@ -29,6 +29,8 @@ class Status(StrEnum):
     """SLURM has a job for the cell."""
     LOST = "lost"
     """The job of the cell has ended and left no result."""
+    UNKNOWN = "unknown"
+    """The cell was submitted, and the SLURM that is reached from here does not know its job."""
     HELD = "held"
     """Another launcher runs the cell."""
     NOT_STARTED = "not started"

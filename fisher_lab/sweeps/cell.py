@@ -55,6 +55,7 @@ class Cell:
         launch: name of the submission in which it is frozen; empty before that.
         logging: the configuration of the logging, with a name in the place of the run directory.
         cwd: the directory from which relative paths are meant.
+        code: the name of the copy of the code that runs it; empty where it runs with its launcher.
     """
 
     layout: Layout
@@ -67,6 +68,7 @@ class Cell:
     launch: str = ""
     logging: Mapping[str, Any] = field(default_factory=dict)
     cwd: str = ""
+    code: str = ""
 
     @classmethod
     def load(cls, path: Path) -> Cell:
@@ -75,15 +77,15 @@ class Cell:
         Raises:
             ValueError: the file is none, or of another version of the code.
         """
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = atomic.read_object(path)
         if data.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is no frozen cell of this version ({SCHEMA})")
         data["config"] = build(Config, data["config"])
         return cls(layout=Layout(path.parents[4]), launch=path.parents[1].name, **data)
 
-    def freeze(self, launch: str, logging: Mapping[str, Any]) -> Cell:
+    def freeze(self, launch: str, logging: Mapping[str, Any], code: str = "") -> Cell:
         """Write the cell as it is now, so that a later change of a YAML file does not reach it."""
-        cell = replace(self, launch=launch, logging=logging, cwd=os.getcwd())
+        cell = replace(self, launch=launch, logging=logging, cwd=os.getcwd(), code=code)
         data = {
             name: value for name, value in vars(cell).items() if name not in ("layout", "launch")
         }
@@ -106,6 +108,11 @@ class Cell:
         return self.layout.run_directory(self.run_id)
 
     @property
+    def code_root(self) -> Path | None:
+        """Where the copy of the code lies that runs it, if there is one."""
+        return self.layout.code / self.code if self.code else None
+
+    @property
     def label(self) -> str:
         """Its axes as they are written on the command line."""
         return label_of(self.axes) or self.run_id
@@ -118,7 +125,7 @@ class Cell:
     @property
     def state(self) -> Status:
         """How the cell stands (``Layout.state``)."""
-        return self.layout.state(self.run_id, self.config.resume.stale_after_s)
+        return self.layout.state(self.run_id, self.config.resume.stale_after_s, probe=True)
 
     @property
     def cancelled(self) -> bool:
@@ -133,7 +140,12 @@ class Cell:
     def end_record(
         self, status: Status, reason: str, error: Mapping[str, Any] | None = None
     ) -> None:
-        """End ``run.json`` where the process has not; only for the holder of the lock."""
+        """End ``run.json`` where the process has not; only for the holder of the lock.
+
+        Nothing that comes after its completion changes the status of a cell.
+        """
+        if record.status_of(self.directory) is Status.COMPLETED:
+            return
         otherwise = {
             "run_id": self.run_id,
             "config": asdict(self.config),
@@ -144,6 +156,8 @@ class Cell:
 
     def settle(self, status: Status, reason: str, error: Mapping[str, Any] | None = None) -> None:
         """End ``run.json`` and note it in the journal; only for the holder of the lock."""
+        if record.status_of(self.directory) is Status.COMPLETED:
+            return
         self.end_record(status, reason, error)
         self.layout.journal_end(self.run_id, status, reason=reason)
 
@@ -176,8 +190,8 @@ def label_of(axes: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in axes.items())
 
 
-def submit(cells: Sequence[Cell], logging: Mapping[str, Any]) -> list[Cell]:
+def submit(cells: Sequence[Cell], logging: Mapping[str, Any], code: str = "") -> list[Cell]:
     """Freeze cells of one sweep in the directory of a new launch, whose name sorts by time."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     launch = f"{stamp}-{secrets.token_hex(3)}"
-    return [cell.freeze(launch, logging) for cell in cells]
+    return [cell.freeze(launch, logging, code) for cell in cells]

@@ -12,6 +12,8 @@ Under ``results/<sweep>/``:
     Who runs a cell now.
 ``.sweep/submissions/``
     The frozen cells of every launch, and the launch's own files.
+``.sweep/code/``
+    The code that they were submitted with.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.runs import digests, record
+from fisher_lab.runs import atomic, digests, record
 from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
 
@@ -74,6 +76,11 @@ class Layout:
         return self.directory / ".sweep" / "repeated"
 
     @property
+    def code(self) -> Path:
+        """The copies of the code that cells were submitted with."""
+        return self.directory / ".sweep" / "code"
+
+    @property
     def journal(self) -> Journal:
         """What happened."""
         return Journal(self.directory / EVENTS_FILE, self.locks)
@@ -120,17 +127,31 @@ class Layout:
         self.journal.append(status, run_id=run_id, record=digest, **more)
 
     def frozen(self) -> dict[str, Path]:
-        """Identity -> the cell as it was last submitted."""
-        files = sorted(self.submissions.glob("*/cells/*.json"))  # their names sort by time
-        return {file.stem: file for file in files}
+        """Identity -> the cell as it was last submitted.
+
+        The journal says which launch was the last one: the names of the submissions are times of
+        the hosts that launched, whose clocks differ.
+        """
+        launched = [e.get("submission") for e in self.journal.read() if e["event"] == "launched"]
+        order = {name: number for number, name in enumerate(launched)}
+        files = self.submissions.glob("*/cells/*.json")
+        in_order = sorted(files, key=lambda file: (order.get(file.parts[-3], -1), file.parts[-3]))
+        return {file.stem: file for file in in_order}
 
     def has_launcher(self) -> bool:
         """Whether a launcher of the sweep lives."""
         files = self.submissions.glob(f"*/{LAUNCHER}.lock.*")
         return any(Lock(file.parent / LAUNCHER).holder() is not None for file in files)
 
-    def state(self, run_id: str, stale_after: float = STALE_AFTER) -> Status:
+    def state(
+        self, run_id: str, stale_after: float = STALE_AFTER, *, probe: bool = False
+    ) -> Status:
         """How a cell stands.
+
+        Args:
+            run_id: of the cell.
+            stale_after: of its lock, seconds.
+            probe: of `Lock.holder`.
 
         Returns:
             ``missing``, ``interrupted``, or one that a record may hold.
@@ -138,7 +159,7 @@ class Layout:
         status = record.status_of(self.run_directory(run_id))
         if status is Status.COMPLETED:
             return status
-        if self.lock(run_id, stale_after).holder() is not None:
+        if self.lock(run_id, stale_after).holder(probe=probe) is not None:
             return Status.RUNNING
         # It may have ended between the two looks.
         status = record.status_of(self.run_directory(run_id))
@@ -170,7 +191,8 @@ class Journal:
             TimeoutError: others held the journal for :data:`JOURNAL_TIMEOUT_S` seconds.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": time, "event": event, **fields}, allow_nan=False) + "\n"
+        fields = {"time": time, "event": event, **fields}
+        line = json.dumps(fields, allow_nan=False, ensure_ascii=False) + "\n"
         lock = Lock(self.locks / self.path.name, JOURNAL_STALE_AFTER_S)
         if not lock.acquire_within(JOURNAL_TIMEOUT_S):
             raise TimeoutError(f"{self.path} is held by {lock.holder()}")
@@ -184,19 +206,30 @@ class Journal:
                 os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole events, in the order in which they were written."""
+        """All whole events, in the order in which they were written; other lines are not ours."""
         events = []
         with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
+            for line in atomic.read_text(self.path, errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, RecursionError):
                     events.append(json.loads(line))
-        return [event for event in events if isinstance(event, dict)]
+        return [event for event in events if _is_ours(event)]
+
+
+def _is_ours(event: Any) -> bool:
+    """Whether a line of the journal has what its readers take from an event of its kind."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    jobs = event.get("jobs")
+    return {
+        "submitted": isinstance(jobs, dict) and all(isinstance(job, str) for job in jobs.values()),
+        "launched": isinstance(event.get("launcher"), str),
+    }.get(event["event"], True)
 
 
 def tail(path: Path, offset: int = 0) -> str:
     """The last lines of a log from ``offset`` on, at most :data:`TAIL_BYTES`."""
     try:
-        with open(path, "rb") as file:
+        with atomic.open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(offset, size - TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")

@@ -105,6 +105,12 @@ class LocalProcesses(Executor):
             if process.cell in cells:
                 process.ask(signal.SIGTERM)
 
+    def abandon(self) -> None:
+        """End the processes."""
+        self.stop(self.running)
+        for process in self._processes:
+            process.end()
+
     @contextlib.contextmanager
     def signals(self, watch: Watch) -> Iterator[Pending]:
         """As always; the launcher also goes on when its terminal is closed."""

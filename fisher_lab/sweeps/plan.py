@@ -60,6 +60,11 @@ class SweepPlan:
     invalid: list[tuple[Mapping[str, str], str]] = field(default_factory=list)
     repeated: int = 0
 
+    def refuse(self, cell: Cell, reason: str) -> None:
+        """Take a cell out that cannot run."""
+        self.cells.remove(cell)
+        self.invalid.append((cell.axes, reason))
+
     def write(self) -> None:
         """Write ``sweep.json``; cells of earlier launches that are no longer swept are kept."""
         path = self.layout.sweep_file
@@ -169,7 +174,7 @@ def _one(
     params = OmegaConf.to_container(master.hydra.sweeper.params or OmegaConf.create({}))
     assert isinstance(params, dict)
     kept = [text for text in arguments if not text.lstrip("+").startswith(_OF_THE_LAUNCH)]
-    batch = cells_of.cells({str(key): value for key, value in params.items()}, kept)
+    batch = cells_of.cells({str(key): value for key, value in params.items()}, kept, loader)
     given = [dict(map(_pair, overrides)) for overrides in batch]
     by_hand = [one.key_or_group for one in parse(arguments) if one.is_sweep_override()]
     swept = {
@@ -228,6 +233,11 @@ def _place(
 ) -> Layout:
     """The directory of a sweep, which is named after it."""
     typed = [text.lstrip("+") for text in master.hydra.overrides.hydra]
+    if any(text.startswith("hydra.sweep.subdir=") for text in typed):
+        raise ConfigError(
+            "hydra.sweep.subdir is not allowed: the directory of a cell is named by its identity, "
+            "so that it is found again; hydra.sweep.dir and sweep.name name that of the sweep"
+        )
     if any(text.startswith("hydra.sweep.dir=") for text in typed):
         return Layout(Path(str(master.hydra.sweep.dir)).absolute())
     chosen = OmegaConf.select(master, "sweep.name")
@@ -276,7 +286,7 @@ _WORDS = {
 
 def show(plans: Sequence[SweepPlan]) -> int:
     """Print every cell with its state; returns 2 where a cell cannot run, else 0."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     counted: Counter[str] = Counter()
     for one in plans:
         table = Table(title=one.layout.title, title_justify="left", box=None)
@@ -298,6 +308,6 @@ def show(plans: Sequence[SweepPlan]) -> int:
     counts = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
     console.print(f"{sum(counted.values())} cells: {counts}")
     reasons = [reason for one in plans for _, reason in one.invalid]
-    for reason in reasons:
+    for reason in dict.fromkeys(reasons):
         print(f"fisher_lab: {reason}", file=sys.stderr)
     return BAD_INPUT if reasons else OK

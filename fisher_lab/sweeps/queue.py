@@ -6,7 +6,7 @@ An executor runs the cells that the queue gives it: in this process or in others
 
 from __future__ import annotations
 
-import contextlib
+import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -53,6 +53,9 @@ class Executor(ABC):
     @abstractmethod
     def stop(self, cells: Sequence[Cell]) -> None:
         """Ask running cells to save their state and to end."""
+
+    def abandon(self) -> None:  # noqa: B027 (jobs of a scheduler go on)
+        """End what runs, with nothing written down."""
 
     def withdraw(self) -> None:  # noqa: B027 (most executors begin what they are given at once)
         """Cells that were handed over and have not begun are not to begin."""
@@ -107,7 +110,7 @@ class Tally:
         for cell, outcome in outcomes:
             if outcome.status is Status.FAILED:
                 why = outcome.message or record.brief(cell.directory)
-                line = " ".join(cell.overrides)  # which give this cell, and no other
+                line = shlex.join(cell.overrides)  # which give this cell, and no other
                 logs = cell.layout.logs(cell.run_id)
                 where = f"the log is {logs[0]}" if logs else f"its directory is {cell.directory}"
                 say(f"fisher_lab: {line}: failed: {why}; {where}", error=True)
@@ -118,9 +121,8 @@ class Tally:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line; a terminal that has gone is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    """Print a line."""
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Queue:
@@ -146,14 +148,20 @@ class Queue:
         Raises:
             Interrupted: a signal. Cells that run have saved their state and ended, or go on where
                 they outlive the launcher; the others are left as they are.
+            OSError: the files of the sweep cannot be written. What ran has been ended.
         """
         with Watch() as watch, self._executor.signals(watch) as pending:
-            while self._waiting or self._executor.running:
-                if not self.step():
-                    time.sleep(self._executor.pause_s)
-                if pending():
-                    self._interrupt()
-                    pending.stop()
+            try:
+                while self._waiting or self._executor.running:
+                    if not self.step():
+                        time.sleep(self._executor.pause_s)
+                    if pending():
+                        self._interrupt()
+                        pending.stop()
+                    watch.check()  # a cell may have come to its end all the same
+            except OSError:  # the disk is full, say: nothing more can be written down
+                self._executor.abandon()
+                raise
 
     def step(self) -> bool:
         """Note what has ended, and start what there is room for; whether anything happened."""

@@ -23,7 +23,7 @@ from fisher_lab.config import launchers
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import Settings, SlurmSettings
 from fisher_lab.config.schema import SweepConfig
-from fisher_lab.runs import atomic, provenance, record
+from fisher_lab.runs import atomic, provenance, record, screen
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.runs.status import Status
@@ -65,6 +65,11 @@ def run(
     options = SweepConfig(**_plain(master.sweep))
     plans = plan.make(loader, master, arguments, identify, strict=not options.dry_run)
     if options.dry_run:
+        for one in plans:
+            for cell in list(one.cells):
+                refused = next(_refused([cell], options, kind, settings), None)
+                if refused is not None:
+                    one.refuse(cell, str(ConfigError.value(*refused)))
         return plan.show(plans)
     cells = [cell for one in plans for cell in one.cells]
     for key, value, allowed in _refused(cells, options, kind, settings):
@@ -166,18 +171,17 @@ def _look_at_what_is_done(done: Sequence[Cell]) -> None:
         for entry in layout.journal.read()
         if entry.get("event") == Status.COMPLETED
     }
-    now = provenance.git()["commit"] if done else None
+    now = provenance.code()["code"] if done else None
     others = set[str | None]()
     for cell in done:
         lock = cell.lock
         if (cell.layout, cell.run_id) not in noted and lock.acquire():
             with lock:
                 cell.layout.note(cell.run_id, Status.COMPLETED)
-        found = record.read(cell.directory).get("provenance", {})
-        others.add((found.get("git") or {}).get("commit"))
+        others.add(provenance.code_of(record.read(cell.directory).get("provenance") or {}))
     if others := others - {now}:
-        names = ", ".join(sorted(str(commit)[:12] for commit in others))
-        text = f"completed cells are of another version of the code ({names}; now {str(now)[:12]})"
+        names = ", ".join(sorted(map(str, others)))
+        text = f"completed cells are of another version of the code ({names}; now {now})"
         say(f"fisher_lab: {text}; they are kept", error=True)
 
 
@@ -190,7 +194,8 @@ def _submit(cells: Sequence[Cell], master: DictConfig, kind: str, settings: Sett
     about |= {"host": os.uname().nodename, "pid": os.getpid()}
     frozen: dict[Path, Cell] = {}
     for layout in dict.fromkeys(cell.layout for cell in cells):
-        own = submit([cell for cell in cells if cell.layout == layout], logging)
+        code = "" if kind == "serial" else provenance.snapshot(layout.code).name
+        own = submit([cell for cell in cells if cell.layout == layout], logging, code)
         frozen |= {cell.directory: cell for cell in own}
         run_ids = [cell.run_id for cell in own]
         atomic.write_json(own[0].submission / LAUNCH_FILE, {**about, "cells": run_ids})
@@ -206,7 +211,7 @@ def _detach(cells: Sequence[Cell], settings: Settings) -> int:
     else:
         submissions = list(dict.fromkeys(str(cell.submission) for cell in cells))
         log = cells[0].submission / LAUNCHER_LOG
-        start_python([*BACKGROUND, *submissions], log, {})
+        start_python([*BACKGROUND, *submissions], log, {}, root=cells[0].code_root)
         say(f"the launcher goes on in the background; its log is {log}")
     say(f"detached: fisher-lab status {names}")
     return 0
@@ -230,4 +235,5 @@ def main(submissions: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    screen.install()
     sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,8 @@ the same cells in processes of this machine.
 
 from __future__ import annotations
 
-import getpass
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,7 +23,7 @@ from submitit.helpers import DelayedSubmission
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import LocalSettings, SlurmSettings
-from fisher_lab.runs import provenance, record
+from fisher_lab.runs import atomic, environment, record
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker, worker_process
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome, death
@@ -88,6 +88,8 @@ class CellJob:
             if asked:
                 process.ask(signal.SIGUSR2)
             time.sleep(TICK_S)
+        if node == 0:
+            finish_if_last(cell.layout)
         if node > 0 or outcome.status in (Status.COMPLETED, Status.HELD):
             return outcome.status.value
         if outcome.status is Status.PREEMPTED and self._may_come_back(cell, process.seconds):
@@ -106,9 +108,14 @@ class CellJob:
         warned = record.read(cell.directory).get("reason") == signal.SIGUSR2.name
         if warned and cell.cancelled:
             return False
-        at_limit = seconds > self.limit_s - self.signal_delay_s - _MARGIN_S
+        limit_s = limit_of_this_job()
+        is_as_asked = limit_s in (None, self.limit_s)
+        limit_s = self.limit_s if limit_s is None else limit_s
+        at_limit = seconds > limit_s - self.signal_delay_s - _MARGIN_S
         if at_limit and not (warned and cell.config.task.name in RESUMABLE):
-            limit = f"hydra.launcher.timeout_min={self.limit_s / 60:g}"
+            limit = f"hydra.launcher.timeout_min={limit_s / 60:g}" if is_as_asked else (
+                f"{limit_s / 60:g} min, and not hydra.launcher.timeout_min={self.limit_s / 60:g}"
+            )  # fmt: skip
             cell.give_up("timeout", f"reached the job's time limit ({limit})")
             return False
         if not warned:  # SIGTERM: if the scheduler wants the job back, it does so itself
@@ -119,6 +126,16 @@ class CellJob:
             return False
         cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
+
+
+def finish_if_last(layout: Layout) -> None:
+    """Write the table of a sweep whose launcher is gone, where its last cell has now ended."""
+    cells = atomic.read_json(layout.sweep_file).get("cells") or []
+    found = (record.status_of(layout.run_directory(str(cell["run_id"]))) for cell in cells)
+    if not layout.has_launcher() and all(one is not None and one.is_final for one in found):
+        from fisher_lab.results import finishing
+
+        finishing.at_end(layout.directory)
 
 
 def _preemptions(cell: Cell) -> int:
@@ -139,30 +156,40 @@ ENDED = frozenset({
 """States of a job that does not come back."""
 
 GONE = "GONE"
-"""State of a job that the controller has forgotten."""
+"""State of a job that the controller of this cluster does not know, or knows no more."""
 
 _TIMEOUT_S = 60
 
 
 def states(jobs: Iterable[str]) -> dict[str, str] | None:
-    """The state of jobs of this user.
+    """The state of jobs, whoever has submitted them.
 
     Args:
         jobs: numbers as sbatch gives them, ``12`` or ``12_3``.
 
     Returns:
-        Job -> state, :data:`GONE` for what the controller no longer knows; None where it does not
-        answer, which says nothing of the jobs.
+        Job -> state, :data:`GONE` where neither the queue of this cluster nor its accounting knows
+        how the job stands; None where the controller does not answer, which says nothing of them.
     """
     wanted = set(jobs)
     if not wanted:
         return {}
-    user = getpass.getuser()
-    text = _ask(["squeue", "-h", "-r", "-t", "all", "-u", user, "-o", "%i|%T"])
+    numbers = ",".join(sorted({job.partition("_")[0] for job in wanted}))
+    text = _ask(["squeue", "-a", "-h", "-r", "-t", "all", "-j", numbers, "-o", "%i|%T"])
     if text is None:
         return None
-    known = dict(line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
+    known = _states_in(text)
+    if not wanted <= set(known):
+        text = _ask(["sacct", "-X", "-n", "-P", "-j", numbers, "-o", "JobID,State"]) or ""
+        ended = {job: state for job, state in _states_in(text).items() if state in ENDED}
+        known = {**ended, **known}
     return {job: known.get(job, GONE) for job in wanted}
+
+
+def _states_in(text: str) -> dict[str, str]:
+    """Job -> state, from lines such as ``12_3|CANCELLED by 1000``."""
+    lines = (line.strip().split("|", 1) for line in text.splitlines() if "|" in line)
+    return {job: (state.split() or [""])[0] for job, state in lines}
 
 
 def is_active(state: str | None) -> bool:
@@ -170,14 +197,35 @@ def is_active(state: str | None) -> bool:
     return state is not None and state not in ENDED and state != GONE
 
 
+def cluster() -> str | None:
+    """The name of the cluster that SLURM's programs reach from here; None where there is none."""
+    return _configured("ClusterName")
+
+
 def max_array_size() -> int:
     """How many jobs an array may have here; SLURM's own default where it does not say."""
+    given = _configured("MaxArraySize") or ""
+    # Its largest index is one less than this number, and indices begin at 0.
+    return max(1, int(given)) if given.isdecimal() else 1001
+
+
+def _configured(name: str) -> str | None:
     for line in (_ask(["scontrol", "show", "config"]) or "").splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize" and value.strip().isdecimal():
-            # Its largest index is one less than this number, and indices begin at 0.
-            return max(1, int(value))
-    return 1001
+        key, _, value = line.partition("=")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def limit_of_this_job() -> float | None:
+    """Seconds that the job which this process is a part of may take; None where unknown."""
+    job = os.environ.get("SLURM_JOB_ID")
+    text = _ask(["squeue", "-h", "-j", job, "-o", "%l"]) if job else None
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", (text or "").strip())
+    if found is None:  # such as UNLIMITED
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def cancel(jobs: Iterable[str]) -> bool:
@@ -187,11 +235,17 @@ def cancel(jobs: Iterable[str]) -> bool:
 
 
 def _ask(command: list[str]) -> str | None:
-    quiet = subprocess.DEVNULL
+    """What a program of SLURM prints; None where there is none, or it has no answer."""
     try:
-        return subprocess.check_output(command, text=True, stderr=quiet, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S,
+            check=False, env=environment.child({"LC_ALL": "C"}),
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
+    # Of one job that it does not know squeue says so; of one among several it says nothing.
+    is_answer = done.returncode == 0 or "Invalid job id" in done.stderr
+    return done.stdout if is_answer else None
 
 
 def executor(settings: SlurmSettings) -> Executor:
@@ -215,6 +269,7 @@ class SubmititJobs(Executor):
     def __init__(self, settings: SlurmSettings) -> None:
         self._settings = settings
         self._jobs: dict[Cell, str] = {}
+        self._cluster: str | None = None
         self._gone: Counter[Cell] = Counter()
         self._looked = 0.0
         self._withdrawn = False
@@ -232,22 +287,27 @@ class SubmititJobs(Executor):
         Raises:
             ConfigError: there is no SLURM here, or it does not take the jobs.
         """
+        self._cluster = cluster()
         left = {layout: Jobs.of(layout) for layout in {cell.layout for cell in cells}}
-        _wait_for_cancelled_jobs(left.values(), self._settings.poll_s)
-        active = states(job for jobs in left.values() for job in jobs.last.values()) or {}
+        _wait_for_cancelled_jobs(left.values(), self._cluster, self._settings.poll_s)
+        last = {c: job for c in cells if (job := left[c.layout].last.get(c.run_id)) is not None}
+        here = {job for jobs in left.values() for job in jobs.here(last.values(), self._cluster)}
+        active = states(here) or {}
         for cell in cells:
-            job = left[cell.layout].last.get(cell.run_id)
-            if job is not None and is_active(active.get(job)):
-                self._jobs[cell] = job
+            if is_active(active.get(last.get(cell, ""))):
+                self._jobs[cell] = last[cell]
         wanted = [cell for cell in cells if cell not in self._jobs]
         if len(wanted) < len(cells):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
+        if wanted and (ignored := environment.ignored()):
+            say(f"not handed on to SLURM, which takes hydra.launcher alone: {ignored}")
+        where = {"cluster": self._cluster} if self._cluster else {}
         for batch in batches(wanted, self._settings.max_array_size or max_array_size()):
             jobs = _submit(batch, self._settings)
             self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
             for layout in dict.fromkeys(cell.layout for cell in batch):
                 own = {cell.run_id: self._jobs[cell] for cell in batch if cell.layout == layout}
-                layout.journal.append("submitted", jobs=own)
+                layout.journal.append("submitted", jobs=own, **where)
             say(f"submitted {len(batch)} cells as {jobs[0].job_id.partition('_')[0]}")
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
@@ -302,20 +362,24 @@ class Jobs(NamedTuple):
         cancelled: jobs that the user has cancelled.
         past: jobs whose end says nothing of their cells, because something came after them: they
             were cancelled, or the sweep went on with another launcher.
+        clusters: job -> the cluster that it was submitted to, where that is known.
     """
 
     last: dict[str, str]
     cancelled: set[str]
     past: set[str]
+    clusters: dict[str, str]
 
     @classmethod
     def of(cls, layout: Layout) -> Jobs:
         """Read the journal of a sweep."""
-        jobs, submitted = cls({}, set(), set()), set[str]()
+        jobs, submitted = cls({}, set(), set(), {}), set[str]()
         for entry in layout.journal.read():
             if entry["event"] == "submitted":
                 jobs.last.update(entry["jobs"])
                 submitted.update(entry["jobs"].values())
+                if entry.get("cluster"):
+                    jobs.clusters.update(dict.fromkeys(entry["jobs"].values(), entry["cluster"]))
             elif entry["event"] == "cancel":
                 jobs.cancelled.update(submitted)
                 jobs.past.update(submitted)
@@ -323,14 +387,18 @@ class Jobs(NamedTuple):
                 jobs.past.update(submitted)
         return jobs
 
+    def here(self, jobs: Iterable[str], cluster: str | None) -> set[str]:
+        """Jobs but for those of another cluster, where their numbers are those of other jobs."""
+        return {job for job in jobs if self.clusters.get(job, cluster) == cluster}
 
-def _wait_for_cancelled_jobs(found: Iterable[Jobs], poll_s: float) -> None:
+
+def _wait_for_cancelled_jobs(found: Iterable[Jobs], here: str | None, poll_s: float) -> None:
     """Until the jobs that the user has cancelled have left the queue.
 
     Raises:
         ConfigError: they do not.
     """
-    cancelled = {job for jobs in found for job in jobs.cancelled}
+    cancelled = {job for jobs in found for job in jobs.here(jobs.cancelled, here)}
     until, said = time.monotonic() + CANCEL_TIMEOUT_S, False
     while left := sorted(j for j, state in (states(cancelled) or {}).items() if is_active(state)):
         if time.monotonic() > until:
@@ -354,7 +422,7 @@ def batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
 
 _OPTIONS = (
     "partition", "account", "qos", "constraint", "gres", "mail_user", "mail_type", "setup",
-    "signal_delay_s", "additional_parameters",
+    "signal_delay_s",
 )  # fmt: skip
 """Settings that submitit takes under the same name, after ``slurm_``."""
 
@@ -382,6 +450,11 @@ def submitit_executor(
         "slurm_array_parallelism": 1 if alone else settings.array_parallelism,
         "slurm_exclusive": True if alone else None,
         **{f"slurm_{name}": getattr(settings, name) for name in _OPTIONS},
+        # submitit would take the name of the signal from the environment.
+        "slurm_additional_parameters": {
+            "signal": f"USR2@{settings.signal_delay_s}",
+            **(settings.additional_parameters or {}),
+        },
     }
     made.update_parameters(
         **{name: value for name, value in given.items() if value not in (None, [])}
@@ -401,10 +474,11 @@ def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job
     )
     requeues = max(cell.config.sweep.max_requeues for cell in cells)
     folder = cells[0].submission / "slurm" / "%j"
-    os.environ["PYTHONPATH"] = provenance.python_path()  # sbatch hands it on
     try:
-        made = submitit_executor(settings, folder, requeues, alone=cells[0].alone)
-        return made.map_array(job, [str(cell.path) for cell in cells])
+        # Where sbatch looks for options, and what it hands on to the job.
+        with environment.cleaned(cells[0].code_root):
+            made = submitit_executor(settings, folder, requeues, alone=cells[0].alone)
+            return made.map_array(job, [str(cell.path) for cell in cells])
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
@@ -433,13 +507,19 @@ def end_cell(cell: Cell, job: str, job_state: str) -> Status:
             return Status.CANCELLED
         status, error = Status.CANCELLED, None
     else:
-        logs = cell.layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err")
-        printed = next(map(tail, logs), "")  # by the job itself, whichever launch has submitted it
-        error = death(lost_message(job, job_state), job=job, log_tail=printed)
+        message = lost_message(cell.layout, job, job_state)
+        error = death(message, job=job, log_tail=_printed(cell.layout, job))
         status = Status.FAILED
     return status if cell.settle_lost(status, job_state, error) else cell.state
 
 
-def lost_message(job: str, job_state: str) -> str:
-    """Why a cell has failed whose job is gone."""
-    return f"the job {job} ended as {job_state} and left no result"
+def lost_message(layout: Layout, job: str, job_state: str) -> str:
+    """Why a cell has failed whose job is gone, with the last line that the job has printed."""
+    last = (_printed(layout, job).splitlines() or [""])[-1]
+    return f"the job {job} ended as {job_state} and left no result" + (f": {last}" if last else "")
+
+
+def _printed(layout: Layout, job: str) -> str:
+    """The end of a job's own log, whichever launch has submitted it."""
+    logs = layout.submissions.glob(f"*/slurm/{job}/{job}_0_log.err")
+    return next(filter(None, map(tail, logs)), "")

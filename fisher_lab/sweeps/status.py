@@ -1,6 +1,7 @@
 """``fisher-lab status`` and ``cancel``: how a sweep stands, from its files and the queue.
 
-Neither torch nor the launcher is needed.
+Neither torch nor the launcher is needed. A look writes nothing: whoever looks may be another user,
+on another cluster, or not allowed to write, and what SLURM does not know *here* is unknown.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, label_of
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout, tail
 
 LOOK_AGAIN_S = 2.0
-"""Seconds after which a job that has left no result is looked for once more before its cell has
-failed: records travel slowly over network file systems."""
+"""Seconds after which a job that has left no result is looked for once more: records travel slowly
+over network file systems."""
 STARTING_S = 30.0
 """Seconds that the launcher of a detached sweep may take until it shows that it lives."""
 
@@ -45,6 +46,8 @@ STYLES = {
     Status.RUNNING: "cyan",
     Status.QUEUED: "cyan",
     Status.INTERRUPTED: "yellow",
+    Status.LOST: "yellow",
+    Status.UNKNOWN: "yellow",
 }
 
 
@@ -55,15 +58,13 @@ class CellStatus:
     Attributes:
         run_id: its identity, the name of its directory.
         label: its axes as on the command line.
-        state: of ``Layout.state``, or ``queued``, or ``lost`` with the job that had it.
+        state: of ``Layout.state``, or one of ``queued``, ``lost`` and ``unknown``.
         seconds: that it took, or has taken so far; None where it has not begun.
         metrics: what it has measured.
         log: path of its log; None where there is none yet.
         last_line: of the log.
         reason: why it failed or ended early.
         job: its number in the queue.
-        lost: the number of a job that has ended and left no result, and how the queue says that it
-            ended.
     """
 
     run_id: str
@@ -75,7 +76,6 @@ class CellStatus:
     last_line: str
     reason: str | None
     job: str | None
-    lost: tuple[str, str] | None = None
 
 
 def _sweep(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -112,13 +112,13 @@ def status(arguments: Sequence[str]) -> int:
     chosen = _sweep(parser, arguments)
     layout: Layout = chosen.layout
     metrics = [name for name in chosen.metrics.split(",") if name]
-    cells = settled(layout)
+    cells = look_twice(layout)
     if chosen.json:
-        print(json.dumps([asdict(cell) for cell in cells], indent=2))
+        print(json.dumps([asdict(cell) for cell in cells], indent=2, ensure_ascii=False))
         return 0
-    from fisher_lab.results.finishing import finish_if_due, standard_output
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = Console(
+        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
+    )
     if not chosen.watch:
         console.print(_screen(layout, cells, metrics))
     else:
@@ -127,11 +127,10 @@ def status(arguments: Sequence[str]) -> int:
             live.update(_screen(layout, cells, metrics), refresh=True)
             while not is_over(layout, cells):
                 time.sleep(max(0.1, chosen.every))
-                cells = settled(layout)
+                cells = look_twice(layout)
                 live.update(_screen(layout, cells, metrics), refresh=True)
-    done = finish_if_due(layout.directory, console=standard_output())  # its launcher may be gone
-    if done is not None and not done.files:  # else the table says so
-        print(f"table, claims and figures in {layout.directory}")
+    if any(cell.state in (Status.LOST, Status.UNKNOWN) for cell in cells):
+        print("run the sweep's command again, where its jobs are known, to go on with such cells")
     return 0
 
 
@@ -201,36 +200,39 @@ def look(layout: Layout) -> list[CellStatus]:
         ConfigError: ``sweep.json`` cannot be read.
     """
     cells = atomic.read_json(layout.sweep_file).get("cells")
-    if cells is None:
+    if not isinstance(cells, list) or not all(_is_entry(one) for one in cells):
         raise ConfigError(f"{layout.sweep_file} cannot be read")
-    jobs, frozen = slurm.Jobs.of(layout), layout.frozen()
-    known = slurm.states(jobs.last.values()) or {}
-    return [_cell(layout, one, jobs, known, _frozen(frozen.get(one["run_id"]))) for one in cells]
+    jobs, files = slurm.Jobs.of(layout), layout.frozen()
+    frozen = {one["run_id"]: _frozen(files.get(one["run_id"])) for one in cells}
+    states = {name: layout.state(name, _stale_after_s(cell)) for name, cell in frozen.items()}
+    asked = {jobs.last[name] for name in states if name in jobs.last and not states[name].is_final}
+    known = (slurm.states(jobs.here(asked, slurm.cluster())) or {}) if asked else {}
+    return [
+        _cell(layout, one, states[one["run_id"]], jobs, known, frozen[one["run_id"]])
+        for one in cells
+    ]
 
 
-def settled(layout: Layout) -> list[CellStatus]:
-    """:func:`look`, after the records of cells were ended whose jobs have left no result.
+def _is_entry(cell: Any) -> bool:
+    """Whether an entry of ``sweep.json`` names a cell, and no directory elsewhere."""
+    known = isinstance(cell, dict) and isinstance(cell.get("axes"), dict)
+    return known and atomic.is_name(cell.get("run_id"))
 
-    Where nobody waits for the jobs (``sweep.detach=true``) there is nobody else to do it. A job
-    must be gone at two looks.
-    """
+
+def look_twice(layout: Layout) -> list[CellStatus]:
+    """:func:`look`, and once more after a while where a job seems to have left no result."""
     cells = look(layout)
-    lost = {cell.run_id: cell.lost for cell in cells if cell.lost is not None}
-    if not lost or layout.has_launcher():  # it is the launcher's business
-        return cells
-    time.sleep(LOOK_AGAIN_S)
-    frozen = layout.frozen()
-    for cell in look(layout):
-        if cell.lost is not None and cell.lost == lost.get(cell.run_id):
-            slurm.end_cell(Cell.load(frozen[cell.run_id]), *cell.lost)
-    return look(layout)
+    if any(cell.state in (Status.LOST, Status.UNKNOWN) for cell in cells):
+        time.sleep(LOOK_AGAIN_S)
+        cells = look(layout)
+    return cells
 
 
 def is_over(layout: Layout, cells: Sequence[CellStatus]) -> bool:
-    """Whether all is said: no cell runs, is queued or has yet to be settled, no launcher lives."""
+    """Whether all is said: no cell runs or is queued, and no launcher lives."""
     if all(cell.state.is_final for cell in cells):
         return True
-    if any(cell.state in (Status.RUNNING, Status.QUEUED, Status.LOST) for cell in cells):
+    if any(cell.state in (Status.RUNNING, Status.QUEUED) for cell in cells):
         return False
     files = layout.submissions.glob(f"*/{LAUNCH_FILE}")  # one may only just have been started
     starting = any(time.time() - file.stat().st_mtime < STARTING_S for file in files)
@@ -251,24 +253,29 @@ def _stale_after_s(cell: Cell | None) -> float:
 def _cell(
     layout: Layout,
     entry: Mapping[str, Any],
+    state: Status,
     jobs: slurm.Jobs,
     job_states: Mapping[str, str],
     frozen: Cell | None,
 ) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
-    state = layout.state(run_id, _stale_after_s(frozen))
     job = jobs.last.get(run_id)
     job_state = job_states.get(job) if job is not None else None
     is_last_word = frozen is not None and (frozen.cancelled or job not in jobs.past)
-    lost = why = None
+    why = None
     if slurm.is_active(job_state) and not (state.is_final or state is Status.RUNNING):
         state = Status.QUEUED
     elif frozen is not None and frozen.cancelled and state is Status.MISSING:
         state = Status.CANCELLED
-    elif job and job_state and state.is_waiting and is_last_word:
-        state, lost = Status.LOST, (job, job_state)
-        why = slurm.lost_message(job, job_state)
+    elif job and state.is_waiting and is_last_word:
+        if job_state in (None, slurm.GONE):
+            state = Status.UNKNOWN
+            why = f"its job {job} is not known here{_place(jobs.clusters.get(job))}"
+        elif job_state == "CANCELLED":
+            state = Status.CANCELLED
+        else:
+            state, why = Status.LOST, slurm.lost_message(layout, job, job_state)
     found = atomic.read_json(directory / record.RUN_FILE)
     logs = layout.logs(run_id)
     reason = why or (record.brief(directory) if state is Status.FAILED else found.get("reason"))
@@ -282,8 +289,11 @@ def _cell(
         last_line=(tail(logs[0]).splitlines() or [""])[-1] if logs else "",
         reason=reason,
         job=job if slurm.is_active(job_state) else None,
-        lost=lost,
     )
+
+
+def _place(cluster: str | None) -> str:
+    return f" (it was submitted to the cluster {cluster})" if cluster else ""
 
 
 def _seconds(found: Mapping[str, Any], state: Status) -> float | None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab.distributed import launch
-from fisher_lab.runs import atomic, record
+from fisher_lab.runs import atomic, record, screen
 from fisher_lab.runs.signals import Interrupted, Watch, leave
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps.cell import Cell
+from fisher_lab.sweeps.cell import Cell, death
 
 if TYPE_CHECKING:
     from fisher_lab.runs.lock import Lock
@@ -127,6 +127,9 @@ def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
             described = record.describe(error)
             cell.end_record(Status.FAILED, record.headline(described), described)
     status = record.status_of(cell.directory) or Status.FAILED
+    if status is Status.RUNNING:  # the disk was full when it was to be ended: perhaps still
+        status, reason = Status.FAILED, "its record could not be ended"
+        cell.end_record(status, reason, death(f"{reason}; its log says why"))
     if lock.lost.is_set():
         # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
         return HELD
@@ -162,4 +165,5 @@ def _logging(cell: Cell, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    screen.install()
     leave(main(sys.argv[1:]))

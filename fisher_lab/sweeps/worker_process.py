@@ -6,6 +6,7 @@ record, under the cell's lock, unless another launcher has taken the cell in the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fisher_lab.runs import atomic, provenance, record, signals
+from fisher_lab.runs import atomic, environment, record, signals
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.cell import LOCK_TIMEOUT_S, Cell, Outcome, death
@@ -43,14 +44,21 @@ _THREADS = (
 
 
 def start_python(
-    arguments: Sequence[str], log: Path, variables: Mapping[str, str]
+    arguments: Sequence[str],
+    log: Path,
+    variables: Mapping[str, str],
+    *,
+    root: Path | None = None,
+    in_job: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start Python in a session of its own, so that no closed terminal ends it.
 
     Args:
         arguments: of Python, which imports this very package.
         log: the file to which its output is appended.
-        variables: of its environment, besides those of this process.
+        variables: of its environment, besides those of `environment.child`.
+        root: the directory from which it imports this package; None: from which this one does.
+        in_job: whether it is a part of the SLURM job that this process is.
     """
     with open(log, "ab") as stream:
         return subprocess.Popen(
@@ -59,7 +67,7 @@ def start_python(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": provenance.python_path(), **variables},
+            env=environment.child(variables, root=root, in_job=in_job),
         )
 
 
@@ -101,7 +109,9 @@ class WorkerProcess:
         if threads is not None:
             variables.update(dict.fromkeys(_THREADS, str(threads)))
         arguments = [*(command or WORKER), str(cell.path)]
-        self._process = start_python(arguments, self._log, variables)
+        self._process = start_python(
+            arguments, self._log, variables, root=cell.code_root, in_job=scheduled
+        )
 
     @property
     def seconds(self) -> float:
@@ -130,6 +140,14 @@ class WorkerProcess:
         if self._asked is not None and time.monotonic() - self._asked > self._grace_s:
             self._signal(signal.SIGKILL)
         return None
+
+    def end(self) -> None:
+        """Ask it to save and end, and wait until it has ended; its record stays as it is."""
+        self.ask(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(self._grace_s)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
 
     def _signal(self, signum: int) -> None:
         """To the worker alone, which tells its ranks; SIGKILL to its whole session."""

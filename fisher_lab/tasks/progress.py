@@ -30,7 +30,7 @@ class Progress:
     """
 
     def __init__(self, enabled: bool = True, *, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or Console(file=sys.stderr, markup=False)
         self.enabled = enabled and self._console.is_terminal
 
     def track(
@@ -61,7 +61,7 @@ class Progress:
 
     def _bar(self) -> RichProgress:
         return RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

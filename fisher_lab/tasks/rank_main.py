@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from fisher_lab.distributed import launch
+from fisher_lab.runs import screen
 from fisher_lab.runs.signals import Interrupted, leave
 from fisher_lab.tasks.rank_status import GRACE_S, is_consequence, write_error
 from fisher_lab.tasks.ranks import joined, log_of
@@ -30,6 +31,7 @@ def main(path: str) -> int:
     folder = Path(path).parent
     given = json.loads(Path(path).read_text("utf-8"))
     settings = given["logging"]
+    screen.install()
     if rank > 0:  # output and log of a rank other than 0, native code's included, go to one file
         log_file = folder / f"rank{rank}.log"
         settings = log_of(settings, log_file)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from fisher_lab.runs.record import Run
 
 FOLDER = "ranks"
+
+KILLED = "RankKilled"
+"""The error of a run of which a rank is gone without a word."""
 
 CONSEQUENCES = ("CommunicationError", "RankError", "DistBackendError", "DistNetworkError")
 """Errors that a rank has because another one has failed; that one's error is the run's."""
@@ -113,6 +117,8 @@ def cause(
         known: the record's list of ranks; one whose process is gone without a word was killed.
     """
     interrupted = isinstance(error, Interrupted)
+    if interrupted and error.signum != signal.SIGTERM:  # what stops ranks for another one's error
+        return None
     if not (interrupted or is_consequence(type(error).__name__, str(error))):
         return None
     waiting = threading.Event()
@@ -127,7 +133,7 @@ def cause(
                 f"rank {gone[0]['rank']} (process {gone[0]['pid']}) is gone without a word: it was "
                 "killed, or crashed"
             )
-            about = {"type": "RankKilled", "message": message, "traceback": ""}
+            about = {"type": KILLED, "message": message, "traceback": ""}
             return {**about, "rank": gone[0]["rank"]}
         if interrupted:
             return None

@@ -28,6 +28,7 @@ from fisher_lab.runs.status import Status
 from fisher_lab.tasks.rank_status import (
     FOLDER,
     GRACE_S,
+    KILLED,
     clear,
     is_consequence,
     read_errors,
@@ -48,6 +49,9 @@ MODULE = "fisher_lab.tasks.rank_main"
 """What every rank runs, with the path of the file that says what is to be done."""
 
 WORK_FILE = "spec.json"
+
+ENDED_BADLY = "RankFailed"
+"""The error of a run of which a rank has ended, and has not said why."""
 
 NODES_WAIT_S = 300.0
 """Nodes wait for each other this long, or ``distributed.timeout_s`` where that is less."""
@@ -96,12 +100,19 @@ def start(spec: RunSpec, logging_config: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _run_ranks(path: Path, where: Place, group: Nodes | None, signals: Watch) -> RunEnd | None:
-    """Runs this node's ranks; returns how the run ended, None where it is complete."""
+    """Runs this node's ranks; returns how the run ended, None where it is complete.
+
+    A signal ends the run whenever it comes until then, also between two of these steps.
+    """
     try:
-        if group is not None and group.is_first:
-            group.publish(path.absolute().parent.parent)
-        end = _run_own_ranks(path, where, group)
-        signals.ending()
+        try:
+            if group is not None and group.is_first:
+                group.publish(path.absolute().parent.parent)
+            end = _run_own_ranks(path, where, group)
+            signals.ending()
+        except Interrupted as stop:
+            signals.ending()
+            end = RunEnd(signum=stop.signum)
         if group is not None:
             end = group.agree(end, GRACE_S if end is not None and _is_lost(end.error) else 0.0)
         return end
@@ -111,7 +122,7 @@ def _run_ranks(path: Path, where: Place, group: Nodes | None, signals: Watch) ->
 
 
 def _run_own_ranks(path: Path, where: Place, group: Nodes | None) -> RunEnd | None:
-    """Runs this node's ranks; returns how they ended.
+    """Runs this node's ranks; returns how they ended, but for a signal, which is raised.
 
     None where they did their work, or were stopped because the run had ended on another node.
     """
@@ -119,8 +130,6 @@ def _run_own_ranks(path: Path, where: Place, group: Nodes | None) -> RunEnd | No
         launch.start(MODULE, [str(path)], where, group)
     except RunEnded:
         return None
-    except Interrupted as stop:
-        return RunEnd(signum=stop.signum)
     except NodeError as error:
         return RunEnd({**record.describe(error), "rank": None})
     except launch.RanksFailed as failed:
@@ -156,16 +165,17 @@ def first_error(
     rank = (killed or list(codes))[0]
     message = f"rank {rank} (process {failures[rank].pid}) "
     if codes[rank] < 0:
-        kind, message = "RankKilled", f"{message}was ended by {failures[rank].signal_name()}"
+        kind, message = KILLED, f"{message}was ended by {failures[rank].signal_name()}"
     else:
-        kind, message = "RankFailed", f"{message}ended with exit code {codes[rank]}"
+        kind, message = ENDED_BADLY, f"{message}ended with exit code {codes[rank]}"
     return {"type": kind, "message": message, "traceback": "", "rank": rank}
 
 
 def stopped_by(failures: Mapping[int, ProcessFailure]) -> signal.Signals | None:
     """Finds the signal for which the ranks have agreed to end, whichever of them it had reached."""
     codes = {failure.exitcode for failure in failures.values()} - {-signal.SIGTERM}
-    return next((signum for signum in STATUS if codes == {128 + signum}), None)
+    # A rank that has no handler yet dies of the signal itself (of SIGTERM where others failed).
+    return next((s for s in STATUS if codes and codes <= {128 + s, -s}), None)
 
 
 def _record_end(spec: RunSpec, end: RunEnd) -> None:
@@ -188,15 +198,20 @@ def _record_end(spec: RunSpec, end: RunEnd) -> None:
 
 
 def _has_ended(directory: Path) -> bool:
-    """Whether rank 0 has ended the record, and not only because it lost another rank."""
+    """Whether rank 0 has ended the record, and not only because another rank was gone."""
     status = record.status_of(directory)
     ended = status is not None and status.has_ended
-    return ended and not _is_lost(record.read(directory)["error"])
+    return ended and not _follows(record.read(directory)["error"])
 
 
 def _is_lost(error: Mapping[str, Any] | None) -> bool:
     """Whether an error says only that another rank is gone."""
     return error is not None and is_consequence(error["type"], error["message"])
+
+
+def _follows(error: Mapping[str, Any] | None) -> bool:
+    """Whether an error may follow from a signal to all ranks: none of them reported it itself."""
+    return _is_lost(error) or (error is not None and error["type"] in (KILLED, ENDED_BADLY))
 
 
 # ---- several nodes -------------------------------------------------------------------------------

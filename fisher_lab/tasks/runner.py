@@ -19,7 +19,7 @@ from fisher_lab.config.validate import validate
 from fisher_lab.distributed import launch
 from fisher_lab.runs import provenance, record
 from fisher_lab.runs.record import Run
-from fisher_lab.runs.signals import Interrupted
+from fisher_lab.runs.signals import Interrupted, interruption
 from fisher_lab.runs.status import Status
 from fisher_lab.tasks.run_spec import RunSpec
 from fisher_lab.tracking import send
@@ -182,12 +182,28 @@ def _perform(spec: RunSpec, rank: RankStatus | None) -> RunOutcome:
     else:
         log.info("completed")
     finally:
-        send.send(run, to, tracker)
+        _send(run, to, tracker)
     if is_rank_zero:
+        _show(run)
+    return RunOutcome(spec.directory, Status.COMPLETED)
+
+
+def _show(run: Run) -> None:
+    """Prints the summary of a completed run, which is complete without it."""
+    try:
         from fisher_lab.tasks import summary
 
         summary.show(run)
-    return RunOutcome(spec.directory, Status.COMPLETED)
+    except Exception:
+        log.exception("the summary cannot be shown")
+
+
+def _send(run: Run, to: TrackerConfig, tracker: tracking.Tracker) -> None:
+    """Hands what a run has produced to its trackers, whose end does not depend on them."""
+    try:
+        send.send(run, to, tracker)
+    except Exception:
+        log.exception("the trackers did not get everything")
 
 
 def _start_record(spec: RunSpec) -> tuple[Run, Exception | None]:
@@ -239,16 +255,32 @@ def _run_task(
     except (Exception, Interrupted) as error:
         if run.status != Status.RUNNING:  # a second SIGINT, while the end was being written
             raise
-        if isinstance(error, Interrupted):
+        stop = _stopped_by(error, run)
+        if stop is not None:
             if rank is None:
-                run.end(error.status, error.signum.name)
+                run.end(stop.status, stop.signum.name)
             else:
-                rank.stopped(run, error)
-        elif rank is None:
+                rank.stopped(run, stop)
+            raise stop from (None if stop is error else error)
+        if rank is None:
             run.fail(error)
         else:
             rank.failed(run, error)
         raise
+
+
+def _stopped_by(error: BaseException, run: Run) -> Interrupted | None:
+    """The signal that ended a task, whatever error came of it.
+
+    A signal to all ranks reaches one before the other, whose next collective then fails; and its
+    own signal may come only while that error is on its way.
+    """
+    from fisher_lab.tasks.rank_status import is_consequence
+
+    stop = interruption(error)
+    if stop is None and run.signals.received and is_consequence(type(error).__name__, str(error)):
+        stop = Interrupted(run.signals.received)
+    return stop
 
 
 def _content(config: Config) -> tuple[dict[str, Any], Exception | None]:

@@ -467,4 +467,4 @@ def stdout_console(pipe_width: int = PIPE_WIDTH) -> Console:
         pipe_width: columns where standard output is no terminal.
     """
     width = None if Console(file=sys.stdout).is_terminal else pipe_width
-    return Console(file=sys.stdout, highlight=False, width=width)
+    return Console(file=sys.stdout, highlight=False, markup=False, width=width)

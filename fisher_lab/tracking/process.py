@@ -25,8 +25,7 @@ from typing import IO
 from typing_extensions import override
 
 from fisher_lab.config.schema import TrackerConfig
-from fisher_lab.runs import record
-from fisher_lab.runs.provenance import python_path
+from fisher_lab.runs import environment, record
 from fisher_lab.tracking.base import Start, Tracker
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class SinkProcess(Tracker):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": python_path()},
+            env=environment.child(),
             start_new_session=True,  # Ctrl-C in the terminal is meant for the run
         )
         for target in (self._write, self._read):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def name_of(directory: Path, run_id: str) -> tuple[str, int]:
     """
     path = directory / NAME_FILE
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = atomic.read_object(path)
         if known["run_id"] != run_id:
             raise ValueError("another run used this directory")
         name, attempt = str(known["id"]), int(known["attempt"]) + 1
@@ -82,7 +81,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
 def eigenvalues(file: Path) -> list[dict[str, Any]]:
     """One row per eigenvalue of each block in a file of spectra; none if there is no such file."""
     try:
-        blocks = json.loads(file.read_text(encoding="utf-8"))["per_block"]
+        blocks = atomic.read_object(file)["per_block"]
         return [
             {"block": name, "index": index, "eigenvalue": value}
             for name, block in blocks.items()

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ONLINE = ("online", "run", "shared")
 """Modes of the library in which a run is uploaded, an older name included."""
+NOT_RECORDED = "not-recorded"
 INIT_S = 20.0
 """Seconds that the service may take to accept an online run before the run is written offline."""
 CURVE = "curve/"
@@ -113,6 +114,8 @@ class Sink(Tracker):
                 silent=True,
                 console="off",
                 save_code=False,
+                host=NOT_RECORDED,
+                username=NOT_RECORDED,
                 disable_git=True,
                 disable_code=True,
                 init_timeout=INIT_S,

@@ -10,6 +10,8 @@ import io
 import json
 import math
 import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -401,3 +403,56 @@ def test_infinite_and_missing_metrics_are_no_numbers(tmp_path):
     (row,) = table.rows
     assert export.cell_text(table, (row, "a", ())).plain == "1 not measured, 1 diverged of 2"
     assert export.cell_text(table, (row, "b", ())).plain == "2"
+
+
+def test_runs_of_an_earlier_version_lack_later_keys_and_are_the_same(tmp_path):
+    """A key with the value that it was before it came makes no other row."""
+    make_run(tmp_path / "s" / "0", {"seed": 0}, {"a": 1.0})
+    new = {"seed": 1, "kfac.sharing": "expand", "kfac.damping_mode": "absolute"}
+    make_run(tmp_path / "s" / "1", new, {"a": 2.0})
+    frame = load(tmp_path / "s")
+    assert frame["kfac.sharing"].tolist() == ["expand", "expand"]
+    table = tabulate(frame, metrics=["a"])
+    assert (table.rows, [cell.summary.n for cell in table.cells.values()]) == ([()], [2])
+
+
+def test_disjoint_seeds_of_two_sweeps_lack_nothing(tmp_path):
+    for name, damping, seeds in (("a", 1e-3, range(3)), ("b", 1e-4, range(3, 5))):
+        runs = [({"kfac.damping": damping, "seed": s}, {"m": float(s)}) for s in seeds]
+        make_sweep(tmp_path / name, runs)
+    table = tabulate(load(tmp_path), rows=["kfac.damping"], metrics=["m"])
+    assert [(cell.summary.n, cell.expected) for cell in table.cells.values()] == [(2, 2), (3, 3)]
+    assert not [note for note in table.notes if "lack runs" in note]
+    # Within one sweep a seed that one cell lacks is missing.
+    make_run(tmp_path / "b" / "9", {"kfac.damping": 1e-2, "seed": 3}, {"m": 1.0})
+    table = tabulate(load(tmp_path), rows=["kfac.damping"], metrics=["m"])
+    assert sorted((c.summary.n, c.expected) for c in table.cells.values()) == [
+        (1, 2), (2, 2), (3, 3)
+    ]  # fmt: skip
+
+
+def test_a_table_of_several_versions_of_the_code_says_so_and_splits_by_them(tmp_path):
+    for seed in range(4):
+        directory = make_run(tmp_path / "s" / str(seed), {"seed": seed}, {"m": seed}).directory
+        record = json.loads((directory / "run.json").read_text())
+        record["provenance"]["code"] = "0123456789ab" if seed < 3 else "0123456789ab+feed"
+        (directory / "run.json").write_text(json.dumps(record))
+    frame = load(tmp_path / "s")
+    (note,) = [one for one in tabulate(frame, metrics=["m"]).notes if "versions of the code" in one]
+    assert "0123456789ab (3 runs), 0123456789ab+feed (1 runs)" in note
+    split = tabulate(frame, rows=["code"], metrics=["m"])
+    assert [cell.summary.n for cell in split.cells.values()] == [3, 1]
+    assert not [one for one in split.notes if "versions of the code" in one]
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no LaTeX here")
+def test_a_row_that_begins_with_a_bracket_compiles(tmp_path):
+    for number, text in enumerate(("[1]", "*", "[x]y", "é [", "a]b*")):
+        make_run(tmp_path / "s" / str(number), {"kfac.include": text}, {"m": 1.0 + number})
+    table = tabulate(load(tmp_path / "s"), rows=["kfac.include"], metrics=["m"])
+    (tmp_path / "t.tex").write_text(document(to_latex(table)))
+    done = subprocess.run(
+        ["pdflatex", "-interaction=batchmode", "-halt-on-error", "t.tex"],
+        cwd=tmp_path, timeout=60, check=False, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, (tmp_path / "t.log").read_text()[-2000:]

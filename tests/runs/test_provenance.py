@@ -65,7 +65,7 @@ def test_versions_and_host_and_nothing_of_the_environment(monkeypatch):
 
 def test_commit_and_versions_are_looked_up_once_a_process(monkeypatch):
     looked: list[str] = []
-    monkeypatch.setattr(provenance, "git", lambda: looked.append("git") or {"commit": "abc"})
+    monkeypatch.setattr(provenance, "git", lambda _: looked.append("git") or {"commit": "abc"})
     provenance._code.cache_clear()
     first = provenance.collect()
     first["git"]["commit"] = "changed by whoever got it"
@@ -80,3 +80,38 @@ def test_a_machine_is_described_without_its_name():
     assert machine["memory_gib"] * 1024 == pytest.approx(host["memory_mb"], abs=52)  # 0.05 GiB
     assert not {"name", "pid"} & machine.keys()
     assert set(machine) == {"processor", "cores", "memory_gib", "system", "python"}
+
+
+def test_the_code_is_its_commit_and_what_differs_from_it(checkout):
+    commit = git(checkout, "rev-parse", "HEAD")[:12]
+    assert provenance.code(checkout)["code"] == commit
+    (checkout / "__pycache__").mkdir()
+    (checkout.parent / "notes.txt").write_text("beside the package")
+    assert provenance.code(checkout)["code"] == commit
+    (checkout / "new.py").write_text("x = 1\n")
+    one = provenance.code(checkout)["code"]
+    (checkout / "new.py").write_text("x = 2\n")
+    two = provenance.code(checkout)["code"]
+    assert one.startswith(f"{commit}+")
+    assert two.startswith(f"{commit}+")
+    assert one != two
+    git(checkout, "add", "new.py")
+    assert provenance.code(checkout)["code"] == two
+
+
+def test_the_code_of_an_installed_package_is_its_version_and_content(tmp_path):
+    found = []
+    for text in ("x = 1\n", "x = 2\n", "x = 1\n"):
+        (tmp_path / "package").mkdir(exist_ok=True)
+        (tmp_path / "package" / "__init__.py").write_text(text)
+        found.append(provenance.code(tmp_path / "package"))
+    assert found[0] == found[2] != found[1]
+    assert "+" in found[0]["code"]
+    assert found[0]["git"] == {"commit": None, "dirty": None}
+
+
+def test_variables_of_gits_own_hooks_do_not_change_the_commit(checkout, monkeypatch, tmp_path):
+    git(tmp_path, "init", "-q", "another")
+    found = provenance.git(checkout)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another" / ".git"))
+    assert provenance.git(checkout) == found

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fisher_lab.runs.signals import STATUS, Interrupted, Watch
-from tests.processes import start_python
+from fisher_lab.runs.signals import STATUS, Interrupted, Watch, interruption
+from tests.processes import python, start_python
 
 
 @pytest.mark.parametrize(("signum", "status"), STATUS.items())
@@ -150,3 +150,70 @@ def test_a_second_signal_does_not_break_into_the_ending():
             ended.append("saved")
     assert caught.value.status == "preempted"
     assert ended == ["saved"]
+
+
+SWALLOWED = """
+import os, signal, sys, threading, weakref
+from fisher_lab.runs.signals import Interrupted, Watch
+
+class Thing:
+    def __del__(self):
+        if sys.argv[1] == "del":
+            signal_now()
+
+def signal_now(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(100):
+        pass
+
+def swallow():
+    try:
+        signal_now()
+    except BaseException:
+        pass
+
+until = threading.Event()
+try:
+    with Watch() as outer, Watch():
+        thing = Thing()
+        reference = weakref.ref(thing, signal_now) if sys.argv[1] == "weakref" else None
+        del thing
+        if sys.argv[1] == "except":
+            swallow()
+        for _ in range(3000):
+            until.wait(0.01)
+        print("lost")
+except Interrupted as stop:
+    print(stop.signum.name, signal.Signals(outer.received).name)
+del until
+threading.Event().wait(0.2)
+print("once")
+"""
+
+
+@pytest.mark.parametrize("where", ["del", "weakref", "except", "plain"])
+def test_a_signal_that_something_has_swallowed_is_raised_again_until_it_is_seen(where):
+    """Python prints what is raised in a finaliser, and goes on."""
+    script = SWALLOWED if where != "plain" else SWALLOWED.replace('print("lost")', "signal_now()")
+    script = script.replace("range(3000)", "range(0)") if where == "plain" else script
+    done = python("-c", script, where, text="")
+    assert (done.returncode, done.stdout.split()) == (0, ["SIGTERM", "SIGTERM", "once"]), (
+        done.stderr
+    )
+
+
+def test_an_error_that_came_of_a_signal_is_an_interruption():
+    stop, other = Interrupted(signal.SIGUSR2), ValueError("a library's")
+    other.__context__ = stop
+    assert interruption(stop) is interruption(other) is stop
+    assert interruption(ValueError("its own")) is None
+    assert interruption(None) is None
+
+
+def test_contexts_around_learn_of_a_signal_that_came_while_a_run_was_being_ended():
+    with Watch() as outer, Watch() as inner:
+        inner.ending()
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted, match="cancelled by SIGTERM"):
+        outer.check()
+    Watch().check()

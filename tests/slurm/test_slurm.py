@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -33,6 +35,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+ROOT = Path(__file__).parents[2]
 QUICK = ["hydra.launcher.poll_s=0.3", "hydra.launcher.grace_s=5"]
 GPU = ["hydra/launcher=slurm_gpu", "hydra.launcher.timeout_min=60", *QUICK]
 CPU = ["hydra/launcher=slurm_cpu", "hydra.launcher.timeout_min=60", *QUICK]
@@ -183,6 +186,62 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs):
     until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
     assert count(the_sweep(), "requeued") == 0
+
+
+RULING = {
+    "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "none", "SLURM_MEM_PER_CPU": "10",
+    "SLURM_MEM_PER_NODE": "20", "SLURM_CLUSTERS": "far", "SQUEUE_PARTITION": "none",
+    "SQUEUE_USERS": "nobody", "SRUN_CONTAINER": "none",
+}  # fmt: skip
+"""What a shell may hold that was begun in another allocation, or by another tool."""
+NOBODY = 65534
+
+
+def look_of(user: int, sweep: Layout, **variables: str) -> dict[str, str]:
+    """Cell -> state, as another user sees it."""
+    for folder in (sweep.directory, *sweep.directory.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    environment = {k: v for k, v in os.environ.items() if k not in ("USER", "HOME", "LOGNAME")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fisher_lab", "status", str(sweep.directory), "--json"],
+        env={**environment, "PYTHONPATH": str(ROOT), **variables}, user=user, group=user,
+        extra_groups=[], capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {cell["label"]: cell["state"] for cell in json.loads(done.stdout)}
+
+
+@pytest.mark.usefixtures("trivial_workers")
+def test_what_a_shell_has_inherited_rules_nothing_and_a_colleagues_look_damages_nothing(
+    door, runs, monkeypatch
+):
+    for name, value in RULING.items():
+        monkeypatch.setenv(name, value)
+    waits = trivial_worker.WAITS
+    answer = door(
+        "-m", f"seed={waits},1", *CPU, "hydra.launcher.array_parallelism=1",
+        "sweep.detach=true", "sweep.name=away",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert "SBATCH_TIMELIMIT" in answer.out
+    until(lambda: statuses(runs).get(waits) == "running")
+    sweep = the_sweep()
+    (job,) = [n for run_id, n in jobs(sweep).items() if sweep.state(run_id) == "running"]
+    for name in RULING:
+        monkeypatch.delenv(name)
+    limit = subprocess.check_output(["squeue", "-h", "-j", job, "-o", "%l"], text=True, timeout=60)
+    assert limit.strip() == "1:00:00"
+    before = {path: path.read_bytes() for path in sweep.directory.rglob("*.json*")}
+    expected = {f"seed={waits}": "running", "seed=1": "queued"}
+    assert look_of(NOBODY, sweep, **RULING) == expected
+    assert look_of(0, sweep, USER="nobody", SQUEUE_PARTITION="none") == expected
+    # Where SLURM cannot be asked, or is another one, nothing is known of the jobs.
+    unknown = {f"seed={waits}": "running", "seed=1": "unknown"}
+    assert look_of(NOBODY, sweep, SLURM_CONF="/nowhere") == unknown
+    assert {path: path.read_bytes() for path in sweep.directory.rglob("*.json*")} == before
+    assert door("cancel", "away").code == 0
+    until(lambda: not any(map(slurm.is_active, slurm.states(jobs(sweep).values()).values())))
+    assert look_of(NOBODY, sweep) == {f"seed={waits}": "cancelled", "seed=1": "cancelled"}
 
 
 @pytest.mark.usefixtures("trivial_workers")

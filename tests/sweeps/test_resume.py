@@ -81,14 +81,12 @@ def test_claims_that_were_edited_are_judged_anew_and_else_nothing_is_written(doo
     assert len(seen) == 2
 
 
-def test_status_prints_the_table_of_a_sweep_that_it_finishes(door, seen):
+def test_a_look_does_not_write_the_table_that_a_launcher_owes(door, seen):
     door("-m", "seed=1,2", "sweep.name=own")
     forget(Path("results/own"))
-    first, again = door("status", "own").out, door("status", "own").out
-    assert "kfac/total_s" in first
-    assert "kfac/total_s" not in again
-    assert "table, claims and figures in" in again
-    assert all((Path("results/own") / name).is_file() for name in MADE)
+    before = sorted(Path("results").rglob("*"))
+    assert door("status", "own").code == door("table", "results/own").code == 0
+    assert sorted(Path("results").rglob("*")) == before
 
 
 def test_a_widened_grid_runs_the_new_cells_alone(door, seen):
@@ -217,12 +215,18 @@ def test_a_completed_event_that_a_killed_worker_owes_is_noted_once(door, seen):
 def test_another_version_of_the_code_is_said_and_kept(door, seen, runs):
     door("-m", "seed=1,2")
     directory, record = runs()[0]
-    record["provenance"]["git"] = {"commit": "0123456789abcdef", "dirty": False}
+    record["provenance"]["code"] = "0123456789ab+feedbeefcafe"
     (directory / "run.json").write_text(json.dumps(record))
     answer = door("-m", "seed=1,2")
     assert answer.code == 0
     assert len(seen) == 2
-    assert "another version of the code (0123456789ab" in answer.err
+    assert "another version of the code (0123456789ab+feedbeefcafe; now " in answer.err
+    # Of a record of before, its commit.
+    del record["provenance"]["code"]
+    record["provenance"]["git"] = {"commit": "0123456789abcdef", "dirty": True}
+    (directory / "run.json").write_text(json.dumps(record))
+    answer = door("-m", "seed=1,2")
+    assert "another version of the code (0123456789ab+unknown; now " in answer.err
 
 
 def test_a_text_that_changed_after_submission_fails_with_a_clear_message(

@@ -47,53 +47,95 @@ def shown(door) -> dict[str, dict]:
     return {cell["run_id"]: cell for cell in json.loads(answer.out)}
 
 
+def everything(layout: Layout) -> dict[str, bytes]:
+    """Every file of a sweep, and the time of every directory."""
+    found = {}
+    for path in sorted(layout.directory.rglob("*")):
+        about = path.read_bytes() if path.is_file() else str(path.stat().st_mtime_ns).encode()
+        found[str(path)] = about
+    return found
+
+
 @pytest.mark.parametrize(
-    ("job_state", "status", "message"),
+    ("job_state", "state", "reason"),
     [
-        ("NODE_FAIL", "failed", "the job 7 ended as NODE_FAIL and left no result"),
-        (slurm.GONE, "failed", "the job 7 ended as GONE and left no result"),
+        ("NODE_FAIL", "lost", "the job 7 ended as NODE_FAIL and left no result: out of memory"),
+        (slurm.GONE, "unknown", "its job 7 is not known here"),
         ("CANCELLED", "cancelled", None),
     ],
 )
-def test_a_detached_cell_whose_job_is_gone_without_a_word_ends(
-    job_state, status, message, door, queue
-):
-    """It had begun, or not; its record says so afterwards."""
+def test_a_look_writes_nothing_whatever_the_queue_says(job_state, state, reason, door, queue):
+    """Another user's queue, another cluster's, or none at all: a healthy cell stays as it is."""
     begun, missing = submitted(1, 2)
     begin(begun)
     put(begun.layout, seed1="7", seed2="7")
-    queue["7"] = job_state
-    assert states(begun.layout) == {"seed1": "lost", "seed2": "lost"}
-    found = shown(door)
-    for file in (begun, missing):
-        assert found[file.run_id]["state"] == status
-        kept = record.read(file.directory)
-        assert (kept["status"], kept["reason"]) == (status, job_state)
-        assert (kept["error"] or {}).get("message") == message
-    assert [e["event"] for e in begun.layout.journal.read()] == ["submitted", status, status]
-
-
-def test_a_lost_cell_keeps_the_end_of_the_jobs_log(door, queue):
-    (frozen,) = submitted(1)
-    put(frozen.layout, seed1="7_0")
-    log = frozen.submission / "slurm" / "7_0" / "7_0_0_log.err"
+    log = begun.submission / "slurm" / "7" / "7_0_log.err"
     log.parent.mkdir(parents=True)
-    log.write_text("slurmstepd: error: out of memory\n")
-    assert shown(door)["seed1"]["state"] == "failed"
-    error = record.read(frozen.directory)["error"]
-    assert (error["job"], error["log_tail"]) == ("7_0", "slurmstepd: error: out of memory")
+    log.write_text("slurmstepd: error\nout of memory\n")
+    queue["7"] = job_state
+    before = everything(begun.layout)
+    for cell in shown(door).values():
+        assert (cell["state"], cell["reason"]) == (state, reason)
+    assert everything(begun.layout) == before
+    # So that its job, wherever it is, or the next launch of the sweep, can still run it.
+    assert begun.state == "interrupted"
+    assert missing.state == "missing"
 
 
-def test_a_lost_cell_is_left_to_a_launcher_that_lives_and_to_a_second_look(queue, monkeypatch):
+def test_a_job_of_another_cluster_is_not_asked_for_here(queue, monkeypatch):
+    """Here its number is that of somebody else's job."""
+    (frozen,) = submitted(1)
+    frozen.layout.journal.append("submitted", jobs={"seed1": "7"}, cluster="far")
+    queue["7"] = "RUNNING"
+    monkeypatch.setattr(slurm, "cluster", lambda: "here")
+    (cell,) = stand.look(frozen.layout)
+    assert (cell.state, cell.job) == ("unknown", None)
+    assert cell.reason == "its job 7 is not known here (it was submitted to the cluster far)"
+    monkeypatch.setattr(slurm, "cluster", lambda: "far")
+    assert states(frozen.layout) == {"seed1": "queued"}
+
+
+def test_a_lost_cell_is_looked_at_twice(queue, monkeypatch):
+    """Its record comes over the network in the meantime."""
     (frozen,) = submitted(1)
     put(frozen.layout, seed1="7")
-    launcher = Lock(frozen.submission / LAUNCHER)
-    assert launcher.acquire()
-    with launcher:
-        assert [cell.state for cell in stand.settled(frozen.layout)] == ["lost"]
-    # Its record comes over the network in the meantime.
+    queue["7"] = "COMPLETED"
+    assert [cell.state for cell in stand.look_twice(frozen.layout)] == ["lost"]
     monkeypatch.setattr(stand.time, "sleep", lambda seconds: begin(frozen, "completed"))
-    assert [cell.state for cell in stand.settled(frozen.layout)] == ["completed"]
+    assert [cell.state for cell in stand.look_twice(frozen.layout)] == ["completed"]
+
+
+def test_lines_of_others_in_the_journal_are_passed_over(queue):
+    (frozen,) = submitted(1)
+    put(frozen.layout, seed1="7")
+    queue["7"] = "PENDING"
+    lines = ['{"a": 1}', "[]", '{"event": 3}', '{"event": "submitted"}', '{"event": "launched"}',
+             '{"event": "submitted", "jobs": {"seed1": 8}}', "[" * 20_000, "not JSON"]  # fmt: skip
+    with frozen.layout.journal.path.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    assert states(frozen.layout) == {"seed1": "queued"}
+
+
+def test_the_last_launch_is_the_last_one_in_the_journal_whatever_its_clock_said():
+    """A launch from a host whose clock is ahead was cancelled; the sweep goes on from another."""
+    (before,) = submitted(1)
+    later = before.submission.with_name("99991231T000000.000000-abcdef")
+    before.submission.rename(later)
+    (later / CANCELLED_FILE).touch()
+    before.layout.journal.append("launched", launcher="local", cells=1, submission=later.name)
+    (now,) = submitted(1)
+    now.layout.journal.append("launched", launcher="local", cells=1, submission=now.launch)
+    assert now.layout.frozen() == {"seed1": now.path}
+    assert states(now.layout) == {"seed1": "missing"}
+
+
+def test_a_sweep_that_names_directories_elsewhere_is_refused(door):
+    (frozen,) = submitted(1)
+    file = frozen.layout.sweep_file
+    file.write_text(file.read_text().replace('"seed1"', '"../../x"'))
+    answer = door("status", "made")
+    assert (answer.code, answer.out) == (2, "")
+    assert "cannot be read" in answer.err
 
 
 def test_a_job_of_before_says_nothing_of_what_came_after(queue):
@@ -106,6 +148,8 @@ def test_a_job_of_before_says_nothing_of_what_came_after(queue):
     queue["7"] = "RUNNING"
     assert states(layout) == {"seed1": "queued"}
     put(layout, seed1="8")
+    assert states(layout) == {"seed1": "unknown"}
+    queue["8"] = "FAILED"
     assert states(layout) == {"seed1": "lost"}
     layout.journal.append("cancel", cells=["seed1"])
     assert states(layout) == {"seed1": "missing"}
@@ -156,7 +200,7 @@ def test_watch_ends_with_a_cell_that_nobody_will_run(status, door, monkeypatch):
     assert (answer.code, screens.slept) == (0, 2)
 
 
-def test_watch_waits_for_the_queue_and_settles_what_is_lost(door, queue, monkeypatch):
+def test_watch_waits_for_the_queue_and_ends_with_what_is_lost(door, queue, monkeypatch):
     one, two = submitted(1, 2)
     begin(one, "preempted")
     put(one.layout, seed1="7", seed2="8")
@@ -167,10 +211,11 @@ def test_watch_waits_for_the_queue_and_settles_what_is_lost(door, queue, monkeyp
         begin(one, "completed")
         queue["8"] = "NODE_FAIL"
 
-    screens = Screens(monkeypatch, lambda: None, run_out, lambda: None, lambda: None)
-    assert door("status", "made", "--watch").code == 0
-    assert screens.slept == 3
-    assert record.status_of(two.directory) == "failed"
+    screens = Screens(monkeypatch, lambda: None, run_out, lambda: None)
+    answer = door("status", "made", "--watch")
+    assert (answer.code, screens.slept) == (0, 3)
+    assert "run the sweep's command again" in answer.out
+    assert record.status_of(two.directory) is None
 
 
 def test_watch_waits_for_a_launcher_that_was_only_just_started(monkeypatch):

@@ -73,6 +73,9 @@ def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(errors, failu
         ([140, 140], signal.SIGUSR2),
         ([-signal.SIGTERM, 140], signal.SIGUSR2),
         ([1, 140], None),
+        ([-signal.SIGUSR2, 140], signal.SIGUSR2),
+        ([-signal.SIGUSR2, -signal.SIGTERM], signal.SIGUSR2),
+        ([-signal.SIGUSR2, 1], None),
         ([-signal.SIGKILL], None),
         ([-signal.SIGTERM], None),
     ],
@@ -208,6 +211,47 @@ def run_of(directory: Path, *pids: int) -> Run:
     run = Run.start(directory, config={})
     run.note(distributed={"ranks": known(*pids)})
     return run
+
+
+def test_a_preemption_is_none_of_a_failure_whatever_became_of_the_other_rank(tmp_path, gone):
+    """On a busy machine the other rank was killed before it could say that it has ended."""
+    rank_status.clear(tmp_path / "ranks")
+    zero = status_of(0, tmp_path)
+    zero.stopped(run_of(tmp_path, os.getpid(), gone), Interrupted(signal.SIGUSR2))
+    assert record.read(tmp_path)["status"] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({"type": "RankKilled", "message": "rank 1 is gone", "traceback": ""}, "preempted"),
+        ({"type": "x.CommunicationError", "message": "m", "traceback": "t"}, "preempted"),
+        ({"type": "ValueError", "message": "its own", "traceback": "t"}, "failed"),
+    ],
+)
+def test_what_rank_zero_makes_of_a_signal_to_the_launcher(tmp_path, monkeypatch, found, status):
+    """It has seen only that the other rank was gone: the launcher knows why."""
+
+    def start(*_: Any) -> None:
+        Run.start(tmp_path, config={}).fail_with(found)
+        raise Interrupted(signal.SIGUSR2)
+
+    monkeypatch.setattr(launch, "start", start)
+    with pytest.raises(Interrupted, match="preempted by SIGUSR2"):
+        ranks.start(RunSpec(Config(), tmp_path, ()), {})
+    assert record.read(tmp_path)["status"] == status
+
+
+def test_a_signal_between_the_end_of_the_ranks_and_its_record_is_the_end_of_the_run(
+    tmp_path, monkeypatch
+):
+    def start(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(ranks, "_run_own_ranks", start)
+    with pytest.raises(Interrupted):
+        ranks.start(RunSpec(Config(), tmp_path, ()), {})
+    assert record.read(tmp_path)["status"] == "preempted"
 
 
 def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path, gone):
