@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fisher_lab.config import paths
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.runs import atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,9 +48,8 @@ COMMANDS = {
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
 OF_THE_DISK = (
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE,
-    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
-    errno.ESTALE,
+    *atomic.DISK_ERRORS, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM,
 )  # fmt: skip
 """What is wrong with a disk or a folder, and not with the program: one line says it."""
 CONFIG_NAME = "config"

@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -115,6 +113,11 @@ def load(path: Path) -> SweepFile:
     return SweepFile(name=path.stem, path=path, config=config, **known)
 
 
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_NO_TEXT = ("null", "true", "false", "nan", "inf", "infinity")
+"""A text that Hydra reads as itself without quotes, anywhere, and words that it reads otherwise."""
+
+
 def values(value: Any) -> str:
     """The values of an axis in Hydra's notation: text as it is, a list with commas between.
 
@@ -129,19 +132,10 @@ def _written(value: Any) -> str:
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
-    if not isinstance(value, str) or _is_bare(value):
-        return show(value)
-    return QuotedString(value, Quote.single).with_quotes()
-
-
-def _is_bare(text: str) -> bool:
-    """Whether Hydra reads a text as that text where it has no quotes."""
-    try:
-        (one,) = OverridesParser.create().parse_overrides([f"key={text}"])
-    except HydraException:
-        return False
-    read = None if one.is_sweep_override() else one.value()
-    return isinstance(read, str) and read == text
+    if not isinstance(value, str):
+        return repr(value) if isinstance(value, float) else show(value)
+    is_word = _BARE.fullmatch(value) and value.lower() not in _NO_TEXT
+    return value if is_word else QuotedString(value, Quote.single).with_quotes()
 
 
 def expand(names: Sequence[str]) -> list[SweepFile]:

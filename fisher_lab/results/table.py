@@ -363,7 +363,8 @@ def _note_code(table: Table, runs: pd.DataFrame) -> None:
     name = f"provenance.{CODE}"
     if name not in runs or name in (*table.row_names, *table.col_names):
         return
-    codes = runs[name][runs["status"] == Status.COMPLETED].dropna().value_counts(sort=False)
+    pairs = zip(runs[name], runs["status"], strict=True)
+    codes = Counter(code for code, status in pairs if code and status == Status.COMPLETED)
     if len(codes) > 1:
         several = ", ".join(f"{code} ({number} runs)" for code, number in codes.items())
         table.notes.append(

@@ -70,6 +70,11 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+DISK_ERRORS = (
+    errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE
+)  # fmt: skip
+"""What is wrong with a disk and not with what writes to it: another file would not fare better."""
+
 MOST_BYTES = 256 * 2**20
 """A file of a run that is read whole is no larger than this."""
 

@@ -62,8 +62,10 @@ def child(
         for name, value in os.environ.items()
         if name not in TRACKED and (in_job or not is_ignored(name))
     }
-    own = {"PYTHONPATH": python_path(root), "PYTHONIOENCODING": OUTPUT, **(variables or {})}
-    return {**kept, **own}
+    own = {"PYTHONPATH": python_path(root), "PYTHONIOENCODING": OUTPUT}
+    if root is not None:  # before which the working directory would come, perhaps a checkout
+        own["PYTHONSAFEPATH"] = "1"
+    return {**kept, **own, **(variables or {})}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,9 @@ import os
 import sys
 from typing import Any
 
+RAISING = ("strict", "surrogateescape")
+"""Ways of a stream to encode that do not take every character."""
+
 
 class Screen(io.TextIOWrapper):
     """A stream whose ``write`` and ``flush`` do not raise for what is wrong with the device.
@@ -50,12 +53,12 @@ def install() -> None:
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:  # it was closed before the process began
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Screen):
             made = Screen(
                 stream.detach(),
                 encoding=stream.encoding,
-                errors="replace" if stream.errors == "strict" else stream.errors,
+                errors="replace" if stream.errors in RAISING else stream.errors,
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )

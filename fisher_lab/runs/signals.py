@@ -204,7 +204,8 @@ class Watch:
         time.sleep(AGAIN_S)
         if not self._seen:
             self._ending = False
-            _thread.interrupt_main(signum)  # without effect where the handler is no longer ours
+            # Without effect where the handler is not Python's any more.
+            _thread.interrupt_main(signal.Signals(signum))
 
 
 def leave(code: int) -> NoReturn:

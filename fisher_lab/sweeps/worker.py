@@ -123,6 +123,8 @@ def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
             stopped = stop
             _amend(cell, stop)
         except Exception as error:  # before or after the task, which handles its own
+            if isinstance(error, OSError) and error.errno in atomic.DISK_ERRORS:
+                raise  # there is no room for its record either, nor for the next cell's
             logging.getLogger(__name__).exception("the cell failed")
             described = record.describe(error)
             cell.end_record(Status.FAILED, record.headline(described), described)

@@ -262,7 +262,7 @@ def _run_task(
             else:
                 rank.stopped(run, stop)
             raise stop from (None if stop is error else error)
-        if rank is None:
+        if rank is None or isinstance(error, Interrupted):
             run.fail(error)
         else:
             rank.failed(run, error)

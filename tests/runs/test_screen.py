@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ open("after", "w").write(str(problem))
 """
 
 
-def after(**more: object) -> tuple[int, str]:
+def after(**more: Any) -> tuple[int, str]:
     with start_python("-c", PRINTS, **more) as process:
         if process.stdout is not None:
             process.stdout.readline()

@@ -120,6 +120,7 @@ def test_a_run_that_is_signalled(tmp_path: Path, signum, status):
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     try:
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,12 @@ GPU = ["hydra/launcher=slurm_gpu", "hydra.launcher.timeout_min=60", *QUICK]
 CPU = ["hydra/launcher=slurm_cpu", "hydra.launcher.timeout_min=60", *QUICK]
 
 
+def states_of(numbers: Iterable[str]) -> dict[str, str]:
+    found = slurm.states(numbers)
+    assert found is not None
+    return found
+
+
 def jobs(of: Layout) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in of.journal.read():
@@ -74,8 +81,8 @@ def test_eight_cells_with_three_deaths_over_the_array_limit(door, runs):
     assert len(submitted) == 3
     assert submitted[-1] < ended  # at once, and not one after the other
     numbers = jobs(sweep)
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
-    seen_by_slurm = slurm.states(numbers.values())
+    until(lambda: not any(map(slurm.is_active, states_of(numbers.values()).values())))
+    seen_by_slurm = states_of(numbers.values())
     for directory, found in runs():
         expected = {"completed": "COMPLETED", "failed": "FAILED"}[found["status"]]
         assert seen_by_slurm[numbers[directory.name]] == expected
@@ -137,7 +144,7 @@ def test_fail_fast_stops_what_runs_and_what_waits(door, runs):
     assert found.get(waits, "cancelled") == "cancelled"  # it may not have come to begin
     assert count(the_sweep(), "failed") == 1
     numbers = jobs(the_sweep()).values()
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers).values())))
+    until(lambda: not any(map(slurm.is_active, states_of(numbers).values())))
 
 
 @pytest.mark.usefixtures("trivial_workers")
@@ -183,7 +190,7 @@ def test_detach_status_cancel_and_nothing_comes_back(door, runs):
     assert shown["seed=1"]["job"] in numbers.values()
     answer = door("cancel", "away")
     assert (answer.code, "3 jobs of SLURM" in answer.out) == (0, True)
-    until(lambda: not any(map(slurm.is_active, slurm.states(numbers.values()).values())))
+    until(lambda: not any(map(slurm.is_active, states_of(numbers.values()).values())))
     assert statuses(runs) == {waits: "cancelled"}
     assert count(the_sweep(), "requeued") == 0
 
@@ -240,7 +247,7 @@ def test_what_a_shell_has_inherited_rules_nothing_and_a_colleagues_look_damages_
     assert look_of(NOBODY, sweep, SLURM_CONF="/nowhere") == unknown
     assert {path: path.read_bytes() for path in sweep.directory.rglob("*.json*")} == before
     assert door("cancel", "away").code == 0
-    until(lambda: not any(map(slurm.is_active, slurm.states(jobs(sweep).values()).values())))
+    until(lambda: not any(map(slurm.is_active, states_of(jobs(sweep).values()).values())))
     assert look_of(NOBODY, sweep) == {f"seed={waits}": "cancelled", "seed=1": "cancelled"}
 
 
@@ -314,4 +321,4 @@ def test_a_cell_of_two_ranks_is_one_job_and_gives_what_it_gives_here(door, runs)
     }
     assert [len(one) for one in numbers.values()] == [1, 1]
     both = [job for one in numbers.values() for job in one]
-    until(lambda: set(slurm.states(both).values()) == {"COMPLETED"})
+    until(lambda: set(states_of(both).values()) == {"COMPLETED"})

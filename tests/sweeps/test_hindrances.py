@@ -49,7 +49,10 @@ def test_a_cell_runs_the_code_that_it_was_submitted_with(runs, monkeypatch):
     assert cell.code_root == copy.resolve()
     # The copy is edited, and so what the process imports is seen.
     module = copy / "fisher_lab" / "sweeps" / "worker.py"
-    module.write_text("print('the copy runs')\n" + module.read_text())
+    changed = module.read_text().replace("def main(", "print('the copy runs')\n\n\ndef main(")
+    module.write_text(changed)
+    Path("fisher_lab").mkdir()
+    Path("fisher_lab", "__init__.py").write_text("raise SystemExit('the working directory runs')")
     process = WorkerProcess(cell, threads=1, grace_s=5.0, command=worker_process.WORKER)
     until(process.poll)
     assert "the copy runs" in (cell.directory / "job.log").read_text()

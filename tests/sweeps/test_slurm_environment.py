@@ -9,7 +9,10 @@ import pytest
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import SlurmSettings, check
+from fisher_lab.runs import record
+from fisher_lab.runs.lock import Lock
 from fisher_lab.sweeps import slurm
+from fisher_lab.sweeps.directory import LAUNCHER
 from fisher_lab.sweeps.slurm import CellJob, Jobs, SubmititJobs
 from tests.sweeps.submitted_cells import begin, submitted
 
@@ -99,8 +102,6 @@ def test_a_time_limit_that_is_not_the_one_that_was_asked_for_is_a_time_limit(mon
     job = CellJob(threads=1, grace_s=1.0, limit_s=3600.0, signal_delay_s=90.0, command=())
     assert not job._may_come_back(cell, 120.0)
     assert cell.state == "failed"
-    from fisher_lab.runs import record
-
     message = record.read(cell.directory)["error"]["message"]
     assert message == (
         "reached the job's time limit (4 min, and not hydra.launcher.timeout_min=60)"
@@ -111,3 +112,35 @@ def test_jobs_of_another_cluster_are_not_submitted():
     for name in ("clusters", "M"):
         with pytest.raises(ConfigError, match="SLURM_CONF"):
             check("slurm", {"additional_parameters": {name: "far"}})
+
+
+def test_the_job_of_the_last_cell_writes_the_table_that_no_launcher_will(monkeypatch):
+    from fisher_lab.results import finishing
+
+    done: list[Path] = []
+    monkeypatch.setattr(finishing, "at_end", done.append)
+    one, two = submitted(1, 2)
+    launcher = Lock(one.submission / LAUNCHER)
+    begin(one, "completed")
+    slurm.finish_if_last(one.layout)
+    begin(two, "failed", error={"type": "E", "message": "m", "traceback": ""})
+    assert launcher.acquire()
+    with launcher:
+        slurm.finish_if_last(one.layout)
+    assert done == []
+    slurm.finish_if_last(one.layout)
+    assert done == [one.layout.directory]
+
+
+def test_a_failure_tells_the_last_line_of_the_jobs_own_log():
+    (cell,) = submitted(1)
+    log = cell.submission / "slurm" / "7_0" / "7_0_0_log.err"
+    log.parent.mkdir(parents=True)
+    log.write_text("first\nsrun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE\n")
+    assert slurm.end_cell(cell, "7_0", "FAILED") == "failed"
+    error = record.read(cell.directory)["error"]
+    assert error["message"] == (
+        "the job 7_0 ended as FAILED and left no result: "
+        "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE"
+    )
+    assert error["log_tail"].startswith("first\n")
