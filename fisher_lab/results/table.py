@@ -303,8 +303,7 @@ def tabulate(
     _mark(table, directions or {})
     if baseline:
         _compare(table, {resolve(runs, name): value for name, value in baseline.items()})
-    _add_notes(table)
-    _note_code(table, runs)
+    _add_notes(table, runs)
     return table
 
 
@@ -531,7 +530,7 @@ def _compare(table: Table, baseline: Mapping[str, Any]) -> None:
 # ---- notes ---------------------------------------------------------------------------------------
 
 
-def _add_notes(table: Table) -> None:
+def _add_notes(table: Table, runs: pd.DataFrame) -> None:
     numbers = {cell.summary.n for cell in table.cells.values()} - {0}
     if numbers == {1}:
         table.notes.insert(0, "one run per cell: no interval can be given")
@@ -573,3 +572,4 @@ def _add_notes(table: Table) -> None:
             "paired t test, Holm over the table; d is Cohen's d_z"
             + ("; of times the ratio [interval], from logarithms" if ratios else "")
         )
+    _note_code(table, runs)
