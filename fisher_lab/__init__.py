@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisher_lab import results as results
     from fisher_lab.analysis import AdvancedFisherCollector as AdvancedFisherCollector
     from fisher_lab.analysis import UnifiedConfig as UnifiedConfig
     from fisher_lab.analysis import UnifiedModelAnalyzer as UnifiedModelAnalyzer
@@ -40,8 +41,9 @@ _HOMES = {
     "AdvancedFisherCollector": "fisher_lab.analysis",
     "UnifiedConfig": "fisher_lab.analysis",
     "UnifiedModelAnalyzer": "fisher_lab.analysis",
+    "results": "fisher_lab.results",
 }
-"""Public name -> the module that defines it."""
+"""Public name -> the module that defines it, or that it is."""
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -50,13 +52,14 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)
 
 
 _MOVED = {

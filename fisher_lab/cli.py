@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import fisher_lab
 from fisher_lab.config import paths
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.spelling import did_you_mean
+from fisher_lab.results.labels import LabelError
 from fisher_lab.runs import atomic
 
 if TYPE_CHECKING:
@@ -35,15 +39,18 @@ if TYPE_CHECKING:
 COMMANDS = {
     "cancel": "fisher_lab.sweeps.status:cancel",
     "capsule": "fisher_lab.results.capsule:capsule_command",
+    "check": "fisher_lab.cli:check_command",
     "claims": "fisher_lab.results.commands:claims_command",
     "diff": "fisher_lab.results.commands:diff_command",
+    "explain": "fisher_lab.tasks.explain:explain_command",
     "report": "fisher_lab.results.commands:report_command",
     "reproduce": "fisher_lab.sweeps.reproduce:reproduce_command",
     "status": "fisher_lab.sweeps.status:status",
     "table": "fisher_lab.results.commands:table_command",
     "verify": "fisher_lab.results.verify:verify_command",
 }
-"""Sub-command -> the function that takes the arguments after its name and returns the exit code."""
+"""Sub-command -> the function that takes the arguments after its name and returns the exit code.
+``config/help.py`` says what each does."""
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -53,6 +60,7 @@ OF_THE_DISK = (
 )  # fmt: skip
 """What is wrong with a disk or a folder, and not with the program: one line says it."""
 CONFIG_NAME = "config"
+VERBOSE_FLAG = "--verbose"
 VERSION_BASE = "1.3"
 
 
@@ -83,8 +91,12 @@ def main(argv: Sequence[str]) -> int:
         if argv and argv[0] in COMMANDS:
             module, _, function = COMMANDS[argv[0]].partition(":")
             return getattr(import_module(module), function)(argv[1:])
-        return _application(_parse(argv), argv)
-    except ConfigError as error:
+        if "--version" in argv:
+            print(f"fisher_lab {fisher_lab.__version__}")
+            return OK
+        _check_command(argv)
+        return _application(_parse(argv), [word for word in argv if word != VERBOSE_FLAG])
+    except (ConfigError, LabelError) as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
         return BAD_INPUT
     except Interrupted as stop:
@@ -109,6 +121,15 @@ def _of_the_disk(error: BaseException | None) -> str | None:
     return f"{where}{error.strerror}"
 
 
+def _check_command(argv: Sequence[str]) -> None:
+    """Refuse a first word that is neither a sub-command, a flag nor an override."""
+    if argv and argv[0].isalpha():
+        near = did_you_mean(argv[0], list(COMMANDS)) or f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(
+            f"{argv[0]}: there is no such command; {near} (a key is set as key=value)"
+        )
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 
@@ -120,7 +141,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = fail
+    parser.add_argument(VERBOSE_FLAG, action="store_true")
     args = parser.parse_intermixed_args(list(argv))
+    if args.verbose:
+        os.environ["FISHER_LAB_VERBOSE"] = "1"  # which ranks and cells inherit
     if args.experimental_rerun is not None:
         allowed = "it unpickles a file; give the overrides of the run's run.json instead"
         raise ConfigError(f"--experimental-rerun is not allowed: {allowed}")
@@ -207,6 +231,43 @@ def _hydra_flag(argv: Sequence[str]) -> int:
 
 def _never(cfg: DictConfig) -> None:
     raise AssertionError("Hydra's flags do not run a task")
+
+
+def check_command(arguments: Sequence[str]) -> int:
+    """Run ``fisher-lab check``; returns the exit code.
+
+    Raises:
+        ConfigError: no such model or text, or an override that is not allowed.
+    """
+    parser = argparse.ArgumentParser(
+        "fisher-lab check", description="What K-FAC makes of a model of your own, in a minute."
+    )
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {parser.prog} --help shows what is allowed")
+
+    parser.error = fail
+    parser.add_argument("model", help="a directory of save_pretrained, or a name on the hub")
+    parser.add_argument("--data", metavar="FILE", help="a text; by default Python's documentation")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for a run")
+    args = parser.parse_intermixed_args(list(arguments))
+    overrides = ["model=pretrained", f"model.name_or_path={args.model}"]
+    overrides += ["data=text_file", f"data.path={args.data}"] if args.data else []
+    from fisher_lab.config import compose
+    from fisher_lab.config.validate import validate
+
+    small = ["data.batch_size=4", "data.seq_len=64", "task=analyze"]
+    with config_loader(_parse([])) as loader:
+        config = validate(compose.load(loader, [*small, *overrides, *args.overrides]))
+    from fisher_lab.curvature.errors import CurvatureError
+    from fisher_lab.tasks import check
+
+    try:
+        print(check.report(config, [*overrides, *args.overrides]))
+    except CurvatureError as error:
+        print(f"fisher_lab: {args.model}: {error}", file=sys.stderr)
+        return FAILED
+    return OK
 
 
 # ---- a run, a sweep ------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab import results
+from fisher_lab.results import labels
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import read
 from fisher_lab.runs.status import Status
-from fisher_lab.tasks.summary import DIRECTIONS, step_lines
+from fisher_lab.tasks.summary import winner_line
 
 HEADING = """# The headline experiment
 
@@ -48,10 +49,11 @@ def rows_of(paths: list[str]) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """Returns the page of some runs."""
-    names = [name for name in DIRECTIONS if f"step/{name}/heldout_change" in rows[0]]
+    directions = labels.catalogue().words["direction"]
+    names = [name for name in directions if f"step/{name}/heldout_change" in rows[0]]
     heads = [
         "seed",
-        *(DIRECTIONS[name] for name in names),
+        *(directions[name] for name in names),
         "margin over the gradient",
         "closing line",
     ]
@@ -65,7 +67,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         for name in names:
             change, se = (1e3 * row[f"step/{name}/{key}"] for key in ("heldout_change", "se"))
             cells.append(f"{change:.2f} ± {se:.2f}")
-        cells += [f"{gain:.2f} [{low:.2f}, {2 * gain - low:.2f}]", step_lines(row["note"])[-1]]
+        cells += [f"{gain:.2f} [{low:.2f}, {2 * gain - low:.2f}]", winner_line(row["note"])]
         lines.append("| " + " | ".join(cells) + " |")
     said = (
         "The natural gradient lowers the held-out loss further than the gradient in "

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.results import labels
 from fisher_lab.runs import atomic
 
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
@@ -35,7 +36,7 @@ def curve_panels() -> list[Any]:
 
     return [
         wr.LinePlot(
-            title=name,
+            title=labels.column("curve.csv", name).with_unit,
             x="curve/step",
             y=[f"curve/{name}"],
             groupby=wr.Config("cell"),
@@ -53,7 +54,7 @@ def result_panels() -> list[Any]:
 
     scatter = [
         wr.ScatterPlot(
-            title=f"damping against {name}",
+            title=f"{labels.metric(name).with_unit} against the damping",
             x=wr.Config("kfac.damping"),
             y=wr.SummaryMetric(name),
             log_x=True,

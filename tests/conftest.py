@@ -7,8 +7,9 @@ once; it is never the user's.
 import logging
 import os
 import socket
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,26 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FISHER_LAB_CACHE", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _metrics_have_words() -> Iterator[None]:
+    """What the package itself records, in whatever test, has an entry in the catalogue of names."""
+    from fisher_lab.results import labels
+    from fisher_lab.runs.record import Run
+
+    record = Run.metrics
+
+    def checked(self: Run, values: Mapping[str, object]) -> None:
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if caller.startswith("fisher_lab."):
+            unknown = [name for name in values if labels.catalogue().find(name) is None]
+            assert not unknown, f"{', '.join(unknown)} has no entry in results/labels.yaml"
+        record(self, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "metrics", checked)
         yield
 
 

@@ -7,6 +7,7 @@ copies all registered configurations each time and takes longer than a help page
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,20 +88,42 @@ def _rows(section: Any, prefix: str, *, deep: bool = False) -> Iterator[str]:
 _HEAD = """\
 fisher_lab: K-FAC, Fisher spectra and their records, on real transformers.
 
-python -m fisher_lab                                    the analysis of the default model
-python -m fisher_lab task=plan                          what it would cost, without running it
-python -m fisher_lab task=ladder                        how near K-FAC comes to the exact Fisher
-python -m fisher_lab kfac/policy=all kfac.damping=1e-5  an option of a group, a key
-python -m fisher_lab -m kfac.damping=1e-5,1e-4          a sweep
-python -m fisher_lab --cfg job                          the configuration, without running it
+fisher-lab                                    the analysis of the default model
+fisher-lab task=plan                          what it would cost
+fisher-lab task=ladder                        K-FAC against the exact Fisher
+fisher-lab kfac/policy=all kfac.damping=1e-5  an option of a group, a key
+fisher-lab -m kfac.damping=1e-5,1e-4          a sweep
+fisher-lab --cfg job                          the configuration alone
+
+== Commands ==
+{commands}
 
 == Flags ==
+--verbose             every number and every layer at the end of a run
+--version             the version of fisher_lab
 -m, --multirun        run every combination of the given values
 -c, --cfg job         show the composed configuration
 -cd, --config-dir D   find further options of groups under D
 --info                show what the configuration is composed of
 --hydra-help          all flags of Hydra
 """
+
+COMMANDS = {
+    "status": "how the cells of a sweep stand",
+    "cancel": "end the running cells of a sweep",
+    "table": "the table of a sweep: settings by metrics, over seeds",
+    "claims": "the claims of the sweep files, tested with their runs",
+    "report": "one HTML file about sweeps; the appendix of a paper",
+    "diff": "what differs between two runs",
+    "explain": "what a metric or a setting means",
+    "verify": "whether a paper's numbers are those of its runs",
+    "capsule": "runs, claims and code of a paper in one archive",
+    "reproduce": "completed cells once more, and their numbers compared",
+    "check": "what K-FAC makes of a model of your own, in a minute",
+}
+"""Sub-command -> what it does."""
+
+WIDTH = 80
 
 _FOOT = "docs/configuration.md describes every key."
 
@@ -112,8 +135,15 @@ def text(cfg: DictConfig, *, resolve: bool = False) -> str:
         cfg: the composed configuration, with Hydra's own node, which is not shown.
         resolve: show what interpolations stand for.
     """
-    options = "\n".join(f"{group}: {', '.join(names)}" for group, names in groups(own=True).items())
+    options = "\n".join(
+        textwrap.fill(f"{group}: {', '.join(names)}", WIDTH, subsequent_indent="    ")
+        for group, names in groups(own=True).items()
+    )
+    commands = "\n".join(
+        f"fisher-lab {name} --help".ljust(27) + what for name, what in COMMANDS.items()
+    )
     shown = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     keys = OmegaConf.to_yaml(shown, resolve=resolve)
-    parts = (_HEAD, "== Groups (group=option) ==", options, "\n== Keys (key=value) ==", keys, _FOOT)
+    head = _HEAD.format(commands=commands)
+    parts = (head, "== Groups (group=option) ==", options, "\n== Keys (key=value) ==", keys, _FOOT)
     return "\n".join(parts)

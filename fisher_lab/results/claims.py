@@ -19,6 +19,7 @@ import pandas as pd
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
+from typing_extensions import override
 
 from fisher_lab.results import stats
 from fisher_lab.results.hypotheses import (
@@ -31,6 +32,7 @@ from fisher_lab.results.hypotheses import (
     findings,
     parse,
 )
+from fisher_lab.results.notebook import html_table
 from fisher_lab.results.values import ResultsError, filter_runs, select
 from fisher_lab.runs.record import strict
 
@@ -39,7 +41,7 @@ INVALID = "invalid"
 """The claim is malformed, or names a setting that the runs do not have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """The verdict on one claim.
 
@@ -68,6 +70,14 @@ class Verdict:
     seeds_needed: int | None = None
     seeds_range: stats.Range | None = None
     findings: tuple[Finding, ...] = ()
+
+    @override
+    def __repr__(self) -> str:
+        return f"Verdict({self.verdict}: {self.text or self.claim}; {self.why})"
+
+    def _repr_html_(self) -> str:
+        rows = {"verdict": self.verdict, "why": self.why, "test": self.test, "n": self.seeds}
+        return html_table(self.text or str(self.claim), rows.items())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``claims.json``."""

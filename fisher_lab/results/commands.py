@@ -44,9 +44,6 @@ def guarded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]]
             return BAD_INPUT
         except SystemExit as stop:  # --help
             return stop.code if isinstance(stop.code, int) else OK
-        except BrokenPipeError:  # `fisher-lab table ... | head` has read enough
-            sys.stderr.close()
-            return OK
 
     return run
 
@@ -154,7 +151,7 @@ def table_command(argv: Sequence[str]) -> int:
 
 def _print_table(table: Table, args: argparse.Namespace) -> None:
     from fisher_lab.results import export
-    from fisher_lab.results.finishing import PIPE_WIDTH, standard_output
+    from fisher_lab.results.console import PIPE_WIDTH, standard_output
 
     suffix = Path(args.output).suffix.lstrip(".") if args.output else ""
     form = args.format or (suffix if suffix in FORMATS else "terminal")
@@ -185,7 +182,7 @@ def claims_command(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", help="write here instead of to standard output")
     args = parser.parse_args(list(argv))
     from fisher_lab.results.claims import INVALID, evaluate, evaluate_one, to_json, to_rich
-    from fisher_lab.results.finishing import standard_output
+    from fisher_lab.results.console import standard_output
 
     frame = _loaded(args.paths)
     if args.claims:
@@ -237,7 +234,7 @@ def report_command(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", default="report.html", help="default: report.html")
     parser.add_argument("--appendix", metavar="DIRECTORY", help="write appendix.tex with all of it")
     args = parser.parse_args(list(argv))
-    from fisher_lab.results.finishing import standard_output
+    from fisher_lab.results.console import standard_output
     from fisher_lab.results.report import write_report
 
     frame = _loaded(args.paths)
@@ -389,7 +386,7 @@ def diff_command(argv: Sequence[str]) -> int:
     words = "numbers that differ by less than this fraction are equal"
     parser.add_argument("--tolerance", type=float, default=0.0, help=words)
     args = parser.parse_args(list(argv))
-    from fisher_lab.results.finishing import standard_output
+    from fisher_lab.results.console import standard_output
 
     standard_output().print(_differences(diff(args.a, args.b, tolerance=args.tolerance)))
     return OK

@@ -16,18 +16,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
-from fisher_lab.results.figure_style import MOST_SERIES
+from fisher_lab.results import labels
+from fisher_lab.results.figure_style import MOST_PANELS, MOST_SERIES
 from fisher_lab.results.ladder_figures import ladder_figure
 from fisher_lab.results.step_figures import scan_figure, step_figure
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic
 
 SPECTRUM_FILE, LANCZOS_FILE = "spectral.json", "lanczos.json"
+BLOCKS_FILE = "spectral.csv"
 MOST_BLOCKS = 12
 """Blocks that are drawn, those of the largest trace."""
+MOST_CURVES = MOST_PANELS * MOST_SERIES
 DECADES = 8
 """Decades of a density that are shown, from its maximum down."""
 
@@ -45,7 +49,7 @@ def draw_curves(
     log: Sequence[str] = (),
     decades: int | None = None,
 ) -> Figure:
-    """Lines with a band around them.
+    """Lines with a band around them, in panels where there are more than colours.
 
     Args:
         curves: name -> values; there may be none.
@@ -55,27 +59,40 @@ def draw_curves(
         log: the axes that are logarithmic, among ``x`` and ``y``.
         decades: of the values that are shown, from the largest down; None: all.
     """
-    figure, (axes,) = style.new_figure()
-    for i, (name, values) in enumerate(curves.items()):
-        look: dict[str, Any] = {**style.look(i), "marker": ""}
-        look["linewidth"] = max(2.4 - 0.4 * i, 0.9)  # equal curves are both seen
-        at = values.index.to_numpy(dtype=float)
-        axes.plot(at, values["mean"].to_numpy(), label=name, **look)
-        low, high = values["min"].to_numpy(), values["max"].to_numpy()
-        axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.set(**{f"{axis}scale": "log" for axis in log})
+    parts = style.panels_of(list(curves))
+    columns = min(len(parts), 3)
+    width = style.WIDTH if columns == 1 else 2.1 * style.WIDTH
+    figure, panels = style.new_figure(width, panels=len(parts), columns=columns)
+    for axes, names in zip(panels, parts, strict=True):
+        for i, name in enumerate(names):
+            _draw_curve(axes, name, curves[name], i)
+        axes.set(**{f"{axis}scale": "log" for axis in log})
+        style.name_axes(axes, x, y)
+        if len(parts) > 1:  # the colours of a panel are its own
+            axes.legend(fontsize=5, frameon=False)
     top = max((float(v["mean"].to_numpy().max()) for v in curves.values() if len(v)), default=0.0)
-    if decades is not None and top > 0:
-        axes.set_ylim(top * 10.0**-decades, top * 3)
-    axes.set(xlabel=x, ylabel=y)
-    axes.set_title(note, **style.NOTE)
-    figure.set_label(f"{y} against {x}")
-    style.legend(figure, axes, len(curves))
+    for axes in panels:
+        if decades is not None and top > 0:
+            axes.set_ylim(top * 10.0**-decades, top * 3)
+    style.same_scale(panels)
+    style.note(panels[0], note)
+    figure.set_label(f"{y[:1].upper()}{y[1:]} against {x}")
+    if len(parts) == 1:
+        style.legend(figure, panels[0], len(curves))
     return figure
 
 
+def _draw_curve(axes: Axes, name: str, values: pd.DataFrame, i: int) -> None:
+    look: dict[str, Any] = {**style.look(i), "marker": ""}
+    look["linewidth"] = max(2.4 - 0.4 * i, 0.9)  # equal curves are both seen
+    at = values.index.to_numpy(dtype=float)
+    axes.plot(at, values["mean"].to_numpy(), label=name, **look)
+    low, high = values["min"].to_numpy(), values["max"].to_numpy()
+    axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
 def line_figure(
-    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str, **options: Any
+    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str, *, file: str = "", **options: Any
 ) -> Figure | None:
     """Mean curves of the cells with the range over their runs. None where there are none.
 
@@ -84,6 +101,7 @@ def line_figure(
         cells: run directory -> the words for its cell.
         x: column of the positions.
         y: column of the values.
+        file: of the run directory that the columns are of, which says how they are called.
         options: of :func:`draw_curves`.
     """
     if rows.empty or not {x, y} <= set(rows.columns):
@@ -99,9 +117,10 @@ def line_figure(
     }
     if not curves:
         return None
-    more = f"; {MOST_SERIES} of {len(curves)} cells" if len(curves) > MOST_SERIES else ""
-    shown = dict(itertools.islice(curves.items(), MOST_SERIES))
-    return draw_curves(shown, x, y, f"mean and range over runs{more}", **options)
+    more = f"; {MOST_CURVES} of {len(curves)} cells" if len(curves) > MOST_CURVES else ""
+    shown = dict(itertools.islice(curves.items(), MOST_CURVES))
+    names = (labels.column(file, name).with_unit for name in (x, y))
+    return draw_curves(shown, *names, f"mean and range over runs{more}", **options)
 
 
 def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
@@ -111,12 +130,15 @@ def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Fig
     blocks = list(dict.fromkeys(rows["block"]))
     position = {block: i for i, block in enumerate(blocks)}
     figure = line_figure(
-        rows.assign(block=[position[b] for b in rows["block"]]), cells, "block", what
-    )
+        rows.assign(block=[position[b] for b in rows["block"]]), cells, "block", what,
+        file=BLOCKS_FILE,
+    )  # fmt: skip
     if figure is not None:
-        style.name_ticks(figure.axes[0], [str(b)[-20:] for b in blocks])
-        figure.axes[0].tick_params(axis="x", labelsize=5.5)
-        figure.set_label(f"{what} by block")
+        for axes in figure.axes:
+            style.name_ticks(axes, list(map(str, blocks)))
+            axes.tick_params(axis="x", labelsize=5.5)
+        words = labels.column(BLOCKS_FILE, what).label
+        figure.set_label(f"{words[:1].upper()}{words[1:]} by block")
     return figure
 
 
@@ -164,9 +186,10 @@ def decay_makers(
 
     def make(block: str) -> Figure | None:
         own = rows.loc[rows["block"] == block]
-        figure = line_figure(own, cells, "rank", "eigenvalue", log="xy")
+        figure = line_figure(own, cells, "rank", "eigenvalue", file=BLOCKS_FILE, log="xy")
         if figure is not None:
-            figure.axes[0].set_ylabel(f"eigenvalue of {block}", parse_math=False)
+            for axes in figure.axes:
+                axes.set_ylabel(f"eigenvalue of {block}", parse_math=False)
             figure.set_label(f"Eigenvalues of {block} by rank")
         return figure
 
@@ -234,7 +257,9 @@ def importance_figure(scores: Mapping[str, float]) -> Figure:
 def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | None:
     """Spectral densities, one line per cell."""
     curves = _on_one_grid(rows, "grid", "density")
-    figure = line_figure(curves, cells, "grid", "density", log="y", decades=DECADES)
+    figure = line_figure(
+        curves, cells, "grid", "density", file="density.csv", log="y", decades=DECADES
+    )
     if figure is None:
         return None
     words = "grid"  # where no ``lanczos.json`` says what the density is over
@@ -242,7 +267,8 @@ def density_figure(rows: pd.DataFrame, cells: Mapping[str, str]) -> Figure | Non
         file = Path(str(rows["directory"].iloc[0])) / LANCZOS_FILE
         log = atomic.read_object(file)["density"]["scale"] == "log10"
         words = "log10 eigenvalue" if log else "eigenvalue"
-    figure.axes[0].set_xlabel(words)
+    for axes in figure.axes:
+        axes.set_xlabel(words)
     figure.set_label(f"Spectral density against {words}")
     return figure
 

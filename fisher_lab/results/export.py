@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fisher_lab.results import labels
 from fisher_lab.results.stats import Paired
 from fisher_lab.results.table import CellKey, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
@@ -125,12 +127,13 @@ class Grid:
 
 def grid(table: Table, columns: Sequence[tuple[str, Key]] | None = None) -> Grid:
     """The cells of a table with the labels of their rows, in some of its columns or in all."""
-    columns = columns or table.columns
+    columns = table.columns if columns is None else columns
     rows = [
         [*map(label, row), *(cell_text(table, (row, m, c)) for m, c in columns)]
         for row in table.rows
     ]
-    names = [*table.row_names, *(table.heading(m, c) for m, c in columns)]
+    names = [labels.setting(name).with_symbol for name in table.row_names]
+    names += [table.heading(m, c) for m, c in columns]
     return Grid(names, len(table.row_names), rows)
 
 
@@ -142,9 +145,15 @@ def differences(table: Table) -> Grid | None:
     """
     if not table.comparisons:
         return None
-    left = [*table.row_names, *table.col_names, "metric"]
+    names = [*table.row_names, *table.col_names]
+    left = [*(labels.setting(name).with_symbol for name in names), "metric"]
     rows: list[list[str | CellText]] = [
-        [*map(label, row), *map(label, col), metric, *_difference_words(comparison)]
+        [
+            *map(label, row),
+            *map(label, col),
+            labels.metric(metric).heading,
+            *_difference_words(comparison),
+        ]
         for (row, metric, col), comparison in table.comparisons.items()
         if not comparison.is_baseline
     ]
@@ -189,7 +198,8 @@ def to_terminal(table: Table, width: int = 100) -> RenderableType:
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
     grids = [grid(table, columns) for columns in _blocks(table, width)]
     for one in (*grids, *filter(None, [differences(table)])):
-        out = rich_table(one.names[: one.left], one.names[one.left :])
+        names = ["\n".join(_lines(name)) for name in one.names]
+        out = rich_table(names[: one.left], names[one.left :])
         for row in one.rows:
             out.add_row(*map(_styled, row))
         parts += [out, Text()]
@@ -214,19 +224,17 @@ def _styled(cell: str | CellText) -> Text:
     return Text(cell.plain, style=style)
 
 
-def _blocks(
-    table: Table, width: int, lines_of: Callable[[str], list[str]] = str.splitlines
-) -> Iterable[list[tuple[str, Key]]]:
+def _blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
     """The columns in groups that fit, with headings in some lines, beside the row labels."""
     left = sum(
-        2 + max(len(name), *(len(label(row[i])) for row in table.rows))
-        for i, name in enumerate(table.row_names)
+        2 + max(*map(len, _lines(name)), *(len(label(row[i])) for row in table.rows))
+        for i, name in enumerate(grid(table, ()).names)
     )
     block: list[tuple[str, Key]] = []
     room = width - left
     for metric, col in table.columns:
         need = 2 + max(
-            *map(len, lines_of(table.heading(metric, col))),
+            *map(len, _lines(table.heading(metric, col))),
             *(len(cell_text(table, (row, metric, col)).plain) for row in table.rows),
         )
         if block and need > room:
@@ -235,6 +243,15 @@ def _blocks(
         block.append((metric, col))
         room -= need
     yield block
+
+
+HEADING = 18
+"""Characters of a line of a heading, where its words allow it."""
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a heading, broken between words."""
+    return textwrap.wrap(text, HEADING, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def to_text(table: Table, width: int = 100) -> str:
@@ -370,6 +387,12 @@ SPECIAL = {
     "\u00d7": r"$\times$",
     "κ": r"$\kappa$",
     "λ": r"$\lambda$",
+    "η": r"$\eta$",
+    "\u03c1": r"$\rho$",
+    "Δ": r"$\Delta$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "→": r"$\rightarrow$",
     "≤": r"$\leq$",
     "≥": r"$\geq$",
     "\u2212": r"$-$",
@@ -394,7 +417,8 @@ PAGE_WIDTH = 132
 
 def escape(text: str) -> str:
     """Text that LaTeX shows as it is. A character that its fonts lack becomes ``?``."""
-    return "".join(map(_latex_character, text))
+    plain = "".join(map(_latex_character, text))
+    return re.sub(r"(\$\\[a-z]+)\$\\_(\w+)", r"\1_{\\mathrm{\2}}$", plain)  # of a symbol
 
 
 def _latex_character(char: str) -> str:
@@ -430,7 +454,7 @@ def to_latex(table: Table, *, siunitx: bool = False) -> str:
     notes = " ".join(f"{note[:1].upper()}{note[1:]}." for note in table.notes)
     name = "".join(c if c.isalnum() else "-" for c in table.title)
     parts = []
-    for number, columns in enumerate(_blocks(table, PAGE_WIDTH, _lines)):
+    for number, columns in enumerate(_blocks(table, PAGE_WIDTH)):
         caption = f"{table.title}{', continued.' if number else f'. {notes}'}"
         own = f"{name}-{number + 1}" if number else name
         parts.append(_environment(grid(table, columns), _heading, siunitx, caption, own))
@@ -470,17 +494,12 @@ def _environment(
     )
 
 
-def _lines(text: str) -> list[str]:
-    """A metric over its values in two lines where it is long."""
-    head, slash, tail = text.partition("/")
-    return [f"{head}/", tail] if slash and len(text) > 14 else [text]
-
-
 def _heading(text: str) -> str:
-    first, *rest = map(escape, _lines(text))
-    if not rest:
-        return first
-    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{first}\\{rest[0]}\end{{tabular}}"
+    lines = list(map(escape, _lines(text)))
+    if len(lines) == 1:
+        return lines[0]
+    body = r"\\".join(lines)
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{body}\end{{tabular}}"
 
 
 def _latex_cell(cell: CellText, siunitx: bool) -> str:

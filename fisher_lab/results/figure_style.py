@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,15 +27,22 @@ from fisher_lab.runs import atomic
 
 T = TypeVar("T")
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C",
+)  # fmt: skip
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.35, 2.5
 """Inches of a figure in one column of a paper."""
+LINE = 34
+"""Characters of a line beside an axis."""
 NOTE: Any = {"fontsize": 6.5, "color": "#444444"}
 """How the note above the axes looks."""
-MOST_SERIES = 7
+MOST_SERIES = len(COLOURS)
 """Lines that are drawn in one panel: as many as there are colours."""
+
+MOST_PANELS = 9
+"""Panels of one figure."""
 
 STYLE: Any = {
     "font.size": 8,
@@ -60,17 +68,40 @@ logging.getLogger("fontTools").setLevel(logging.WARNING)
 
 
 def new_figure(
-    width: float = WIDTH, height: float = HEIGHT, panels: int = 1
+    width: float = WIDTH, height: float = HEIGHT, panels: int = 1, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with panels side by side, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    """An empty figure with panels side by side, in inches.
+
+    Args:
+        width: of the figure.
+        height: of a line of panels.
+        panels: how many there are.
+        columns: of them in a line; by default all.
+    """
+    columns = columns or panels
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(width, height * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panel_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    panel_axes = grid[:panels]
+    for axes in grid[panels:]:
+        axes.remove()
     for axes in panel_axes:
         # A dollar sign in a metric's name is a dollar sign and does not begin mathematics.
         for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
             text.set_parse_math(False)
     return figure, panel_axes
+
+
+def name_axes(axes: Axes, x: str, y: str) -> None:
+    """Name both axes, in lines that are no longer than an axis of a column's figure."""
+    axes.set_xlabel(textwrap.fill(x, LINE))
+    axes.set_ylabel(textwrap.fill(y, LINE))
+
+
+def note(axes: Axes, text: str) -> None:
+    """Write a note above the axes, in lines that fit there."""
+    axes.set_title(textwrap.fill(text, 46), **NOTE)
 
 
 def is_wide(figure: Figure) -> bool:
@@ -186,6 +217,41 @@ def name_ticks(
         ha="right" if rotation else "center",
         parse_math=False,
     )
+
+
+OUTLIER = 1000.0
+"""Where the largest number is so many times the middle one, an axis is logarithmic beyond it."""
+
+
+def scale(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y axis logarithmic where positive numbers span decades.
+
+    Where signs or zeros forbid it and some numbers are far larger than the others, it is so beyond
+    the middle one alone.
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    if spans_decades(finite):
+        axes.set_yscale("log")
+        return
+    sizes = sorted(abs(v) for v in finite if v)
+    if sizes and sizes[-1] >= OUTLIER * sizes[len(sizes) // 2]:
+        axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+
+
+def panels_of(names: Sequence[str]) -> list[list[str]]:
+    """The lines of every panel: no panel has more than there are colours."""
+    panels = max(math.ceil(len(names) / MOST_SERIES), 1)
+    each = math.ceil(len(names) / panels)
+    return [list(names[i * each : (i + 1) * each]) for i in range(panels)]
+
+
+def same_scale(panels: Sequence[Axes]) -> None:
+    """Give all panels the y axis that shows the numbers of all."""
+    kinds = {axes.get_yscale() for axes in panels}
+    if len(kinds) == 1:
+        low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
+        for axes in panels:
+            axes.set_ylim(min(low), max(high))
 
 
 def spans_decades(values: Sequence[float], decades: float = 2.0) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +24,17 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from fisher_lab.results import figure_style as style
+from fisher_lab.results import labels
 from fisher_lab.results.curve_figures import block_figure, decay_makers, density_figure, line_figure
-from fisher_lab.results.figure_style import MOST_SERIES
+from fisher_lab.results.figure_style import COLOURS, MARKS, MOST_PANELS, MOST_SERIES
+from fisher_lab.results.layer_kinds import grouped
 from fisher_lab.results.loading import load_layers, load_table
 from fisher_lab.results.table import Table, tabulate
 from fisher_lab.results.values import ResultsError, column, label, levels, metric_names, parse_value
 from fisher_lab.runs.status import Status
 
-MOST_COLUMNS = 30
+MOST_COLUMNS, MOST_ROWS = 30, 40
+"""Of a heat map."""
 CURVE_FILE, DENSITY_FILE, SPECTRUM_FILE = "curve.csv", "density.csv", "spectral.csv"
 TIME, MEMORY = "kfac/total_s", "kfac/peak_mb"
 WORLD_SIZE = "dist/world_size"
@@ -111,7 +115,7 @@ def figure_makers(table: Table, frame: pd.DataFrame) -> Plans:
         "layers-clipped": lambda: layer_figure(layers(), cells, "clipped"),
         "layers-kappa": lambda: layer_figure(layers(), cells, "kappa"),
         "learning-curves": lambda: line_figure(
-            load_table(paths, CURVE_FILE), cells, "step", "heldout_loss"
+            load_table(paths, CURVE_FILE), cells, "step", "heldout_loss", file=CURVE_FILE
         ),
         "spectral-density": lambda: density_figure(load_table(paths, DENSITY_FILE), cells),
         "spectra-effective-rank": lambda: block_figure(
@@ -147,7 +151,7 @@ def cell_names(table: Table, frame: pd.DataFrame) -> dict[str, str]:
 def settings_words(names: Sequence[str], values: Sequence[Any]) -> str:
     """Some settings as a legend shows them: ``damping=1e-4, policy=auto``."""
     pairs = zip(names, values, strict=True)
-    return ", ".join(f"{name.rpartition('.')[2]}={label(value)}" for name, value in pairs)
+    return ", ".join(f"{labels.setting(name).short}={label(value)}" for name, value in pairs)
 
 
 def complete(table: Table, frame: pd.DataFrame) -> Table:
@@ -189,20 +193,88 @@ Series = dict[str, list[Point]]
 """Words for the other settings -> the points that have a number."""
 
 
+def plot(table: Table, metric: str | None = None, axis: str | None = None) -> Figure | None:
+    """A metric against a swept setting; None where nothing varies.
+
+    Args:
+        table: of cells.
+        metric: of the table; by default its first one.
+        axis: a row or column of the table; by default its first one.
+
+    Raises:
+        ResultsError: the table has no such metric, or no such setting.
+    """
+    names = [*table.row_names, *table.col_names]
+    chosen = (metric or next(iter(table.metrics), "")), (axis or next(iter(names), ""))
+    for name, there in zip(chosen, (table.metrics, names), strict=True):
+        if name not in there:
+            raise ResultsError(f"{name}: the table has {', '.join(there) or 'none'}")
+    return metric_figure(table, *chosen)
+
+
 @style.styled
 def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
     """A metric against one setting, one line for each combination of the others, with intervals.
 
-    The table has the metric, and the setting among its rows or columns. None where fewer than two
-    values of the setting have numbers, or all numbers are the same.
+    Lines that are equal up to rounding are one. Where more are left than there are colours, each
+    value of another setting has a panel of its own. The table has the metric, and the setting
+    among its rows or columns. None where fewer than two values of the setting have numbers, or the
+    numbers differ by rounding alone.
     """
-    series = _series(table, metric, axis)
+    series = collapse(_series(table, metric, axis))
     if not _varies(series):
         return None
-    figure, (axes,) = style.new_figure()
-    figure.set_label(f"{metric} against {axis}")
-    style.legend(figure, axes, _draw(axes, table, metric, axis, series))
+    panels = {"": series}
+    if len(series) > MOST_SERIES:
+        panels = _by_another(table, metric, axis) or panels
+    columns = min(len(panels), 3)
+    width = style.WIDTH if columns == 1 else 2.1 * style.WIDTH
+    figure, all_axes = style.new_figure(width, panels=len(panels), columns=columns)
+    figure.set_label(_seen(table, metric, axis, series))
+    lines = [
+        _draw(axes, table, metric, axis, own, title)
+        for axes, (title, own) in zip(all_axes, panels.items(), strict=True)
+    ]
+    style.same_scale(all_axes)
+    style.legend(figure, all_axes[lines.index(max(lines))], max(lines))
     return figure
+
+
+def _by_another(table: Table, metric: str, axis: str) -> dict[str, Series]:
+    """Value of another setting -> its lines, for the setting that leaves few panels of few lines.
+
+    Empty where there is none: no panel may have more lines than there are colours.
+    """
+    names = [*table.row_names, *table.col_names]
+    found = []
+    for name in names:
+        if name == axis:
+            continue
+        values = _positions(table, name)[0]
+        words = {settings_words([name], [value]): value for value in values}
+        panels = {
+            title: collapse(_series(table, metric, axis, {name: value}))
+            for title, value in words.items()
+        }
+        panels = {title: own for title, own in panels.items() if any(own.values())}
+        if all(len(own) <= MOST_SERIES for own in panels.values()) and len(panels) <= MOST_PANELS:
+            found.append(panels)
+    return min(found, key=len, default={})
+
+
+def _seen(table: Table, metric: str, axis: str, series: Series) -> str:
+    """What the figure shows, and its lowest and highest number, in words."""
+    points = [(y, x, words) for words, line in series.items() for x, y, *_ in line]
+    values, positions, _ = _positions(table, axis)
+    at = {x: label(value) for value, x in zip(values, positions, strict=True)}
+    entry, setting = labels.metric(metric), labels.setting(axis)
+    ends = " to ".join(
+        f"{entry.text(y)} at {at[x]}{f' ({words})' if words else ''}"
+        for y, x, words in (min(points), max(points))
+    )
+    unit = f" {entry.unit}" if entry.unit and entry.format != "mib" else ""
+    title = f"{entry.label[:1].upper()}{entry.label[1:]} against the {setting.label}"
+    return f"{title}: from {ends}{unit and f', in{unit}'}"
 
 
 @style.styled
@@ -224,7 +296,7 @@ def scaling_figure(table: Table, axis: str | None) -> Figure | None:
         return None
     width = min(0.8 * len(series), 2.1) * style.WIDTH  # of a page at most
     figure, panels = style.new_figure(width, panels=len(series))
-    figure.set_label(f"Time, bytes and memory against {axis}")
+    figure.set_label(f"Time, bytes and memory against the {labels.setting(axis).label}")
     lines = [
         _draw(axes, table, metric, axis, points)
         for axes, (metric, points) in zip(panels, series.items(), strict=True)
@@ -233,20 +305,70 @@ def scaling_figure(table: Table, axis: str | None) -> Figure | None:
     return figure
 
 
-def _series(table: Table, metric: str, axis: str) -> Series:
+def _series(table: Table, metric: str, axis: str, fixed: Mapping[str, Any] | None = None) -> Series:
+    """The points of every combination of the other settings, or of those with a fixed value."""
     names = [*table.row_names, *table.col_names]
+    fixed = fixed or {}
+    others = [i for i, name in enumerate(names) if name != axis and name not in fixed]
     at = names.index(axis)
     values, positions, _ = _positions(table, axis)
     position = {label(v): x for v, x in zip(values, positions, strict=True)}
     series: Series = {}
     for row, col in itertools.product(table.rows, table.cols):
-        y, low, high = table.point((row, metric, col))
         key = (*row, *col)
-        words = settings_words(names[:at] + names[at + 1 :], key[:at] + key[at + 1 :])
+        if any(label(key[names.index(name)]) != label(value) for name, value in fixed.items()):
+            continue
+        y, low, high = table.point((row, metric, col))
+        words = settings_words([names[i] for i in others], [key[i] for i in others])
         points = series.setdefault(words, [])
         if math.isfinite(y):
             points.append((position[label(key[at])], y, low, high))
     return series
+
+
+ROUNDING = 1e-9
+"""Numbers that differ by less than this fraction of their size differ by rounding."""
+
+
+def collapse(series: Series) -> Series:
+    """The lines with those that are equal up to rounding made one, whose words name them all."""
+    groups: list[tuple[list[str], list[Point]]] = []
+    for words, points in series.items():
+        for names, known in groups:
+            if points and _apart(points, known) <= ROUNDING:
+                names.append(words)
+                break
+        else:
+            groups.append(([words], points))
+    return {_one_name(names, [series[name] for name in names]): points for names, points in groups}
+
+
+def _apart(left: Sequence[Point], right: Sequence[Point]) -> float:
+    """The largest difference of two lines by their size; infinite at other positions."""
+    a, b = (np.array(sorted(points), dtype=float) for points in (left, right))
+    if a.shape != b.shape or not np.array_equal(a[:, 0], b[:, 0]):
+        return math.inf
+    size = max(float(np.abs(a[:, 1]).max()), float(np.abs(b[:, 1]).max()))
+    differences = np.abs(a[:, 1:] - b[:, 1:])
+    if bool((np.isnan(a[:, 1:]) != np.isnan(b[:, 1:])).any()):
+        return math.inf
+    return float(np.nan_to_num(differences).max()) / size if size else 0.0
+
+
+def _one_name(names: Sequence[str], lines: Sequence[Sequence[Point]]) -> str:
+    """``policy=all, auto (identical to 2e-15)``."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(", ") for name in names]
+    differing = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    words = f"{names[0]} and {len(names) - 1} more"
+    if len(differing) == 1:
+        at = differing[0]
+        values = "|".join(part[at].partition("=")[2] for part in parts)
+        words = ", ".join([*parts[0][:at], f"{parts[0][at].partition('=')[0]}={values}",
+                           *parts[0][at + 1 :]])  # fmt: skip
+    apart = max(_apart(lines[0], line) for line in lines[1:])
+    return f"{words} (identical{f' to {apart:.0e}' if apart else ''})"
 
 
 def _positions(table: Table, axis: str) -> tuple[list[Any], list[float], bool]:
@@ -257,11 +379,15 @@ def _positions(table: Table, axis: str) -> tuple[list[Any], list[float], bool]:
 
 
 def _varies(series: Series) -> bool:
+    """Whether there are two positions at least, and numbers that differ by more than rounding."""
     points = [point for line in series.values() for point in line]
-    return len({x for x, *_ in points}) > 1 and len({y for _, y, *_ in points}) > 1
+    if len({x for x, *_ in points}) < 2:
+        return False
+    values = [y for _, y, *_ in points]
+    return max(values) - min(values) > ROUNDING * max(map(abs, values))
 
 
-def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series) -> int:
+def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series, title: str = "") -> int:
     """Draw the lines of a panel and return their number."""
     values, positions, log = _positions(table, axis)
     connect = all(isinstance(parse_value(v), float | None) for v in values)
@@ -280,10 +406,10 @@ def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series) -> i
             x, y, yerr=_ends(y, low, high), capsize=2, elinewidth=0.8, label=words, **look
         )
     style.set_ticks(axes, values, positions, log)
-    if style.spans_decades([y for points in series.values() for _, y, *_ in points]):
-        axes.set_yscale("log")
-    axes.set(xlabel=axis, ylabel=metric)
-    axes.set_title(_note(table, metric, len(series)), **style.NOTE)
+    style.scale(axes, [y for points in series.values() for _, y, *_ in points])
+    axes.set_label(metric)  # for programs
+    style.name_axes(axes, labels.setting(axis).with_symbol, labels.metric(metric).with_unit)
+    style.note(axes, title or _note(table, metric, len(series)))
     return sum(bool(points) for _, points in lines)
 
 
@@ -312,20 +438,25 @@ def trade_figure(table: Table) -> Figure | None:
     if not {TIME, MEMORY} <= set(table.metrics):
         return None
     keys = list(itertools.product(table.rows, table.cols))
-    if not 1 < len(keys) <= 3 * MOST_SERIES:
+    firsts = list(dict.fromkeys((*row, *col)[:1] for row, col in keys))
+    rests = list(dict.fromkeys((*row, *col)[1:] for row, col in keys))
+    if len(keys) < 2 or max(len(firsts), len(rests)) > MOST_SERIES:
         return None
     figure, (axes,) = style.new_figure()
     names = [*table.row_names, *table.col_names]
-    for i, (row, col) in enumerate(keys):
+    for row, col in keys:
         x, y = table.point((row, TIME, col)), table.point((row, MEMORY, col))
         if not (math.isfinite(x[0]) and math.isfinite(y[0])):
             continue
-        look: dict[str, Any] = {**style.look(i), "linestyle": "none"}
+        # The colour is the value of the first setting, and the mark those of the others.
+        key = (*row, *col)
+        look: dict[str, Any] = {"color": COLOURS[firsts.index(key[:1])], "linestyle": "none"}
+        look["marker"] = MARKS[rests.index(key[1:])]
         axes.errorbar(
             [x[0]], [y[0]], xerr=_ends(*x), yerr=_ends(*y), capsize=2, elinewidth=0.8,
             label=settings_words(names, (*row, *col)), **look,
         )  # fmt: skip
-    axes.set(xlabel=TIME, ylabel=f"{MEMORY} (MiB)")
+    style.name_axes(axes, labels.metric(TIME).with_unit, labels.metric(MEMORY).with_unit)
     figure.set_label("Time and memory")
     style.legend(figure, axes, len(keys))
     return figure
@@ -391,24 +522,40 @@ def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> F
     clipped = what == "clipped"
     if not sides or (clipped and not any(v.to_numpy().any() for v in sides.values())):
         return None
+    sides = {side: _few_rows(values) for side, values in sides.items()}
     rows = max(len(values) for values in sides.values())
     columns = max(len(values.columns) for values in sides.values())
     if columns > MOST_COLUMNS:
         raise ResultsError(f"{columns} cells are too many columns for a heat map")
     width = max(style.WIDTH, 1.6 + 0.32 * columns) * len(sides)
-    words = "fraction of eigenvalues clipped" if clipped else "log10 condition number"
+    words = labels.column("layers.csv", what).label
+    words = words if clipped else f"log10 of the {words}"
     figure, panels = style.new_figure(width, 1.3 + 0.16 * rows, len(sides))
+    # The same colour is the same value on both sides.
+    low = 0.0 if clipped else min(float(v.min().min()) for v in sides.values())
+    high = max(1e-3, *(float(v.max().max()) for v in sides.values()))
     for axes, (side, values) in zip(panels, sides.items(), strict=True):
-        limits = (0, max(float(values.max().max()), 1e-3)) if clipped else (None, None)
-        image = axes.imshow(
-            values.to_numpy(), aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1]
-        )
+        image = axes.imshow(values.to_numpy(), aspect="auto", cmap="cividis", vmin=low, vmax=high)
         style.name_ticks(axes, list(map(str, values.columns)))
-        names = [str(name)[-28:] for name in values.index]
-        axes.set_yticks(range(len(values)), names, parse_math=False)
+        axes.set_yticks(range(len(values)), list(map(str, values.index)), parse_math=False)
         axes.tick_params(labelsize=5.5)
-        axes.set_title(f"{side}: {words}", fontsize=7)
+        axes.set_title(side, fontsize=7)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=5.5)
-    figure.set_label(f"{words[:1].upper()}{words[1:]}, layer by layer")
+        if axes is panels[-1]:
+            bar = figure.colorbar(image, ax=panels, shrink=0.8, label=textwrap.fill(words, 40))
+            bar.ax.tick_params(labelsize=5.5)
+    figure.set_label(
+        f"{words[:1].upper()}{words[1:]}, layer by layer, from {low:.3g} to {high:.3g}"
+    )
     return figure
+
+
+def _few_rows(values: pd.DataFrame) -> pd.DataFrame:
+    """Layers by cells; where there are too many layers, their means by kind."""
+    rows = [{"name": name} for name in values.index]
+    if len(rows) <= MOST_ROWS:
+        return values
+    groups = grouped(rows, MOST_ROWS)
+    means = {f"{kind} ({len(own)})": values.loc[[row["name"] for row in own]].mean()
+             for kind, own in groups.items()}  # fmt: skip
+    return pd.DataFrame(means).T

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fisher_lab.results import claims, export, manifest
+from fisher_lab.results.console import standard_output
 from fisher_lab.results.figures import complete, draw
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.loading import load
@@ -34,8 +35,6 @@ WRITTEN = re.compile(r"table\.\w+|claims\.json|figures/.*")
 """The names of what is written."""
 
 MOST_LEFT_OUT = 5
-PIPE_WIDTH = 120
-"""Columns where standard output is no terminal."""
 
 
 @dataclass
@@ -105,14 +104,6 @@ def at_end(directory: str | os.PathLike[str]) -> None:
         finish(directory, console=standard_output())
     except Exception as error:  # a table that fails must not fail a sweep that is done
         print(f"fisher_lab: no table of {directory}: {error}", file=sys.stderr)
-
-
-def standard_output() -> Console:
-    """A console on standard output, wide enough where that is no terminal."""
-    console = Console(highlight=False, markup=False)
-    return (
-        console if console.is_terminal else Console(highlight=False, markup=False, width=PIPE_WIDTH)
-    )
 
 
 def show(done: Finished, console: Console) -> None:

@@ -8,18 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
+from fisher_lab.results import labels
 
-WORDS = {
-    "blocks": "block-\ndiagonal",
-    "ekfac_sequence": "EKFAC\nsequences",
-    "ekfac_token": "EKFAC\ntokens",
-    "kfac": "K-FAC\nexpand",
-    "kfac_reduce": "K-FAC\nreduce",
-    "diagonal": "diagonal",
-    "identity": "identity",
-    "kfac_split": "K-FAC,\nown damping",
-}
-"""Rung -> its words under the axis; the exact one is what the others are compared with."""
+EXACT = "exact"
+"""The rung that the others are compared with."""
 
 
 @style.styled
@@ -31,10 +23,10 @@ def ladder_figure(result: Mapping[str, Any]) -> Figure:
     """
     figure, panels = style.new_figure(width=2 * style.WIDTH, height=style.HEIGHT, panels=2)
     rows: Sequence[Mapping[str, Any]] = result["rows"]
-    labels = {"error": "relative error, |x - x*| / |x*|", "cosine": "cosine with the exact answer"}
-    for axes, key in zip(panels, labels, strict=True):
-        shown = {row["rung"] for row in rows if row[key] is not None}
-        names = [name for name in WORDS if name in shown]
+    named = {"error": "relative error, |x - x*| / |x*|", "cosine": "cosine with the exact answer"}
+    for axes, key in zip(panels, named, strict=True):
+        shown = dict.fromkeys(row["rung"] for row in rows if row[key] is not None)
+        names = [name for name in shown if name != EXACT]
         for place, name in enumerate(names):
             own = [row for row in rows if row["rung"] == name]
             known = [row for row in own if row[key] is not None and row[key] == row[key]]
@@ -44,8 +36,9 @@ def ladder_figure(result: Mapping[str, Any]) -> Figure:
                       label="a layer" if place == 0 else None)  # fmt: skip
             axes.plot([place] * len(whole), whole, "s", color=style.COLOURS[0], markersize=6,
                       label="all layers" if place == 0 else None)  # fmt: skip
-        axes.set_xticks(range(len(names)), [WORDS[n] for n in names], fontsize=5)
-        axes.set_ylabel(labels[key])
+        words = [labels.words("rung", n).replace(", ", ",\n").replace("-d", "-\nd") for n in names]
+        axes.set_xticks(range(len(names)), words, fontsize=5)
+        axes.set_ylabel(named[key])
     panels[0].set_yscale("log")
     panels[0].axhline(1.0, color="#888888", linewidth=0.6)
     panels[1].axhline(0.0, color="#888888", linewidth=0.6)

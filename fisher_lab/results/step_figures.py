@@ -10,14 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fisher_lab.results import figure_style as style
-
-NAMES = {
-    "natural": "natural gradient",
-    "ekfac": "EKFAC",
-    "gradient": "gradient",
-    "sign": "sign (Adam's first step)",
-}
-"""Direction -> its words in a legend; others keep their names."""
+from fisher_lab.results import labels
 
 PANELS = {
     "own": "batches of the factors",
@@ -49,20 +42,22 @@ def step_figure(result: Mapping[str, Any]) -> Figure:
             deepest = min([deepest, *(1e3 * row[f"{part}_change"] for row in own)])
             lows = [row["judging_low"] for row in own if part != "own"]
             deepest = min([deepest, *(1e3 * low for low in lows if _number(low))])
-            _draw_direction(axes, own, part, str(NAMES.get(name, name)), style.look(i))
+            _draw_direction(axes, own, part, labels.words("direction", name), style.look(i))
         axes.axhline(0.0, color="#888888", linewidth=0.6)
         if deepest < 0:
             axes.set_ylim(1.25 * deepest, -ABOVE * deepest)
         if result.get("eta"):
             axes.axvline(
                 result["eta"], color=style.COLOURS[0], linestyle=":", linewidth=1,
-                label="step whose quadratic term is 0.01 nats",
+                label=labels.metric("ng/eta").label,
             )  # fmt: skip
         axes.set(xscale="log", xlabel="distance moved, |t d|")
         axes.set_title(title, **style.NOTE)
     panels[0].set_ylabel("change of the loss, mnat a token")
     style.legend(figure, panels[0], len(names) + bool(result.get("eta")))
-    figure.set_label("Change of the loss against the length of the step")
+    figure.set_label(
+        "Change of the loss against the length of the step (the sign is Adam's first step)"
+    )
     return figure
 
 

@@ -14,18 +14,19 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from typing_extensions import override
 
-from fisher_lab.results import stats
+from fisher_lab.results import labels, stats
 from fisher_lab.results.stats import CONFIDENCE, Summary, summarise
 from fisher_lab.results.values import (
     CODE,
     SEED,
     ResultsError,
     Rounded,
-    better,
     choose,
     find_axes,
     is_time,
@@ -37,6 +38,9 @@ from fisher_lab.results.values import (
     select,
 )
 from fisher_lab.runs.status import Status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Key = tuple[Any, ...]
 """Values of the settings of a row or a column."""
@@ -177,7 +181,7 @@ class Comparison:
     is_baseline: bool = False
 
 
-@dataclass
+@dataclass(repr=False)
 class Table:
     """Cells by row, metric and column.
 
@@ -230,10 +234,22 @@ class Table:
             return s.median, *both
         return s.mean, s.low, s.high
 
+    @override
+    def __repr__(self) -> str:
+        return resolve_name("fisher_lab.results.export:to_text")(self)  # which imports this module
+
+    def _repr_html_(self) -> str:
+        return resolve_name("fisher_lab.results.export:to_html")(self)
+
+    def plot(self, metric: str | None = None, axis: str | None = None) -> Figure | None:
+        """A metric against a setting, by default the first ones (:func:`.figures.plot`)."""
+        return resolve_name("fisher_lab.results.figures:plot")(self, metric, axis)
+
     def heading(self, metric: str, col: Key) -> str:
-        """The heading of a column."""
+        """The heading of a column, for people."""
         where = ", ".join(label(value) for value in col)
-        return f"{metric} ({where})" if where else metric
+        words = labels.metric(metric).heading
+        return f"{words}, {where}" if where else words
 
 
 def tabulate(
@@ -457,31 +473,39 @@ def _sorted(keys: Iterable[Key]) -> list[Key]:
 # ---- marks ---------------------------------------------------------------------------------------
 
 
+BETTER = {"min": labels.LOWER, "max": labels.HIGHER, "none": None}
+"""What ``directions`` says -> which values are better, as the catalogue of names has it."""
+
+
 def _mark(table: Table, directions: Mapping[str, str]) -> None:
     """Mark the best cell of each metric, and those that do not differ significantly from it."""
     for metric, wanted in directions.items():
-        _check_choice(f"best {metric}", wanted, ("min", "max", "none"))
-
-    def tied(best: CellKey, key: CellKey, confidence: float) -> bool:
-        one, other = table.cells[key].values, table.cells[best].values
-        return stats.overlap(one, other, confidence, table.statistic[key[1]])
-
+        _check_choice(f"best {metric}", wanted, tuple(BETTER))
     for metric in table.metrics:
-        direction = directions.get(metric, better(metric))
+        known = labels.metric(metric).better
+        better = BETTER[directions[metric]] if metric in directions else known
         keys = [k for k in table.cells if k[1] == metric and table.cells[k].complete]
-        if direction not in ("min", "max") or len(keys) < 2:
+        if better is None or len(keys) < 2:
             continue
-        points = {k: table.point(k)[0] for k in keys}
-        top = (max if direction == "max" else min)(points.values())
+        points = {k: labels.lower_is_better(table.point(k)[0], better) for k in keys}
+        top = min(points.values())
         best = next(k for k in keys if math.isclose(points[k], top, rel_tol=1e-12))
         alike = {k for k in keys if _looks_like(table, k, best)}
         if len(alike) == len(keys):
             continue  # nothing to choose between
         table.best.add(best)
         others = [k for k in keys if k not in alike]
-        test = functools.partial(tied, best)
+        test = functools.partial(_tied, table, better, best)
         alike |= stats.contenders(others, len(keys), test, table.confidence)
         table.ties |= alike - {best}
+
+
+def _tied(table: Table, better: str | float, best: CellKey, key: CellKey, level: float) -> bool:
+    """Whether a cell does not differ significantly from the best."""
+    one, other = table.cells[key].values, table.cells[best].values
+    if not isinstance(better, str):
+        one, other = (one - better).abs(), (other - better).abs()
+    return stats.overlap(one, other, level, table.statistic[key[1]])
 
 
 def _looks_like(table: Table, key: CellKey, best: CellKey) -> bool:
@@ -535,7 +559,7 @@ def _add_notes(table: Table, runs: pd.DataFrame) -> None:
     if numbers == {1}:
         table.notes.insert(0, "one run per cell: no interval can be given")
     elif numbers:
-        runs = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
+        count = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(max(numbers))
         shown = []
         means = [metric for metric, statistic in table.statistic.items() if statistic == "mean"]
         logs = {key[1] for key, cell in table.cells.items() if cell.method == "log"}
@@ -548,7 +572,7 @@ def _add_notes(table: Table, runs: pd.DataFrame) -> None:
         if table.details:
             shown.append("sd is the standard deviation")
         over = ", ".join(table.over) or "nothing"
-        table.notes.insert(0, f"{'; '.join(shown)}; over {over}, n = {runs}")
+        table.notes.insert(0, f"{'; '.join(shown)}; over {over}, n = {count}")
     lost = sum(not cell.complete for cell in table.cells.values())
     if lost:
         table.notes.append(

@@ -198,11 +198,6 @@ def runs_of_sweep(frame: pd.DataFrame, sweep: str) -> pd.DataFrame:
 
 # ---- metrics -------------------------------------------------------------------------------------
 
-LESS = ("_s", "seconds", "_mb", "bytes", "error", "fallbacks", "jitter_events", "_max",
-        "_change")  # fmt: skip
-MORE = ("decrease", "decrease_best", "gain", "cosine", "per_s", "speedup", "efficiency")
-LOSSES = ("loss", "heldout_loss", "heldout", "heldout_best")
-
 FIRST = (
     "step/natural/heldout_change", "step/natural/gain",
     "ng/heldout_loss_decrease", "ng/heldout_loss_decrease_best", "ng/cosine",
@@ -226,19 +221,6 @@ ENGINES = (
 def is_time(name: str) -> bool:
     """Whether a metric is a time. Other load of the machine skews times: median and quartiles."""
     return name.endswith(("_s", "seconds")) and not name.endswith("per_s")
-
-
-def better(name: str) -> str | None:
-    """``min`` or ``max``, or None where the name does not say which is better.
-
-    It is None for a clipped fraction, which is 0 by construction where there is no floor.
-    """
-    last = name.rpartition("/")[2]
-    if last.endswith(MORE):
-        return "max"
-    if last.endswith(LESS) or last in LOSSES or name.endswith("/heldout"):
-        return "min"
-    return None
 
 
 def metric_names(frame: pd.DataFrame) -> list[str]:

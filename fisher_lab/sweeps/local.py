@@ -29,6 +29,8 @@ from fisher_lab.sweeps.worker_process import WorkerProcess
 class InProcess(Executor):
     """Runs a cell to its end in ``start``."""
 
+    has_bar = False
+
     def __init__(self, settings: SerialSettings) -> None:
         self._started = 0
         self._ended: list[tuple[Cell, Outcome]] = []

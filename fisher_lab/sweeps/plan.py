@@ -15,7 +15,6 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from fisher_lab.config import compose as cells_of
@@ -276,7 +275,6 @@ def to_run(cells: Iterable[Cell]) -> tuple[list[Cell], dict[Cell, Status]]:
 
 
 OK, BAD_INPUT = 0, 2
-WIDTH = 100
 _WORDS = {
     Status.MISSING: "to run",
     Status.INTERRUPTED: "to run (interrupted)",
@@ -286,12 +284,15 @@ _WORDS = {
 
 def show(plans: Sequence[SweepPlan]) -> int:
     """Print every cell with its state; returns 2 where a cell cannot run, else 0."""
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
+    from fisher_lab.results import labels
+    from fisher_lab.results.console import standard_output
+
+    console = standard_output()
     counted: Counter[str] = Counter()
     for one in plans:
         table = Table(title=one.layout.title, title_justify="left", box=None)
         for axis in one.axes:
-            table.add_column(axis, overflow="fold")
+            table.add_column(labels.setting(axis.replace("/", ".")).short, overflow="fold")
         table.add_column("state", no_wrap=True)
         wanted, states = to_run(one.cells)
         rows = []

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fisher_lab.runs import record
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell, Outcome
+from fisher_lab.sweeps.progress import CellsBar, claimed_values, time_left
 
 LOOK_EVERY_S = 0.5
 """Seconds between two looks for a request to cancel, and at cells that another launcher runs."""
@@ -32,10 +33,12 @@ class Executor(ABC):
         limit: how many cells run at once; None where all are handed over together, and go on when
             the launcher is interrupted.
         pause_s: seconds between two looks at what runs.
+        has_bar: whether a bar is shown while cells run; cells of this process have their own.
     """
 
     limit: int | None = 1
     pause_s = 0.02
+    has_bar = True
 
     @property
     @abstractmethod
@@ -73,11 +76,18 @@ class Tally:
         total: how many there are.
         max_failures: no further cell is to be started after this many failures.
         ended: run directory -> outcome.
+        began: when the launch began, by :func:`time.monotonic`.
+        before: how many had ended before.
     """
 
     total: int
     max_failures: int | None = None
     ended: dict[Path, Outcome] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = len(self.ended)
 
     @property
     def failures(self) -> int:
@@ -93,8 +103,9 @@ class Tally:
         """Note how a cell ended, and say so."""
         self.ended[cell.directory] = outcome
         took = "" if outcome.seconds is None else f" in {outcome.seconds:.1f} s"
-        why = f": {outcome.message}" if outcome.message else ""
-        say(f"[{len(self.ended)}/{self.total}] {outcome.status}{took}  {cell.label}{why}")
+        why = f": {outcome.message}" if outcome.message else claimed_values(cell)
+        left = time_left(self.began, len(self.ended) - self.before, self.total - self.before)
+        say(f"[{len(self.ended)}/{self.total}] {outcome.status}{took}{left}  {cell.label}{why}")
 
     def report(self, cells: Sequence[Cell]) -> int:
         """Print the end of a launch: every failure with its overrides and log; the exit code.
@@ -150,10 +161,14 @@ class Queue:
                 they outlive the launcher; the others are left as they are.
             OSError: the files of the sweep cannot be written. What ran has been ended.
         """
-        with Watch() as watch, self._executor.signals(watch) as pending:
+        bar = CellsBar(self._tally.total) if self._executor.has_bar else None
+        with Watch() as watch, self._executor.signals(watch) as pending, bar or nullcontext():
             try:
                 while self._waiting or self._executor.running:
-                    if not self.step():
+                    moved = self.step()
+                    if bar is not None:
+                        bar.show(len(self._tally.ended), self._executor.running)
+                    if not moved:
                         time.sleep(self._executor.pause_s)
                     if pending():
                         self._interrupt()

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.runs import atomic, record
@@ -31,51 +26,13 @@ from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, label_of
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout, tail
+from fisher_lab.sweeps.status_table import CellStatus, screen
 
 LOOK_AGAIN_S = 2.0
 """Seconds after which a job that has left no result is looked for once more: records travel slowly
 over network file systems."""
 STARTING_S = 30.0
 """Seconds that the launcher of a detached sweep may take until it shows that it lives."""
-
-PIPE_WIDTH = 160
-STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
-STYLES = {
-    Status.COMPLETED: "green",
-    Status.FAILED: "red",
-    Status.RUNNING: "cyan",
-    Status.QUEUED: "cyan",
-    Status.INTERRUPTED: "yellow",
-    Status.LOST: "yellow",
-    Status.UNKNOWN: "yellow",
-}
-
-
-@dataclass(frozen=True)
-class CellStatus:
-    """One cell, as far as its files tell.
-
-    Attributes:
-        run_id: its identity, the name of its directory.
-        label: its axes as on the command line.
-        state: of ``Layout.state``, or one of ``queued``, ``lost`` and ``unknown``.
-        seconds: that it took, or has taken so far; None where it has not begun.
-        metrics: what it has measured.
-        log: path of its log; None where there is none yet.
-        last_line: of the log.
-        reason: why it failed or ended early.
-        job: its number in the queue.
-    """
-
-    run_id: str
-    label: str
-    state: Status
-    seconds: float | None
-    metrics: Mapping[str, Any]
-    log: str | None
-    last_line: str
-    reason: str | None
-    job: str | None
 
 
 def _sweep(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -107,28 +64,28 @@ def status(arguments: Sequence[str]) -> int:
     again = "again and again, until nothing runs or waits any more"
     parser.add_argument("--watch", action="store_true", help=again)
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
-    parser.add_argument("--metrics", default="loss,loss/heldout", metavar="A,B")
+    parser.add_argument("--metrics", metavar="A,B", help="default: those of the claims")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     chosen = _sweep(parser, arguments)
     layout: Layout = chosen.layout
-    metrics = [name for name in chosen.metrics.split(",") if name]
+    metrics = None if chosen.metrics is None else list(filter(None, chosen.metrics.split(",")))
     cells = look_twice(layout)
     if chosen.json:
         print(json.dumps([asdict(cell) for cell in cells], indent=2, ensure_ascii=False))
         return 0
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
-    )
+    from fisher_lab.results.console import standard_output
+
+    console = standard_output()
     if not chosen.watch:
-        console.print(_screen(layout, cells, metrics))
+        console.print(screen(layout, cells, metrics))
     else:
         live = Live(console=console, auto_refresh=False)
         with contextlib.suppress(KeyboardInterrupt), live:
-            live.update(_screen(layout, cells, metrics), refresh=True)
+            live.update(screen(layout, cells, metrics), refresh=True)
             while not is_over(layout, cells):
                 time.sleep(max(0.1, chosen.every))
                 cells = look_twice(layout)
-                live.update(_screen(layout, cells, metrics), refresh=True)
+                live.update(screen(layout, cells, metrics), refresh=True)
     if any(cell.state in (Status.LOST, Status.UNKNOWN) for cell in cells):
         print("run the sweep's command again, where its jobs are known, to go on with such cells")
     return 0
@@ -166,31 +123,6 @@ def cancel(arguments: Sequence[str]) -> int:
         f"SLURM, {asked} processes on this machine"
     )
     return 0
-
-
-def _screen(layout: Layout, cells: Sequence[CellStatus], metrics: Sequence[str]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    metrics = [name for name in metrics if any(name in cell.metrics for cell in cells)]
-    table.add_column("cell", overflow="fold", min_width=20)
-    table.add_column("state", no_wrap=True, min_width=len("interrupted"))
-    table.add_column("s", justify="right", no_wrap=True, min_width=4)
-    for name in metrics:
-        table.add_column(name, justify="right", no_wrap=True, min_width=8)
-    table.add_column("log", overflow="fold", min_width=16)
-    table.add_column("last line, or why it failed", overflow="ellipsis", no_wrap=True, ratio=1)
-    for cell in cells:
-        values = [cell.metrics.get(name) for name in metrics]
-        table.add_row(
-            Text(cell.label),
-            Text(cell.state, style=STYLES.get(cell.state, "")),
-            "" if cell.seconds is None else f"{cell.seconds:.0f}",
-            *(f"{value:.5g}" if isinstance(value, int | float) else "" for value in values),
-            Text(str(Path(cell.log).relative_to(layout.directory)) if cell.log else ""),
-            Text(cell.reason or STAMP.sub("", cell.last_line)),
-        )
-    counted = Counter(cell.state for cell in cells)
-    foot = f"{len(cells)} cells: " + ", ".join(f"{n} {state}" for state, n in counted.items())
-    return Group(Text(layout.title), table, Text(foot))
 
 
 def look(layout: Layout) -> list[CellStatus]:

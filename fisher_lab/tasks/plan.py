@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.text import Text
 
 from fisher_lab.config.kfac import POLICIES
 from fisher_lab.config.schema import Config
@@ -34,10 +34,14 @@ from fisher_lab.curvature.kfac.policy import (
     storage_dtype,
 )
 from fisher_lab.curvature.kfac.refresh import Coverage
+from fisher_lab.results import labels
+from fisher_lab.results.console import standard_output
+from fisher_lab.results.labels import Entry
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks.analyze import record_uncovered
+from fisher_lab.tasks.layer_table import MOST_ROWS, is_verbose, layer_table
 from fisher_lab.tasks.progress import Progress
-from fisher_lab.tasks.summary import fit_names, stdout_console
+from fisher_lab.tasks.summary import PIPE_WIDTH
 from fisher_lab.workload.build import Workload, build
 
 PLAN_FILE = "plan.csv"
@@ -76,7 +80,7 @@ def run(config: Config, run: Run) -> None:
         "kfac/coverage_of_reached": coverage.share_of_reached,
     }
     run.metrics({**tokens, **shares, **total})
-    _show(rows, total, config.kfac.policy)
+    _show(rows, config.kfac.policy)
 
 
 def _why(skipped: Mapping[str, str]) -> str:
@@ -161,32 +165,21 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {**total, "plan/layers": len(rows)}
 
 
-def _show(rows: list[dict[str, Any]], total: dict[str, float], policy: str) -> None:
+def _show(rows: list[dict[str, Any]], policy: str) -> None:
     """Prints the table: Woodbury as ``W``, a layer that a policy refuses as ``!``."""
-    console = stdout_console()
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    policies = [name.removesuffix("_only") for name in POLICIES]
-    headings = ["layer", "in", "out", "T", *policies, "A MiB", "G MiB", "A GF", "G GF"]
-    for heading in headings:
-        left = heading == "layer" or heading in policies
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    cells = [
-        [
-            row["name"],
-            *(f"{row[key]:,}" for key in ("in", "out", "tokens")),
-            *(_SHORT.get(row[name], row[name]) for name in POLICIES),
-            *(f"{row[f'bytes_{side}'] / 2**20:.2f}" for side in "AG"),
-            *(f"{(row[f'flops_factor_{s}'] + row[f'flops_apply_{s}']) / 1e9:.2f}" for s in "AG"),
-        ]
-        for row in rows
-    ]
-    fit_names(cells, headings, console.width)
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
-    console.print(
-        f"policy {policy}: {total['plan/bytes'] / 2**20:.1f} MiB of factors and decompositions, "
-        f"{total['plan/flops_factor'] / 1e9:.2f} GFLOP to factor, "
-        f"{total['plan/flops_apply'] / 1e9:.2f} GFLOP to apply once "
-        "(W: Woodbury, !: refused, GF: both in 1e9 operations)"
-    )
+    console = standard_output(PIPE_WIDTH)
+    first = [labels.column(PLAN_FILE, name) for name in ("name", "in", "out", "tokens")]
+    choices = [Entry(key=n, label=n.removesuffix("_only"), format="s") for n in POLICIES]
+    kinds = ("bytes_A", "bytes_G", "flops_A", "flops_G")
+    costs = [labels.column(PLAN_FILE, name) for name in kinds]
+    shown = []
+    for row in rows:
+        flops = {f"flops_{s}": (row[f"flops_factor_{s}"] + row[f"flops_apply_{s}"]) / 1e9
+                 for s in "AG"}  # fmt: skip
+        shown.append({**row, **{n: _SHORT.get(row[n], row[n]) for n in POLICIES}, **flops})
+    columns = [*first, *choices, *costs]
+    console.print(layer_table(shown, columns, console.width, all_rows=is_verbose()))
+    words = f"policy {policy}; W: Woodbury, !: refused, GF: 1e9 operations to factor and apply once"
+    if len(rows) > MOST_ROWS and not is_verbose():
+        words += f"; one by one in {PLAN_FILE}, and with --verbose"
+    console.print(Text(words, style="dim"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.results import labels
 
 if TYPE_CHECKING:
     from fisher_lab.config.schema import Config
@@ -22,11 +23,13 @@ def preflight(config: Config) -> Mapping[str, Any]:
     Raises:
         ConfigError: a device that this machine does not have; a text or a model that does not
             exist; a tracker whose package is missing.
+        LabelError: the user's own names of metrics cannot be read.
     """
     from fisher_lab.workload import pretrained_files
     from fisher_lab.workload.content_identity import content_identity
 
     tracking.check(config.tracker)
+    labels.catalogue()  # the user's own names can be read
     content = content_identity(config)
     pretrained_files.check(config)
     check_ranks(config)

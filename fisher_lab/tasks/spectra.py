@@ -11,6 +11,7 @@ numbers are those of all of them; rank 0 writes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -189,7 +190,8 @@ def _lanczos(config: Config, workload: Workload, run: Run, ranks: Ranks) -> dict
 def _say(line: str) -> None:
     """Shows what is about to be allocated on the screen as well as in the log."""
     log.info(line)
-    print(line, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that has gone is no reason to stop
+        print(line, flush=True)
 
 
 # ---- group Fisher --------------------------------------------------------------------------------

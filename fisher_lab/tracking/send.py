@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.schema import TrackerConfig
+from fisher_lab.results import labels
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
 from fisher_lab.tracking.base import Start, Tracker
@@ -22,6 +23,7 @@ ARTIFACTS = {"factors": "*.safetensors", "tables": "*.csv", "spectra": "*.json"}
 NOT_KEPT = ("state.safetensors", NAME_FILE, "run.json", "metrics.json")
 """Files that only the run itself needs, or whose content is sent otherwise."""
 
+METRICS_TABLE = "metrics.csv"
 SPECTRUM_FILE = "spectral.json"
 NAME_LENGTH = 128
 
@@ -91,6 +93,16 @@ def eigenvalues(file: Path) -> list[dict[str, Any]]:
         return []
 
 
+def _in_words(run: Run) -> list[dict[str, Any]]:
+    """The metrics of a run with their words, units and directions."""
+    entries = {name: labels.metric(name) for name in run.values}
+    return [
+        {"metric": name, "words": e.label, "value": run.values[name], "unit": e.unit,
+         "better": None if e.better is None else str(e.better)}
+        for name, e in entries.items()
+    ]  # fmt: skip
+
+
 def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
     """Send what a run has produced, whatever its status, and end it.
 
@@ -101,6 +113,8 @@ def send(run: Run, config: TrackerConfig, tracker: Tracker) -> None:
     """
     directory = run.directory.resolve()
     tracker.summary(run.values)
+    if run.values:
+        tracker.table(METRICS_TABLE, _in_words(run))
     for name, rows in run.tables.items():
         if rows:
             tracker.table(name, rows)

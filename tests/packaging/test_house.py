@@ -110,6 +110,9 @@ def test_the_public_names_can_be_imported_and_no_other():
     for name in fisher_lab.__all__:
         assert getattr(fisher_lab, name) is not None
         assert name in dir(fisher_lab)
+    assert dir(fisher_lab) == sorted(fisher_lab.__all__)
+    assert fisher_lab.results.load is importlib.import_module("fisher_lab.results.loading").load
+    assert (ROOT / "fisher_lab" / "py.typed").is_file()
     with pytest.raises(AttributeError, match="has no attribute 'KFACNaturalGradiant'"):
         _ = fisher_lab.KFACNaturalGradiant
 

@@ -1,5 +1,8 @@
 """Figures show what the table says: their data are read back and compared with its cells."""
 
+# pyright: reportOptionalMemberAccess=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import csv
@@ -70,7 +73,55 @@ def test_ticks_are_the_swept_values_on_a_logarithmic_axis(sweep):
     assert axes.get_xscale() == "log"
     assert list(axes.get_xticks()) == DAMPINGS
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1e-5", "1e-4", "0.001"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("kfac.damping", "ng/cosine")
+    assert axes.get_xlabel() == "damping λ"
+    assert axes.get_ylabel() == "cosine, natural gradient and\ngradient"
+
+
+def drawn_of(tmp_path, axes, measure, metric="ng/norm"):
+    frame = swept(tmp_path, axes, lambda *values: {metric: measure(*values)})
+    return figures.metric_figure(tabulate(frame, metrics=[metric]), metric, "kfac.damping")
+
+
+def test_equal_lines_are_one_and_the_legend_says_how_equal(tmp_path):
+    tiny = {"all": 0.0, "auto": 2e-15, "hybrid": 0.1}
+    axes = {"kfac.damping": DAMPINGS, "kfac.policy": tiny}
+    figure = drawn_of(tmp_path, axes, lambda d, p: (1 + d * 1e3) * (1 + tiny[p]))
+    labels = [container.get_label() for container in figure.axes[0].containers]
+    assert labels == ["policy=all|auto (identical to 2e-15)", "policy=hybrid"]
+    nothing = drawn_of(tmp_path / "n", axes, lambda d, p: 1 + tiny[p] * (p != "hybrid"))
+    assert nothing is None  # nothing varies beyond rounding
+
+
+def test_many_lines_are_small_panels_of_one_scale_and_no_colour_comes_twice(tmp_path):
+    policies, seqs = ("all", "auto", "hybrid"), (8, 16, 32, 64)
+    axes = {"kfac.damping": DAMPINGS, "kfac.policy": policies, "data.seq_len": seqs}
+    figure = drawn_of(
+        tmp_path, axes, lambda d, p, n: d * 1e3 + policies.index(p) + n / 7, "ng/cosine"
+    )
+    assert [panel.get_title() for panel in figure.axes] == [f"policy={p}" for p in policies]
+    assert len({panel.get_ylim() for panel in figure.axes}) == 1
+    for panel in figure.axes:
+        colours = [container[0].get_color() for container in panel.containers]
+        assert len(set(colours)) == len(colours) == 4
+    assert len(set(figure_style.COLOURS)) == figure_style.MOST_SERIES == 8
+
+
+def test_one_value_far_beyond_the_others_leaves_these_readable(tmp_path):
+    values = dict(zip(DAMPINGS, (-1.0, 1.5, 4000.0), strict=True))
+    figure = drawn_of(tmp_path, {"kfac.damping": DAMPINGS}, values.__getitem__)
+    assert figure.axes[0].get_yscale() == "symlog"
+    near = dict(zip(DAMPINGS, (-1.0, 1.5, 4.0), strict=True))
+    figure = drawn_of(tmp_path / "b", {"kfac.damping": DAMPINGS}, near.__getitem__)
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_the_alternative_text_says_what_is_seen(sweep):
+    table = tabulate(load(sweep), metrics=["ng/cosine"])
+    text = figures.metric_figure(table, "ng/cosine", "kfac.damping").get_label()
+    assert text == (
+        "Cosine, natural gradient and gradient against the damping: from 0.2000 at 1e-5 "
+        "(policy=all) to 11.1000 at 0.001 (policy=auto)"
+    )
 
 
 def test_null_stands_beyond_the_numbers_and_categories_in_a_row():
@@ -144,14 +195,14 @@ def test_every_point_of_every_figure_of_cells_is_in_the_csv(tmp_path):
         drawn["kfac/total_s", container.get_label()] = x
         drawn["kfac/peak_mb", container.get_label()] = y
     assert len(drawn) == 12
-    assert [axes.get_ylabel() for axes in scaling.axes] == list(figures.SCALING)
+    assert [axes.get_label() for axes in scaling.axes] == list(figures.SCALING)
     for axes in scaling.axes:
         modes = [text.get_text() for text in axes.get_xticklabels()]
         for container in axes.containers:
             for mode, y in zip(modes, container[0].get_ydata(), strict=True):
                 damping = container.get_label()
-                drawn[axes.get_ylabel(), f"{damping}, reduce={mode}"] = y
-                drawn[axes.get_ylabel(), f"reduce={mode}, {damping}"] = y
+                drawn[axes.get_label(), f"{damping}, reduce={mode}"] = y
+                drawn[axes.get_label(), f"reduce={mode}, {damping}"] = y
     expected = {key: value for key, value in known.items() if not key[0].startswith("m")}
     assert len(expected) == 4 * 6
     for key, value in expected.items():
@@ -183,6 +234,22 @@ def test_the_heat_map_holds_the_means_of_the_layers(tmp_path):
     kappa = figures.layer_values(load_layers(root), names, "kappa")
     assert kappa["A"].loc["h.1"].tolist() == pytest.approx([3.0, 3.0])
     assert "G" not in kappa
+
+
+def test_a_heat_map_of_many_layers_has_kinds_as_rows_and_one_scale_of_colours(tmp_path):
+    rows = [
+        {"name": f"h.{i}.{part}", "dim_A": 10, "kappa_A": 10.0 ** (1 + i % 3), "dim_G": 5,
+         "kappa_G": 10.0 ** (4 + i % 3)}
+        for i in range(30) for part in ("k", "q")
+    ]  # fmt: skip
+    make_run(tmp_path / "s" / "0", {"seed": 0}, {"m": 1.0}, layers=rows)
+    layers = load_layers(tmp_path / "s")
+    figure = figures.layer_figure(layers, dict.fromkeys(layers["directory"], "a"), "kappa")
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["h.*.k (30)", "h.*.q (30)"]
+    images = [axes.get_images()[0] for axes in figure.axes[:2]]
+    assert {image.get_clim() for image in images} == {(2.0, 5.0)}
+    np.testing.assert_allclose(images[0].get_array(), [[2.0], [2.0]])
 
 
 def test_nothing_is_drawn_where_nothing_was_clipped(tmp_path):
@@ -243,11 +310,11 @@ def ranked(tmp_path, ranks, modes):
 def test_scaling_over_ranks_is_the_cells(tmp_path):
     frame, table = ranked(tmp_path, [1, 2, 4], ["gather", "gram"])
     figure = figures.figure_makers(table, frame)["distributed-scaling"]()
-    assert [axes.get_ylabel() for axes in figure.axes] == list(figures.SCALING)
+    assert [axes.get_label() for axes in figure.axes] == list(figures.SCALING)
     for axes in figure.axes:
-        metric = axes.get_ylabel()
+        metric = axes.get_label()
         cells = tabulate(frame, metrics=[metric], rows=table.row_names)
-        assert axes.get_xlabel() == "distributed.nproc"
+        assert axes.get_xlabel() == "ranks"
         assert list(axes.get_xticks()) == [1, 2, 4]
         for container, mode in zip(axes.containers, ["gather", "gram"], strict=True):
             assert container.get_label() == f"reduce={mode}"
@@ -262,9 +329,9 @@ def test_scaling_without_ranks_is_by_the_way_they_are_joined(tmp_path):
     figure = figures.figure_makers(table, frame)["distributed-scaling"]()
     # All modes take the same time to communicate in these runs, so that there is no such panel.
     panels = [metric for metric in figures.SCALING if metric != "dist/comm_s_max"]
-    assert [axes.get_ylabel() for axes in figure.axes] == panels
+    assert [axes.get_label() for axes in figure.axes] == panels
     for axes, metric in zip(figure.axes, panels, strict=True):
-        assert axes.get_xlabel() == "kfac.reduce"
+        assert axes.get_xlabel() == "reduce"
         cells, words = tabulate(frame, metrics=[metric]), axes.get_xticklabels()
         expected = [cells.point(((word.get_text(),), metric, ()))[0] for word in words]
         assert axes.containers[0][0].get_ydata().tolist() == expected

@@ -67,7 +67,7 @@ def test_rows_and_columns_as_asked(sweep):
     table = tabulate(load(sweep), **asked)
     assert table.rows == [(1e-5,), (1e-4,)]
     assert table.cols == [("all",), ("auto",)]
-    assert export.grid(table).names == ["kfac.damping", "ng/cosine (all)", "ng/cosine (auto)"]
+    assert export.grid(table).names == ["damping λ", "cosine, all", "cosine, auto"]
 
 
 def test_a_setting_that_was_forgotten_becomes_a_row_and_is_not_averaged(sweep):
@@ -86,15 +86,17 @@ def test_times_are_medians_with_quartiles(sweep):
 
 
 def test_best_and_ties_are_marked(sweep):
-    table = tabulate(load(sweep), metrics=["ng/cosine"])
+    table = tabulate(load(sweep), metrics=["ng/cosine"], directions={"ng/cosine": "max"})
     assert len(table.cells) == 4
     assert table.best == {key(table, "auto", 1e-4)}
     assert table.ties == set()
     least = tabulate(load(sweep), metrics=["ng/cosine"], directions={"ng/cosine": "min"})
     (best,), (tie,) = least.best, least.ties
     assert {best, tie} == {key(least, policy, 1e-5) for policy in ("all", "auto")}
-    none = tabulate(load(sweep), directions={"ng/cosine": "none"}, metrics=["ng/cosine"])
+    none = tabulate(load(sweep), directions={"kfac/total_s": "none"}, metrics=["kfac/total_s"])
     assert none.best == set()
+    assert tabulate(load(sweep), metrics=["kfac/total_s"]).best != set()
+    assert tabulate(load(sweep), metrics=["ng/cosine"]).best == set()  # no cosine is better
 
 
 def test_the_confidence_goes_for_marks_and_differences_too(sweep):
@@ -103,7 +105,7 @@ def test_the_confidence_goes_for_marks_and_differences_too(sweep):
     marked = {}
     for confidence in (0.95, 0.999):
         table = tabulate(frame, metrics=["ng/cosine"], baseline={"kfac.policy": "all"},
-                         confidence=confidence)  # fmt: skip
+                         confidence=confidence, directions={"ng/cosine": "max"})  # fmt: skip
         marked[confidence] = len(table.ties)
         d = table.comparisons[key(table, "auto", 1e-4)].difference
         known = scipy_stats.ttest_rel(VALUES["auto", 1e-4], VALUES["all", 1e-4])
@@ -134,7 +136,7 @@ def test_what_no_reader_can_see_is_no_better(tmp_path):
     assert set(marks(tmp_path / "two", "ng/heldout_loss_decrease", two).values()) == {""}
     # More than 1e-6, but the digits that are shown are the same.
     shown = {1e-5: gains, 1e-4: [v + 1e-3 for v in gains], 1e-3: worse}
-    assert marks(tmp_path / "c", "ng/cosine", shown) == {1e-5: "~", 1e-4: "*", 1e-3: ""}
+    assert marks(tmp_path / "c", "step/natural/gain", shown) == {1e-5: "~", 1e-4: "*", 1e-3: ""}
 
 
 def test_a_clipped_share_has_no_best(tmp_path):
@@ -144,6 +146,14 @@ def test_a_clipped_share_has_no_best(tmp_path):
         assert set(marks(tmp_path / side, name, cells).values()) == {""}
         least = marks(tmp_path / side, name, cells, directions={name: "min"})
         assert least == {1e-5: "", 1e-4: "*"}
+
+
+def test_the_best_of_a_target_is_the_nearest_to_it(tmp_path):
+    near, far = [1.02, 0.97, 1.01], [0.5, 0.52, 0.49]
+    cells = {1e-5: far, 1e-4: near, 1e-3: [1.8, 1.9, 1.85]}
+    assert marks(tmp_path, "train/reduction_ratio", cells) == {1e-5: "", 1e-4: "*", 1e-3: ""}
+    beyond = {1e-5: [0.98, 0.97, 1.02], 1e-4: near}
+    assert set(marks(tmp_path / "tie", "train/reduction_ratio", beyond).values()) == {"*", "~"}
 
 
 def test_times_are_tied_by_what_they_show(tmp_path):
@@ -231,7 +241,7 @@ def test_a_difference_of_rounding_reads_identical(tmp_path):
     table = tabulate(frame, baseline={"kfac.policy": "all"})
     (found,) = (c.difference for c in table.comparisons.values() if not c.is_baseline)
     assert 0 < found.mean < 1e-16
-    assert export.differences(table).rows == [["auto", "ng/cosine", "identical", "", "", "2"]]
+    assert export.differences(table).rows == [["auto", "cosine", "identical", "", "", "2"]]
 
 
 def test_differences_to_a_baseline_are_paired_and_corrected(sweep):
@@ -372,6 +382,26 @@ def test_latex_is_escaped():
     assert escape("\\~^") == r"\textbackslash{}$\sim$\textasciicircum{}"
     assert escape("naïve \u4e2d\n") == "naïve ? "
     assert breakable("a/b_c") == r"a/\allowbreak{}b\_\allowbreak{}c"
+
+
+def test_outputs_name_settings_and_metrics_by_their_words(sweep):
+    table = tabulate(load(sweep), metrics=["kfac/total_s"])
+    assert "K-FAC's time (s) ↓" in export.to_markdown(table)
+    assert r"(s) $\downarrow$" in to_latex(table)
+    assert r"damping $\lambda$" in to_latex(table)
+    assert escape("κ_max and a_b") == r"$\kappa_{\mathrm{max}}$ and a\_b"
+    assert "damping λ" in export.to_html(table)
+    assert export.to_csv(table).startswith("kfac.policy,kfac.damping,metric,n")
+    assert "kfac/total_s" in export.to_csv(table)
+
+
+def test_a_table_shows_itself_and_its_picture(sweep):
+    table = tabulate(load(sweep))
+    assert "K-FAC's time" in repr(table)
+    assert table._repr_html_().startswith("<div")
+    assert table.plot("ng/cosine", "kfac.damping").axes[0].get_label() == "ng/cosine"
+    with pytest.raises(ResultsError, match="ng/norm: the table has"):
+        table.plot("ng/norm")
 
 
 def test_latex_is_booktabs_and_siunitx_on_demand(sweep):

@@ -264,3 +264,34 @@ def test_cancel_asks_by_the_sweeps_own_stale_time(door, monkeypatch):
         assert f"{expected} processes on this machine" in answer.out
         assert len([one for one in asked if one[1] != 0]) == expected
         lock.release()
+
+
+def claimed(layout: Layout, *metrics: str) -> None:
+    about = json.loads(layout.sweep_file.read_text())
+    about["claims"] = [{"type": "bounded", "metric": metric, "at_most": 1} for metric in metrics]
+    layout.sweep_file.write_text(json.dumps(about))
+
+
+def test_status_shows_the_swept_settings_and_the_claims_metrics_in_eighty_columns(door):
+    one, two = submitted(1, 2)
+    begin(one, "completed")
+    begin(two, "failed", error={"type": "E", "message": "no room " * 20, "traceback": ""})
+    measured = {"step/natural/gain": 0.00812, "kfac/total_s": 1.25, "ng/norm": 3.0}
+    (one.directory / "metrics.json").write_text(json.dumps(measured))
+    claimed(one.layout, "step/natural/gain", "kfac/total_s", "never/measured")
+    answer = door("status", "made")
+    table, _, said = answer.out.partition("2 cells:")
+    rows = [line.split() for line in table.splitlines()]
+    assert ["1", "completed"] in [row[:2] for row in rows]
+    done = next(row for row in rows if row[:2] == ["1", "completed"])
+    assert done[-2:] == ["0.00812", "1.25"]
+    heading = table.partition("completed")[0]
+    assert "seed" in heading
+    assert "natural" in heading
+    assert "never" not in heading
+    assert "seed=2: failed: E: no room" in said
+    lines = [line for line in answer.out.splitlines() if "results/made" not in line]
+    assert max(map(len, lines)) <= 80
+    chosen = door("status", "made", "--metrics", "ng/norm").out
+    assert "3" in chosen
+    assert "0.00812" not in chosen

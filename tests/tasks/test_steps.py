@@ -10,7 +10,7 @@ import torch
 from fisher_lab.analysis import summed_loss
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.tasks.steps import eta_of, heldout_parts
-from fisher_lab.tasks.summary import step_lines
+from fisher_lab.tasks.summary import winner_line
 from tests.tasks.test_analyze import analysed, collected, config
 
 SMALL = ("kfac.damping=0.1", "task.heldout_batches=6")
@@ -103,7 +103,7 @@ def test_no_heldout_batch_tries_no_step(tmp_path):
 
 def test_steps_that_are_all_zero_have_no_margin():
     both = {"first": "natural", "rival": "sign", "margin": 0.0, "low": 0.0, "high": 0.0}
-    (line,) = step_lines({"edges": {}, "confidence": 0.95, "certain": False, **both})
+    line = winner_line({"confidence": 0.95, "certain": False, **both})
     assert line == "No winner: along no direction a step lowers the held-out loss"
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fisher_lab.results import labels
 from fisher_lab.runs.record import Run
-from fisher_lab.tasks import summary
+from fisher_lab.tasks import layer_table, summary
 
 METRICS = {
     "loss": 4.3812345,
@@ -58,7 +59,7 @@ def test_intervals_and_brackets_are_beside_their_numbers(tmp_path):
     metrics = {f"lanczos/effective_dimension{k}": v for k, v in (numbers | ends).items()}
     metrics |= dict.fromkeys(("lanczos/trace", "lanczos/trace_low", "lanczos/trace_high"), 673.9)
     text = shown(metrics, tmp_path=tmp_path)
-    assert "effective dimension (95 % interval)  494 (492.2 to 495.8)" in text
+    assert "effective dimension, matrix of Lanczos  494 (492.2 to 495.8)" in text
     assert "of it left open by Lanczos" in text
     assert "492.8 to 495.2" in text
     assert "673.9 (exact)" in text
@@ -68,14 +69,19 @@ def test_intervals_and_brackets_are_beside_their_numbers(tmp_path):
     assert max(len(line.rstrip()) for line in table.splitlines()) <= 80
 
 
-def test_numbers_have_words_and_names(tmp_path):
-    text = shown(METRICS, tmp_path=tmp_path)
-    lines = text.splitlines()
-    assert any("loss, nats a token" in line and "4.3812" in line for line in lines)
-    assert any("4.0123" in line and "ng/heldout_loss" in line for line in lines)
-    assert any("12.35%" in line and "kfac/clipped_frac_A" in line for line in lines)
-    assert any("some/other" in line and "3.25" in line for line in lines)
-    assert "kfac/peak_mb" not in text
+def test_numbers_have_words_and_with_verbose_their_keys(tmp_path, monkeypatch):
+    lines = shown(METRICS, tmp_path=tmp_path).splitlines()
+    assert any(
+        "held-out loss, batches of the steps, nats/token" in x and "4.0123" in x for x in lines
+    )
+    assert any("eigenvalues of A raised to the floor" in x and "12.35%" in x for x in lines)
+    assert any("some/other" in line and "3.25" in line for line in lines)  # nobody knows it
+    assert not any("kfac/" in line or "512" in line for line in lines)
+    monkeypatch.setenv(layer_table.VERBOSE, "1")
+    lines = shown(METRICS, tmp_path=tmp_path / "all").splitlines()
+    assert any("kfac/clipped_frac_A" in line and "12.35%" in line for line in lines)
+    assert any("tokens" in line and "512" in line for line in lines)
+    assert not any("kfac/peak_mb" in line for line in lines)  # there is no number
 
 
 def test_nothing_is_wider_than_eighty_columns_but_the_path(tmp_path):
@@ -86,27 +92,28 @@ def test_nothing_is_wider_than_eighty_columns_but_the_path(tmp_path):
 
 
 def test_no_value_is_cut_however_long_its_words_and_its_name(tmp_path):
-    metrics = {"kfac/coverage": 0.583, "loss/heldout_drawn": -1.23456, "ng/norm": 9.1e5}
+    metrics = {"kfac/clipped_frac_A": 0.583, "loss/heldout_drawn": -1.23456, "ng/norm": 9.1e5}
     text = shown(metrics, tmp_path=tmp_path)
-    assert "58.3%" in text
+    assert "58.30%" in text
     assert "-1.2346" in text
     assert "9.1e+05" in text
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "text"),
+    ("name", "limit", "lines"),
     [
-        ("lm_head", 7, "lm_head"),
-        ("model.layers.0.self_attn.q_proj", 30, "m.layers.0.self_attn.q_proj"),
-        ("model.layers.11.self_attn.q_proj", 17, "m.l.11.sa.q_proj"),
-        ("model.layers.0.q_proj.lora_A.default", 22, "m.l.0.qp.lA.default"),
-        ("model.layers.0.post_attention_layernorm", 20, "m.l.0.post_a…yernorm"),
-        ("model.layers.0.mlp.experts.down_proj[3]", 20, "m.l.0.m.e.down…oj[3]"),
+        ("lm_head", 7, ["lm_head"]),
+        ("model.layers.0.self_attn.q_proj", 31, ["model.layers.0.self_attn.q_proj"]),
+        ("model.layers.11.self_attn.q_proj", 18, ["model.layers.11.", "  self_attn.q_proj"]),
+        ("model.layers.0.mlp.experts.down_proj[3]", 20,
+         ["model.layers.0.mlp.", "  experts.", "  down_proj[3]"]),
+        ("averyveryverylongname", 8, ["averyveryverylongname"]),
     ],
-)
-def test_a_short_name_keeps_numbers_beginning_and_end(name, limit, text):
-    assert summary.short(name, limit) == text
-    assert len(text) <= limit
+)  # fmt: skip
+def test_a_name_is_broken_between_its_parts_and_never_cut(name, limit, lines):
+    broken = layer_table.broken(name, limit).split("\n")
+    assert broken == lines
+    assert "".join(map(str.strip, broken)) == name
 
 
 def test_coverage_is_said_by_reason_with_the_first_layer_and_in_eighty_columns(tmp_path):
@@ -122,26 +129,83 @@ def test_coverage_is_said_by_reason_with_the_first_layer_and_in_eighty_columns(t
     assert max(map(len, lines)) <= 80
     assert any("100" in line and "22.9%" in line and "are covered" in line for line in lines)
     assert any("300" in line and "never used (a.b and 1 more)" in line for line in lines)
-    assert any("6  " in line and "4 more reasons" in line for line in lines)
+    assert any("pass through, for 7 more reasons" in line for line in lines)
     assert any("1,234" in line and "frozen" in line for line in lines)
 
 
-def test_layers_are_listed_and_summed_up(tmp_path):
+def test_few_layers_are_listed_one_by_one(tmp_path):
     text = shown(METRICS, layers(3), tmp_path=tmp_path)
-    assert text.count("Conv1D") == 3
+    assert text.count("384") == 3
     assert "3 layers: 2 eig, 1 woodbury" in text
     assert "3.00" in text
 
 
-def test_many_layers_are_cut_and_said(tmp_path):
-    text = shown(METRICS, layers(summary.MAX_ROWS + 5), tmp_path=tmp_path)
-    assert text.count("Conv1D") == summary.MAX_ROWS
-    assert "... 5 more" in text
+def test_many_layers_are_one_line_with_ranges_and_sums(tmp_path, monkeypatch):
+    many = layers(40)
+    for index, row in enumerate(many):
+        row |= {"kappa_A": 10.0**index, "out": 100 + index}
+    text = shown(METRICS, many, tmp_path=tmp_path)
+    (line,) = [line for line in text.splitlines() if "100-139" in line]
+    assert line.split()[-4:] == ["100-139", "eig/woodbury", "1.0e0-1.0e39", "120.00"]
+    assert "layers.csv, and with --verbose" in text
+    assert "transformer.h.*." in text
+    monkeypatch.setenv(layer_table.VERBOSE, "1")
+    assert shown(METRICS, many, tmp_path=tmp_path / "all").count("c_attn") == 40
 
 
-def test_many_other_numbers_are_cut_and_said(tmp_path):
-    text = shown({f"x/{n}": n for n in range(summary.MAX_OTHERS + 3)}, tmp_path=tmp_path)
-    assert "... 3 more" in text
+def test_kinds_are_as_fine_as_the_rows_allow():
+    names = [f"h.{i}.{part}.{w}" for i in range(9) for part in ("a", "b") for w in "kqv"]
+    rows = [{"name": name, "type": "Linear"} for name in names]
+    from fisher_lab.results.layer_kinds import grouped
+
+    assert {k: len(v) for k, v in grouped(rows, 12).items()} == {
+        f"h.*.{part}.{w}": 9 for part in ("a", "b") for w in "kqv"
+    }
+    assert {k: len(v) for k, v in grouped(rows, 3).items()} == {f"*.{w}": 18 for w in "kqv"}
+    assert list(grouped(rows, 2)) == ["all of type Linear"]
+    assert len(grouped(rows, 54)) == 54
+
+
+def test_what_nobody_knows_is_not_hidden_and_lists_are_short(tmp_path):
+    text = shown({f"x/{n}": n for n in range(30)}, tmp_path=tmp_path)
+    assert all(f"x/{n}" in text for n in range(30))
+    values = {f"lanczos/eigenvalue_{n}": 100.0 - n for n in range(30)}
+    text = shown(values, tmp_path=tmp_path / "list")
+    assert "30 eigenvalues, matrix of Lanczos" in text
+    assert "100 99 98" in text
+    assert "... 71" in text
+
+
+def test_the_default_run_has_forty_lines_at_most(tmp_path):
+    """Its layers, its coverage, its steps and all its metrics."""
+    run = Run.start(tmp_path, config={"task": {"name": "analyze"}})
+    run.note(step=STEP, kfac={
+        "coverage": {"covered": 1055488, "passed": {"not a look-up of tokens": 16384}, "frozen": 0},
+        "labels": {"labelling": "shifted", "counted": 24384, "given": 24576},
+    })  # fmt: skip
+    parts = [("ln_1", 128), ("attn.c_attn", 384), ("attn.c_proj", 128), ("ln_2", 128),
+             ("mlp.c_fc", 512), ("mlp.c_proj", 128)]  # fmt: skip
+    blocks = [(f"transformer.h.{i}.{name}", out) for i in range(4) for name, out in parts]
+    rows = [
+        {"name": name, "in": 128, "out": out, "method": "eig", "kappa_A": 48.0 + out,
+         "kappa_G": 1.4 * out, "bytes": 2**20, "seconds": 0.01}
+        for name, out in (("lm_head", 2048), *blocks, ("transformer.ln_f", 128))
+    ]  # fmt: skip
+    run.table("layers.csv", rows)
+    row = {"length": 1.5, "distance": 0.25, "own_change": -0.02, "chosen": True}
+    judged = {"judging_change": -0.0144, "judging_se": None}
+    names = ("natural", "gradient", "sign")
+    run.table("step_curve.csv", [{"direction": n, **row, **judged} for n in names])
+    engines = ("lanczos/", "spectral/", "group_fisher/", "scan/", "plan/", "train/", "dist/")
+    others = ("heldout_drawn", "heldout_best", "diverged", "ekfac_clipped_frac")
+    keys = [k for k in labels.catalogue().metrics if "{" not in k and not k.startswith(engines)]
+    run.metrics({k: 1.5 for k in keys if not k.endswith(others)})
+    out = io.StringIO()
+    summary.show(run, console=Console(file=out, width=80, highlight=False))
+    lines = out.getvalue().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines[:-1])) <= 80
+    assert any(line.startswith("transformer.h.*.mlp.c_proj") for line in lines)
 
 
 def test_a_run_without_numbers_still_says_where_it_is(tmp_path):
@@ -162,7 +226,7 @@ def test_a_run_without_numbers_still_says_where_it_is(tmp_path):
     ],
 )
 def test_number(value, form, text):
-    assert summary.number(value, form) == text
+    assert labels.number(value, form) == text
 
 
 STEP = {
@@ -180,8 +244,8 @@ def test_the_closing_line_says_who_is_ahead_and_by_how_much(tmp_path):
     run.metrics({"step/natural/length": 1.5})
     out = io.StringIO()
     summary.show(run, console=Console(file=out, width=80, highlight=False))
-    *lines, last, _ = out.getvalue().splitlines()
-    assert last == "Winner: natural gradient, 9.84 [7.71, 12] mnat ahead of sign (95 %)"
+    first, *lines = out.getvalue().splitlines()
+    assert first == "Winner: natural gradient, 9.84 [7.71, 12] mnat a token ahead of sign (95 %)"
     assert "gradient: no step lowers the loss of the half that chooses" in lines
     (step,) = [line.split() for line in lines if line.startswith("natural gradient  ")]
     assert step[2:] == ["1.5", "0.25", "-20.00", "-14.40", "-"]
@@ -189,17 +253,33 @@ def test_the_closing_line_says_who_is_ahead_and_by_how_much(tmp_path):
     assert max(map(len, lines)) <= 80
 
 
-def test_the_closing_line_names_no_winner_where_the_interval_holds_zero():
+def test_the_first_line_names_no_winner_where_the_interval_holds_zero():
     open_ = {**STEP, "certain": False, "low": -0.0005, "edges": {"sign": "longest"}}
-    edge, line = summary.step_lines(open_)
-    assert line == "No winner: natural gradient 9.84 [-0.5, 12] mnat ahead of sign (95 %)"
+    line = summary.winner_line(open_)
+    assert line == "No winner: natural gradient 9.84 [-0.5, 12] mnat a token ahead of sign (95 %)"
+    (edge,) = summary.edge_lines(open_)
     assert edge == "sign: the loss still falls at the longest step that was tried"
-    (few,) = summary.step_lines({**open_, "edges": {}, "low": None})
-    assert "too few held-out batches" in few
-    assert summary.step_lines({}) == []
+    assert "too few held-out batches" in summary.winner_line({**open_, "low": None})
+    assert summary.edge_lines({}) == []
+    assert summary.answer({}, {}) == []
 
 
-def test_the_closing_line_puts_first_who_is_ahead_where_it_is_judged():
+def test_the_first_line_puts_first_who_is_ahead_where_it_is_judged():
     turned = {**STEP, "certain": False, "margin": -0.002, "low": -0.0051, "high": 0.001}
-    *_, line = summary.step_lines(turned)
-    assert line == "No winner: sign 2 [-1, 5.1] mnat ahead of natural gradient (95 %)"
+    line = summary.winner_line(turned)
+    assert line == "No winner: sign 2 [-1, 5.1] mnat a token ahead of natural gradient (95 %)"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [
+        ({"train/steps": 200, "loss/heldout": 3.2, "loss/baseline": 6.5},
+         "Held-out loss 3.2000 nats a token after 200 steps; 6.5000 is the trivial model's"),
+        ({"diverged": 1, "train/diverged_step": 7, "train/steps": 7, "loss/heldout": 9.0},
+         "Diverged at step 7"),
+        ({"plan/bytes": 2**20, "plan/flops_factor": 1.2e9, "plan/flops_apply": 3e8},
+         "The factors would take 1.00 MiB, 1.2e9 operations to factor and 3.0e8 to apply"),
+    ],
+)  # fmt: skip
+def test_other_tasks_have_an_answer_too(metrics, line):
+    assert [text.plain for text in summary.answer(metrics, {})] == [line]

@@ -9,6 +9,11 @@ from fisher_lab.runs.record import Run
 from fisher_lab.tracking import send
 from tests.tracking.test_tracker import Sink
 
+LOSS = {
+    "metric": "loss", "words": "loss on the batches of the run", "value": 1.0,
+    "unit": "nats/token", "better": "lower",
+}  # fmt: skip
+
 
 def test_what_is_sent_at_the_end_of_a_run(tmp_path):
     run = Run.start(tmp_path / "run", config={}, overrides=[], identity={})
@@ -22,6 +27,7 @@ def test_what_is_sent_at_the_end_of_a_run(tmp_path):
     send.send(run, TrackerConfig(), sink)
     assert [call for call in sink.calls if call[0] != "artifact"] == [
         ("summary", ({"loss": 1.0},)),
+        ("table", ("metrics.csv", [LOSS])),
         ("table", ("layers.csv", [{"name": "a"}])),
         ("image", ("density", run.directory / "density.png")),
         ("finish", ("completed",)),

@@ -104,7 +104,7 @@ def test_a_tracker_gets_what_a_run_is_and_how_it_ended(small_task, made):
     assert small_task(*overrides, "hydra.run.dir=here") == 1
     (sink,) = made
     names = [name for name, _ in sink.calls]
-    assert names == ["start", *["log"] * 3, "summary", "table", "artifact", "finish"]
+    assert names == ["start", *["log"] * 3, "summary", "table", "table", "artifact", "finish"]
     (begun,) = sink.calls[0][1]
     assert begun.name == " ".join(overrides)
     assert (begun.job_type, begun.group, begun.attempt) == ("plan", None, 1)

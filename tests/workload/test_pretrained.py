@@ -1,5 +1,7 @@
 """Real checkpoints: what they lack, tokenizers, adapters and pictures."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import json
 import logging
 from dataclasses import replace
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.workload import DataConfig, LoraConfig, ModelConfig
+from fisher_lab.results.console import standard_output
 from fisher_lab.runs.record import Run
 from fisher_lab.tasks import analyze, summary
 from fisher_lab.workload import build, content_identity, models, pretrained_files
@@ -84,7 +87,7 @@ def test_a_head_that_the_checkpoint_lacks_is_said_and_has_no_heldout_loss_of_its
     assert "the checkpoint lacks 5 parameters of BertForMaskedLM" in said
     assert "its losses are not the checkpoint's" in said
     assert "not used of the checkpoint: pooler.dense.bias, pooler.dense.weight" in said
-    console = summary.stdout_console()
+    console = standard_output(summary.PIPE_WIDTH)
     with console.capture() as shown:
         console.print(summary.render(run.record, run.values, run.tables))
     assert "drawn at random, since the checkpoint lacks them: cls.predictions" in shown.get()

@@ -29,7 +29,7 @@ from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
 from fisher_lab.curvature.errors import FactorFileError, LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept
-from fisher_lab.curvature.kfac import precondition, serialization
+from fisher_lab.curvature.kfac import as_operator, precondition, serialization
 from fisher_lab.curvature.kfac.capture import Capture
 from fisher_lab.curvature.kfac.collect import collect
 from fisher_lab.curvature.kfac.inverses import Inverses, LayerReport, layer_line, same_vectors
@@ -469,6 +469,11 @@ class KFACNaturalGradient:
         precondition.check_vectors(vectors, model)
         if self.communicator.size > 1 and self.settings.reduce == "gram":
             same_vectors(self.communicator, list(vectors.values()))
+
+    inverse, _repr_html_ = as_operator.inverse, as_operator.page
+
+    def __repr__(self) -> str:
+        return as_operator.text(self)
 
     # ---- numbers of the factors --------------------------------------------------------------
 

@@ -27,6 +27,12 @@ from fisher_lab.curvature.spectra.krylov import LanczosResult, lanczos_algorithm
 from fisher_lab.curvature.spectra.matrix_free import MatrixFree
 from fisher_lab.curvature.spectra.operators import CurvatureOperator, in_float64
 from fisher_lab.curvature.spectra.quadrature import Probing, damped_share, log_share
+from fisher_lab.curvature.spectra.records import (
+    Eigenpairs,
+    Keyed,
+    LanczosAnalysis,
+    SpectralDensity,
+)
 from fisher_lab.curvature.wrappers import plain
 
 
@@ -70,7 +76,7 @@ class FisherLanczos(MatrixFree):
         block: str | None = None,
         *,
         eigenvectors: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Eigenpairs:
         """Finds the top ``k`` eigenpairs of the whole model or of a block.
 
         Args:
@@ -96,7 +102,7 @@ class FisherLanczos(MatrixFree):
             vectors = {} if found.eigenvectors is None else {"eigenvectors": found.eigenvectors}
             return self._pairs(found, matrix, block), vectors
 
-        return self._driven_with_vectors(model, batch, block, work)
+        return Eigenpairs(self._driven_with_vectors(model, batch, block, work))
 
     def lanczos_algorithm(
         self, matvec: MatVec, n: int, k: int | None = None, *, eigenvectors: bool = True
@@ -128,7 +134,7 @@ class FisherLanczos(MatrixFree):
         n_grid: int = 256,
         max_steps: int | None = None,
         tol: float = 0.01,
-    ) -> dict[str, Any]:
+    ) -> LanczosAnalysis:
         """Finds eigenpairs, density, trace and effective dimension from one set of products.
 
         The probes are deflated by the eigenpairs found, which then enter exactly: less variance,
@@ -171,7 +177,10 @@ class FisherLanczos(MatrixFree):
                 }
             return result
 
-        return self._driven(model, batch, block, work)
+        found = self._driven(model, batch, block, work)
+        kinds = {"top": Eigenpairs, "density": SpectralDensity, "effective_dimension": Keyed,
+                 "trace": Keyed}  # fmt: skip
+        return LanczosAnalysis({name: kinds[name](part) for name, part in found.items()})
 
     # ---- estimates ---------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class FisherLanczos(MatrixFree):
         n_grid: int = 256,
         sigma: float | None = None,
         log: bool = False,
-    ) -> dict[str, Any]:
+    ) -> SpectralDensity:
         """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
 
         ``n_probes`` random vectors make ``steps`` Lanczos steps each, with full
@@ -212,7 +221,7 @@ class FisherLanczos(MatrixFree):
             trace = {"trace": asdict(rule.trace())}
             return self._density(rule, matrix, block, n_grid, sigma, log) | trace
 
-        return self._driven(model, batch, block, work)
+        return SpectralDensity(self._driven(model, batch, block, work))
 
     def trace(
         self,

@@ -44,6 +44,7 @@ from fisher_lab.curvature.spectra.per_sample_gradients import (
     PerSampleGradients,
     choose_factored,
 )
+from fisher_lab.curvature.spectra.records import BlockSpectrum, FisherSpectrum
 from fisher_lab.curvature.spectra.samples import SampleSet, draw_samples
 from fisher_lab.curvature.spectra.spill import FileBytes
 from fisher_lab.curvature.wrappers import device_of, plain
@@ -143,7 +144,7 @@ class FisherSpectral:
         n_samples: int | None = None,
         block_structure: str = "layer",
         center_gradients: bool = False,
-    ) -> dict[str, Any]:
+    ) -> FisherSpectrum:
         """Computes the spectrum of every block.
 
         Args:
@@ -155,7 +156,8 @@ class FisherSpectral:
             center_gradients: subtract the mean row (gradient covariance instead of Fisher).
 
         Returns:
-            ``metadata``; ``per_block`` by block name; ``global``, the union of the blocks. A
+            ``metadata``; ``per_block`` by block name; ``global``, the union of the blocks, as keys
+            and as attributes (``union`` for the last one). A
             block without a spectrum has ``status: degenerate``, a ``reason`` and no number, and
             is left out of ``global``.
 
@@ -353,7 +355,7 @@ class FisherSpectral:
         found: Mapping[str, Found],
         cache_exact: bool | None,
         factored: set[str],
-    ) -> dict[str, Any]:
+    ) -> FisherSpectrum:
         n, top_k = call.samples.total, self.config.top_k
         per_block: dict[str, dict[str, Any]] = {}
         solved: dict[str, Solved] = {}
@@ -371,7 +373,8 @@ class FisherSpectral:
                 record = eigensolve.describe(one, n=n, p=p, top_k=top_k)
                 if record["status"] == "ok":
                     solved[block] = one
-            per_block[block] = {**record, "method": getattr(collectors.get(block), "method", None)}
+            method = getattr(collectors.get(block), "method", None)
+            per_block[block] = BlockSpectrum(record, method=method)
         whole = eigensolve.union(
             solved.values(),
             n=n,
@@ -380,7 +383,8 @@ class FisherSpectral:
             n_degenerate=len(call.blocks) - len(solved),
         )
         metadata = self._metadata(call, cache_exact, factored, per_block)
-        return {"metadata": metadata, "per_block": per_block, "global": whole}
+        about = {"metadata": metadata, "per_block": per_block, "global": BlockSpectrum(whole)}
+        return FisherSpectrum(about)
 
     def _metadata(
         self,

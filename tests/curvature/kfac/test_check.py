@@ -22,7 +22,13 @@ def test_it_says_what_is_covered_and_what_counts_and_changes_nothing():
     text = str(found)
     assert str(kfac.coverage) in text
     assert f"labels: shifted, {found.n_labels} of {found.given}\n" in text
-    assert "left out: in exclude (transformer.h.0.mlp.c_fc)" in text
+    assert "left out: 2 in exclude (transformer.h.0.mlp.c_fc)" in text
+    sizes = [f.trace() / f.dim for one in kfac.kfac_factors.values() for f in [one.G]]
+    assert found.mean_eigenvalues["G"] == pytest.approx((min(sizes), max(sizes)))
+    assert found.bytes > sum(one.nbytes() for one in kfac.kfac_factors.values())
+    assert min(found.passes_s, found.factor_s) > 0
+    assert "damping_mode=relative damping=0.1" in text
+    assert "<td>coverage</td>" in found._repr_html_()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
         assert p.grad is None
