@@ -30,7 +30,7 @@ from typing import Any
 
 from fisher_lab.results import finishing, manifest, paper, report, verify
 from fisher_lab.results.commands import OK, guarded, make_parser
-from fisher_lab.results.loading import SWEEP_FILE, WRITTEN_HERE, find, load
+from fisher_lab.results.loading import CONTROLS, SWEEP_FILE, WRITTEN_HERE, controls_of, find, load
 from fisher_lab.results.manifest import APPENDIX_FILE, FINISHED_FILE
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic, digests
@@ -141,7 +141,8 @@ def _named(sweeps: Iterable[Path]) -> dict[Path, str]:
 def _copy_sweep(sweep: Path, target: Path, left_out: dict[str, dict[str, str]]) -> None:
     """Copy what a reader needs of a sweep; note the digests of what runs had beside."""
     target.mkdir(parents=True)
-    runs = {one.directory.resolve() for one in find(sweep)[0]}
+    found = [*find(sweep)[0], *controls_of([sweep])]
+    runs = {one.directory.resolve() for one in found}
     is_sweep = (sweep / SWEEP_FILE).exists()
     for name, path in digests.entries(sweep):
         parts = name.split("/")
@@ -156,7 +157,8 @@ def _copy_sweep(sweep: Path, target: Path, left_out: dict[str, dict[str, str]]) 
             continue
         if run and path.suffix in WEIGHTS:
             known = atomic.read_json(run / RUN_FILE).get(digests.ENTRY) or {}
-            key = f"{target.name}/{run.name}"
+            above = target.name if run.parent == sweep else run.parent.name
+            key = f"{above}/{run.name}"
             left_out.setdefault(key, {})[inside] = known.get(inside) or digests.of_file(path)
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -231,12 +233,12 @@ class Names:
         self._bytes = [name.encode() for name in known if len(name) > 3]
 
     @classmethod
-    def here(cls, sweeps: Iterable[Path]) -> Names:
+    def here(cls, sweeps: Sequence[Path]) -> Names:
         """Those of this machine and this user, and those that runs have recorded."""
         homes, people = {str(Path.home())}, {getpass.getuser(), Path.home().name}
         hosts = {socket.gethostname(), os.uname().nodename}
         others = {os.environ.get("WANDB_ENTITY", ""), *_of_git()}
-        for one in find(list(sweeps))[0]:
+        for one in [*find(list(sweeps))[0], *controls_of(sweeps)]:
             for _, path in digests.entries(one.directory):
                 text = _text(path) or ""
                 homes |= {found[0] for found in HOME.finditer(text)}
@@ -336,22 +338,25 @@ def _make_anonymous(root: Path, names: Names, about: dict[str, Any]) -> None:
     """
     atomic.write_json(root / verify.CAPSULE_FILE, about)
     index = atomic.read_json(root / APPENDIX / APPENDIX_FILE)
-    for one in find(root / RESULTS)[0]:
+    sweeps = sorted((root / RESULTS).iterdir())
+    for one in [*find(root / RESULTS)[0], *controls_of(sweeps)]:
         for _, path in digests.entries(one.directory):
             _rewrite(path, names)
         record = atomic.read_json(one.directory / RUN_FILE)
         if digests.ENTRY in record:
             sealed = digests.sealed(one.directory, record)
-            name = f"{one.sweep.name}/{one.directory.name}"
+            name = f"{one.directory.parent.name}/{one.directory.name}"
             sealed[digests.ENTRY] |= about["left_out"].get(name, {})
             atomic.write_json(one.directory / RUN_FILE, sealed)
-    for sweep in (root / RESULTS).iterdir():
+    for sweep in sweeps:
         was_finished = (sweep / FINISHED_FILE).exists()
         (sweep / FINISHED_FILE).unlink(missing_ok=True)
         shutil.rmtree(sweep / "figures", ignore_errors=True)
-        for path in (p for p in sweep.iterdir() if p.is_file()):
+        beside = [*sweep.iterdir(), sweep / CONTROLS / verify.EVENTS_FILE]
+        for path in (p for p in beside if p.is_file()):
             _rewrite(path, names)
-        _seal_journal(sweep)
+        for journal in (sweep, sweep / CONTROLS):
+            _seal_journal(journal)
         if was_finished:
             finishing.finish(sweep)
     if index:

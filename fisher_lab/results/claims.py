@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ from rich.padding import Padding
 from rich.text import Text
 from typing_extensions import override
 
-from fisher_lab.results import stats
+from fisher_lab.results import controls, stats
 from fisher_lab.results.hypotheses import (
     FAILS,
     HOLDS,
@@ -105,7 +106,8 @@ def evaluate(frame: pd.DataFrame) -> list[Verdict]:
     for directory, sweep in frame.attrs.get("sweeps", {}).items():
         inside = frame["directory"].str.startswith(directory.rstrip("/") + "/")
         runs = filter_runs(frame, (frame["sweep"] == sweep.name) & inside)
-        runs.attrs = {**frame.attrs, "sweeps": {directory: sweep}}
+        found = controls.loaded(Path(directory))
+        runs.attrs = {**frame.attrs, "sweeps": {directory: sweep}, "controls": found}
         verdicts += [
             evaluate_one(claim, runs, sweep=sweep.name, number=number)
             for number, claim in enumerate(sweep.claims, 1)
@@ -132,7 +134,12 @@ def evaluate_one(claim: Any, runs: pd.DataFrame, *, sweep: str = "", number: int
     except ResultsError as error:
         text = str(claim.get("text") or claim.get("type")) if isinstance(claim, dict) else ""
         return Verdict(sweep, claim, text, INVALID, str(error))
-    return _decide(sweep, hypothesis, found, why)
+    verdict = _decide(sweep, hypothesis, found, why)
+    if hypothesis.type == "faster" and found and (known := runs.attrs.get("controls")):
+        about = (hypothesis.metric, hypothesis.get("a"), hypothesis.alpha)
+        words = controls.in_words(*about, chosen, known[0])
+        verdict = replace(verdict, why=f"{verdict.why}; {words}")
+    return verdict
 
 
 def _test_made(hypothesis: Hypothesis, found: Sequence[Finding]) -> str:

@@ -32,8 +32,12 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 MOST_DEEP = 32
 """How many directories below the one that is named runs are looked for."""
-WRITTEN_HERE = ("figures",)
-"""Directories that this package writes beside the runs."""
+
+CONTROLS = "controls"
+"""The directory beside the runs of a sweep in which some of its cells lie once more."""
+
+WRITTEN_HERE = ("figures", CONTROLS)
+"""Directories beside the runs of a sweep that hold none of its runs."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ def find(paths: Paths) -> tuple[list[Found], list[LeftOut]]:
             else:
                 left.setdefault(os.path.realpath(item.directory), item)
     return list(runs.values()), list(left.values())
+
+
+def controls_of(sweeps: Iterable[Path]) -> list[Found]:
+    """The controls of some sweeps: cells that are compared with themselves."""
+    folders = [sweep / CONTROLS for sweep in sweeps if (sweep / CONTROLS).is_dir()]
+    return find(folders)[0]
 
 
 def _walk(directory: Path, sweep: Path | None, depth: int = 0) -> Iterator[Found | LeftOut]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from fisher_lab.results.loading import controls_of
 from fisher_lab.runs import atomic, digests, provenance
 from fisher_lab.runs.record import RUN_FILE
 
@@ -75,6 +76,8 @@ def _listed(frame: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """The directories of runs with their states, and those that could not be read."""
     yield from zip(frame["directory"], frame["status"], strict=True)
     yield from ((one.directory, "left out") for one in frame.attrs["left_out"])
+    for one in controls_of(map(Path, frame.attrs["sweeps"])):
+        yield str(one.directory), str(atomic.read_json(one.directory / RUN_FILE).get("status"))
 
 
 def write(folder: Path, name: str, index: Mapping[str, Any]) -> Path:

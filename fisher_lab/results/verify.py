@@ -27,7 +27,7 @@ from rich.text import Text
 from fisher_lab.results import finishing, manifest, paper, report
 from fisher_lab.results.commands import OK, guarded, make_parser
 from fisher_lab.results.figure_style import TYPES
-from fisher_lab.results.loading import SWEEP_FILE, find, load
+from fisher_lab.results.loading import CONTROLS, SWEEP_FILE, controls_of, find, load
 from fisher_lab.results.manifest import APPENDIX_FILE, FINISHED_FILE
 from fisher_lab.results.values import ResultsError
 from fisher_lab.runs import atomic, digests
@@ -114,7 +114,7 @@ def verify(path: str | os.PathLike[str], runs: str | os.PathLike[str] | None = N
     if not sweeps:
         raise ResultsError(f"{root}: there is neither an appendix nor a run in it")
     for sweep in sweeps:
-        _check_runs(sweep, found, _left_out_of(sweep))
+        _check_runs(sweep, found)
         _check_finished(sweep, found)
     return found
 
@@ -122,8 +122,11 @@ def verify(path: str | os.PathLike[str], runs: str | os.PathLike[str] | None = N
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def _check_runs(sweep: Path, found: Verified, left_out: Mapping[str, Any]) -> None:
+def _check_runs(sweep: Path, found: Verified) -> None:
     """The files of every run of a sweep against their digests, and the sweep's journal."""
+    left_out, controls = _left_out_of(sweep), sweep / CONTROLS
+    if controls.is_dir():
+        _check_runs(controls, found)
     known, unreadable = find(sweep)
     older = 0
     for one in known:
@@ -203,7 +206,7 @@ def _check_index(
     """
     names = {os.path.realpath(sweep): name for name, sweep in where.items()}
     here = {}
-    for one in find(paths)[0]:
+    for one in [*find(paths)[0], *controls_of(where.values())]:
         sweep, run = map(os.path.realpath, (one.sweep, one.directory))
         here[f"{names.get(sweep)}/{os.path.relpath(run, sweep)}"] = one.directory
     known = index["runs"]
@@ -278,7 +281,7 @@ def _check_appendix(folder: Path, runs: Path | None, found: Verified) -> None:
             raise ResultsError(f"{path}: the runs are not there; give their directory with --runs")
     for sweep in where.values():
         if sweep.is_dir():
-            _check_runs(sweep, found, _left_out_of(sweep))
+            _check_runs(sweep, found)
             _check_digests(sweep, found)
         else:
             found.differs(sweep, "the sweep is gone")

@@ -115,7 +115,8 @@ class Cell:
     @property
     def label(self) -> str:
         """Its axes as they are written on the command line."""
-        return label_of(self.axes) or self.run_id
+        control = " (control)" if self.layout.is_of_controls else ""
+        return f"{label_of(self.axes) or self.run_id}{control}"
 
     @property
     def lock(self) -> Lock:

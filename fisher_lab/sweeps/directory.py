@@ -39,6 +39,8 @@ LAUNCH_FILE = "launch.json"
 LAUNCHER = "launcher"
 """What a launcher locks, in the directory of each of its submissions, for as long as it lives."""
 SCHEMA = "fisher_lab.sweep/1"
+CONTROLS = "controls"
+"""Read by ``results/loading.py``, too."""
 
 JOURNAL_STALE_AFTER_S, JOURNAL_TIMEOUT_S = 20.0, 120.0
 TAIL_LINES, TAIL_BYTES = 20, 4096
@@ -69,6 +71,21 @@ class Layout:
     def submissions(self) -> Path:
         """A directory for every launch."""
         return self.directory / ".sweep" / "submissions"
+
+    @property
+    def sweep(self) -> Path:
+        """The directory of the sweep, of which this may be the directory of its controls."""
+        return self.directory.parent if self.is_of_controls else self.directory
+
+    @property
+    def is_of_controls(self) -> bool:
+        """Whether cells lie here that are compared with themselves."""
+        return self.directory.name == CONTROLS
+
+    @property
+    def controls(self) -> Layout:
+        """Where some cells of the sweep lie once more."""
+        return Layout(self.directory / CONTROLS)
 
     @property
     def repeated(self) -> Path:

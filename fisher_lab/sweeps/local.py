@@ -18,16 +18,19 @@ from contextlib import AbstractContextManager
 from fisher_lab.config.launchers import LocalSettings, SerialSettings
 from fisher_lab.runs import record
 from fisher_lab.runs.provenance import allowed_cpus
-from fisher_lab.runs.signals import Pending, Watch
+from fisher_lab.runs.signals import Interrupted, Pending, Watch
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.cell import Cell, Outcome
 from fisher_lab.sweeps.queue import Executor, say
 from fisher_lab.sweeps.worker_process import WorkerProcess
 
+GRACE_S = 30.0
+"""Seconds that a cell in a process of its own has to save its state, with the serial launcher."""
+
 
 class InProcess(Executor):
-    """Runs a cell to its end in ``start``."""
+    """Runs a cell to its end in ``start``; one whose times are compared in another process."""
 
     has_bar = False
 
@@ -49,6 +52,9 @@ class InProcess(Executor):
         for cell in cells:
             say(f"#{self._started} : {cell.label}")
             self._started += 1
+            if cell.alone:
+                self._ended.append((cell, self._in_a_process(cell)))
+                continue
             began, code = time.monotonic(), worker.run(cell)
             if code in (worker.HELD, worker.CANCELLED):  # by the user, at this very moment
                 status = Status.HELD if code == worker.HELD else Status.NOT_STARTED
@@ -57,6 +63,22 @@ class InProcess(Executor):
             status = record.status_of(cell.directory) or Status.FAILED
             message = record.brief(cell.directory) if status is Status.FAILED else None
             self._ended.append((cell, Outcome(status, message, time.monotonic() - began)))
+
+    def _in_a_process(self, cell: Cell) -> Outcome:
+        """Run a cell whose times are compared: their unit is a process.
+
+        What cells before it have imported, compiled and cached is none of its own.
+        """
+        process = WorkerProcess(cell, threads=None, grace_s=GRACE_S)
+        try:
+            while (outcome := process.poll()) is None:
+                time.sleep(self.pause_s)
+        except Interrupted as stop:
+            process.ask(stop.signum)
+            while process.poll() is None:
+                time.sleep(self.pause_s)
+            raise
+        return outcome
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """What :meth:`start` has run."""

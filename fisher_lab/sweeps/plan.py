@@ -29,6 +29,7 @@ from fisher_lab.runs.record import strict as plain
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell
 from fisher_lab.sweeps.directory import SCHEMA, Layout
+from fisher_lab.sweeps.pairs import controls, interleaved
 
 Identify = Callable[[Config], Mapping[str, Any]]
 """A configuration's content hashes; raises ConfigError for what cannot be."""
@@ -47,6 +48,7 @@ class SweepPlan:
         axes: swept key -> its values, as text.
         overrides: what all cells have in common, as typed.
         file: the sweep file, where there is one.
+        controls: cells that are run once more, to be compared with themselves.
         invalid: axes of the cells that cannot run, and why.
         repeated: how many cells were the same as an earlier one.
     """
@@ -56,13 +58,22 @@ class SweepPlan:
     axes: dict[str, list[str]]
     overrides: list[str]
     file: SweepFile | None = None
+    controls: list[Cell] = field(default_factory=list)
     invalid: list[tuple[Mapping[str, str], str]] = field(default_factory=list)
     repeated: int = 0
 
     def refuse(self, cell: Cell, reason: str) -> None:
         """Take a cell out that cannot run."""
         self.cells.remove(cell)
+        self.controls = [one for one in self.controls if one.run_id != cell.run_id]
         self.invalid.append((cell.axes, reason))
+
+    @property
+    def launched(self) -> list[Cell]:
+        """The cells and the controls, in the order in which they are run."""
+        if self.file is None or not self.file.alone:
+            return self.cells
+        return interleaved([*self.cells, *self.controls])
 
     def write(self) -> None:
         """Write ``sweep.json``; cells of earlier launches that are no longer swept are kept."""
@@ -203,8 +214,8 @@ def _one(
         alone = file is not None and file.alone
         plan.cells.append(Cell(layout, identity, tuple(overrides), axes, config, content, alone))
     if file is not None and file.alone:
-        # Interleaved: whatever the machine does over the hours, it does to every setting alike.
         plan.cells.sort(key=lambda cell: cell.config.seed)
+        plan.controls = controls(plan.cells, file.claims)
     return plan
 
 

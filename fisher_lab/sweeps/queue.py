@@ -20,6 +20,7 @@ from fisher_lab.runs import record
 from fisher_lab.runs.signals import Pending, Watch
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell, Outcome
+from fisher_lab.sweeps.pairs import Pairs
 from fisher_lab.sweeps.progress import CellsBar, claimed_values, time_left
 
 LOOK_EVERY_S = 0.5
@@ -147,6 +148,7 @@ class Queue:
 
     def __init__(self, cells: Sequence[Cell], executor: Executor, tally: Tally) -> None:
         self._waiting = deque(cells)
+        self._pairs = Pairs(cells)
         self._executor = executor
         self._tally = tally
         self._preemptions: Counter[Cell] = Counter()
@@ -236,6 +238,10 @@ class Queue:
             message = f"preempted more often than sweep.max_requeues={allowed}"
             outcome = cell.give_up("max_requeues", message)
         self._tally.end(cell, outcome)
+        again, why = self._pairs.ended(cell)
+        if again:
+            say(why)
+            self._waiting.extendleft(reversed(again))
         if outcome.status is Status.FAILED and cell.config.sweep.fail_fast:
             self._drop()
             self._executor.stop(self._executor.running)

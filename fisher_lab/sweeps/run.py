@@ -71,7 +71,7 @@ def run(
                 if refused is not None:
                     one.refuse(cell, str(ConfigError.value(*refused)))
         return plan.show(plans)
-    cells = [cell for one in plans for cell in one.cells]
+    cells = [cell for one in plans for cell in one.launched]
     for key, value, allowed in _refused(cells, options, kind, settings):
         raise ConfigError.value(key, value, allowed)
     for one in plans:
@@ -102,7 +102,7 @@ def finish(cells: Sequence[Cell]) -> None:
     """Tables, verdicts and figures of the sweeps of which cells have ended now."""
     from fisher_lab.results import finishing
 
-    for directory in dict.fromkeys(cell.layout.directory for cell in cells):
+    for directory in dict.fromkeys(cell.layout.sweep for cell in cells):
         finishing.at_end(directory)
 
 

@@ -105,7 +105,7 @@ def cancel(arguments: Sequence[str]) -> int:
     layout: Layout = _sweep(parser, arguments).layout
     before = look(layout)
     open_cells = [cell for cell in before if cell.state in (Status.RUNNING, Status.QUEUED)]
-    for submission in sorted(layout.submissions.iterdir()):
+    for submission in [*layout.submissions.glob("*"), *layout.controls.submissions.glob("*")]:
         (submission / CANCELLED_FILE).touch()
     layout.journal.append("cancel", cells=[cell.run_id for cell in open_cells])
     jobs = [cell.job for cell in before if cell.job is not None]

@@ -18,6 +18,7 @@ from fisher_lab.config.schema import TrackerConfig
 from fisher_lab.config.validate import validate
 from fisher_lab.distributed import launch
 from fisher_lab.runs import provenance, record
+from fisher_lab.runs.load import Load
 from fisher_lab.runs.record import Run
 from fisher_lab.runs.signals import Interrupted, interruption
 from fisher_lab.runs.status import Status
@@ -244,8 +245,11 @@ def _run_task(
             if problem is not None:
                 raise problem
             run.note(**prepare(config))
+            load = Load()
             with tracking.current(tracker):
                 import_module(TASKS[config.task.name]).run(config, run)
+            if rank is None:  # other ranks are none of "others", and cannot be told from them
+                run.note(load=load.about())
         finally:
             # Whoever started the ranks stops those that are left: it must not break in here.
             run.signals.ending()
