@@ -245,13 +245,19 @@ class OptimizerConfig:
         "`kfac`, `ekfac`: what bounds a step. `unit`: the natural gradient is scaled to length 1 "
         "in its own metric, so that the predicted divergence of a step is lr^2/2; `kl`: it is cut "
         "to `optimizer.clip_limit`; `trust`: the whole step is, with momentum, by K-FAC's "
-        "Fisher-vector product; `none`: nothing.",
+        "damped Fisher-vector product; `none`: nothing.",
         one_of("unit", "kl", "trust", "none"),
     )
     clip_limit: float = setting(
         1e-3,
         "`kl`, `trust`: the bound on the predicted divergence of a step, in nats a label.",
         above(0),
+    )
+    graft: str = setting(
+        "none",
+        "`kfac`, `ekfac`: the length of the natural gradient of each tensor: its own (`none`), "
+        "that of the gradient (`sgd`), or that of Adam's step without momentum (`adam`).",
+        one_of("none", "sgd", "adam"),
     )
     damping_ratio: float = setting(
         1.0,
@@ -274,6 +280,12 @@ class OptimizerConfig:
         "ratio; null: `kfac.update_freq`, that is with the factors.",
         whole(1) | null,
     )
+    refresh_below: float | None = setting(
+        None,
+        "`kfac`, `ekfac`: a reduction ratio below this refreshes the factors at the next step, "
+        "beside `kfac.update_freq`; null: it does not.",
+        above(0) | null,
+    )
     ratio: bool = setting(
         True,
         "`kfac`, `ekfac`: measure the reduction ratio, which costs a forward pass each time.",
@@ -283,6 +295,11 @@ class OptimizerConfig:
         """Yield what concerns more than one key."""
         if self.damping_schedule == "lm" and not self.ratio:
             yield "ratio", "true with optimizer.damping_schedule=lm"
+        if self.refresh_below is not None and not self.ratio:
+            yield "ratio", "true with optimizer.refresh_below"
+        curvature = self.name in CURVATURE_OPTIMIZERS
+        if curvature and self.graft != "none" and self.clip not in ("none", "trust"):
+            yield "clip", f"none or trust with optimizer.graft={self.graft}"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -209,6 +209,13 @@ def no_progress(items: Iterable[Any], label: str, total: int | None) -> Iterable
     return items
 
 
+def progress_bars(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
+    """Shows a bar where the output is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, total=total, leave=False, disable=None)
+
+
 class CommunicationError(CurvatureError):
     """A collective failed or took too long; names it, its size and the rank."""
 
@@ -254,6 +261,14 @@ class TorchCommunicator(Communicator):
         self.size = dist.get_world_size(self.group)
         nccl = "nccl" in dist.get_backend(self.group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else _CPU
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # a group of processes has no copy
+
+    def __reduce__(self) -> tuple[type[TorchCommunicator], tuple[()]]:
+        if self.group is not dist.group.WORLD:
+            raise TypeError("a communicator of a part of the ranks cannot be pickled")
+        return TorchCommunicator, ()
 
     # ---- collectives -------------------------------------------------------------------------
 

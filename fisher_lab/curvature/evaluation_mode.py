@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +26,8 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
     ``deterministic`` turns on ``torch.use_deterministic_algorithms`` and sets
     ``CUBLAS_WORKSPACE_CONFIG``; operations without a deterministic form raise an error.
     """
-    # All devices, not the model's alone: seeding reaches every one of them.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(random_state_kept())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if deterministic:
@@ -37,6 +35,13 @@ def isolated(model: nn.Module, *, seed: int, deterministic: bool = False) -> Ite
         stack.enter_context(evaluating(model))
         seed_generators(seed)
         yield
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Puts the generators of the host and of every CUDA device back as they were."""
+    # All devices, not the model's alone: seeding reaches every one of them.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ gradients, forward-mode products or ranks that have different numbers of sequenc
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from fisher_lab.curvature.linalg import all_finite
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -251,6 +254,17 @@ def scattered(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[st
     return {**state, "state": entries}
 
 
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Says whether tensors hold neither NaN nor infinity; collective where sharded."""
+    here = {name: t.to_local() if is_shard(t) else t for name, t in tensors.items()}
+    sums = (0.0 if all_finite(t) else math.nan for t in here.values())
+    found = sum(sums)
+    mesh = next((t.device_mesh for t in tensors.values() if is_shard(t)), None)
+    if mesh is not None:
+        found = _over(mesh, found)
+    return math.isfinite(found)
+
+
 def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Returns ``<left, right>`` over the names of both, in float64; collective where sharded."""
     total, part, mesh = 0.0, 0.0, None
@@ -263,11 +277,14 @@ def inner(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
             part += float((one.to_local().double() * other.to_local().double()).sum())
         else:
             total += float((one.double() * other.double()).sum())
-    if mesh is None:
-        return total
+    return total if mesh is None else total + _over(mesh, part)
+
+
+def _over(mesh: DeviceMesh, part: float) -> float:
+    """The sum of a number over the ranks that hold shards; collective."""
     from torch.distributed.tensor import DTensor, Partial
 
     device = torch.device(mesh.device_type)
     sums = torch.tensor(part, dtype=torch.float64, device=device)
     joined = DTensor.from_local(sums, mesh, [Partial()])
-    return total + float(joined.full_tensor())
+    return float(joined.full_tensor())

@@ -5,13 +5,9 @@ It uses the public methods of the engine alone, and no runs, files or tasks.
 
 from __future__ import annotations
 
-from fisher_lab.optim.kfac import (
-    Clipping,
-    ConstantDamping,
-    DampingSchedule,
-    KFACOptimizer,
-    LevenbergMarquardt,
-)
+from fisher_lab.optim.clipping import Clipping
+from fisher_lab.optim.damping import ConstantDamping, DampingSchedule, LevenbergMarquardt
+from fisher_lab.optim.kfac import KFACOptimizer
 
 __all__ = [
     "Clipping",

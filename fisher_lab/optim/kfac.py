@@ -10,141 +10,46 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.fields import Allowed, at_least, fraction, null, one_of, whole
+from fisher_lab.config.fields import at_least, fraction, null, one_of, whole
 from fisher_lab.config.kfac import require
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
-from fisher_lab.curvature.errors import CurvatureError
+from fisher_lab.curvature.errors import CurvatureError, NonFiniteError
+from fisher_lab.curvature.evaluation_mode import random_state_kept
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
-from fisher_lab.curvature.kfac.parts import base_of
+from fisher_lab.curvature.kfac.own_pass import OwnRefresh
 from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
+from fisher_lab.optim import groups, state
+from fisher_lab.optim.clipping import Clipping
+from fisher_lab.optim.damping import ConstantDamping, DampingSchedule
+from fisher_lab.optim.divided import DividedOptimizer
+from fisher_lab.optim.groups import Group
+from fisher_lab.optim.passes import Recorder
+from fisher_lab.optim.ranks import Compute, of_all_ranks
 
 log = logging.getLogger(__name__)
 
-COVERED, REST = 0, 1
-"""Indices of the two parameter groups."""
-
-ClipName = Literal["unit", "kl", "trust", "none"]
+GRAFTS = ("none", "sgd", "adam")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clipping:
-    """A bound on the length of a step: on the predicted change of the model's distribution.
-
-    The divergence between the predictions before and after a step ``d`` is, to second order,
-    ``KL = d^T F d / 2`` nats per label, with ``F`` the Fisher matrix of the mean loss.
-
-    Attributes:
-        kind: ``unit`` scales the natural gradient to length 1 in the damped metric, so that the
-            predicted divergence of a step is ``lr^2 / 2`` for every gradient (the step of a trust
-            region with radius ``lr``). ``kl`` bounds the natural gradient of this batch, before
-            momentum, with ``d^T F d`` estimated by ``lr^2 <g, u>`` (Ba, Grosse & Martens 2017,
-            section 5: it costs nothing, and is an upper bound because it contains the damping).
-            ``trust`` bounds the whole step with its momentum by K-FAC's own Fisher-vector product
-            (one more product per step). ``none`` bounds nothing.
-        limit: largest ``d^T F d / 2``, in nats per label.
-    """
-
-    kind: ClipName = "kl"
-    limit: float = 1e-3
-
-    def __post_init__(self) -> None:
-        require("clip", self.kind, one_of("unit", "kl", "trust", "none"), str)
-        require("clip_limit", self.limit, at_least(0))
-
-    def scale(self, quadratic: float) -> float:
-        """The factor, at most 1, by which a step with this ``d^T F d`` is shortened.
-
-        With ``unit``: the factor that gives it the length 1.
-        """
-        if self.kind == "none" or quadratic <= 0.0:
-            return 1.0
-        if self.kind == "unit":
-            return 1.0 / math.sqrt(quadratic)
-        return min(1.0, math.sqrt(2.0 * self.limit / quadratic))
-
-
-class DampingSchedule(Protocol):
-    """Chooses the multiplier of the dampings of both factors; it starts at 1."""
-
-    wants_ratio: bool
-    """Whether the schedule needs the reduction ratio, which costs a forward pass."""
-
-    def update(self, multiplier: float, ratio: float) -> float:
-        """The next multiplier.
-
-        Args:
-            multiplier: the multiplier of the last steps.
-            ratio: actual over predicted change of the loss; not finite if it is unknown.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class ConstantDamping:
-    """The damping does not change."""
-
-    wants_ratio = False
-
-    def update(self, multiplier: float, ratio: float) -> float:
-        """Returns the same multiplier."""
-        return multiplier
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevenbergMarquardt:
-    """More damping after steps for which the quadratic model predicted too much, else less.
-
-    Martens & Grosse 2015, section 6.5: the multiplier grows when the reduction ratio is below
-    ``low`` and shrinks when it is above ``high``. NaN and minus infinity count as low.
-
-    Attributes:
-        factor: divides or multiplies the multiplier, between 0 and 1.
-        low: ratios below it increase the damping.
-        high: ratios above it decrease the damping.
-        smallest: lower bound of the multiplier.
-        largest: upper bound of the multiplier.
-    """
-
-    factor: float = 0.77
-    low: float = 0.25
-    high: float = 0.75
-    smallest: float = 1e-3
-    largest: float = 1e6
-
-    wants_ratio = True
-
-    def __post_init__(self) -> None:
-        require("lm_factor", self.factor, fraction())
-        below = Allowed(f"a number from 0 to {self.high:g}", lambda low: 0.0 <= low <= self.high)
-        require("lm_low", self.low, below)
-
-    def update(self, multiplier: float, ratio: float) -> float:
-        """Returns the next multiplier, as `DampingSchedule` says."""
-        if ratio > self.high:
-            return max(multiplier * self.factor, self.smallest)
-        if ratio >= self.low:
-            return multiplier
-        return min(multiplier / self.factor, self.largest)
-
-
-class KFACOptimizer(torch.optim.Optimizer):
+class KFACOptimizer(DividedOptimizer):
     """Natural-gradient steps with momentum; AdamW for the parameters outside K-FAC's layers.
 
     ::
 
-        optimizer = KFACOptimizer(model, KFACNaturalGradient(damping=0.01), lr=0.1)
+        optimizer = KFACOptimizer(model)
         for batch in batches:
-            optimizer.refresh(batch)              # every ``kfac.update_freq`` steps
             optimizer.zero_grad()
             model(**batch).loss.backward()
             optimizer.step()
@@ -155,30 +60,52 @@ class KFACOptimizer(torch.optim.Optimizer):
         m = momentum * m + u
         W = (1 - lr * weight_decay) W - lr * m    (m shortened by clipping ``trust``)
 
-    There are two parameter groups, ``kfac`` and ``adamw``; schedulers work on their ``lr``. Which
-    parameters are in which is what the modules promise until the first refresh, and then what its
-    forward pass has shown: experts that are slices of a parameter go to ``kfac``, and layers that
-    the pass does not use, or that cannot be used, to ``adamw``. (With factors of each rank's own,
-    from the first step on, what any of the ranks has shown.)
+    There are two parameter groups, ``kfac`` and ``adamw``, with a rate, ``weight_decay``
+    (decoupled, Loshchilov & Hutter 2019, on matrices alone), ``momentum`` or ``betas`` and ``eps``
+    of their own, which schedulers and callers may change. Which parameters are in which is what
+    the modules promise until the first refresh, and then what its forward pass has shown: experts
+    that are slices of a parameter go to ``kfac``, and layers that the pass does not use, or that
+    cannot be used, to ``adamw``. (With factors of each rank's own, from the first step on, what
+    any of the ranks has shown.) Parameters that are frozen later stay where they are and are not
+    changed; those that are unfrozen later join at the next refresh, unless ``add_param_group`` has
+    taken them.
+
+    Where new factors are due (every ``kfac.update_freq`` steps), they are made of the step's own
+    passes, micro-batches included: the token gradients are kept on the caller's way back. That
+    needs the labels, as an argument of the model or by :meth:`capture`; ``fisher=mc`` and ``true``,
+    and losses that are not the likelihood of the labels, take a second pass, and the log says so.
+    :meth:`refresh` makes factors of any batch.
+
+    The whole state is in ``state_dict()``, factors included; copies and pickles hold the model too.
 
     Args:
         model: the model; its trainable parameters are optimised.
-        kfac: the engine, with damping, policy and ``update_freq``.
+        kfac: the engine, with damping, policy and ``update_freq``; None: one with the dampings
+            ``DAMPINGS``. It is the optimizer's from now on.
         lr: learning rate of the covered parameters.
         momentum: decay of the running sum of natural gradients, from 0 up to, but not including, 1.
-        weight_decay: decoupled (Loshchilov & Hutter 2019), on matrices alone.
+        weight_decay: decoupled, on matrices alone, of either method.
         clipping: the bound on a step.
         damping: how the damping changes; it starts at that of ``kfac``.
+        graft: the length of each tensor's ``u``: ``none``: as it is, ``sgd``: that of the gradient,
+            ``adam``: that of Adam's step without momentum (of the gradient over the root of its
+            second moment); with the clippings ``none`` and ``trust``.
+        refresh_below: a measured reduction ratio (:meth:`adapt`) below it makes new factors due at
+            the next step, whatever ``update_freq`` says; None: it does not.
         inverse_freq: steps between two refreshes of the inverses alone, with the current damping
             and a measured reduction ratio; None: only with the factors. Refreshing factors more
             often than inverses has no effect, since nothing is averaged.
         rest_lr: learning rate of AdamW for the other parameters; None: ``lr``.
         betas: those of AdamW.
         eps: that of AdamW.
+        outer: what changes embeddings and the layer of the logits, whose factors are the largest
+            and the least well known: ``adamw``, or ``kfac`` as everything else.
         communicator: the ranks that step together. With ``kfac_distributed_reduce="none"`` each has
             factors of its own tokens, and the step follows the mean of their natural gradients,
             weighted by the labels behind the factors, so that all ranks keep the same weights.
             The other modes agree without it.
+        record: whether the passes of the training loop are watched; without it, only
+            :meth:`refresh` makes factors.
 
     Raises:
         SettingError: an argument is out of range.
@@ -186,104 +113,110 @@ class KFACOptimizer(torch.optim.Optimizer):
 
     Attributes:
         kfac: the engine.
-        multiplier: current multiplier of the damping.
         last: numbers of the last step: ``kl_scale``, ``decrement``, and ``predicted`` on request.
     """
+
+    DAMPINGS: ClassVar[dict[str, Any]] = {"damping_A": 0.3, "damping_G": 1e-3}
+    """Of an engine that the optimizer makes; ``docs/training.md`` says how they were found."""
 
     def __init__(
         self,
         model: nn.Module,
-        kfac: KFACNaturalGradient,
+        kfac: KFACNaturalGradient | None = None,
         *,
-        lr: float = 0.1,
+        lr: float = 0.03,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         clipping: Clipping | None = None,
         damping: DampingSchedule | None = None,
+        graft: str = "none",
+        refresh_below: float | None = None,
         inverse_freq: int | None = None,
-        rest_lr: float | None = None,
+        rest_lr: float | None = 3e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        outer: str = "adamw",
         communicator: Communicator | None = None,
+        record: bool = True,
     ) -> None:
         require("lr", lr, at_least(0))
         require("momentum", momentum, fraction())
         require("weight_decay", weight_decay, at_least(0))
         require("inverse_freq", inverse_freq, whole(1) | null, int)
-        self.kfac, self.model = kfac, model
+        require("rest_lr", rest_lr, at_least(0) | null)
+        require("outer", outer, one_of(*groups.METHODS), str)
+        require("graft", graft, one_of(*GRAFTS), str)
+        require("refresh_below", refresh_below, at_least(0) | null)
+        self.kfac = kfac or KFACNaturalGradient(track_diagonal=False, **self.DAMPINGS)
+        self.model = model
         self.clipping = clipping or Clipping()
         self.damping: DampingSchedule = damping or ConstantDamping()
-        self.inverse_freq = inverse_freq
-        apart = communicator if kfac.settings.reduce == "none" else None
+        self.inverse_freq, self.graft, self.refresh_below = inverse_freq, graft, refresh_below
+        if graft != "none" and self.clipping.kind not in ("none", "trust"):
+            raise SettingError(
+                f"clipping: {self.clipping.kind!r} with graft={graft!r}; allowed: none, trust"
+            )
+        apart = communicator if self.kfac.settings.reduce == "none" else None
         self.ranks: Communicator = apart or Alone()
-        self.multiplier = 1.0
         self.last: dict[str, float] = {}
-        self._done = 0
-        trainable = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
-        self._trainable = trainable
-        self._names = {name: trainable[name] for name in self._promised()}
-        self._adamw: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": 0.0}
         self._rest_lr = lr if rest_lr is None else rest_lr
-        self.rest: torch.optim.AdamW | None = None
-        first = {"params": list(self._names.values()), "name": "kfac", "lr": lr}
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0}
-        super().__init__([{**first, "weight_decay": weight_decay}], defaults)
-        self._leave_the_rest()
-
-    def _promised(self) -> list[str]:
-        """The parameters in layers that modules promise; candidates are not among them."""
-        found = self.kfac.layers_of(self.model)
-        layers = [one for one in found.layers.values() if one.name not in found.candidates]
-        names = [base_of(name) for one in layers for name in one.names]
-        return [name for name in names if name in self._trainable]
-
-    def _shown(self) -> list[str]:
-        """The parameters that the last refresh has factors of, at least of a part."""
-        missed = self.kfac.coverage.by_parameter
-        return [n for n, p in self._trainable.items() if missed.get(n, (0, ""))[0] < p.numel()]
-
-    def divide(self, covered: Iterable[str]) -> None:
-        """Says which parameters are K-FAC's; the others are AdamW's. Before the first step.
-
-        Args:
-            covered: names in ``named_parameters()``.
-        """
-        wanted = set(covered)
-        if wanted == set(self._names):
-            return
-        moved = sorted(wanted ^ set(self._names))
-        log.info(
-            "%d parameters change between kfac and adamw: %s", len(moved), ", ".join(moved[:9])
-        )
-        self._names = {name: p for name, p in self._trainable.items() if name in wanted}
-        self.param_groups[COVERED]["params"] = list(self._names.values())
-        self._leave_the_rest()
-
-    def _leave_the_rest(self) -> None:
-        """Gives AdamW what is not K-FAC's."""
-        rest = [p for n, p in self._trainable.items() if n not in self._names]
-        self.rest = None
-        if rest:
-            self.rest = torch.optim.AdamW(rest, lr=self._rest_lr, **self._adamw)
-        if len(self.param_groups) > REST:
-            self.param_groups[REST]["params"] = rest
-        elif rest:
-            lr = {"lr": self._rest_lr}
-            if "initial_lr" in self.param_groups[COVERED]:  # a scheduler is there already
-                lr["initial_lr"] = self._rest_lr
-            self.add_param_group({"params": rest, "name": "adamw", "weight_decay": 0.0, **lr})
+        self._fresh = False  # whether this step has new factors already
+        self._decided, self._behind = set(), set()
+        self._warned: set[str] = set()
+        if outer == "adamw":
+            names = list(groups.outer_layers(unwrap(model)))
+            settings = self.kfac.settings
+            self.kfac.settings = replace(settings, exclude=[*settings.exclude, *names])
+        own = {"momentum": momentum, "betas": betas, "eps": eps}
+        own |= {"steps": 0, "multiplier": 1.0, "aged": False}
+        defaults = {**groups.ADAMW, "lr": lr, "weight_decay": weight_decay, **own}
+        promised, named = self._promised(), self._named()
+        trained = [name for name, p in named.items() if p.requires_grad]
+        parts = [[n for n in trained if n in promised], [n for n in trained if n not in promised]]
+        first = [
+            {
+                "params": [named[name] for name in names], "param_names": names,
+                "method": method, "name": method, "set": 0, "lr": rate,
+            }
+            for method, names, rate in zip(groups.METHODS, parts, (lr, self._rest_lr), strict=True)
+            if names or method == "kfac"
+        ]  # fmt: skip
+        super().__init__(first, defaults)
+        self._record = record
+        self._recorder = Recorder(self) if record else None
 
     # ---- factors and damping -----------------------------------------------------------------
 
     @property
+    def done(self) -> int:
+        """Steps so far."""
+        return self.param_groups[0]["steps"]
+
+    @property
+    def multiplier(self) -> float:
+        """The current multiplier of the dampings."""
+        return self.param_groups[0]["multiplier"]
+
+    def _note(self, **values: Any) -> None:
+        """Writes numbers of the optimizer into all groups, which are saved everywhere."""
+        for group in self.param_groups:
+            group.update(values)
+
+    @property
     def refresh_due(self) -> bool:
-        """Whether the next step needs new factors."""
-        return self._done % self.kfac.update_freq == 0
+        """Whether the next step needs new factors: by its number, or for other parameters."""
+        if self._fresh:
+            return False
+        if self.done % self.kfac.update_freq == 0 or self.param_groups[0]["aged"]:
+            return True
+        if self._trained() != self._behind:
+            return True
+        return not self.kfac.kfac_factors and self.ranks.size == 1
 
     @property
     def inverse_due(self) -> bool:
         """Whether the reduction ratio is due at the next step, and with it the damping."""
-        return self._done % (self.inverse_freq or self.kfac.update_freq) == 0
+        return self.done % (self.inverse_freq or self.kfac.update_freq) == 0
 
     def refresh(
         self,
@@ -294,6 +227,9 @@ class KFACOptimizer(torch.optim.Optimizer):
         verify: bool = False,
     ) -> bool:
         """Computes new factors if they are due, by one more forward and backward pass.
+
+        The model's buffers and the random state are left as they were. Of several calls for one
+        step the first one counts: of micro-batches, give the list.
 
         Args:
             batch: one batch, or several.
@@ -306,22 +242,40 @@ class KFACOptimizer(torch.optim.Optimizer):
         """
         if not (force or self.refresh_due):
             return False
-        self.kfac.collect_kfac_factors(self.model, batch, loss=loss, verify=verify)
-        if self._done == 0 and self.ranks.size == 1:
-            self.divide(self._shown())
+        with random_state_kept():
+            self.kfac.collect_kfac_factors(self.model, batch, loss=loss, verify=verify)
+        self._refreshed()
         return True
 
-    def _settle(self) -> None:
-        """Divides the parameters by what any rank has factors of; collective, once.
+    def refresh_from(self, own: OwnRefresh) -> None:
+        """Takes factors of passes that the caller has recorded and differentiated; collective."""
+        own.finish()
+        self._refreshed()
 
-        Ranks with factors of their own may have seen different layers, and step together.
+    def _refreshed(self) -> None:
+        self._join()
+        self._fresh, self._behind = True, self._trained()
+        self._note(aged=False)
+        if self.ranks.size == 1:
+            self._decide()
+
+    def capture(self, batch: Any, loss: LossFunction | None = None) -> AbstractContextManager[None]:
+        """Says of what batch the forward passes inside a ``with`` block are.
+
+        It is needed where the model's arguments do not contain the labels, or where the loss is not
+        the model's own: ``with optimizer.capture((x, y), CrossEntropy()): outputs = model(x)``.
+
+        Args:
+            batch: with its labels, as for :meth:`refresh`.
+            loss: the likelihood behind the loss that is differentiated afterwards.
         """
-        if self._done > 0 or self.ranks.size == 1:
-            return
-        own = self._shown() if self.kfac.kfac_factors else []
-        every = self.ranks.all_gather_objects(own)
-        if any(every):
-            self.divide(set().union(*every))
+        return nullcontext() if self._recorder is None else self._recorder.given(batch, loss)
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._recorder is not None:
+            self._recorder.forget_arrived()
 
     def adapt(self, before: float, after: float) -> float:
         """Compares the last step with its prediction, and changes the damping accordingly.
@@ -343,13 +297,25 @@ class KFACOptimizer(torch.optim.Optimizer):
         predicted = self.last["predicted"]
         ratio = (after - before) / predicted if predicted < 0 else math.nan
         self._set_multiplier(self.damping.update(self.multiplier, ratio))
+        if self.refresh_below is not None:
+            self._note(aged=not ratio >= self.refresh_below)
         return ratio
 
+    def take_over(self, *, decided: bool) -> None:
+        """Goes on from groups and factors that have been restored.
+
+        Args:
+            decided: whether a forward pass had shown already whose the parameters are.
+        """
+        self._fresh = False
+        self._decided = self._trained() if decided else set()
+        self._behind = self._trained() if decided else set()
+        self._set_multiplier(self.multiplier)
+
     def _set_multiplier(self, multiplier: float) -> None:
-        if multiplier == self.multiplier:
-            return
-        self.multiplier = multiplier
-        self.kfac.scale_damping(multiplier, multiplier)
+        self._note(multiplier=multiplier)
+        if (self.kfac.settings.scale_A, self.kfac.settings.scale_G) != (multiplier, multiplier):
+            self.kfac.scale_damping(multiplier, multiplier)
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -374,97 +340,142 @@ class KFACOptimizer(torch.optim.Optimizer):
             The result of the closure.
 
         Raises:
-            fisher_lab.curvature.errors.CurvatureError: there are no factors, or the result is not
-                finite.
+            fisher_lab.curvature.errors.CurvatureError: there are no factors, or a gradient or the
+                result is not finite; weights and state are as they were.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._settle()
+        if state.is_blank(self):
+            state.begin(self)
+            return result
+        if self._recorder is not None and self.refresh_due:
+            with torch.enable_grad():
+                self._recorder.refresh(self)
+        if self.ranks.size > 1:
+            self._decide()
+        self._check_factors()
         gradients = {n: p.grad for n, p in self._names.items() if p.grad is not None}
-        named = unwrap(self.model).named_parameters() if predict else ()
-        before = {n: p.detach().clone() for n, p in named if p.grad is not None}
-        self._step_covered(gradients)
-        if self.rest is not None:
-            self.rest.param_groups[0]["lr"] = self.param_groups[REST]["lr"]
-            self.rest.step()
+        rest = self._with_groups("adamw")
+        given = {n: p.grad for n, (_, p) in rest.items() if p.grad is not None}
+        if not wrappers.finite(given):
+            bad = [n for n, g in given.items() if not wrappers.finite({n: g})]
+            raise NonFiniteError(f"gradients of {', '.join(bad[:3])} are not finite")
+        named = self._named() if predict else {}
+        before = {n: p.detach().clone() for n, p in named.items() if p.grad is not None}
+        if gradients:
+            self._step_covered(gradients)
+        self._step_rest()
         if predict:
             self.last["predicted"] = self._predicted(before, cut)
-        self._done += 1
+        self._note(steps=self.done + 1)
+        self._fresh = False
         return result
 
-    def _step_covered(self, gradients: Mapping[str, Tensor]) -> None:
-        group = self.param_groups[COVERED]
-        lr = float(group["lr"])
-        natural = self._of_all_ranks(self.kfac.compute_natural_gradient, gradients)
-        decrement = wrappers.inner(gradients, natural)
-        kind, scale, shorten = self.clipping.kind, 1.0, 1.0
-        if kind in ("unit", "kl"):
-            length = 1.0 if kind == "unit" else lr
-            scale = self.clipping.scale(length * length * decrement)
-        steps = {name: self._momentum(name, u, scale) for name, u in natural.items()}
-        if kind == "trust":
-            product = self._of_all_ranks(self.kfac.compute_fisher_vector_product, steps)
-            scale = shorten = self.clipping.scale(lr * lr * wrappers.inner(steps, product))
-        for name, step in steps.items():
-            parameter = self._names[name]
-            if parameter.dim() >= 2:
-                parameter.mul_(1.0 - lr * group["weight_decay"])
-            step = step.to(device=parameter.device, dtype=parameter.dtype)
-            parameter.add_(step, alpha=-lr * shorten)
-        self.last = {"kl_scale": scale, "decrement": decrement}
-
-    def _of_all_ranks(self, compute: Callable[..., Any], given: Mapping[str, Tensor]) -> Any:
-        """The engine's result for the layers that have factors; others are left unchanged.
-
-        With factors of each rank's own, the result is the mean over the ranks, weighted by the
-        labels behind their factors; collective.
+    def _check_factors(self) -> None:
+        """Says once that factors are older than they should be.
 
         Raises:
-            CurvatureError: no rank has factors, or one rank fails; the same on all ranks.
+            CurvatureError: there are none, and nobody but this rank could have some.
         """
-        if self.ranks.size == 1:
-            result, missing = compute(given, self.model), set(self.kfac.uncovered)
-            return {name: value for name, value in result.items() if name not in missing}
-        whole = wrappers.whole(given)
-        own: dict[str, Tensor] = {}
-        weight, problem = 0, None
-        if self.kfac.kfac_factors:
-            try:
-                own = compute(whole, self.model)
-                weight = max(f.n_labels for f in self.kfac.kfac_factors.values())
-            except CurvatureError as error:
-                problem = str(error)
-        covered = [name for name in own if name not in set(self.kfac.uncovered)]
-        found = self.ranks.all_gather_objects([weight, problem, covered])
-        for rank, (_, text, _) in enumerate(found):
-            if text is not None:
-                raise CurvatureError(f"rank {rank}: {text}")
-        weights = {n: sum(w for w, _, names in found if n in names) for n in whole}
-        if not any(weights.values()):
-            raise CurvatureError("factors: none collected yet, on any rank")
-        mean = {}
-        for name, total in weights.items():
-            if total == 0:
-                continue
-            if name in covered:
-                part = (own[name] * (weight / total)).double()
-            else:
-                part = torch.zeros_like(whole[name], dtype=torch.float64)
-            mean[name] = self.ranks.all_reduce(part)
-        return wrappers.as_given(mean, given, self.model)
+        if not self.kfac.kfac_factors and self.ranks.size == 1:
+            if any(p.grad is not None for p in self._names.values()):
+                raise CurvatureError(
+                    "factors: none collected yet, and no forward pass with labels was seen; give "
+                    "the model labels, use capture(batch, loss), or call refresh(batch) before "
+                    "step() (after torch.compile, give the optimizer the compiled model)"
+                )
+        elif self.ranks.size == 1 and self.refresh_due and self.says_for_the_first_time("due"):
+            log.warning(
+                "step %d: new factors are due (update_freq=%d) and were not made; the step uses "
+                "the old ones",
+                self.done + 1, self.kfac.update_freq,
+            )  # fmt: skip
 
-    def _momentum(self, name: str, natural: Tensor, scale: float) -> Tensor:
-        decay = self.param_groups[COVERED]["momentum"]
+    def says_for_the_first_time(self, what: str) -> bool:
+        """Whether a warning has not been given yet; it counts as given then."""
+        new = what not in self._warned
+        self._warned.add(what)
+        return new
+
+    def _step_covered(self, gradients: Mapping[str, Tensor]) -> None:
+        with_groups = self._with_groups("kfac")
+        natural = self._of_all_ranks(self.kfac.compute_natural_gradient, gradients)
+        rates = {name: float(with_groups[name][0]["lr"]) for name in natural}
+        decrement = wrappers.inner(gradients, natural)
+        sizes = {} if self.graft == "none" else self._sizes(gradients, natural, with_groups)
+        natural = {name: u * sizes[name] if sizes else u for name, u in natural.items()}
+        kind, scale, shorten = self.clipping.kind, 1.0, 1.0
+        if kind == "unit":
+            scale = self.clipping.scale(decrement)
+        elif kind == "kl":
+            scale = self.clipping.scale(_quadratic(gradients, natural, rates))
+        momenta = {n: self._momentum(*with_groups[n], u, scale) for n, u in natural.items()}
+        if kind == "trust":
+            change = {name: m * rates[name] for name, m in momenta.items()}
+            product = self._of_all_ranks(self._damped_product, change)
+            scale = shorten = self.clipping.scale(wrappers.inner(change, product))
+        for name, m in momenta.items():
+            group, parameter = with_groups[name]
+            if group["momentum"] != 0.0:
+                self.state[parameter]["momentum"] = m
+            if parameter.dim() >= 2:
+                parameter.mul_(1.0 - rates[name] * group["weight_decay"])
+            m = m.to(device=parameter.device, dtype=parameter.dtype)
+            parameter.add_(m, alpha=-rates[name] * shorten)
+        self.last = {"kl_scale": scale, "decrement": decrement}
+
+    def _sizes(
+        self,
+        gradients: Mapping[str, Tensor],
+        natural: Mapping[str, Tensor],
+        with_groups: Mapping[str, tuple[Group, nn.Parameter]],
+    ) -> dict[str, float]:
+        """What each natural gradient is multiplied by to have the length of another method's."""
+        found = {}
+        for name, u in natural.items():
+            (group, parameter), step = with_groups[name], gradients[name]
+            if self.graft == "adam":
+                entry, decay = self.state[parameter], group["betas"][1]
+                second = entry.setdefault("second", torch.zeros_like(parameter))
+                second.lerp_(step.square(), 1.0 - decay)
+                root = (second / (1.0 - decay ** (self.done + 1))).sqrt_()
+                step = step / root.add_(group["eps"])
+            own = wrappers.inner({name: u}, {name: u})
+            size = wrappers.inner({name: step}, {name: step})
+            found[name] = math.sqrt(size / own) if own > 0.0 else 0.0
+        return found
+
+    def _damped_product(self, vectors: Mapping[str, Tensor], model: nn.Module) -> Any:
+        return self.kfac.compute_fisher_vector_product(vectors, model, damped=True)
+
+    def _step_rest(self) -> None:
+        """Steps of AdamW, of torch's own code on this optimizer's groups and state."""
+        parts = [
+            part
+            for group in self.param_groups
+            if group["method"] == "adamw"
+            for part in groups.by_decay(group)
+            if part["params"]
+        ]
+        if parts:
+            adamw = torch.optim.AdamW(parts)
+            adamw.param_groups, adamw.state = parts, self.state
+            adamw.step()
+
+    def _of_all_ranks(self, compute: Compute, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return of_all_ranks(compute, given, self.model, self.kfac, self.ranks)
+
+    def _momentum(self, group: Group, parameter: Tensor, natural: Tensor, scale: float) -> Tensor:
+        """The running sum with a new natural gradient; the state is not changed."""
         if scale != 1.0:
             natural = natural * scale
+        decay, before = group["momentum"], self.state[parameter].get("momentum")
         if decay == 0.0:
             return natural
-        state = self.state[self._names[name]]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(self._names[name])
-        return state["momentum"].mul_(decay).add_(natural)
+        before = torch.zeros_like(parameter) if before is None else before
+        return (before * decay).add_(natural)
 
     def _predicted(self, before: Mapping[str, Tensor], cut: float) -> float:
         """``<g, d> + d^T F d / 2`` for the step ``d``, with K-FAC's undamped ``F``.
@@ -472,42 +483,60 @@ class KFACOptimizer(torch.optim.Optimizer):
         ``d`` includes weight decay and the steps of AdamW. Parameters that K-FAC does not cover
         have no ``F``; they contribute ``<g, d>`` alone.
         """
-        named = dict(unwrap(self.model).named_parameters())
+        named = self._named()
         change = {name: named[name] - old for name, old in before.items()}
         gradients: dict[str, Tensor] = {n: named[n].grad for n in change}  # type: ignore[misc]
         covered = {name: d for name, d in change.items() if name in self._names}
-        product = self._of_all_ranks(self.kfac.compute_fisher_vector_product, covered)
         linear = wrappers.inner(gradients, change) / cut
+        if not covered:
+            return linear
+        product = self._of_all_ranks(self.kfac.compute_fisher_vector_product, covered)
         return linear + 0.5 * wrappers.inner(covered, product)
 
     # ---- state -------------------------------------------------------------------------------
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on: momentum, AdamW, factors, damping, counters."""
-        state = super().state_dict()
-        state["kfac"] = self.kfac.state_dict(self.model) if self.kfac.kfac_factors else None
-        state["rest"] = None if self.rest is None else self.rest.state_dict()
-        state["multiplier"] = self.multiplier
-        state["done"] = self._done
-        state["covered"] = list(self._names)
-        return state
+        """Everything that the next step depends on, in ``state`` and ``param_groups``.
 
-    @torch.no_grad()
+        The factors are in the entry ``factors`` of the first parameter's state. With several ranks
+        every rank has to call it.
+        """
+        return state.export(self, super().state_dict())
+
+    @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, so that training continues exactly.
 
+        Of a state without factors (what torch's distributed checkpoints read into an optimizer
+        that has none yet), the next step makes new ones.
+
         Raises:
+            SettingError: the state of another optimizer, or of other parameters.
             fisher_lab.curvature.errors.CurvatureError: factors of another model.
         """
-        self.divide(state_dict.get("covered", self._names))
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        if self.rest is not None and state_dict["rest"] is not None:
-            self.rest.load_state_dict(state_dict["rest"])
-        if state_dict["kfac"] is not None:
-            self.kfac.load_state_dict(state_dict["kfac"], self.model)
-        self._done = int(state_dict["done"])
-        self._set_multiplier(float(state_dict["multiplier"]))
+        state.restore(self, state_dict, super().load_state_dict)
 
-    def parameters_of(self, group: int) -> Iterable[nn.Parameter]:
-        """Parameters of a group, :data:`COVERED` or :data:`REST`."""
-        return self.param_groups[group]["params"] if group < len(self.param_groups) else []
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = {"step", "_recorder"}  # a scheduler's own, which counts the calls
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in hidden and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # a copy; torch itself puts groups back in this way
+            self._recorder = Recorder(self) if self._record else None
+
+
+def _quadratic(
+    gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], rates: Mapping[str, float]
+) -> float:
+    """``<rate g, rate u>``, with one product for each rate."""
+    total = 0.0
+    for rate in dict.fromkeys(rates.values()):
+        some = {name: u for name, u in natural.items() if rates[name] == rate}
+        total += rate * rate * wrappers.inner(some, gradients)
+    return total

@@ -49,6 +49,8 @@ CAME_LATER: dict[str, Any] = {
     "task.engine_batches": None,
     "model.lora": {"r": 8, "alpha": 16.0, "targets": [], "dora": False},
     "model.tokenizer": None,
+    "optimizer.graft": "none",
+    "optimizer.refresh_below": None,
 }
 """Keys that earlier runs did not have -> the value with which a run is the same as without them.
 

@@ -61,7 +61,7 @@ def run(config: Config, run: Run) -> None:
     # What is built here uses all its parameters.
     unused = config.model.type == "pretrained"
     parallel = DataParallel(ranks.communicator, config.distributed.wrapper, unused=unused)
-    training = training_run(config, {**origin, **parallel.describe()})
+    training = training_run(config, origin)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and training.seq_len > limit:
         raise ConfigError.value("train.seq_len", training.seq_len, f"at most the model's {limit}")

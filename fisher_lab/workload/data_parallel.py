@@ -126,8 +126,8 @@ class DataParallel:
 
     # ---- data --------------------------------------------------------------------------------
 
-    def micro_batches(self, batch: Batch, count: int) -> list[Batch]:
-        """Returns this rank's micro-batches, the same number on every rank.
+    def micro_batches(self, batch: Batch, count: int) -> tuple[list[Batch], int]:
+        """Returns micro-batches, as many on every rank, and how many are of this rank's share.
 
         Args:
             batch: the batch of all ranks; it is not changed.
@@ -136,17 +136,28 @@ class DataParallel:
         count = max(1, min(count, slice_sizes(_length(batch), self.size)[0]))
         own = self._slice(batch)
         found = [] if own is None else _cut(own, count)
-        return [*found, *([_without_labels(batch)] * (count - len(found)))]
+        return [*found, *([_without_labels(batch)] * (count - len(found)))], len(found)
 
-    def own_sequences(self, batches: Iterable[Batch]) -> list[Batch]:
+    def own_sequences(self, batches: Iterable[Batch], count: int = 1) -> list[Batch]:
         """Returns this rank's sequences of some batches, for factors or for a loss.
 
         A batch without a sequence for this rank is left out. Under ``fully_shard``, whose forward
         pass is collective, a batch without labels takes its place.
+
+        Args:
+            batches: of all ranks.
+            count: number of pieces that each is cut into, limited by the number of sequences.
         """
-        instead = _without_labels if self.sharded else (lambda batch: None)
-        own = (self._slice(batch) or instead(batch) for batch in batches)
-        return [batch for batch in own if batch is not None]
+        found: list[Batch] = []
+        for batch in batches:
+            own, sizes = self._slice(batch), slice_sizes(_length(batch), self.size)
+            if own is not None:
+                # Passes of shards are collective: as many on the rank with the fewest sequences.
+                most = max(sizes[-1], 1) if self.sharded else sizes[self.rank]
+                found += _cut(own, min(count, most))
+            elif self.sharded:
+                found.append(_without_labels(batch))
+        return found
 
     def _slice(self, batch: Batch) -> Batch | None:
         """This rank's sequences of a batch, or None if it has none."""
@@ -226,14 +237,14 @@ class DataParallel:
         """Returns a state with whole tensors instead of shards, on rank 0."""
         return wrappers.gathered(state, self.rank == 0) if self.sharded else state
 
-    def scatter_state(
-        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
-        """Returns this rank's part of the whole state of an optimiser."""
-        if not self.sharded:
-            return state
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return wrappers.scattered(state, parameters)
+    def scatter_state(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Returns this rank's part of the whole state of an optimiser.
+
+        Args:
+            state: as ``state_dict`` returned it, with whole tensors.
+            parameters: in the order of the state's groups.
+        """
+        return wrappers.scattered(state, parameters) if self.sharded else state
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Returns the whole state dict of a sharded model, on rank 0; else None."""
@@ -248,12 +259,6 @@ class DataParallel:
             if name in found:
                 found[name] = shared.setdefault(id(parameter), found[name])
         return found
-
-    def describe(self) -> dict[str, Any]:
-        """What must be the same for an exact resume: the number of ranks and their wrapper."""
-        if self.communicator is None:
-            return {}
-        return {"ranks": self.size, "wrapper": "fsdp" if self.sharded else "ddp"}
 
 
 ONE_PROCESS = DataParallel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.curvature import losses
+from fisher_lab.curvature.kfac.own_pass import OwnPass
 from fisher_lab.curvature.wrappers import device_of
 from fisher_lab.workload.data_parallel import DataParallel
 from fisher_lab.workload.objectives import Batch
@@ -107,7 +108,7 @@ class Updater:
         """Leave the gradient of the mean loss in ``.grad``; returns ``loss`` and ``grad_norm``.
 
         Raises:
-            Diverged: The loss is not finite.
+            Diverged: The loss or a gradient is not finite.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -121,25 +122,25 @@ class Updater:
         # The factor of `clip_grad_norm_`.
         self.cut = min(1.0, limit / (norm + 1e-6)) if 0.0 < norm < math.inf else 1.0
         row = {"loss": total / max(count, 1), "grad_norm": norm}
-        if not math.isfinite(row["loss"]):
+        # An overflow of float16 is not the end: the scaler skips the step.
+        finite = self.scaler is not None or math.isfinite(norm)
+        if not (finite and math.isfinite(row["loss"])):
             raise Diverged(row)
         return row
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
         """Returns the summed loss and the number of labels, of all ranks."""
         if self.run.accumulation == 1 and self.parallel.size == 1:
-            summed = self._forward(self.wrapped, batch)
-            self._scaled(summed.loss / max(summed.n_labels, 1)).backward()
+            summed = self._pass(batch, None)
             return float(summed.loss.detach()), summed.n_labels
         # The number of labels is known at the end only. Until then, division by a constant keeps
         # the numbers near those of the mean loss (the range of float16 is small).
         scale = max(1, next(iter(batch.values())).shape[0])
         total, count = 0.0, 0
-        parts = self.parallel.micro_batches(batch, self.run.accumulation)
+        parts, own = self.parallel.micro_batches(batch, self.run.accumulation)
         for index, part in enumerate(parts):
             with self.parallel.gradient_sync(self.wrapped, index + 1 == len(parts)):
-                summed = self._forward(self.wrapped, part)
-                self._scaled(summed.loss / scale).backward()
+                summed = self._pass(part, scale, counts=index < own)
             total += float(summed.loss.detach())
             count += summed.n_labels
         self.parallel.count_tokens(batch, count)
@@ -150,6 +151,30 @@ class Updater:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         return total, count
+
+    def _pass(self, part: Batch, scale: float | None, *, counts: bool = True) -> losses.SummedLoss:
+        """Adds the gradient of a part's summed loss over ``scale`` (None: over its labels).
+
+        Args:
+            part: Of the batch.
+            scale: The divisor.
+            counts: Whether it is a part of this rank's own, and none that stands in for one.
+        """
+        with self._recording(counts) as one:
+            summed = self._forward(self.wrapped, part)
+        divisor = max(summed.n_labels, 1) if scale is None else scale
+        self._scaled(summed.loss / divisor).backward()
+        if one is not None:
+            weight = 1.0 if self.scaler is None else self.scaler.get_scale()
+            self._recorded(one, part, summed, weight / divisor)
+        return summed
+
+    def _recording(self, counts: bool) -> AbstractContextManager[OwnPass | None]:
+        """What is entered around a forward pass."""
+        return nullcontext()
+
+    def _recorded(self, one: OwnPass, part: Batch, loss: losses.SummedLoss, weight: float) -> None:
+        """Called after the backward pass of what was recorded; the loss was times ``weight``."""
 
     def _forward(self, model: nn.Module, batch: Batch) -> losses.SummedLoss:
         dtype = AUTOCAST.get(self.run.precision)
@@ -163,7 +188,7 @@ class Updater:
     def loss(self, batch: Batch) -> float:
         """The mean loss of a batch with the current weights, in the model's current mode."""
         total, count = 0.0, 0
-        for part in self.parallel.micro_batches(batch, self.run.accumulation):
+        for part in self.parallel.micro_batches(batch, self.run.accumulation)[0]:
             summed = self._forward(self.model, part)
             total += float(summed.loss)
             count += summed.n_labels
@@ -200,7 +225,8 @@ class Updater:
 
     def _load_optimizer_states(self, state: dict[str, Any]) -> None:
         for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(self.parallel.scatter_state(one, optimizer))
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(self.parallel.scatter_state(one, parameters))
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

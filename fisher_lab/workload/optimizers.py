@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,10 @@ from fisher_lab.config.workload import OPTIMIZERS, OptimizerConfig
 from fisher_lab.curvature import losses, wrappers
 from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from fisher_lab.curvature.kfac.own_pass import OwnPass, OwnRefresh, why_not
 from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
+from fisher_lab.optim.groups import outer_layers
+from fisher_lab.optim.state import FACTORS
 from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
 from fisher_lab.workload.gradient import Diverged, LaterBatch, Updater
 from fisher_lab.workload.objectives import Batch
@@ -35,6 +39,7 @@ class KFACUpdater(Updater):
         super().__init__(*args)
         kfac = self.run.kfac
         self._verify = kfac is not None and kfac.verify  # the first refresh alone
+        self._own: OwnRefresh | None = None  # that of the step, of its own passes
 
     @property
     def optimizer(self) -> KFACOptimizer:
@@ -62,16 +67,16 @@ class KFACUpdater(Updater):
         """One step; the row also has what clipping, damping and the reduction ratio were."""
         optimizer, parallel = self.optimizer, self.parallel
         for group in optimizer.param_groups:
-            factor = rest_factor(self.run.optimizer) if group["name"] == "adamw" else 1.0
+            factor = rest_factor(self.run.optimizer) if group["method"] == "adamw" else 1.0
             group["lr"] = rate * factor
         measure = self.run.optimizer.ratio and optimizer.inverse_due
         noise = torch.get_rng_state() if measure else None
+        due = optimizer.refresh_due
+        self._own = OwnRefresh(self.model, optimizer.kfac) if due and self._one_pass else None
         row = self.compute(batch)
         began = perf_counter()
-        if (
-            optimizer.refresh_due
-            and parallel.first_problem(self._refresh(batch, later)) is not None
-        ):
+        due = due and math.isfinite(row["grad_norm"])  # an overflow of fp16 skips the step
+        if due and parallel.first_problem(self._refresh(batch, later)) is not None:
             raise Diverged(row)
         if parallel.first_problem(self._apply(measure)) is not None:
             raise Diverged(row)
@@ -86,16 +91,38 @@ class KFACUpdater(Updater):
         row["curvature_seconds"] = spent
         return row
 
+    @property
+    def _one_pass(self) -> bool:
+        """Whether the step's own passes give the factors."""
+        several = self.run.kfac is not None and self.run.kfac.n_batches > 1
+        return not several and not why_not(self.optimizer.kfac)
+
+    @override
+    def _recording(self, counts: bool) -> AbstractContextManager[OwnPass | None]:
+        if self._own is None or not counts:
+            return nullcontext()
+        return OwnPass(self.model, self.optimizer.kfac)
+
+    @override
+    def _recorded(self, one: OwnPass, part: Batch, loss: losses.SummedLoss, weight: float) -> None:
+        assert self._own is not None
+        self._own.add(one, part, loss, weight)
+
     def _refresh(self, batch: Batch, later: LaterBatch) -> str | None:
         """Compute new factors; returns why there are none."""
+        own, self._own = self._own, None
         n_batches = 1 if self.run.kfac is None else self.run.kfac.n_batches
-        batches = self.parallel.own_sequences([batch, *(later(k) for k in range(1, n_batches))])
+        batches = [batch, *(later(k) for k in range(1, n_batches))]
+        batches = self.parallel.own_sequences(batches, self.run.accumulation)
         engine = self.optimizer.kfac
         if not batches and self._separate:
             engine.forget()  # without a sequence, this rank has no part in the coming steps
             return None
         try:
-            self.optimizer.refresh(batches, self.loss_fn, verify=self._verify)
+            if own is None or self._verify:
+                self.optimizer.refresh(batches, self.loss_fn, verify=self._verify)
+            if own is not None:  # those that were verified had other random numbers
+                self.optimizer.refresh_from(own)
             self._verify = False
             engine.prepare_inverses()
         except (CurvatureError, LinAlgError) as error:
@@ -119,20 +146,22 @@ class KFACUpdater(Updater):
     @override
     def _optimizer_states(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
-        if self._separate:
-            state["kfac"] = self.parallel.gather_states(state["kfac"])
-        return {"optimizer": state}
+        if not self._separate:
+            return {"optimizer": state}
+        own = state["state"].get(0, {}).pop(FACTORS, None)
+        return {"optimizer": state, "factors": self.parallel.gather_states(own)}
 
     @override
     def _load_optimizer_states(self, state: dict[str, Any]) -> None:
-        if "covered" in state["optimizer"]:  # before its numbers are counted by parameter
-            self.optimizer.divide(state["optimizer"]["covered"])
-        own = dict(self.parallel.scatter_state(state["optimizer"], self.optimizer))
-        if self.optimizer.rest is not None:
-            own["rest"] = self.parallel.scatter_state(own["rest"], self.optimizer.rest)
-        if self._separate:
-            own["kfac"] = own["kfac"][self.parallel.rank]
-        self.optimizer.load_state_dict(own)
+        whole = state["optimizer"]
+        every = state.get("factors", [])
+        if self._separate and len(every) == self.parallel.size:
+            own = every[self.parallel.rank]
+            whole["state"].setdefault(0, {}).update({} if own is None else {FACTORS: own})
+        named = dict(self.model.named_parameters())
+        names = [name for group in whole["param_groups"] for name in group["param_names"]]
+        parameters = [named[name] for name in names]
+        self.optimizer.load_state_dict(self.parallel.scatter_state(whole, parameters))
 
 
 def _not_finite(error: CurvatureError | LinAlgError) -> str:
@@ -222,7 +251,7 @@ def _muon(
         raise ConfigError.value(
             "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
         )
-    outer = {module.weight for module in _embeddings_and_head(model).values()}
+    outer = {module.weight for module in outer_layers(model).values()}
     hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
     muon = torch.optim.Muon(
         hidden,
@@ -239,12 +268,8 @@ def _muon(
 def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOptimizer:
     """K-FAC or EKFAC; embeddings and head are left to AdamW unless ``outer`` is ``kfac``."""
     config, kfac = run.optimizer, run.kfac or KfacConfig()
-    outer = [] if config.outer == "kfac" else list(_embeddings_and_head(model))
     kfac = dataclasses.replace(
-        kfac,
-        ekfac=config.name == "ekfac",
-        exclude=[*kfac.exclude, *outer],
-        damping_A=_damping_of_inputs(kfac, config),
+        kfac, ekfac=config.name == "ekfac", damping_A=_damping_of_inputs(kfac, config)
     )
     adapts = config.damping_schedule == "lm"
     communicator = parallel.communicator
@@ -255,10 +280,14 @@ def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOpt
         weight_decay=config.weight_decay,
         clipping=Clipping(kind=config.clip, limit=config.clip_limit),  # type: ignore[arg-type]
         damping=LevenbergMarquardt(factor=config.lm_factor) if adapts else ConstantDamping(),
+        graft=config.graft,
+        refresh_below=config.refresh_below,
         inverse_freq=config.inverse_freq,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        outer=config.outer,
         communicator=communicator,
+        record=False,
     )
 
 
@@ -289,17 +318,6 @@ def rest_factor(config: OptimizerConfig) -> float:
     if config.lr is None or config.rest_lr is None:
         return 1.0
     return config.rest_lr / config.lr
-
-
-def _embeddings_and_head(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every embedding, and of the layer that computes the logits."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else getattr(model, "head", None)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or module is head
-    }
 
 
 def rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:

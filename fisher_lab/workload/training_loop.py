@@ -7,6 +7,7 @@ also the position in the data, since a batch is a function of its number (`corpu
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ from fisher_lab.workload.gradient import Diverged
 from fisher_lab.workload.objectives import Batch, Objective
 from fisher_lab.workload.snapshot import SnapshotError
 from fisher_lab.workload.training_run import Curve, Result, TrainingRun
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "state.safetensors"
 CURVE_FILE = "curve.csv"
@@ -190,8 +193,22 @@ class _Loop:
         self.result.curve = Curve(state["curve"])
         for name in ("seconds", "evaluation_seconds", "diverged_at"):
             setattr(self.result, name, state[name])
-        snapshot.restore_random_state(state["random"][self.parallel.rank])
+        self._restore_random(state["random"])
         return state["steps"]
+
+    def _restore_random(self, saved: list[Any]) -> None:
+        """Goes on with this rank's random numbers; a rank that is new begins its own."""
+        rank, size = self.parallel.rank, self.parallel.size
+        if len(saved) != size:
+            log.warning(
+                "resumed on %d ranks, saved on %d: sums round, and dropout draws, another way than "
+                "without a break",
+                size, len(saved),
+            )  # fmt: skip
+        if rank < len(saved):
+            snapshot.restore_random_state(saved[rank])
+        else:
+            torch.manual_seed(self.run.seed + RANK_SEED * rank)
 
     def _saved(self) -> dict[str, Any] | None:
         """The saved state with its curve, or None."""

@@ -15,7 +15,7 @@ from fisher_lab.runs import atomic
 from fisher_lab.workload import cache
 from fisher_lab.workload.snapshot import SnapshotError
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Raised when the content of a saved state changes: states of other formats are refused."""
 CURVE_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "heldout_loss", "seconds")
 

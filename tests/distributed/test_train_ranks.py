@@ -2,14 +2,12 @@
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.tasks import train
-from fisher_lab.workload.data_parallel import DataParallel
 from tests.distributed import trained
 from tests.distributed.rank_pool import Pool
 from tests.distributed.trained import config_of
@@ -176,11 +174,24 @@ def test_what_shards_cannot_do_is_refused(data):
     train.check_ranks(kfac, batch_size=1, ranks=2)
 
 
-def test_other_ranks_are_another_training(data):
-    made, found = config(data, "adamw"), set()
-    for size in (2, 3):
-        for wrapper in ("ddp", "fsdp"):
-            ranks: Any = SimpleNamespace(rank=0, size=size)
-            origin = DataParallel(ranks, wrapper).describe()
-            found.add(train.training_run(made, origin).fingerprint)
-    assert len(found) == 4
+@pytest.mark.parametrize(
+    ("name", "mode", "size", "wrapper"),
+    [
+        ("adamw", "gram", 3, "fsdp"), ("kfac", "gram", 1, "ddp"), ("kfac", "gram", 3, "ddp"),
+        ("kfac", "gram", 3, "fsdp"), ("kfac", "none", 3, "ddp"), ("ekfac", "gram", 3, "ddp"),
+    ],
+)  # fmt: skip
+def test_a_training_on_two_ranks_goes_on_on_others(
+    ranks, data, tmp_path, name, mode, size, wrapper
+):
+    """Between two refreshes; ranks with factors of their own make new ones."""
+    made = config(data, name, kfac={"reduce": mode, "damping": 0.1, "update_freq": 2})
+    run = str(tmp_path)
+    whole = trained.trained(None, made, str(tmp_path / "one"))
+    ranks.run(trained.killed, 2, config=made, run=run, step=3)
+    again = ranks.run(trained.trained, size, config=made, run=run, wrapper=wrapper)
+    assert again[0]["resumed_at"] == 3
+    bound = 1e-10 if mode == "gram" else 1.0
+    assert all(furthest(whole["weights"], one["weights"]) < bound for one in again)
+    assert all(furthest(again[0]["weights"], one["weights"]) == 0.0 for one in again)
+    assert len(again[0]["curve"]) == 5

@@ -70,10 +70,15 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in wrappers.whole(named).items()}
 
 
-def resumed(comm: Any, config: Config, run: str, wrapper: str, step: int) -> dict[str, Any]:
-    """Dies after a step, goes on with other random numbers."""
+def killed(comm: Any, config: Config, run: str, step: int, wrapper: str = "ddp") -> None:
+    """Dies after a step."""
     with contextlib.suppress(Killed):
         trained(comm, config, run, wrapper, after_step=die_at(step))
+
+
+def resumed(comm: Any, config: Config, run: str, wrapper: str, step: int) -> dict[str, Any]:
+    """Dies after a step, goes on with other random numbers."""
+    killed(comm, config, run, step, wrapper)
     torch.manual_seed(99)
     return trained(comm, config, run, wrapper)
 

@@ -173,6 +173,74 @@ def test_an_overflow_of_fp16_skips_the_step(make):
     assert updater.scaler.get_scale() == 2.0**59
 
 
+@pytest.mark.parametrize("part", ["wte.weight", "c_attn.weight"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_ends_the_run_before_its_step(name, part, make, tmp_path):
+    """With a finite loss, in the last step, of what AdamW changes and of a hidden layer."""
+    config = make(optimizer={"name": name, **OPTIONS[name]}, train={"steps": 3, "eval_every": 9})
+    found = {}
+
+    def begin(model):
+        found["model"] = model
+
+    def after_step(done):
+        if done == 2:
+            model = found["model"]
+            found["weights"] = parameters_of(model)
+            (parameter,) = (p for n, p in model.named_parameters() if n.endswith(part))
+            parameter.register_hook(lambda grad: grad * math.nan)
+
+    model, result = trained(config, tmp_path, begin, after_step=after_step)
+    assert result.diverged_at == 3
+    assert math.isfinite(result.curve.rows[-1]["loss"])
+    assert train.metrics(result, None)["diverged"] == 1
+    assert all(torch.equal(found["weights"][n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("fisher", "passes"), [("empirical", 1), ("mc", 2)])
+def test_a_step_makes_as_many_passes_as_its_factors_need(fisher, passes, make):
+    """In micro-batches, with as many sequences each; what is verified takes a second one."""
+    config = make(
+        optimizer={**KFAC, "ratio": False}, train={"accumulation": 2},
+        kfac={"fisher": fisher, "update_freq": 1},
+    )  # fmt: skip
+    model = untrained(config)
+    updater, batch = updater_of(config, model)
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for verified in (True, False):
+        updater._verify = verified
+        sizes.clear()
+        updater.step(batch(0), 0.01, batch)
+        assert sizes == [2] * (4 if verified else 2 * passes)
+
+
+def test_factors_of_the_steps_own_passes_are_those_of_a_second_one(make, monkeypatch):
+    """In micro-batches with unlike numbers of labels, in float64."""
+    every = []
+    for one_pass in (False, True):
+        config = make("bert", optimizer={**KFAC, "ratio": False}, train={"accumulation": 3})
+        model = untrained(config).double().eval()
+        updater, batch = updater_of(config, model)
+        updater._verify = one_pass
+        if not one_pass:
+            monkeypatch.setattr(type(updater), "_one_pass", False)
+        updater.step(batch(0), 0.01, batch)
+        monkeypatch.undo()
+        kfac = updater.optimizer.kfac.kfac_factors
+        every.append({name: (f.A, f.G, f.tokens, f.n_labels) for name, f in kfac.items()})
+    one, two = every
+    assert one.keys() == two.keys()
+    for name, (a, g, *counts) in one.items():
+        other_a, other_g, *other_counts = two[name]
+        assert counts == other_counts
+        torch.testing.assert_close(g.to_dense(), other_g.to_dense(), rtol=1e-9, atol=1e-12)
+        if a is not None:
+            torch.testing.assert_close(a.to_dense(), other_a.to_dense(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["sgd", "kfac"])
 def test_a_divergence_ends_the_run_and_is_a_result(name, make, tmp_path):
     config = make(

@@ -123,6 +123,9 @@ class Capture:
         given: what the model was given, and its masks.
     """
 
+    running = 0
+    """How many forward passes are being recorded in this process."""
+
     def __init__(self, model: nn.Module, layers: Layers, settings: KFACSettings) -> None:
         self.model = unwrap(model)
         self.device = device_of(self.model)
@@ -153,11 +156,17 @@ class Capture:
             add(decoder.register_forward_pre_hook(self.given.take_decoder, with_kwargs=True))
         self._watch_modules()
         self._watch.__enter__()
+        Capture.running += 1
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._watch.__exit__(*exc)
+        self.pause(*exc)
         self.close()
+
+    def pause(self, *exc: Any) -> None:
+        """Records no more; hooks stay until :meth:`close`, as they have to while they are called."""
+        Capture.running -= 1
+        self._watch.__exit__(*exc)
 
     def close(self) -> None:
         """Removes the hooks, which nothing but the pass needs; what was recorded stays."""
@@ -423,7 +432,7 @@ class Capture:
         Raises:
             LayerError: an input was changed in place after the layer had read it.
         """
-        self._check_versions()
+        self.check_unchanged()
         parameters = self.live(parameters)
         if self._pending:
             return self._gradients_by_replay(output, grad_output, retain_graph, parameters)
@@ -443,7 +452,24 @@ class Capture:
             of_calls[call.index] = None if grad is None else grad.reshape(call.output)
         return of_calls, list(grads[len(calls) :])
 
-    def _check_versions(self) -> None:
+    def await_gradients(self) -> dict[int, Tensor]:
+        """Returns where a backward pass of the caller's leaves the gradients of calls' outputs.
+
+        To be called after the forward pass. By the index of a call; what is not reached is absent.
+        """
+        grads: dict[int, Tensor] = {}  # the hooks hold nothing that holds the graph
+        for call in (call for calls in self._calls.values() for call in calls):
+            if call.edge is not None:
+                keep = partial(_keep, grads, call.index, call.output, call.edge.output_nr)
+                call.edge.node.register_prehook(keep)
+        return grads
+
+    def check_unchanged(self) -> None:
+        """Checks that what the layers read has not been changed in place.
+
+        Raises:
+            LayerError: it has.
+        """
         for use, calls in self._calls.items():
             if any(call.a._version != call.version for call in calls):
                 raise LayerError(
@@ -531,6 +557,18 @@ def _await(call: Call) -> None:
 def _receive(call: Call, number: int, grads: tuple[Tensor | None, ...]) -> None:
     grad = grads[number]
     call.grad = None if grad is None else grad.reshape(call.output)
+
+
+def _keep(
+    kept: dict[int, Tensor],
+    index: int,
+    shape: torch.Size,
+    number: int,
+    grads: tuple[Tensor | None, ...],
+) -> None:
+    grad = grads[number]
+    if grad is not None:
+        kept[index] = grad.reshape(shape)
 
 
 def _holders(model: nn.Module) -> dict[int, dict[str, str]]:

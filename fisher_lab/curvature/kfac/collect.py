@@ -161,6 +161,35 @@ def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         )
 
 
+def add_own_pass(
+    sums: Statistics,
+    model: nn.Module,
+    capture: Capture,
+    batch: Any,
+    loss: SummedLoss,
+    grads: Mapping[int, Tensor],
+    n_ranks: int,
+) -> None:
+    """Adds a batch whose backward pass the caller has made; ``fisher=empirical`` alone.
+
+    Args:
+        sums: the statistics of the refresh.
+        model: the model, in its wrappers or without.
+        capture: of the forward pass.
+        batch: the prepared batch.
+        loss: the token-summed loss of the pass, with or without a graph.
+        grads: index of a call -> the gradient of its output, of that loss.
+        n_ranks: number of ranks that collect together.
+
+    Raises:
+        CurvatureError: see the subclasses.
+    """
+    capture.check_unchanged()
+    before, given = sums.n_labels, count_labels(batch)
+    _Collector(unwrap(model), sums, n_ranks).add(capture, batch, loss, grads)
+    sums.labels_given += sums.n_labels - before if given is None else given
+
+
 class _Collector:
     """Adds captured batches to the statistics of a model without its wrappers."""
 
@@ -182,12 +211,25 @@ class _Collector:
                 )
             self._add(recording, batch, summed)
 
-    def add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
+    def add(
+        self,
+        capture: Capture,
+        batch: Any,
+        loss: SummedLoss,
+        grads: Mapping[int, Tensor] | None = None,
+    ) -> None:
         """Adds one captured, prepared batch; what its pass left in the buffers is the caller's."""
         with buffers_kept(self.model):  # a re-entrant checkpoint runs parts of the pass once more
-            self._add(capture, batch, loss)
+            self._add(capture, batch, loss, grads)
 
-    def _add(self, capture: Capture, batch: Any, loss: SummedLoss) -> None:
+    def _add(
+        self,
+        capture: Capture,
+        batch: Any,
+        loss: SummedLoss,
+        own: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Adds a batch; ``own`` are the gradients of a backward pass that has been made already."""
         sums = self.sums
         if not bool(torch.isfinite(loss.loss.detach())):
             masks = TokenMasks(capture, batch)
@@ -197,16 +239,18 @@ class _Collector:
                 f"batch {sums.n_batches}: its loss is {float(loss.loss.detach())}, not finite"
             )
         if self.n_ranks > 1 and not any_token(batch):
-            capture.gradients(loss.loss)  # other ranks may need it; nothing of it counts
+            if own is None:
+                capture.gradients(loss.loss)  # other ranks may need it; nothing of it counts
             sums.n_batches += 1
             return
         masks = TokenMasks(capture, batch)
-        self._check_dimensions(capture, loss)
+        if own is None:
+            self._check_dimensions(capture, loss)
         given, loss = loss, by_example(loss, capture.rows, capture.examples)
         sums.take(capture.observe(masks.knows, masks.examples))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
-        tokens = self._add_passes(capture, masks, loss)
+        tokens = self._add_passes(capture, masks, loss, own)
         if sums.uncovered.wants_diagonal:
             segments = segments_of(batch)
             known = partial(capture.examples, segments=segments)
@@ -260,7 +304,11 @@ class _Collector:
         layer_sums.tokens_g.append(expected)
 
     def _add_passes(
-        self, capture: Capture, masks: TokenMasks, loss: SummedLoss
+        self,
+        capture: Capture,
+        masks: TokenMasks,
+        loss: SummedLoss,
+        made: Mapping[int, Tensor] | None,
     ) -> BatchTokens | None:
         """Adds every backward pass of a batch, and its own gradient where none of them is that."""
         sums = self.sums
@@ -268,7 +316,8 @@ class _Collector:
         diagonal = sums.uncovered.wants_diagonal
         first, tokens, decided = True, None, self._decided(capture, masks, loss)
         for one in backward_passes(loss, self.settings, self._generator):
-            grads = self._backward(capture, one, not one.last or want_own or diagonal)
+            keep = not one.last or want_own or diagonal
+            grads = self._backward(capture, one, keep) if made is None else made
             if first:  # a re-entrant checkpoint's calls are there only now
                 masks.settle(self._calls(capture), grads if decided is None else decided)
                 tokens = BatchTokens(capture, sums.everyone(), masks, sums.n_batches)

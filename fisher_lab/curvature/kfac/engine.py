@@ -26,7 +26,14 @@ from fisher_lab.config import fields
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.kfac import KFACSettings, documented, named, require, settings_of
 from fisher_lab.curvature import wrappers
-from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
+from fisher_lab.curvature.collectives import (
+    Alone,
+    Communicator,
+    Progress,
+    no_progress,
+    progress_bars,
+    world,
+)
 from fisher_lab.curvature.errors import FactorFileError, LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept
 from fisher_lab.curvature.kfac import as_operator, precondition, serialization
@@ -110,7 +117,7 @@ class KFACNaturalGradient:
         self.settings = EngineSettings.of(given, seed=seed, on_host=not use_gpu_eigh)
         self.update_freq, self.ema_decay = given.update_freq, given.ema_decay
         self.track_diagonal = track_diagonal and given.fisher == "empirical"
-        self.progress = progress or (_progress_bars() if show_progress else no_progress)
+        self.progress = progress or (progress_bars if show_progress else no_progress)
         self.uncovered: list[str] = []
         self.diagonal_fisher: dict[str, Tensor] = {}
         self.captured: Capture | None = None
@@ -192,7 +199,6 @@ class KFACNaturalGradient:
             CurvatureError: see its subclasses; the factors from before stay.
             SettingError: the settings and the model do not go together.
         """
-        self.communicator = self._ranks(self._given_ranks or world())
         captured, self.captured = self.captured, None
         if isinstance(loss, Tensor) and captured is None:
             raise LossError(
@@ -200,25 +206,34 @@ class KFACNaturalGradient:
                 "'with kfac.capture(model):', or give a loss function"
             )
         layers = captured.promised if captured is not None and isinstance(loss, Tensor) else None
-        statistics = Statistics(
-            wrappers.unwrap(model),
-            layers or self.layers_of(model),
-            self.settings,
-            wrappers.device_of(model),
-            keep_gradient=keep_gradient or self.track_diagonal or verify,
-            verify=verify,
-            rank=self.communicator.rank,
-        )
+        own = keep_gradient or self.track_diagonal or verify
+        statistics = self.begin(model, layers, keep_gradient=own, verify=verify)
         collect(
             statistics, model, batch, loss, captured, self.communicator, self.progress,
             n_labels=n_labels, reduction=loss_reduction,
         )  # fmt: skip
-        rank_counts = reduce(statistics, self.communicator)
-        self._hold_new(refresh(statistics, rank_counts))
+        self.finish(statistics)
         if self.track_diagonal:
             self._update_diagonal(model)
         if statistics.keep_gradient and not keep_gradient:
             self._inverses.refresh = self.last.without_own_gradients()
+
+    def begin(self, model: nn.Module, layers: Layers | None = None, **more: bool) -> Statistics:
+        """Returns empty statistics of a refresh; arguments as :meth:`collect_kfac_factors`."""
+        self.communicator = self._ranks(self._given_ranks or world())
+        return Statistics(
+            wrappers.unwrap(model),
+            layers or self.layers_of(model),
+            self.settings,
+            wrappers.device_of(model),
+            rank=self.communicator.rank,
+            **more,
+        )
+
+    def finish(self, statistics: Statistics) -> None:
+        """Makes factors of collected statistics, of all ranks; collective."""
+        rank_counts = reduce(statistics, self.communicator)
+        self._hold_new(refresh(statistics, rank_counts))
 
     @contextmanager
     def capture(self, model: nn.Module) -> Iterator[Capture]:
@@ -299,10 +314,7 @@ class KFACNaturalGradient:
         self._log(names)
 
     def with_damping(self, damping_A: float, damping_G: float) -> None:
-        """Changes the damping; factors and their eigendecompositions stay.
-
-        With ``damping_mode="pi"`` the product of both is that of the product of the sides.
-        """
+        """Changes the damping (with ``pi``, to the product of both); eigendecompositions stay."""
         self.settings = replace(self.settings, damping_A=damping_A, damping_G=damping_G)
         if self.settings.damping_mode == "pi":
             self.settings.damping = None
@@ -588,12 +600,3 @@ class KFACNaturalGradient:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in wrappers.unwrap(model).named_parameters()}
-
-
-def _progress_bars() -> Progress:
-    from tqdm import tqdm
-
-    def show(items: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
-        return tqdm(items, desc=label, total=total, leave=False, disable=None)
-
-    return show

@@ -65,9 +65,10 @@ class GivenInputs:
             self._take_input("made" if made else "decoder", name, value, None)
 
     def _take_input(self, side: str, name: str, given: Any, mask: Any) -> None:
-        """Gives ids to the tokens of an input; masks and positions are not data."""
+        """Gives ids to the tokens of an input; masks, positions and single numbers are no data."""
         for value in _tensors_of(given):
-            if "mask" in name or "position" in name or name == "labels":
+            about = "mask" in name or "position" in name or name == "labels"
+            if about or value.dim() == 0:
                 self._rows.mark(value, Fixed.CONSTANT)
                 continue
             shape = _positions(value, mask)

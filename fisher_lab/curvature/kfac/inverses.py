@@ -185,6 +185,10 @@ class Inverses:
         self._damped: dict[tuple[int, float], Damped] = {}
         self._dampings: dict[str, tuple[float, float]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)  # a copy's factors have other identities
+        self._damped = {(id(x.factor), lam): x for (_, lam), x in self._damped.items()}
+
     def with_settings(self, settings: EngineSettings) -> Inverses:
         """Returns the same factors under another damping; their eigendecompositions stay."""
         other = Inverses(self.refresh, settings)

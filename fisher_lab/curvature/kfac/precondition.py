@@ -276,8 +276,10 @@ def check_model(factors: Mapping[str, LayerFactors], model: nn.Module) -> None:
                 f"layer {name}: factors for a weight of shape {expected}, the model's has {shape}"
             )
         # Without one: the model's may be added by another operator, and is passed through.
+        # One that is frozen together with its weight gets no gradient to be preconditioned.
         bias = parameters.get(base_of(layer.bias)) if layer.bias else None
-        if layer.bias and (bias is None or not bias.requires_grad):
+        trained = parameters[base_of(layer.weight)].requires_grad
+        if layer.bias and (bias is None or (trained and not bias.requires_grad)):
             raise LayerError(
                 f"layer {name}: factors with a bias column, the model's layer has no bias"
             )

@@ -374,7 +374,7 @@ class Statistics:
         settings: EngineSettings,
         device: torch.device,
         *,
-        keep_gradient: bool,
+        keep_gradient: bool = False,
         rank: int,
         verify: bool = False,
     ) -> None:
