@@ -126,7 +126,7 @@ class KFACSettings:
     eigenvalue_correction: bool = setting(
         True, "Damped and floored eigenvalues; false: raw damped ones."
     )
-    update_freq: int = setting(10, "Steps between two refreshes of the factors.", whole(1))
+    update_freq: int = setting(1, "Steps between two refreshes of the factors.", whole(1))
     ema_decay: float = setting(
         0.99,
         "Decay per refresh of the legacy diagonal Fisher; never touches K-FAC factors.",

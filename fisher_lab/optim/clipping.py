@@ -32,7 +32,7 @@ class Clipping:
     """
 
     kind: ClipName = "kl"
-    limit: float = 1e-3
+    limit: float = 1e-4
 
     def __post_init__(self) -> None:
         require("clip", self.kind, one_of("unit", "kl", "trust", "none"), str)

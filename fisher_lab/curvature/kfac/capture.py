@@ -164,7 +164,7 @@ class Capture:
         self.close()
 
     def pause(self, *exc: Any) -> None:
-        """Records no more; hooks stay until :meth:`close`, as they have to while they are called."""
+        """Records no more; the hooks stay until :meth:`close`."""
         Capture.running -= 1
         self._watch.__exit__(*exc)
 
