@@ -231,17 +231,20 @@ class Recorder:
         """
         ready, self._passes = [one for one in self._passes if one.arrived], []
         problem = why_not(optimizer.kfac)
-        weights = []
+        weights, labels = [], 0
         for one in ready:
             assert one.weighing is not None
             problem = problem or one.weighing.problem
             weights += [one.weighing.weight] if one.weighing.weight else []
+            labels += one.weighing.scored.n_labels
         own = OwnRefresh(optimizer.model, optimizer.kfac)
-        every = optimizer.kfac.communicator.all_gather_objects([len(ready), problem, weights])
-        if not any(n for n, _, _ in every):
+        every = optimizer.kfac.communicator.all_gather_objects(
+            [len(ready), problem, weights, labels]
+        )
+        if not any(row[0] for row in every):
             return False
-        _check_weights(optimizer, [found for _, _, found in every])
-        problem = next((text for _, text, _ in every if text), "")
+        _check_weights(optimizer, [row[2] for row in every], [row[3] for row in every])
+        problem = next((row[1] for row in every if row[1]), "")
         if problem:
             _say(optimizer, problem, "factors need a pass of their own: " + problem)
             batches = [one.batch for one in ready]
@@ -258,13 +261,26 @@ class Recorder:
         return True
 
 
-def _check_weights(optimizer: KFACOptimizer, every: list[list[float]]) -> None:
+def _check_weights(optimizer: KFACOptimizer, every: list[list[float]], labels: list[int]) -> None:
     """Compares what a label weighs in the gradient, over the ranks and over micro-batches.
+
+    Args:
+        optimizer: for what it has said already.
+        every: weights of the micro-batches of each rank.
+        labels: of each rank.
 
     Raises:
         CurvatureError: ranks differ.
     """
     means = [sum(found) / len(found) for found in every if found]
+    if 0 in labels and sum(labels) > 0:  # the ranks' mean counts a rank without a label as one
+        expected = len(labels) / sum(labels)
+        if any(abs(mean - expected) > UNLIKE * expected for mean in means):
+            raise CurvatureError(
+                f"loss: rank {labels.index(0)} has no label, and a label of the others weighs "
+                f"{means[0]:.4g}; allowed: {expected:.4g}, the ranks over all labels (multiply "
+                "each rank's summed loss by that)"
+            )
     if means and max(means) - min(means) > UNLIKE * max(map(abs, means)):
         shown = ", ".join(f"{mean:.4g}" for mean in means)
         raise CurvatureError(
