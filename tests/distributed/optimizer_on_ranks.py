@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -11,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fisher_lab import KFACNaturalGradient
 from fisher_lab.optim import KFACOptimizer
@@ -67,14 +68,14 @@ def restored(comm: Any, kind: str, directory: str, batches: list[Batch]) -> dict
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
-    dcp.save(state, checkpoint_id=directory, process_group=comm.group)
+    save(state, checkpoint_id=directory, process_group=comm.group)
     again, other = built(comm, kind, "gram")
     steps(again, other, batches[:1])
     state = {
         "model": get_model_state_dict(again),
         "optimizer": get_optimizer_state_dict(again, other),
     }
-    dcp.load(state, checkpoint_id=directory, process_group=comm.group)
+    load(state, checkpoint_id=directory, process_group=comm.group)
     set_model_state_dict(again, state["model"])
     set_optimizer_state_dict(again, other, state["optimizer"])
     steps(again, other, batches[3:])

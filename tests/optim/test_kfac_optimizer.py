@@ -1,3 +1,6 @@
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportIndexIssue=false
 """``KFACOptimizer`` against the formulas of its docstring, on models of a few weights."""
 
 import copy

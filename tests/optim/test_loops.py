@@ -64,7 +64,7 @@ def test_factors_of_the_steps_own_pass_are_those_of_a_second_one(options, caplog
     expected.collect_kfac_factors(gpt2(), batch)
     model = gpt2()
     counts = Counts(model)
-    outer = {} if "fisher" in options or not options else {"outer": "kfac"}
+    outer: Any = {} if "fisher" in options or not options else {"outer": "kfac"}
     kfac = engine(**options, exclude=["transformer.wte"])
     optimizer = KFACOptimizer(model, kfac, lr=0.0, **outer)
     with caplog.at_level(logging.WARNING):

