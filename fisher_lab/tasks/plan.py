@@ -168,16 +168,18 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _show(rows: list[dict[str, Any]], policy: str) -> None:
     """Prints the table: Woodbury as ``W``, a layer that a policy refuses as ``!``."""
     console = standard_output(PIPE_WIDTH)
-    first = [labels.column(PLAN_FILE, name) for name in ("name", "in", "out", "tokens")]
+    same = len({row["tokens"] for row in rows}) == 1
+    first = ("name", "in", "out") if same else ("name", "in", "out", "tokens")
     choices = [Entry(key=n, label=n.removesuffix("_only"), format="s") for n in POLICIES]
-    kinds = ("bytes_A", "bytes_G", "flops_A", "flops_G")
-    costs = [labels.column(PLAN_FILE, name) for name in kinds]
     shown = []
     for row in rows:
-        flops = {f"flops_{s}": (row[f"flops_factor_{s}"] + row[f"flops_apply_{s}"]) / 1e9
-                 for s in "AG"}  # fmt: skip
-        shown.append({**row, **{n: _SHORT.get(row[n], row[n]) for n in POLICIES}, **flops})
-    columns = [*first, *choices, *costs]
+        flops = sum(row[f"flops_{kind}_{side}"] for kind in ("factor", "apply") for side in "AG")
+        costs = {"bytes": row["bytes_A"] + row["bytes_G"], "flops": flops / 1e9}
+        shown.append({**row, **{n: _SHORT.get(row[n], row[n]) for n in POLICIES}, **costs})
+    before, costs = (
+        [labels.column(PLAN_FILE, n) for n in names] for names in (first, ("bytes", "flops"))
+    )
+    columns = [*before, *choices, *costs]
     console.print(layer_table(shown, columns, console.width, all_rows=is_verbose()))
     words = f"policy {policy}; W: Woodbury, !: refused, GF: 1e9 operations to factor and apply once"
     if len(rows) > MOST_ROWS and not is_verbose():

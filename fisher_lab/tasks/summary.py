@@ -115,7 +115,7 @@ def answer(metrics: Mapping[str, Any], step: Mapping[str, Any]) -> list[Text]:
         return [Text(line, style="bold")]
     if metrics.get("plan/bytes") is not None:
         line = (
-            f"The factors would take {number(metrics['plan/bytes'], 'mib')} MiB, "
+            f"Factors: {number(metrics['plan/bytes'], 'mib')} MiB, "
             f"{metrics['plan/flops_factor']:.1e} operations to factor and "
             f"{metrics['plan/flops_apply']:.1e} to apply"
         )

@@ -278,7 +278,7 @@ def test_the_first_line_puts_first_who_is_ahead_where_it_is_judged():
         ({"diverged": 1, "train/diverged_step": 7, "train/steps": 7, "loss/heldout": 9.0},
          "Diverged at step 7"),
         ({"plan/bytes": 2**20, "plan/flops_factor": 1.2e9, "plan/flops_apply": 3e8},
-         "The factors would take 1.00 MiB, 1.2e9 operations to factor and 3.0e8 to apply"),
+         "Factors: 1.00 MiB, 1.2e9 operations to factor and 3.0e8 to apply"),
     ],
 )  # fmt: skip
 def test_other_tasks_have_an_answer_too(metrics, line):
