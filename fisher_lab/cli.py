@@ -52,6 +52,9 @@ COMMANDS = {
 """Sub-command -> the function that takes the arguments after its name and returns the exit code.
 ``config/help.py`` says what each does."""
 
+AGAIN = ("decide", "register")
+"""Sub-commands that stand for a multirun (`sweeps/again.py`)."""
+
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
 OF_THE_DISK = (
@@ -88,6 +91,10 @@ def main(argv: Sequence[str]) -> int:
     from fisher_lab.runs.signals import Interrupted
 
     try:
+        if argv and argv[0] in AGAIN:
+            from fisher_lab.sweeps import again
+
+            argv = again.command_line(argv[0], argv[1:])
         if argv and argv[0] in COMMANDS:
             module, _, function = COMMANDS[argv[0]].partition(":")
             return getattr(import_module(module), function)(argv[1:])
@@ -320,8 +327,8 @@ def _check_single(cfg: DictConfig, config: Config) -> None:
     names, _ = compose.requested(list(cfg.hydra.overrides.task))
     if names:
         raise ConfigError(f"+sweeps={','.join(names)} names a sweep: add -m to run it")
-    for key, on in (("dry_run", config.sweep.dry_run), ("detach", config.sweep.detach)):
-        if on:
+    for key in ("dry_run", "detach", "register"):
+        if getattr(config.sweep, key):
             raise ConfigError(f"sweep.{key}=true is for sweeps: add -m, with values to sweep over")
 
 

@@ -48,6 +48,15 @@ class SweepConfig:
     dry_run: bool = setting(
         False, "Compose and validate every cell, print what would be done, and stop."
     )
+    until: str | None = setting(
+        None,
+        "`decided`: run the first seeds, and then those cells alone that open claims need, until "
+        "every claim is decided (`docs/results.md`); null: the seeds that are given.",
+        one_of("decided") | null,
+    )
+    register: bool = setting(
+        False, "Write down claims, designs and cells before the first run, and stop."
+    )
     detach: bool = setting(False, "Start or submit the cells and return at once.")
     max_failures: int | None = setting(
         None, "No further cell is started after this many have failed.", whole(1) | null

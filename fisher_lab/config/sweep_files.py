@@ -12,6 +12,8 @@ Hydra configuration that is merged at the top level, but for these keys, which a
     seed come before those of the next, whatever order the axes are in.
 ``claims``
     What is stated of the results; opaque here, read by whoever judges it.
+``design``
+    How the claims are tested while seeds are run, where a claim does not say it; likewise.
 ``sweeps``
     Other sweeps that this one stands for, each with a directory of its own; then nothing else.
 """
@@ -41,6 +43,7 @@ _METADATA: dict[str, tuple[type, str]] = {
     "params": (dict, "a mapping from keys to values"),
     "alone": (bool, "true or false"),
     "claims": (list, "a list"),
+    "design": (dict, "a mapping such as {first: 5, max_seeds: 30}"),
     "sweeps": (list, "a list of sweeps"),
 }
 """The keys that are read here: their type, and its name."""
@@ -57,6 +60,7 @@ class SweepFile:
         params: axes; the values are text in Hydra's notation.
         alone: whether its cells run one at a time.
         claims: as in the file.
+        design: of the claims, as in the file.
         sweeps: the names of what a collection stands for.
         config: all else, merged into the configuration.
     """
@@ -67,6 +71,7 @@ class SweepFile:
     params: dict[str, str] = field(default_factory=dict)
     alone: bool = False
     claims: list[Any] = field(default_factory=list)
+    design: dict[str, Any] = field(default_factory=dict)
     sweeps: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -75,6 +75,7 @@ def finish(directory: str | os.PathLike[str], *, console: Console | None = None)
     if frame.empty:
         raise ResultsError(f"{root}: there is no run")
     done = judge(root, frame)
+    claims.note_looks(root, done.verdicts)  # before anybody sees them
     if console is not None:
         show(done, console)
     stamp = _stamp(frame)

@@ -81,6 +81,11 @@ class Sweep:
         return stated if isinstance(stated, list) else []
 
     @property
+    def design(self) -> Any:
+        """The design of the claims that state none, as the sweep file has it."""
+        return self.about.get("design") or {}
+
+    @property
     def cells(self) -> dict[str, dict[str, Any]]:
         """``run_id`` -> what ``sweep.json`` says of a cell: its overrides and settings."""
         cells = [c for c in self.about.get("cells") or [] if isinstance(c, dict)]

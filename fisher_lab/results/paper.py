@@ -504,18 +504,20 @@ def claims_table(verdicts: Sequence[claims.Verdict]) -> str:
     """The claims and their verdicts as a table that may run over several pages."""
     rows = []
     for v in verdicts:
-        numbers = breakable(f"{v.why} ({v.test})" if v.test else v.why)
-        words = [breakable(f"{v.sweep}: {v.text}"), escape(v.verdict), numbers, str(v.seeds)]
+        numbers = breakable(f"{v.explained} ({v.tested})" if v.test else v.explained)
+        q = claims.false_discovery_words(v)
+        words = [breakable(f"{v.sweep}: {v.text}"), escape(v.shown), numbers, str(v.seeds), q]
         rows.append(" & ".join(words) + r" \\")
     return "\n".join(
         [
             r"\begingroup\small",
             r"\begin{longtable}{@{}>{\raggedright\arraybackslash}p{0.27\linewidth}"
             r">{\raggedright\arraybackslash}p{0.13\linewidth}"
-            r">{\raggedright\arraybackslash}p{0.45\linewidth}r@{}}",
-            r"\toprule claim & verdict & numbers & n \\ \midrule \endhead \bottomrule \endfoot",
+            r">{\raggedright\arraybackslash}p{0.40\linewidth}rr@{}}",
+            r"\toprule claim & verdict & numbers & n & q \\ \midrule \endhead \bottomrule \endfoot",
             "\n\\addlinespace\n".join(rows),
             r"\end{longtable}",
+            rf"\noindent {escape(claims.DISCOVERY)}\par",
             r"\endgroup",
             "",
         ]

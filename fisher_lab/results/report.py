@@ -18,8 +18,9 @@ from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from fisher_lab.results import claims, export, figure_style, figures, paper
+from fisher_lab.results import claims, export, figure_style, figures, look_figures, paper
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.paper import Places
 from fisher_lab.results.table import Table, tabulate
@@ -89,6 +90,8 @@ def page(frame: pd.DataFrame, places: Places | None = None) -> str:
             counts=_counts(frame, verdicts),
             left_out=[f"{one.directory}: {one.reason}" for one in frame.attrs.get("left_out", [])],
             claims=[_verdict_row(verdict, places) for verdict in verdicts],
+            paths=_paths(verdicts),
+            discovery=claims.DISCOVERY,
             sweeps=[_sweep(runs_of_sweep(frame, sweep), sweep, places) for sweep in sweeps],
             failures=_failures(frame, places),
             **_runs(frame, places),
@@ -119,7 +122,25 @@ def _counts(frame: pd.DataFrame, verdicts: Iterable[claims.Verdict]) -> list[tup
 
 def _verdict_row(v: claims.Verdict, places: Places) -> list[str]:
     needed = claims.seeds_words(v.seeds_needed, v.seeds_range)
-    return [v.verdict, v.text, places.short(v.why), str(v.seeds), needed, v.test, v.sweep]
+    why, q = places.short(v.explained), claims.false_discovery_words(v)
+    return [v.verdict, v.standing, v.text, why, str(v.seeds), needed, q, v.tested, v.sweep]
+
+
+def _paths(verdicts: Iterable[claims.Verdict]) -> list[dict[str, Any]]:
+    """The looks at the claims that were decided seed by seed, as pictures."""
+    courses = [verdict.course for verdict in verdicts if verdict.course is not None]
+    return [
+        {"data": _png(figure), "words": figure.get_label(), "wide": False}
+        for figure in map(look_figures.path_figure, courses)
+        if figure is not None
+    ]
+
+
+def _png(figure: Figure) -> str:
+    data = io.BytesIO()
+    with rc_context(figure_style.STYLE):
+        figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
+    return base64.b64encode(data.getvalue()).decode()
 
 
 # ---- one sweep -----------------------------------------------------------------------------------
@@ -146,12 +167,9 @@ def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
     for name, figure in figures.make_figures(table, frame):
         if isinstance(figure, str):
             continue
-        data = io.BytesIO()
-        if len(drawn) < MOST_FIGURES:
-            with rc_context(figure_style.STYLE):
-                figure.savefig(data, format="png", dpi=SCREEN_DPI, metadata={"Software": None})
+        data = _png(figure) if len(drawn) < MOST_FIGURES else ""
         about = {"words": figure.get_label() or name, "wide": figure_style.is_wide(figure)}
-        drawn.append({"data": base64.b64encode(data.getvalue()).decode(), **about})
+        drawn.append({"data": data, **about})
     return drawn
 
 

@@ -23,8 +23,9 @@ designs.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,14 @@ Floats = NDArray[np.float64]
 CELLS = 400
 """Cells in which the law of the statistic between two looks is kept; twice as many change the first
 boundaries by up to 1e-3 of them, and the others by 3e-4."""
+
+
+MOST_SEEDS = 500
+"""The boundaries of more looks take minutes."""
+
+
+CERTAIN = 1e-12
+"""A share of 0 or 1 as a bound: one run with, or without, the property refutes it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Design:
         """
         ranges = {
             "alpha": (0 < self.alpha < 0.5, "between 0 and 0.5"),
+            "max_seeds": (2 <= self.max_seeds <= MOST_SEEDS, f"from 2 to {MOST_SEEDS}"),
             "first": (2 <= self.first <= self.max_seeds, "from 2 to max_seeds"),
             "spending": (0 < self.spending <= 10, "above 0, at most 10"),
             "give_up": (0 < self.give_up <= 1, "above 0, at most 1"),
@@ -91,25 +101,45 @@ class Design:
 # ---- boundaries ----------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def _t_boundary(design: Design, alpha: float, cells: int) -> tuple[float, ...]:
+Crossing = Callable[[float], float]
+"""u -> the chance that u at a look is larger, and that the boundary was not reached before."""
+
+
+def _t_looks(design: Design, alpha: float, cells: int) -> Iterator[tuple[float, Crossing]]:
+    """The boundary of every look as a t statistic, and how the chance of it was computed."""
     spent = design.spent(alpha)
-    found = [float(stats.t.isf(spent[0], design.first - 1))]
-    edges = _edges(found[0], design.first, cells)
-    mass = np.diff(stats.t.cdf(_t_of(edges, design.first), design.first - 1))
+    n = design.first
+
+    def begun(u: float, n: int = n) -> float:
+        return float(stats.t.sf(_t_of(np.array([u]), n)[0], n - 1))
+
+    found = float(stats.t.isf(spent[0], n - 1))
+    yield found, begun
+    edges = _edges(found, n, cells)
+    mass = np.diff(stats.t.cdf(_t_of(edges, n), n - 1))
     for n, level in zip(design.looks[1:], np.diff(spent), strict=True):
         middles = (edges[1:] + edges[:-1]) / 2
         law = _Transition(n - 1)
 
-        def excess(u: float, middles: Floats = middles, mass: Floats = mass) -> float:
-            return float(mass @ (1 - law(middles, np.full(1, u))[:, 0])) - level  # noqa: B023
+        def crossing(
+            u: float, middles: Floats = middles, mass: Floats = mass, law: _Transition = law
+        ) -> float:
+            return float(mass @ (1 - law(middles, np.full(1, u))[:, 0]))
+
+        def excess(u: float, level: float = level, crossing: Crossing = crossing) -> float:
+            return crossing(u) - level
 
         top = math.sqrt(n)
         bound: Any = optimize.brentq(excess, 0.0, top, xtol=1e-12) if excess(0.0) > 0 else 0.0
-        found.append(float(_t_of(np.array([bound], dtype=float), n)[0]))
-        edges = _edges(found[-1], n, cells)
+        found = float(_t_of(np.array([bound], dtype=float), n)[0])
+        yield found, crossing
+        edges = _edges(found, n, cells)
         mass = mass @ np.diff(law(middles, edges), axis=1)
-    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _t_boundary(design: Design, alpha: float, cells: int) -> tuple[float, ...]:
+    return tuple(found for found, _ in _t_looks(design, alpha, cells))
 
 
 def t_boundary(design: Design, alpha: float | None = None, cells: int = CELLS) -> Floats:
@@ -135,6 +165,28 @@ def t_boundary(design: Design, alpha: float | None = None, cells: int = CELLS) -
         One number a look.
     """
     return np.array(_t_boundary(design, design.alpha if alpha is None else alpha, cells))
+
+
+@functools.lru_cache(maxsize=1024)
+def t_p_value(design: Design, t: float, n: int, alpha: float | None = None) -> float:
+    """P of a t statistic that reaches its boundary first with n seeds.
+
+    That is the chance, under the hypothesis that the mean is the bound, of an earlier crossing or
+    of a larger statistic at this look (stage-wise ordering; Fairbanks and Madsen 1982, Biometrika
+    69). It is at most ``alpha``, and below a number p with a chance of at most p.
+
+    Args:
+        design: registered.
+        t: the statistic, in the direction in which it crosses; ``inf`` of pairs that do not vary.
+        n: seeds of the look.
+        alpha: the level of this side; by default the design's.
+    """
+    level = design.alpha if alpha is None else alpha
+    before = design.spent(level)[n - design.first - 1] if n > design.first else 0.0
+    looks = itertools.islice(_t_looks(design, level, CELLS), n - design.first, None)
+    _, crossing = next(looks)
+    u = math.sqrt(n) if math.isinf(t) else _u_of(t, n)
+    return float(before) + crossing(u)
 
 
 def _t_of(u: Floats, n: int) -> Floats:
@@ -178,9 +230,9 @@ class _Transition:
         return np.interp(angle, self.NODES, self._law)
 
 
-@functools.lru_cache(maxsize=256)
-def _share_boundary(design: Design, share: float, alpha: float) -> tuple[int, ...]:
-    law, left, found = np.ones(1), 0.0, []
+def _share_looks(design: Design, share: float, alpha: float) -> Iterator[tuple[int, float, Floats]]:
+    """The boundary of every look as a count, what was spent before it, and the tail of its law."""
+    law, left = np.ones(1), 0.0
     spent = dict(zip(design.looks, design.spent(alpha), strict=True))
     for n in range(1, design.max_seeds + 1):
         law = np.convolve(law, [1 - share, share])
@@ -188,10 +240,32 @@ def _share_boundary(design: Design, share: float, alpha: float) -> tuple[int, ..
             continue
         above = np.append(np.cumsum(law[::-1])[::-1], 0.0)  # chance of at least k that are left
         bound = int(np.argmax(above <= spent[n] - left))
+        yield bound, left, above
         left += float(above[bound])
         law[bound:] = 0.0
-        found.append(bound)
-    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _share_boundary(design: Design, share: float, alpha: float) -> tuple[int, ...]:
+    return tuple(bound for bound, _, _ in _share_looks(design, share, alpha))
+
+
+def share_p_value(
+    design: Design, share: float, count: int, n: int, alpha: float | None = None
+) -> float:
+    """P of a count that reaches its boundary first with n runs, as :func:`t_p_value`.
+
+    Args:
+        design: registered.
+        share: the bound that more than it is shown of. For less than it, give the share and the
+            count of the runs without the property.
+        count: of the runs that have the property.
+        n: runs of the look.
+        alpha: the level of this side; by default the design's.
+    """
+    looks = _share_looks(design, share, design.alpha if alpha is None else alpha)
+    _, before, above = next(itertools.islice(looks, n - design.first, None))
+    return before + float(above[count])
 
 
 def share_boundary(
@@ -242,8 +316,8 @@ def wedge(design: Design) -> Floats:
 class Path:
     """What the looks at one comparison saw: the statistics between their boundaries.
 
-    Every array has one number a look, up to the last one that was made; those of many simulated
-    sweeps have further axes before.
+    Every array has one number a look, up to the last one that was made, and boundaries one for
+    every look of the design; those of many simulated sweeps have further axes before.
 
     Attributes:
         n: seeds at every look.
@@ -276,9 +350,9 @@ def _path(
     """Compare two statistics with their boundaries, and their scores with the wedge."""
     lower, upper = statistics
     looks = lower.shape[-1]
-    holds_at, fails_at = ((one[:looks], two[:looks]) for one, two in (holds_at, fails_at))
-    above, below = (_ever(hit) for hit in (lower >= holds_at[0], upper <= holds_at[1]))
-    failed = _ever((lower <= fails_at[0]) | (upper >= fails_at[1]))
+    inner_low, inner_high, outer_low, outer_high = (one[:looks] for one in (*holds_at, *fails_at))
+    above, below = (_ever(hit) for hit in (lower >= inner_low, upper <= inner_high))
+    failed = _ever((lower <= outer_low) | (upper >= outer_high))
     inner = wedge(design)[:looks]
     hopeless = (np.abs(scores[0]) < inner) & ~above | (np.abs(scores[1]) < inner) & ~below
     n = np.array(design.looks)[:looks]
@@ -363,7 +437,9 @@ def shares(hits: ArrayLike, lower: float, upper: float, design: Design, many: in
             continue
         holds.append(share_boundary(design, share)[side])
         fails.append(share_boundary(design, share, level)[1 - side])
-        scores.append((counts - n * share) / np.sqrt(n * share * (1 - share)))
+        certain = min(share, 1 - share) <= CERTAIN  # one run refutes it, at any time
+        far = (counts - n * share) / np.sqrt(n * share * (1 - share))
+        scores.append(np.full(counts.shape, np.inf) if certain else far)
     return _path(
         (counts, counts),
         (holds[0], holds[1]),

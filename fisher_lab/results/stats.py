@@ -235,6 +235,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(v) for v in corrected]
 
 
+def false_discovery(p: Sequence[float]) -> list[float]:
+    """P values after the correction of Benjamini and Hochberg (1995); NaN likewise stays NaN.
+
+    Of all with a value up to q a share of at most q is expected to be wrong, where they are
+    independent or depend on each other positively.
+    """
+    values = np.array(p, dtype=float)
+    known = ~np.isnan(values)
+    if known.any():
+        values[known] = stats.false_discovery_control(values[known])
+    return [float(v) for v in values]
+
+
 # ---- equivalence ---------------------------------------------------------------------------------
 
 

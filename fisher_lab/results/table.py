@@ -61,9 +61,10 @@ class TableCell:
         lost: state of the other runs (``failed``, ``diverged``, ``running``, ...) -> how many.
         missing: how many runs other cells have and this one does not.
         reasons: why runs were lost, each once.
-        diverged: how many of the lost runs broke down numerically: those that diverged, and those
-            that failed for that reason. A run that was killed, timed out or ran out of memory says
-            nothing about its numbers.
+        without: pairing key of a run without a number -> its state.
+        diverged_at: those of the runs that broke down numerically: that diverged, or failed for
+            that reason. A run that was killed, timed out or ran out of memory says nothing about
+            its numbers.
         confidence: of the interval.
         method: of the interval, ``t``, ``log`` or ``bootstrap``.
     """
@@ -72,7 +73,8 @@ class TableCell:
     lost: dict[str, int] = field(default_factory=dict)
     missing: int = 0
     reasons: tuple[str, ...] = ()
-    diverged: int = 0
+    without: dict[Hashable, str] = field(default_factory=dict)
+    diverged_at: tuple[Hashable, ...] = ()
     confidence: float = CONFIDENCE
     method: str = "t"
 
@@ -130,32 +132,35 @@ def make_cell(
         confidence: of the interval.
         method: of the interval.
     """
-    lost: Counter[str] = Counter()
+    without: dict[Hashable, str] = {}
     reasons: list[str] = []
     values: dict[Hashable, float] = {}
-    broken = 0
+    broken: list[Hashable] = []
     columns = zip(
         keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True
     )
     for key, status, reason, not_finite, value in columns:
         if status != Status.COMPLETED:
-            lost[status] += 1
+            without[key] = status
             if isinstance(reason, str) and reason and status != Status.MISSING:
                 reasons.append(reason)
-                broken += status == Status.FAILED and any(word in reason for word in BROKEN_NUMBERS)
+                if status == Status.FAILED and any(word in reason for word in BROKEN_NUMBERS):
+                    broken.append(key)
         elif metric in (not_finite or "").split():
-            lost[Status.DIVERGED] += 1
-            broken += 1
+            without[key] = Status.DIVERGED
+            broken.append(key)
         elif value != value:
-            lost["not measured"] += 1
+            without[key] = "not measured"
         else:
             values[key] = float(value)
+    lost = Counter(without.values())
     return TableCell(
         pd.Series(values, dtype=float),
         {what: count for what, count in lost.items() if what != Status.MISSING},
         max(expected - len(runs), 0) + lost[Status.MISSING],
         tuple(dict.fromkeys(reasons)),
-        broken,
+        without,
+        tuple(broken),
         confidence,
         method,
     )

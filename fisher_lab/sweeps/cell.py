@@ -16,7 +16,7 @@ from fisher_lab.config.validate import build
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps.directory import Layout
+from fisher_lab.sweeps.directory import LAUNCH_FILE, Layout
 
 SCHEMA = "fisher_lab.cell/1"
 CANCELLED_FILE = "cancelled"
@@ -191,8 +191,47 @@ def label_of(axes: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in axes.items())
 
 
-def submit(cells: Sequence[Cell], logging: Mapping[str, Any], code: str = "") -> list[Cell]:
-    """Freeze cells of one sweep in the directory of a new launch, whose name sorts by time."""
+def launch_name() -> str:
+    """The name of a new launch, which sorts by time."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    launch = f"{stamp}-{secrets.token_hex(3)}"
-    return [cell.freeze(launch, logging, code) for cell in cells]
+    return f"{stamp}-{secrets.token_hex(3)}"
+
+
+@dataclass
+class Submission:
+    """A launch of a sweep: who launches what, and the frozen cells.
+
+    Attributes:
+        layout: of the sweep.
+        logging: the configuration of the logging.
+        about: what its file says beside the cells.
+        code: the copy of the package that its cells run; empty for the package itself.
+        launch: its name.
+        cells: that are frozen in it, by run directory.
+    """
+
+    layout: Layout
+    logging: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
+    launch: str = field(default_factory=launch_name)
+    cells: dict[Path, Cell] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self.layout.submissions / self.launch
+
+    def freeze(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The frozen cells, those of them that were not frozen before as they are now."""
+        new = [cell for cell in cells if cell.directory not in self.cells]
+        self.cells |= {cell.directory: cell.freeze(self.launch, self.logging, self.code) for cell in new}
+        if new or not self.cells:
+            run_ids = [cell.run_id for cell in self.cells.values()]
+            atomic.write_json(self.directory / LAUNCH_FILE, {**self.about, "cells": run_ids})
+        return [self.cells[cell.directory] for cell in cells]
+
+
+def submit(cells: Sequence[Cell], logging: Mapping[str, Any], code: str = "") -> list[Cell]:
+    """Freeze cells of one sweep in the directory of a new launch."""
+    return Submission(cells[0].layout, logging, code=code).freeze(cells)

@@ -4,8 +4,10 @@ Under ``results/<sweep>/``:
 
 ``sweep.json``
     What the sweep is: its file, axes, claims and cells.
+``registration.json``
+    What of it was fixed before the first result.
 ``events.jsonl``
-    What happened to which cell, append-only (:class:`Journal`).
+    What happened to which cell, append-only (`runs/journal.py`).
 ``<run_id>/``
     A cell's run directory; ``job.log`` in it is what its processes printed.
 ``.sweep/locks/``
@@ -18,20 +20,20 @@ Under ``results/<sweep>/``:
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.runs import atomic, digests, record
+from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
 
 SWEEP_FILE = "sweep.json"
+REGISTRATION_FILE = "registration.json"
+"""What was fixed before the first result (`results/registration.py`)."""
 EVENTS_FILE = "events.jsonl"
 JOB_LOG, RUN_LOG = "job.log", "fisher_lab.log"
 LAUNCH_FILE = "launch.json"
@@ -42,7 +44,6 @@ SCHEMA = "fisher_lab.sweep/1"
 CONTROLS = "controls"
 """Read by ``results/loading.py``, too."""
 
-JOURNAL_STALE_AFTER_S, JOURNAL_TIMEOUT_S = 20.0, 120.0
 TAIL_LINES, TAIL_BYTES = 20, 4096
 
 
@@ -183,64 +184,6 @@ class Layout:
         if status is None:
             return Status.MISSING
         return Status.INTERRUPTED if status is Status.RUNNING else status
-
-
-@dataclass(frozen=True)
-class Journal:
-    """An append-only file of JSON lines that many processes write, on this host or on others.
-
-    The holder of a lock writes a line in one piece, because the append mode of a network file
-    system alone would let two hosts write over each other. A writer that is killed in the middle
-    leaves a line without an end: readers pass over it, and the next writer begins a new one.
-
-    Attributes:
-        path: the file; made by the first event.
-        locks: directory of the lock under which lines are written.
-    """
-
-    path: Path
-    locks: Path
-
-    def append(self, event: str, **fields: Any) -> None:
-        """Add one event with JSON-able details, flushed to the disk.
-
-        Raises:
-            TimeoutError: others held the journal for :data:`JOURNAL_TIMEOUT_S` seconds.
-        """
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        fields = {"time": time, "event": event, **fields}
-        line = json.dumps(fields, allow_nan=False, ensure_ascii=False) + "\n"
-        lock = Lock(self.locks / self.path.name, JOURNAL_STALE_AFTER_S)
-        if not lock.acquire_within(JOURNAL_TIMEOUT_S):
-            raise TimeoutError(f"{self.path} is held by {lock.holder()}")
-        with lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b", buffering=0) as file:
-                if file.seek(0, os.SEEK_END) > 0:
-                    file.seek(-1, os.SEEK_END)
-                    line = line if file.read(1) == b"\n" else f"\n{line}"
-                file.write(line.encode())
-                os.fsync(file.fileno())
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole events, in the order in which they were written; other lines are not ours."""
-        events = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in atomic.read_text(self.path, errors="replace").split("\n"):
-                with contextlib.suppress(ValueError, RecursionError):
-                    events.append(json.loads(line))
-        return [event for event in events if _is_ours(event)]
-
-
-def _is_ours(event: Any) -> bool:
-    """Whether a line of the journal has what its readers take from an event of its kind."""
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return False
-    jobs = event.get("jobs")
-    return {
-        "submitted": isinstance(jobs, dict) and all(isinstance(job, str) for job in jobs.values()),
-        "launched": isinstance(event.get("launcher"), str),
-    }.get(event["event"], True)
 
 
 def tail(path: Path, offset: int = 0) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
@@ -31,11 +31,41 @@ from fisher_lab.sweeps.cell import Cell
 from fisher_lab.sweeps.directory import SCHEMA, Layout
 from fisher_lab.sweeps.pairs import controls, interleaved
 
+if TYPE_CHECKING:
+    from fisher_lab.results.hypotheses import Hypothesis
+    from fisher_lab.results.registration import Registration
+
 Identify = Callable[[Config], Mapping[str, Any]]
 """A configuration's content hashes; raises ConfigError for what cannot be."""
 
-_OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=")
+_OF_THE_LAUNCH = ("sweep.dry_run=", "sweep.detach=", "sweep.register=", "sweep.until=")
 """Overrides that say what this launch does, and nothing of its cells."""
+
+
+SEED = "seed"
+MARK = "seed=?"
+"""Stands for the seed among the overrides of a family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The cells that differ in the seed alone.
+
+    Attributes:
+        marked: their overrides, with :data:`MARK` for the seed.
+        settings: their axes but for the seed.
+    """
+
+    marked: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]
+
+    def overrides(self, seed: int) -> list[str]:
+        """The overrides of the cell with a seed."""
+        return [f"{SEED}={seed}" if text == MARK else text for text in self.marked]
+
+    def axes(self, seed: int) -> dict[str, str]:
+        """The axes of that cell."""
+        return {**dict(self.settings), SEED: str(seed)}
 
 
 @dataclass
@@ -47,20 +77,31 @@ class SweepPlan:
         cells: those that can run, in the order in which they are run; each identity once.
         axes: swept key -> its values, as text.
         overrides: what all cells have in common, as typed.
+        arguments: the overrides of the command line that give this sweep, as typed.
         file: the sweep file, where there is one.
         controls: cells that are run once more, to be compared with themselves.
         invalid: axes of the cells that cannot run, and why.
         repeated: how many cells were the same as an earlier one.
+        families: of the cells that differ in the seed alone.
+        seeds: that were given, in their order.
+        until: ``decided`` where further seeds are run until the claims are decided; ``cells`` are
+            then those of the first look.
+        further: makes the cell of a family with any seed; raises ConfigError.
     """
 
     layout: Layout
     cells: list[Cell]
     axes: dict[str, list[str]]
     overrides: list[str]
+    arguments: list[str]
     file: SweepFile | None = None
     controls: list[Cell] = field(default_factory=list)
     invalid: list[tuple[Mapping[str, str], str]] = field(default_factory=list)
     repeated: int = 0
+    families: list[Family] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    until: str | None = None
+    further: Callable[[Family, int], Cell] | None = None
 
     def refuse(self, cell: Cell, reason: str) -> None:
         """Take a cell out that cannot run."""
@@ -94,8 +135,11 @@ class SweepPlan:
             "alone": self.file.alone if self.file else False,
             "axes": self.axes,
             "claims": self.file.claims if self.file else [],
+            "design": self.file.design if self.file else {},
+            "until": self.until or before.get("until"),
             "config": self.file.config if self.file else {},
             "overrides": self.overrides,
+            "arguments": self.arguments,
             "settings": shared,
             "cells": cells,
             "earlier": earlier,
@@ -104,6 +148,67 @@ class SweepPlan:
             return
         content["updated"] = datetime.now(UTC).isoformat(timespec="seconds")
         atomic.write_json(path, content)
+
+    def hypotheses(self) -> list[Hypothesis]:
+        """The claims of the sweep file, checked.
+
+        Raises:
+            ConfigError: one is wrong.
+        """
+        if self.file is None or not self.file.claims:
+            return []
+        from fisher_lab.results.hypotheses import parse
+        from fisher_lab.results.values import ResultsError
+
+        try:
+            stated = enumerate(self.file.claims, 1)
+            return [parse(claim, number, self.file.design) for number, claim in stated]
+        except ResultsError as error:
+            raise ConfigError(f"{self.file.path}: {error}") from None
+
+    def first_cells(self, seeds: Sequence[int]) -> list[Cell]:
+        """The cells of the first look that any claim has; the seeds are given in their order."""
+        from fisher_lab.results.looks import seeds_in_order
+
+        assert self.further is not None
+        first = min(claim.design.first for claim in self.hypotheses())
+        return [
+            self.further(f, seed) for seed in seeds_in_order(seeds, first) for f in self.families
+        ]
+
+    def choose(self, cells: Sequence[Cell]) -> None:
+        """Make these the cells of the sweep."""
+        self.cells = list(cells)
+        self.axes[SEED] = [str(s) for s in dict.fromkeys(cell.config.seed for cell in cells)]
+
+    def register(self) -> Registration | None:
+        """Write ``registration.json`` if there are claims and no results; the one that counts.
+
+        Raises:
+            ConfigError: a claim is wrong, or the file that is there cannot be read.
+        """
+        claims = self.hypotheses()
+        if not claims:
+            return None
+        from fisher_lab.results import registration
+        from fisher_lab.results.values import ResultsError
+
+        about = {
+            "sweep": self.layout.directory.name,
+            "until": self.until,
+            "seeds": self.seeds,
+            "axes": self.axes,
+            "overrides": self.overrides,
+            "cells": [cell.run_id for cell in self.cells],
+        }
+        try:
+            found, written = registration.register(self.layout.directory, claims, about)
+        except ResultsError as error:
+            raise ConfigError(str(error)) from None
+        if written:
+            sha256 = found.content["sha256"]
+            self.layout.journal.append("registered", claims=len(claims), sha256=sha256)
+        return found
 
 
 def _settings(cells: Sequence[Cell]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -193,30 +298,69 @@ def _one(
     }
     fixed = [text for text in kept if parse([text])[0].key_or_group not in swept]
     layout = _place(master, file, fixed, list(swept))
-    plan = SweepPlan(layout, [], swept, fixed, file)
-    composer = cells_of.Composer(loader, master)
+    plan = SweepPlan(layout, [], swept, fixed, kept, file)
+    plan.hypotheses()  # a claim that cannot be read is found before anything runs
+    alone = file is not None and file.alone
+    make = _Maker(layout, cells_of.Composer(loader, master), known, alone)
+    _fill(plan, batch, given, make, strict)
+    plan.seeds = list(dict.fromkeys(cell.config.seed for cell in plan.cells))
+    plan.until = OmegaConf.select(master, "sweep.until")
+    if plan.until and file is not None and file.claims:
+        plan.families = [Family(*one) for one in dict.fromkeys(map(_family, plan.cells))]
+        plan.further = lambda family, seed: make(family.overrides(seed), family.axes(seed))
+        plan.choose(plan.first_cells(plan.seeds))
+    if alone:
+        plan.cells.sort(key=lambda cell: cell.config.seed)
+        plan.controls = controls(plan.cells, file.claims) if file is not None else []
+    return plan
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Composes, validates and identifies cells; raises ConfigError for one that cannot run."""
+
+    layout: Layout
+    composer: cells_of.Composer
+    identify: Identify
+    alone: bool
+
+    def __call__(self, overrides: Sequence[str], axes: Mapping[str, str]) -> Cell:
+        config = self.composer(list(overrides))
+        content = self.identify(config)
+        identity = run_id(dataclasses.asdict(config), content)
+        return Cell(self.layout, identity, tuple(overrides), axes, config, content, self.alone)
+
+
+def _fill(
+    plan: SweepPlan,
+    batch: Sequence[Sequence[str]],
+    given: Sequence[Mapping[str, str]],
+    make: _Maker,
+    strict: bool,
+) -> None:
+    """Make the cells of a plan, each identity once."""
     seen: set[str] = set()
     for overrides, values in zip(batch, given, strict=True):
-        axes = {key: value for key, value in values.items() if key in swept}
+        axes = {key: value for key, value in values.items() if key in plan.axes}
         try:
-            config = composer(overrides)
-            content = known(config)
+            found = make(overrides, axes)
         except ConfigError as error:
             if strict:
                 raise
             plan.invalid.append((axes, str(error)))
             continue
-        identity = run_id(dataclasses.asdict(config), content)
-        if identity in seen:
+        if found.run_id in seen:
             plan.repeated += 1
             continue
-        seen.add(identity)
-        alone = file is not None and file.alone
-        plan.cells.append(Cell(layout, identity, tuple(overrides), axes, config, content, alone))
-    if file is not None and file.alone:
-        plan.cells.sort(key=lambda cell: cell.config.seed)
-        plan.controls = controls(plan.cells, file.claims)
-    return plan
+        seen.add(found.run_id)
+        plan.cells.append(found)
+
+
+def _family(cell: Cell) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """What the cells have in common that differ from one in the seed alone."""
+    marked = [MARK if _pair(text)[0] == SEED else text for text in cell.overrides]
+    rest = tuple((key, value) for key, value in cell.axes.items() if key != SEED)
+    return tuple(marked if MARK in marked else [*marked, MARK]), rest
 
 
 def _once(identify: Identify) -> Identify:

@@ -11,7 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,11 +144,21 @@ class Queue:
         cells: in the order in which they are to be started.
         executor: runs them.
         tally: learns how each has ended.
+        wanted: asked whenever a cell has ended for all that are to be run, in their order, those
+            that run among them; None where these are the cells that are given.
     """
 
-    def __init__(self, cells: Sequence[Cell], executor: Executor, tally: Tally) -> None:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        executor: Executor,
+        tally: Tally,
+        wanted: Callable[[], list[Cell]] | None = None,
+    ) -> None:
         self._waiting = deque(cells)
         self._pairs = Pairs(cells)
+        self._wanted = wanted
+        self._asked_at = -1
         self._executor = executor
         self._tally = tally
         self._preemptions: Counter[Cell] = Counter()
@@ -166,7 +176,7 @@ class Queue:
         bar = CellsBar(self._tally.total) if self._executor.has_bar else None
         with Watch() as watch, self._executor.signals(watch) as pending, bar or nullcontext():
             try:
-                while self._waiting or self._executor.running:
+                while self._ask() or self._waiting or self._executor.running:
                     moved = self.step()
                     if bar is not None:
                         bar.show(len(self._tally.ended), self._executor.running)
@@ -196,6 +206,20 @@ class Queue:
             self._executor.start(batch)
             started = True
         return started or bool(ended)
+
+    def _ask(self) -> bool:
+        """Ask what is wanted now, where a cell has ended since; whether anything is to be started.
+
+        A cell that has ended in this launch is not started again, whatever came of it.
+        """
+        ended = len(self._tally.ended)
+        if self._wanted is None or ended == self._asked_at:
+            return bool(self._waiting)
+        self._asked_at = ended
+        taken = {*self._tally.ended, *(cell.directory for cell in self._executor.running)}
+        self._waiting = deque(c for c in self._wanted() if c.directory not in taken)
+        self._tally.total = len(taken) + len(self._waiting)
+        return bool(self._waiting)
 
     def _next(self) -> list[Cell]:
         """Take what is to be started now out of the queue; what another launcher runs stays."""
@@ -247,7 +271,8 @@ class Queue:
             self._executor.stop(self._executor.running)
 
     def _drop(self) -> None:
-        """The cells that wait are not started."""
+        """The cells that wait are not started, and no others are asked for."""
+        self._wanted = None
         while self._waiting:
             self._tally.end(self._waiting.popleft(), Outcome(Status.NOT_STARTED))
 

@@ -11,10 +11,10 @@ import os
 import pkgutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
@@ -23,16 +23,21 @@ from fisher_lab.config import launchers
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import Settings, SlurmSettings
 from fisher_lab.config.schema import SweepConfig
+from fisher_lab.config.validate import build
 from fisher_lab.runs import atomic, provenance, record, screen
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import plan
-from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, Outcome, submit
-from fisher_lab.sweeps.directory import LAUNCH_FILE, LAUNCHER
+from fisher_lab.sweeps.cell import RUN_DIRECTORY, Cell, Outcome, Submission
+from fisher_lab.sweeps.deciding import Deciding
+from fisher_lab.sweeps.directory import LAUNCH_FILE, LAUNCHER, REGISTRATION_FILE, Layout
 from fisher_lab.sweeps.plan import Identify
 from fisher_lab.sweeps.queue import Executor, Queue, Tally, say
 from fisher_lab.sweeps.worker_process import start_python
+
+if TYPE_CHECKING:
+    from fisher_lab.results.registration import Registration
 
 LAUNCHER_LOG = "launcher.log"
 BACKGROUND = ("-m", "fisher_lab.sweeps.run")
@@ -62,20 +67,25 @@ def run(
         Interrupted: a signal ended it.
     """
     settings = launchers.check(kind, given)
-    options = SweepConfig(**_plain(master.sweep))
+    options = build(SweepConfig, _plain(master.sweep), "sweep.")
     plans = plan.make(loader, master, arguments, identify, strict=not options.dry_run)
+    _refuse_to_decide(plans, options)
     if options.dry_run:
-        for one in plans:
-            for cell in list(one.cells):
-                refused = next(_refused([cell], options, kind, settings), None)
-                if refused is not None:
-                    one.refuse(cell, str(ConfigError.value(*refused)))
-        return plan.show(plans)
+        return _dry_run(plans, options, kind, settings)
     cells = [cell for one in plans for cell in one.launched]
     for key, value, allowed in _refused(cells, options, kind, settings):
         raise ConfigError.value(key, value, allowed)
+    registered = [one.register() for one in plans]
+    deciding = [
+        Deciding(one, found)
+        for one, found in zip(plans, registered, strict=True)
+        if one.further is not None and found is not None
+    ]
     for one in plans:
         one.write()
+    if options.register:
+        return _say_registered(plans, registered)
+    cells = [cell for one in plans for cell in one.launched]
     todo, states = plan.to_run(cells)
     _look_at_what_is_done([cell for cell in cells if states[cell] is Status.COMPLETED])
     counted = Counter(sorted(states.values()))
@@ -85,17 +95,72 @@ def run(
     failed = [c.directory for c in cells if states[c] is Status.FAILED and c not in todo]
     before = {directory: Outcome(Status.FAILED) for directory in failed}
     tally = Tally(len(todo) + len(before), options.max_failures, before)
-    if todo:
-        frozen = _submit(todo, master, kind, settings)
+    if todo or deciding:
+        layouts = [one.plan.layout for one in deciding]
+        submissions = _submissions(todo, layouts, master, kind, settings)
         if options.detach:
-            return _detach(frozen, settings)
-        try:
-            launch(frozen, tally, settings)
-        except Interrupted:
-            say("interrupted; run the same command again to go on", error=True)
-            raise
+            return _detach(_frozen(todo, submissions), settings)
+        _launch(todo, tally, settings, submissions, deciding)
+    cells = [cell for one in plans for cell in one.launched]
     finish(cells)  # also where an earlier launcher was killed before, or claims have changed
     return tally.report(cells)
+
+
+def _dry_run(
+    plans: Sequence[plan.SweepPlan], options: SweepConfig, kind: str, settings: Settings
+) -> int:
+    for one in plans:
+        for cell in list(one.cells):
+            refused = next(_refused([cell], options, kind, settings), None)
+            if refused is not None:
+                one.refuse(cell, str(ConfigError.value(*refused)))
+    return plan.show(plans)
+
+
+def _refuse_to_decide(plans: Sequence[plan.SweepPlan], options: SweepConfig) -> None:
+    """Refuse ``sweep.until=decided`` where it cannot be done."""
+    if not options.until:
+        return
+    if all(one.further is None for one in plans):
+        allowed = "null for sweeps whose files state no claims"
+        raise ConfigError.value("sweep.until", options.until, allowed)
+    if any(one.further is not None and one.file and one.file.alone for one in plans):
+        allowed = "null for sweeps with alone: true, whose times are compared seed by seed"
+        raise ConfigError.value("sweep.until", options.until, allowed)
+    if options.detach:
+        why = "false with sweep.until=decided: a launcher stays to look at the claims"
+        raise ConfigError.value("sweep.detach", True, f"{why}; run it under tmux or nohup")
+
+
+def _launch(
+    todo: Sequence[Cell],
+    tally: Tally,
+    settings: Settings,
+    submissions: Mapping[Layout, Submission],
+    deciding: Sequence[Deciding],
+) -> None:
+    """Run cells, and those that claims come to need."""
+
+    def wanted() -> list[Cell]:
+        found = [*todo, *(cell for one in deciding for cell in one.wanted())]
+        return list(dict.fromkeys(_frozen(found, submissions)))
+
+    try:
+        first = _frozen(todo, submissions)
+        launch(first, tally, settings, submissions.values(), wanted if deciding else None)
+    except Interrupted:
+        say("interrupted; run the same command again to go on", error=True)
+        raise
+
+
+def _say_registered(
+    plans: Sequence[plan.SweepPlan], registered: Sequence[Registration | None]
+) -> int:
+    for one, found in zip(plans, registered, strict=True):
+        claims = "no claims to register" if found is None else f"{len(found.claims)} claims"
+        sha256 = "" if found is None else f", SHA-256 {found.content['sha256']}"
+        say(f"{one.layout.title}: {len(one.cells)} cells, {claims}{sha256}")
+    return 0
 
 
 def finish(cells: Sequence[Cell]) -> None:
@@ -106,19 +171,32 @@ def finish(cells: Sequence[Cell]) -> None:
         finishing.at_end(directory)
 
 
-def launch(cells: Sequence[Cell], tally: Tally, settings: Settings) -> None:
+def launch(
+    cells: Sequence[Cell],
+    tally: Tally,
+    settings: Settings,
+    submissions: Iterable[Submission],
+    wanted: Callable[[], list[Cell]] | None = None,
+) -> None:
     """Run cells with a launcher, until they have ended.
+
+    Args:
+        cells: frozen.
+        tally: learns how each has ended.
+        settings: of the launcher.
+        submissions: in which they are frozen.
+        wanted: asked whenever a cell has ended for all that are to be run, in their order.
 
     Raises:
         ConfigError: there is no SLURM here, or it does not take the jobs.
         Interrupted: a signal.
     """
     with contextlib.ExitStack() as stack:
-        for submission in dict.fromkeys(cell.submission for cell in cells):
-            alive = Lock(submission / LAUNCHER)  # for `fisher-lab status --watch`
+        for submission in submissions:
+            alive = Lock(submission.directory / LAUNCHER)  # for `fisher-lab status --watch`
             if alive.acquire():
                 stack.enter_context(alive)
-        Queue(cells, _executor(settings), tally).run()
+        Queue(cells, _executor(settings), tally, wanted).run()
 
 
 def _executor(settings: Settings) -> Executor:
@@ -185,22 +263,32 @@ def _look_at_what_is_done(done: Sequence[Cell]) -> None:
         say(f"fisher_lab: {text}; they are kept", error=True)
 
 
-def _submit(cells: Sequence[Cell], master: DictConfig, kind: str, settings: Settings) -> list[Cell]:
-    """Freeze cells, each in its own sweep, and write down who launched what."""
+def _submissions(
+    cells: Sequence[Cell],
+    deciding: Sequence[Layout],
+    master: DictConfig,
+    kind: str,
+    settings: Settings,
+) -> dict[Layout, Submission]:
+    """A launch of every sweep that has cells to run, or may come to have some, with its cells."""
     copied = master.copy()
     OmegaConf.update(copied, "hydra.runtime.output_dir", RUN_DIRECTORY, force_add=True)
     logging = _plain(copied.hydra.job_logging)
     about = {"kind": kind, "settings": asdict(settings)}
     about |= {"host": os.uname().nodename, "pid": os.getpid()}
-    frozen: dict[Path, Cell] = {}
-    for layout in dict.fromkeys(cell.layout for cell in cells):
+    made: dict[Layout, Submission] = {}
+    for layout in dict.fromkeys([*(cell.layout for cell in cells), *deciding]):
+        registered = atomic.read_json(layout.sweep / REGISTRATION_FILE).get("sha256")
         code = "" if kind == "serial" else provenance.snapshot(layout.code).name
-        own = submit([cell for cell in cells if cell.layout == layout], logging, code)
-        frozen |= {cell.directory: cell for cell in own}
-        run_ids = [cell.run_id for cell in own]
-        atomic.write_json(own[0].submission / LAUNCH_FILE, {**about, "cells": run_ids})
-        layout.journal.append("launched", launcher=kind, cells=len(own), submission=own[0].launch)
-    return [frozen[cell.directory] for cell in cells]
+        made[layout] = Submission(layout, logging, {**about, "registration": registered}, code)
+        own = made[layout].freeze([cell for cell in cells if cell.layout == layout])
+        name = made[layout].launch
+        layout.journal.append("launched", launcher=kind, cells=len(own), submission=name)
+    return made
+
+
+def _frozen(cells: Iterable[Cell], submissions: Mapping[Layout, Submission]) -> list[Cell]:
+    return [frozen for cell in cells for frozen in submissions[cell.layout].freeze([cell])]
 
 
 def _detach(cells: Sequence[Cell], settings: Settings) -> int:
@@ -226,8 +314,9 @@ def main(submissions: list[str]) -> int:
         files = [submission / "cells" / f"{run_id}.json" for run_id in launched["cells"]]
         cells += map(Cell.load, files)
     tally = Tally(len(cells), cells[0].config.sweep.max_failures)
+    started = [Submission(Layout(Path(s).parents[2]), {}, launch=Path(s).name) for s in submissions]
     try:
-        launch(cells, tally, launchers.check(launched["kind"], launched["settings"]))
+        launch(cells, tally, launchers.check(launched["kind"], launched["settings"]), started)
     except Interrupted as stop:
         return 128 + stop.signum
     finish(cells)

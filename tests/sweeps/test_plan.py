@@ -53,7 +53,7 @@ def test_a_users_own_sweep_wins_and_may_bring_groups_pairs_and_claims(door, seen
         params:
           kfac: [{damping: 1e-5, update_freq: 1}, {damping: 1e-3, update_freq: 5}]
           seed: 0,1
-        claims: [{kind: equal}]
+        claims: [{type: bounded, metric: loss, at_most: 2}]
         defaults: [override /model: mlp]
         model: {width: 16}
         """,
@@ -64,7 +64,7 @@ def test_a_users_own_sweep_wins_and_may_bring_groups_pairs_and_claims(door, seen
     assert {(c.model.type, c.model.width, c.threads) for c in seen} == {("mlp", 16, 1)}
     content = json.loads(Path("results/damping/sweep.json").read_text())
     assert content["title"] == "Mine"
-    assert content["claims"] == [{"kind": "equal"}]
+    assert content["claims"] == [{"type": "bounded", "metric": "loss", "at_most": 2}]
     assert list(content["axes"]) == ["kfac", "seed"]
 
 

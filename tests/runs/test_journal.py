@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from fisher_lab.runs import journal
+from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.lock import Lock
-from fisher_lab.sweeps import directory
-from fisher_lab.sweeps.directory import Journal
 from tests.processes import start_python
 
 WRITER = """
 import sys
 from pathlib import Path
-from fisher_lab.sweeps.directory import Journal
+from fisher_lab.runs.journal import Journal
 log = Journal(Path("events.jsonl"), Path("locks"))
 for number in range(20):
     log.append("tick", writer=sys.argv[1], number=number)
+    log.append_new({"event": "once", "number": n} for n in range(number))
 """
 
 
@@ -39,6 +40,9 @@ def test_processes_do_not_write_over_each_other():
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
     lines = Path("events.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
+    once = [entry["number"] for entry in entries if entry["event"] == "once"]
+    assert sorted(once) == list(range(19))  # whoever came first wrote it
+    entries = [entry for entry in entries if entry["event"] == "tick"]
     assert Counter(entry["writer"] for entry in entries) == {"a": 20, "b": 20, "c": 20}
     for name in "abc":
         numbers = [entry["number"] for entry in entries if entry["writer"] == name]
@@ -55,7 +59,7 @@ def test_a_line_that_was_cut_short_is_passed_over():
 
 
 def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
-    monkeypatch.setattr(directory, "JOURNAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(journal, "TIMEOUT_S", 0.1)
     log = Journal(Path("events.jsonl"), Path("locks"))
     lock = Lock(Path("locks/events.jsonl"))
     assert lock.acquire()

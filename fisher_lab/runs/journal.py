@@ -1,0 +1,103 @@
+"""Files of JSON lines that only grow, and that many processes write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fisher_lab.runs import atomic
+from fisher_lab.runs.lock import Lock
+
+STALE_AFTER_S, TIMEOUT_S = 20.0, 120.0
+"""Of the lock under which lines are written."""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """An append-only file of JSON lines that many processes write, on this host or on others.
+
+    The holder of a lock writes a line in one piece, because the append mode of a network file
+    system alone would let two hosts write over each other. A writer that is killed in the middle
+    leaves a line without an end: readers pass over it, and the next writer begins a new one.
+
+    Attributes:
+        path: the file; made by the first event.
+        locks: directory of the lock under which lines are written.
+    """
+
+    path: Path
+    locks: Path
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add one event with JSON-able details, flushed to the disk.
+
+        Raises:
+            TimeoutError: others held the journal for :data:`TIMEOUT_S` seconds.
+        """
+        with self._locked():
+            self._write([{"event": event, **fields}])
+
+    def append_new(self, entries: Iterable[Mapping[str, Any]]) -> int:
+        """Add those entries that are not there yet, whenever that was; returns how many.
+
+        Raises:
+            TimeoutError: others held the journal for :data:`TIMEOUT_S` seconds.
+        """
+        wanted = [dict(entry) for entry in entries]
+        with self._locked():
+            there = [{k: v for k, v in one.items() if k != "time"} for one in self.read()]
+            new = [entry for entry in wanted if entry not in there]
+            if new:
+                self._write(new)
+        return len(new)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Any:
+        lock = Lock(self.locks / self.path.name, STALE_AFTER_S)
+        if not lock.acquire_within(TIMEOUT_S):
+            raise TimeoutError(f"{self.path} is held by {lock.holder()}")
+        with lock:
+            yield
+
+    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        lines = [_line({"time": time, **entry}) for entry in entries]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", buffering=0) as file:
+            for line in lines:
+                if file.seek(0, os.SEEK_END) > 0:
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else f"\n{line}"
+                file.write(line.encode())
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole events, in the order in which they were written; other lines are not ours."""
+        events = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in atomic.read_text(self.path, errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    events.append(json.loads(line))
+        return [event for event in events if _is_ours(event)]
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _is_ours(event: Any) -> bool:
+    """Whether a line of the journal has what its readers take from an event of its kind."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    jobs = event.get("jobs")
+    return {
+        "submitted": isinstance(jobs, dict) and all(isinstance(job, str) for job in jobs.values()),
+        "launched": isinstance(event.get("launcher"), str),
+        "look": isinstance(event.get("n"), int) and isinstance(event.get("verdict"), str),
+    }.get(event["event"], True)
