@@ -31,6 +31,8 @@ Roots = dict[str, tuple[str, bool]]
 """Directory -> what a text shows instead, and whether commands are typed from it."""
 
 _DRAWN_BY = ("matplotlib", "numpy", "pandas", "scipy", "statsmodels")
+LEDGER = ".sweep/looks.jsonl"
+"""Of the looks at the claims (`looks.py`)."""
 _OUTPUTS = re.compile(r"table\.\w+|claims\.json|\..*|.*\.log")
 """Files beside the runs of a sweep that are made of the runs, or are nobody's result."""
 
@@ -108,12 +110,13 @@ def sweep_files(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         return {}
     found = {}
-    for path in sorted(directory.iterdir()):
+    for path in [*sorted(directory.iterdir()), directory / LEDGER]:
         if path.is_symlink() or not path.is_file() or _OUTPUTS.fullmatch(path.name):
             continue
         is_journal = path.suffix == JOURNALS
         size = path.stat().st_size if is_journal else None
-        found[path.name] = [size, beginning(path, size)] if is_journal else digests.of_file(path)
+        name = path.relative_to(directory).as_posix()
+        found[name] = [size, beginning(path, size)] if is_journal else digests.of_file(path)
     return found
 
 
