@@ -147,7 +147,11 @@ class Verdict:
             return []
         names = ("about", "verdict", "n", "p_holds", "p_fails", "values")
         found = {"event": "look", "claim": self.id, "design": "fixed", "n": self.seeds}
-        about = {"verdict": self.verdict, "runs": self.runs, "lost": any(f.lost for f in self.findings)}
+        about = {
+            "verdict": self.verdict,
+            "runs": self.runs,
+            "lost": any(f.lost for f in self.findings),
+        }
         compared = [{name: getattr(f, name) for name in names} for f in self.findings]
         return [looks.line({**found, **about, "comparisons": compared})]
 

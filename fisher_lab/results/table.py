@@ -62,9 +62,8 @@ class TableCell:
         missing: how many runs other cells have and this one does not.
         reasons: why runs were lost, each once.
         without: pairing key of a run without a number -> its state.
-        diverged_at: those of the runs that broke down numerically: that diverged, or failed for
-            that reason. A run that was killed, timed out or ran out of memory says nothing about
-            its numbers.
+        diverged_at: those of the runs that diverged, or failed for that reason. A run that was
+            killed, timed out or ran out of memory says nothing about its numbers.
         confidence: of the interval.
         method: of the interval, ``t``, ``log`` or ``bootstrap``.
     """
@@ -136,16 +135,14 @@ def make_cell(
     reasons: list[str] = []
     values: dict[Hashable, float] = {}
     broken: list[Hashable] = []
-    columns = zip(
-        keys, runs["status"], runs["reason"], runs["not_finite"], runs[metric], strict=True
-    )
-    for key, status, reason, not_finite, value in columns:
+    columns = (runs[name] for name in ("status", "reason", "not_finite", metric))
+    for key, status, reason, not_finite, value in zip(keys, *columns, strict=True):
         if status != Status.COMPLETED:
             without[key] = status
             if isinstance(reason, str) and reason and status != Status.MISSING:
                 reasons.append(reason)
-                if status == Status.FAILED and any(word in reason for word in BROKEN_NUMBERS):
-                    broken.append(key)
+                failed = status == Status.FAILED and any(w in reason for w in BROKEN_NUMBERS)
+                broken += [key] if failed else []
         elif metric in (not_finite or "").split():
             without[key] = Status.DIVERGED
             broken.append(key)
@@ -154,10 +151,11 @@ def make_cell(
         else:
             values[key] = float(value)
     lost = Counter(without.values())
+    missing = max(expected - len(runs), 0) + lost.pop(Status.MISSING, 0)
     return TableCell(
         pd.Series(values, dtype=float),
-        {what: count for what, count in lost.items() if what != Status.MISSING},
-        max(expected - len(runs), 0) + lost[Status.MISSING],
+        dict(lost),
+        missing,
         tuple(dict.fromkeys(reasons)),
         without,
         tuple(broken),

@@ -225,7 +225,9 @@ class Submission:
     def freeze(self, cells: Sequence[Cell]) -> list[Cell]:
         """The frozen cells, those of them that were not frozen before as they are now."""
         new = [cell for cell in cells if cell.directory not in self.cells]
-        self.cells |= {cell.directory: cell.freeze(self.launch, self.logging, self.code) for cell in new}
+        self.cells |= {
+            cell.directory: cell.freeze(self.launch, self.logging, self.code) for cell in new
+        }
         if new or not self.cells:
             run_ids = [cell.run_id for cell in self.cells.values()]
             atomic.write_json(self.directory / LAUNCH_FILE, {**self.about, "cells": run_ids})

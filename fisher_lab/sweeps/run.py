@@ -96,8 +96,7 @@ def run(
     before = {directory: Outcome(Status.FAILED) for directory in failed}
     tally = Tally(len(todo) + len(before), options.max_failures, before)
     if todo or deciding:
-        layouts = [one.plan.layout for one in deciding]
-        submissions = _submissions(todo, layouts, master, kind, settings)
+        submissions = _submissions(todo, deciding, master, kind, settings)
         if options.detach:
             return _detach(_frozen(todo, submissions), settings)
         _launch(todo, tally, settings, submissions, deciding)
@@ -265,7 +264,7 @@ def _look_at_what_is_done(done: Sequence[Cell]) -> None:
 
 def _submissions(
     cells: Sequence[Cell],
-    deciding: Sequence[Layout],
+    deciding: Sequence[Deciding],
     master: DictConfig,
     kind: str,
     settings: Settings,
@@ -277,7 +276,7 @@ def _submissions(
     about = {"kind": kind, "settings": asdict(settings)}
     about |= {"host": os.uname().nodename, "pid": os.getpid()}
     made: dict[Layout, Submission] = {}
-    for layout in dict.fromkeys([*(cell.layout for cell in cells), *deciding]):
+    for layout in dict.fromkeys([one.layout for one in (*cells, *(d.plan for d in deciding))]):
         registered = atomic.read_json(layout.sweep / REGISTRATION_FILE).get("sha256")
         code = "" if kind == "serial" else provenance.snapshot(layout.code).name
         made[layout] = Submission(layout, logging, {**about, "registration": registered}, code)
