@@ -62,8 +62,7 @@ class TableCell:
         missing: how many runs other cells have and this one does not.
         reasons: why runs were lost, each once.
         without: pairing key of a run without a number -> its state.
-        diverged_at: those of the runs that diverged, or failed for that reason. A run that was
-            killed, timed out or ran out of memory says nothing about its numbers.
+        diverged_at: those of runs that diverged, or failed for it; not of killed ones.
         confidence: of the interval.
         method: of the interval, ``t``, ``log`` or ``bootstrap``.
     """
@@ -153,15 +152,9 @@ def make_cell(
     lost = Counter(without.values())
     missing = max(expected - len(runs), 0) + lost.pop(Status.MISSING, 0)
     return TableCell(
-        pd.Series(values, dtype=float),
-        dict(lost),
-        missing,
-        tuple(dict.fromkeys(reasons)),
-        without,
-        tuple(broken),
-        confidence,
-        method,
-    )
+        pd.Series(values, dtype=float), dict(lost), missing,
+        tuple(dict.fromkeys(reasons)), without, tuple(broken), confidence, method,
+    )  # fmt: skip
 
 
 NEGLIGIBLE = 1e-6
