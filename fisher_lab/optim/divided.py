@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from fisher_lab.config.fields import null, one_of
 from fisher_lab.config.kfac import require
 from fisher_lab.curvature.collectives import Communicator
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from fisher_lab.curvature.kfac.own_pass import OwnRefresh
 from fisher_lab.curvature.kfac.parts import base_of
+from fisher_lab.curvature.losses import LossFunction
 from fisher_lab.curvature.wrappers import unwrap
 from fisher_lab.optim import groups
 from fisher_lab.optim.groups import Group
@@ -38,6 +41,34 @@ class DividedOptimizer(torch.optim.Optimizer):
     """Parameters whose method a forward pass has shown."""
     _behind: set[str]
     """Those that were trained when the factors were made."""
+
+    # What a recorder of passes and a saved state ask of the optimizer itself.
+
+    @property
+    def done(self) -> int:
+        """Steps so far."""
+        return self.param_groups[0]["steps"]
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next step needs new factors."""
+        raise NotImplementedError
+
+    def refresh(self, batch: Any, loss: LossFunction | None = None) -> bool:
+        """Computes new factors if they are due; returns whether there are new ones."""
+        raise NotImplementedError
+
+    def refresh_from(self, own: OwnRefresh) -> None:
+        """Takes factors of passes that the caller has recorded and differentiated; collective."""
+        raise NotImplementedError
+
+    def says_for_the_first_time(self, what: str) -> bool:
+        """Whether a warning has not been given yet; it counts as given then."""
+        raise NotImplementedError
+
+    def take_over(self, *, decided: bool) -> None:
+        """Goes on from groups and factors that have been restored."""
+        raise NotImplementedError
 
     def _named(self) -> dict[str, nn.Parameter]:
         return dict(unwrap(self.model).named_parameters())

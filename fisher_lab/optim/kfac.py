@@ -188,11 +188,6 @@ class KFACOptimizer(DividedOptimizer):
     # ---- factors and damping -----------------------------------------------------------------
 
     @property
-    def done(self) -> int:
-        """Steps so far."""
-        return self.param_groups[0]["steps"]
-
-    @property
     def multiplier(self) -> float:
         """The current multiplier of the dampings."""
         return self.param_groups[0]["multiplier"]

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ from fisher_lab.curvature.losses import (
     summed_loss,
 )
 from fisher_lab.curvature.wrappers import unwrap
-
-if TYPE_CHECKING:
-    from fisher_lab.optim.kfac import KFACOptimizer
+from fisher_lab.optim.divided import DividedOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +130,7 @@ class Recorder:
         optimizer: that gets the factors.
     """
 
-    def __init__(self, optimizer: KFACOptimizer) -> None:
+    def __init__(self, optimizer: DividedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._passes: list[_Recorded] = []
         self._open: _Recorded | None = None
@@ -223,7 +221,7 @@ class Recorder:
 
     # ---- the factors -------------------------------------------------------------------------
 
-    def refresh(self, optimizer: KFACOptimizer) -> bool:
+    def refresh(self, optimizer: DividedOptimizer) -> bool:
         """Makes factors of the passes of this step; collective. Returns whether there were any.
 
         Raises:
@@ -261,7 +259,9 @@ class Recorder:
         return True
 
 
-def _check_weights(optimizer: KFACOptimizer, every: list[list[float]], labels: list[int]) -> None:
+def _check_weights(
+    optimizer: DividedOptimizer, every: list[list[float]], labels: list[int]
+) -> None:
     """Compares what a label weighs in the gradient, over the ranks and over micro-batches.
 
     Args:
@@ -296,7 +296,7 @@ def _check_weights(optimizer: KFACOptimizer, every: list[list[float]], labels: l
         )  # fmt: skip
 
 
-def _say(optimizer: KFACOptimizer, key: str, text: str) -> None:
+def _say(optimizer: DividedOptimizer, key: str, text: str) -> None:
     if optimizer.says_for_the_first_time(key):
         log.warning("%s", text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from fisher_lab.config.errors import SettingError
 from fisher_lab.curvature.wrappers import is_shard
 from fisher_lab.optim import groups
-
-if TYPE_CHECKING:
-    from fisher_lab.optim.kfac import KFACOptimizer
+from fisher_lab.optim.divided import DividedOptimizer
 
 FACTORS = "factors"
 """The entry of the first parameter's state that has the factors."""
@@ -23,7 +21,7 @@ OF = {"kfac": ("momentum", "second"), "adamw": ("step", "exp_avg", "exp_avg_sq",
 """The entries of a parameter's state by the method that has them."""
 
 
-def is_blank(optimizer: KFACOptimizer) -> bool:
+def is_blank(optimizer: DividedOptimizer) -> bool:
     """Says whether a step is none: no factors, no rate, no gradient, before the first step.
 
     So torch's distributed checkpoints ask an optimizer for its state.
@@ -36,7 +34,7 @@ def is_blank(optimizer: KFACOptimizer) -> bool:
     return not any(bool((g.to_local() if is_shard(g) else g).any()) for g in every)
 
 
-def begin(optimizer: KFACOptimizer) -> None:
+def begin(optimizer: DividedOptimizer) -> None:
     """Makes the state that a first step begins with; the step counts as none."""
     for group in optimizer.param_groups:
         for parameter in (p for p in group["params"] if p.requires_grad):
@@ -49,7 +47,7 @@ def begin(optimizer: KFACOptimizer) -> None:
             entry["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def export(optimizer: KFACOptimizer, plain: dict[str, Any]) -> dict[str, Any]:
+def export(optimizer: DividedOptimizer, plain: dict[str, Any]) -> dict[str, Any]:
     """Adds the factors to what torch's ``state_dict`` returned; collective on several ranks.
 
     Args:
@@ -71,7 +69,7 @@ def export(optimizer: KFACOptimizer, plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore(
-    optimizer: KFACOptimizer, given: Mapping[str, Any], load: Callable[[dict[str, Any]], None]
+    optimizer: DividedOptimizer, given: Mapping[str, Any], load: Callable[[dict[str, Any]], None]
 ) -> None:
     """Puts a state back: groups, entries of the parameters, factors, damping.
 
@@ -111,7 +109,7 @@ def restore(
     _restore_factors(optimizer, factors[0] if factors else None)
 
 
-def _restore_factors(optimizer: KFACOptimizer, packed: Mapping[str, Any] | None) -> None:
+def _restore_factors(optimizer: DividedOptimizer, packed: Mapping[str, Any] | None) -> None:
     if packed is None:
         optimizer.kfac.forget()
     else:

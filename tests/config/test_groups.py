@@ -37,6 +37,7 @@ def composed(*overrides: str) -> Config:
 def test_the_default_run_is_the_schemas_but_for_what_conf_sets():
     expected = Config()
     expected.kfac.policy, expected.kfac.big_threshold = "auto", 1024
+    expected.kfac.update_freq = 10
     expected.kfac.damping, expected.kfac.n_batches = None, 48
     expected.kfac.damping_A, expected.kfac.damping_G = 0.3, 1e-3
     expected.task.heldout_batches, expected.task.engine_batches = 104, 1
