@@ -155,5 +155,6 @@ def test_the_decay_says_what_it_leaves_out(n_blocks, title):
         "metadata": {"block_structure": "layer", "n_samples": 5},
     }
     axes, *_ = panels = curve_figures.spectrum_figure(result).axes
-    assert axes.get_title().replace(" (largest traces)", "").endswith(title)
+    said = axes.get_title().replace("\n", " ")
+    assert said.replace(" (largest traces)", "").endswith(title)
     assert sum(len(one.lines) for one in panels) == 12
