@@ -13,17 +13,20 @@ from exam_matrices import (
     Question,
     at_once,
     by_example,
+    collected,
     gauss_newton,
     headless,
     like,
     ours,
+    outputs_basis,
     relative,
     theirs,
 )
 from torch import Tensor
 
 from fisher_lab.curvature.errors import CurvatureError
-from fisher_lab.curvature.kfac import collect
+from fisher_lab.curvature.kfac import collect, ekfac
+from fisher_lab.curvature.kfac.layer_factors import LayerFactors
 from fisher_lab.curvature.likelihoods import Scored, understood
 
 EXACT = 1e-9
@@ -36,6 +39,10 @@ CROSS = (
 SUMS = (
     "its EKFAC squares the gradient of an example, summed over its tokens, in the eigenbasis; here "
     "that is ekfac_unit=sequence, and EKFAC by token was asked (docs/math.md, section 6)"
+)
+WHOLE = (
+    "its EKFAC squares whole gradients with reduce too, which reach into the null space of "
+    "reduce's A, where any basis is an eigenbasis; equal beside it, and in the trace"
 )
 COUNT = "its mean counts the labels that ignore_index leaves out, which torch's mean does not"
 UNSEEN = "its type-2 and mc do not look at the labels: those that ignore_index leaves out count"
@@ -99,6 +106,8 @@ def _reason(asked: Question, expected: Tensor, ignored: int | None) -> str:
     """The reason of a difference whose formula gives curvlinops' matrix; empty without any."""
     if asked.ekfac and _is(ours(asked, moments=by_example), expected):
         return SUMS
+    if asked.ekfac and asked.sharing == "reduce" and _is_of_whole_gradients(asked, expected):
+        return WHOLE
     if asked.fisher == "type-2":
         # Then there is no head, and the positions of an example are not told apart.
         with headless(asked.model), mock.patch(f"{collect.__name__}.by_example", lambda x, *_: x):
@@ -116,6 +125,36 @@ def _reason(asked: Question, expected: Tensor, ignored: int | None) -> str:
         weights = [(n / k) ** 2 / total for n, k in sizes]
         return COUNT if _is(_weighted(asked, weights), expected) else ""
     return ""
+
+
+def _is_of_whole_gradients(asked: Question, expected: Tensor) -> bool:
+    """Whether EKFAC in the bases of reduce, with the moments of expand's tokens, is the matrix.
+
+    A and G of ten examples have large null spaces. The gradient of an example, ``sum_t g_t a_t^T``,
+    is no product of a mean and a sum, and has a part there; which basis it is squared in there is
+    the solver's. The trace does not depend on it, nor what lies in the span of the others.
+    """
+    tokens = collected(replace(asked, sharing="expand")).kfac_factors
+
+    def whole(f: LayerFactors, basis: ekfac.Eigenbasis, n: int) -> Tensor:
+        own = next(x for x in tokens.values() if x.layer.weight == f.layer.weight)
+        return by_example(own, basis, n) * (own.tokens / f.tokens)
+
+    def span(f: LayerFactors, basis: ekfac.Eigenbasis, n: int) -> Tensor:
+        assert f.A is not None
+        assert basis.v_a is not None
+        v_a, v_g = basis.v_a.contiguous(), outputs_basis(basis)
+        a, g = ((v * (x.to_dense() @ v)).sum(0) for v, x in ((v_a, f.A), (v_g, f.G)))
+        inside = (g > EXACT * g.max())[:, None] & (a > EXACT * a.max())
+        return inside / (f.ratio * (f.n_labels if asked.summed else 1))
+
+    found, beside, start = ours(asked, moments=whole), ours(asked, moments=span), 0
+    for name, p in asked.parameters().items():
+        own = slice(start, start := start + p.numel())
+        if name.endswith("bias") and not asked.joint:  # by itself it has no such space
+            beside[own, own] = torch.eye(p.numel()).to(found)
+    same = torch.isclose(found.trace(), expected.trace(), rtol=EXACT)
+    return bool(same) and _is(beside @ found @ beside, beside @ expected @ beside)
 
 
 def _is(found: Tensor, expected: Tensor) -> bool:
