@@ -166,13 +166,17 @@ def _weighted(asked: Question, weights: Sequence[float]) -> Tensor:
     options = {k: v for k, v in vars(asked.loss).items() if k == "ignore_index"}
     summed = type(asked.loss)(reduction="sum", **options)
     base: Any = type(understood(summed))
-    left = iter(weights)
 
-    class OfBatch(base):
-        def total(self, scored: Scored) -> Tensor:
-            return super().total(scored) * next(left) ** 0.5
+    def weighted(loss: Any) -> Any:
+        left = iter(weights)  # of one pass over the batches
 
-    return ours(replace(asked, loss=summed), lambda loss: like(OfBatch, loss))
+        class OfBatch(base):
+            def total(self, scored: Scored) -> Tensor:
+                return super().total(scored) * next(left) ** 0.5
+
+        return like(OfBatch, loss)
+
+    return ours(replace(asked, loss=summed), weighted)
 
 
 def summary(outcomes: Iterable[Outcome]) -> list[str]:
