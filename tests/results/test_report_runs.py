@@ -133,10 +133,10 @@ def test_settings_that_follow_an_axis_are_told_of_every_configuration(tmp_path):
     frame = load(tmp_path / "results")
     found = configurations(page(frame))
     assert list(found) == [
-        "models: name=gpt2 (2 runs)", "models: name=llama (2 runs)", "other (1 run)",
+        "models: model=gpt2 (2 runs)", "models: model=llama (2 runs)", "other (1 run)",
     ]  # fmt: skip
     ids = frame["run_id"].tolist()
-    assert found["models: name=llama (2 runs)"] == [
+    assert found["models: model=llama (2 runs)"] == [
         f"runs: {ids[2]} (seed 0), {ids[3]} (seed 1)",
         "kfac.damping: 1e-4", "model.name: llama", "model.width: 96",
     ]  # fmt: skip
