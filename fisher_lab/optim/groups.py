@@ -8,6 +8,7 @@ it), its ``method`` and the number of its ``set``; a parameter changes the metho
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ Group = dict[str, Any]
 
 METHODS = ("kfac", "adamw")
 
-ADAMW = {
-    key: value
-    for key, value in torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).defaults.items()
-    if key not in ("lr", "weight_decay")
-}
-"""What ``torch.optim.AdamW`` reads of a group, with torch's own defaults."""
+
+@cache
+def adamw_defaults() -> dict[str, Any]:
+    """Returns what ``torch.optim.AdamW`` reads of a group, but rate and decay, as torch has it.
+
+    Torch's optimisers import its compiler when the first of them is made, which takes a second.
+    """
+    defaults = torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).defaults
+    return {key: value for key, value in defaults.items() if key not in ("lr", "weight_decay")}
 
 
 def outer_layers(model: nn.Module) -> dict[str, nn.Module]:

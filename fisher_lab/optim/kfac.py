@@ -169,7 +169,7 @@ class KFACOptimizer(DividedOptimizer):
             self.kfac.settings = replace(settings, exclude=[*settings.exclude, *names])
         own = {"momentum": momentum, "betas": betas, "eps": eps}
         own |= {"steps": 0, "multiplier": 1.0, "aged": False}
-        defaults = {**groups.ADAMW, "lr": lr, "weight_decay": weight_decay, **own}
+        defaults = {**groups.adamw_defaults(), "lr": lr, "weight_decay": weight_decay, **own}
         promised, named = self._promised(), self._named()
         trained = [name for name, p in named.items() if p.requires_grad]
         parts = [[n for n in trained if n in promised], [n for n in trained if n not in promised]]

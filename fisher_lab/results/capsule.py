@@ -148,10 +148,11 @@ def _copy_sweep(sweep: Path, target: Path, left_out: dict[str, dict[str, str]]) 
         parts = name.split("/")
         run = next((p for p in path.parents if p.resolve() in runs), None)
         inside = path.relative_to(run).as_posix() if run else ""
-        hidden = any(part.startswith(".") for part in parts) and name != FINISHED_FILE
+        kept = name in (FINISHED_FILE, manifest.LEDGER)
+        hidden = any(part.startswith(".") for part in parts) and not kept
         if path.is_symlink() or hidden or name.endswith(".log"):
             continue
-        if run is None and not (is_sweep and (len(parts) == 1 or parts[0] in WRITTEN_HERE)):
+        if run is None and not (is_sweep and (kept or len(parts) == 1 or parts[0] in WRITTEN_HERE)):
             continue
         if run and inside.split("/")[0] in digests.OPEN:
             continue

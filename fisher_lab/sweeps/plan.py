@@ -301,7 +301,7 @@ def _one(
     plan = SweepPlan(layout, [], swept, fixed, kept, file)
     plan.hypotheses()  # a claim that cannot be read is found before anything runs
     alone = file is not None and file.alone
-    make = _Maker(layout, cells_of.Composer(loader, master), known, alone)
+    make = _CellMaker(layout, cells_of.Composer(loader, master), known, alone)
     _fill(plan, batch, given, make, strict)
     plan.seeds = list(dict.fromkeys(cell.config.seed for cell in plan.cells))
     plan.until = OmegaConf.select(master, "sweep.until")
@@ -316,7 +316,7 @@ def _one(
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _CellMaker:
     """Composes, validates and identifies cells; raises ConfigError for one that cannot run."""
 
     layout: Layout
@@ -335,7 +335,7 @@ def _fill(
     plan: SweepPlan,
     batch: Sequence[Sequence[str]],
     given: Sequence[Mapping[str, str]],
-    make: _Maker,
+    make: _CellMaker,
     strict: bool,
 ) -> None:
     """Make the cells of a plan, each identity once."""

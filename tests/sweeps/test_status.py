@@ -7,6 +7,7 @@ import os
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,7 +163,8 @@ class Screens:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *between) -> None:
         self.between, self.slept = list(between), 0
-        monkeypatch.setattr(stand.time, "sleep", self.sleep)
+        # The module's own clock: a wait for a subprocess sleeps as well.
+        monkeypatch.setattr(stand, "time", SimpleNamespace(**{**vars(time), "sleep": self.sleep}))
 
     def sleep(self, seconds: float) -> None:
         self.slept += 1

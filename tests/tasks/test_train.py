@@ -159,4 +159,4 @@ def test_the_first_refresh_of_a_training_is_compared_with_autograd(
     monkeypatch.setattr(KFACNaturalGradient, "collect_kfac_factors", recorded)
     kfac = KfacConfig(update_freq=2, verify=verify)
     start(config(optimizer=OptimizerConfig(name="kfac", lr=0.01), kfac=kfac), tmp_path / "run")
-    assert asked == [verify, False]
+    assert asked == ([True] if verify else [])  # the others are of the step's own pass
