@@ -38,7 +38,7 @@ so that the length chosen for it may be 0; along the natural gradient of the sam
 
 def rows_of(paths: list[str]) -> list[dict[str, Any]]:
     """Returns the metrics and the note of every completed run, by seed."""
-    frame = results.load(*paths)
+    frame = results.load(paths)
     rows = []
     for _, run in frame[frame["status"] == Status.COMPLETED].iterrows():
         note = read(Path(str(run["directory"])))["provenance"].get("step")

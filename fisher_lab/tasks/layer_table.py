@@ -100,14 +100,15 @@ def fit_names(cells: Sequence[list[str]], headings: Sequence[str], width: int) -
 def broken(name: str, limit: int) -> str:
     """A name in lines of at most ``limit`` characters where its parts allow it, none of them cut.
 
-    Lines end after a dot, in a long part after an underscore; those after the first are indented.
+    Lines end after a dot or a blank, in a long part after an underscore; those after the first are
+    indented.
     """
     lines = [""]
-    for part in re.findall(r"[^.]+\.?", name):
+    for part in re.findall(r"[^. ]+[. ]?", name):
         pieces = [part] if len(part) + 2 <= limit else re.findall(r"[^_]+_*|_+", part)
         for piece in pieces:
             indent = 2 if len(lines) > 1 else 0
-            if lines[-1] and indent + len(lines[-1]) + len(piece) > limit:
+            if lines[-1] and indent + len(lines[-1]) + len(piece.rstrip()) > limit:
                 lines.append("")
             lines[-1] += piece
-    return "\n  ".join(lines)
+    return "\n  ".join(line.rstrip() for line in lines)
