@@ -335,7 +335,9 @@ class Capture:
         order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
         uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
         reasons = {use.label: r for use in uses if (r := self._why_not(use, known, examples))}
-        found = from_uses(self.model, [u for u in uses if u.label not in reasons], self.settings)
+        besides = {self._names[identity] for identity in self._watch.unexplained}
+        kept = [use for use in uses if use.label not in reasons]
+        found = from_uses(self.model, kept, self.settings, besides)
         seen = {
             *found.skipped,
             *found.layers,

@@ -6,7 +6,7 @@ The uses are those that modules promise (:mod:`.layers_by_module`) or a forward 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -65,13 +65,20 @@ def trains_bias_alone(weight: Tensor, bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad and not weight.requires_grad
 
 
-def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -> Layers:
+def from_uses(
+    model: nn.Module,
+    uses: Iterable[UseOf],
+    settings: KFACSettings,
+    unexplained: Collection[str] = (),
+) -> Layers:
     """Makes layers of the uses of a model's weights.
 
     Args:
         model: any module; wrappers are looked through.
         uses: in the order of the layers.
         settings: which layers to take, and how those that share a weight join.
+        unexplained: parameters that have other uses too, of which no layer is made. Rows or columns
+            of those make none either: which of the others such a use takes is not known.
     """
     skipped: dict[str, str] = {}
     parameters = dict(unwrap(model).named_parameters())
@@ -89,7 +96,7 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
         reason = _why_not(use, weight, modules.get(use.label), settings)
         if reason is None and use.weight in shared:
             reason = SHARED_BIAS
-        elif reason is None and base_of(use.weight) in divided - {use.weight}:
+        elif reason is None and _is_mixed(use.weight, divided, unexplained):
             reason = "a part of a weight that is used in another way too"
         if reason is not None:
             skipped[use.label] = reason
@@ -109,6 +116,14 @@ def from_uses(model: nn.Module, uses: Iterable[UseOf], settings: KFACSettings) -
     }
     reasons = dict.fromkeys(shared, SHARED_BIAS)
     return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates), reasons)
+
+
+def _is_mixed(name: str, divided: Collection[str], unexplained: Collection[str]) -> bool:
+    """Whether a weight is a part, and its parameter has parts of other kinds or other uses."""
+    base, form = base_of(name), form_of(name)
+    if form is None:
+        return False
+    return base in divided or (form[0] != "element" and base in unexplained)
 
 
 def _unlike_parts(names: Iterable[str]) -> set[str]:

@@ -637,3 +637,40 @@ def test_a_use_that_makes_no_layer_is_said_to_be_one():
     assert reasons["its use by lstm_cell makes no layer"] == cell
     assert not any(reason.startswith("not used") for reason in reasons)
     assert kfac.coverage.share_of_reached == kfac.coverage.share
+
+
+@pytest.mark.parametrize("cut", ["split", "index"])
+def test_pieces_of_unlike_sizes_leave_the_whole_parameter_out(cut):
+    """Two pieces of the third's length would be parts, and the third none."""
+
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.shift = matrix(4 * OUT, WIDTH), matrix(4 * OUT)
+
+        def forward(self, x):
+            sizes = [OUT, OUT, 2 * OUT]
+            w, b = self.weight, self.shift
+            if cut == "split":
+                ws, bs = w.split(sizes), b.split(sizes)
+            else:
+                at = (slice(OUT), slice(OUT, 2 * OUT), slice(2 * OUT, None))
+                ws, bs = [w[i] for i in at], [b[i] for i in at]
+            first, second, wide = (x @ one.T + own for one, own in zip(ws, bs, strict=True))
+            return first * second + wide[..., :OUT] * wide[..., OUT:]
+
+    torch.manual_seed(3)
+    model: Any = Frame(Unlike()).double()
+    batch = batch_of((5, 4), "right")
+    kfac = collected(model, batch)  # verified
+    assert not any(name.startswith("body") for name in kfac.kfac_factors)
+    assert kfac.coverage.covered == sum(p.numel() for p in model.parameters()) - 4 * OUT * (
+        WIDTH + 1
+    )
+    own = kfac.own_gradients(model)
+    model.zero_grad()
+    labels = batch["labels"][:, 1:]
+    logits = model(batch["input_ids"], batch["attention_mask"])[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(own[name], parameter.grad, rtol=1e-10, atol=1e-14)
