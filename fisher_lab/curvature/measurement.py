@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -102,7 +103,7 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
         if not bool((labels != IGNORE_INDEX).any()):
             return None
         fits = ask.by_logits(outputs)
-        if fits and ask.unlabelled() is None:
+        if fits and ask.unlabelled is None:
             NEED_LABELS.add(model)
         if len(fits) == 1:
             return fits[0]
@@ -163,7 +164,7 @@ class _Asked:
         logits, wrapper = _logits_in(outputs), not hasattr(type(model), "loss_function")
         fits = _as_cross_entropy(model, self.batch, outputs, logits)
         if not fits and (logits is None or wrapper):
-            logits = self.unlabelled()
+            logits = self.unlabelled
             fits = _as_cross_entropy(model, self.batch, outputs, logits)
         if not fits:
             return []
@@ -171,11 +172,12 @@ class _Asked:
         second = self.outputs(other)
         moved = _logits_in(second)
         if moved is not None and logits is not None and not torch.equal(moved, logits):
-            logits = self.unlabelled()
+            logits = self.unlabelled
             fits = _as_cross_entropy(model, self.batch, outputs, logits)
         # A coincidence is none twice.
         return [x for x in fits if x in _as_cross_entropy(model, other, second, logits)]
 
+    @cached_property
     def unlabelled(self) -> Tensor | None:
         """The logits of a pass without labels; None: it fails without them."""
         seed_generators(0)
