@@ -53,8 +53,8 @@ class Labelling:
     Attributes:
         shift: whether position ``t`` predicts the label at ``t + 1``; None: not known.
         scored: whether the loss is the cross-entropy of the logits, and is computed from them.
-        count: what a loss that is the model's own is a mean over: ``labels`` or ``examples``;
-            None: not known.
+        count: what a loss that is the model's own is a mean over: ``labels``, ``rows`` of
+            real-valued ones (``[..., C]``, each a distribution), or ``examples``; None: not known.
         summed: whether the model's own loss is a sum over ``count``, and no mean.
         besides: what the model adds to the cross-entropy, and what is left out here.
     """
@@ -67,7 +67,7 @@ class Labelling:
 
     def __str__(self) -> str:
         words = {None: [], False: ["in place"], True: ["shifted"]}[self.shift]
-        words += ["one an example"] if self.count == "examples" else []
+        words += {"examples": ["one an example"], "rows": ["one a row"]}.get(self.count or "", [])
         words += [] if self.scored else ["by the model's own loss"]
         return ", ".join(words) + (f" ({self.besides} is left out)" if self.besides else "")
 

@@ -216,8 +216,11 @@ def _own_loss(
         )
     if n_labels is None and labelling.count == "examples":
         n_labels = example_count(batch)
-    elif n_labels is None and labelling.count == "labels":
+    elif n_labels is None and labelling.count is not None:
         n_labels = count_labels(batch, shift=bool(labelling.shift))
+        labels = labels_of(batch)
+        if labelling.count == "rows" and labels is not None:
+            n_labels = labels[..., 0].numel()
     if n_labels is None and count_labels(batch) == 0:
         n_labels = 0
     if n_labels is None:

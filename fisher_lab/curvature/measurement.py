@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisher_lab.curvature.errors import LossError
+from fisher_lab.curvature.errors import BatchError, LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept, seed_generators
 from fisher_lab.curvature.labelling import (
     MEASURED,
@@ -49,6 +49,7 @@ from fisher_lab.curvature.labels import (
     named_outputs,
     with_labels,
 )
+from fisher_lab.curvature.likelihoods import BinaryCrossEntropy, SquaredError
 from fisher_lab.curvature.wrappers import group_of_passes, uncompiled, unwrap
 
 _ROUNDING = 1e-5
@@ -99,7 +100,9 @@ def found_in(model: nn.Module, batch: Any) -> Labelling | None:
         if loss is None:
             return None if labels is None else UNKNOWN
         if labels is None or labels.is_floating_point():
-            return ask.by_examples()
+            whole = ask.by_examples()
+            several = labels is not None and labels.dim() > 1 and labels.shape[-1] > 1
+            return ask.by_numbers(whole.summed) if several and whole.count is not None else whole
         if not bool((labels != IGNORE_INDEX).any()):
             return None
         fits = ask.by_logits(outputs)
@@ -214,10 +217,38 @@ class _Asked:
             return UNKNOWN
         if one_each:
             counts = [count_labels(part) or 0 for part in parts]
-            return Labelling(count="labels") if _additive(losses, counts) else UNKNOWN
+            summed = _same(losses[0], losses[1] + losses[2])
+            means = summed or _additive(losses, counts)
+            return Labelling(count="labels", summed=summed) if means else UNKNOWN
         if _same(losses[0], losses[1] + losses[2]):
             return Labelling(count="examples", summed=True)
         return Labelling(count="examples") if _additive(losses, sizes) else UNKNOWN
+
+    def by_numbers(self, summed: bool) -> Labelling:
+        """Asks whether a loss of rows of real-valued labels is a mean over numbers or over rows.
+
+        Where the logits of a row are compared together, as with a distribution over classes, the
+        row is the label; where each is by itself, the loss is that of a likelihood of numbers as
+        a mean over the numbers, the rows, or the examples, or else some loss of numbers.
+        """
+        labels = labels_of(self.batch)
+        assert labels is not None
+        with torch.enable_grad():
+            outputs = self.outputs(self.batch)
+            loss, logits = loss_of(outputs), _logits_in(outputs)
+            together = None if loss is None or logits is None else _together(loss, logits)
+        if loss is None or together is None:
+            return UNKNOWN
+        if together or summed:
+            return Labelling(count="rows" if together else "labels", summed=summed)
+        counts = {"labels": labels.numel(), "rows": labels[..., 0].numel(), "examples": len(labels)}
+        for likelihood in (SquaredError(), BinaryCrossEntropy()):
+            with suppress(BatchError, LossError):
+                total = float(likelihood.total(likelihood.score(outputs, self.batch)))
+                for count, n in counts.items():
+                    if _same(total / n, float(loss)):
+                        return Labelling(count=count)
+        return Labelling(count="labels")
 
     def holds_for_examples(self, shift: bool) -> bool:
         """Whether parts of the batch add up too; another loss beside that of the labels does not.
@@ -292,6 +323,22 @@ def _uneven(labels: Tensor) -> Tensor:
     if len(places) > 1:
         found[-1, int(places[len(places) // 2]) :] = IGNORE_INDEX
     return found
+
+
+def _together(loss: Tensor, logits: Tensor) -> bool | None:
+    """Whether a number of the logits changes what the loss is by another one of its row.
+
+    None: the loss is not computed from the logits.
+    """
+    if not (loss.requires_grad and logits.requires_grad):
+        return None
+    (slope,) = torch.autograd.grad(loss.sum(), logits, create_graph=True, allow_unused=True)
+    if slope is None:
+        return None
+    if not slope.requires_grad:
+        return False
+    (bend,) = torch.autograd.grad(slope[..., 0].sum(), logits, allow_unused=True)
+    return bend is not None and bool((bend[..., 1:] != 0).any())
 
 
 def _additive(losses: list[float], counts: list[int]) -> bool:

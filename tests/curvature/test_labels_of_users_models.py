@@ -340,6 +340,56 @@ def test_a_model_that_cannot_run_without_labels_has_them(kind, fisher):
         torch.testing.assert_close(mine.G.to_dense(), factors.G.to_dense(), rtol=1e-5, atol=1e-9)
 
 
+# ---- real-valued labels, several in a row --------------------------------------------------------
+
+
+class OfRows(nn.Module):
+    """A model whose labels are rows of numbers, with a loss of the user's."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.hidden, self.head, self.loss = nn.Linear(5, 6), nn.Linear(6, 3), loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        logits = self.head(self.hidden(x).tanh())
+        return SimpleNamespace(
+            logits=logits, loss=None if labels is None else self.loss(logits, labels)
+        )
+
+
+def _a_kl(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.kl_div(logits.log_softmax(-1), labels, reduction="batchmean")
+
+
+# Four rows of three numbers. The factor turns the loss into the sum over rows or numbers.
+ROWS = {
+    "soft classes": (F.cross_entropy, 4, 4),
+    "soft classes, summed": (lambda z, y: F.cross_entropy(z, y, reduction="sum"), 4, 1),
+    "a divergence": (_a_kl, 4, 4),
+    "cosines": (lambda z, y: 1 - F.cosine_similarity(z, y).mean(), 4, 4),
+    "squares of a row": (lambda z, y: (z - y).square().sum(-1).mean(), 4, 4),
+    "squares": (F.mse_loss, 12, 12),
+    "squares, summed": (lambda z, y: (z - y).square().sum(), 12, 1),
+    "half the squares": (lambda z, y: F.mse_loss(z, y) / 2, 12, 12),
+    "absolute values": (F.l1_loss, 12, 12),
+    "counts": (F.poisson_nll_loss, 12, 12),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_numbers_are_a_label_each_where_the_loss_takes_them_together(kind):
+    loss, n_labels, factor = ROWS[kind]
+    torch.manual_seed(0)
+    model = OfRows(loss).double()
+    batch = {"x": torch.randn(4, 5).double(), "labels": torch.rand(4, 3).double().softmax(-1)}
+    kfac = KFACNaturalGradient(damping=1e-2)
+    kfac.collect_kfac_factors(model, batch, keep_gradient=True, verify=True)
+    assert kfac.labels.counted == n_labels
+    z = model(batch["x"]).logits.detach().requires_grad_()
+    (g,) = torch.autograd.grad(factor * loss(z, batch["labels"]), z)
+    torch.testing.assert_close(kfac.kfac_factors["head"].G.to_dense(), g.T @ g / 4)
+
+
 # ---- passes of the measurement -------------------------------------------------------------------
 
 

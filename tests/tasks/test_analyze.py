@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_autograds_ends_the_run_unless_nobody_compares(
         metrics, _, _ = analysed(tmp_path, "kfac.verify=false")
         assert metrics["ng/decrement"] > 0
         return
-    with pytest.raises(LayerError, match=r"verify: .* is not autograd's for .* \(off by 1%\)"):
+    with pytest.raises(LayerError, match=r"verify: .* is not autograd's for .* \(off by 1\.0%\)"):
         analysed(tmp_path)
 
 

@@ -34,12 +34,13 @@ from fisher_lab.curvature.kfac.layers_by_use import (
     Layers,
     UseOf,
     from_uses,
+    readers_in,
     trains_bias_alone,
 )
 from fisher_lab.curvature.kfac.operators import OperatorWatch, Use, bias_alone, opened
 from fisher_lab.curvature.kfac.parts import base_of, part_text
 from fisher_lab.curvature.kfac.policy import wants_examples
-from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, is_one_value
+from fisher_lab.curvature.kfac.token_ids import Fixed, Origin, is_one_value, with_features
 from fisher_lab.curvature.kfac.token_rows import TokenRows
 from fisher_lab.curvature.linalg import full_precision
 from fisher_lab.curvature.wrappers import device_of, is_shard, unwrap
@@ -323,7 +324,10 @@ class Capture:
         return found - {-1}
 
     def observe(
-        self, known: Callable[[Origin, int], bool], examples: Examples | None = None
+        self,
+        known: Callable[[Origin, int], bool],
+        examples: Examples | None = None,
+        loss: Tensor | None = None,
     ) -> Layers:
         """Returns the K-FAC layers that the forward pass showed, and why others are left out.
 
@@ -331,7 +335,9 @@ class Capture:
             known: says of an origin, and of how many dimensions are features, whether it can be
                 told which of the rows are padding.
             examples: of the tokens, where a layer has one row an example.
+            loss: whose graph names what else reads parameters.
         """
+        self._look_in_graph(loss)
         order = {name: n for n, (name, _) in enumerate(self.model.named_modules())}
         uses = sorted({*self._calls, *self._pending}, key=lambda u: order.get(u.label, len(order)))
         reasons = {use.label: r for use in uses if (r := self._why_not(use, known, examples))}
@@ -357,10 +363,11 @@ class Capture:
         }
         for identity, function in self._watch.unexplained.items():
             why[self._names[identity]] = f"its use by {function} makes no layer"
+        covered = {layer.weight for layer in found.layers.values()}
         absent = {
             name: why.get(layer.weight, NOT_USED)
             for name, layer in self.promised.layers.items()
-            if name not in seen
+            if name not in seen and layer.weight not in covered
         }
         mixed = {*why, *(use.weight for use in uses if self._constant(use))}
         layers = {
@@ -369,6 +376,15 @@ class Capture:
         }
         skipped = {**self.promised.skipped, **absent, **found.skipped, **reasons}
         return Layers(layers, skipped, frozenset(), {**why, **found.reasons})
+
+    def _look_in_graph(self, loss: Tensor | None) -> None:
+        """Notes parameters that the loss depends on, and that no watched function has read."""
+        read = {x for use in (*self._calls, *self._pending) for x in (use.weight, use.bias) if x}
+        seen = {*map(base_of, read), *(self._names[x] for x in self._watch.unexplained)}
+        trained = {x for x, p in self._parameters.items() if p.requires_grad}
+        unseen = {x for x in trained if self._names[x] not in seen}
+        if loss is not None and unseen:
+            self._watch.unexplained |= readers_in(loss, unseen)
 
     def _origins(self, use: UseOf) -> list[Origin]:
         calls = self._calls.get(use, [])
@@ -523,13 +539,6 @@ def _in_checkpoint() -> bool:
 def _names_of(layer: Layer) -> set[str]:
     """What a layer's parameters are called, whole and in part."""
     return {*layer.names, *map(base_of, layer.names)}
-
-
-def with_features(origin: Origin, n: int) -> Origin:
-    """The origin of vectors as that of tensors whose last ``n`` dimensions are features."""
-    if isinstance(origin, Fixed):
-        return origin
-    return tuple(ids.reshape(*ids.shape[:-1], *[1] * n) for ids in origin)
 
 
 def _align(call: Call, origin: Origin) -> None:

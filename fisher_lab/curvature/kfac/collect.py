@@ -106,7 +106,7 @@ def collect(
             counted = sums.n_labels - before
             sums.labels_given += counted if given is None else given
         if sums.verify:
-            compare_gradients(sums.own_gradients(), sums.by_autograd)
+            compare_gradients(sums.own_gradients(), sums.by_autograd, sums.rounding)
 
     together(communicator, add_all)
 
@@ -122,11 +122,14 @@ def _batches(batch: Any) -> tuple[Iterable[Any], int | None]:
     return batch, None
 
 
-VERIFY_ROUNDING = 1e4
-"""Roundings of a parameter's dtype by which the gradient of its tokens may be off autograd's."""
+VERIFY_ROUNDINGS = {False: (1e4, 100), True: (16, 1)}
+"""Whether the numbers have 16 bits -> roundings of a parameter's gradient, and of that of the whole
+model, by which the gradient of a parameter's tokens may be off autograd's."""
 
 
-def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def compare_gradients(
+    own: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: float = 0.0
+) -> None:
     """Compares the gradients that the layers' tokens give with autograd's of the same loss.
 
     Both are sums over the same tokens, so they differ by rounding only; where they do not, the
@@ -136,6 +139,7 @@ def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     Args:
         own: by parameter; what is missing counts as zero.
         expected: autograd's, by parameter, in the parameter's dtype.
+        rounding: machine epsilon of the tokens, where it may be larger (autocast).
 
     Raises:
         LayerError: they differ; names the layers' parameters and by how much.
@@ -143,15 +147,16 @@ def compare_gradients(own: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
     wrong = {}
     for name, gradient in expected.items():
-        difference, eps = gradient.double(), torch.finfo(gradient.dtype).eps
+        difference, eps = gradient.double(), max(rounding, torch.finfo(gradient.dtype).eps)
+        relative, absolute = VERIFY_ROUNDINGS[eps > 1e-4]
         difference = difference - own[name].double() if name in own else difference
         error, norm = float(difference.norm()), float(gradient.double().norm())
-        if error > VERIFY_ROUNDING * eps * (norm + 1e-3 * size):
+        if error > eps * (relative * norm + absolute * size):
             wrong[name] = error / norm if norm else float("inf")
     if wrong:
         worst = sorted(wrong, key=lambda name: -wrong[name])[:5]
         listed = ", ".join(
-            f"{name} (off by {f'{wrong[name]:.0%}' if wrong[name] < 10 else 'more than 1000%'})"
+            f"{name} (off by {f'{wrong[name]:.1%}' if wrong[name] < 10 else 'more than 1000%'})"
             for name in worst
         )
         more = f" and {len(wrong) - len(worst)} more" if len(wrong) > len(worst) else ""
@@ -247,7 +252,7 @@ class _Collector:
         if own is None:
             self._check_dimensions(capture, loss)
         given, loss = loss, by_example(loss, capture.rows, capture.examples)
-        sums.take(capture.observe(masks.knows, masks.examples))
+        sums.take(capture.observe(masks.knows, masks.examples, loss.loss))
         if loss.scored is not None:
             sums.fisher_kind = kind_in_use(self.settings, loss.scored.logits.shape[1])
         tokens = self._add_passes(capture, masks, loss, own)
@@ -349,7 +354,7 @@ class _Collector:
         self, capture: Capture, one: BackwardPass, keep: bool
     ) -> Mapping[int, Tensor | None]:
         """The gradients of the layers' outputs; adds those of parameters that are wanted."""
-        uncovered, sums = self.sums.uncovered, self.sums.by_autograd
+        uncovered, sums = self.sums.uncovered, self.sums
         own = one.grad_output is None and self.sums.keep_gradient
         wanted = list(uncovered.parameters.values()) if own else []
         checked = uncovered.covered if own and self.sums.verify else {}
@@ -360,9 +365,13 @@ class _Collector:
             parameters=[*wanted, *checked.values()],
         )
         uncovered.add(others)
+        if checked:
+            dtypes = {grad.dtype for grad in grads.values() if grad is not None}
+            sums.rounding = max([sums.rounding, *(torch.finfo(dtype).eps for dtype in dtypes)])
         for name, grad in zip(checked, others[len(wanted) :], strict=True):
             if grad is not None:
-                sums[name] = sums[name] + grad if name in sums else grad
+                found = sums.by_autograd.get(name)
+                sums.by_autograd[name] = grad if found is None else found + grad
         return grads
 
     def _add_pass(

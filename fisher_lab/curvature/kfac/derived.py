@@ -159,7 +159,9 @@ class Derived:
             return ()
         identity = self._identity.get(id(tensor))
         if identity is None:
-            return self._terms.get(tensor) or ()
+            found, has_gradient = self._terms.get(tensor) or ((), False)
+            # What a torch.autograd.Function made without a graph has the backward pass of that.
+            return found if tensor.requires_grad == has_gradient else ()
         return (Term(identity, torch.empty(tensor.shape, device="meta"), tensor.shape),)
 
     def forget(self, tensor: Tensor) -> None:
@@ -186,7 +188,7 @@ class Derived:
         except (RuntimeError, TypeError, IndexError, ValueError):
             return None  # an unusual form of the operation
         if found and out is not args[0]:
-            self._terms[out] = found
+            self._terms[out] = found, out.requires_grad
         return found or None
 
     def _constant(self, x: Any) -> bool:

@@ -118,6 +118,32 @@ def from_uses(
     return Layers({layer.name: layer for layer in layers}, skipped, frozenset(candidates), reasons)
 
 
+def readers_in(output: Tensor, wanted: Collection[int]) -> dict[int, str]:
+    """Returns the functions of a graph that read parameters: what no watched operator shows.
+
+    A ``torch.autograd.Function`` is not dispatched as other functions are; its node names it.
+
+    Args:
+        output: whose graph is looked at; what a re-entrant checkpoint hides is not seen.
+        wanted: identities of parameters.
+
+    Returns:
+        Identity of a parameter that the graph reaches -> name of a function that reads it.
+    """
+    found: dict[int, str] = {}
+    waiting, seen = [output.grad_fn], set()
+    while waiting and len(found) < len(wanted):
+        node = waiting.pop()
+        for before, _ in () if node is None else node.next_functions:
+            identity = id(getattr(before, "variable", None))
+            if identity in wanted and node is not None:
+                found.setdefault(identity, node.name().removesuffix("Backward"))
+            elif before is not None and before not in seen:
+                seen.add(before)
+                waiting.append(before)
+    return found
+
+
 def _is_mixed(name: str, divided: Collection[str], unexplained: Collection[str]) -> bool:
     """Whether a weight is a part, and its parameter has parts of other kinds or other uses."""
     base, form = base_of(name), form_of(name)

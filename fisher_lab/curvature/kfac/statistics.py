@@ -365,6 +365,7 @@ class Statistics:
         inputs: the A sides, by :attr:`LayerSums.group`.
         fisher_kind: kind of Fisher matrix that the inner layers get.
         by_autograd: sums of the gradients of covered parameters, where they are to be verified.
+        rounding: machine epsilon of the coarsest tokens that took part in these.
     """
 
     def __init__(
@@ -382,6 +383,7 @@ class Statistics:
         self.layers = Layers({}, {}, frozenset())
         self.device, self.verify = device, verify
         self.by_autograd: dict[str, Tensor] = {}
+        self.rounding = 0.0
         self.seed = rank_seed(settings.seed, rank)
         self.n_labels = self.n_batches = self.labels_given = 0
         self.labelling = ""

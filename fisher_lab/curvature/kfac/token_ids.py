@@ -239,3 +239,10 @@ def indexed_dims(index: Any, dim: int) -> int:
         return dim
     boolean = [i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index]
     return min(sum(n for n, i in zip(boolean, index, strict=True) if i is not None), dim)
+
+
+def with_features(origin: Origin, n: int) -> Origin:
+    """The origin of vectors as that of tensors whose last ``n`` dimensions are features."""
+    if isinstance(origin, Fixed):
+        return origin
+    return tuple(ids.reshape(*ids.shape[:-1], *[1] * n) for ids in origin)

@@ -7,7 +7,9 @@ from torch import nn
 import fisher_lab
 from fisher_lab.curvature.errors import LayerError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
+from fisher_lab.curvature.losses import CrossEntropy
 from tests import models
+from tests.models import gpt2, language_batch, seeded
 
 
 def test_it_says_what_is_covered_and_what_counts_and_changes_nothing():
@@ -56,3 +58,22 @@ def test_a_layer_whose_tokens_are_not_all_of_its_gradient_is_named():
 
     with pytest.raises(LayerError, match=r"verify: .* inner\.weight \(off by"):
         fisher_lab.check(model, batch, everything, n_labels=6, loss_reduction="sum")
+
+
+@pytest.mark.parametrize("how", ["float16", "bfloat16", "autocast"])
+def test_sixteen_bits_are_compared_with_their_own_rounding(how):
+    model = seeded(gpt2, torch.float32 if how == "autocast" else getattr(torch, how))
+    batch = language_batch((9, 6))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        assert fisher_lab.check(model, batch).coverage.share > 0.9
+        weight = model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+        weight.register_hook(lambda gradient: 1.5 * gradient)
+        with pytest.raises(LayerError, match=r"verify: .* transformer\.h\.0\.mlp\.c_fc\.weight"):
+            fisher_lab.check(model, batch)
+
+
+def test_a_gradient_that_is_rounding_is_no_fault():
+    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 3)).double()
+    torch.manual_seed(0)
+    x, labels = 3 + torch.randn(40, 4).double(), torch.randint(3, (40,))
+    assert fisher_lab.check(model, (x, labels), CrossEntropy()).coverage.share == 1

@@ -639,6 +639,41 @@ def test_a_use_that_makes_no_layer_is_said_to_be_one():
     assert kfac.coverage.share_of_reached == kfac.coverage.share
 
 
+class Twice(torch.autograd.Function):
+    """A function with a backward pass of its own, which its forward pass does not show."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return 2 * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return 3 * grad_outputs[0]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_function_with_its_own_backward_pass_is_seen_in_the_graph(checkpointed):
+    class Own(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.idle = matrix(WIDTH, WIDTH), matrix(3, 3)
+
+        def forward(self, x):
+            def run(x):
+                return F.linear(x, Twice.apply(self.weight))
+
+            return checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+
+    torch.manual_seed(3)
+    model: Any = Frame(Own()).double()
+    kfac = engine(exclude=["words"])
+    kfac.collect_kfac_factors(model, batch_of((4, 4), "right"), loss=CrossEntropy(shift=True))
+    sizes = kfac.coverage.passed
+    assert sizes["its use by Twice makes no layer"] == WIDTH**2
+    assert sizes["not used in the forward pass"] == 9
+    assert kfac.coverage.unreached == 9
+
+
 @pytest.mark.parametrize("cut", ["split", "index"])
 def test_pieces_of_unlike_sizes_leave_the_whole_parameter_out(cut):
     """Two pieces of the third's length would be parts, and the third none."""
