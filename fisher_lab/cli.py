@@ -48,6 +48,7 @@ COMMANDS = {
     "status": "fisher_lab.sweeps.status:status",
     "table": "fisher_lab.results.commands:table_command",
     "verify": "fisher_lab.results.verify:verify_command",
+    "work": "fisher_lab.sweeps.work:work_command",
 }
 """Sub-command -> the function that takes the arguments after its name and returns the exit code.
 ``config/help.py`` says what each does."""

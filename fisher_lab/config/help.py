@@ -117,6 +117,7 @@ COMMANDS = {
     "diff": "what differs between two runs",
     "explain": "what a metric or a setting means",
     "verify": "whether a paper's numbers are those of its runs",
+    "work": "take the cells of a sweep until none is left",
     "capsule": "runs, claims and code of a paper in one archive",
     "reproduce": "completed cells once more, and their numbers compared",
     "check": "what K-FAC makes of a model of your own, in a minute",

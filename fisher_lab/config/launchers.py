@@ -35,6 +35,14 @@ class LocalSettings:
 
 
 @dataclass
+class WorkersSettings:
+    """``hydra/launcher=workers``: the cells are left to `fisher-lab work`."""
+
+    executor: ClassVar[str] = "fisher_lab.sweeps.workers:Workers"
+    poll_s: float = setting(2.0, "Seconds between two looks at what the workers do.", above(0))
+
+
+@dataclass
 class SlurmSettings:
     """``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: job arrays by submitit."""
 
@@ -72,6 +80,11 @@ class SlurmSettings:
     )
     grace_s: float = setting(20.0, "Seconds a cell has for saving its state.", above(0))
     poll_s: float = setting(2.0, "Seconds between two looks at the queue.", above(0))
+    workers: int | None = setting(
+        None,
+        "How many workers take the cells, each in a job of its own; null: a job for each cell.",
+        whole(1) | null,
+    )
     additional_parameters: dict[str, Any] | None = setting(
         None, "Any other option of sbatch: {reservation: mine, nice: 100}."
     )
@@ -81,13 +94,16 @@ class SlurmSettings:
         if {"clusters", "M"} & set(self.additional_parameters or {}):
             allowed = "without clusters: submit where SLURM_CONF is that cluster's"
             yield "additional_parameters", allowed
+        if self.workers is not None and self.cluster != "slurm":
+            yield "workers", "null with cluster=local, which starts processes: array_parallelism"
 
 
-Settings = SerialSettings | LocalSettings | SlurmSettings
+Settings = SerialSettings | LocalSettings | WorkersSettings | SlurmSettings
 
 KINDS: dict[str, type[Settings]] = {
     "serial": SerialSettings,
     "local": LocalSettings,
+    "workers": WorkersSettings,
     "slurm": SlurmSettings,
 }
 """``kind`` in a file of ``conf/hydra/launcher/`` -> the settings, which name their executor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,19 @@ class Journal:
         with self._locked():
             self._write([{"event": event, **fields}])
 
+    def append_all(self, entries: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        """Add events of earlier moments, with ``event`` and ``time`` (:func:`now`), in one piece.
+
+        Args:
+            entries: gives them; called when nobody else can write, so that it may look first.
+
+        Raises:
+            TimeoutError: others held the journal for :data:`TIMEOUT_S` seconds.
+        """
+        with self._locked():
+            if new := list(entries()):
+                self._write(new)
+
     def append_new(self, entries: Iterable[Mapping[str, Any]]) -> int:
         """Add those entries that are not there yet, whenever that was; returns how many.
 
@@ -66,7 +79,7 @@ class Journal:
             yield
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        time = now()
         lines = [_line({"time": time, **entry}) for entry in entries]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:
@@ -79,12 +92,37 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole events, in the order in which they were written; other lines are not ours."""
-        events = []
         with contextlib.suppress(FileNotFoundError):
-            for line in atomic.read_text(self.path, errors="replace").split("\n"):
-                with contextlib.suppress(ValueError, RecursionError):
-                    events.append(json.loads(line))
-        return [event for event in events if _is_ours(event)]
+            return _events(atomic.read_text(self.path, errors="replace").split("\n"))
+        return []
+
+    def read_on(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole events after a byte of the file, and where the last of them ends.
+
+        A journal that is shorter than that is another one: it is read from its beginning.
+        """
+        try:
+            with atomic.open_regular(self.path) as file:
+                start = offset if file.seek(0, os.SEEK_END) >= offset else 0
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:
+            return [], 0
+        whole = content[: content.rfind(b"\n") + 1]
+        return _events(whole.decode(errors="replace").split("\n")), start + len(whole)
+
+
+def now() -> str:
+    """The time as it stands in an event."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _events(lines: Iterable[str]) -> list[dict[str, Any]]:
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            events.append(json.loads(line))
+    return [event for event in events if _is_ours(event)]
 
 
 def _line(entry: Mapping[str, Any]) -> str:

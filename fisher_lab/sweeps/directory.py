@@ -139,10 +139,14 @@ class Layout:
             self.journal_end(run_id, status, late=True)
 
     def journal_end(self, run_id: str, status: Status, **more: Any) -> None:
-        """Append how a cell ended, with the digest of its record, which no later edit reaches."""
+        """Append how a cell ended (:meth:`end_of`)."""
+        self.journal.append(**self.end_of(run_id, status, **more))
+
+    def end_of(self, run_id: str, status: Status, **more: Any) -> dict[str, Any]:
+        """The event of a cell's end, with the digest of its record, which no later edit reaches."""
         file = self.run_directory(run_id) / record.RUN_FILE
         digest = digests.of_file(file) if file.is_file() else None
-        self.journal.append(status, run_id=run_id, record=digest, **more)
+        return {"event": status, "run_id": run_id, "record": digest, **more}
 
     def frozen(self) -> dict[str, Path]:
         """Identity -> the cell as it was last submitted.
@@ -160,6 +164,19 @@ class Layout:
         """Whether a launcher of the sweep lives."""
         files = self.submissions.glob(f"*/{LAUNCHER}.lock.*")
         return any(Lock(file.parent / LAUNCHER).holder() is not None for file in files)
+
+    def finish_if_last(self) -> None:
+        """Write the table of a sweep whose launcher is gone, where its last cell has now ended."""
+        if self.has_launcher():
+            return
+        cells = atomic.read_json(self.sweep_file).get("cells") or []
+        found = (record.status_of(self.run_directory(str(cell["run_id"]))) for cell in cells)
+        lock = Lock(self.locks / "finish")
+        if all(one is not None and one.is_final for one in found) and lock.acquire():
+            from fisher_lab.results import finishing
+
+            with lock:
+                finishing.at_end(self.directory)
 
     def state(
         self, run_id: str, stale_after: float = STALE_AFTER, *, probe: bool = False

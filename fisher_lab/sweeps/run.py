@@ -210,6 +210,7 @@ def _refused(
     cells: Sequence[Cell], options: SweepConfig, kind: str, settings: Settings
 ) -> Iterator[tuple[str, object, str]]:
     """Key, value and what is allowed of every setting that the launcher cannot do."""
+    yield from _refused_to_workers(cells, kind, settings)
     for cell in cells:
         nodes, timeout_s = cell.config.distributed.nodes, cell.config.sweep.timeout_s
         if isinstance(settings, SlurmSettings) and _is_cluster(settings):
@@ -234,6 +235,22 @@ def _refused(
             yield "sweep.max_failures", options.max_failures, f"null {why}"
         if options.fail_fast:
             yield "sweep.fail_fast", options.fail_fast, f"false {why}"
+
+
+def _refused_to_workers(
+    cells: Sequence[Cell], kind: str, settings: Settings
+) -> Iterator[tuple[str, object, str]]:
+    """The same of workers, each of which takes one cell after the other on one node."""
+    workers = getattr(settings, "workers", None)
+    if workers is None and kind != "workers":
+        return
+    key, value = (
+        ("hydra/launcher", kind) if workers is None else ("hydra.launcher.workers", workers)
+    )
+    if any(cell.alone for cell in cells):
+        yield key, value, "left out for a sweep with alone: true, whose cells run one at a time"
+    if any(cell.config.distributed.nodes > 1 for cell in cells):
+        yield key, value, "left out for cells with distributed.nodes > 1: a worker has one node"
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -14,16 +14,16 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from submitit.helpers import DelayedSubmission
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import LocalSettings, SlurmSettings
-from fisher_lab.runs import atomic, environment, record
+from fisher_lab.runs import environment, record
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import worker, worker_process
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome, death
@@ -89,7 +89,7 @@ class CellJob:
                 process.ask(signal.SIGUSR2)
             time.sleep(TICK_S)
         if node == 0:
-            finish_if_last(cell.layout)
+            cell.layout.finish_if_last()
         if node > 0 or outcome.status in (Status.COMPLETED, Status.HELD):
             return outcome.status.value
         if outcome.status is Status.PREEMPTED and self._may_come_back(cell, process.seconds):
@@ -126,16 +126,6 @@ class CellJob:
             return False
         cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
-
-
-def finish_if_last(layout: Layout) -> None:
-    """Write the table of a sweep whose launcher is gone, where its last cell has now ended."""
-    cells = atomic.read_json(layout.sweep_file).get("cells") or []
-    found = (record.status_of(layout.run_directory(str(cell["run_id"]))) for cell in cells)
-    if not layout.has_launcher() and all(one is not None and one.is_final for one in found):
-        from fisher_lab.results import finishing
-
-        finishing.at_end(layout.directory)
 
 
 def _preemptions(cell: Cell) -> int:
@@ -217,10 +207,14 @@ def _configured(name: str) -> str | None:
     return None
 
 
-def limit_of_this_job() -> float | None:
-    """Seconds that the job which this process is a part of may take; None where unknown."""
+def limit_of_this_job(field: str = "%l") -> float | None:
+    """Seconds that the job which this process is a part of may take; None where unknown.
+
+    Args:
+        field: of squeue; ``%L`` for those that are left of them.
+    """
     job = os.environ.get("SLURM_JOB_ID")
-    text = _ask(["squeue", "-h", "-j", job, "-o", "%l"]) if job else None
+    text = _ask(["squeue", "-h", "-j", job, "-o", field]) if job else None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", (text or "").strip())
     if found is None:  # such as UNLIMITED
         return None
@@ -250,6 +244,10 @@ def _ask(command: list[str]) -> str | None:
 
 def executor(settings: SlurmSettings) -> Executor:
     """Jobs of SLURM; with ``cluster=local`` processes of this machine, for trying things out."""
+    if settings.workers is not None:
+        from fisher_lab.sweeps.slurm_workers import SubmittedWorkers
+
+        return SubmittedWorkers(settings)
     if settings.cluster == "slurm":
         return SubmititJobs(settings)
     threads = settings.threads or settings.cpus_per_task
@@ -462,9 +460,7 @@ def submitit_executor(
     return made
 
 
-def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job[str]]:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
+def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job[Any]]:
     job = CellJob(
         threads=settings.threads or settings.cpus_per_task,
         grace_s=settings.grace_s,
@@ -473,12 +469,36 @@ def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job
         command=worker_process.WORKER,
     )
     requeues = max(cell.config.sweep.max_requeues for cell in cells)
-    folder = cells[0].submission / "slurm" / "%j"
+    return submit_array(job, [str(cell.path) for cell in cells], settings, cells[0], requeues)
+
+
+def submit_array(
+    job: Callable[..., Any],
+    arguments: Sequence[Any],
+    settings: SlurmSettings,
+    cell: Cell,
+    requeues: int,
+) -> list[submitit.Job[Any]]:
+    """Submit a job for each argument.
+
+    Args:
+        job: what submitit pickles and calls.
+        arguments: of the jobs.
+        settings: of the launcher.
+        cell: one of those that the jobs are about, all of one launch.
+        requeues: how often a job that has reached its time limit may be queued again.
+
+    Raises:
+        ConfigError: there is no SLURM here, or it does not take the jobs.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    folder = cell.submission / "slurm" / "%j"
     try:
         # Where sbatch looks for options, and what it hands on to the job.
-        with environment.cleaned(cells[0].code_root):
-            made = submitit_executor(settings, folder, requeues, alone=cells[0].alone)
-            return made.map_array(job, [str(cell.path) for cell in cells])
+        with environment.cleaned(cell.code_root):
+            made = submitit_executor(settings, folder, requeues, alone=cell.alone)
+            return made.map_array(job, arguments)
     except (FailedSubmissionError, FailedJobError, RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(

@@ -13,7 +13,7 @@ import logging
 import logging.config
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ from fisher_lab.sweeps.cell import Cell, death
 if TYPE_CHECKING:
     from fisher_lab.runs.lock import Lock
 
+Append = Callable[..., None]
+"""Notes an event: `Journal.append`, or what stands for it."""
+
 COMPLETED, FAILED, HELD, PREEMPTED, CANCELLED = 0, 1, 3, 75, 76
 """Exit codes. ``HELD``: somebody else runs the cell."""
 
@@ -35,12 +38,22 @@ SCHEDULED = "FISHER_LAB_SCHEDULED"
 
 def main(arguments: list[str]) -> int:
     """Run the frozen cell of a file; returns the exit code."""
+    return perform(lambda: Cell.load(Path(arguments[0])))
+
+
+def perform(load: Callable[[], Cell], append: Append | None = None) -> int:
+    """Run a frozen cell in a process that is there for it; returns the exit code.
+
+    Args:
+        load: gives the cell.
+        append: of :func:`run`.
+    """
     try:
         with Watch():
-            cell = Cell.load(Path(arguments[0]))
+            cell = load()
             if os.path.isdir(cell.cwd):  # where relative paths are meant from
                 os.chdir(cell.cwd)
-            return run(cell)
+            return run(cell, append)
     except Interrupted as stop:
         return PREEMPTED if stop.status is Status.PREEMPTED else CANCELLED
 
@@ -55,8 +68,12 @@ def node_of(cell: Cell) -> int:
     return launch.place(given.nproc, given.nodes, os.environ).node
 
 
-def run(cell: Cell) -> int:
+def run(cell: Cell, append: Append | None = None) -> int:
     """Run a frozen cell in this process.
+
+    Args:
+        cell: on one node, or on several of which this is one.
+        append: notes an event, its name and its details; None: in the journal.
 
     Returns:
         One of the exit codes above.
@@ -65,7 +82,7 @@ def run(cell: Cell) -> int:
         Interrupted: a signal ended the cell; everything is recorded.
     """
     if cell.config.distributed.nodes == 1:
-        return _run(cell)
+        return _run(cell, append or cell.layout.journal.append)
     from fisher_lab.distributed.nodes import NodeError
     from fisher_lab.tasks import ranks
 
@@ -73,7 +90,7 @@ def run(cell: Cell) -> int:
     try:
         with ranks.connected_nodes(cell.config) as nodes:
             if nodes is None or nodes.is_first:
-                return _run(cell)
+                return _run(cell, cell.layout.journal.append)
             # Once node 0 holds the lock of the cell.
             directory = nodes.directory()
             if directory is None:
@@ -83,7 +100,7 @@ def run(cell: Cell) -> int:
                 return COMPLETED if _begin(cell, directory) is Status.COMPLETED else FAILED
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
-        return _run(cell, error) if is_first else FAILED
+        return _run(cell, cell.layout.journal.append, error) if is_first else FAILED
 
 
 def _begin(cell: Cell, directory: Path) -> Status:
@@ -94,7 +111,7 @@ def _begin(cell: Cell, directory: Path) -> Status:
     return runner.begin(spec, cell.own_logging()).status
 
 
-def _run(cell: Cell, problem: Exception | None = None) -> int:
+def _run(cell: Cell, append: Append, problem: Exception | None = None) -> int:
     """Run a cell under its lock, or record there why it cannot be run."""
     lock = cell.lock
     if not lock.acquire():
@@ -108,11 +125,11 @@ def _run(cell: Cell, problem: Exception | None = None) -> int:
         atomic.remove_leftovers(cell.directory)
         (cell.directory / record.RUN_FILE).unlink(missing_ok=True)
         about = {"run_id": cell.run_id, "pid": os.getpid(), "host": os.uname().nodename}
-        cell.layout.journal.append("started", **about)
-        return _perform(cell, lock, problem)
+        append("started", **about)
+        return _perform(cell, lock, append, problem)
 
 
-def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
+def _perform(cell: Cell, lock: Lock, append: Append, problem: Exception | None) -> int:
     stopped: Interrupted | None = None
     with _logging(cell, cell.own_logging()):
         try:
@@ -136,7 +153,7 @@ def _perform(cell: Cell, lock: Lock, problem: Exception | None) -> int:
         # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
         return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
-    cell.layout.journal_end(cell.run_id, status, **reason)
+    append(**cell.layout.end_of(cell.run_id, status, **reason))
     if stopped is not None and status is not Status.COMPLETED:
         raise stopped
     return COMPLETED if status is Status.COMPLETED else FAILED

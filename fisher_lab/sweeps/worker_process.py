@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from fisher_lab.runs import atomic, environment, record, signals
 from fisher_lab.runs.status import Status
@@ -34,12 +35,12 @@ _SIGNAL_OF_CODES = {
     worker.CANCELLED: "SIGTERM",
     **{-signum: signum.name for signum in signals.STATUS},
 }
-_THREADS = (
+THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
+    "VECLIB_MAXIMUMTHREADS",
 )
 
 
@@ -71,6 +72,21 @@ def start_python(
         )
 
 
+class Process(Protocol):
+    """What a worker's process is asked; that of `subprocess` is one."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; returns what `subprocess.Popen.returncode` says."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Signal it, unless it has ended."""
+        ...
+
+
 class WorkerProcess:
     """A worker in a session of its own.
 
@@ -81,6 +97,8 @@ class WorkerProcess:
         scheduled: whether a scheduler runs it, whose SIGTERM is no wish of the user's.
         command: what Python is given to run a worker; by default :data:`WORKER`.
         node: of several that run the cell together; that of node 0 alone settles how it ended.
+        start: starts the worker with its log and variables of its environment; None: a Python of
+            its own.
     """
 
     def __init__(
@@ -92,6 +110,7 @@ class WorkerProcess:
         scheduled: bool = False,
         command: tuple[str, ...] | None = None,
         node: int = 0,
+        start: Callable[[Path, Mapping[str, str]], Process] | None = None,
     ) -> None:
         self.cell = cell
         self._node = node
@@ -107,11 +126,15 @@ class WorkerProcess:
         self._offset = self._log.stat().st_size if self._log.exists() else 0
         variables: dict[str, str] = {worker.SCHEDULED: "1"} if scheduled else {}
         if threads is not None:
-            variables.update(dict.fromkeys(_THREADS, str(threads)))
-        arguments = [*(command or WORKER), str(cell.path)]
-        self._process = start_python(
-            arguments, self._log, variables, root=cell.code_root, in_job=scheduled
-        )
+            variables.update(dict.fromkeys(THREADS, str(threads)))
+        self._process: Process
+        if start is not None:
+            self._process = start(self._log, variables)
+        else:
+            arguments = [*(command or WORKER), str(cell.path)]
+            self._process = start_python(
+                arguments, self._log, variables, root=cell.code_root, in_job=scheduled
+            )
 
     @property
     def seconds(self) -> float:
@@ -163,6 +186,8 @@ class WorkerProcess:
         """How the cell has ended; its record says so afterwards."""
         if code == worker.HELD:
             return Status.HELD, None
+        if code == worker.COMPLETED and record.status_of(self.cell.directory) is Status.COMPLETED:
+            return Status.COMPLETED, None  # and so says the journal
         if self._node > 0:
             return _OF_CODES.get(code, Status.FAILED), None
         lock = self.cell.lock

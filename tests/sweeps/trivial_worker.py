@@ -1,4 +1,4 @@
-"""A worker process whose task is over at once, or dies as the seed says."""
+"""A worker of one cell, or of sweeps, whose task is over at once, or dies as the seed says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import types
 from typing import Any
 
 from fisher_lab.runs.signals import leave
-from fisher_lab.sweeps import worker
+from fisher_lab.sweeps import work, worker
 from fisher_lab.tasks import runner
 
 RAISES, KILLED, CRASHES, EXITS, HANGS, WAITS, PREEMPTED = 13, 14, 15, 16, 17, 18, 19
@@ -55,4 +55,5 @@ if __name__ == "__main__":
     runner.TASKS = dict.fromkeys(runner.TASKS, "small_task")
     runner._content = lambda config: ({"data": "abc"}, None)
     runner.prepare = lambda config: {}
-    leave(worker.main(sys.argv[1:]))
+    is_cell = sys.argv[1].endswith(".json")
+    leave((worker if is_cell else work).main(sys.argv[1:]))
