@@ -8,7 +8,8 @@ everything else is asked once for each kind of batch (``docs/math.md``, section 
 2. where it is neither (smoothed labels, a fused loss without logits), two parts of the labels are
    given one after the other: a mean over ``n`` labels has ``n L = n_1 L_1 + n_2 L_2``, for the
    right ``n`` alone;
-3. where there are no labels to leave out, two parts of the batch are.
+3. where there are no labels to leave out, two parts of the batch are;
+4. of rows of real-valued labels, whether the loss takes their numbers together.
 
 What fits nothing is not guessed: its count has to be given.
 """
