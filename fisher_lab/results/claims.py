@@ -22,7 +22,7 @@ from rich.padding import Padding
 from rich.text import Text
 from typing_extensions import override
 
-from fisher_lab.results import controls, looks, registration, stats
+from fisher_lab.results import controls, labels, looks, registration, stats
 from fisher_lab.results.comparisons import Sample, samples
 from fisher_lab.results.fixed_tests import WORDS, Finding, judge
 from fisher_lab.results.hypotheses import CHECKPOINT, FAILS, HOLDS, OPEN, Hypothesis, parse, text_of
@@ -110,11 +110,15 @@ class Verdict:
         return f"{self.verdict} ({EXPLORATORY})" if marked else self.verdict
 
     @property
+    def in_words(self) -> str:
+        """The reason, with the words for settings and metrics in the place of their keys."""
+        return labels.in_words(self.why)
+
+    @property
     def explained(self) -> str:
-        """The reason, and why the claim is exploratory."""
-        return "; ".join(
-            filter(None, (self.why, self.objection and f"{EXPLORATORY}: {self.objection}"))
-        )
+        """The reason in words, and why the claim is exploratory."""
+        parts = (self.in_words, self.objection and f"{EXPLORATORY}: {self.objection}")
+        return "; ".join(filter(None, parts))
 
     @override
     def __repr__(self) -> str:

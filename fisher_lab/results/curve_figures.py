@@ -8,7 +8,6 @@ every run has a grid of its own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -106,21 +105,50 @@ def line_figure(
     """
     if rows.empty or not {x, y} <= set(rows.columns):
         return None
-    known = rows.assign(cell=[cells.get(d) for d in rows["directory"]]).dropna(
-        subset=["cell", x, y]
-    )
-    parts = {cell: known.loc[known["cell"] == cell] for cell in dict.fromkeys(cells.values())}
-    curves = {
-        cell: part.groupby(x)[y].agg(["mean", "min", "max"])
-        for cell, part in parts.items()
-        if not part.empty
-    }
+    curves = _curves(rows, cells, x, y)
     if not curves:
         return None
+    (curves,) = merge_curves({"": curves}).values()
     more = f"; {MOST_CURVES} of {len(curves)} cells" if len(curves) > MOST_CURVES else ""
     shown = dict(itertools.islice(curves.items(), MOST_CURVES))
     names = (labels.column(file, name).with_unit for name in (x, y))
     return draw_curves(shown, *names, f"mean and range over runs{more}", **options)
+
+
+def _curves(
+    rows: pd.DataFrame, cells: Mapping[str, str], x: str, y: str
+) -> dict[str, pd.DataFrame]:
+    """The mean curve of every cell, and the range over its runs."""
+    known = rows.assign(cell=[cells.get(d) for d in rows["directory"]]).dropna(
+        subset=["cell", x, y]
+    )
+    parts = {cell: known.loc[known["cell"] == cell] for cell in dict.fromkeys(cells.values())}
+    return {
+        cell: part.groupby(x)[y].agg(["mean", "min", "max"])
+        for cell, part in parts.items()
+        if not part.empty
+    }
+
+
+def merge_curves(panels: Mapping[str, Curves]) -> dict[str, Curves]:
+    """The lines of panels, with those that are equal up to rounding in all of them made one."""
+
+    def apart(one: str, other: str) -> float:
+        found = 0.0
+        for curves in panels.values():
+            a, b = curves.get(one), curves.get(other)
+            if a is None or b is None or not a.index.equals(b.index):
+                return 0.0 if a is None and b is None else np.inf
+            difference = np.abs(a.to_numpy() - b.to_numpy()).max()
+            found = max(found, float(difference / (np.abs(a.to_numpy()).max() or 1.0)))
+        return found
+
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    merged = style.merge(names, apart)
+    return {
+        title: {words: curves[name] for words, name in merged.items() if name in curves}
+        for title, curves in panels.items()
+    }
 
 
 def block_figure(rows: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
@@ -156,10 +184,9 @@ def _positive(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]
     }
 
 
-def decay_makers(
-    paths: Iterable[str], cells: Mapping[str, str]
-) -> dict[str, Callable[[], Figure | None]]:
-    """Name of a file -> what draws the eigenvalues of one block by rank, one line per cell.
+@style.styled
+def decay_figure(paths: Iterable[str], cells: Mapping[str, str]) -> Figure | None:
+    """The eigenvalues of the blocks of the largest traces by rank: a panel each, a line per cell.
 
     Args:
         paths: directories of completed runs.
@@ -182,22 +209,32 @@ def decay_makers(
     rows = pd.DataFrame(found, columns=["directory", "block", "rank", "eigenvalue"])
     blocks = rows.groupby("block", sort=False)["eigenvalue"]
     traces = {str(block): float(values.to_numpy().sum()) for block, values in blocks}
-    shown = sorted(traces, key=lambda block: -traces[block])[:MOST_BLOCKS]
-
-    def make(block: str) -> Figure | None:
-        own = rows.loc[rows["block"] == block]
-        figure = line_figure(own, cells, "rank", "eigenvalue", file=BLOCKS_FILE, log="xy")
-        if figure is not None:
-            for axes in figure.axes:
-                axes.set_ylabel(f"eigenvalue of {block}", parse_math=False)
-            figure.set_label(f"Eigenvalues of {block} by rank")
-        return figure
-
-    return {
-        style.file_name(f"spectra-decay-{block}"): functools.partial(make, block)
+    largest = sorted(traces, key=lambda block: -traces[block])[:MOST_PANELS]
+    parts = {
+        block: _curves(rows.loc[rows["block"] == block], cells, "rank", "eigenvalue")
         for block in traces
-        if block in shown
+        if block in largest
     }
+    if not parts:
+        return None
+    shown = merge_curves(parts)
+    columns = min(len(shown), 4)
+    figure, panels = style.new_figure(style.PAGE, 1.6, panels=len(shown), columns=columns)
+    for axes, (block, curves) in zip(panels, shown.items(), strict=True):
+        for i, (name, values) in enumerate(itertools.islice(curves.items(), MOST_SERIES)):
+            _draw_curve(axes, name, values, i)
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(block, **style.NOTE, parse_math=False)
+        style.name_axes(axes, "rank", "eigenvalue")
+    many = max(map(len, shown.values()))
+    style.legend(figure, panels[0], min(many, MOST_SERIES))
+    less = f"; {len(largest)} of {len(traces)} blocks" if len(traces) > len(largest) else ""
+    less += f"; {MOST_SERIES} of {many} cells" if many > MOST_SERIES else ""
+    equal = "".join(f"; {name}" for name in next(iter(shown.values())) if "(identical" in name)
+    figure.set_label(
+        f"Eigenvalues by rank, a panel for each block, mean and range over runs{less}{equal}"
+    )
+    return figure
 
 
 def spectrum_figure(result: Mapping[str, Any]) -> Figure:

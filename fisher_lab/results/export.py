@@ -28,7 +28,7 @@ from rich.text import Text
 
 from fisher_lab.results import labels
 from fisher_lab.results.stats import Paired
-from fisher_lab.results.table import CellKey, Comparison, Key, Table
+from fisher_lab.results.table import FEW, CellKey, Comparison, Key, Table
 from fisher_lab.results.values import Rounded, label
 from fisher_lab.runs import atomic
 from fisher_lab.runs.status import Status
@@ -47,6 +47,7 @@ class CellText:
 
     Attributes:
         number: the number and half its interval; None where there is no number.
+        other: the number of the second run, where there are two.
         ends: digits of both quartiles, where the number is a median, or of the interval where it
             does not lie in its middle.
         state: the runs that are lost, in words.
@@ -58,6 +59,7 @@ class CellText:
     """
 
     number: Rounded | None
+    other: Rounded | None = None
     ends: tuple[str, str] | None = None
     state: str = ""
     mark: str = ""
@@ -76,7 +78,7 @@ class CellText:
         """For the terminal, Markdown and HTML."""
         if self.number is None:
             return self.state or NONE
-        text = self.number.plain
+        text = ", ".join(one.plain for one in (self.number, self.other) if one)
         if self.ends:
             power = f"e{self.number.exponent}" if self.number.exponent else ""
             text = f"{self.number.value}{power} [{', '.join(self.ends)}]{power}"
@@ -92,16 +94,19 @@ def cell_text(table: Table, key: CellKey) -> CellText:
     s = cell.summary
     if s.n == 0:
         return CellText(None, state=cell.state or Status.MISSING, reasons=cell.reasons)
-    number, ends, deviation = cell.rounded(statistic), None, None
+    number, ends, other, deviation = cell.rounded(statistic), None, None, None
     _, low, high = table.point(key)
-    if (statistic != "mean" or cell.method == "log") and number.spread is not None:
+    if s.n == FEW - 1:
+        number, other = map(Rounded, cell.values)
+        other = other if other.plain != number.plain else None
+    elif (statistic != "mean" or cell.method == "log") and number.spread is not None:
         ends = (_like(number, low), _like(number, high))
-    if table.details and statistic == "mean" and s.n > 1:
+    if table.details and statistic == "mean" and s.n >= FEW:
         deviation = Rounded(s.std, digits=2)
     mark = BEST if key in table.best else TIE if key in table.ties else ""
     runs = s.n if table.details else None
     value = table.point(key)[0]
-    return CellText(number, ends, cell.state, mark, deviation, runs, value, cell.reasons)
+    return CellText(number, other, ends, cell.state, mark, deviation, runs, value, cell.reasons)
 
 
 def _like(number: Rounded, value: float) -> str:
@@ -125,7 +130,34 @@ class Grid:
     rows: list[list[str | CellText]]
 
 
-def grid(table: Table, columns: Sequence[tuple[str, Key]] | None = None) -> Grid:
+Column = tuple[str, Key]
+"""Metric and column of a table."""
+
+
+def varying(table: Table) -> tuple[list[Column], str]:
+    """The columns that say something, and what the others show, in words.
+
+    A column that shows the same in all of several rows, or zero in a single one, is left out.
+    """
+    kept: list[Column] = []
+    alike: dict[str, list[str]] = {}
+    for metric, col in table.columns:
+        cells = [cell_text(table, (row, metric, col)) for row in table.rows]
+        texts = {cell.plain.rstrip(f" {BEST}{TIE}") for cell in cells}
+        whole = all(cell.number and not cell.state for cell in cells)
+        if len(texts) == 1 and whole and (len(cells) > 1 or cells[0].value == 0):
+            words = labels.metric(metric).short
+            alike.setdefault(texts.pop(), []).append(", ".join([words, *map(label, col)]))
+        else:
+            kept.append((metric, col))
+    if not kept:
+        return table.columns, ""
+    parts = [f"{', '.join(names)} ({text})" for text, names in alike.items()]
+    where = "all rows" if len(table.rows) > 1 else "every run"
+    return kept, f"the same in {where}: {'; '.join(parts)}" if parts else ""
+
+
+def grid(table: Table, columns: Sequence[Column] | None = None, *, symbols: bool = False) -> Grid:
     """The cells of a table with the labels of their rows, in some of its columns or in all."""
     columns = table.columns if columns is None else columns
     rows = [
@@ -133,7 +165,7 @@ def grid(table: Table, columns: Sequence[tuple[str, Key]] | None = None) -> Grid
         for row in table.rows
     ]
     names = [labels.setting(name).with_symbol for name in table.row_names]
-    names += [table.heading(m, c) for m, c in columns]
+    names += [table.heading(m, c, symbols) for m, c in columns]
     return Grid(names, len(table.row_names), rows)
 
 
@@ -177,12 +209,19 @@ def _difference_words(comparison: Comparison) -> tuple[str, str, str, str]:
     return (words, p_words, f"{d.effect:.2f}", str(d.n))
 
 
-def write_table(table: Table, full: Table, directory: Path, *, siunitx: bool = False) -> list[Path]:
-    """Write a table as Markdown and LaTeX, and one of the same cells with more metrics as CSV."""
+def write_table(table: Table, full: Table, directory: Path, **given: Any) -> list[Path]:
+    """Write a table as Markdown and LaTeX, and one of the same cells with more metrics as CSV.
+
+    Args:
+        table: of cells.
+        full: of the same cells.
+        directory: made where it is missing.
+        given: options of :func:`to_latex`.
+    """
     texts = {
         "csv": to_csv(full),
         "md": to_markdown(table),
-        "tex": to_latex(table, siunitx=siunitx),
+        "tex": to_latex(table, **given),
     }
     files = {directory / f"{TABLE_FILE}.{suffix}": text for suffix, text in texts.items()}
     for file, text in files.items():
@@ -196,7 +235,7 @@ def write_table(table: Table, full: Table, directory: Path, *, siunitx: bool = F
 def to_terminal(table: Table, width: int = 100) -> RenderableType:
     """The table for a terminal of some width; columns that do not fit are put in a block below."""
     parts: list[RenderableType] = [Text(table.title, style="bold"), Text()]
-    grids = [grid(table, columns) for columns in _blocks(table, width)]
+    grids = [grid(table, columns) for columns in _blocks(table, table.columns, width)]
     for one in (*grids, *filter(None, [differences(table)])):
         names = ["\n".join(_lines(name)) for name in one.names]
         out = rich_table(names[: one.left], names[one.left :])
@@ -224,15 +263,15 @@ def _styled(cell: str | CellText) -> Text:
     return Text(cell.plain, style=style)
 
 
-def _blocks(table: Table, width: int) -> Iterable[list[tuple[str, Key]]]:
+def _blocks(table: Table, columns: Sequence[Column], width: int) -> Iterable[list[Column]]:
     """The columns in groups that fit, with headings in some lines, beside the row labels."""
     left = sum(
         2 + max(*map(len, _lines(name)), *(len(label(row[i])) for row in table.rows))
         for i, name in enumerate(grid(table, ()).names)
     )
-    block: list[tuple[str, Key]] = []
+    block: list[Column] = []
     room = width - left
-    for metric, col in table.columns:
+    for metric, col in columns:
         need = 2 + max(
             *map(len, _lines(table.heading(metric, col))),
             *(len(cell_text(table, (row, metric, col)).plain) for row in table.rows),
@@ -355,9 +394,12 @@ def templates() -> Environment:
 def to_html(table: Table) -> str:
     """The table as an HTML fragment; ``data-sort`` holds the number in full."""
     page: Any = templates().get_template("table.html.j2").module
-    grids = filter(None, [grid(table), differences(table)])
+    columns, alike = varying(table)
+    grids = filter(None, [grid(table, columns, symbols=True), differences(table)])
     parts = [page.grid(one.names, one.rows, one.left) for one in grids]
-    return "\n".join(map(str, [*parts, page.notes(table.notes)]))
+    return "\n".join(
+        map(str, [*parts, page.notes([*map(labels.in_words, filter(None, [alike, *table.notes]))])])
+    )
 
 
 # ---- LaTeX ---------------------------------------------------------------------------------------
@@ -382,6 +424,7 @@ SPECIAL = {
     '"': "''",
     "`": r"\textasciigrave{}",
     "±": r"$\pm$",
+    "\u00a0": "~",
     "\u2013": "--",
     "—": "---",
     "\u00d7": r"$\times$",
@@ -401,6 +444,8 @@ SPECIAL = {
 }
 """How LaTeX writes the characters that it would take for commands, or that its fonts lack."""
 
+HAT = re.compile("([A-Za-z])\u0302")
+
 PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
 \usepackage[utf8]{inputenc}
 \usepackage[margin=2cm]{geometry}
@@ -411,13 +456,14 @@ PREAMBLE = r"""\documentclass[10pt,a4paper]{article}
 \usepackage{array}
 """
 
-PAGE_WIDTH = 132
-"""Characters of a table on a page; further columns go into a table of their own."""
+PAGE_WIDTH, PAGE_ROWS = 132, 45
+"""Characters of a table on a page, and its lines; further columns go below it or onto another."""
 
 
 def escape(text: str) -> str:
     """Text that LaTeX shows as it is. A character that its fonts lack becomes ``?``."""
-    plain = "".join(map(_latex_character, text))
+    plain = HAT.sub(r"$\\hat{\\mathrm{\1}}$", "".join(map(_latex_character, text)))
+    plain = plain.replace("\u0302", "?")
     return re.sub(r"(\$\\[a-z]+)\$\\_(\w+)", r"\1_{\\mathrm{\2}}$", plain)  # of a symbol
 
 
@@ -426,7 +472,7 @@ def _latex_character(char: str) -> str:
         return SPECIAL[char]
     if char in "\n\r\t":
         return " "
-    return char if " " <= char <= "~" or "\u00c0" <= char <= "\u017f" else "?"
+    return char if char == "\u0302" or " " <= char <= "~" or "\u00c0" <= char <= "\u017f" else "?"
 
 
 def breakable(text: str) -> str:
@@ -444,33 +490,57 @@ def document(body: str, title: str = "") -> str:
     return f"{PREAMBLE}{head}\\begin{{document}}\n{made}{body}\n\\end{{document}}\n"
 
 
-def to_latex(table: Table, *, siunitx: bool = False) -> str:
+def to_latex(table: Table, *, siunitx: bool = False, about: str = "", outcome: str = "") -> str:
     r"""The table as ``table`` environments for ``\input``; wide ones are set smaller.
 
     Args:
         table: of cells.
         siunitx: numbers as ``\num``, else in mathematics.
+        about: what the caption begins with; by default the table's title.
+        outcome: LaTeX at the end of the caption.
     """
-    notes = " ".join(f"{note[:1].upper()}{note[1:]}." for note in table.notes)
+    columns, alike = varying(table)
+    said = map(labels.in_words, filter(None, [alike, *table.notes]))
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in said]
     name = "".join(c if c.isalnum() else "-" for c in table.title)
+    named = [labels.setting(one).label for one in table.row_names]
+    named = [f"A row for each {' and '.join(named)}."] if about and named else []
+    caption = " ".join([f"{(about or table.title).removesuffix('.')}.", *named, *notes])
+    grids = [grid(table, block, symbols=True) for block in _blocks(table, columns, PAGE_WIDTH)]
+    most = max(1, PAGE_ROWS // (len(table.rows) + 3))
     parts = []
-    for number, columns in enumerate(_blocks(table, PAGE_WIDTH)):
-        caption = f"{table.title}{', continued.' if number else f'. {notes}'}"
+    for number in range(0, len(grids), most):
+        title = escape(f"{about or table.title}, continued.") if number else ""
+        words = title or f"{escape(caption)} {outcome}".strip()
         own = f"{name}-{number + 1}" if number else name
-        parts.append(_environment(grid(table, columns), _heading, siunitx, caption, own))
+        parts.append(_environment(grids[number : number + most], _heading, siunitx, words, own))
     found = differences(table)
     if found is not None:
         base = ", ".join(f"{n}={label(v)}" for n, v in table.baseline.items())
-        caption = f"{table.title}: differences to {base}."
-        parts.append(_environment(found, escape, siunitx, caption, f"{name}-differences"))
+        caption = escape(f"{about or table.title}: differences to {labels.in_words(base)}.")
+        parts.append(_environment([found], escape, siunitx, caption, f"{name}-differences"))
     needs = "booktabs, graphicx" + (", siunitx" if siunitx else "")
     return f"% needs: {needs}\n" + "\n".join(parts)
 
 
 def _environment(
-    shown: Grid, heading: Callable[[str], str], siunitx: bool, caption: str, name: str
+    grids: Iterable[Grid], heading: Callable[[str], str], siunitx: bool, caption: str, name: str
 ) -> str:
-    """A table that is never wider than the line."""
+    """Tables below one caption, none wider than the line or higher than the page."""
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{name}}}",
+            *(_tabular(one, heading, siunitx) for one in grids),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _tabular(shown: Grid, heading: Callable[[str], str], siunitx: bool) -> str:
     rows = [
         [escape(c) if isinstance(c, str) else _latex_cell(c, siunitx) for c in row]
         for row in shown.rows
@@ -478,20 +548,12 @@ def _environment(
     frame = pd.DataFrame(rows, columns=list(map(heading, shown.names)))
     layout = f"@{{}}{'l' * shown.left}{'r' * (len(shown.names) - shown.left)}@{{}}"
     tabular = frame.style.hide(axis="index").to_latex(column_format=layout, hrules=True)
-    return "\n".join(
-        [
-            r"\begin{table}[htbp]",
-            r"\centering",
-            rf"\caption{{{escape(caption)}}}",
-            rf"\label{{tab:{name}}}",
-            r"\smallskip",
-            r"\sbox0{\small",
-            f"{tabular.rstrip()}}}",
-            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
-            r"\end{table}",
-            "",
-        ]
-    )
+    return rf"""\par\smallskip
+\sbox0{{\small
+{tabular.rstrip()}}}
+\ifdim\wd0>\linewidth\sbox0{{\resizebox{{\linewidth}}{{!}}{{\usebox0}}}}\fi
+\ifdim\dimexpr\ht0+\dp0>0.85\textheight\sbox0{{\resizebox*{{!}}{{0.85\textheight}}{{\usebox0}}}}\fi
+\usebox0"""
 
 
 def _heading(text: str) -> str:
@@ -506,8 +568,11 @@ def _latex_cell(cell: CellText, siunitx: bool) -> str:
     if cell.number is None:
         return rf"\emph{{{escape(cell.state or NONE)}}}"
     text = _number(cell, siunitx)
+    if cell.other:
+        text = ", ".join([text, _number(CellText(cell.other), siunitx)])
     if cell.mark == BEST:
-        text = rf"{text}$^{{*}}$" if siunitx else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
+        plain = siunitx or cell.other
+        text = rf"{text}$^{{*}}$" if plain else rf"$\mathbf{{{text[1:-1]}}}^{{*}}$"
     elif cell.mark == TIE:
         text += r"$^{\sim}$"
     details = [f"sd {_number(CellText(cell.deviation), siunitx)}"] if cell.deviation else []

@@ -34,6 +34,10 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 WIDTH, HEIGHT = 3.35, 2.5
 """Inches of a figure in one column of a paper."""
+PAGE = 2 * WIDTH
+"""Inches of a figure as wide as a page."""
+ROUNDING = 1e-9
+"""Numbers that differ by less than this fraction of their size differ by rounding."""
 LINE = 34
 """Characters of a line beside an axis."""
 NOTE: Any = {"fontsize": 6.5, "color": "#444444"}
@@ -93,10 +97,43 @@ def new_figure(
     return figure, panel_axes
 
 
-def name_axes(axes: Axes, x: str, y: str) -> None:
+def merge(
+    names: Sequence[str], apart: Callable[[str, str], float], least: float = ROUNDING
+) -> dict[str, str]:
+    """The words for lines, those that are equal up to rounding as one, and the name of one of each.
+
+    Args:
+        names: of the lines: settings and their values, as ``damping=1e-4, policy=auto``.
+        apart: how much two lines differ, as a fraction of their size.
+        least: fraction from which on they differ.
+    """
+    groups: list[list[str]] = []
+    for name in names:
+        own = next((group for group in groups if apart(group[0], name) <= least), None)
+        groups.append([name]) if own is None else own.append(name)
+    return {_one_name(g, max(apart(g[0], name) for name in g)): g[0] for g in groups}
+
+
+def _one_name(names: Sequence[str], apart: float) -> str:
+    """``policy=all|auto (identical to 2e-15)``."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(", ") for name in names]
+    words = f"{names[0]} and {len(names) - 1} more"
+    if len({len(part) for part in parts}) == 1:
+        differing = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+        if len(differing) == 1:
+            (at,) = differing
+            values = "|".join(part[at].partition("=")[2] for part in parts)
+            one = f"{parts[0][at].partition('=')[0]}={values}"
+            words = ", ".join([*parts[0][:at], one, *parts[0][at + 1 :]])
+    return f"{words} (identical{f' to {apart:.0e}' if apart else ''})"
+
+
+def name_axes(axes: Axes, x: str, y: str, line: int = LINE) -> None:
     """Name both axes, in lines that are no longer than an axis of a column's figure."""
-    axes.set_xlabel(textwrap.fill(x, LINE))
-    axes.set_ylabel(textwrap.fill(y, LINE))
+    axes.set_xlabel(textwrap.fill(x, line))
+    axes.set_ylabel(textwrap.fill(y, line))
 
 
 def note(axes: Axes, text: str) -> None:
@@ -115,7 +152,7 @@ def legend(figure: Figure, axes: Axes, count: int) -> None:
         return
     handles, names = axes.get_legend_handles_labels()
     width = max(map(len, names), default=0)
-    columns = 1 if width > 24 else 2 if width > 14 else 3
+    columns = max(int((2 if is_wide(figure) else 1) * 56 / (width + 6)), 1)
     made = figure.legend(
         handles, names, loc="outside lower center", frameon=False, ncols=min(columns, count)
     )
@@ -198,7 +235,9 @@ def set_ticks(axes: Axes, values: Sequence[Any], at: Sequence[float], log: bool)
     if log:
         axes.set_xscale("log")
     names = [label(v) for v in values]
-    long = sum(map(len, names)) > 34 or len(names) > 7
+    figure, grid = axes.get_figure(root=True), axes.get_gridspec()
+    panel = figure.get_figwidth() / WIDTH / grid.ncols if figure and grid else 1.0
+    long = sum(map(len, names)) > 34 * panel or len(names) > 7
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     name_ticks(axes, names, 40 if long else 0, list(at))

@@ -1,7 +1,7 @@
 """The figures of a sweep, drawn from the cells of its table: a plotted number is the table's.
 
 Here are the list of figures and those of metrics: against a swept setting, time against memory,
-cost against the number of ranks, and heat maps over layers. A cell without a number has no point,
+and cost against the number of ranks. A cell without a number has no point,
 and the figure says how many there are.
 """
 
@@ -11,11 +11,10 @@ import dataclasses
 import functools
 import itertools
 import math
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,20 +24,19 @@ from numpy.typing import ArrayLike
 
 from fisher_lab.results import figure_style as style
 from fisher_lab.results import labels
-from fisher_lab.results.curve_figures import block_figure, decay_makers, density_figure, line_figure
+from fisher_lab.results.curve_figures import block_figure, decay_figure, density_figure, line_figure
 from fisher_lab.results.figure_style import COLOURS, MARKS, MOST_PANELS, MOST_SERIES
-from fisher_lab.results.layer_kinds import grouped
+from fisher_lab.results.layer_figures import layer_figure
 from fisher_lab.results.loading import load_layers, load_table
 from fisher_lab.results.table import Table, tabulate
-from fisher_lab.results.values import ResultsError, column, label, levels, metric_names, parse_value
+from fisher_lab.results.values import ResultsError, label, levels, metric_names, parse_value
 from fisher_lab.runs.status import Status
 
-MOST_COLUMNS, MOST_ROWS = 30, 40
-"""Of a heat map."""
 CURVE_FILE, DENSITY_FILE, SPECTRUM_FILE = "curve.csv", "density.csv", "spectral.csv"
 TIME, MEMORY = "kfac/total_s", "kfac/peak_mb"
 WORLD_SIZE = "dist/world_size"
 SCALING = (TIME, "dist/comm_s_max", "dist/sent_bytes_max", MEMORY)
+TRADE, CLIPPED = "time-and-memory", "layers-clipped"
 RANK_AXES = ("distributed.nproc", "distributed.nodes", "kfac.reduce")
 
 Plans = dict[str, Callable[[], Figure | None]]
@@ -47,11 +45,11 @@ Plans = dict[str, Callable[[], Figure | None]]
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure that was written: the files, its caption, and whether it is as wide as a page."""
+    """A figure that was written: the files, its caption, and its width as a part of a page's."""
 
     files: list[Path]
     words: str
-    wide: bool
+    width: float
 
 
 @dataclass
@@ -67,24 +65,29 @@ class Drawn:
         return [file for figure in self.figures for file in figure.files]
 
 
-def draw(table: Table, frame: pd.DataFrame, directory: Path) -> Drawn:
+def draw(table: Table, frame: pd.DataFrame, directory: Path, plans: Plans | None = None) -> Drawn:
     """Draw everything that the runs of a table have numbers for, as PDF and PNG.
 
-    The directory is made where it is missing.
+    Args:
+        table: of the runs.
+        frame: of runs.
+        directory: made where it is missing.
+        plans: what is drawn; by default all figures.
     """
     drawn = Drawn()
-    for name, figure in make_figures(table, frame):
+    for name, figure in make_figures(figure_makers(table, frame) if plans is None else plans):
         if isinstance(figure, str):
             drawn.problems.append(figure)
             continue
         files = style.save(figure, directory / name)
-        drawn.figures.append(DrawnFigure(files, str(figure.get_label()), style.is_wide(figure)))
+        width = min(figure.get_figwidth() / style.PAGE, 1.0)
+        drawn.figures.append(DrawnFigure(files, str(figure.get_label()), width))
     return drawn
 
 
-def make_figures(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figure | str]]:
-    """The file's name and the figure, or why it cannot be drawn, of every figure of a sweep."""
-    for name, make in figure_makers(table, frame).items():
+def make_figures(plans: Plans) -> Iterator[tuple[str, Figure | str]]:
+    """The file's name and the figure, or why it cannot be drawn, of every figure."""
+    for name, make in plans.items():
         try:
             figure = make()
         except (ResultsError, OSError, ValueError, KeyError) as error:
@@ -94,25 +97,26 @@ def make_figures(table: Table, frame: pd.DataFrame) -> Iterator[tuple[str, Figur
             yield name, figure
 
 
-def figure_makers(table: Table, frame: pd.DataFrame) -> Plans:
-    """The figures of a sweep."""
+def figure_makers(table: Table, frame: pd.DataFrame, *, joint: bool = False) -> Plans:
+    """The figures of a sweep.
+
+    Args:
+        table: of the runs.
+        frame: of runs.
+        joint: as a page shows them: all metrics against the setting of most values in one figure,
+            and not each metric against each setting.
+    """
     paths = list(frame.loc[frame["status"] == Status.COMPLETED, "directory"])
     cells = cell_names(table, frame)
     layers = functools.cache(lambda: load_layers(paths))
     whole = functools.cache(lambda: complete(table, frame))
-    found: Plans = {
-        style.file_name(f"{metric}-by-{axis}"): functools.partial(
-            metric_figure, table, metric, axis
-        )
-        for axis in (*table.row_names, *table.col_names)
-        for metric in table.metrics
-    }
+    found = joint_makers(table) if joint else _single(table, (*table.row_names, *table.col_names))
     found |= {
-        "time-and-memory": lambda: trade_figure(whole()),
-        "distributed-scaling": lambda: scaling_figure(
-            whole(), _rank_axis(table, metric_names(frame))
+        TRADE: lambda: trade_figure(whole()),
+        "distributed-scaling": lambda: panels_figure(
+            whole(), SCALING, rank_axis(table, metric_names(frame))
         ),
-        "layers-clipped": lambda: layer_figure(layers(), cells, "clipped"),
+        CLIPPED: lambda: layer_figure(layers(), cells, "clipped"),
         "layers-kappa": lambda: layer_figure(layers(), cells, "kappa"),
         "learning-curves": lambda: line_figure(
             load_table(paths, CURVE_FILE), cells, "step", "heldout_loss", file=CURVE_FILE
@@ -123,15 +127,42 @@ def figure_makers(table: Table, frame: pd.DataFrame) -> Plans:
         ),
     }
     if "spectral/bytes" in metric_names(frame):
-        try:
-            found |= decay_makers(paths, cells)
-        except ResultsError as error:
-            found["spectra-decay"] = functools.partial(_fail, error)
+        found["spectra-decay"] = lambda: decay_figure(paths, cells)
     return found
 
 
-def _fail(error: ResultsError) -> NoReturn:
-    raise error
+def _single(table: Table, axes: Iterable[str]) -> Plans:
+    return {
+        style.file_name(f"{metric}-by-{axis}"): functools.partial(
+            metric_figure, table, metric, axis
+        )
+        for axis in axes
+        for metric in table.metrics
+    }
+
+
+def joint_makers(table: Table) -> Plans:
+    """All metrics in one figure, or one figure each where there are more lines than colours."""
+    axis = main_axis(table)
+    if axis is None:
+        return {}
+    metrics = [m for m in table.metrics if _varies(_series(table, m, axis))][: MOST_PANELS + 1]
+    if metrics and max(len(metrics), len(_series(table, metrics[0], axis))) > MOST_SERIES:
+        return _single(table, [axis])
+    name = style.file_name(f"metrics-by-{axis}")
+    return {name: functools.partial(panels_figure, table, metrics, axis)}
+
+
+def main_axis(table: Table) -> str | None:
+    """The setting that has most values, numbers before others; None where none is swept."""
+    names = [*table.row_names, *table.col_names]
+    return max(names, key=lambda name: (is_scale(table, name), len(_positions(table, name)[0])),
+               default=None)  # fmt: skip
+
+
+def is_scale(table: Table, axis: str) -> bool:
+    """Whether a setting has three numbers or more, so that a figure against it shows a course."""
+    return sum(isinstance(parse_value(v), float) for v in _positions(table, axis)[0]) > 2
 
 
 def cell_names(table: Table, frame: pd.DataFrame) -> dict[str, str]:
@@ -158,7 +189,7 @@ def complete(table: Table, frame: pd.DataFrame) -> Table:
     """The table of some runs with every metric that a figure plots, its own metrics first."""
     there = metric_names(frame)
     plotted = [TIME, MEMORY] if {TIME, MEMORY} <= set(there) else []
-    if _rank_axis(table, there) is not None:
+    if rank_axis(table, there) is not None:
         plotted += [name for name in SCALING if name in there]
     more = [name for name in dict.fromkeys(plotted) if name not in table.metrics]
     if not more:
@@ -177,7 +208,7 @@ def complete(table: Table, frame: pd.DataFrame) -> Table:
     )
 
 
-def _rank_axis(table: Table, there: Sequence[str]) -> str | None:
+def rank_axis(table: Table, there: Sequence[str]) -> str | None:
     """The setting that the figure of ranks is drawn against; None where there is no such figure."""
     swept = [*table.row_names, *table.col_names]
     axis = next((name for name in RANK_AXES if name in swept), None)
@@ -221,7 +252,7 @@ def metric_figure(table: Table, metric: str, axis: str) -> Figure | None:
     among its rows or columns. None where fewer than two values of the setting have numbers, or the
     numbers differ by rounding alone.
     """
-    series = collapse(_series(table, metric, axis))
+    (series,) = collapse(_series(table, metric, axis))
     if not _varies(series):
         return None
     panels = {"": series}
@@ -253,7 +284,7 @@ def _by_another(table: Table, metric: str, axis: str) -> dict[str, Series]:
         values = _positions(table, name)[0]
         words = {settings_words([name], [value]): value for value in values}
         panels = {
-            title: collapse(_series(table, metric, axis, {name: value}))
+            title: collapse(_series(table, metric, axis, {name: value}))[0]
             for title, value in words.items()
         }
         panels = {title: own for title, own in panels.items() if any(own.values())}
@@ -278,30 +309,43 @@ def _seen(table: Table, metric: str, axis: str, series: Series) -> str:
 
 
 @style.styled
-def scaling_figure(table: Table, axis: str | None) -> Figure | None:
-    """Time, its communication, bytes sent and memory on several ranks, one panel each.
+def panels_figure(table: Table, metrics: Sequence[str], axis: str | None) -> Figure | None:
+    """Several metrics against one setting, a panel each, with one legend; as wide as a page.
 
-    Bytes and memory are those of the rank that has most.
+    Bytes and memory of several ranks are those of the rank that has most.
 
     Args:
         table: with those of these metrics that the runs have.
-        axis: the number of ranks or nodes where it was swept, else the way in which they reduce;
-            None: there is no figure, and neither is there one where nothing varies.
+        metrics: names; one that does not vary has no panel.
+        axis: a setting of the table; None: there is no figure, and neither is there one where
+            nothing varies, nor of more lines than there are colours.
     """
-    if axis is None:
+    found = {m: _series(table, m, axis) for m in metrics if m in table.metrics} if axis else {}
+    found = {metric: points for metric, points in found.items() if _varies(points)}
+    if axis is None or not found:
         return None
-    series = {m: _series(table, m, axis) for m in SCALING if m in table.metrics}
-    series = {metric: points for metric, points in series.items() if _varies(points)}
-    if not series:
+    shown = dict(zip(found, collapse(*found.values()), strict=True))
+    many = max(map(len, shown.values()))
+    if many > MOST_SERIES or len(shown) > MOST_PANELS:
         return None
-    width = min(0.8 * len(series), 2.1) * style.WIDTH  # of a page at most
-    figure, panels = style.new_figure(width, panels=len(series))
-    figure.set_label(f"Time, bytes and memory against the {labels.setting(axis).label}")
-    lines = [
-        _draw(axes, table, metric, axis, points)
-        for axes, (metric, points) in zip(panels, series.items(), strict=True)
-    ]
-    style.legend(figure, panels[lines.index(max(lines))], max(lines))
+    columns = len(shown) if len(shown) < 5 else 3
+    width = min(1.1 * columns * style.WIDTH, style.PAGE) if columns < 3 else style.PAGE
+    figure, panels = style.new_figure(width, 1.75, panels=len(shown), columns=columns)
+    texts, notes = [], []
+    for i, (axes, (metric, points)) in enumerate(zip(panels, shown.items(), strict=True)):
+        letter = f"({'abcdefghi'[i]})" if len(shown) > 1 else ""
+        _draw(axes, table, metric, axis, points, letter)
+        entry = labels.metric(metric)
+        words = f"{entry.short} ({entry.unit})" if entry.unit else entry.short
+        style.name_axes(axes, labels.setting(axis).with_symbol, words, 24 if columns < 4 else 20)
+        texts.append(f"{letter} {_seen(table, metric, axis, points)}".strip())
+        notes.append(_note(table, metric, many))
+    if len(set(notes)) == 1:
+        texts.append(f"{notes[0][:1].upper()}{notes[0][1:]}")
+    else:
+        texts = [f"{text}; {words}" for text, words in zip(texts, notes, strict=True)]
+    style.legend(figure, panels[0], many)
+    figure.set_label(". ".join(texts))
     return figure
 
 
@@ -326,25 +370,20 @@ def _series(table: Table, metric: str, axis: str, fixed: Mapping[str, Any] | Non
     return series
 
 
-ROUNDING = 1e-9
-"""Numbers that differ by less than this fraction of their size differ by rounding."""
+def collapse(*panels: Series) -> list[Series]:
+    """The lines of panels, with those that are equal in all of them made one."""
 
+    def apart(one: str, other: str) -> float:
+        return max(_apart(series[one], series[other]) for series in panels)
 
-def collapse(series: Series) -> Series:
-    """The lines with those that are equal up to rounding made one, whose words name them all."""
-    groups: list[tuple[list[str], list[Point]]] = []
-    for words, points in series.items():
-        for names, known in groups:
-            if points and _apart(points, known) <= ROUNDING:
-                names.append(words)
-                break
-        else:
-            groups.append(([words], points))
-    return {_one_name(names, [series[name] for name in names]): points for names, points in groups}
+    names = style.merge(list(panels[0]), apart)
+    return [{words: series[name] for words, name in names.items()} for series in panels]
 
 
 def _apart(left: Sequence[Point], right: Sequence[Point]) -> float:
     """The largest difference of two lines by their size; infinite at other positions."""
+    if not left and not right:
+        return 0.0
     a, b = (np.array(sorted(points), dtype=float) for points in (left, right))
     if a.shape != b.shape or not np.array_equal(a[:, 0], b[:, 0]):
         return math.inf
@@ -353,22 +392,6 @@ def _apart(left: Sequence[Point], right: Sequence[Point]) -> float:
     if bool((np.isnan(a[:, 1:]) != np.isnan(b[:, 1:])).any()):
         return math.inf
     return float(np.nan_to_num(differences).max()) / size if size else 0.0
-
-
-def _one_name(names: Sequence[str], lines: Sequence[Sequence[Point]]) -> str:
-    """``policy=all, auto (identical to 2e-15)``."""
-    if len(names) == 1:
-        return names[0]
-    parts = [name.split(", ") for name in names]
-    differing = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
-    words = f"{names[0]} and {len(names) - 1} more"
-    if len(differing) == 1:
-        at = differing[0]
-        values = "|".join(part[at].partition("=")[2] for part in parts)
-        words = ", ".join([*parts[0][:at], f"{parts[0][at].partition('=')[0]}={values}",
-                           *parts[0][at + 1 :]])  # fmt: skip
-    apart = max(_apart(lines[0], line) for line in lines[1:])
-    return f"{words} (identical{f' to {apart:.0e}' if apart else ''})"
 
 
 def _positions(table: Table, axis: str) -> tuple[list[Any], list[float], bool]:
@@ -384,7 +407,7 @@ def _varies(series: Series) -> bool:
     if len({x for x, *_ in points}) < 2:
         return False
     values = [y for _, y, *_ in points]
-    return max(values) - min(values) > ROUNDING * max(map(abs, values))
+    return max(values) - min(values) > style.ROUNDING * max(map(abs, values))
 
 
 def _draw(axes: Axes, table: Table, metric: str, axis: str, series: Series, title: str = "") -> int:
@@ -442,12 +465,13 @@ def trade_figure(table: Table) -> Figure | None:
     rests = list(dict.fromkeys((*row, *col)[1:] for row, col in keys))
     if len(keys) < 2 or max(len(firsts), len(rests)) > MOST_SERIES:
         return None
-    figure, (axes,) = style.new_figure()
-    names = [*table.row_names, *table.col_names]
+    figure, (axes,) = style.new_figure(height=2.1)
+    names, seen = [*table.row_names, *table.col_names], []
     for row, col in keys:
         x, y = table.point((row, TIME, col)), table.point((row, MEMORY, col))
         if not (math.isfinite(x[0]) and math.isfinite(y[0])):
             continue
+        seen.append(x[0])
         # The colour is the value of the first setting, and the mark those of the others.
         key = (*row, *col)
         look: dict[str, Any] = {"color": COLOURS[firsts.index(key[:1])], "linestyle": "none"}
@@ -456,8 +480,15 @@ def trade_figure(table: Table) -> Figure | None:
             [x[0]], [y[0]], xerr=_ends(*x), yerr=_ends(*y), capsize=2, elinewidth=0.8,
             label=settings_words(names, (*row, *col)), **look,
         )  # fmt: skip
-    style.name_axes(axes, labels.metric(TIME).with_unit, labels.metric(MEMORY).with_unit)
-    figure.set_label("Time and memory")
+    if len(seen) < 2:
+        return None
+    style.name_axes(axes, labels.metric(TIME).with_unit, labels.metric(MEMORY).with_unit, 24)
+    kind = "median and quartiles of time" if table.statistic[TIME] == "median" else "means"
+    ends = " to ".join(labels.metric(TIME).text(x) for x in (min(seen), max(seen)))
+    figure.set_label(
+        f"Time of K-FAC against the growth of the peak memory, one mark for each setting: from "
+        f"{ends} s; {kind}"
+    )
     style.legend(figure, axes, len(keys))
     return figure
 
@@ -466,96 +497,3 @@ def _ends(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> np.ndarray:
     """The lengths of error bars; a cell of one run has no interval, and its bar no length."""
     below, above = np.subtract(value, low), np.subtract(high, value)
     return np.nan_to_num(np.vstack([below, above]), nan=0.0).clip(min=0)
-
-
-# ---- layers --------------------------------------------------------------------------------------
-
-
-def layer_values(
-    layers: pd.DataFrame, cells: Mapping[str, str], what: str
-) -> dict[str, pd.DataFrame]:
-    """Means over the completed runs of a cell, layer by cell, for each side.
-
-    Args:
-        layers: from :func:`fisher_lab.results.load_layers`.
-        cells: run directory -> cell.
-        what: ``clipped``, a fraction of the dimension, or ``kappa``, log10 of the condition number.
-
-    Returns:
-        ``A`` and ``G`` -> layers in order of depth by cells; a side without numbers is left out.
-    """
-    found: dict[str, pd.DataFrame] = {}
-    if layers.empty or "name" not in layers:
-        return found
-    layers = layers.assign(cell=[cells.get(d) for d in layers["directory"]])
-    layers = layers.dropna(subset=["cell"])
-    for side in ("A", "G"):
-        if f"{what}_{side}" not in layers or f"dim_{side}" not in layers:
-            continue
-        numbers = _numbers(column(layers, f"{what}_{side}"))
-        if what == "clipped":
-            numbers = numbers / _numbers(column(layers, f"dim_{side}"))
-        else:
-            numbers = np.log10(numbers.where(numbers > 0))
-        wide = layers.assign(value=numbers).pivot_table(
-            index="name", columns="cell", values="value", aggfunc="mean", sort=False
-        )
-        order = [name for name in dict.fromkeys(layers["name"]) if name in wide.index]
-        order.sort(key=lambda name: "head" in str(name).rpartition(".")[2])  # the head comes last
-        columns = [c for c in dict.fromkeys(cells.values()) if c in wide.columns]
-        if order and columns:
-            found[side] = wide.loc[order, columns]
-    return found
-
-
-def _numbers(values: pd.Series) -> pd.Series:
-    return pd.Series(pd.to_numeric(values, errors="coerce"), dtype=float)
-
-
-@style.styled
-def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> Figure | None:
-    """A heat map over depth for each side: layers by cells.
-
-    None where there are no numbers, or where nothing at all was clipped.
-    """
-    sides = layer_values(layers, cells, what)
-    clipped = what == "clipped"
-    if not sides or (clipped and not any(v.to_numpy().any() for v in sides.values())):
-        return None
-    sides = {side: _few_rows(values) for side, values in sides.items()}
-    rows = max(len(values) for values in sides.values())
-    columns = max(len(values.columns) for values in sides.values())
-    if columns > MOST_COLUMNS:
-        raise ResultsError(f"{columns} cells are too many columns for a heat map")
-    width = max(style.WIDTH, 1.6 + 0.32 * columns) * len(sides)
-    words = labels.column("layers.csv", what).label
-    words = words if clipped else f"log10 of the {words}"
-    figure, panels = style.new_figure(width, 1.3 + 0.16 * rows, len(sides))
-    # The same colour is the same value on both sides.
-    low = 0.0 if clipped else min(float(v.min().min()) for v in sides.values())
-    high = max(1e-3, *(float(v.max().max()) for v in sides.values()))
-    for axes, (side, values) in zip(panels, sides.items(), strict=True):
-        image = axes.imshow(values.to_numpy(), aspect="auto", cmap="cividis", vmin=low, vmax=high)
-        style.name_ticks(axes, list(map(str, values.columns)))
-        axes.set_yticks(range(len(values)), list(map(str, values.index)), parse_math=False)
-        axes.tick_params(labelsize=5.5)
-        axes.set_title(side, fontsize=7)
-        axes.spines[:].set_visible(False)
-        if axes is panels[-1]:
-            bar = figure.colorbar(image, ax=panels, shrink=0.8, label=textwrap.fill(words, 40))
-            bar.ax.tick_params(labelsize=5.5)
-    figure.set_label(
-        f"{words[:1].upper()}{words[1:]}, layer by layer, from {low:.3g} to {high:.3g}"
-    )
-    return figure
-
-
-def _few_rows(values: pd.DataFrame) -> pd.DataFrame:
-    """Layers by cells; where there are too many layers, their means by kind."""
-    rows = [{"name": name} for name in values.index]
-    if len(rows) <= MOST_ROWS:
-        return values
-    groups = grouped(rows, MOST_ROWS)
-    means = {f"{kind} ({len(own)})": values.loc[[row["name"] for row in own]].mean()
-             for kind, own in groups.items()}  # fmt: skip
-    return pd.DataFrame(means).T

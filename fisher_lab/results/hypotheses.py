@@ -24,7 +24,10 @@ CHECKPOINT = "model.train_seed"
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
 
-COMMON = ("type", "text", "where", "by", "over", "alpha", "not", "design")
+COMMON = ("type", "name", "text", "where", "by", "over", "alpha", "not", "design")
+
+NAME = r"(?=.*[A-Za-z])[A-Za-z0-9-]+"
+"""What a claim may be called in an appendix; its place in the sweep file is the number."""
 
 TYPES = {
     "equivalent": ("metric groups margin|ratio", ""),
@@ -98,10 +101,13 @@ def parse(claim: Any, number: int = 1, design: Any = None) -> Hypothesis:
     if kind not in TYPES:
         raise ResultsError(f"{name}: type={kind} is not allowed: one of {', '.join(TYPES)}")
     _check_keys(f"{name} ({kind})", *TYPES[kind], claim)
+    if not re.fullmatch(NAME, str(claim.get("name") or "a")):
+        words = "letters, digits and hyphens, not a number alone"
+        raise ResultsError(f"{name}: name={claim['name']} is not allowed: {words}")
     options = {
         str(key): _option(name, str(key), value)
         for key, value in claim.items()
-        if key not in ("type", "text", "design") and value is not None
+        if key not in ("type", "name", "text", "design") and value is not None
     }
     _check_together(name, kind, options)
     text = text_of(claim)

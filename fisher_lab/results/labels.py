@@ -76,8 +76,16 @@ class Entry:
     @property
     def heading(self) -> str:
         """The words for narrow places with unit and arrow, as a table's column has them."""
-        words = f"{self.short} ({self.unit})" if self.unit else self.short
-        return f"{words} {self.arrow}".rstrip()
+        return self._heading(self.short)
+
+    @property
+    def long_heading(self) -> str:
+        """The heading with the symbol, where the words do not have it."""
+        symbol = "" if self.symbol in self.short else self.symbol.replace(" ", "\u00a0")
+        return self._heading(f"{self.short} {symbol}".rstrip())
+
+    def _heading(self, words: str) -> str:
+        return f"{words}{f' ({self.unit})' if self.unit else ''} {self.arrow}".rstrip()
 
     def text(self, value: Any) -> str:
         """A value as a screen shows it."""
@@ -253,6 +261,22 @@ def column(file: str, name: str) -> Entry:
 def words(place: str, value: str) -> str:
     """The words of a part of a metric's name, such as a ``direction``."""
     return catalogue().words.get(place, {}).get(value, value)
+
+
+_KEY = re.compile(r"(?<![\w/.~-])[A-Za-z]\w*(?:[/.]\w+)+(?![\w/])")
+
+
+def in_words(text: str) -> str:
+    """A text with the keys of settings and metrics in it replaced by their words."""
+    known = catalogue()
+
+    def named(found: re.Match[str]) -> str:
+        if setting := known.settings.get(found[0]):
+            return setting.short
+        entry = known.find(found[0])
+        return entry.label if entry else found[0]
+
+    return _KEY.sub(named, text)
 
 
 def lower_is_better(value: float, better: str | float) -> float:

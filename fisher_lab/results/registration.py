@@ -46,8 +46,12 @@ def digest(content: Mapping[str, Any]) -> str:
 
 
 def claim_id(hypothesis: Hypothesis) -> str:
-    """12 hexadecimal digits that change with a claim's words, its numbers or its design."""
-    return _hash({"claim": hypothesis.stated, "design": dataclasses.asdict(hypothesis.design)})[:12]
+    """12 hexadecimal digits that change with a claim's words, its numbers or its design.
+
+    What an appendix calls it (``name``) makes no difference.
+    """
+    stated = {key: value for key, value in hypothesis.stated.items() if key != "name"}
+    return _hash({"claim": stated, "design": dataclasses.asdict(hypothesis.design)})[:12]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from fisher_lab.results import claims, export, figure_style, figures, look_figures, paper
 from fisher_lab.results.hypotheses import claimed_metrics
-from fisher_lab.results.paper import Places
+from fisher_lab.results.places import Places
 from fisher_lab.results.table import Table, tabulate
 from fisher_lab.results.values import (
     SEED,
@@ -164,7 +164,7 @@ def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
 
 def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
     drawn = []
-    for name, figure in figures.make_figures(table, frame):
+    for name, figure in figures.make_figures(figures.figure_makers(table, frame, joint=True)):
         if isinstance(figure, str):
             continue
         data = _png(figure) if len(drawn) < MOST_FIGURES else ""

@@ -84,10 +84,12 @@ class TableCell:
     def rounded(self, statistic: str) -> Rounded:
         """The mean, to the digits that its interval leaves, or the median by its quartiles."""
         s = self.summary
+        if s.n < FEW:
+            return Rounded(s.mean)
         if statistic == "mean":
             skewed = self.method == "log"  # the nearer end says where the digits begin
             return Rounded(s.mean, min(s.mean - s.low, s.high - s.mean) if skewed else s.half_width)
-        return Rounded(s.median, (s.q3 - s.q1) / 2 if s.n > 1 else None)
+        return Rounded(s.median, (s.q3 - s.q1) / 2)
 
     @property
     def expected(self) -> int:
@@ -157,6 +159,9 @@ def make_cell(
     )  # fmt: skip
 
 
+FEW = 3
+"""Runs from which on an interval is shown: of fewer their numbers themselves."""
+
 NEGLIGIBLE = 1e-6
 """Numbers that differ by less than this fraction are equally good, however certain that is."""
 
@@ -224,11 +229,9 @@ class Table:
 
     def point(self, key: CellKey) -> tuple[float, float, float]:
         """The number that stands for a cell, and the ends of its interval (NaN where none)."""
-        s = self.cells[key].summary
-        if self.statistic[key[1]] == "median":
-            both = (s.q1, s.q3) if s.n > 1 else (math.nan, math.nan)
-            return s.median, *both
-        return s.mean, s.low, s.high
+        s, is_median = self.cells[key].summary, self.statistic[key[1]] == "median"
+        middle, low, high = (s.median, s.q1, s.q3) if is_median else (s.mean, s.low, s.high)
+        return (middle, low, high) if s.n >= FEW else (middle, math.nan, math.nan)
 
     @override
     def __repr__(self) -> str:
@@ -241,10 +244,10 @@ class Table:
         """A metric against a setting, by default the first ones (:func:`.figures.plot`)."""
         return resolve_name("fisher_lab.results.figures:plot")(self, metric, axis)
 
-    def heading(self, metric: str, col: Key) -> str:
-        """The heading of a column, for people."""
+    def heading(self, metric: str, col: Key, symbol: bool = False) -> str:
+        """The heading of a column, for people; with the metric's symbol where there is room."""
         where = ", ".join(label(value) for value in col)
-        words = labels.metric(metric).heading
+        words = getattr(labels.metric(metric), "long_heading" if symbol else "heading")
         return f"{words}, {where}" if where else words
 
 
@@ -567,6 +570,8 @@ def _add_notes(table: Table, runs: pd.DataFrame) -> None:
             shown.append("median [quartiles] of times")
         if table.details:
             shown.append("sd is the standard deviation")
+        if 2 in numbers:
+            shown = [*(shown if max(numbers) >= FEW else []), "of two runs both numbers"]
         over = ", ".join(table.over) or "nothing"
         table.notes.insert(0, f"{'; '.join(shown)}; over {over}, n = {count}")
     lost = sum(not cell.complete for cell in table.cells.values())

@@ -361,6 +361,11 @@ WRONG = [
     ({**EQUIVALENT, "margin": 0}, "margin=0 is not allowed: above 0"),
     ({**EQUIVALENT, "margin": "much"}, "margin=much is not a number"),
     ({**EQUIVALENT, "ratio": 1}, "ratio=1 is not allowed: above 1"),
+    (
+        {**EQUIVALENT, "margin": 1, "name": "a b"},
+        "name=a b is not allowed: letters, digits and hyphens",
+    ),
+    ({**EQUIVALENT, "margin": 1, "name": "7"}, "name=7 is not allowed"),
     ({**EQUIVALENT, "margn": 1}, "there is no key margn; did you mean margin?"),
     ({**EQUIVALENT, "margin": 1, "groups": {"a": ["b"]}}, "two values or more"),
     ({**EQUIVALENT, "margin": 1, "alpha": 0.7}, "alpha=0.7 is not allowed"),

@@ -18,6 +18,7 @@ from fisher_lab.results import (
     figure_style,
     figures,
     finish,
+    layer_figures,
     load,
     load_layers,
     load_table,
@@ -224,14 +225,14 @@ def test_the_heat_map_holds_the_means_of_the_layers(tmp_path):
     root = layered(tmp_path / "s")
     frame = load(root)
     names = figures.cell_names(tabulate(frame, metrics=["m"]), frame)
-    values = figures.layer_values(load_layers(root), names, "clipped")
+    values = layer_figures.layer_values(load_layers(root), names, "clipped")
     assert list(values["A"].index) == ["h.0", "h.1", "lm_head"]
     assert list(values["A"].columns) == ["damping=1e-5", "damping=1e-4"]
     assert values["A"].loc["h.1"].tolist() == pytest.approx([0.3, 0.2])
-    figure = figures.layer_figure(load_layers(root), names, "clipped")
+    figure = layer_figures.layer_figure(load_layers(root), names, "clipped")
     drawn = figure.axes[0].get_images()[0].get_array()
     np.testing.assert_allclose(drawn, values["A"].to_numpy())
-    kappa = figures.layer_values(load_layers(root), names, "kappa")
+    kappa = layer_figures.layer_values(load_layers(root), names, "kappa")
     assert kappa["A"].loc["h.1"].tolist() == pytest.approx([3.0, 3.0])
     assert "G" not in kappa
 
@@ -244,12 +245,39 @@ def test_a_heat_map_of_many_layers_has_kinds_as_rows_and_one_scale_of_colours(tm
     ]  # fmt: skip
     make_run(tmp_path / "s" / "0", {"seed": 0}, {"m": 1.0}, layers=rows)
     layers = load_layers(tmp_path / "s")
-    figure = figures.layer_figure(layers, dict.fromkeys(layers["directory"], "a"), "kappa")
+    figure = layer_figures.layer_figure(layers, dict.fromkeys(layers["directory"], "a"), "kappa")
+    (axes,) = figure.axes  # one cell: a profile over depth
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["h.*.k (30)", "h.*.q (30)"]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert drawn == {"factor A": [2.0, 2.0], "factor G": [5.0, 5.0]}
+    for row in rows:
+        row["kappa_A"] *= 10
+    make_run(tmp_path / "s" / "1", {"seed": 0, "kfac.damping": 1.0}, {"m": 1.0}, layers=rows)
+    layers = load_layers(tmp_path / "s")
+    cells = dict(zip(dict.fromkeys(layers["directory"]), ("d=1, p=a", "d=2, p=a"), strict=True))
+    figure = layer_figures.layer_figure(layers, cells, "kappa")
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names == ["h.*.k (30)", "h.*.q (30)"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["1, a", "2, a"]
+    assert figure.axes[0].get_xlabel() == "d, p"
     images = [axes.get_images()[0] for axes in figure.axes[:2]]
     assert {image.get_clim() for image in images} == {(2.0, 5.0)}
-    np.testing.assert_allclose(images[0].get_array(), [[2.0], [2.0]])
+    np.testing.assert_allclose(images[0].get_array(), [[2.0, 3.0], [2.0, 3.0]])
+
+
+def test_cells_of_the_same_colours_are_one_column_and_nothing_is_drawn_of_one(tmp_path):
+    for i, kappa in enumerate((1e3, 1e3 * (1 + 1e-6), 1e5)):
+        rows = [{"name": f"h.{n}.k", "dim_A": 10, "kappa_A": kappa * 10**n} for n in range(3)]
+        settings = {"seed": 0, "kfac.damping": i + 1.0}
+        make_run(tmp_path / "s" / str(i), settings, {"m": 1.0}, layers=rows)
+    layers = load_layers(tmp_path / "s")
+    cells = {d: f"damping={i}" for i, d in enumerate(dict.fromkeys(layers["directory"]))}
+    figure = layer_figures.layer_figure(layers, cells, "kappa")
+    assert figure.axes[0].get_images()[0].get_array().shape == (3, 2)
+    assert "are one column: damping=0|1 (identical to" in str(figure.get_label())
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["0.k", "1.k", "2.k"]
+    equal = layers[layers["directory"] != list(cells)[2]]
+    assert layer_figures.layer_figure(equal, cells, "kappa") is None
 
 
 def test_nothing_is_drawn_where_nothing_was_clipped(tmp_path):
@@ -257,8 +285,8 @@ def test_nothing_is_drawn_where_nothing_was_clipped(tmp_path):
     make_run(tmp_path / "s" / "0", {"seed": 0}, {"m": 1.0}, layers=rows)
     layers = load_layers(tmp_path / "s")
     cells = dict.fromkeys(layers["directory"], "a cell")
-    assert figures.layer_figure(layers, cells, "clipped") is None
-    assert figures.layer_figure(layers, cells, "kappa") is not None
+    assert layer_figures.layer_figure(layers, cells, "clipped") is None
+    assert layer_figures.layer_figure(layers, cells, "kappa") is not None
 
 
 def test_curves_are_means_over_runs(tmp_path):
@@ -384,17 +412,15 @@ def test_the_decay_of_every_block_holds_the_eigenvalues_of_the_runs(tmp_path):
             spectra(tmp_path / "s" / f"{seed}-{scale}", seed, scale)
     frame = load(tmp_path / "s")
     plans = figures.figure_makers(tabulate(frame), frame)
-    names = [name for name in plans if "decay" in name]
-    assert names == ["spectra_decay_h.0", "spectra_decay_lm_head"]
-    figure = plans["spectra_decay_h.0"]()
+    figure = plans["spectra-decay"]()
+    assert [axes.get_title() for axes in figure.axes] == ["h.0", "lm_head"]
     axes = figure.axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_ylabel() == "eigenvalue of h.0"
     drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
     for words, scale in (("deterministic=false", 1.0), ("deterministic=true", 7.0)):
         expected = [(i + 1, scale * 10.0**-i * 1.5) for i in range(3)]  # zero is not drawn
         np.testing.assert_allclose(drawn[words], expected, rtol=1e-12)
-    assert figure.get_figwidth() == figure_style.WIDTH
+    assert figure.get_figwidth() == figure_style.PAGE
     (tmp_path / "s" / "0-1.0" / "spectral.json").write_text("[]")
     (problem,) = figures.draw(tabulate(frame), frame, tmp_path / "out").problems
     assert "spectral.json cannot be read" in problem

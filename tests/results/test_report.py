@@ -75,7 +75,7 @@ def test_the_report_is_one_file_that_loads_nothing(results, tmp_path):
     for words in ("Claims", "does not hold", "invalid", "MemoryError: no room", "Provenance",
                   "python -m fisher_lab", "What all runs have in common"):  # fmt: skip
         assert words in text
-    assert len([load for load in page.loads if load.startswith("data:")]) >= 4
+    assert len([load for load in page.loads if load.startswith("data:")]) == 3
 
 
 def test_the_methods_paragraph_says_what_the_records_say(results):
@@ -164,6 +164,20 @@ def test_several_sweeps_have_a_paragraph_each_after_what_they_share(tmp_path):
     assert "<h3>one</h3><p>Tikhonov damping was 0.001 on" in page(frame)
 
 
+def test_the_methods_say_once_what_most_sweeps_have_and_what_differs(tmp_path):
+    for name, damping, seeds in (("a", 1e-3, 2), ("b", 1e-3, 2), ("c", 1e-2, 2), ("d", 1e-3, 1)):
+        for seed in range(seeds):
+            make_run(tmp_path / name / str(seed), {"kfac.damping": damping, "seed": seed})
+    (first, shared), *rest = paper.paragraphs(load(tmp_path))
+    assert first == ""
+    assert shared[0] == paper.UNLESS
+    assert sum(sentence.startswith("Tikhonov damping was 0.001") for sentence in shared) == 1
+    assert [heading for heading, _ in rest] == ["c", "d"]
+    assert [text[0].partition(" on ")[0] for _, text in rest] == [
+        "Tikhonov damping was 0.01", "Every setting was run with 1 seed.",
+    ]  # fmt: skip
+
+
 def test_the_report_in_a_real_browser(results, tmp_path):
     if executable() is None:
         pytest.skip("no Chromium here: apt-get install chromium")
@@ -239,6 +253,37 @@ def test_the_appendix_has_the_verdicts_of_all_sweeps_and_its_latex_is_balanced(r
         begun = re.findall(r"\\begin\{(\w+)\}", text)
         ended = re.findall(r"\\end\{(\w+)\}", text)
         assert sorted(begun) == sorted(ended), file
+
+
+def test_a_paper_cites_claims_sections_tables_and_figures(tmp_path):
+    claims = [
+        {"type": "bounded", "metric": "ng/cosine", "at_most": 10, "text": "small", "name": "small"},
+        {"type": "bounded", "metric": "ng/cosine", "at_most": 0.1, "text": "tiny"},
+    ]
+    axes = {"kfac.damping": (1e-5, 1e-4, 1e-3), "seed": range(3)}
+    numbers = crossed(axes, lambda d, s: {"ng/cosine": d * 1e3 + s, "kfac/clipped_frac_A": 0.0})
+    make_sweep(tmp_path / "damping_x", numbers, claims=claims, title="The damping")
+    folder = tmp_path / "appendix"
+    write_appendix(load(tmp_path / "damping_x"), folder)
+    text = (folder / "appendix.tex").read_text()
+    for word in ("sec:methods", "sec:damping_x", "fig:damping_x-metrics_by_kfac.damping"):
+        assert f"\\label{{{word}}}" in text
+    assert "Damping_x" not in text  # the title is the heading
+    table = (folder / "damping_x" / "table.tex").read_text()
+    assert r"\label{tab:damping-x}" in table
+    assert "The damping. A row for each damping. The same in all rows: clipped of A (0)." in table
+    assert r"1 $\times$ holds and 1 $\times$ does not hold (Table~\ref{tab:claims})." in table
+    macros = (folder / "claim-macros.tex").read_text()
+    assert "csname fisherlab-claim-damping-x-small\\endcsname{holds (cosine, natural" in macros
+    assert "csname fisherlab-verdict-damping-x-2\\endcsname{does not hold}" in macros
+    claims_tex = (folder / "claims.tex").read_text()
+    assert "ng/cosine" not in claims_tex + macros + table
+    assert "All verdicts are exploratory: the sweep has no registration.json." in claims_tex
+    (folder / "mine.tex").write_text(
+        "\\documentclass{article}\\begin{document}\\input{claim-macros}"
+        "\\claim{damping-x-small}, \\claimverdict{damping-x-2}, \\claim{none}\\end{document}"
+    )
+    assert compiles(folder / "mine.tex").returncode == 0
 
 
 FAKE = """#!/bin/sh

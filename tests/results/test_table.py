@@ -299,6 +299,17 @@ def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     assert "±" not in export.to_text(table).replace(table.notes[0], "")
 
 
+def test_two_runs_are_two_numbers_without_an_interval(tmp_path):
+    axes = {"kfac.damping": (0.01, 0.02), "seed": range(2)}
+    table = tabulate(swept(tmp_path, axes, lambda d, s: {"m": d * 100 + 10.0 * s, "t_s": d + s}))
+    assert export.cell_text(table, ((0.01,), "m", ())).plain == "1, 11"
+    assert export.cell_text(table, ((0.01,), "t_s", ())).plain == "0.01000, 1.010"
+    assert all(math.isnan(end) for end in table.point(((0.01,), "m", ()))[1:])
+    assert table.notes[0] == "of two runs both numbers; over seed, n = 2"
+    assert "$1$, $11$" in to_latex(table)
+    assert "±" not in export.to_text(table) + export.to_markdown(table)
+
+
 def test_a_seed_that_was_run_twice_counts_once_and_a_later_failure_hides_nothing(sweep):
     settings = {"kfac.policy": "all", "kfac.damping": 1e-5, "seed": 0}
     make_run(sweep / "failed", settings, error=RuntimeError("x"))
@@ -418,7 +429,8 @@ def test_wide_tables_are_split_in_latex_and_on_the_terminal(tmp_path):
     frame = swept(tmp_path, {"seed": range(3)}, lambda s: dict.fromkeys(names, s / 3))
     table = tabulate(frame, metrics=names)
     assert max(map(len, export.to_text(table, 100).splitlines())) <= 100
-    assert to_latex(table).count(r"\begin{table}") > 1
+    assert to_latex(table).count(r"\begin{tabular}{@{}r") > 1
+    assert to_latex(table).count(r"\caption") == 1  # they are one table
     assert all(export.to_text(table, 100).count(name) == 1 for name in names)
 
 
