@@ -198,9 +198,11 @@ class DataConfig:
             yield "path", "a name on the hub or a saved data set with data.type=hf"
 
 
-OPTIMIZERS = ("adamw", "sgd", "muon", "kfac", "ekfac")
 CURVATURE_OPTIMIZERS = ("kfac", "ekfac")
 """Those that take the section ``kfac`` too."""
+MATRIX_OPTIMIZERS = ("muon", "soap", "shampoo")
+"""Those of libraries whose steps are those of whole matrices; the rest is AdamW's."""
+OPTIMIZERS = ("adamw", "sgd", *MATRIX_OPTIMIZERS, *CURVATURE_OPTIMIZERS)
 
 
 @dataclass
@@ -211,9 +213,15 @@ class OptimizerConfig:
     lr: float | None = setting(
         None, "Peak learning rate; null: `model.recipe.lr`.", above(0) | null
     )
-    beta1: float = setting(0.9, "AdamW: decay of the first moment.", fraction())
-    beta2: float = setting(0.95, "AdamW: decay of the second moment.", fraction())
-    eps: float = setting(1e-8, "AdamW: added to the root of the second moment.", above(0))
+    beta1: float = setting(0.9, "AdamW, `soap`, `shampoo`: decay of the first moment.", fraction())
+    beta2: float = setting(
+        0.95,
+        "AdamW, `soap`, `shampoo`: decay of the second moment, and of the matrices' statistics.",
+        fraction(),
+    )
+    eps: float = setting(
+        1e-8, "AdamW, `soap`, `shampoo`: added to the root of the second moment.", above(0)
+    )
     momentum: float = setting(
         0.9, "`sgd`, `muon`, `kfac`, `ekfac`: decay of the running sum of steps.", fraction()
     )
@@ -230,7 +238,7 @@ class OptimizerConfig:
     )
     rest_lr: float | None = setting(
         None,
-        "`muon`, `kfac`, `ekfac`: peak rate of AdamW, for the parameters that they leave to it; "
+        "All but `adamw` and `sgd`: peak rate of AdamW, for the parameters that they leave to it; "
         "null: `model.recipe.lr`.",
         above(0) | null,
     )
@@ -277,7 +285,8 @@ class OptimizerConfig:
     inverse_freq: int | None = setting(
         None,
         "`kfac`, `ekfac`: steps between two refreshes of the inverses and looks at the reduction "
-        "ratio; null: `kfac.update_freq`, that is with the factors.",
+        "ratio; null: `kfac.update_freq`, that is with the factors. `soap`, `shampoo`: of the "
+        "eigenbases, of the roots; null: 10.",
         whole(1) | null,
     )
     refresh_below: float | None = setting(

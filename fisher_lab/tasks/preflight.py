@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab import tracking
@@ -22,7 +23,7 @@ def preflight(config: Config) -> Mapping[str, Any]:
 
     Raises:
         ConfigError: a device that this machine does not have; a text or a model that does not
-            exist; a tracker whose package is missing.
+            exist; a tracker or an optimiser whose package is missing.
         LabelError: the user's own names of metrics cannot be read.
     """
     from fisher_lab.workload import pretrained_files
@@ -32,6 +33,7 @@ def preflight(config: Config) -> Mapping[str, Any]:
     labels.catalogue()  # the user's own names can be read
     content = content_identity(config)
     pretrained_files.check(config)
+    check_optimizer(config)
     check_ranks(config)
     asked = {"device": config.device}
     if config.task.name == "analyze" and config.spectral.enabled:
@@ -45,6 +47,21 @@ def preflight(config: Config) -> Mapping[str, Any]:
             allowed = "auto or cpu on a machine without a CUDA device"
             raise ConfigError.value(key, "cuda", allowed)
     return content
+
+
+def check_optimizer(config: Config) -> None:
+    """Check that the package of an optimiser is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    name = config.optimizer.name
+    of_package = config.task.name == "train" and name in ("soap", "shampoo")
+    if of_package and find_spec("pytorch_optimizer") is None:
+        raise ConfigError(
+            f"optimizer={name} needs the package pytorch_optimizer: "
+            "pip install 'fisher-lab[optimizers]'"
+        )
 
 
 def check_ranks(config: Config) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fisher_lab import tracking
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
-from fisher_lab.config.workload import CURVATURE_OPTIMIZERS
+from fisher_lab.config.workload import CURVATURE_OPTIMIZERS, MATRIX_OPTIMIZERS
 from fisher_lab.distributed.process_group import Ranks
 from fisher_lab.runs import atomic
 from fisher_lab.runs.record import Run, strict
@@ -129,16 +129,17 @@ def check_ranks(config: Config, batch_size: int, ranks: int) -> None:
     """Refuse what ranks with shards cannot do, before anything is trained.
 
     Raises:
-        ConfigError: Muon, or a batch with fewer sequences than ranks and a curvature optimiser.
+        ConfigError: Steps of whole matrices, or fewer sequences than ranks and a curvature
+            optimiser.
     """
     if ranks == 1 or config.distributed.wrapper != "fsdp":
         return
-    if config.optimizer.name == "muon":
+    if config.optimizer.name in MATRIX_OPTIMIZERS:
         allowed = (
             "another one with distributed.wrapper=fsdp, where its steps are not those of whole "
             "matrices"
         )
-        raise ConfigError.value("optimizer.name", "muon", allowed)
+        raise ConfigError.value("optimizer.name", config.optimizer.name, allowed)
     if config.optimizer.name in CURVATURE_OPTIMIZERS and batch_size < ranks:
         where = "with distributed.wrapper=fsdp and a curvature optimiser"
         allowed = f"at least {ranks}, the ranks, {where}"

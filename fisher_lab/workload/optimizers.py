@@ -201,8 +201,8 @@ def make(
         case "sgd":
             groups = _groups(parameters, config.weight_decay)
             optimizers = [_DecoupledSGD(groups, lr=1.0, momentum=config.momentum)]
-        case "muon":
-            optimizers = _muon(model, parameters, config)
+        case "muon" | "soap" | "shampoo":
+            optimizers = _of_matrices(model, parameters, config)
         case "kfac" | "ekfac":
             kfac = _kfac(model, run, parallel)
             return KFACUpdater(model, loss_fn, run, [kfac], parallel)
@@ -243,26 +243,33 @@ class _DecoupledSGD(torch.optim.SGD):
                 group["weight_decay"] = decay
 
 
-def _muon(
+def _of_matrices(
     model: nn.Module, parameters: list[nn.Parameter], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """``torch.optim.Muon`` on the hidden matrices, AdamW on embeddings, head and vectors."""
+    """A library's optimiser on the hidden matrices, AdamW on embeddings, head and vectors."""
+    outer = {module.weight for module in outer_layers(model).values()}
+    hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
+    adamw = _adamw([p for p in parameters if p.dim() != 2 or p in outer], config)
+    for group in adamw.param_groups:
+        group["rate_factor"] = rest_factor(config)
+    if config.name == "muon":
+        return [_muon(hidden, config), adamw]
+    from fisher_lab.workload import shampoo  # its package is an optional one
+
+    return [shampoo.make(hidden, config), adamw]
+
+
+def _muon(hidden: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError.value(
             "optimizer.name", "muon", f"another one with torch {torch.__version__} (no Muon in it)"
         )
-    outer = {module.weight for module in outer_layers(model).values()}
-    hidden = [p for p in parameters if p.dim() == 2 and p not in outer]
-    muon = torch.optim.Muon(
+    return torch.optim.Muon(
         hidden,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = _adamw([p for p in parameters if p.dim() != 2 or p in outer], config)
-    for group in adamw.param_groups:
-        group["rate_factor"] = rest_factor(config)
-    return [muon, adamw]
 
 
 def _kfac(model: nn.Module, run: TrainingRun, parallel: DataParallel) -> KFACOptimizer:

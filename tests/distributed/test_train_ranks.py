@@ -18,6 +18,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"eps": 1e-4},
     "sgd": {"lr": 0.5},
     "muon": {"lr": 0.02},
+    "soap": {"lr": 0.01, "inverse_freq": 2},
+    "shampoo": {"lr": 0.01, "inverse_freq": 2},
     "kfac": KFAC,
     "ekfac": {**KFAC, "clip": "trust"},
 }
@@ -65,7 +67,7 @@ def assert_like_one(one: dict[str, Any], answers: list[dict], bound: float) -> N
         ("adamw", "ddp", "gram"), ("adamw", "fsdp", "gram"), ("sgd", "ddp", "gram"),
         ("sgd", "fsdp", "gram"), ("muon", "ddp", "gram"), ("kfac", "ddp", "gram"),
         ("kfac", "fsdp", "gram"), ("kfac", "ddp", "gather"), ("ekfac", "ddp", "gram"),
-        ("ekfac", "fsdp", "gather"),
+        ("ekfac", "fsdp", "gather"), ("shampoo", "ddp", "gram"),
     ],
 )  # fmt: skip
 def test_two_ranks_do_what_one_process_does(ranks, data, tmp_path, name, wrapper, mode):
@@ -163,9 +165,10 @@ def test_weights_that_differ_are_an_error(ranks, data, tmp_path):
 
 
 def test_what_shards_cannot_do_is_refused(data):
-    muon = config(data, "muon", distributed={"wrapper": "fsdp"})
-    with pytest.raises(ConfigError, match=r"optimizer\.name=muon .*wrapper=fsdp"):
-        train.check_ranks(muon, batch_size=4, ranks=2)
+    for name in ("muon", "soap", "shampoo"):
+        whole = config(data, name, distributed={"wrapper": "fsdp"})
+        with pytest.raises(ConfigError, match=rf"optimizer\.name={name} .*wrapper=fsdp"):
+            train.check_ranks(whole, batch_size=4, ranks=2)
     kfac = config(data, "kfac", distributed={"wrapper": "fsdp"})
     with pytest.raises(ConfigError, match=r"train\.batch_size=1 .*at least 2, the ranks"):
         train.check_ranks(kfac, batch_size=1, ranks=2)

@@ -70,6 +70,8 @@ OPTIONS = {
     "adamw": {},
     "sgd": {"lr": 0.1},
     "muon": {"lr": 0.01},
+    "soap": {"lr": 0.01, "inverse_freq": 2},
+    "shampoo": {"lr": 0.01, "inverse_freq": 2},
     "kfac": {"lr": 0.01, "damping_schedule": "lm", "inverse_freq": 2},
     "ekfac": {"lr": 0.01, "clip": "kl"},
 }

@@ -214,3 +214,81 @@ def test_an_unknown_optimizer_is_named(inputs):
     model, _ = fresh(inputs)
     with pytest.raises(ConfigError, match=r"optimizer\.name=lion .*one of adamw"):
         optimizers.make(model, None, training_run(optimizer=OptimizerConfig(name="lion")))
+
+
+@pytest.mark.parametrize("name", ["muon", "soap", "shampoo"])
+def test_the_librarys_optimisers_have_the_hidden_matrices_and_adamw_the_rest(inputs, name):
+    model, task = fresh(inputs, dropout=0.0)
+    config = OptimizerConfig(name=name, lr=0.01, rest_lr=0.002, beta2=0.9, inverse_freq=3)
+    updater = optimizers.make(model, None, training_run(optimizer=config))
+    hidden, rest = updater.optimizers
+    names = {id(p): n for n, p in model.named_parameters()}
+    own = {names[id(p)] for group in hidden.param_groups for p in group["params"]}
+    blocks = {n for n, p in model.named_parameters() if ".h." in n and p.dim() == 2}
+    assert own == blocks
+    others = {names[id(p)] for group in rest.param_groups for p in group["params"]}
+    assert others == set(names.values()) - own
+    batch = task.batch("train", 0, seed=0, batch_size=2, seq_len=32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        updater.step(batch, 0.01, lambda k: batch)
+    assert [g["lr"] for g in hidden.param_groups] == [0.01]
+    assert {g["lr"] for g in rest.param_groups} == {0.002}
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in own)
+
+
+def test_soap_in_a_basis_of_its_first_gradient_is_adam_in_it():
+    """The package's step against Adam by hand on the rotated gradient, before a refresh."""
+    shampoo = pytest.importorskip("fisher_lab.workload.shampoo")
+    draws = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(5, 5, 5, generator=draws, dtype=torch.float64)
+    weight = torch.nn.Parameter(start.clone())
+    config = OptimizerConfig(name="soap", weight_decay=0.0, eps=1e-12)
+    soap = shampoo.make([weight], config)
+    soap.param_groups[0]["lr"] = 0.1
+    left, right = (torch.linalg.eigh(m).eigenvectors for m in (grads[0] @ grads[0].T,
+                                                             grads[0].T @ grads[0]))  # fmt: skip
+    first = second = torch.zeros_like(start)
+    expected = start.clone()
+    for k, gradient in enumerate(grads):
+        weight.grad = gradient.clone()
+        soap.step()
+        if k == 0:  # the first gradient makes the basis and no step
+            continue
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.95 * second + 0.05 * (left.T @ gradient @ right) ** 2
+        mean, root = left.T @ first @ right / (1 - 0.9**k), (second / (1 - 0.95**k)).sqrt()
+        expected = expected - 0.1 * left @ (mean / root) @ right.T
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_shampoo_takes_fourth_roots_of_its_averages_and_the_length_of_rmsprop():
+    """The package's step by hand, in float64."""
+    shampoo = pytest.importorskip("fisher_lab.workload.shampoo")
+    draws = torch.Generator().manual_seed(0)
+    start, *grads = torch.randn(5, 5, 5, generator=draws, dtype=torch.float64)
+    weight = torch.nn.Parameter(start.clone())
+    config = OptimizerConfig(name="shampoo", weight_decay=0.0, beta2=0.8, inverse_freq=1)
+    found = shampoo.make([weight], config)
+    found.param_groups[0]["lr"] = 0.1
+    sides = [1e-6 * torch.eye(n, dtype=torch.float64) for n in start.shape]
+    second = momentum = torch.zeros_like(start)
+    expected = start.clone()
+    for gradient in grads:
+        weight.grad = gradient.clone()
+        found.step()
+        second = 0.8 * second + 0.2 * gradient**2
+        sides = [
+            0.8 * side + 0.2 * product
+            for side, product in zip(sides, (gradient @ gradient.T, gradient.T @ gradient),
+                                     strict=True)
+        ]  # fmt: skip
+        roots = []
+        for side in sides:
+            values, vectors = torch.linalg.eigh(side + 1e-6 * side.norm(2) * torch.eye(len(side)))
+            roots.append(vectors @ torch.diag(values**-0.25) @ vectors.T)
+        step = roots[0] @ gradient @ roots[1]
+        step = step * (gradient / second.sqrt()).norm() / step.norm()
+        momentum = 0.9 * momentum + 0.1 * step
+        expected = expected - 0.1 * momentum
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-3, atol=1e-3)
