@@ -41,6 +41,7 @@ class DividedOptimizer(torch.optim.Optimizer):
     """Parameters whose method a forward pass has shown."""
     _behind: set[str]
     """Those that were trained when the factors were made."""
+    _warned: set[str]
 
     # What a recorder of passes and a saved state ask of the optimizer itself.
 

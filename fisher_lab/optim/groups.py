@@ -42,6 +42,27 @@ def outer_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def first(
+    named: Mapping[str, nn.Parameter], covered: set[str], rates: tuple[float, float]
+) -> list[Group]:
+    """Returns the groups of the constructor; AdamW's only where something is left to it.
+
+    Args:
+        named: the model's parameters; those that are trained are taken.
+        covered: names of those that are K-FAC's.
+        rates: of both methods.
+    """
+    made = []
+    for method, rate in zip(METHODS, rates, strict=True):
+        names = [
+            n for n, p in named.items() if p.requires_grad and (n in covered) == (method == "kfac")
+        ]
+        about = {"method": method, "name": label(method, 0), "set": 0, "lr": rate}
+        if names or method == "kfac":
+            made.append({"params": [named[n] for n in names], "param_names": names, **about})
+    return made
+
+
 def label(method: str, number: int) -> str:
     """Returns the name of a group, by which loggers of learning rates show it."""
     return method if number == 0 else f"{method}_{number}"
@@ -117,10 +138,11 @@ def _sibling(groups: list[Group], group: Group, rest_lr: float) -> Group:
 
 
 def by_decay(group: Group) -> list[Group]:
-    """Returns a group as two, so that matrices alone decay."""
+    """Returns a group as at most two that are not empty, so that matrices alone decay."""
     matrices = [p for p in group["params"] if p.dim() >= 2]
     others = [p for p in group["params"] if p.dim() < 2]
-    return [{**group, "params": matrices}, {**group, "params": others, "weight_decay": 0.0}]
+    parts = {**group, "params": matrices}, {**group, "params": others, "weight_decay": 0.0}
+    return [part for part in parts if part["params"]]
 
 
 # ---- saved groups --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fisher_lab.config.errors import SettingError
-from fisher_lab.config.fields import at_least, fraction, null, one_of, whole
+from fisher_lab.config.fields import Allowed, at_least, fraction, null, one_of, whole
 from fisher_lab.config.kfac import require
 from fisher_lab.curvature import wrappers
 from fisher_lab.curvature.collectives import Alone, Communicator
@@ -40,7 +40,17 @@ from fisher_lab.optim.ranks import Compute, of_all_ranks
 
 log = logging.getLogger(__name__)
 
-GRAFTS = ("none", "sgd", "adam")
+RANGES: dict[str, tuple[Allowed, type]] = {
+    "lr": (at_least(0), float),
+    "momentum": (fraction(), float),
+    "weight_decay": (at_least(0), float),
+    "rest_lr": (at_least(0) | null, float),
+    "inverse_freq": (whole(1) | null, int),
+    "refresh_below": (at_least(0) | null, float),
+    "outer": (one_of(*groups.METHODS), str),
+    "graft": (one_of("none", "sgd", "adam"), str),
+}
+"""What the arguments may be."""
 
 
 class KFACOptimizer(DividedOptimizer):
@@ -139,17 +149,12 @@ class KFACOptimizer(DividedOptimizer):
         communicator: Communicator | None = None,
         record: bool = True,
     ) -> None:
-        require("lr", lr, at_least(0))
-        require("momentum", momentum, fraction())
-        require("weight_decay", weight_decay, at_least(0))
-        require("inverse_freq", inverse_freq, whole(1) | null, int)
-        require("rest_lr", rest_lr, at_least(0) | null)
-        require("outer", outer, one_of(*groups.METHODS), str)
-        require("graft", graft, one_of(*GRAFTS), str)
-        require("refresh_below", refresh_below, at_least(0) | null)
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        given |= {"rest_lr": rest_lr, "inverse_freq": inverse_freq, "refresh_below": refresh_below}
+        for name, value in {**given, "outer": outer, "graft": graft}.items():
+            require(name, value, *RANGES[name])
         self.kfac = kfac or KFACNaturalGradient(track_diagonal=False, **self.DAMPINGS)
-        self.model = model
-        self.clipping = clipping or Clipping()
+        self.model, self.clipping = model, clipping or Clipping()
         self.damping: DampingSchedule = damping or ConstantDamping()
         self.inverse_freq, self.graft, self.refresh_below = inverse_freq, graft, refresh_below
         if graft != "none" and self.clipping.kind not in ("none", "trust"):
@@ -161,29 +166,19 @@ class KFACOptimizer(DividedOptimizer):
         self.last: dict[str, float] = {}
         self._rest_lr = lr if rest_lr is None else rest_lr
         self._fresh = False  # whether this step has new factors already
-        self._decided, self._behind = set(), set()
-        self._warned: set[str] = set()
+        self._decided, self._behind, self._warned = set(), set(), set()
         if outer == "adamw":
-            names = list(groups.outer_layers(unwrap(model)))
-            settings = self.kfac.settings
-            self.kfac.settings = replace(settings, exclude=[*settings.exclude, *names])
-        own = {"momentum": momentum, "betas": betas, "eps": eps}
-        own |= {"steps": 0, "multiplier": 1.0, "aged": False}
-        defaults = {**groups.adamw_defaults(), "lr": lr, "weight_decay": weight_decay, **own}
-        promised, named = self._promised(), self._named()
-        trained = [name for name, p in named.items() if p.requires_grad]
-        parts = [[n for n in trained if n in promised], [n for n in trained if n not in promised]]
-        first = [
-            {
-                "params": [named[name] for name in names], "param_names": names,
-                "method": method, "name": method, "set": 0, "lr": rate,
-            }
-            for method, names, rate in zip(groups.METHODS, parts, (lr, self._rest_lr), strict=True)
-            if names or method == "kfac"
-        ]  # fmt: skip
-        super().__init__(first, defaults)
+            self._leave_out(groups.outer_layers(unwrap(model)))
+        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        own |= {"betas": betas, "eps": eps, "steps": 0, "multiplier": 1.0, "aged": False}
+        first = groups.first(self._named(), self._promised(), (lr, self._rest_lr))
+        super().__init__(first, {**groups.adamw_defaults(), **own})
         self._record = record
         self._recorder = Recorder(self) if record else None
+
+    def _leave_out(self, layers: Iterable[str]) -> None:
+        settings = self.kfac.settings
+        self.kfac.settings = replace(settings, exclude=[*settings.exclude, *layers])
 
     # ---- factors and damping -----------------------------------------------------------------
 
@@ -452,7 +447,6 @@ class KFACOptimizer(DividedOptimizer):
             for group in self.param_groups
             if group["method"] == "adamw"
             for part in groups.by_decay(group)
-            if part["params"]
         ]
         if parts:
             adamw = torch.optim.AdamW(parts)

@@ -22,7 +22,7 @@ from fisher_lab.curvature.errors import BatchError, CurvatureError
 from fisher_lab.curvature.kfac.engine import KFACNaturalGradient
 from fisher_lab.curvature.kfac.own_pass import OwnPass, OwnRefresh, why_not
 from fisher_lab.optim import Clipping, ConstantDamping, KFACOptimizer, LevenbergMarquardt
-from fisher_lab.optim.groups import outer_layers
+from fisher_lab.optim.groups import by_decay, outer_layers
 from fisher_lab.optim.state import FACTORS
 from fisher_lab.workload.data_parallel import ONE_PROCESS, DataParallel
 from fisher_lab.workload.gradient import Diverged, LaterBatch, Updater
@@ -199,7 +199,7 @@ def make(
         case "adamw":
             optimizers = [_adamw(parameters, config)]
         case "sgd":
-            groups = _groups(parameters, config.weight_decay)
+            groups = by_decay({"params": parameters, "weight_decay": config.weight_decay})
             optimizers = [_DecoupledSGD(groups, lr=1.0, momentum=config.momentum)]
         case "muon" | "soap" | "shampoo":
             optimizers = _of_matrices(model, parameters, config)
@@ -215,7 +215,7 @@ def make(
 
 def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        _groups(parameters, config.weight_decay),
+        by_decay({"params": parameters, "weight_decay": config.weight_decay}),
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
@@ -306,15 +306,6 @@ def _damping_of_inputs(kfac: KfacConfig, config: OptimizerConfig) -> float | Non
     if kfac.damping_A is not None or kfac.damping is None or kfac.damping_mode == "pi":
         return kfac.damping_A
     return kfac.damping * config.damping_ratio
-
-
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, so that matrices alone decay."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def rest_factor(config: OptimizerConfig) -> float:
