@@ -9,10 +9,10 @@ written to a file and not repeated::
     python benchmarks/optimizers.py --steps 120 --trials 9 --seeds 5 --out outputs/optimizers
 
 Seconds of cells that ran at different times cannot be compared. ``--rounds`` measures the time of
-the steps separately: in every round each optimiser takes ``--timed-steps`` steps, in turn, and its
-median is compared with SGD's median of the same round::
+the steps separately: in every round each optimiser takes one step, in turn, and its time is divided
+by that of SGD's step of the same round::
 
-    python benchmarks/optimizers.py --steps 120 --rounds 5 --timed-steps 12
+    python benchmarks/optimizers.py --steps 120 --rounds 40 --threads 2
 
 ``hidden-sgd`` is a control: it is ``kfac`` without clipping and with a damping so large that the
 preconditioner is a multiple of the identity, which is SGD in the hidden layers and AdamW where
@@ -26,10 +26,10 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ from scipy.stats import qmc
 from fisher_lab.config import paths, sweep_files
 from fisher_lab.config.schema import Config
 from fisher_lab.config.validate import validate
+from fisher_lab.curvature import losses
 from fisher_lab.runs import atomic
 from fisher_lab.tasks import train
-from fisher_lab.workload import build, models, training_loop
+from fisher_lab.workload import build, models, optimizers, training_loop
 from fisher_lab.workload.inputs import prepare
 
 IDENTITY = 1e3
@@ -211,10 +212,10 @@ def seeds_table(args: argparse.Namespace) -> str:
         if not cells or any(c["loss"] is None for c in cells):
             lines.append(f"| `{name}` | diverged |" + " |" * len(POINTS))
             continue
-        losses = [_at(cells, share, args.steps) for share in POINTS]
+        curve = [_at(cells, share, args.steps) for share in POINTS]
         final = [c["loss"] for c in cells]
         spread = statistics.stdev(final) if len(final) > 1 else math.nan
-        middle = "".join(f" {loss:.3f} |" for loss in losses[:-1])
+        middle = "".join(f" {loss:.3f} |" for loss in curve[:-1])
         middle += f" {statistics.fmean(final):.3f} ± {spread:.3f} |"
         lines.append(f"| `{name}` |{middle} {_less(final, reference)} |")
     return "\n".join(lines)
@@ -239,22 +240,37 @@ def _less(final: list[float], reference: list[dict[str, Any]]) -> str:
 def timed_table(args: argparse.Namespace) -> str:
     """Seconds of a step, the optimisers in turn: medians, and ratios to SGD's of the same round."""
     names = list(dict.fromkeys(["sgd", *args.optimizers]))
-    chosen = {name: tuned(name, args)[0]["settings"] for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
+    steps = {name: _stepping(name, tuned(name, args)[0]["settings"], args) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.rounds):
-        for name in names:
-            result, _ = trained(name, chosen[name], 0, args.timed_steps, args)
-            seconds = [0.0, *(row["seconds"] for row in result.curve.rows)]
-            steps = [b - a for a, b in pairwise(seconds)]
-            taken[name].append(statistics.median(steps[1:]))
-            ratios[name].append(taken[name][-1] / taken["sgd"][-1])
-    lines = ["| optimiser | ms a step | of SGD's | lowest and highest |", "|---|---|---|---|"]
+    for number in range(args.rounds + 1):
+        for name in names if number % 2 else reversed(names):
+            began = perf_counter()
+            steps[name](number)
+            taken[name].append(perf_counter() - began)
+    lines = ["| optimiser | ms a step | of SGD's (quartiles) |", "|---|---|---|"]
     for name in args.optimizers:
-        r = ratios[name]
-        middle = f"{1000 * statistics.median(taken[name]):.0f} | {statistics.median(r):.2f}"
-        lines.append(f"| `{name}` | {middle} | {min(r):.2f} to {max(r):.2f} |")
+        pairs = list(zip(taken[name], taken["sgd"], strict=True))[1:]  # the first warms up
+        low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        shown = f"{1000 * statistics.median(a for a, _ in pairs):.0f}"
+        lines.append(f"| `{name}` | {shown} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
     return "\n".join(lines)
+
+
+def _stepping(
+    name: str, settings: Mapping[str, Any], args: argparse.Namespace
+) -> Callable[[int], Any]:
+    """One training of an optimiser; calling it with a number makes the step of that number."""
+    config = configured(name, settings, 0, args.steps, args.more)
+    args.inputs = args.inputs or prepare(config)
+    model = models.with_dtype(args.inputs.untrained(0), config.model.dtype).train()
+    run, objective = train.training_run(config, {}), args.inputs.objective
+    updater = optimizers.make(model, objective.loss_fn, run)
+    size: dict[str, Any] = {"batch_size": run.batch_size, "seq_len": run.seq_len, "seed": 0}
+
+    def batch(number: int) -> Any:
+        return losses.prepare(model, objective.batch("train", number, **size), objective.loss_fn)
+
+    return lambda number: updater.step(batch(number), run.lr / 10, lambda k: batch(number + k))
 
 
 def main() -> None:
@@ -265,7 +281,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=0, help="time the steps, in so many rounds")
-    parser.add_argument("--timed-steps", type=int, default=12, help="steps of a timed training")
     parser.add_argument("--out", type=Path, default=Path("outputs/optimizers"))
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("more", nargs="*", help="further overrides, for every cell")
@@ -282,7 +297,7 @@ def main() -> None:
     print(f"\nthe best trial, {args.seeds} seeds:\n")
     print(seeds_table(args))
     if args.rounds:
-        print(f"\ntimed apart, {args.rounds} rounds of {args.timed_steps} steps:\n")
+        print(f"\ntimed apart, {args.rounds} rounds of one step each:\n")
         print(timed_table(args))
 
 
