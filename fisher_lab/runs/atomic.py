@@ -15,7 +15,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,11 +40,32 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
+        for folder, check in _FENCES.get():
+            if target.is_relative_to(folder):
+                check()
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _flush_directory(target.parent)
+
+
+_FENCES: ContextVar[tuple[tuple[Path, Callable[[], None]], ...]] = ContextVar("fences", default=())
+
+
+@contextlib.contextmanager
+def fenced(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Ask before every file of a folder that is replaced here, after its new content is written.
+
+    Args:
+        folder: and everything below it.
+        check: raises where nothing is to be replaced.
+    """
+    before = _FENCES.set((*_FENCES.get(), (folder, check)))
+    try:
+        yield
+    finally:
+        _FENCES.reset(before)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -77,9 +77,12 @@ def sealed(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     found = {RUN_FILE: of_record(bare)}
     if status.is_final:
         for name, path in _closed(Path(directory)):
-            with contextlib.suppress(OSError):  # gone, or not to be read: no reason to lose the run
-                if path.is_file() and not path.is_symlink():
-                    found[name] = of_file(path)
+            # Gone, or not to be read: no reason to lose the run. Network file systems ask twice.
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    if path.is_file() and not path.is_symlink():
+                        found[name] = of_file(path)
+                    break
     return {**bare, ENTRY: found}
 
 

@@ -34,14 +34,22 @@ class Journal:
     path: Path
     locks: Path
 
-    def append(self, event: str, **fields: Any) -> None:
+    def append(
+        self, event: str, *, unless: Callable[[], object] | None = None, **fields: Any
+    ) -> None:
         """Add one event with JSON-able details, flushed to the disk.
+
+        Args:
+            event: its kind.
+            unless: asked while nobody else can write; where it says yes, nothing is added.
+            fields: details.
 
         Raises:
             TimeoutError: others held the journal for :data:`TIMEOUT_S` seconds.
         """
         with self._locked():
-            self._write([{"event": event, **fields}])
+            if unless is None or not unless():
+                self._write([{"event": event, **fields}])
 
     def append_all(self, entries: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Add events of earlier moments, with ``event`` and ``time`` (:func:`now`), in one piece.
@@ -87,7 +95,9 @@ class Journal:
                 if file.seek(0, os.SEEK_END) > 0:
                     file.seek(-1, os.SEEK_END)
                     line = line if file.read(1) == b"\n" else f"\n{line}"
-                file.write(line.encode())
+                data = line.encode()
+                while data:  # a disk that is nearly full takes a part, and says no word
+                    data = data[file.write(data) :]
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:

@@ -13,7 +13,10 @@ something, at least the later one sees the file of the other: both may give way,
 
 A holder that was frozen for longer than ``stale_after`` cannot be stopped. Its heartbeat notices
 and sets ``lost``; what it publishes then must be atomic and harmless, as a directory that is named
-by its content is (``atomic.directory``).
+by its content is (``atomic.directory``), or lie in the directory that the lock ``guards``. There it
+replaces no file any more: it looks at its lock between writing the temporary file and renaming it,
+and whoever takes over has removed all temporary files before. Who takes over also sees everything
+in that directory as it is, and not as its host remembers it.
 
 flufl.lock breaks a stale lock in two steps between which two processes can both win (it says so),
 compares the clocks of hosts, has no heartbeat, and keeps a dead holder's lock until it expires.
@@ -114,21 +117,33 @@ class Holder:
         return stat[_STATE] in ("Z", "X") or stat[_START_TIME] != self.started
 
 
+class LockLost(RuntimeError):
+    """Another process has taken over the lock under which a file was to be replaced."""
+
+
 class Lock:
     """An exclusive lock on a path that expires with its holder.
 
     Args:
         path: What is locked; the files of the lock are ``<path>.lock.<generation>``.
         stale_after: Seconds without a heartbeat after which others may take over.
+        guards: A directory of which only the holder replaces files; made where it is missing.
 
     Attributes:
         heartbeat: Seconds between two touches.
         lost: Set when another process has taken over the lock that this object held.
     """
 
-    def __init__(self, path: str | os.PathLike[str], stale_after: float = STALE_AFTER) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        stale_after: float = STALE_AFTER,
+        guards: Path | None = None,
+    ) -> None:
         self.path = Path(path)
         self.stale_after = stale_after
+        self.guards = guards
+        self._fence = contextlib.ExitStack()
         self.heartbeat = stale_after / 4
         self.lost = threading.Event()
         self._file: Path | None = None
@@ -157,6 +172,11 @@ class Lock:
             return False
         for generation in before:
             self._generation(generation).unlink(missing_ok=True)
+        try:
+            self._look_afresh()
+        except OSError:
+            mine.unlink(missing_ok=True)
+            raise
         self._file, self._token = mine, me.token
         self.lost.clear()
         self._stop.clear()
@@ -171,10 +191,22 @@ class Lock:
         until = time.monotonic() + timeout
         return any(self.acquire() for _ in _pauses(until))
 
+    def check(self) -> None:
+        """See whether the lock is still held, whatever this host remembers.
+
+        Raises:
+            LockLost: it is not.
+        """
+        self._now()
+        if not self._is_still_mine():
+            self.lost.set()
+            raise LockLost(f"the lock on {self.path} is held by another process by now")
+
     def release(self) -> None:
         """Give the lock up; without effect where it is not held."""
         if self._file is None:
             return
+        self._fence.close()
         self._stop.set()
         self._beating.join()
         if self._is_still_mine():
@@ -200,6 +232,8 @@ class Lock:
     def __enter__(self) -> Lock:
         if self._file is None:
             raise RuntimeError("acquire() the lock before entering it")
+        if self.guards is not None:
+            self._fence.enter_context(atomic.fenced(self.guards, self.check))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,10 +256,21 @@ class Lock:
     def _are_stale(self, holders: Iterable[Holder], now: float) -> bool:
         return all(now - one.touched > self.stale_after or one.is_gone() for one in holders)
 
-    def _now(self) -> float:
-        """The present time of the file system: on NFS it is the server's, and clocks differ."""
+    def _look_afresh(self) -> None:
+        """See everything in the guarded directory, and drop what others have begun to write."""
+        if self.guards is not None:
+            self.guards.mkdir(parents=True, exist_ok=True)
+            self._now(self.guards)
+            atomic.remove_leftovers(self.guards)
+
+    def _now(self, folder: Path | None = None) -> float:
+        """The present time of the file system: on NFS it is the server's, and clocks differ.
+
+        A host that has changed something in a directory looks at it afresh.
+        """
         # Not `.tmp`: the holder's `atomic.remove_leftovers` must not take it away.
-        probe = self.path.parent / f".{self.path.name}.{secrets.token_hex(8)}.now"
+        name = f".{self.path.name}.{secrets.token_hex(8)}.now"
+        probe = (folder or self.path.parent) / name
         try:
             probe.touch(exist_ok=False)
             return probe.stat().st_mtime

@@ -55,7 +55,7 @@ class Run:
     ) -> Run:
         """Begin a record with the status ``running``.
 
-        Metrics of an earlier run in the same directory are removed: a record is of one run.
+        Metrics of an earlier run in the same directory are replaced by none.
 
         Args:
             directory: the run directory; made where it is missing.
@@ -66,7 +66,6 @@ class Run:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / METRICS_FILE).unlink(missing_ok=True)
         content = strict(identity or {})
         run = cls(
             directory,
@@ -84,6 +83,8 @@ class Run:
             },
         )
         run._write()
+        if (directory / METRICS_FILE).exists():  # replaced, as nothing can be removed under a fence
+            run.metrics({})
         return run
 
     @property

@@ -119,7 +119,7 @@ class Layout:
 
     def lock(self, run_id: str, stale_after: float = STALE_AFTER) -> Lock:
         """The lock of a cell."""
-        return Lock(self.locks / run_id, stale_after)
+        return Lock(self.locks / run_id, stale_after, self.run_directory(run_id))
 
     def ask_holder(self, run_id: str, stale_after: float) -> bool:
         """Ask the process that runs a cell on this machine to save and end; was there one?"""
@@ -134,9 +134,12 @@ class Layout:
 
     def note(self, run_id: str, status: Status) -> None:
         """Append how a cell ended, where its worker was killed before it could do so itself."""
-        events = [e["event"] for e in self.journal.read() if e.get("run_id") == run_id]
-        if not events or events[-1] != status:
-            self.journal_end(run_id, status, late=True)
+
+        def is_there() -> bool:
+            events = [e["event"] for e in self.journal.read() if e.get("run_id") == run_id]
+            return Status.COMPLETED in events or events[-1:] == [status]
+
+        self.journal_end(run_id, status, late=True, unless=is_there)
 
     def journal_end(self, run_id: str, status: Status, **more: Any) -> None:
         """Append how a cell ended (:meth:`end_of`)."""

@@ -41,6 +41,8 @@ PATIENCE = 2
 over network file systems."""
 CANCEL_TIMEOUT_S = 120.0
 """How long the jobs of a cancelled launch may take to leave the queue."""
+ARRIVES_S = 90.0
+"""What another host has written is there by then: NFS may take a name for missing for a minute."""
 RESUMABLE = ("train",)
 """Tasks that go on where they were; any other that reached its time limit would reach it again."""
 
@@ -76,7 +78,7 @@ class CellJob:
         Raises:
             RuntimeError: it did not complete; SLURM is to see the job as failed.
         """
-        cell = Cell.load(Path(path))
+        cell = _arrived(Path(path))
         node = worker.node_of(cell)
         asked: list[int] = []
         requeue = signal.signal(signal.SIGUSR2, lambda signum, _: asked.append(signum))
@@ -126,6 +128,14 @@ class CellJob:
             return False
         cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
+
+
+def _arrived(path: Path) -> Cell:
+    """A frozen cell, whose file may take its time to be seen on this node."""
+    until = time.monotonic() + ARRIVES_S
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(1.0)
+    return Cell.load(path)
 
 
 def _preemptions(cell: Cell) -> int:
@@ -520,6 +530,8 @@ def end_cell(cell: Cell, job: str, job_state: str) -> Status:
     state = cell.state
     if state.is_final or state is Status.RUNNING:
         return state
+    if job_state == "COMPLETED":  # it found the cell held, by somebody who has not completed it
+        return Status.INTERRUPTED
     # Under the mark of sweep.max_failures a job that runs goes on, and may die.
     may_have_died = state is Status.INTERRUPTED and job_state != GONE
     if job_state == "CANCELLED" or (cell.cancelled and not may_have_died):

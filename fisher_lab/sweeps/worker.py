@@ -14,11 +14,14 @@ import logging.config
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fisher_lab.distributed import launch
 from fisher_lab.runs import atomic, record, screen
+from fisher_lab.runs.lock import LockLost
 from fisher_lab.runs.signals import Interrupted, Watch, leave
 from fisher_lab.runs.status import Status
 from fisher_lab.sweeps.cell import Cell, death
@@ -82,7 +85,7 @@ def run(cell: Cell, append: Append | None = None) -> int:
         Interrupted: a signal ended the cell; everything is recorded.
     """
     if cell.config.distributed.nodes == 1:
-        return _run(cell, append or cell.layout.journal.append)
+        return _run(cell, append)
     from fisher_lab.distributed.nodes import NodeError
     from fisher_lab.tasks import ranks
 
@@ -90,7 +93,7 @@ def run(cell: Cell, append: Append | None = None) -> int:
     try:
         with ranks.connected_nodes(cell.config) as nodes:
             if nodes is None or nodes.is_first:
-                return _run(cell, cell.layout.journal.append)
+                return _run(cell)
             # Once node 0 holds the lock of the cell.
             directory = nodes.directory()
             if directory is None:
@@ -100,7 +103,7 @@ def run(cell: Cell, append: Append | None = None) -> int:
                 return COMPLETED if _begin(cell, directory) is Status.COMPLETED else FAILED
     except NodeError as error:
         print(f"fisher_lab: {error}", file=sys.stderr)
-        return _run(cell, cell.layout.journal.append, error) if is_first else FAILED
+        return _run(cell, problem=error) if is_first else FAILED
 
 
 def _begin(cell: Cell, directory: Path) -> Status:
@@ -111,7 +114,7 @@ def _begin(cell: Cell, directory: Path) -> Status:
     return runner.begin(spec, cell.own_logging()).status
 
 
-def _run(cell: Cell, append: Append, problem: Exception | None = None) -> int:
+def _run(cell: Cell, append: Append | None = None, problem: Exception | None = None) -> int:
     """Run a cell under its lock, or record there why it cannot be run."""
     lock = cell.lock
     if not lock.acquire():
@@ -122,11 +125,16 @@ def _run(cell: Cell, append: Append, problem: Exception | None = None) -> int:
             return COMPLETED
         if cell.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
-        atomic.remove_leftovers(cell.directory)
-        (cell.directory / record.RUN_FILE).unlink(missing_ok=True)
         about = {"run_id": cell.run_id, "pid": os.getpid(), "host": os.uname().nodename}
-        append("started", **about)
-        return _perform(cell, lock, append, problem)
+        append = append or partial(cell.layout.journal.append, unless=lock.check)
+        try:
+            append("started", **about)
+            if (cell.directory / record.RUN_FILE).exists():  # it says nothing of this attempt
+                given = {"config": asdict(cell.config), "overrides": cell.overrides}
+                record.Run.start(cell.directory, **given, identity=cell.content)
+            return _perform(cell, lock, append, problem)
+        except LockLost:
+            return HELD
 
 
 def _perform(cell: Cell, lock: Lock, append: Append, problem: Exception | None) -> int:
@@ -145,13 +153,13 @@ def _perform(cell: Cell, lock: Lock, append: Append, problem: Exception | None) 
             logging.getLogger(__name__).exception("the cell failed")
             described = record.describe(error)
             cell.end_record(Status.FAILED, record.headline(described), described)
+    if lock.lost.is_set():
+        # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
+        return HELD
     status = record.status_of(cell.directory) or Status.FAILED
     if status is Status.RUNNING:  # the disk was full when it was to be ended: perhaps still
         status, reason = Status.FAILED, "its record could not be ended"
         cell.end_record(status, reason, death(f"{reason}; its log says why"))
-    if lock.lost.is_set():
-        # Frozen for so long that somebody else has taken the cell: it is theirs to speak of.
-        return HELD
     reason = {"reason": stopped.signum.name} if stopped is not None else {}
     append(**cell.layout.end_of(cell.run_id, status, **reason))
     if stopped is not None and status is not Status.COMPLETED:
