@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ CANCELLED_FILE = "cancelled"
 RUN_DIRECTORY = "@RUN_DIRECTORY@"
 """Stands for the run directory in the frozen configuration of the logging."""
 LOCK_TIMEOUT_S = 30.0
+ARRIVES_S = 90.0
+"""What another host has written is there by then: NFS may take a name for missing for a minute."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class Cell:
         Raises:
             ValueError: the file is none, or of another version of the code.
         """
+        until = time.monotonic() + ARRIVES_S
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(1.0)
         data = atomic.read_object(path)
         if data.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is no frozen cell of this version ({SCHEMA})")

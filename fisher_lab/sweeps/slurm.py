@@ -41,8 +41,6 @@ PATIENCE = 2
 over network file systems."""
 CANCEL_TIMEOUT_S = 120.0
 """How long the jobs of a cancelled launch may take to leave the queue."""
-ARRIVES_S = 90.0
-"""What another host has written is there by then: NFS may take a name for missing for a minute."""
 RESUMABLE = ("train",)
 """Tasks that go on where they were; any other that reached its time limit would reach it again."""
 
@@ -78,7 +76,7 @@ class CellJob:
         Raises:
             RuntimeError: it did not complete; SLURM is to see the job as failed.
         """
-        cell = _arrived(Path(path))
+        cell = Cell.load(Path(path))
         node = worker.node_of(cell)
         asked: list[int] = []
         requeue = signal.signal(signal.SIGUSR2, lambda signum, _: asked.append(signum))
@@ -128,14 +126,6 @@ class CellJob:
             return False
         cell.layout.journal.append("requeued", run_id=cell.run_id)
         return True
-
-
-def _arrived(path: Path) -> Cell:
-    """A frozen cell, whose file may take its time to be seen on this node."""
-    until = time.monotonic() + ARRIVES_S
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(1.0)
-    return Cell.load(path)
 
 
 def _preemptions(cell: Cell) -> int:
@@ -309,7 +299,7 @@ class SubmititJobs(Executor):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
         if wanted and (ignored := environment.ignored()):
             say(f"not handed on to SLURM, which takes hydra.launcher alone: {ignored}")
-        where = {"cluster": self._cluster} if self._cluster else {}
+        where: dict[str, Any] = {"cluster": self._cluster} if self._cluster else {}
         for batch in batches(wanted, self._settings.max_array_size or max_array_size()):
             jobs = _submit(batch, self._settings)
             self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
