@@ -28,7 +28,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.launchers import LocalSettings, SlurmSettings
 from fisher_lab.config.schema import Config, ResumeConfig, SweepConfig
 from fisher_lab.results import finishing
-from fisher_lab.runs import identity, provenance
+from fisher_lab.runs import atomic, identity, provenance
 from fisher_lab.runs.signals import Interrupted
 from fisher_lab.sweeps import cell as cells_module
 from fisher_lab.sweeps import plan, run, slurm, status, worker
@@ -56,7 +56,8 @@ class Result:
         problems: promises that were broken, and the words.
         seconds: simulated.
         calls: that were made.
-        recovery: seconds, each with its bound, between a death and somebody's taking it up.
+        recovery: seconds between the moment from which a death can be seen and a cell's being
+            taken up.
     """
 
     seed: int
@@ -64,7 +65,7 @@ class Result:
     problems: list[tuple[str, str]]
     seconds: float
     calls: int
-    recovery: list[tuple[float, float]]
+    recovery: list[float]
 
 
 class Course:
@@ -81,7 +82,7 @@ class Course:
         self.random = self.world.random
         self.hosts = [Host(f"login{i}") for i in range(2)] + [Host(f"node{i}") for i in range(3)]
         self.server = Server(self.world, 0.0)
-        self.monitor = Monitor(self.world, self.server, STALE_AFTER_S)
+        self.monitor = Monitor(self.world, self.server, POLL_S)
         self.uses_slurm = self.random.random() < 0.6
         self.slurm: Slurm | None = None
         self.layout = Layout(Path("/sim/results/made"))
@@ -89,7 +90,6 @@ class Course:
         self.torn = 0
         self.over = False
         self.server.on_short = self._short
-        self.recovery: list[tuple[float, float]] = []
         self.calls = Calls(self.world, self.server, self._program, self._ask)
         self.hooks: list[Callable[[Process, str, str], None]] = []
         self.frozen: dict[Process, float] = {}
@@ -175,6 +175,7 @@ class Course:
             (finishing, "at_end", lambda directory: None),
             (slurm, "submitit_executor", self._executor),
             (cells_module, "build", _built),
+            (atomic, "json", SimpleNamespace(**{**vars(json), "dumps": _dumps})),
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, other in replaced:
@@ -250,6 +251,7 @@ class Course:
                 delay_s=self.random.choice([0.2, 3.0]),
             )
         self.world.on_end.append(self._ended)
+        self.monitor.bounded = all(isinstance(one, faults.QUICK) for one in self.faults)
         for fault in self.faults:
             fault.begin(self)
         users = [
@@ -276,8 +278,6 @@ class Course:
                 process.end(-signal.SIGKILL)
 
     def _write_sweep(self) -> None:
-        from fisher_lab.runs import atomic
-
         cells = [{"run_id": c.run_id, "axes": dict(c.axes), "overrides": []} for c in self.cells()]
         atomic.write_json(self.layout.sweep_file, {"cells": cells})
 
@@ -290,7 +290,15 @@ class Course:
             if process in inside:
                 inside.remove(process)
                 self.monitor.harmed.add(run_id)
+                self._lost(run_id, process)
         self.monitor.harmed.update(self.cells_of(process))
+
+    def _lost(self, run_id: str, process: Process) -> None:
+        """The process of a cell has died: who sees that, and when, at the latest."""
+        alive = [p for p in self.launchers if p.code is None]
+        watcher = process.parent
+        near = watcher is not None and watcher.code is None
+        self.monitor.died(run_id, 0.0 if near else STALE_AFTER_S, [watcher] if near else alive)
 
     def cells_of(self, process: Process) -> list[str]:
         """The cells that a process works for."""
@@ -313,7 +321,9 @@ class Course:
                 continue  # its log holds it, and its launcher says it in one line
             problems.append(("no traceback", f"{name}: {type(error).__name__}: {error}"))
         kinds = [fault.kind for fault in self.faults if fault.happened]
-        return Result(self.seed, kinds, problems, self.world.now, self.world.calls, self.recovery)
+        return Result(
+            self.seed, kinds, problems, self.world.now, self.world.calls, self.monitor.recovery
+        )
 
 
 @functools.cache
@@ -340,6 +350,11 @@ def _built(kind: Any, data: Any) -> Any:
     if text not in _known:
         _known[text] = _build(kind, data)
     return _known[text]
+
+
+def _dumps(found: Any, *, indent: int = 0, **more: Any) -> str:
+    """Without indentation, which takes half of the time of a course."""
+    return json.dumps(found, **more)
 
 
 @contextlib.contextmanager

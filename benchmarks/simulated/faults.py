@@ -305,6 +305,12 @@ KINDS: tuple[type[Fault], ...] = (
 )  # fmt: skip
 
 
+QUICK = (
+    KilledAtACall, KilledProcess, SkewedClocks, SecondLauncher, Looks, NodeFails, DuplicateJob,
+)  # fmt: skip
+"""Faults that hold up nobody but those whom they hit."""
+
+
 def chosen(course: Course, only: Sequence[str] | None) -> list[Fault]:
     """The faults of a course; those of the call that is killed come most often."""
     able = [

@@ -18,7 +18,7 @@ from typing import Any
 
 CALL_S = 0.0005
 """Simulated seconds that a call takes."""
-MOST_CALLS = 400_000
+MOST_CALLS = 40_000
 """Of one course of events; more of them mean that it does not come to an end."""
 
 DEAD = (signal.SIGKILL, signal.SIGSEGV)

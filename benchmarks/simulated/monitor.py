@@ -24,18 +24,21 @@ class Monitor:
     Args:
         world: of the processes.
         server: of the files.
-        stale_after_s: of the locks of cells.
+        poll_s: of the launcher.
 
     Attributes:
         problems: what was broken, in order: the promise, and the words.
         harmed: cells that a fault has reached: these may fail, and be run again.
         cancelled: whether the user, or the end of a launcher, has cancelled cells.
-        frozen_until: process -> when it goes on, of those that were frozen for so long that others
-            may take their locks.
+        thawed: processes that were frozen for so long that others may take their locks.
+        deaths: cell -> when its process died, how long it takes until others may see that, and the
+            launchers that lived.
+        recovery: how much longer it took until a cell was taken up.
+        bounded: whether only faults happen that hold nobody up.
     """
 
-    def __init__(self, world: World, server: Server, stale_after_s: float) -> None:
-        self.world, self.server, self.stale_after_s = world, server, stale_after_s
+    def __init__(self, world: World, server: Server, poll_s: float) -> None:
+        self.world, self.server, self.poll_s = world, server, poll_s
         self.problems: list[tuple[str, str]] = []
         self.harmed: set[str] = set()
         self.cancelled = self.all_harmed = False
@@ -44,6 +47,9 @@ class Monitor:
         self.runs: Counter[str] = Counter()
         self.completions: Counter[str] = Counter()
         self.status: dict[str, str] = {}
+        self.deaths: dict[str, tuple[float, float, list[Process]]] = {}
+        self.recovery: list[float] = []
+        self.bounded = True
         server.on_publish, server.on_remove = self._published, self._removed
 
     def say(self, promise: str, words: str) -> None:
@@ -52,9 +58,24 @@ class Monitor:
 
     # ---- while it happens
 
+    def died(self, run_id: str, bound: float, launchers: list[Process]) -> None:
+        """The process of a cell has died while launchers live: one has so long to take it up."""
+        if launchers:
+            self.deaths[run_id] = (self.world.now, bound, launchers)
+
+    def _taken_up(self, run_id: str) -> None:
+        when, bound, launchers = self.deaths.pop(run_id, (0.0, 0.0, []))
+        if not any(p.code is None for p in launchers) or not self.bounded:
+            return
+        took = self.world.now - when
+        self.recovery.append(took - bound)
+        if took > bound + 2 * self.poll_s:
+            self.say("within two polls", f"{run_id} is taken up after {took:.2f} s")
+
     def enter(self, run_id: str) -> None:
         """A task begins."""
         here = self.world.process
+        self._taken_up(run_id)
         others = [p for p in self.inside.get(run_id, []) if p.code is None]
         if others and not any(p in self.thawed for p in (*others, here)):
             self.say("one at a time", f"{run_id} runs twice")
@@ -82,6 +103,8 @@ class Monitor:
     def _status(self, run_id: str, status: str, reason: str) -> None:
         if self.status.get(run_id) == "completed":
             self.say("completed once", f"{run_id} was completed and becomes {status}")
+        if status != "running":
+            self._taken_up(run_id)
         self.completions[run_id] += status == "completed"
         is_harmed = self.all_harmed or run_id in self.harmed
         if status == "failed" and not is_harmed:

@@ -22,6 +22,8 @@ from fisher_lab.runs.status import Status
 RUN_FILE = "run.json"
 ENTRY = "digests"
 
+ATTEMPTS = 2
+"""To read a file: that of a network file system may fail once."""
 OPEN = ("ranks", "tracker", "tensorboard", "wandb")
 """Directories to which others than the run write, also after its end."""
 
@@ -77,8 +79,8 @@ def sealed(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     found = {RUN_FILE: of_record(bare)}
     if status.is_final:
         for name, path in _closed(Path(directory)):
-            # Gone, or not to be read: no reason to lose the run. Network file systems ask twice.
-            for _ in range(2):
+            # Gone, or not to be read: no reason to lose the run.
+            for _ in range(ATTEMPTS):
                 with contextlib.suppress(OSError):
                     if path.is_file() and not path.is_symlink():
                         found[name] = of_file(path)
