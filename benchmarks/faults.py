@@ -175,7 +175,7 @@ def markdown(found: dict[str, Any], bugs: dict[str, tuple[int | None, str]]) -> 
 
 def main() -> int:
     """Run the benchmark; the exit code is 1 if a promise was broken."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))

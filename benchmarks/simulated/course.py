@@ -297,8 +297,10 @@ class Course:
         """The process of a cell has died: who sees that, and when, at the latest."""
         alive = [p for p in self.launchers if p.code is None]
         watcher = process.parent
-        near = watcher is not None and watcher.code is None
-        self.monitor.died(run_id, 0.0 if near else STALE_AFTER_S, [watcher] if near else alive)
+        if watcher is not None and watcher.code is None:
+            self.monitor.died(run_id, 0.0, [watcher])
+        else:
+            self.monitor.died(run_id, STALE_AFTER_S, alive)
 
     def cells_of(self, process: Process) -> list[str]:
         """The cells that a process works for."""

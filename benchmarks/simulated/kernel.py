@@ -1,20 +1,19 @@
 """Processes and time of a simulated cluster, one thread running at any moment.
 
-A simulated thread is a real one that waits for its turn. It hands over at the calls of
-:mod:`calls`, where the random numbers of the seed say so, and while it sleeps; so a seed gives the
+A simulated thread is a greenlet. It hands over at the calls of :mod:`calls`, where the random numbers of the seed say so, and while it sleeps; so a seed gives the
 same course of events again. A process that is killed runs no call to its end any more: each raises
 :class:`Killed`, also those in the ``finally`` of what was going on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+import greenlet
 
 CALL_S = 0.0005
 """Simulated seconds that a call takes."""
@@ -45,8 +44,7 @@ class Thread:
     def __init__(self, process: Process, target: Callable[[], None]) -> None:
         self.process = process
         self.target = target
-        self.turn = threading.Lock()
-        self.turn.acquire()
+        self.stack: greenlet.greenlet
         self.wake = 0.0
         self.over = False
         self.joined: list[Thread] = []
@@ -129,33 +127,6 @@ class Host:
         self.views: dict[int, tuple[float, dict[str, Any]]] = {}
 
 
-class _Pool:
-    """Real threads that serve one simulated thread after the other."""
-
-    def __init__(self) -> None:
-        self._idle: deque[tuple[threading.Lock, list[Any]]] = deque()
-
-    def run(self, work: Callable[[], None]) -> None:
-        if self._idle:
-            turn, box = self._idle.pop()
-            box.append(work)
-            turn.release()
-            return
-        turn, box = threading.Lock(), [work]
-
-        def serve() -> None:
-            while True:
-                box.pop()()
-                self._idle.append((turn, box))
-                turn.acquire()
-
-        turn.acquire()
-        threading.Thread(target=serve, daemon=True).start()
-
-
-POOL = _Pool()
-
-
 class World:
     """One course of events.
 
@@ -181,11 +152,12 @@ class World:
         self.on_end: list[Callable[[Process], None]] = []
         self.current: Thread
         self.problem: BaseException | None = None
-        self._ident = 0
+        self._ident, self._hub = 0, greenlet.getcurrent()
 
     def is_here(self) -> bool:
-        """Whether the real thread that asks is the one that runs the simulation now."""
-        return threading.get_ident() == self._ident
+        """Whether a simulated thread asks."""
+        is_ours = threading.get_ident() == self._ident
+        return is_ours and greenlet.getcurrent() is not self._hub
 
     @property
     def process(self) -> Process:
@@ -200,8 +172,6 @@ class World:
         self.threads.append(thread)
 
         def body() -> None:
-            thread.turn.acquire()
-            self._ident = threading.get_ident()
             try:
                 if process.code is None:
                     target()
@@ -213,10 +183,8 @@ class World:
             self.threads.remove(thread)
             for other in thread.joined:
                 other.wake = self.now
-            with contextlib.suppress(Stuck):
-                self._switch(None)
 
-        POOL.run(body)
+        thread.stack = greenlet.greenlet(body, self._hub)
         return thread
 
     def run(self, host: Host, main: Callable[[], None]) -> None:
@@ -225,18 +193,17 @@ class World:
         Raises:
             Stuck: it does not come to its end.
         """
-        done = threading.Lock()
-        done.acquire()
-        self._done = done
 
         def body() -> int:
             main()
             return 0
 
-        process = Process(self, host, body, "user")
-        self.current = process.main
-        process.main.turn.release()
-        done.acquire()
+        Process(self, host, body, "user")
+        self._ident = threading.get_ident()
+        while self.threads:
+            self.current = self._following()
+            self.current.stack.switch()
+        self._ident = 0
         if self.problem is not None:
             raise self.problem
 
@@ -303,25 +270,14 @@ class World:
                 raise Killed
 
     def _hand_over(self) -> None:
-        me = self.current
-        self._switch(me)
-        self._ident = threading.get_ident()
+        self._hub.switch()
 
-    def _switch(self, me: Thread | None) -> None:
-        """Give the turn to one that can go on; ``me`` waits for its next turn."""
+    def _following(self) -> Thread:
+        """The thread whose turn it is."""
         if self.calls > MOST_CALLS and self.problem is None:
             self.problem = Stuck(f"no end after {self.calls} calls")
-        if not self.threads:
-            self._done.release()
-            return
         ready = [one for one in self.threads if one.wake <= self.now]
         if not ready:
             self.now = min(one.wake for one in self.threads)
             ready = [one for one in self.threads if one.wake <= self.now]
-        following = ready[self.random.randrange(len(ready))] if len(ready) > 1 else ready[0]
-        if following is me:
-            return
-        self.current = following
-        following.turn.release()
-        if me is not None:
-            me.turn.acquire()
+        return ready[self.random.randrange(len(ready))] if len(ready) > 1 else ready[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -67,3 +68,25 @@ def test_a_journal_that_is_held_is_an_error_that_names_it(monkeypatch):
         log.append("first")
     log.append("first")
     assert len(log.read()) == 1
+
+
+def test_a_write_of_which_the_disk_takes_a_part_is_gone_on_with(monkeypatch):
+    class Nearly(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:5])
+
+    def nearly_full(file, mode="r", buffering=-1, **more):
+        return Nearly(file, "a+") if buffering == 0 else open(file, mode, buffering, **more)
+
+    monkeypatch.setattr(journal, "open", nearly_full, raising=False)
+    log = Journal(Path("events.jsonl"), Path("locks"))
+    log.append("first", run_id="x")
+    log.append("second")
+    assert [entry["event"] for entry in log.read()] == ["first", "second"]
+
+
+def test_nothing_is_added_where_a_look_under_the_lock_says_so():
+    log = Journal(Path("events.jsonl"), Path("locks"))
+    log.append("first", unless=lambda: log.read() != [])
+    log.append("second", unless=lambda: log.read() != [])
+    assert [entry["event"] for entry in log.read()] == ["first"]

@@ -1,0 +1,33 @@
+"""A sweep on a simulated cluster keeps its promises under faults; `benchmarks/faults.py` has more."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import faults
+from benchmarks.simulated.course import trial
+
+
+@pytest.mark.parametrize("first", range(0, 120, 20))
+def test_no_promise_is_broken(first):
+    results = faults.run_seeds(range(first, first + 20))
+    assert [one for one in results if one.problems] == []
+    assert sum(len(one.kinds) for one in results) >= 10
+
+
+def test_a_seed_gives_the_same_course_again():
+    one, other = trial(2057), trial(2057)
+    assert (one.calls, one.seconds, one.kinds) == (other.calls, other.seconds, other.kinds)
+
+
+@pytest.mark.parametrize("name", [
+    "the create of a lock is not exclusive", "records are written in place",
+    "a lock guards nothing once it is lost", "a completed cell may be ended from outside",
+])  # fmt: skip
+def test_a_planted_bug_is_found(name):
+    seeds = {"a lock guards nothing once it is lost": 2057}
+    with faults.planted(name):
+        if (seed := seeds.get(name)) is not None:
+            assert trial(seed).problems
+        else:
+            assert any(trial(seed).problems for seed in range(200))
