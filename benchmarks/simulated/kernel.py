@@ -1,8 +1,9 @@
 """Processes and time of a simulated cluster, one thread running at any moment.
 
-A simulated thread is a greenlet. It hands over at the calls of :mod:`calls`, where the random numbers of the seed say so, and while it sleeps; so a seed gives the
-same course of events again. A process that is killed runs no call to its end any more: each raises
-:class:`Killed`, also those in the ``finally`` of what was going on.
+A simulated thread is a greenlet. It hands over at the calls of :mod:`calls`, where the random
+numbers of the seed say so, and while it sleeps; so a seed gives the same course of events again. A
+process that is killed runs no call to its end any more: each raises :class:`Killed`, also those in
+the ``finally`` of what was going on.
 """
 
 from __future__ import annotations

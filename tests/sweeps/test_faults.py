@@ -1,4 +1,4 @@
-"""A sweep on a simulated cluster keeps its promises under faults; `benchmarks/faults.py` has more."""
+"""A sweep on a simulated cluster keeps its promises under faults (`benchmarks/faults.py`)."""
 
 from __future__ import annotations
 
