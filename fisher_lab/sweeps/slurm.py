@@ -520,14 +520,14 @@ def end_cell(cell: Cell, job: str, job_state: str) -> Status:
     state = cell.state
     if state.is_final or state is Status.RUNNING:
         return state
-    if job_state == "COMPLETED":  # it found the cell held, by somebody who has not completed it
-        return Status.INTERRUPTED
     # Under the mark of sweep.max_failures a job that runs goes on, and may die.
     may_have_died = state is Status.INTERRUPTED and job_state != GONE
     if job_state == "CANCELLED" or (cell.cancelled and not may_have_died):
         if state is Status.CANCELLED or (state is Status.MISSING and cell.cancelled):
             return Status.CANCELLED
         status, error = Status.CANCELLED, None
+    elif job_state == "COMPLETED":  # it found the cell held, by somebody who has not completed it
+        return Status.INTERRUPTED
     else:
         message = lost_message(cell.layout, job, job_state)
         error = death(message, job=job, log_tail=_printed(cell.layout, job))

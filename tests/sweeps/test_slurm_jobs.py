@@ -89,6 +89,14 @@ def test_a_job_that_ended_without_a_word_is_a_failure(queue):
     assert error["message"] == "the job 1_0 ended as NODE_FAIL and left no result"
 
 
+def test_a_job_that_found_its_cell_held_is_no_failure(queue):
+    (one,) = submitted(1)
+    begin(one)
+    queue.states = {"1_0": ["RUNNING", "COMPLETED"]}
+    assert ended(run([one])) == {"seed1": "interrupted"}
+    assert record.read(one.directory)["status"] == "running"
+
+
 def test_jobs_of_a_cancelled_launch_are_waited_for_and_not_attached_to(queue, capsys):
     (before,) = submitted(1)
     layout = before.layout
