@@ -153,7 +153,7 @@ def test_failures_stop_the_rest_of_an_array(limits, limit, cancelled, queue):
         jobs = list(jobs)
         queue.cancelled += jobs
         for job in queue.states:
-            queue.states[job] = ["CANCELLED" if job in jobs else "COMPLETED"]
+            queue.states[job] = ["CANCELLED" if job in jobs else "FAILED"]
         return True
 
     if not cancelled:
