@@ -34,21 +34,24 @@ class Journal:
     path: Path
     locks: Path
 
-    def append(
-        self, event: str, *, unless: Callable[[], object] | None = None, **fields: Any
-    ) -> None:
+    def append(self, event: str, **fields: Any) -> None:
         """Add one event with JSON-able details, flushed to the disk.
-
-        Args:
-            event: its kind.
-            unless: asked while nobody else can write; where it says yes, nothing is added.
-            fields: details.
 
         Raises:
             TimeoutError: others held the journal for :data:`TIMEOUT_S` seconds.
         """
+        self.append_unless(bool, event, **fields)
+
+    def append_unless(self, unwanted: Callable[[], object], /, event: str, **fields: Any) -> None:
+        """:meth:`append`, unless it is unwanted.
+
+        Args:
+            unwanted: asked when nobody else can write; it may raise.
+            event: its kind.
+            fields: details.
+        """
         with self._locked():
-            if unless is None or not unless():
+            if not unwanted():
                 self._write([{"event": event, **fields}])
 
     def append_all(self, entries: Callable[[], Iterable[Mapping[str, Any]]]) -> None:

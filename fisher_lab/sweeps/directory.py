@@ -139,7 +139,7 @@ class Layout:
             events = [e["event"] for e in self.journal.read() if e.get("run_id") == run_id]
             return Status.COMPLETED in events or events[-1:] == [status]
 
-        self.journal_end(run_id, status, late=True, unless=is_there)
+        self.journal.append_unless(is_there, **self.end_of(run_id, status, late=True))
 
     def journal_end(self, run_id: str, status: Status, **more: Any) -> None:
         """Append how a cell ended (:meth:`end_of`)."""

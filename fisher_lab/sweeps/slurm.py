@@ -299,7 +299,7 @@ class SubmititJobs(Executor):
             say(f"{len(cells) - len(wanted)} cells are in the queue already")
         if wanted and (ignored := environment.ignored()):
             say(f"not handed on to SLURM, which takes hydra.launcher alone: {ignored}")
-        where: dict[str, Any] = {"cluster": self._cluster} if self._cluster else {}
+        where = {"cluster": self._cluster} if self._cluster else {}
         for batch in batches(wanted, self._settings.max_array_size or max_array_size()):
             jobs = _submit(batch, self._settings)
             self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
@@ -526,7 +526,9 @@ def end_cell(cell: Cell, job: str, job_state: str) -> Status:
         if state is Status.CANCELLED or (state is Status.MISSING and cell.cancelled):
             return Status.CANCELLED
         status, error = Status.CANCELLED, None
-    elif job_state == "COMPLETED":  # it found the cell held, by somebody who has not completed it
+    elif (
+        job_state == "COMPLETED" and not cell.cancelled
+    ):  # it found the cell held, by somebody who has not completed it
         return Status.INTERRUPTED
     else:
         message = lost_message(cell.layout, job, job_state)

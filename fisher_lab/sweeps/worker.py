@@ -126,7 +126,7 @@ def _run(cell: Cell, append: Append | None = None, problem: Exception | None = N
         if cell.cancelled:  # it was in a queue when the user cancelled, and came back
             return CANCELLED
         about = {"run_id": cell.run_id, "pid": os.getpid(), "host": os.uname().nodename}
-        append = append or partial(cell.layout.journal.append, unless=lock.check)
+        append = append or partial(cell.layout.journal.append_unless, lock.check)
         try:
             append("started", **about)
             if (cell.directory / record.RUN_FILE).exists():  # it says nothing of this attempt

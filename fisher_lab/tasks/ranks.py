@@ -92,6 +92,8 @@ def start(spec: RunSpec, logging_config: Mapping[str, Any]) -> dict[str, Any] | 
         end = _run_ranks(path, where, nodes.current() if where.nodes > 1 else None, signals)
         if end is None:
             return None
+        if signals.received and _follows(end.error):  # a rank's end was seen before the signal
+            end = RunEnd(signum=signals.received)
         if where.node == 0:
             _record_end(spec, end)
     if end.signum is not None:
@@ -133,10 +135,10 @@ def _run_own_ranks(path: Path, where: Place, group: Nodes | None) -> RunEnd | No
     except NodeError as error:
         return RunEnd({**record.describe(error), "rank": None})
     except launch.RanksFailed as failed:
-        signum = stopped_by(failed.failures)
+        errors = [e for e in read_errors(path.parent) if e["rank"] // where.nproc == where.node]
+        signum = stopped_by(failed.failures, errors)
         if signum is not None:
             return RunEnd(signum=signum)
-        errors = [e for e in read_errors(path.parent) if e["rank"] // where.nproc == where.node]
         return RunEnd(first_error(errors, failed.failures))
     return None
 
@@ -171,9 +173,19 @@ def first_error(
     return {"type": kind, "message": message, "traceback": "", "rank": rank}
 
 
-def stopped_by(failures: Mapping[int, ProcessFailure]) -> signal.Signals | None:
-    """Finds the signal for which the ranks have agreed to end, whichever of them it had reached."""
+def stopped_by(
+    failures: Mapping[int, ProcessFailure], errors: Sequence[Mapping[str, Any]] = ()
+) -> signal.Signals | None:
+    """Finds the signal for which the ranks have ended, whichever of them it had reached.
+
+    Args:
+        failures: rank -> how it ended, of the ranks that ended first.
+        errors: that ranks have left. Where each says only that another rank was gone, these ranks
+            have ended for those that the signal had reached.
+    """
     codes = {failure.exitcode for failure in failures.values()} - {-signal.SIGTERM}
+    if errors and all(map(_is_lost, errors)):
+        codes -= {1}
     # A rank that has no handler yet dies of the signal itself (of SIGTERM where others failed).
     return next((s for s in STATUS if codes and codes <= {128 + s, -s}), None)
 

@@ -87,6 +87,6 @@ def test_a_write_of_which_the_disk_takes_a_part_is_gone_on_with(monkeypatch):
 
 def test_nothing_is_added_where_a_look_under_the_lock_says_so():
     log = Journal(Path("events.jsonl"), Path("locks"))
-    log.append("first", unless=lambda: log.read() != [])
-    log.append("second", unless=lambda: log.read() != [])
+    log.append_unless(log.read, "first")
+    log.append_unless(log.read, "second")
     assert [entry["event"] for entry in log.read()] == ["first"]

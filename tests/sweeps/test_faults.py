@@ -6,6 +6,9 @@ import pytest
 
 from benchmarks import faults
 from benchmarks.simulated.course import trial
+from fisher_lab.runs import record
+from fisher_lab.sweeps import slurm
+from tests.sweeps.submitted_cells import begin, submitted
 
 
 @pytest.mark.parametrize("first", range(0, 120, 20))
@@ -31,3 +34,10 @@ def test_a_planted_bug_is_found(name):
             assert trial(seed).problems
         else:
             assert any(trial(seed).problems for seed in range(200))
+
+
+def test_a_job_that_found_its_cell_held_is_no_failure():
+    (cell,) = submitted(1)
+    begin(cell)
+    assert slurm.end_cell(cell, "7", "COMPLETED") == "interrupted"
+    assert record.read(cell.directory)["status"] == "running"

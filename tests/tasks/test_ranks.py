@@ -19,7 +19,7 @@ from fisher_lab.distributed.launch import RanksFailed
 from fisher_lab.distributed.nodes import NodeError, RunEnd, RunEnded
 from fisher_lab.runs import record
 from fisher_lab.runs.record import Run
-from fisher_lab.runs.signals import Interrupted
+from fisher_lab.runs.signals import Interrupted, Watch
 from fisher_lab.tasks import rank_status, ranks
 from fisher_lab.tasks.rank_status import RankStatus
 from fisher_lab.tasks.run_spec import RunSpec
@@ -82,6 +82,14 @@ def test_the_error_of_a_run_is_the_one_that_the_others_follow_from(errors, failu
 )
 def test_the_launcher_tells_a_signal_from_a_failure(codes, signum):
     assert ranks.stopped_by(failed(dict(enumerate(codes))).failures) == signum
+
+
+def test_a_rank_that_saw_another_one_go_ended_for_the_same_signal():
+    """The signal had not reached it yet when the collective of both failed."""
+    failures = failed({0: 1, 1: 140}).failures
+    assert ranks.stopped_by(failures, [error(0, "CommunicationError")]) == signal.SIGUSR2
+    assert ranks.stopped_by(failures, [error(0, "ValueError")]) is None
+    assert ranks.stopped_by(failed({0: 1}).failures, [error(0, "CommunicationError")]) is None
 
 
 class Group:
@@ -252,6 +260,30 @@ def test_a_signal_between_the_end_of_the_ranks_and_its_record_is_the_end_of_the_
     with pytest.raises(Interrupted):
         ranks.start(RunSpec(Config(), tmp_path, ()), {})
     assert record.read(tmp_path)["status"] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("CommunicationError", "preempted"), ("ValueError", "failed")]
+)
+def test_a_signal_that_is_noted_after_the_ranks_ended_is_why_they_were_gone(
+    tmp_path, monkeypatch, kind, status
+):
+    """The ranks got it first, and the launcher had seen them end before its own one came."""
+
+    def ending(signals: Watch) -> None:
+        real(signals)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    real = Watch.ending
+    monkeypatch.setattr(Watch, "ending", ending)
+    monkeypatch.setattr(ranks, "_run_own_ranks", lambda *_: RunEnd(error(0, kind)))
+    Run.start(tmp_path, config={}).fail_with(error(0, kind))
+    if status == "preempted":
+        with pytest.raises(Interrupted, match="preempted by SIGUSR2"):
+            ranks.start(RunSpec(Config(), tmp_path, ()), {})
+    else:
+        assert ranks.start(RunSpec(Config(), tmp_path, ()), {}) == error(0, kind)
+    assert record.read(tmp_path)["status"] == status
 
 
 def test_ranks_that_a_signal_has_ended_were_not_killed(tmp_path, gone):
