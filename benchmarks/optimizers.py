@@ -9,10 +9,10 @@ written to a file and not repeated::
     python benchmarks/optimizers.py --steps 120 --trials 9 --seeds 5 --out outputs/optimizers
 
 Seconds of cells that ran at different times cannot be compared. ``--rounds`` measures the time of
-the steps separately: in every round each optimiser takes one step, in turn, and its time is divided
-by that of SGD's step of the same round::
+the steps separately: in every round each optimiser takes one step, in turn, and its CPU seconds are
+divided by those of SGD's step of the same round::
 
-    python benchmarks/optimizers.py --steps 120 --rounds 40 --threads 2
+    python benchmarks/optimizers.py --rounds 20 --threads 1
 
 ``hidden-sgd`` is a control: it is ``kfac`` without clipping and with a damping so large that the
 preconditioner is a multiple of the identity, which is SGD in the hidden layers and AdamW where
@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -238,15 +238,15 @@ def _less(final: list[float], reference: list[dict[str, Any]]) -> str:
 
 
 def timed_table(args: argparse.Namespace) -> str:
-    """Seconds of a step, the optimisers in turn: medians, and ratios to SGD's of the same round."""
+    """CPU seconds of a step, in turn: medians, and ratios to SGD's step of the same round."""
     names = list(dict.fromkeys(["sgd", *args.optimizers]))
     steps = {name: _stepping(name, tuned(name, args)[0]["settings"], args) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(args.rounds + 1):
         for name in names if number % 2 else reversed(names):
-            began = perf_counter()
+            began = process_time()
             steps[name](number)
-            taken[name].append(perf_counter() - began)
+            taken[name].append(process_time() - began)
     lines = ["| optimiser | ms a step | of SGD's (quartiles) |", "|---|---|---|"]
     for name in args.optimizers:
         pairs = list(zip(taken[name], taken["sgd"], strict=True))[1:]  # the first warms up

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fisher_lab.config.errors import ConfigError
+from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import OptimizerConfig
 from fisher_lab.runs.signals import Interrupted, Watch
+from fisher_lab.tasks import preflight
 from fisher_lab.workload import optimizers, snapshot, training_loop
 from fisher_lab.workload.snapshot import SnapshotError
 from fisher_lab.workload.training_run import TrainingRun
@@ -292,3 +294,13 @@ def test_shampoo_takes_fourth_roots_of_its_averages_and_the_length_of_rmsprop():
         momentum = 0.9 * momentum + 0.1 * step
         expected = expected - 0.1 * momentum
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_built(monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    config = Config(optimizer=OptimizerConfig(name="soap"))
+    config.task.name = "train"
+    with pytest.raises(ConfigError, match=r"optimizer=soap needs .*fisher-lab\[optimizers\]"):
+        preflight.check_optimizer(config)
+    config.task.name = "analyze"
+    assert preflight.check_optimizer(config) is None
