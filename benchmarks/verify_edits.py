@@ -317,7 +317,7 @@ def in_record(name: str, function: Callable[[Any], Any], failed: bool = False) -
 
 
 in_record("a seed in a record", lambda r: r["config"].update(seed=7))
-in_record("a damping in a record", lambda r: r["config"]["kfac"].update(damping=3e-4))
+in_record("a damping in a record", lambda r: r["config"]["kfac"].update(damping=7e-4))
 in_record("a commit in a record", lambda r: r["provenance"].update(git={"commit": "0" * 40}))
 in_record("a time in a record", lambda r: r.update(finished=r["started"]))
 in_record("a failed run made completed", lambda r: r.update(status="completed"), True)
@@ -439,7 +439,7 @@ def _small_task() -> Iterator[None]:
 def make(root: Path) -> Place:
     """Run the two sweeps and write their appendix, all below a directory."""
     (root / "sweeps").mkdir(parents=True)
-    for name, dampings, claims in (("one", "1e-4,1e-3", CLAIMS), ("two", "1e-3", "")):
+    for name, dampings, claims in (("one", "1e-4,3e-4,1e-3", CLAIMS), ("two", "1e-3", "")):
         text = SWEEP.format(title=f"The sweep {name}", dampings=dampings, claims=claims)
         (root / "sweeps" / f"{name}.yaml").write_text(text)
     with contextlib.chdir(root), _small_task():

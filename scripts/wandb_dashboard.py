@@ -5,6 +5,7 @@
 
     python scripts/wandb_dashboard.py --dump dashboard.json               # no login needed
     python scripts/wandb_dashboard.py --entity me --project fisher_lab --save
+    python scripts/wandb_dashboard.py --entity me --claims appendix/claims.json --save
 
 Needs ``pip install 'fisher-lab[dashboard]'``.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,14 @@ from fisher_lab.results import labels
 from fisher_lab.runs import atomic
 
 CURVES = ("loss", "heldout_loss", "lr", "grad_norm", "reduction_ratio", "kl_scale")
-METRICS = ("loss/heldout", "step/natural/heldout_change")
+METRICS = ("loss/heldout", "step/natural/heldout_change", "step/natural/gain", "kfac/total_s")
+FIGURES = {
+    "spectra": ("spectral_decay", "lanczos_eigenvalues", "lanczos_density"),
+    "steps and layers": ("step_curve", "damping_scan", "ladder", "group_fisher_layers"),
+}
+"""Title of a panel -> the figures of a run that it shows."""
+SPECTRA = ("spectral/largest_eigenvalue", "spectral/effective_rank", "lanczos/eigenvalue_0")
+TABLES = ("metrics", "layers", "spectrum")
 SETTINGS = ("kfac.damping", "kfac.policy", "kfac.max_condition_number", "optimizer.name", "seed")
 
 
@@ -48,8 +57,24 @@ def curve_panels() -> list[Any]:
     ]
 
 
+def bars(names: Iterable[str]) -> list[Any]:
+    """A bar for each cell, named by its settings: the mean over its seeds with its error."""
+    import wandb_workspaces.reports.v2 as wr
+
+    return [
+        wr.BarPlot(
+            title=labels.metric(name).heading,
+            metrics=[wr.SummaryMetric(name)],
+            groupby=wr.Config("cell"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stderr",
+        )
+        for name in names
+    ]
+
+
 def result_panels() -> list[Any]:
-    """Damping against metric, parallel coordinates."""
+    """Bars named by settings, damping against metric, parallel coordinates."""
     import wandb_workspaces.reports.v2 as wr
 
     scatter = [
@@ -59,11 +84,22 @@ def result_panels() -> list[Any]:
             y=wr.SummaryMetric(name),
             log_x=True,
         )
-        for name in METRICS
+        for name in METRICS[:2]
     ]
     columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in SETTINGS]
     columns.append(wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(METRICS[0])))
-    return [*scatter, wr.ParallelCoordinatesPlot(title="settings", columns=columns)]
+    return [*bars(METRICS), *scatter, wr.ParallelCoordinatesPlot(title="settings", columns=columns)]
+
+
+def figure_panels() -> list[Any]:
+    """The figures of the analyses, and the tables of layers and eigenvalues."""
+    import wandb_workspaces.reports.v2 as wr
+
+    shown = [
+        wr.MediaBrowser(title=title, media_keys=[f"figure/{name}" for name in names])
+        for title, names in FIGURES.items()
+    ]
+    return [*shown, *(wr.WeavePanelSummaryTable(table_name=f"table/{name}") for name in TABLES)]
 
 
 def comparison_panels() -> list[Any]:
@@ -73,15 +109,22 @@ def comparison_panels() -> list[Any]:
     return [wr.RunComparer(diff_only="split")]
 
 
+def panels() -> dict[str, list[Any]]:
+    """Name of a section -> its panels."""
+    return {
+        "Results": result_panels(),
+        "Figures and layers": figure_panels(),
+        "Spectra": bars(SPECTRA),
+        "Learning curves of trainings": curve_panels(),
+        "Settings that differ": comparison_panels(),
+    }
+
+
 def workspace(entity: str, project: str) -> Any:
     """The project's workspace."""
     import wandb_workspaces.workspaces as ws
 
-    sections = {
-        "Results": result_panels(),
-        "Learning curves": curve_panels(),
-        "Settings that differ": comparison_panels(),
-    }
+    sections = panels()
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -92,39 +135,45 @@ def workspace(entity: str, project: str) -> Any:
     )
 
 
-def report(entity: str, project: str) -> Any:
-    """The report for a paper's appendix."""
+def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """The claims with their verdicts as a table in Markdown."""
+    rows = [
+        (v["sweep"], v["text"], f"**{v['verdict']}**", labels.in_words(v["why"]), v["seeds"])
+        for v in verdicts
+    ]
+    lines = [("sweep", "claim", "verdict", "numbers", "n"), ("---",) * 5, *rows]
+    cells = ([" ".join(str(c).split()).replace("|", "\\|") for c in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def report(entity: str, project: str, verdicts: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """The report for a paper's appendix, with the claims of ``claims.json``."""
     import wandb_workspaces.reports.v2 as wr
 
-    def grid(panels: list[Any]) -> Any:
-        return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels)
-
+    runs = wr.Runset(entity=entity, project=project)
+    blocks: list[Any] = [wr.TableOfContents()]
+    if verdicts:
+        blocks += [wr.H1("Claims"), wr.MarkdownBlock(claims_table(verdicts))]
+    for name, own in panels().items():
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=[runs], panels=own)]
     return wr.Report(
         entity=entity or "-",
         project=project,
         title="Appendix: every run",
-        description="Made by scripts/wandb_dashboard.py.",
-        blocks=[
-            wr.TableOfContents(),
-            wr.H1("Results"),
-            grid(result_panels()),
-            wr.H1("Learning curves"),
-            wr.P("Means over the seeds of a cell; the band is the standard deviation."),
-            grid(curve_panels()),
-            wr.H1("Settings that differ"),
-            grid(comparison_panels()),
-        ],
+        description="Made by scripts/wandb_dashboard.py. Bars are means over the seeds of a cell "
+        "with their standard error, curves with their standard deviation.",
+        blocks=blocks,
     )
 
 
-def dumped(entity: str, project: str) -> dict[str, Any]:
+def dumped(entity: str, project: str, verdicts: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Both as JSON, without a login; the report's runs are bound to the project by ``--save``."""
 
     def plain(one: Any) -> Any:
         return json.loads(one._to_model().model_dump_json(by_alias=True))
 
     view = workspace(entity or "-", project)
-    return {"workspace": plain(view), "report": plain(report("", project))}
+    return {"workspace": plain(view), "report": plain(report("", project, verdicts))}
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -135,6 +184,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--entity", default="", help="user or team")
     parser.add_argument("--project", default=TrackerConfig().project)
+    parser.add_argument("--claims", type=Path, metavar="FILE", help="claims.json, for the report")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dump", type=Path, metavar="FILE", help="write both as JSON")
     what.add_argument("--save", action="store_true", help="publish both (needs a login)")
@@ -143,13 +193,19 @@ def main(argv: list[str]) -> int:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:
         parser.error("wandb-workspaces is missing: pip install 'fisher-lab[dashboard]'")
+    try:
+        verdicts = [] if args.claims is None else json.loads(args.claims.read_bytes())
+        claims_table(verdicts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--claims {args.claims}: no claims.json: {error}")
     if args.dump is not None:
-        atomic.write_json(args.dump, dumped(args.entity, args.project))
+        atomic.write_json(args.dump, dumped(args.entity, args.project, verdicts))
         print(args.dump)
         return 0
     if not args.entity:
         parser.error("--save needs --entity")
-    for one in (workspace(args.entity, args.project), report(args.entity, args.project)):
+    place = (args.entity, args.project)
+    for one in (workspace(*place), report(*place, verdicts)):
         one.save()
         print(one.url)
     return 0

@@ -165,6 +165,18 @@ class Verdict:
         return sum(f.n for f in self.findings)
 
 
+def shared_objection(verdicts: Sequence[Verdict]) -> str:
+    """Why all verdicts are exploratory, where all are for the same reason."""
+    objections = {verdict.objection for verdict in verdicts}
+    return objections.pop() if len(objections) == 1 else ""
+
+
+def metric_of(verdict: Verdict) -> str:
+    """The metric that a claim is about; an empty text where it names none."""
+    stated = verdict.claim
+    return str(stated.get("metric") or "") if isinstance(stated, Mapping) else ""
+
+
 def evaluate(frame: pd.DataFrame) -> list[Verdict]:
     """The verdicts on the claims of every sweep in a frame, each by the sweep's own runs.
 

@@ -537,8 +537,7 @@ def claims_table(verdicts: Sequence[claims.Verdict], headings: Mapping[str, str]
         verdicts: of all sweeps.
         headings: name of a sweep -> its title.
     """
-    objections = {v.objection for v in verdicts}
-    common = objections.pop() if len(objections) == 1 else ""
+    common = claims.shared_objection(verdicts)
     notes: dict[str, int] = {}
     rows, keys = [], claim_keys(verdicts)
     for sweep in dict.fromkeys(v.sweep for v in verdicts):

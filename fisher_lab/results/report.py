@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fisher_lab.results import claims, export, figure_style, figures, look_figures, paper
+from fisher_lab.results import (
+    claims,
+    export,
+    figure_style,
+    figures,
+    labels,
+    look_figures,
+    paper,
+)
 from fisher_lab.results.hypotheses import claimed_metrics
 from fisher_lab.results.places import Places
 from fisher_lab.results.table import Table, tabulate
@@ -32,6 +40,7 @@ from fisher_lab.results.values import (
     filter_runs,
     find_axes,
     label,
+    order,
     runs_of_sweep,
 )
 from fisher_lab.runs import atomic
@@ -72,8 +81,8 @@ def page(frame: pd.DataFrame, places: Places | None = None) -> str:
     """The report as text, with paths shortened as ``places`` says."""
     places = places or Places(frame)
     verdicts = claims.evaluate(places.reasons(frame))
-    frame = places.shown(frame)
-    sweeps = list(dict.fromkeys(frame["sweep"]))
+    frame, shared = places.shown(frame), claims.shared_objection(verdicts)
+    sweeps, named = list(dict.fromkeys(frame["sweep"])), paper.titles(frame)
     style, script = _asset("report.css"), _asset("report.js")
     policy = (
         f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(style)}'; "
@@ -86,13 +95,22 @@ def page(frame: pd.DataFrame, places: Places | None = None) -> str:
             policy=policy,
             style=style,
             script=script,
-            title=", ".join(sweeps) or "runs",
+            title=named.get(*sweeps) if len(sweeps) == 1 else f"{len(sweeps)} sweeps",
             counts=_counts(frame, verdicts),
             left_out=[f"{one.directory}: {one.reason}" for one in frame.attrs.get("left_out", [])],
-            claims=[_verdict_row(verdict, places) for verdict in verdicts],
+            claims=[_verdict_row(verdict, places, named, shared) for verdict in verdicts],
+            standing=f"All verdicts are {claims.EXPLORATORY}: {shared}. " if shared else "",
             paths=_paths(verdicts),
             discovery=claims.DISCOVERY,
-            sweeps=[_sweep(runs_of_sweep(frame, sweep), sweep, places) for sweep in sweeps],
+            sweeps=[
+                _sweep(
+                    runs_of_sweep(frame, sweep),
+                    {"name": sweep, "title": named.get(sweep, sweep), "problem": ""},
+                    [verdict for verdict in verdicts if verdict.sweep == sweep],
+                    places,
+                )
+                for sweep in sweeps
+            ],
             failures=_failures(frame, places),
             **_runs(frame, places),
             provenance=_provenance(frame, places),
@@ -120,17 +138,21 @@ def _counts(frame: pd.DataFrame, verdicts: Iterable[claims.Verdict]) -> list[tup
     ]
 
 
-def _verdict_row(v: claims.Verdict, places: Places) -> list[str]:
+def _verdict_row(
+    v: claims.Verdict, places: Places, named: Mapping[str, str], shared: str
+) -> list[str]:
     needed = claims.seeds_words(v.seeds_needed, v.seeds_range)
-    why, q = places.short(v.explained), claims.false_discovery_words(v)
-    return [v.verdict, v.standing, v.text, why, str(v.seeds), needed, q, v.tested, v.sweep]
+    why = places.short(v.in_words if shared else v.explained)
+    text = v.text if len(named) < 2 else f"{named.get(v.sweep, v.sweep)}: {v.text}"
+    numbers = f"{why} ({v.tested})" if v.tested else why
+    return [v.verdict, text, numbers, str(v.seeds), needed, claims.false_discovery_words(v)]
 
 
 def _paths(verdicts: Iterable[claims.Verdict]) -> list[dict[str, Any]]:
     """The looks at the claims that were decided seed by seed, as pictures."""
     courses = [verdict.course for verdict in verdicts if verdict.course is not None]
     return [
-        {"data": _png(figure), "words": figure.get_label(), "wide": False}
+        {"data": _png(figure), "words": figure.get_label(), "wide": False, "claims": []}
         for figure in map(look_figures.path_figure, courses)
         if figure is not None
     ]
@@ -146,16 +168,26 @@ def _png(figure: Figure) -> str:
 # ---- one sweep -----------------------------------------------------------------------------------
 
 
-def _sweep(frame: pd.DataFrame, name: str, places: Places) -> dict[str, Any]:
-    titles = [str(s.about.get("title") or "") for s in frame.attrs["sweeps"].values()]
-    about: dict[str, Any] = {"name": name, "title": "; ".join(filter(None, titles)), "problem": ""}
+def _sweep(
+    frame: pd.DataFrame,
+    about: dict[str, Any],
+    verdicts: Sequence[claims.Verdict],
+    places: Places,
+) -> dict[str, Any]:
+    """What the page says of one sweep: each claim stands with the first figure that shows it."""
+    own = [(claims.metric_of(v), [v.verdict, v.text, places.short(v.in_words)]) for v in verdicts]
     try:
-        table = tabulate(frame, first=claimed_metrics(frame), title=name)
+        table = tabulate(frame, first=claimed_metrics(frame), title=about["name"])
     except ResultsError as error:
-        return about | {"problem": places.short(str(error))}
+        words = [words for _, words in own]
+        return about | {"problem": places.short(str(error)), "claims": words}
     drawn = _figures(table, frame)
+    for one in drawn[:MOST_FIGURES]:
+        one["claims"] = [words for metric, words in own if metric in one["metrics"]]
+        own = [(metric, words) for metric, words in own if metric not in one["metrics"]]
     return about | {
         "table": export.to_html(figures.complete(table, frame)),
+        "claims": [words for _, words in own],
         "figures": drawn[:MOST_FIGURES],
         "more": len(drawn[MOST_FIGURES:]),
         "commands": _commands(table, frame, places),
@@ -169,7 +201,7 @@ def _figures(table: Table, frame: pd.DataFrame) -> list[dict[str, Any]]:
             continue
         data = _png(figure) if len(drawn) < MOST_FIGURES else ""
         about = {"words": figure.get_label() or name, "wide": figure_style.is_wide(figure)}
-        drawn.append({"data": data, **about})
+        drawn.append({"data": data, "metrics": {a.get_label() for a in figure.axes}, **about})
     return drawn
 
 
@@ -209,18 +241,26 @@ def _runs(frame: pd.DataFrame, places: Places) -> dict[str, Any]:
     axes = [name for name in find_axes(frame).values if name in frame]
     rows = []
     heads = ["sweep", "run_id", "status", "seconds", *axes]
-    for sweep, run, status, seconds, *values in frame.loc[:, heads].itertuples(index=False):
+    names = list(dict.fromkeys(frame["sweep"]))
+    found = frame.loc[:, heads].itertuples(index=False, name=None)
+    for sweep, run, status, seconds, *values in sorted(
+        found, key=lambda row: (names.index(row[0]), *map(order, row[4:]))
+    ):
         time = "" if seconds != seconds else f"{seconds:.1f}"
         rows.append([sweep, run, status, time, *map(label, values)])
     columns = {c: column(frame, c) for c in frame.attrs.get("config", [])}
     alike = (c for c, values in columns.items() if values.nunique(dropna=False) == 1)
     shared = {c: label(columns[c].iloc[0]) for c in alike}
     return {
-        "run_headings": ["sweep", "run", "status", "seconds", *axes],
+        "run_headings": ["sweep", "run", "status", "seconds", *map(_setting, axes)],
         "runs": rows,
         "shared": _lines(shared, places),
         "configurations": list(_configurations(frame, shared, places)),
     }
+
+
+def _setting(name: str) -> str:
+    return labels.setting(name).with_symbol
 
 
 def _configurations(

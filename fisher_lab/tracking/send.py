@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ NOT_KEPT = ("state.safetensors", NAME_FILE, "run.json", "metrics.json")
 METRICS_TABLE = "metrics.csv"
 SPECTRUM_FILE = "spectral.json"
 NAME_LENGTH = 128
+NO_SETTINGS = ("sweeps", "sweep", "hydra", "tracker", "cache_dir", "resume", "progress")
+"""The beginnings of overrides that say nothing of what a run computes."""
 
 
 def name_of(directory: Path, run_id: str) -> tuple[str, int]:
@@ -62,8 +64,7 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
     """
     tracker_id, attempt = name_of(run.directory, run.run_id)
     directory = Path(config.directory) if config.directory else run.directory / DIRECTORY
-    cell = " ".join(one for one in overrides if not one.startswith("seed="))
-    name = config.run_name or " ".join(overrides) or task
+    name = config.run_name or in_words(overrides) or task
     above = run.directory.resolve().parent
     sweep = above.name if (above / "sweep.json").exists() else None
     return Start(
@@ -73,11 +74,22 @@ def start_of(run: Run, config: TrackerConfig, *, task: str, overrides: Sequence[
         config=strict(run.record["config"]),
         directory=directory.absolute(),
         name=name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…",
-        cell=cell or task,
+        cell=in_words(one for one in overrides if not one.startswith("seed=")) or task,
         group=config.group or sweep,
         job_type=task,
         tags=tuple(config.tags),
     )
+
+
+def in_words(overrides: Iterable[str]) -> str:
+    """Settings as figures name them: ``damping=1e-4, policy=auto``; nothing of where runs lie."""
+    pairs = [one.lstrip("+").partition("=") for one in overrides]
+    shown = [
+        f"{labels.setting(key.replace('/', '.')).short}={value}" if sign else key
+        for key, sign, value in pairs
+        if key.partition(".")[0].partition("/")[0] not in NO_SETTINGS
+    ]
+    return ", ".join(shown)
 
 
 def eigenvalues(file: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_an_unpacked_capsule_verifies_without_the_weights(place, tmp_path, capsy
             "ro-crate-metadata.json", f"{run}/run.json", f"{run}/layers.csv",
             "results/one/sweep.json", "results/one/events.jsonl"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith((".log", ".safetensors"))]
-    for path, runs in (("appendix", 9), ("results/one", 6)):
+    for path, runs in (("appendix", 12), ("results/one", 9)):
         found = verify.verify(root / path)
         assert (found.deviations, found.runs) == ([], runs)
     verify_edits.digit(root / run / "metrics.json")
@@ -122,7 +122,7 @@ def test_an_anonymous_capsule_names_nobody_and_verifies(place, tmp_path, monkeyp
     for word in (*PRIVATE, str(home)):
         assert not [data for data in everything if word.lower().encode() in data.lower()], word
     found = verify.verify(root / "appendix")
-    assert (found.deviations, found.runs) == ([], 9)
+    assert (found.deviations, found.runs) == ([], 12)
     record = json.loads((root / "results" / "one" / place.run.name / "run.json").read_text())
     assert record["config"]["cache_dir"] == "~/cache"
     assert record["run_id"] == place.run.name

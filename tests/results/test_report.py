@@ -190,6 +190,11 @@ def test_the_report_in_a_real_browser(results, tmp_path):
                 assert page.complaints == []
                 assert page.ask("document.documentElement.scrollWidth <= innerWidth")
                 grounds[dark] = page.ask("getComputedStyle(document.body).backgroundColor")
+                shades = "getComputedStyle(document.images[0]).filter"
+                assert ("invert" in page.ask(shades)) == dark  # figures follow the scheme
+                tables = "[...document.querySelectorAll('.scroll')]"
+                fits = f"{tables}.slice(0, 3).every(t => t.scrollWidth <= t.clientWidth)"
+                assert width < 1280 or page.ask(fits)  # claims, and the tables of both sweeps
                 images = "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
                 assert page.ask(images)
         assert grounds == {False: "rgb(255, 255, 255)", True: "rgb(20, 24, 29)"}

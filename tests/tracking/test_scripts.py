@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from fisher_lab.config import paths
+from fisher_lab.tracking import send
 from tests.processes import python
 from tests.tracking.wandb_files import files
 
@@ -31,14 +32,24 @@ def test_the_dashboard_is_dumped_without_a_login_and_read_by_the_library(tmp_pat
     import wandb_workspaces.reports.v2.internal as report_model
     import wandb_workspaces.workspaces.internal as workspace_model
 
-    done = python(str(SCRIPTS / "wandb_dashboard.py"), "--dump", "d.json")
+    verdict = {"sweep": "s", "text": "Same | step.", "verdict": "holds", "seeds": 5,
+               "why": "kfac.policy: auto against all: exact to 1e-15"}  # fmt: skip
+    (tmp_path / "claims.json").write_text(json.dumps([verdict]))
+    script = str(SCRIPTS / "wandb_dashboard.py")
+    done = python(script, "--claims", "claims.json", "--dump", "d.json")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "d.json").read_text())
     view = workspace_model.View.model_validate(content["workspace"])
     sections = {s.name: s.panels for s in view.spec.section.panel_bank_config.sections}
-    assert set(sections) >= {"Results", "Learning curves", "Settings that differ"}
+    assert set(sections) >= {
+        "Results", "Figures and layers", "Spectra", "Learning curves of trainings",
+        "Settings that differ",
+    }  # fmt: skip
     kinds = {panel.view_type for panels in sections.values() for panel in panels}
     assert kinds == {
+        "Bar Chart",
+        "Media Browser",
+        "Weave",
         "Run History Line Plot",
         "Scatter Plot",
         "Parallel Coordinates Plot",
@@ -46,7 +57,22 @@ def test_the_dashboard_is_dumped_without_a_login_and_read_by_the_library(tmp_pat
     }
     written = report_model.ReportViewspec.model_validate(content["report"])
     grids = [block for block in written.spec.blocks if type(block).__name__ == "PanelGrid"]
-    assert len(grids) == 3
+    assert len(grids) == 5
+    text = json.dumps(content["report"])
+    assert r"Same \\| step. | **holds** | policy: auto against all: exact to 1e-15 | 5 |" in text
+    (tmp_path / "claims.json").write_text("[{}]")
+    done = python(script, "--claims", "claims.json", "--dump", "d.json")
+    assert done.returncode == 2
+    assert "no claims.json" in done.stderr
+
+
+def test_bars_are_means_over_the_seeds_of_a_cell_and_named_by_its_settings(dashboard):
+    pytest.importorskip("wandb_workspaces")
+    for bar in dashboard.bars(["kfac/total_s"]):
+        about = json.loads(bar._to_model().model_dump_json(by_alias=True))["config"]
+        assert about["groupBy"] == "cell.value"
+    typed = ["+sweeps=damping", "kfac.damping=1e-4", "kfac/policy=auto", "sweep.dir=/x", "hydra=y"]
+    assert send.in_words(typed) == "damping=1e-4, policy=auto"
 
 
 def test_curves_are_means_over_the_seeds_of_a_cell(dashboard):
@@ -56,7 +82,7 @@ def test_curves_are_means_over_the_seeds_of_a_cell(dashboard):
         s["name"]: s["panels"]
         for s in content["workspace"]["spec"]["section"]["panelBankConfig"]["sections"]
     }
-    for name, panel in zip(dashboard.CURVES, sections["Learning curves"], strict=True):
+    for name, panel in zip(dashboard.CURVES, sections["Learning curves of trainings"], strict=True):
         curve = panel["config"]
         assert (curve["xAxis"], curve["metrics"]) == ("curve/step", [f"curve/{name}"])
         assert (curve["groupBy"], curve["groupAgg"]) == ("cell.value", "mean")
