@@ -154,7 +154,7 @@ def varying(table: Table) -> tuple[list[Column], str]:
         return table.columns, ""
     parts = [f"{', '.join(names)} ({text})" for text, names in alike.items()]
     where = "all rows" if len(table.rows) > 1 else "every run"
-    return kept, f"the same in {where}: {'; '.join(parts)}" if parts else ""
+    return kept, f"the same in {where}, to the digits shown: {'; '.join(parts)}" if parts else ""
 
 
 def grid(table: Table, columns: Sequence[Column] | None = None, *, symbols: bool = False) -> Grid:

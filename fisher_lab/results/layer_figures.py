@@ -94,6 +94,8 @@ def layer_figure(layers: pd.DataFrame, cells: Mapping[str, str], what: str) -> F
     rows = list(dict.fromkeys(name for values in sides.values() for name in values.index))
     depth = {name: i for i, name in enumerate(_by_depth(layers["name"]))}
     rows.sort(key=lambda name: depth.get(name, -1))  # kinds stay in their order
+    if len(names) == 1 and len(rows) == 1:
+        return None  # one mark says less than the table of layers
     if len(names) == 1:
         figure = _profile(sides, rows, words)
     else:

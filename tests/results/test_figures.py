@@ -281,12 +281,13 @@ def test_cells_of_the_same_colours_are_one_column_and_nothing_is_drawn_of_one(tm
 
 
 def test_nothing_is_drawn_where_nothing_was_clipped(tmp_path):
-    rows = [{"name": "h.0", "dim_A": 10, "clipped_A": 0, "kappa_A": 10.0}]
+    rows = [{"name": n, "dim_A": 10, "clipped_A": 0, "kappa_A": 10.0} for n in ("h.0", "h.1")]
     make_run(tmp_path / "s" / "0", {"seed": 0}, {"m": 1.0}, layers=rows)
     layers = load_layers(tmp_path / "s")
     cells = dict.fromkeys(layers["directory"], "a cell")
     assert layer_figures.layer_figure(layers, cells, "clipped") is None
     assert layer_figures.layer_figure(layers, cells, "kappa") is not None
+    assert layer_figures.layer_figure(layers[layers["name"] == "h.0"], cells, "kappa") is None
 
 
 def test_curves_are_means_over_runs(tmp_path):

@@ -276,7 +276,8 @@ def test_a_paper_cites_claims_sections_tables_and_figures(tmp_path):
     assert "Damping_x" not in text  # the title is the heading
     table = (folder / "damping_x" / "table.tex").read_text()
     assert r"\label{tab:damping-x}" in table
-    assert "The damping. A row for each damping. The same in all rows: clipped of A (0)." in table
+    words = "A row for each damping. The same in all rows, to the digits shown: clipped of A (0)."
+    assert f"The damping. {words}" in table
     assert r"1 $\times$ holds and 1 $\times$ does not hold (Table~\ref{tab:claims})." in table
     macros = (folder / "claim-macros.tex").read_text()
     assert "csname fisherlab-claim-damping-x-small\\endcsname{holds (cosine, natural" in macros
