@@ -183,6 +183,9 @@ def main() -> int:
     parser.add_argument("--planted", action="store_true", help="also find planted bugs")
     parser.add_argument("--out", type=Path, help="folder of faults.json and faults.md")
     chosen = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":  # the order of a set is a part of a course
+        given = [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]]
+        os.execve(sys.executable, given, {**os.environ, "PYTHONHASHSEED": "0"})
     if chosen.seed is not None:
         one = trial(chosen.seed)
         print(json.dumps(asdict(one), indent=2))
