@@ -46,7 +46,7 @@ class WorkersSettings:
 class SlurmSettings:
     """``hydra/launcher=slurm_cpu``, ``slurm_gpu`` and ``slurm_debug``: job arrays by submitit."""
 
-    executor: ClassVar[str] = "fisher_lab.sweeps.slurm:executor"
+    executor: ClassVar[str] = "fisher_lab.sweeps.slurm_workers:executor"
     cluster: str = setting(
         "slurm",
         "`local`: processes of this machine, to try things out.",

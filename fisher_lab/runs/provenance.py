@@ -81,8 +81,7 @@ def code(package: Path | None = None) -> dict[str, Any]:
     commit = (found["commit"] or "")[:12]
     if commit and not _git(folder, "status", "--porcelain", "--", "."):
         return {"code": commit, "git": found}
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        commit = commit or metadata.version("fisher-lab")
+    commit = commit or version("fisher-lab") or ""
     return {"code": f"{commit or 'unknown'}+{_digest(folder)}", "git": found}
 
 
@@ -158,10 +157,16 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of some distributions, where they are installed."""
     found = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    found |= {name: known for name in packages if (known := version(name)) is not None}
     return found
+
+
+@functools.cache
+def version(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed. Looked up once a process."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+    return None
 
 
 def host() -> dict[str, Any]:

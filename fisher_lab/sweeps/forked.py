@@ -27,7 +27,7 @@ from fisher_lab.runs.signals import leave
 from fisher_lab.sweeps import worker
 from fisher_lab.sweeps.cell import Cell
 
-_PAUSE_S = 0.01
+_PAUSE_S = 0.002
 _VICTIM = "500"
 """For the kernel where memory runs out: this child before its parent."""
 
@@ -48,13 +48,12 @@ class Forked:
     Attributes:
         events: of the cell that the child has handed over, with their time, instead of writing
             them into the journal: many go there in one piece.
-        is_over: whether it says nothing more.
     """
 
     def __init__(self, cell: Cell, log: Path, variables: Mapping[str, str]) -> None:
         self.returncode: int | None = None
         self.events: list[dict[str, Any]] = []
-        self.is_over = False
+        self._is_closed = False
         self._text = b""
         self._modules: list[str] = []
         self._pipe, writing = os.pipe()
@@ -66,18 +65,36 @@ class Forked:
             _child(cell, log, variables, writing)
         os.close(writing)
 
-    def wait_for_news(self, seconds: float) -> None:
-        """Until the child has said something, has ended, or the time is over."""
+    def has_ended(self, seconds: float) -> bool:
+        """Whether it has ended, and nothing that it has said is unheard; waits for news.
+
+        Args:
+            seconds: that this takes at most, where there is none.
+        """
+        # A process that it has left behind may keep the pipe open.
+        ended = self.returncode is not None or self._is_zombie()
+        while self._hear(0.0 if ended else seconds) and ended:
+            pass
+        return ended
+
+    def _is_zombie(self) -> bool:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.pid, options) is not None
+
+    def _hear(self, seconds: float) -> bool:
+        """Read what it says; whether it has said something."""
+        if self._is_closed:
+            time.sleep(min(seconds, _PAUSE_S))
+            return False
         ready, _, _ = select.select([self._pipe], [], [], seconds)
-        if not ready:
-            return
-        content = os.read(self._pipe, 1 << 16)
-        if not content:
+        content = os.read(self._pipe, 1 << 16) if ready else b""
+        if ready and not content:
             self._close()
         *lines, self._text = (self._text + content).split(b"\n")
         for line in map(json.loads, lines):
             self._modules += line.pop("modules", [])
             self.events += [line] if line else []
+        return bool(content)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; returns what `subprocess.Popen.returncode` says.
@@ -110,8 +127,8 @@ class Forked:
         self._modules = []
 
     def _close(self) -> None:
-        if not self.is_over:
-            self.is_over = True
+        if not self._is_closed:
+            self._is_closed = True
             os.close(self._pipe)
 
 

@@ -30,6 +30,7 @@ class Remaining:
         open: run directory's name -> the launch in which the cell was frozen last.
         ended: how cells have ended that are not open.
         noted: of these, the ones whose end is in the journal.
+        running: the cells of which the journal says that they have begun, and nothing since.
         begun: how often a cell has been started, and how often preempted, since it was submitted.
     """
 
@@ -38,6 +39,7 @@ class Remaining:
         self.open: OrderedDict[str, str] = OrderedDict()
         self.ended: dict[str, Status] = {}
         self.noted: set[str] = set()
+        self.running: set[str] = set()
         self.begun: Counter[tuple[str, str]] = Counter()
         self._start = random.random() if start is None else start
         self._offset = 0
@@ -71,6 +73,11 @@ class Remaining:
             self.open.move_to_end(name)
             yield name
 
+    def some_running(self, most: int) -> list[str]:
+        """Some of the open cells that others run, perhaps no more."""
+        found = sorted(self.running & self.open.keys())
+        return random.sample(found, min(most, len(found)))
+
     def close(self, run_id: str, status: Status) -> None:
         """A cell is seen to have ended."""
         self.open.pop(run_id, None)
@@ -85,6 +92,7 @@ class Remaining:
             self.open.clear()
         elif name in self.open or name in self.ended:
             self.begun[name, kind] += 1
+            (self.running.add if kind == "started" else self.running.discard)(name)
             if kind in (Status.COMPLETED, Status.FAILED):
                 self.noted.add(name)
                 self.close(name, Status(kind))

@@ -244,10 +244,6 @@ def _ask(command: list[str]) -> str | None:
 
 def executor(settings: SlurmSettings) -> Executor:
     """Jobs of SLURM; with ``cluster=local`` processes of this machine, for trying things out."""
-    if settings.workers is not None:
-        from fisher_lab.sweeps.slurm_workers import SubmittedWorkers
-
-        return SubmittedWorkers(settings)
     if settings.cluster == "slurm":
         return SubmititJobs(settings)
     threads = settings.threads or settings.cpus_per_task

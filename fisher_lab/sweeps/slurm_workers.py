@@ -17,11 +17,16 @@ from fisher_lab.runs.status import Status
 from fisher_lab.sweeps import slurm, work
 from fisher_lab.sweeps.cell import Cell, Outcome
 from fisher_lab.sweeps.directory import Layout
-from fisher_lab.sweeps.queue import say
+from fisher_lab.sweeps.queue import Executor, say
 from fisher_lab.sweeps.workers import LOOK_AT_ALL_S, Workers
 
 _REQUEUES = 1000
 """How often a worker may go back to the queue: as long as there are cells for it."""
+
+
+def executor(settings: SlurmSettings) -> Executor:
+    """A job for each cell, or workers."""
+    return slurm.executor(settings) if settings.workers is None else SubmittedWorkers(settings)
 
 
 @dataclass(frozen=True, kw_only=True)

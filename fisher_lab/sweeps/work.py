@@ -8,6 +8,8 @@ Each cell runs in a child that is forked from the worker (`sweeps/forked.py`), w
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import sys
 import time
@@ -30,6 +32,7 @@ from fisher_lab.sweeps.forked import Forked
 from fisher_lab.sweeps.queue import LOOK_EVERY_S, say
 from fisher_lab.sweeps.remaining import Remaining
 from fisher_lab.sweeps.worker_process import THREADS, WorkerProcess
+from fisher_lab.tasks import runner
 
 WORK = ("-m", "fisher_lab.sweeps.work")
 """What Python is given to run a worker of sweeps."""
@@ -43,7 +46,9 @@ RESUMABLE = ("train",)
 """Tasks that go on where they were; any other that had all of a time limit would reach it again."""
 _UNTIL, _CODE = "FISHER_LAB_WORK_UNTIL", "FISHER_LAB_WORK_CODE"
 """For a worker that starts again as another version of the code."""
-_TICK_S = 0.002
+_TICK_S = 0.05
+_ORPHANS = 3
+"""Cells that run elsewhere of which a worker looks at each poll whether their worker has died."""
 
 
 _OPTIONS: tuple[tuple[str, float | None, str], ...] = (
@@ -98,7 +103,7 @@ class Worker:
         self._waiting: dict[tuple[Path, str], Cell] = {}
         self._doubtful: dict[tuple[Path, str], float] = {}
         self._events: list[tuple[Layout, dict[str, Any]]] = []
-        self._flushed = self._looked = self._read = -1e9
+        self._flushed = self._looked = self._read = self._asked = -1e9
         self._code = provenance.code()["code"]
 
     def run(self) -> int:
@@ -135,11 +140,21 @@ class Worker:
     def _next(self) -> tuple[Remaining, Cell] | None:
         """A cell that nobody runs or has run, if there is one."""
         for sweep in self._sweeps:
-            for run_id in sweep.in_turn():
+            for run_id in itertools.chain(self._orphans(sweep), sweep.in_turn()):
                 cell = self._take(sweep, run_id)
                 if cell is not None:
                     return sweep, cell
         return None
+
+    def _orphans(self, sweep: Remaining) -> list[str]:
+        """Now and then, cells whose worker may have died: first those, as nobody waits for them.
+
+        Every worker looks at a few, so that together they look at each.
+        """
+        if time.monotonic() - self._asked < self.limits.poll_s:
+            return []
+        self._asked = time.monotonic()
+        return sweep.some_running(_ORPHANS)
 
     def _take(self, sweep: Remaining, run_id: str) -> Cell | None:
         key = (sweep.layout.directory, run_id)
@@ -216,7 +231,7 @@ class Worker:
         """Until the next look at what others run."""
         until = time.monotonic() + min(self.limits.poll_s, max(0.0, self._time_left()))
         while not pending() and time.monotonic() < until:
-            time.sleep(min(_TICK_S * 25, self.limits.poll_s))
+            time.sleep(min(_TICK_S, self.limits.poll_s))
 
     def _time_left(self) -> float:
         """Seconds until a cell has to be told to save."""
@@ -236,14 +251,18 @@ class Worker:
             return children[0]
 
         limits = self.limits
+        if not self.counted:  # the children inherit it
+            runner.warm()
+            gc.freeze()
         process = WorkerProcess(
             cell, threads=limits.threads, grace_s=limits.grace_s, scheduled=True,
             start=start if forked.possible() else None,
         )  # fmt: skip
         child = children[0] if children else None
         while True:
-            self._hear(cell, child)
-            if (outcome := process.poll()) is not None:
+            # What it has said comes into the journal before anything that follows from its end.
+            process.enforce_limits()
+            if self._hear(cell, child) and (outcome := process.poll()) is not None:
                 break
             if pending():
                 process.ask(SIGUSR2 if pending() == SIGUSR2 else SIGTERM)
@@ -266,21 +285,18 @@ class Worker:
         why = f": {outcome.message}" if outcome.message else ""
         say(f"{outcome.status} in {process.seconds:.1f} s  {cell.label}{why}")
 
-    def _hear(self, cell: Cell, child: Forked | None) -> None:
-        """Wait a moment; what the child says goes to the journal."""
+    def _hear(self, cell: Cell, child: Forked | None) -> bool:
+        """Wait a moment; what the child says goes to the journal. Whether it may have ended."""
         if child is None:
-            time.sleep(_TICK_S * 10)
-            return
-        if child.is_over:
             time.sleep(_TICK_S)
-        else:
-            child.wait_for_news(LOOK_EVERY_S)
+            return True
+        ended = child.has_ended(LOOK_EVERY_S)
         self._events += [(cell.layout, event) for event in child.events]
         child.events = []
         completed = self._events and self._events[-1][1]["event"] == Status.COMPLETED
-        due = time.monotonic() - self._flushed >= FLUSH_S
-        if due or (child.is_over and not completed):
+        if time.monotonic() - self._flushed >= FLUSH_S or (ended and not completed):
             self._flush()
+        return ended
 
     def _is_cancelled(self, cell: Cell) -> bool:
         if time.monotonic() - self._looked < LOOK_EVERY_S:

@@ -156,13 +156,17 @@ class WorkerProcess:
             self._signal(signal.SIGKILL)  # ranks or others that it has left behind
             status, message = self._settle(self._process.wait())
             return Outcome(status, message, self.seconds)
+        self.enforce_limits()
+        return None
+
+    def enforce_limits(self) -> None:
+        """Ask a worker to end whose time is over, and kill one that was asked and has not."""
         limit = self.cell.config.sweep.timeout_s if self._node == 0 else None
         if limit is not None and not self._timed_out and self.seconds > limit:
             self._timed_out = True
             self.ask(signal.SIGTERM)
         if self._asked is not None and time.monotonic() - self._asked > self._grace_s:
             self._signal(signal.SIGKILL)
-        return None
 
     def end(self) -> None:
         """Ask it to save and end, and wait until it has ended; its record stays as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -48,6 +49,17 @@ LOG_FILE = "fisher_lab.log"
 
 class InputsChanged(RuntimeError):
     """Text or model are not what they were when the run was submitted."""
+
+
+def warm() -> None:
+    """Look up what a process keeps for all of its runs; imports no numerical library."""
+    from fisher_lab.results import labels
+    from fisher_lab.tasks import ranks, summary  # noqa: F401
+    from fisher_lab.workload import content_identity  # noqa: F401
+
+    provenance.collect()
+    with contextlib.suppress(labels.LabelError):  # which every run says itself
+        labels.catalogue()
 
 
 def prepare(config: Config) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fisher_lab.config.errors import ConfigError
 from fisher_lab.config.schema import Config
 from fisher_lab.config.workload import ModelConfig, OptimizerConfig
+from fisher_lab.runs import provenance
 from fisher_lab.workload import cache, text, tokenizer
 
 RECIPE = 1
@@ -110,7 +110,7 @@ def _checkpoint_key(cfg: Config, text_sha256: str, tokenizer_key: str) -> str:
             "text": text_sha256,
             "heldout_fraction": cfg.data.heldout_fraction,
             "tokenizer": tokenizer_key,
-            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "versions": {name: provenance.version(name) for name in ("torch", "transformers")},
         }
     )
 

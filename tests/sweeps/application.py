@@ -34,8 +34,8 @@ def launch(
     chosen = ""
     if worker is not None:
         chosen = (
-            "from fisher_lab.sweeps import run, worker_process; "
-            f"worker_process.WORKER = ({str(worker)!r},); "
+            "from fisher_lab.sweeps import run, work, worker_process; "
+            f"work.WORK = worker_process.WORKER = ({str(worker)!r},); "
         )
         background = f"{chosen}run.main(sys.argv[1:])"
         chosen += f"run.BACKGROUND = ('-c', {'import sys; ' + background!r}); "
