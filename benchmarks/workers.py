@@ -41,7 +41,9 @@ WORKER = f"{CHEAP_TASK}\nfrom fisher_lab.sweeps import work\nwork.leave(work.mai
 
 def main() -> None:
     """Run the benchmark, and write its figures."""
-    parser = argparse.ArgumentParser(description="Workers of a sweep, with a task that does nothing.")
+    parser = argparse.ArgumentParser(
+        description="Workers of a sweep, with a task that does nothing."
+    )
     parser.add_argument("--cells", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS)

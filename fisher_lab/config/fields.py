@@ -52,6 +52,12 @@ def at_least(low: float) -> Allowed:
     return _number(f"a finite number of at least {low:g}", lambda value: value >= low)
 
 
+factor = Allowed(
+    "a factor of more than 1, such as x2",
+    lambda value: bool(re.fullmatch(r"x\d+(\.\d+)?", str(value))) and float(value[1:]) > 1,
+)
+
+
 def whole(low: int, high: float = math.inf) -> Allowed:
     """A whole number of at least ``low`` and, where given, at most ``high``."""
     text = f"of at least {low}" if high == math.inf else f"from {low} to {high}"

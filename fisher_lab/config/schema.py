@@ -14,6 +14,7 @@ from fisher_lab.config.fields import (
     at_least,
     each_above,
     each_of,
+    factor,
     matching,
     null,
     one_of,
@@ -33,6 +34,34 @@ service_name = matching(r"[A-Za-z0-9._-]{1,128}", "letters, digits, '.', '_' and
 
 ON_RANKS = "full, chunked or streaming on several ranks (distributed.nproc=1 sketches)"
 """What ``spectral.storage_mode`` must be there."""
+
+
+@dataclass
+class RetryPolicy:
+    """What is done about one kind of failure."""
+
+    times: int = setting(0, "How often a cell that failed so runs again in a launch.", whole(0))
+    mem_gb: str | None = setting(
+        None, "By what the memory of its job is multiplied each time: `x2`.", factor | null
+    )
+    timeout_min: str | None = setting(
+        None, "By what its time limits are multiplied each time: `x2`.", factor | null
+    )
+
+    def check(self) -> Problems:
+        """More memory or time is of use to a cell that runs again alone."""
+        if self.times == 0 and (self.mem_gb or self.timeout_min):
+            yield "times", "at least 1 beside mem_gb or timeout_min"
+
+
+@dataclass
+class RetryConfig:
+    """Cells that failed run again, by the kind of failure (`docs/sweeps.md`)."""
+
+    oom: RetryPolicy = section(RetryPolicy)
+    time: RetryPolicy = section(RetryPolicy)
+    node: RetryPolicy = section(RetryPolicy)
+    code: RetryPolicy = section(RetryPolicy)
 
 
 @dataclass
@@ -72,6 +101,7 @@ class SweepConfig:
     max_requeues: int = setting(
         3, "How often a preempted job goes back to the queue before it has failed.", whole(0)
     )
+    retry: RetryConfig = section(RetryConfig)
 
 
 @dataclass

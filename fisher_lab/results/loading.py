@@ -297,7 +297,7 @@ def read_run(directory: Path) -> dict[str, dict[str, Any]]:
     finite = {n: v if math.isfinite(v) else math.nan for n, v in numbers.items()}
     return {
         "meta": meta,
-        "config": _flat(record["config"]),
+        "config": identity.in_present_words(_flat(record["config"])),
         "metrics": finite,
         "provenance": _provenance(record.get("provenance")),
     }

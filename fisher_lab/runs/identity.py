@@ -9,6 +9,7 @@ run, and an edited text in the same place is another one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -59,6 +60,18 @@ finds what earlier ones have completed. Every key that is added to the schema go
 holds it).
 """
 
+RENAMED: dict[str, str] = {}
+"""Key -> its name in earlier runs, for a key that was renamed or moved to another section.
+
+The identity has the first name that a setting had, so that a new version finds what earlier ones
+have completed, and tables show earlier runs under the new name. A key that is renamed goes in here,
+and never to the name of another setting. None has been renamed so far.
+"""
+
+VALUES: dict[str, dict[Any, Any]] = {}
+"""Key, as it is now -> value -> its name in earlier runs, for a value that was renamed: text, a
+number or null."""
+
 BY_CONTENT = {
     "adapter": ("model.adapter",),
     "data": ("data.path", "data.pattern"),
@@ -83,9 +96,54 @@ def run_id(config: Mapping[str, Any], content: Mapping[str, Any] | None = None) 
     for name, keys in BY_CONTENT.items():
         if content.get(name):
             out.update(keys)
-    identity = {"version": VERSION, "config": _without(config, out), "content": content}
+    kept = in_earlier_words(_without(config, out))
+    identity = {"version": VERSION, "config": kept, "content": content}
     text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def in_earlier_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as the versions before its keys and values were renamed wrote it.
+
+    Args:
+        config: nested; it may lack keys.
+    """
+    found = copy.deepcopy(dict(config))
+    for key in dict.fromkeys((*RENAMED, *VALUES)):
+        *above, last = key.split(".")
+        sections = [found]
+        for name in above:
+            sections.append(sections[-1].get(name) or {})
+        if last not in sections[-1]:
+            continue
+        value = _reworded(sections[-1].pop(last), VALUES.get(key, {}))
+        for name, section in reversed(list(zip(above, sections, strict=False))):
+            if not section[name]:  # a section that has come with its key
+                del section[name]
+        *above, last = RENAMED.get(key, key).split(".")
+        section = found
+        for name in above:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return found
+
+
+def in_present_words(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run of any version, by the keys and values that they have now.
+
+    Args:
+        settings: dotted key -> value.
+    """
+    new = {old: key for key, old in RENAMED.items()}
+    found = {new.get(key, key): value for key, value in settings.items()}
+    for key in VALUES.keys() & found.keys():
+        found[key] = _reworded(found[key], {old: value for value, old in VALUES[key].items()})
+    return found
+
+
+def _reworded(value: Any, words: Mapping[Any, Any]) -> Any:
+    """What stands for a value in another version; the value itself where nothing does."""
+    return next((other for one, other in words.items() if one == value), value)
 
 
 def before(key: str) -> Any:

@@ -12,12 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fisher_lab.config.schema import Config
+from fisher_lab.config.schema import Config, RetryConfig
 from fisher_lab.config.validate import build
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.lock import Lock
 from fisher_lab.runs.status import Status
+from fisher_lab.sweeps import retry
 from fisher_lab.sweeps.directory import LAUNCH_FILE, Layout
+from fisher_lab.sweeps.retry import Again
 
 SCHEMA = "fisher_lab.cell/1"
 CANCELLED_FILE = "cancelled"
@@ -180,6 +182,15 @@ class Cell:
                 return False
             self.settle(status, reason, error)
         return True
+
+    @property
+    def again(self) -> Again:
+        """What its failures since the last launch come to."""
+        policies = self.config.sweep.retry
+        if policies == RetryConfig():  # nothing is read for it
+            return Again()
+        found = retry.failures(self.layout.journal.read()).get(self.run_id, [])
+        return retry.after([str(one["kind"]) for one in found], policies)
 
     def give_up(self, reason: str, message: str) -> Outcome:
         """Make a cell that nobody runs ``failed``; returns what has become of it."""

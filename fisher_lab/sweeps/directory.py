@@ -30,6 +30,7 @@ from fisher_lab.runs import atomic, digests, record
 from fisher_lab.runs.journal import Journal
 from fisher_lab.runs.lock import STALE_AFTER, Lock
 from fisher_lab.runs.status import Status
+from fisher_lab.sweeps.retry import kind_of
 
 SWEEP_FILE = "sweep.json"
 REGISTRATION_FILE = "registration.json"
@@ -149,6 +150,9 @@ class Layout:
         """The event of a cell's end, with the digest of its record, which no later edit reaches."""
         file = self.run_directory(run_id) / record.RUN_FILE
         digest = digests.of_file(file) if file.is_file() else None
+        if status is Status.FAILED:
+            found = atomic.read_json(file)
+            more = {"kind": kind_of(found), "message": record.brief(file.parent), **more}
         return {"event": status, "run_id": run_id, "record": digest, **more}
 
     def frozen(self) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -324,10 +325,26 @@ class _CellMaker:
     identify: Identify
     alone: bool
 
+    @functools.cached_property
+    def earlier(self) -> dict[str, str]:
+        """Identity of now -> that of a completed run which an earlier version has identified.
+
+        It was made with the same settings, as far as its version had them.
+        """
+        found: dict[str, str] = {}
+        for file in sorted(self.layout.directory.glob("*/run.json")):
+            record = atomic.read_json(file)
+            about, config = record.get("provenance") or {}, record.get("config")
+            if record.get("status") == Status.COMPLETED and isinstance(config, dict):
+                found[run_id(config, about.get("content"))] = file.parent.name
+        return found
+
     def __call__(self, overrides: Sequence[str], axes: Mapping[str, str]) -> Cell:
         config = self.composer(list(overrides))
         content = self.identify(config)
         identity = run_id(dataclasses.asdict(config), content)
+        if not self.layout.run_directory(identity).exists():
+            identity = self.earlier.get(identity, identity)
         return Cell(self.layout, identity, tuple(overrides), axes, config, content, self.alone)
 
 

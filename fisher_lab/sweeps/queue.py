@@ -261,6 +261,10 @@ class Queue:
                 return
             message = f"preempted more often than sweep.max_requeues={allowed}"
             outcome = cell.give_up("max_requeues", message)
+        if outcome.status is Status.FAILED and (failed := cell.again).is_due:
+            say(f"failed ({failed.said}), runs again: {cell.label}: {outcome.message or ''}")
+            self._waiting.append(cell)
+            return
         self._tally.end(cell, outcome)
         again, why = self._pairs.ended(cell)
         if again:

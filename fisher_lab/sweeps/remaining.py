@@ -15,7 +15,8 @@ from typing import Any
 
 from fisher_lab.runs import atomic
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps.cell import CANCELLED_FILE
+from fisher_lab.sweeps import retry
+from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell
 from fisher_lab.sweeps.directory import LAUNCH_FILE, Layout
 
 
@@ -30,6 +31,7 @@ class Remaining:
         open: run directory's name -> the launch in which the cell was frozen last.
         ended: how cells have ended that are not open.
         noted: of these, the ones whose end is in the journal.
+        failures: the kinds of the failures of a cell since then.
         running: the cells of which the journal says that they have begun, and nothing since.
         begun: how often a cell has been started, and how often preempted, since it was submitted.
     """
@@ -40,6 +42,7 @@ class Remaining:
         self.ended: dict[str, Status] = {}
         self.noted: set[str] = set()
         self.running: set[str] = set()
+        self.failures: dict[str, list[str]] = {}
         self.begun: Counter[tuple[str, str]] = Counter()
         self._start = random.random() if start is None else start
         self._offset = 0
@@ -93,9 +96,22 @@ class Remaining:
         elif name in self.open or name in self.ended:
             self.begun[name, kind] += 1
             (self.running.add if kind == "started" else self.running.discard)(name)
-            if kind in (Status.COMPLETED, Status.FAILED):
+            if kind == Status.FAILED and self._is_due(name, str(event.get("kind", "code"))):
+                self.open.setdefault(name, self._launch)
+            elif kind in (Status.COMPLETED, Status.FAILED):
                 self.noted.add(name)
                 self.close(name, Status(kind))
+
+    def _is_due(self, name: str, failure: str) -> bool:
+        """Whether a worker runs a cell again that has failed; what needs more is for a launcher."""
+        if name not in self.open:
+            return False
+        self.failures.setdefault(name, []).append(failure)
+        try:
+            again = retry.after(self.failures[name], Cell.load(self.file(name)).config.sweep.retry)
+        except (OSError, ValueError):
+            return False
+        return again.is_due and not (again.is_raised and self.layout.has_launcher())
 
     def _add_new(self) -> None:
         """Add cells that the last launch has and that are not known yet."""
@@ -116,5 +132,6 @@ class Remaining:
             self.open[name] = self._launch
             self.ended.pop(name, None)
             self.noted.discard(name)
+            self.failures.pop(name, None)
             for kind in ("started", Status.PREEMPTED):
                 self.begun.pop((name, kind), None)

@@ -211,6 +211,7 @@ def _refused(
 ) -> Iterator[tuple[str, object, str]]:
     """Key, value and what is allowed of every setting that the launcher cannot do."""
     yield from _refused_to_workers(cells, kind, settings)
+    yield from _refused_to_retry(cells, options, kind, settings)
     for cell in cells:
         nodes, timeout_s = cell.config.distributed.nodes, cell.config.sweep.timeout_s
         if isinstance(settings, SlurmSettings) and _is_cluster(settings):
@@ -251,6 +252,26 @@ def _refused_to_workers(
         yield key, value, "left out for a sweep with alone: true, whose cells run one at a time"
     if any(cell.config.distributed.nodes > 1 for cell in cells):
         yield key, value, "left out for cells with distributed.nodes > 1: a worker has one node"
+
+
+def _refused_to_retry(
+    cells: Sequence[Cell], options: SweepConfig, kind: str, settings: Settings
+) -> Iterator[tuple[str, object, str]]:
+    """The same of what is done about failures."""
+    policies = {name: getattr(options.retry, name) for name in vars(options.retry)}
+    memory = getattr(settings, "mem_gb", None) if _is_cluster(settings) else None
+    has_limit = _is_cluster(settings) or any(c.config.sweep.timeout_s is not None for c in cells)
+    for name, policy in policies.items():
+        key = f"sweep.retry.{name}"
+        if policy.mem_gb is not None and memory is None:
+            allowed = "null where no job of SLURM has a memory that can be raised"
+            yield f"{key}.mem_gb", policy.mem_gb, f"{allowed} (hydra.launcher.mem_gb)"
+        if policy.timeout_min is not None and not has_limit:
+            allowed = "null where cells have no time limit (sweep.timeout_s)"
+            yield f"{key}.timeout_min", policy.timeout_min, allowed
+        if policy.times and options.detach and _is_cluster(settings):
+            allowed = "0 with sweep.detach=true on SLURM, where no launcher stays to submit again"
+            yield f"{key}.times", policy.times, allowed
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the same cells in processes of this machine.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, Outcome, death
 from fisher_lab.sweeps.directory import Layout, tail
 from fisher_lab.sweeps.local import LocalProcesses
 from fisher_lab.sweeps.queue import Executor, say
+from fisher_lab.sweeps.retry import Again
 from fisher_lab.sweeps.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -296,13 +298,23 @@ class SubmititJobs(Executor):
         if wanted and (ignored := environment.ignored()):
             say(f"not handed on to SLURM, which takes hydra.launcher alone: {ignored}")
         where = {"cluster": self._cluster} if self._cluster else {}
-        for batch in batches(wanted, self._settings.max_array_size or max_array_size()):
-            jobs = _submit(batch, self._settings)
+        for batch, settings in self._batches(wanted):
+            jobs = _submit(batch, settings)
             self._jobs |= {cell: job.job_id for cell, job in zip(batch, jobs, strict=True)}
             for layout in dict.fromkeys(cell.layout for cell in batch):
                 own = {cell.run_id: self._jobs[cell] for cell in batch if cell.layout == layout}
                 layout.journal.append("submitted", jobs=own, **where)
             say(f"submitted {len(batch)} cells as {jobs[0].job_id.partition('_')[0]}")
+
+    def _batches(self, cells: Sequence[Cell]) -> Iterator[tuple[list[Cell], SlurmSettings]]:
+        """Arrays of cells with what their jobs get: more where they have failed for the want."""
+        size = self._settings.max_array_size or max_array_size()
+        by_need: dict[Again, list[Cell]] = {}
+        for cell in cells:
+            by_need.setdefault(replace(cell.again, said="", is_due=False), []).append(cell)
+        for need, own in by_need.items():
+            for batch in batches(own, size):
+                yield batch, raised(self._settings, need)
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """Ask the queue, at most every ``poll_s``; the cells whose jobs have ended."""
@@ -454,6 +466,16 @@ def submitit_executor(
         **{name: value for name, value in given.items() if value not in (None, [])}
     )
     return made
+
+
+def raised(settings: SlurmSettings, need: Again) -> SlurmSettings:
+    """The settings of a job that gets more memory or time than others."""
+    memory = settings.mem_gb
+    return replace(
+        settings,
+        mem_gb=None if memory is None else memory * need.memory,
+        timeout_min=math.ceil(settings.timeout_min * need.time),
+    )
 
 
 def _submit(cells: Sequence[Cell], settings: SlurmSettings) -> list[submitit.Job[Any]]:

@@ -18,7 +18,8 @@ from fisher_lab.sweeps import slurm, work
 from fisher_lab.sweeps.cell import Cell, Outcome
 from fisher_lab.sweeps.directory import Layout
 from fisher_lab.sweeps.queue import Executor, say
-from fisher_lab.sweeps.workers import LOOK_AT_ALL_S, Workers
+from fisher_lab.sweeps.slurm import SubmititJobs
+from fisher_lab.sweeps.workers import LOOK_AT_ALL_S, Workers, key_of
 
 _REQUEUES = 1000
 """How often a worker may go back to the queue: as long as there are cells for it."""
@@ -91,6 +92,7 @@ class SubmittedWorkers(Workers):
         self._cluster: str | None = None
         self._last = ("", "")
         self._has_progress = True
+        self._single = SubmititJobs(settings)
 
     def start(self, cells: Sequence[Cell]) -> None:
         """Submit as many workers as are wanted, but for those that are in the queue already.
@@ -116,12 +118,26 @@ class SubmittedWorkers(Workers):
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """Ask the journal and the queue, at most every ``poll_s``; the cells that have ended."""
         looked = self._looked
-        found = super().ended()
+        found = [*super().ended(), *self._single.ended()]
         self._has_progress |= bool(found)
         if self._looked == looked or not self._cells or not self._look_at_jobs():
             return found
         self._submit_missing()
         return found if self._jobs else [*found, *self._given_up()]
+
+    @property
+    def running(self) -> list[Cell]:
+        """The cells that have not ended, also those that have a job of their own."""
+        return [*super().running, *self._single.running]
+
+    def _has_failed(self, cell: Cell) -> bool:
+        """One that needs more than a worker has gets a job of its own."""
+        again = cell.again
+        if again.is_due and again.is_raised:
+            say(f"failed ({again.said}), runs again in a job of its own: {cell.label}")
+            del self._cells[key_of(cell)]
+            self._single.start([cell])
+        return not again.is_due
 
     def _look_at_jobs(self) -> bool:
         """Forget jobs that are gone for good; whether any is."""
@@ -180,6 +196,7 @@ class SubmittedWorkers(Workers):
 
     def stop(self, cells: Sequence[Cell]) -> None:
         """Ask the workers to end, and cancel their jobs."""
+        self._single.stop(cells)
         super().stop(cells)
         slurm.cancel(self._jobs)
 

@@ -23,7 +23,7 @@ from fisher_lab.config.errors import ConfigError
 from fisher_lab.runs import atomic, record
 from fisher_lab.runs.lock import STALE_AFTER
 from fisher_lab.runs.status import Status
-from fisher_lab.sweeps import slurm
+from fisher_lab.sweeps import retry, slurm
 from fisher_lab.sweeps.cell import CANCELLED_FILE, Cell, label_of
 from fisher_lab.sweeps.directory import LAUNCH_FILE, SWEEP_FILE, Layout, tail
 from fisher_lab.sweeps.status_table import CellStatus, screen
@@ -135,12 +135,21 @@ def look(layout: Layout) -> list[CellStatus]:
     if not isinstance(cells, list) or not all(_is_entry(one) for one in cells):
         raise ConfigError(f"{layout.sweep_file} cannot be read")
     jobs, files = slurm.Jobs.of(layout), layout.frozen()
+    failed = retry.failures(layout.journal.read())
     frozen = {one["run_id"]: _frozen(files.get(one["run_id"])) for one in cells}
     states = {name: layout.state(name, _stale_after_s(cell)) for name, cell in frozen.items()}
     asked = {jobs.last[name] for name in states if name in jobs.last and not states[name].is_final}
     known = (slurm.states(jobs.here(asked, slurm.cluster())) or {}) if asked else {}
     return [
-        _cell(layout, one, states[one["run_id"]], jobs, known, frozen[one["run_id"]])
+        _cell(
+            layout,
+            one,
+            states[one["run_id"]],
+            jobs,
+            known,
+            frozen[one["run_id"]],
+            failed.get(one["run_id"], []),
+        )
         for one in cells
     ]
 
@@ -189,6 +198,7 @@ def _cell(
     jobs: slurm.Jobs,
     job_states: Mapping[str, str],
     frozen: Cell | None,
+    failures: Sequence[Mapping[str, Any]],
 ) -> CellStatus:
     run_id = str(entry["run_id"])
     directory = layout.run_directory(run_id)
@@ -221,6 +231,7 @@ def _cell(
         last_line=(tail(logs[0]).splitlines() or [""])[-1] if logs else "",
         reason=reason,
         job=job if slurm.is_active(job_state) else None,
+        failures=failures,
     )
 
 

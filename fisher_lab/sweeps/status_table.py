@@ -52,6 +52,7 @@ class CellStatus:
         last_line: of the log.
         reason: why it failed or ended early.
         job: its number in the queue.
+        failures: when, how and why it has failed since it was last launched, attempt by attempt.
     """
 
     run_id: str
@@ -63,6 +64,7 @@ class CellStatus:
     last_line: str
     reason: str | None
     job: str | None
+    failures: Sequence[Mapping[str, Any]] = ()
 
 
 def claimed(about: Mapping[str, Any]) -> list[str]:
@@ -124,6 +126,9 @@ def _said(layout: Layout, cells: Sequence[CellStatus]) -> Iterator[Text]:
         if words:
             log = f"  ({Path(cell.log).relative_to(layout.directory)})" if cell.log else ""
             yield Text(f"{cell.label}: {cell.state}: {words}{log}")
+        for number, failed in enumerate(cell.failures[:-1] if cell.reason else cell.failures, 1):
+            why = f"failed ({failed.get('kind')}): {failed.get('message')}"
+            yield Text(f"{cell.label}: attempt {number} {why}")
 
 
 def _lines(text: str) -> str:

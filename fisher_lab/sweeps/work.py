@@ -279,11 +279,15 @@ class Worker:
             )
         if outcome.status is Status.HELD:
             return
-        self.counted[outcome.status] += 1
-        if outcome.status.is_final:
+        if outcome.status is Status.COMPLETED:
             sweep.close(cell.run_id, outcome.status)
+        else:
+            sweep.read()
+        again = outcome.status is Status.FAILED and cell.run_id in sweep.open
+        self.counted[outcome.status] += not again
+        words = f"{outcome.status}, runs again," if again else outcome.status
         why = f": {outcome.message}" if outcome.message else ""
-        say(f"{outcome.status} in {process.seconds:.1f} s  {cell.label}{why}")
+        say(f"{words} in {process.seconds:.1f} s  {cell.label}{why}")
 
     def _hear(self, cell: Cell, child: Forked | None) -> bool:
         """Wait a moment; what the child says goes to the journal. Whether it may have ended."""

@@ -117,6 +117,8 @@ class WorkerProcess:
         self._started = time.monotonic()
         self._earlier = atomic.read_json(cell.directory / record.RUN_FILE)
         self._grace_s = grace_s
+        limit_s = cell.config.sweep.timeout_s if node == 0 else None
+        self._limit_s = None if limit_s is None else limit_s * cell.again.time
         self._scheduled = scheduled
         self._asked: float | None = None
         self._asked_with = 0
@@ -161,8 +163,8 @@ class WorkerProcess:
 
     def enforce_limits(self) -> None:
         """Ask a worker to end whose time is over, and kill one that was asked and has not."""
-        limit = self.cell.config.sweep.timeout_s if self._node == 0 else None
-        if limit is not None and not self._timed_out and self.seconds > limit:
+        limit_s = self._limit_s
+        if limit_s is not None and not self._timed_out and self.seconds > limit_s:
             self._timed_out = True
             self.ask(signal.SIGTERM)
         if self._asked is not None and time.monotonic() - self._asked > self._grace_s:
@@ -208,8 +210,8 @@ class WorkerProcess:
             cell.layout.note(cell.run_id, status)
             return status, None
         if self._timed_out:
-            limit = cell.config.sweep.timeout_s
-            return self._fail("timeout", f"ran longer than sweep.timeout_s={limit:g}", code)
+            message = f"ran longer than sweep.timeout_s={self._limit_s:g}"
+            return self._fail("timeout", message, code)
         is_of_now = atomic.read_json(cell.directory / record.RUN_FILE) != self._earlier
         if status is not None and status.has_ended and is_of_now:
             cell.layout.note(cell.run_id, status)

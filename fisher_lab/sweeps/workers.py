@@ -51,7 +51,7 @@ class Workers(Executor):
         for layout in dict.fromkeys(cell.layout for cell in cells):
             if layout not in self._offsets:
                 self._offsets[layout] = layout.journal.read_on(0)[1]
-        self._cells |= {_key(cell): cell for cell in cells}
+        self._cells |= {key_of(cell): cell for cell in cells}
         self._announce(cells)
 
     def _announce(self, cells: Sequence[Cell]) -> None:
@@ -66,12 +66,18 @@ class Workers(Executor):
         found = []
         for cell in self._suspects():
             state = cell.state
+            if state is Status.FAILED and not self._has_failed(cell):
+                continue
             if state.is_final or (cell.cancelled and state is not Status.RUNNING):
-                del self._cells[_key(cell)]
+                del self._cells[key_of(cell)]
                 why = record.brief(cell.directory) if state is Status.FAILED else None
                 left = state if state.has_ended else Status.NOT_STARTED
                 found.append((cell, Outcome(left, why)))
         return found
+
+    def _has_failed(self, cell: Cell) -> bool:
+        """Whether a failed cell is left as it is; else a worker runs it again."""
+        return not cell.again.is_due
 
     def _suspects(self) -> list[Cell]:
         """The cells that may have ended since the last look."""
@@ -98,5 +104,6 @@ class Workers(Executor):
         self.stop(self.running)
 
 
-def _key(cell: Cell) -> tuple[Path, str]:
+def key_of(cell: Cell) -> tuple[Path, str]:
+    """The place of a cell, which tells it from every other one."""
     return cell.layout.directory, cell.run_id

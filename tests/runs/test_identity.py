@@ -68,7 +68,8 @@ def test_a_run_of_the_defaults_is_the_one_that_it_was_before_later_keys_came():
 def test_every_key_that_came_later_is_left_out_with_the_value_that_it_was_before():
     """Else a new version would run every completed cell again: put new keys into `CAME_LATER`."""
     known = (*identity.CAME_LATER, *identity.LEFT_OUT)
-    first = [k for k in all_keys() if not any(f"{k}.".startswith(f"{one}.") for one in known)]
+    names = [identity.RENAMED.get(key, key) for key in all_keys()]
+    first = [k for k in names if not any(f"{k}.".startswith(f"{one}.") for one in known)]
     text = "\n".join(sorted(first))
     assert (len(first), hashlib.sha256(text.encode()).hexdigest()[:16]) == FIRST
     for key, value in identity.CAME_LATER.items():
@@ -77,6 +78,28 @@ def test_every_key_that_came_later_is_left_out_with_the_value_that_it_was_before
 
 FIRST = (150, "5ab40dff4866586c")
 """How many keys there were at first, and a digest of their names: neither ever changes."""
+
+
+def test_what_was_renamed_is_the_same_run_under_its_new_name(monkeypatch):
+    """A key that moved, alone in its new section, and a value; tables show the new names."""
+    plain = config(kfac__damping=3e-5, kfac__policy="all")
+    monkeypatch.setattr(identity, "RENAMED", {"solver.ridge": "kfac.damping"})
+    monkeypatch.setattr(identity, "VALUES", {"kfac.policy": {"every": "all"}})
+    old = run_id(plain, CONTENT)
+    new = copy.deepcopy(plain)
+    new["solver"] = {"ridge": new["kfac"].pop("damping")}
+    new["kfac"]["policy"] = "every"
+    assert run_id(new, CONTENT) == old
+    assert run_id({**new, "solver": {"ridge": 1e-4}}, CONTENT) != old
+    assert new["solver"] == {"ridge": 3e-5}  # what was given is as it was
+    settings = {"kfac.damping": 3e-5, "kfac.policy": "all", "seed": 1}
+    now = {"solver.ridge": 3e-5, "kfac.policy": "every", "seed": 1}
+    assert identity.in_present_words(settings) == now == identity.in_present_words(now)
+
+
+def test_names_of_earlier_runs_are_those_of_no_other_setting():
+    assert not set(identity.RENAMED.values()) & set(all_keys())
+    assert set(identity.RENAMED) | set(identity.VALUES) <= set(all_keys())
 
 
 def without(key: str) -> dict:
