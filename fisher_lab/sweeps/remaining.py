@@ -81,6 +81,11 @@ class Remaining:
         found = sorted(self.running & self.open.keys())
         return random.sample(found, min(most, len(found)))
 
+    def unsaid(self) -> list[str]:
+        """The cells that have completed, of which the journal does not say so."""
+        completed = [name for name, status in self.ended.items() if status is Status.COMPLETED]
+        return [name for name in completed if name not in self.noted]
+
     def close(self, run_id: str, status: Status) -> None:
         """A cell is seen to have ended."""
         self.open.pop(run_id, None)

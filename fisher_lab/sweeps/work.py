@@ -225,6 +225,12 @@ class Worker:
         self._read_on(every=0.0)
         if any(sweep.open for sweep in self._sweeps):
             return False
+        for sweep in self._sweeps:  # of a worker that was killed before it could say so
+            for run_id in sweep.unsaid():
+                lock = sweep.layout.lock(run_id)
+                if lock.acquire():
+                    with lock:
+                        sweep.layout.note(run_id, Status.COMPLETED)
         return not any(_may_grow(sweep.layout) for sweep in self._sweeps)
 
     def _pause(self, pending: Pending) -> None:

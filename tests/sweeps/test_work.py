@@ -181,6 +181,17 @@ def test_no_cell_completes_twice_in_the_journal(tmp_path, monkeypatch):
     assert [e["event"] for e in layout.journal.read()] == ["launched", "completed"]
 
 
+def test_a_completion_that_a_killed_worker_has_not_written_down_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (cell,) = submitted(1)
+    (cell.submission / "launch.json").write_text(json.dumps({"cells": [cell.run_id]}))
+    cell.layout.journal.append("launched", launcher="workers", submission=cell.launch)
+    begin(cell, "completed")
+    for _ in range(2):
+        assert work.Worker([cell.layout]).run() == work.OK
+        assert [e["event"] for e in cell.layout.journal.read()] == ["launched", "completed"]
+
+
 def test_what_is_left_follows_from_the_journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = submitted(1, 2, 3, 4)
