@@ -190,7 +190,9 @@ class SubmittedWorkers(Workers):
             if state is Status.INTERRUPTED:
                 state = slurm.end_cell(cell, *self._last)
             why = record.brief(cell.directory) if state is Status.FAILED else None
-            found.append((cell, Outcome(state if state.has_ended else Status.NOT_STARTED, why)))
+            # One that a worker has handed back waits for the next launch: nobody has it run again.
+            ended = state.has_ended and state is not Status.PREEMPTED
+            found.append((cell, Outcome(state if ended else Status.NOT_STARTED, why)))
             del self._cells[key]
         return found
 

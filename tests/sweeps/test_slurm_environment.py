@@ -122,13 +122,13 @@ def test_the_job_of_the_last_cell_writes_the_table_that_no_launcher_will(monkeyp
     one, two = submitted(1, 2)
     launcher = Lock(one.submission / LAUNCHER)
     begin(one, "completed")
-    slurm.finish_if_last(one.layout)
+    one.layout.finish_if_last()
     begin(two, "failed", error={"type": "E", "message": "m", "traceback": ""})
     assert launcher.acquire()
     with launcher:
-        slurm.finish_if_last(one.layout)
+        one.layout.finish_if_last()
     assert done == []
-    slurm.finish_if_last(one.layout)
+    one.layout.finish_if_last()
     assert done == [one.layout.directory]
 
 

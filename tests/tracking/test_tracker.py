@@ -106,7 +106,7 @@ def test_a_tracker_gets_what_a_run_is_and_how_it_ended(small_task, made):
     names = [name for name, _ in sink.calls]
     assert names == ["start", *["log"] * 3, "summary", "table", "table", "artifact", "finish"]
     (begun,) = sink.calls[0][1]
-    assert begun.name == " ".join(overrides)
+    assert begun.name == "task=plan, seed=13"
     assert (begun.job_type, begun.group, begun.attempt) == ("plan", None, 1)
     assert begun.config["seed"] == 13
     assert begun.tracker_id.startswith(begun.run_id + "-")
