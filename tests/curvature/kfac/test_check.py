@@ -73,7 +73,7 @@ def test_sixteen_bits_are_compared_with_their_own_rounding(how):
 
 
 def test_a_gradient_that_is_rounding_is_no_fault():
-    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 3)).double()
     torch.manual_seed(0)
-    x, labels = 3 + torch.randn(40, 4).double(), torch.randint(3, (40,))
+    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 3)).double()
+    x, labels = 3 * (3 + torch.randn(40, 4).double()), torch.randint(3, (40,))
     assert fisher_lab.check(model, (x, labels), CrossEntropy()).coverage.share == 1
