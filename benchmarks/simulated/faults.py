@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.simulated.kernel import Host, Process
 from fisher_lab.runs import atomic
@@ -161,30 +161,27 @@ class SkewedClocks(Fault):
             host.skew = self.random.uniform(-3600, 3600)
 
 
-class StaleListings(Fault):
-    kind = "listings are stale for up to 3 s"
+class Delay(Fault):
+    """Something of a host's file system takes up to 3 s."""
+
+    of: ClassVar[str]
 
     def begin(self, course: Course) -> None:
         self.happened = True
         for host in course.hosts:
-            host.lag = self.random.uniform(0.5, 3.0)
+            setattr(host, self.of, self.random.uniform(0.5, 3.0))
 
     def end(self, course: Course) -> None:
         for host in course.hosts:
-            host.lag = 0.0
+            setattr(host, self.of, 0.0)
 
 
-class LateNames(Fault):
-    kind = "renames and new files arrive up to 3 s late"
+class StaleListings(Delay):
+    kind, of = "listings are stale for up to 3 s", "lag"
 
-    def begin(self, course: Course) -> None:
-        self.happened = True
-        for host in course.hosts:
-            host.late = self.random.uniform(0.5, 3.0)
 
-    def end(self, course: Course) -> None:
-        for host in course.hosts:
-            host.late = 0.0
+class LateNames(Delay):
+    kind, of = "renames and new files arrive up to 3 s late", "late"
 
 
 class SecondLauncher(Fault):

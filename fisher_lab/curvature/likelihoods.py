@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -368,15 +369,19 @@ def behind(outputs: Any, batch: Any, loss: Tensor, n_labels: int) -> Scored | No
     if labels is None or not labels.is_floating_point() or n_labels == 0:
         return None
     found = []
-    for likelihood in (SquaredError(), BinaryCrossEntropy()):
-        try:
-            scored = likelihood.score(outputs, batch)
-        except (BatchError, LossError):
-            continue
-        value = float(likelihood.total(scored).detach()) / max(scored.n_labels, 1)
+    for scored, total in of_numbers(outputs, batch):
+        value = total / max(scored.n_labels, 1)
         near = abs(value - float(loss.detach())) <= 1e-4 * abs(value)
         found += [scored] if near and scored.n_labels == n_labels else []
     return found[0] if len(found) == 1 else None
+
+
+def of_numbers(outputs: Any, batch: Any) -> Iterator[tuple[Scored, float]]:
+    """Gives outputs and targets of each likelihood of numbers that takes them, with its sum."""
+    for likelihood in (SquaredError(), BinaryCrossEntropy()):
+        with suppress(BatchError, LossError):
+            scored = likelihood.score(outputs, batch)
+            yield scored, float(likelihood.total(scored).detach())
 
 
 def _wanted(batch: Any) -> Tensor:

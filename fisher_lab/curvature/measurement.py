@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisher_lab.curvature.errors import BatchError, LossError
+from fisher_lab.curvature.errors import LossError
 from fisher_lab.curvature.evaluation_mode import buffers_kept, seed_generators
 from fisher_lab.curvature.labelling import (
     MEASURED,
@@ -50,7 +50,7 @@ from fisher_lab.curvature.labels import (
     named_outputs,
     with_labels,
 )
-from fisher_lab.curvature.likelihoods import BinaryCrossEntropy, SquaredError
+from fisher_lab.curvature.likelihoods import of_numbers
 from fisher_lab.curvature.wrappers import group_of_passes, uncompiled, unwrap
 
 _ROUNDING = 1e-5
@@ -243,12 +243,10 @@ class _Asked:
         if together or summed:
             return Labelling(count="rows" if together else "labels", summed=summed)
         counts = {"labels": labels.numel(), "rows": labels[..., 0].numel(), "examples": len(labels)}
-        for likelihood in (SquaredError(), BinaryCrossEntropy()):
-            with suppress(BatchError, LossError):
-                total = float(likelihood.total(likelihood.score(outputs, self.batch)))
-                for count, n in counts.items():
-                    if _same(total / n, float(loss)):
-                        return Labelling(count=count)
+        for _, total in of_numbers(outputs, self.batch):
+            for count, n in counts.items():
+                if _same(total / n, float(loss)):
+                    return Labelling(count=count)
         return Labelling(count="labels")
 
     def holds_for_examples(self, shift: bool) -> bool:

@@ -149,9 +149,9 @@ class KFACOptimizer(DividedOptimizer):
         communicator: Communicator | None = None,
         record: bool = True,
     ) -> None:
-        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        given |= {"rest_lr": rest_lr, "inverse_freq": inverse_freq, "refresh_below": refresh_below}
-        for name, value in {**given, "outer": outer, "graft": graft}.items():
+        own: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        given = {"rest_lr": rest_lr, "inverse_freq": inverse_freq, "refresh_below": refresh_below}
+        for name, value in {**own, **given, "outer": outer, "graft": graft}.items():
             require(name, value, *RANGES[name])
         self.kfac = kfac or KFACNaturalGradient(track_diagonal=False, **self.DAMPINGS)
         self.model, self.clipping = model, clipping or Clipping()
@@ -169,7 +169,6 @@ class KFACOptimizer(DividedOptimizer):
         self._decided, self._behind, self._warned = set(), set(), set()
         if outer == "adamw":
             self._leave_out(groups.outer_layers(unwrap(model)))
-        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         own |= {"betas": betas, "eps": eps, "steps": 0, "multiplier": 1.0, "aged": False}
         first = groups.first(self._named(), self._promised(), (lr, self._rest_lr))
         super().__init__(first, {**groups.adamw_defaults(), **own})

@@ -379,11 +379,13 @@ class Capture:
 
     def _look_in_graph(self, loss: Tensor | None) -> None:
         """Notes parameters that the loss depends on, and that no watched function has read."""
+        if loss is None:
+            return
         read = {x for use in (*self._calls, *self._pending) for x in (use.weight, use.bias) if x}
         seen = {*map(base_of, read), *(self._names[x] for x in self._watch.unexplained)}
         trained = {x for x, p in self._parameters.items() if p.requires_grad}
         unseen = {x for x in trained if self._names[x] not in seen}
-        if loss is not None and unseen:
+        if unseen:
             self._watch.unexplained |= readers_in(loss, unseen)
 
     def _origins(self, use: UseOf) -> list[Origin]:
